@@ -1,0 +1,1 @@
+"""Atomic saving and exact resuming."""

@@ -1,0 +1,69 @@
+"""Which machines or processes take part: the Hydra group ``topology``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+KINDS = ("single", "local", "hosts")
+_HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?")
+
+
+@dataclass
+class TopologyConfig:
+    """The Hydra group ``topology``."""
+
+    # single: this process alone. local: `nodes` processes on this machine. hosts: one process on each of `hosts`.
+    kind: str = "single"
+    # Number of nodes; with `hosts` it follows from the list.
+    nodes: int = 1
+    # Addresses of all nodes in ring order, the same list on every node: [192.168.0.1, 192.168.0.2:7070]. The first one
+    # is where the others report.
+    hosts: list[str] = field(default_factory=list)
+    # This machine's place in `hosts`, from 0. Null: found by comparing `hosts` with this machine's own addresses.
+    rank: int | None = None
+    # Default port in `hosts`. Each node also uses the next port, for the ring.
+    port: int = 7070
+    # Seconds to wait for all nodes to report at the start.
+    start_timeout: float = 120.0
+
+
+def split_host(host: str, default_port: int) -> tuple[str, int]:
+    """``"name:port"`` or ``"name"`` to (name, port); raises ValueError if it is neither."""
+    match = _HOST.fullmatch(host)
+    if match is None:
+        raise ValueError(f"'{host}' is not a host name or address with an optional :port")
+    port = int(match["port"]) if match["port"] else default_port
+    if not 1 <= port <= 65534:
+        raise ValueError(f"'{host}': port {port} is not from 1 to 65534")
+    return match["name"], port
+
+
+def problems(config: TopologyConfig) -> list[str]:
+    """One line for each value that can't be right; no I/O."""
+    found = []
+    if config.kind not in KINDS:
+        found.append(f"topology.kind: '{config.kind}' is not one of {', '.join(KINDS)}")
+    if config.nodes < 1:
+        found.append(f"topology.nodes: {config.nodes} must be 1 or more")
+    if config.kind == "single" and config.nodes != 1:
+        found.append(f"topology.nodes: topology=single has 1 node, not {config.nodes}; did you mean topology=local?")
+    if config.kind == "hosts":
+        if len(config.hosts) < 2:
+            found.append("topology.hosts: list two or more addresses, for instance [192.168.0.1,192.168.0.2]")
+        if config.rank is not None and not 0 <= config.rank < len(config.hosts):
+            found.append(f"topology.rank: {config.rank} is not a place in topology.hosts (0 to {len(config.hosts) - 1})")
+        if len(set(config.hosts)) != len(config.hosts):
+            found.append("topology.hosts: an address stands twice")
+    elif config.hosts:
+        found.append(f"topology.hosts: only topology=hosts uses them, this is topology={config.kind}")
+    for host in config.hosts:
+        try:
+            split_host(host, config.port)
+        except ValueError as error:
+            found.append(f"topology.hosts: {error}")
+    if not 1 <= config.port <= 65534:
+        found.append(f"topology.port: {config.port} is not from 1 to 65534")
+    if not config.start_timeout > 0:
+        found.append(f"topology.start_timeout: {config.start_timeout} must be greater than 0")
+    return found

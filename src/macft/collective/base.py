@@ -1,0 +1,58 @@
+"""The interface between the trainer and whatever moves bytes between ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol, Self, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@runtime_checkable
+class Collective(Protocol):
+    """Collective operations over all ranks of a run.
+
+    All ranks make the same calls in the same order. No call waits for ever: each ends with
+    :class:`~macft.errors.PeerTimeout` or :class:`~macft.errors.PeerLost`, which name the peer.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This process's place in the ring, ``0 <= rank < world_size``."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks take part."""
+        ...
+
+    def all_reduce(self, arrays: Sequence[NDArray[np.float32] | NDArray[np.float64]]) -> None:
+        """Sums each array over all ranks, in place. C-contiguous, writable, float32 or float64, any shape.
+
+        Every rank ends with the same bits: each element is summed along one path and then copied.
+        """
+        ...
+
+    def broadcast(self, payload: bytes, root: int = 0) -> bytes:
+        """Returns ``root``'s ``payload`` on every rank; the other ranks' argument is ignored."""
+        ...
+
+    def all_gather(self, payload: bytes) -> list[bytes]:
+        """Every rank's ``payload``, by rank."""
+        ...
+
+    def barrier(self) -> None:
+        """Returns once every rank has called it."""
+        ...
+
+    def close(self) -> None:
+        """Releases sockets and threads. Safe to call twice."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

@@ -1,0 +1,192 @@
+"""Reads the command line before Hydra does: short forms, ``resume``, and errors in one line with exit status 2.
+
+Everything else is Hydra's: overrides, ``-m``, ``--cfg job``, ``--config-dir``, ``--help`` work as its documentation says.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+
+from macft.config.nearest import schema_keys, unknown_key
+from macft.config.paths import config_folder
+from macft.config.schema import TrainConfig, register_schema
+from macft.config.validate import explain, to_typed
+from macft.errors import ConfigError
+
+_FREE_FORM = ("dataset.columns.", "optimizer.arguments.")
+"""Keys below these are the user's own."""
+_MOST_JOBS_CHECKED = 200
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What Hydra is to see, and the run folder to resume, if any."""
+
+    argv: list[str]
+    resume: Path | None
+
+
+def prepare(argv: list[str]) -> CommandLine:
+    """Expands macft's short forms and checks every job the command describes, without starting anything.
+
+    Raises:
+        ConfigError: anything wrong with the command; each line names a key.
+    """
+    register_schema()
+    arguments = get_args_parser().parse_args(argv)
+    overrides: list[str] = arguments.overrides
+    flags = _without(argv, overrides)
+    asks_for_information = arguments.help or arguments.hydra_help or arguments.version or arguments.info
+    if asks_for_information or arguments.shell_completion:
+        return CommandLine(argv, None)
+    folders = [config_folder()] + ([Path(arguments.config_dir)] if arguments.config_dir else [])
+    parsed = _parse(overrides)
+    resume, rest = _take_resume(parsed)
+    if resume is not None and arguments.multirun:
+        raise ConfigError("resume: one run at a time; leave -m out")
+    rest = [text for override in rest for text in _expand(override, folders, resuming=resume is not None)]
+    _check_keys(_parse(rest), folders)
+    primary, name = config_folder(), arguments.config_name or "train"
+    if resume is not None:
+        primary, name = resume, "config"
+        flags += ["--config-path", str(resume), "--config-name", "config"]
+        searchpath = ",".join(f"file://{folder}" for folder in folders)
+        rest = [f"hydra.run.dir='{resume}'", f"hydra.searchpath=[{searchpath}]", "hydra/job_logging=stdout", *rest]
+    elif arguments.config_dir:
+        rest_for_check = [f"hydra.searchpath=[file://{Path(arguments.config_dir).absolute()}]", *rest]
+        _check_jobs(primary, name, rest_for_check)
+        return CommandLine(flags + rest, resume)
+    _check_jobs(primary, name, rest)
+    return CommandLine(flags + rest, resume)
+
+
+def _without(argv: list[str], overrides: list[str]) -> list[str]:
+    left = list(argv)
+    for override in overrides:
+        left.remove(override)
+    return left
+
+
+def _parse(overrides: list[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except OverrideParseException as error:
+            if "=" not in text:
+                raise ConfigError(f"{text}: not understood; overrides are written key=value") from error
+            key, value = text.split("=", 1)
+            raise ConfigError(
+                f"{key.lstrip('+')}: the value {value!r} is not in Hydra's syntax; quote it: \"{key}='{value}'\""
+            ) from error
+    return parsed
+
+
+def _take_resume(parsed: list[Override]) -> tuple[Path | None, list[Override]]:
+    """Separates ``+resume=FOLDER`` (``resume=FOLDER`` is understood too) from the other overrides."""
+    chosen = [override for override in parsed if override.key_or_group == "resume"]
+    rest = [override for override in parsed if override.key_or_group != "resume"]
+    if not chosen:
+        return None, rest
+    folder = Path(str(chosen[-1].value())).expanduser().absolute()
+    if not (folder / "config.yaml").is_file():
+        what = "is not a run's folder (it has no config.yaml)" if folder.is_dir() else "does not exist"
+        raise ConfigError(f"resume: {folder} {what}; give the folder that a run printed as its own, runs/NAME/TIME")
+    return folder, rest
+
+
+def _expand(override: Override, folders: list[Path], *, resuming: bool) -> list[str]:
+    """One override as Hydra is to see it: several where a short form stands for more than one."""
+    text, group = str(override.input_line), override.key_or_group
+    if group == "recipe" and not text.startswith(("+", "~")):
+        return [f"+{text}"]
+    if group in ("model", "dataset"):
+        values = _values(override)
+        if values and all(_is_location(value, group, folders) for value in values):
+            quoted = ",".join("'" + value.replace("'", "\\'") + "'" for value in values)
+            return [f"{'+' if resuming else ''}{group}=custom", f"{group}.path={quoted}"]
+    # A resumed run's configuration has no defaults list any more, so a group is added to it.
+    if resuming and "/" not in group and not text.startswith(("+", "~")) and _is_group(group, folders):
+        return [f"+{text}"]
+    return [text]
+
+
+def _values(override: Override) -> list[str]:
+    if override.is_sweep_override():
+        return [str(value).strip("'\"") for value in override.sweep_string_iterator()]
+    value = override.value()
+    return [str(value)] if value is not None else []
+
+
+def _is_location(value: str, group: str, folders: list[Path]) -> bool:
+    """Whether ``model=VALUE`` or ``dataset=VALUE`` means a hub id or a path rather than an option of the group."""
+    if any((folder / group / f"{value}.yaml").is_file() for folder in folders):
+        return False
+    return "/" in value or value.startswith(("~", ".", "builtin:")) or Path(value).exists()
+
+
+def _is_group(name: str, folders: list[Path]) -> bool:
+    return any((folder / name).is_dir() for folder in folders)
+
+
+def _check_keys(parsed: list[Override], folders: list[Path]) -> None:
+    known = set(schema_keys(TrainConfig))
+    for override in parsed:
+        key = override.key_or_group
+        is_hydra = key == "hydra" or key.startswith(("hydra.", "hydra/"))
+        if is_hydra or _is_group(key.split("@", 1)[0], folders):
+            continue
+        if key not in known and not key.startswith((*_FREE_FORM, "dataset.sources")):
+            raise ConfigError(unknown_key(key, TrainConfig))
+
+
+def _check_jobs(primary: Path, name: str, overrides: list[str]) -> None:
+    """Composes and checks each job of a sweep, or the one job there is."""
+    choices = []
+    for override in _parse(overrides):
+        if override.is_sweep_override():
+            key = str(override.input_line).split("=", 1)[0]
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([str(override.input_line)])
+    for job in itertools.islice(itertools.product(*choices), _MOST_JOBS_CHECKED):
+        _check_job(primary, name, list(job))
+
+
+def _check_job(primary: Path, name: str, overrides: list[str]) -> None:
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(primary.absolute()), version_base="1.3"):
+            config = compose(name, overrides=overrides)
+        to_typed(config)
+    except MissingConfigException as error:
+        raise ConfigError(_no_such_option(error)) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__
+        if isinstance(cause, OmegaConfBaseException):
+            raise ConfigError(explain(cause)) from error
+        raise ConfigError(" ".join(str(error).split())) from error
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _no_such_option(error: MissingConfigException) -> str:
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    options = [str(item) for item in error.options or []]
+    if not group:
+        return " ".join(str(error).split())
+    near = difflib.get_close_matches(option, options, 1)
+    hint = f"did you mean {group}={near[0]}? " if near else ""
+    return f"{group}: no option '{option}'; {hint}There are {', '.join(options)}"

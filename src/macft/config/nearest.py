@@ -1,0 +1,61 @@
+"""Turns a misspelt key into a hint."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+# What users of other trainers type, and what it is called here.
+KNOWN_ELSEWHERE = {
+    "iters": "training.steps",
+    "max_steps": "training.steps",
+    "num_train_epochs": "training.epochs",
+    "num_epochs": "training.epochs",
+    "batch_size": "training.batch_size",
+    "per_device_train_batch_size": "training.micro_batch_size",
+    "grad_accumulation_steps": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.micro_batch_size",
+    "learning_rate": "optimizer.learning_rate",
+    "lr": "optimizer.learning_rate",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "r": "adapter.rank",
+    "target_modules": "adapter.targets",
+    "keys": "adapter.targets",
+    "fine_tune_type": "adapter.type",
+    "data": "dataset.path",
+    "max_seq_length": "dataset.max_seq_length",
+    "steps_per_eval": "training.eval_every",
+    "steps_per_report": "report.every",
+    "save_steps": "training.save_every",
+    "world_size": "topology.nodes",
+    "epochs": "training.epochs",
+    "steps": "training.steps",
+}
+
+
+def schema_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """All dotted keys of a dataclass schema, inner nodes included."""
+    hints = get_type_hints(schema)
+    for item in fields(schema):
+        key = f"{prefix}{item.name}"
+        yield key
+        kind: Any = hints[item.name]
+        if is_dataclass(kind):
+            yield from schema_keys(kind, f"{key}.")  # type: ignore[arg-type]
+
+
+def unknown_key(key: str, schema: type) -> str:
+    """One line for a key the schema doesn't have, with the nearest right name."""
+    known = list(schema_keys(schema))
+    leaf = key.rsplit(".", 1)[-1]
+    if leaf in KNOWN_ELSEWHERE and KNOWN_ELSEWHERE[leaf] != key:
+        return f"{key}: no such key; did you mean {KNOWN_ELSEWHERE[leaf]}?"
+    near = difflib.get_close_matches(key, known, 1, 0.6)
+    if not near:
+        by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
+        near = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, 1, 0.6)]
+    hint = f"did you mean {near[0]}?" if near else "`--cfg job` prints all keys"
+    return f"{key}: no such key; {hint}"

@@ -1,0 +1,40 @@
+"""The typed schema of a run: each room owns its part, this file only puts the parts together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hydra.core.config_store import ConfigStore
+
+from macft.cluster.settings import TopologyConfig
+from macft.collective.settings import CollectiveConfig
+from macft.data.settings import DatasetConfig
+from macft.model.adapter_settings import AdapterConfig
+from macft.model.settings import ModelConfig
+from macft.report.settings import ReportConfig
+from macft.training.settings import OptimizerConfig, TrainingConfig
+
+SCHEMA_NAME = "macft_schema"
+
+
+@dataclass
+class TrainConfig:
+    """Everything a run is made of."""
+
+    # Name of the run; part of its folder's name.
+    name: str = "run"
+    # Seed of the data order, the adapter's initial values and dropout.
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
+    collective: CollectiveConfig = field(default_factory=CollectiveConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+
+def register_schema() -> None:
+    """Makes the schema known to Hydra, which then checks every key and type as it composes."""
+    ConfigStore.instance().store(name=SCHEMA_NAME, node=TrainConfig)

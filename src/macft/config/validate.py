@@ -1,0 +1,94 @@
+"""Checks a composed configuration before anything is downloaded or loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from macft.cluster import settings as topology_settings
+from macft.collective import settings as collective_settings
+from macft.config.nearest import unknown_key
+from macft.config.schema import TrainConfig
+from macft.data import settings as dataset_settings
+from macft.errors import ConfigError
+from macft.model import adapter_settings
+from macft.model import settings as model_settings
+from macft.report import settings as report_settings
+from macft.training import settings as training_settings
+
+
+def to_typed(config: DictConfig) -> TrainConfig:
+    """Turns a composed configuration into the typed one, checked value by value and as a whole.
+
+    Raises:
+        ConfigError: one line for each problem, each naming its key.
+    """
+    try:
+        schema = OmegaConf.structured(TrainConfig)
+        merged = OmegaConf.merge(schema, config)
+        OmegaConf.resolve(merged)
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            raise ConfigError(f"{missing[0]}: a value is needed; add {missing[0]}=... to the command")
+        typed = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    assert isinstance(typed, TrainConfig)
+    if found := problems(typed):
+        raise ConfigError("\n".join(found))
+    return typed
+
+
+def problems(config: TrainConfig) -> list[str]:
+    """All rooms' problems, then those of combinations; no I/O."""
+    return [
+        *model_settings.problems(config.model),
+        *dataset_settings.problems(config.dataset),
+        *adapter_settings.problems(config.adapter),
+        *training_settings.problems(config.training, config.optimizer),
+        *topology_settings.problems(config.topology),
+        *collective_settings.problems(config.collective),
+        *report_settings.problems(config.report),
+        *_combinations(config),
+    ]
+
+
+def world_size(config: TrainConfig) -> int:
+    """Number of nodes the topology describes."""
+    return len(config.topology.hosts) if config.topology.kind == "hosts" else config.topology.nodes
+
+
+def _combinations(config: TrainConfig) -> list[str]:
+    found = []
+    nodes = world_size(config)
+    if nodes > config.training.batch_size:
+        found.append(
+            f"training.batch_size: {config.training.batch_size} rows can't be shared by {nodes} nodes; "
+            f"use {nodes} or more, or fewer nodes"
+        )
+    if config.adapter.type == "full" and config.model.quantization in ("keep", "4bit", "8bit"):
+        found.append(
+            f"adapter.type: full can't train a quantised base (model.quantization={config.model.quantization}); "
+            "use model.quantization=none"
+        )
+    if config.training.metric_rows and config.dataset.metric is None:
+        found.append("training.metric_rows: dataset.metric is null, so there is nothing to score; set one of them")
+    return found
+
+
+def explain(error: OmegaConfBaseException) -> str:
+    """An OmegaConf error in one line that begins with the key."""
+    key = getattr(error, "full_key", None) or getattr(error, "key", None)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else type(error).__name__
+    if key and ("not in" in first or "not found" in first.lower()):
+        return unknown_key(str(key), TrainConfig)
+    return f"{key}: {first}" if key else first
+
+
+def to_plain(config: TrainConfig) -> dict[str, Any]:
+    """The resolved configuration as plain dicts, lists and scalars."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}

@@ -1,0 +1,33 @@
+"""The resolved configuration as YAML, as it is kept in a run's folder, and back."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from macft.config.schema import TrainConfig
+from macft.config.validate import to_plain, to_typed
+from macft.errors import ConfigError
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """All keys of ``config`` with their values."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_plain(config)))
+
+
+def read(path: Path) -> TrainConfig:
+    """Reads what :func:`to_yaml` wrote; raises ConfigError for anything else."""
+    config = OmegaConf.load(path)
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"{path}: not a configuration")
+    return to_typed(config)
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """SHA-256 over all that must be equal on every node; what may differ, such as reporting, is left out."""
+    plain = to_plain(config)
+    plain.pop("report")
+    plain["topology"] = {"nodes": max(config.topology.nodes, len(config.topology.hosts))}
+    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.create(plain), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,59 @@
+"""Adapter folders in mlx-lm's format: ``adapters.safetensors`` and ``adapter_config.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import save
+
+from macft.errors import ModelError
+from macft.model.load import LoadedModel
+
+
+def save_adapter(folder: Path, model: nn.Module, settings: Mapping[str, Any], *, model_name: str) -> None:
+    """Writes ``model``'s trainable parameters so that ``mlx_lm.generate --adapter-path`` and ``mlx_lm.fuse`` take them.
+
+    ``settings`` are :attr:`Adaptation.mlx_lm_config`. Each file is replaced atomically, the weights last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**settings, "model": model_name}
+    partial = folder / ".adapter_config.json"
+    partial.write_text(json.dumps(config, indent=4) + "\n")
+    partial.replace(folder / "adapter_config.json")
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    partial = folder / ".adapters.safetensors"
+    mx.save_safetensors(str(partial), weights)
+    partial.replace(folder / "adapters.safetensors")
+
+
+def save_model(folder: Path, loaded: LoadedModel) -> None:
+    """Writes the whole model in mlx-lm's format, for weights that fit no other checkpoint."""
+    save(folder, loaded.path, loaded.model, loaded.tokenizer, dict(loaded.config), donate_model=False)
+
+
+def load_adapter_weights(path: Path, model: nn.Module) -> None:
+    """Loads ``adapters.safetensors`` at ``path`` (the file or its folder) into an adapted ``model``.
+
+    Raises:
+        ModelError: the file is missing or its tensors don't fit the adapter.
+    """
+    file = path / "adapters.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise ModelError(f"no adapter at {file}: expected an mlx-lm adapter folder or its adapters.safetensors")
+    try:
+        weights = mx.load(str(file))
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"adapter {file} can't be read: {error}") from error
+    expected = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
+    if {name: value.shape for name, value in weights.items()} != expected:
+        raise ModelError(
+            f"adapter {file} doesn't fit: it must hold the same layers, projections and rank as the adapter configured"
+        )
+    model.load_weights(list(weights.items()), strict=False)
+    mx.eval(model.parameters())

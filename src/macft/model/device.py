@@ -1,0 +1,46 @@
+"""Prepares MLX's default device for training and describes it."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from macft import blas
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on the CPU, where only float32 matrix products are fast."""
+    return bool(mx.default_device() == mx.cpu)
+
+
+def prepare_device() -> str:
+    """Sets up MLX's default device, once per process, and returns a line that describes it.
+
+    On Metal the wired limit becomes the recommended size, as in mlx-lm. On the CPU ``mx.compile`` is turned
+    off where its compiler fails.
+    """
+    info = mx.device_info()
+    name = str(info.get("device_name", "unknown device"))
+    if on_cpu():
+        fused = "" if _compiles() else ", mx.compile off (the C++ compiler it needs fails)"
+        return f"{name}, CPU, float32 through {blas.describe()}{fused}"
+    memory = f", {int(info['memory_size']) / 2**30:.0f} GiB" if "memory_size" in info else ""
+    if not mx.metal.is_available():
+        return f"{name}, CUDA{memory}"
+    if limit := info.get("max_recommended_working_set_size"):
+        mx.set_wired_limit(int(limit))
+    return f"{name}, Metal{memory}"
+
+
+def _compiles() -> bool:
+    """Tries ``mx.compile`` on the CPU, and turns it off if it fails.
+
+    MLX itself does without where there is no ``g++``, but raises in the middle of a step where ``g++`` can't
+    compile or the folder for temporary files can't be written. The trial takes half a second the first time;
+    MLX keeps what it compiled.
+    """
+    try:
+        mx.eval(mx.compile(lambda x: mx.exp(x) + 1)(mx.zeros(1)))
+    except RuntimeError:
+        mx.disable_compile()
+        return False
+    return True

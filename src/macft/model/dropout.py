@@ -1,0 +1,75 @@
+"""Dropout whose mask depends on the row, not on who computes it.
+
+macft lets any node compute any row of a step, alone or beside other rows, padded to any length. A mask drawn from a
+shared random stream would change with all of these. Here each element's fate is a hash of (row key, layer, position,
+feature), so a row meets the same mask on every node, in every micro-batch and after a resume; there is no random state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+from numpy.typing import NDArray
+
+
+class DropoutKeys:
+    """The keys of the rows in the micro-batch being computed, shared by all dropout layers of a model."""
+
+    def __init__(self) -> None:
+        self.value: mx.array = mx.zeros((1,), dtype=mx.uint32)
+        self.in_use = False
+
+    @staticmethod
+    def for_rows(seed: int, step: int, row_ids: NDArray[np.int64]) -> NDArray[np.uint32]:
+        """Keys (rows,) uint32 of the rows ``row_ids`` (rows,) of a step; the same on every node.
+
+        A row that stands twice in a global batch gets the same mask twice.
+        """
+        keys = [np.random.SeedSequence([seed, step, int(row)]).generate_state(1)[0] for row in row_ids]
+        return np.asarray(keys, dtype=np.uint32)
+
+
+class RowDropout(nn.Module):
+    """Drops elements of ``x`` (rows, length, features) with probability ``p`` and rescales the rest by 1 / (1 - p)."""
+
+    def __init__(self, p: float, layer: int, keys: DropoutKeys):
+        super().__init__()
+        self._p = p
+        self._layer = layer
+        self._keys = keys
+
+    def __call__(self, x: Any) -> Any:
+        if not self.training:
+            return x
+        rows, length, features = x.shape
+        position = mx.arange(length, dtype=mx.uint32)[:, None] * 0x9E3779B1
+        feature = mx.arange(features, dtype=mx.uint32)[None, :] * 0x85EBCA77 + (self._layer * 0xC2B2AE3D) % 2**32
+        bits = _mix((position + feature)[None] ^ _mix(self._keys.value)[:rows, None, None])
+        keep = bits >= int(self._p * 2**32)
+        return mx.where(keep, x * (1.0 / (1.0 - self._p)), 0.0).astype(x.dtype)
+
+
+def _mix(value: Any) -> Any:
+    """The finaliser of MurmurHash3 (Appleby): every input bit changes every output bit with probability 1/2."""
+    value = value ^ (value >> 16)
+    value = value * 0x85EBCA6B
+    value = value ^ (value >> 13)
+    value = value * 0xC2B2AE35
+    return value ^ (value >> 16)
+
+
+def make_dropout_reproducible(model: nn.Module) -> DropoutKeys:
+    """Replaces the ``nn.Dropout`` of each adapter layer in place; returns the keys to set before each micro-batch."""
+    keys = DropoutKeys()
+    replaced = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module._p_1 < 1.0:
+            replaced.append((name, RowDropout(1.0 - module._p_1, len(replaced), keys)))
+    if replaced:
+        model.update_modules(tree_unflatten(replaced))
+        keys.in_use = True
+    return keys

@@ -1,0 +1,165 @@
+"""Finds the folder of the model a run names: bundled, local, or from the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from macft.errors import ModelError
+from macft.model.bundled import BUNDLED, ensure_bundled
+from macft.model.settings import ModelConfig
+
+# Seconds within which the hub must answer before a download of gigabytes begins.
+_PROBE_SECONDS = 8.0
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
+
+
+def resolve(config: ModelConfig, *, cache_dir: Path | None = None) -> Path:
+    """The local folder that holds the model ``config.path`` names, fetched first if need be.
+
+    In this order: a bundled model's name, an existing folder, a Hugging Face id. A model that is complete in
+    the Hugging Face cache is used from there without asking the hub.
+
+    Args:
+        cache_dir: for bundled models, instead of macft's folder in the user's cache.
+
+    Raises:
+        ModelError: nothing of that name, a folder with files missing, or the model can't be fetched.
+    """
+    name = config.path
+    if name in BUNDLED:
+        return ensure_bundled(BUNDLED[name], cache_dir=cache_dir)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if lack := _lack(folder):
+            raise ModelError(f"model.path: folder '{name}' {lack}")
+        return folder
+    if folder.is_file():
+        raise ModelError(f"model.path: '{name}' is a file; give the folder with config.json and the weights")
+    if _looks_like_path(name):
+        raise ModelError(f"model.path: folder '{name}' doesn't exist{_nearest_sibling(folder)}")
+    if "/" not in name:
+        raise ModelError(
+            f"model.path: '{name}' is neither a bundled model ({', '.join(BUNDLED)}), nor a folder, "
+            f"nor a Hugging Face id (org/name){_did_you_mean(name, list(BUNDLED))}"
+        )
+    if not _HUB_ID.fullmatch(name) or "--" in name or ".." in name:
+        raise ModelError(f"model.path: '{name}' is not a Hugging Face id: org/name in letters, digits, -_.")
+    return _from_hub(name, config.revision)
+
+
+def _lack(folder: Path) -> str | None:
+    """What a model folder lacks, as the rest of a sentence, or None. The names are those mlx-lm looks for."""
+    if not (folder / "config.json").is_file():
+        return "has no config.json"
+    present = {path.name for path in folder.glob("model*.safetensors")}
+    if not present:
+        return "has no model*.safetensors"
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        shards = set(index["weight_map"].values())
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "has an unreadable model.safetensors.index.json"
+    # Conversions sometimes carry the index of the original files along; it says nothing about theirs.
+    missing = sorted(shards - present) if shards & present else []
+    return f"lacks {len(missing)} of {len(shards)} weight files, {missing[0]} for one" if missing else None
+
+
+def _looks_like_path(name: str) -> bool:
+    first = Path(name).parts[0] if name else ""
+    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or Path(first).is_dir()
+
+
+def _nearest_sibling(folder: Path) -> str:
+    if not folder.parent.is_dir():
+        return f", and neither does '{folder.parent}'"
+    return _did_you_mean(folder.name, [path.name for path in folder.parent.iterdir() if path.is_dir()])
+
+
+def _did_you_mean(name: str, choices: list[str]) -> str:
+    close = difflib.get_close_matches(name.lower(), choices, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+    def snapshot(*, offline: bool) -> Path:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS, local_files_only=offline
+            )
+        )
+
+    try:
+        cached = snapshot(offline=True)
+        if _lack(cached) is None:
+            return cached
+    except LocalEntryNotFoundError:
+        pass
+    url = hf_hub_url(name, "config.json", revision=revision)
+    try:
+        _within(_PROBE_SECONDS, lambda: get_hf_file_metadata(url, timeout=_PROBE_SECONDS / 2))
+        folder = snapshot(offline=False)
+    # The hub's client lets its HTTP library's own errors through, and that library has changed over time.
+    except Exception as error:
+        raise ModelError(_hub_reason(name, revision, constants.ENDPOINT, error)) from error
+    if lack := _lack(folder):
+        raise ModelError(f"model.path: '{name}' on {constants.ENDPOINT} {lack}, so mlx-lm can't load it")
+    return folder
+
+
+def _within(seconds: float, call: Callable[[], object]) -> None:
+    """Runs ``call``, but waits no longer than ``seconds``.
+
+    A timeout given to the HTTP client is not enough: it starts anew for each of a host's addresses.
+    """
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="macft-hub-probe", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    if raised:
+        raise raised[0]
+
+
+def _hub_reason(name: str, revision: str | None, endpoint: str, error: Exception) -> str:
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    start = f"model.path: '{name}'"
+    match error:
+        case GatedRepoError():
+            return f"{start} is gated: accept its licence at {endpoint}/{name}, then log in or set HF_TOKEN"
+        case RepositoryNotFoundError():
+            return f"{start} doesn't exist on {endpoint}, or it is private and HF_TOKEN isn't set"
+        case RevisionNotFoundError():
+            return f"model.revision: '{name}' has no revision '{revision}'"
+        case EntryNotFoundError():
+            return f"{start} has no config.json on {endpoint}, so mlx-lm can't load it"
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"{start} is not on this machine and can't be fetched from {endpoint} ({reason}); give a local "
+        "folder, use model=smollm2-135m, or set HF_ENDPOINT to a mirror you can reach"
+    )

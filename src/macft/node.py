@@ -1,0 +1,296 @@
+"""One node's run, from a checked configuration to the finished adapter: the rooms put together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.optimizers as optim
+import numpy as np
+
+from macft.checkpoint.snapshot import Progress, Snapshot, capture, restore, restore_adapter
+from macft.checkpoint.store import CheckpointStore
+from macft.collective.base import Collective
+from macft.config.schema import TrainConfig
+from macft.config.validate import to_plain
+from macft.config.yaml import to_yaml
+from macft.data import load as data_loading
+from macft.data.load import LoadedData
+from macft.data.order import RowOrder
+from macft.errors import DataError, MacftError
+from macft.evaluation.answers import Scored, score_answers
+from macft.evaluation.metrics import expected_text, metric, question_text
+from macft.model import load as model_loading
+from macft.model.adapt import Adaptation, adapt
+from macft.model.adapter_files import save_adapter, save_model
+from macft.model.device import prepare_device
+from macft.model.load import LoadedModel
+from macft.model.resolve import resolve
+from macft.report import fan_out
+from macft.report.events import (
+    MetricScored,
+    Noted,
+    PhaseProgress,
+    Reporter,
+    RunEnded,
+    RunStarted,
+    Sample,
+    SamplesShown,
+)
+from macft.report.run_folder import RunFolder
+from macft.training.gradient import GradientComputer
+from macft.stop import StopRequest
+from macft.training.loop import Trainer, steps_for
+from macft.training.optimizer import make_optimizer
+
+
+@dataclass
+class _Run:
+    """What the phases of a run share."""
+
+    config: TrainConfig
+    collective: Collective
+    folder: RunFolder
+    loaded: LoadedModel
+    data: LoadedData
+    adaptation: Adaptation
+    optimizer: optim.Optimizer
+    trainer: Trainer
+    reporter: Reporter
+
+
+def run_node(
+    config: TrainConfig, collective: Collective, folder: Path, *, resume: bool, stop: StopRequest
+) -> str:
+    """Trains this rank's part; returns why the run ended: finished, early_stopped or interrupted.
+
+    Raises:
+        MacftError: whatever went wrong, in one line; rank 0 has reported it before.
+    """
+    started = time.perf_counter()
+    run = _prepare(config, collective, RunFolder(folder), resume=resume, stop=stop)
+    try:
+        _announce(run)
+        before = _score_before(run)
+        reason = run.trainer.train()
+        if reason == "interrupted":
+            detail = f"go on with: python -m macft.train +resume={folder}"
+            _end(run, reason, started, {}, detail)
+            return reason
+        _choose_final_adapter(run)
+        adapter_folder = _save_adapter(run)
+        final = _score_after(run, before)
+        _end(run, reason, started, final, "", adapter_folder)
+        return reason
+    except MacftError as error:
+        _end(run, "failed", started, {}, str(error))
+        raise
+    finally:
+        run.reporter.close()
+
+
+def _prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, resume: bool, stop: StopRequest) -> _Run:
+    device = prepare_device()
+    loaded = model_loading.load(config.model, resolve(config.model))
+    data = data_loading.load(
+        config.dataset, loaded.tokenizer, need_test=config.training.metric_rows != 0, seed=config.seed
+    )
+    adaptation = adapt(loaded.model, config.adapter, seed=config.seed)
+    optimizer = make_optimizer(config.optimizer)
+    compute = GradientComputer(
+        loaded.model,
+        adaptation.dropout_keys,
+        seed=config.seed,
+        checkpoint_blocks=config.training.grad_checkpoint,
+    )
+    store = CheckpointStore(folder.checkpoints, keep=config.training.keep)
+    progress, notes = _agree_on_state(loaded, optimizer, collective, store, resume=resume)
+    order = RowOrder(
+        data.train.source_sizes, data.train.source_weights, batch_size=config.training.batch_size, seed=config.seed
+    )
+    reporter = fan_out.build(
+        config.report,
+        folder,
+        hparams=to_plain(config),
+        is_main=collective.rank == 0,
+        first_step=progress.step,
+    )
+    valid_rows = _chosen_rows(len(data.valid.rows), config.training.eval_rows, config.seed)
+    trainer = Trainer(
+        model=loaded.model,
+        optimizer=optimizer,
+        compute=compute,
+        collective=collective,
+        train_rows=data.train.rows,
+        valid_rows=[data.valid.rows[i] for i in valid_rows],
+        order=order,
+        total_steps=steps_for(config.training, order),
+        config=config.training,
+        optimizer_config=config.optimizer,
+        store=store,
+        reporter=reporter,
+        progress=progress,
+        stop=stop,
+    )
+    run = _Run(config, collective, folder, loaded, data, adaptation, optimizer, trainer, reporter)
+    run.data.notes[:0] = [device, *loaded.notes]
+    run.data.notes += notes
+    return run
+
+
+def _agree_on_state(
+    loaded: LoadedModel, optimizer: optim.Optimizer, collective: Collective, store: CheckpointStore, *, resume: bool
+) -> tuple[Progress, list[str]]:
+    """Every rank begins with rank 0's adapter, optimizer and progress: fresh ones, or those of the newest checkpoint."""
+    snapshot: Snapshot | None = None
+    notes: list[str] = []
+    payload = b""
+    if collective.rank == 0:
+        if resume:
+            snapshot, notes = store.newest_valid()
+            if snapshot is None:
+                notes.append("no checkpoint was saved before the run stopped; it starts from the beginning")
+        payload = (snapshot or capture(loaded.model, optimizer, Progress())).pack()
+    snapshot = Snapshot.unpack(collective.broadcast(payload))
+    if snapshot.progress.step == 0:
+        restore_adapter(snapshot, loaded.model)
+        return Progress(), notes
+    return restore(snapshot, loaded.model, optimizer), notes
+
+
+def _announce(run: _Run) -> None:
+    config, data = run.config, run.data
+    run.reporter.run_started(
+        RunStarted(
+            run_folder=run.folder.path,
+            device=data.notes[0],
+            model=config.model.path,
+            adapter=run.adaptation.description,
+            trainable_parameters=run.adaptation.trainable_parameters,
+            total_parameters=run.adaptation.total_parameters,
+            train_rows=len(data.train.rows),
+            valid_rows=len(run.trainer.valid_rows),
+            test_rows=len(data.test.rows),
+            batch_size=config.training.batch_size,
+            total_steps=run.trainer.total_steps,
+            first_step=run.trainer.progress.step,
+            rank=run.collective.rank,
+            world_size=run.collective.world_size,
+            shares="equal",
+            config_yaml=to_yaml(config),
+            notes=data.notes[1:],
+        )
+    )
+
+
+def _chosen_rows(count: int, wanted: int, seed: int) -> list[int]:
+    """``wanted`` row numbers out of ``count``, the same ones for the same seed; all of them for -1."""
+    if wanted < 0 or wanted >= count:
+        return list(range(count))
+    return sorted(int(i) for i in np.random.default_rng(seed).permutation(count)[:wanted])
+
+
+def _records(run: _Run) -> list[dict[str, Any]]:
+    rows = _chosen_rows(len(run.data.test.records), run.config.training.metric_rows, run.config.seed)
+    return [run.data.test.records[i] for i in rows]
+
+
+def _score(run: _Run, when: str) -> Scored | None:
+    name, training = run.config.dataset.metric, run.config.training
+    if name is None or not training.metric_rows:
+        return None
+    records = _records(run)
+    if not records:
+        raise DataError(f"training.metric_rows: dataset {run.config.dataset.path} has no test rows to score")
+    result = score_answers(
+        run.loaded.model,
+        run.loaded.tokenizer,
+        records,
+        metric(name),
+        run.collective,
+        max_tokens=training.metric_max_tokens,
+        progress=lambda done, total: run.reporter.phase_progress(PhaseProgress(f"answering, {when}", done, total)),
+    )
+    step = run.trainer.progress.step
+    run.reporter.metric_scored(
+        MetricScored(step, name, "test", when, result.value, len(records), result.seconds)
+    )
+    return result
+
+
+def _score_before(run: _Run) -> Mapping[str, Any]:
+    """The metric of the untrained model, kept in the run's progress so that a resumed run needn't repeat it."""
+    progress = run.trainer.progress
+    if not progress.before and progress.step == 0 and (scored := _score(run, "before")):
+        progress.before = {"value": scored.value, "answers": scored.answers, "right": scored.right}
+    return progress.before
+
+
+def _score_after(run: _Run, before: Mapping[str, Any]) -> dict[str, float]:
+    progress = run.trainer.progress
+    final: dict[str, float] = {}
+    if progress.first_valid_loss is not None and progress.best_valid_loss is not None:
+        chosen = progress.best_valid_loss if run.config.training.export == "best" else progress.valid_loss
+        final |= {"valid_loss_before": progress.first_valid_loss, "valid_loss": chosen or 0.0}
+    scored = _score(run, "after")
+    if scored is None:
+        return final
+    name = str(run.config.dataset.metric)
+    if before:
+        final[f"{name}_before"] = float(before["value"])
+    final[name] = scored.value
+    records = _records(run)
+    samples = [
+        Sample(
+            prompt=question_text(records[i]),
+            expected=expected_text(records[i]),
+            before=before["answers"][i] if before else None,
+            after=scored.answers[i],
+            before_correct=before["right"][i] if before else None,
+            after_correct=scored.right[i],
+        )
+        for i in range(min(run.config.report.samples, len(records)))
+    ]
+    run.reporter.samples_shown(SamplesShown(progress.step, samples))
+    return final
+
+
+def _choose_final_adapter(run: _Run) -> None:
+    """Puts the best checkpoint's adapter into the model where the run is to export the best."""
+    progress = run.trainer.progress
+    if run.config.training.export != "best" or progress.best_step in (None, progress.step):
+        return
+    if progress.best_step == 0:
+        run.reporter.noted(Noted("no validation was better than before training; the last adapter is kept", "warning"))
+        return
+    payload = b""
+    if run.collective.rank == 0:
+        payload = run.trainer.store.load(int(progress.best_step or 0)).pack()
+    restore_adapter(Snapshot.unpack(run.collective.broadcast(payload)), run.loaded.model)
+
+
+def _save_adapter(run: _Run) -> Path | None:
+    if run.collective.rank != 0:
+        return None
+    loaded, folder = run.loaded, run.folder.adapters
+    source = str(loaded.path) if run.config.model.path != str(loaded.path) else run.config.model.path
+    save_adapter(folder, loaded.model, run.adaptation.mlx_lm_config, model_name=source)
+    if run.config.adapter.type == "full" and loaded.was_quantized:
+        # The tuned weights don't fit the quantised checkpoint they came from, so the whole model goes along.
+        save_model(run.folder.path / "model", loaded)
+    return folder
+
+
+def _end(
+    run: _Run, reason: str, started: float, final: Mapping[str, float], detail: str, adapter_folder: Path | None = None
+) -> None:
+    run.reporter.run_ended(
+        RunEnded(
+            reason, run.trainer.progress.step, time.perf_counter() - started, final, adapter_folder, detail
+        )
+    )
+
+

@@ -1,0 +1,117 @@
+"""``python -m macft.train``: Hydra in, one readable run out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from macft.cluster.hosts import own_rank
+from macft.cluster.local import launch
+from macft.cluster.rendezvous import RendezvousServer, connect_ring
+from macft.cluster.settings import split_host
+from macft.collective.solo import Solo
+from macft.config.command_line import prepare
+from macft.config.paths import config_folder
+from macft.config.schema import TrainConfig
+from macft.config.validate import to_typed
+from macft.config.yaml import fingerprint, to_yaml
+from macft.errors import ConfigError
+from macft.model.resolve import resolve
+from macft.node import run_node
+from macft.status import exit_status
+from macft.stop import StopRequest
+
+
+def main() -> None:
+    """Parses the command line, lets Hydra compose each job, and trains."""
+    try:
+        command = prepare(sys.argv[1:])
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    sys.argv[1:] = command.argv
+
+    def job(config: DictConfig) -> None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        status = exit_status(lambda: run(to_typed(config), folder, resume=command.resume is not None))
+        if status:
+            sys.exit(status)
+
+    decorate: Callable[[Any], Any] = hydra.main(str(config_folder()), "train", version_base="1.3")
+    decorate(job)()
+
+
+def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
+    """Runs one job in ``folder`` on the nodes of its topology; returns why it ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    if config.topology.kind == "local" and config.topology.nodes > 1:
+        return _run_local(config, folder, resume=resume)
+    stop = StopRequest()
+    with stop.listening():
+        if config.topology.kind == "hosts":
+            return _run_on_hosts(config, folder, resume=resume, stop=stop)
+        with Solo() as alone:
+            return run_node(config, alone, folder, resume=resume, stop=stop)
+
+
+def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
+    resolve(config.model)  # fetched once, here, where its progress can be seen
+    status = launch(
+        config.topology.nodes,
+        folder,
+        run_id=folder.name,
+        fingerprint=fingerprint(config),
+        start_timeout=config.topology.start_timeout,
+        resume=resume,
+    )
+    if status == 0:
+        return "finished"
+    if status == 130:
+        return "interrupted"
+    sys.exit(status)  # rank 0 has printed why
+
+
+def _run_on_hosts(config: TrainConfig, folder: Path, *, resume: bool, stop: StopRequest) -> str:
+    topology = config.topology
+    rank, world_size = own_rank(topology), len(topology.hosts)
+    addresses = [split_host(host, topology.port) for host in topology.hosts]
+    host, port = addresses[rank]
+    run_id = f"{config.name}:{','.join(topology.hosts)}"
+    server: RendezvousServer | None = None
+    try:
+        if rank == 0:
+            server = RendezvousServer(
+                f"{host}:{port}",
+                world_size=world_size,
+                run_id=run_id,
+                fingerprint=fingerprint(config),
+                timeout=topology.start_timeout,
+            )
+            server.start()
+        with connect_ring(
+            f"{addresses[0][0]}:{addresses[0][1]}",
+            rank=rank,
+            world_size=world_size,
+            run_id=run_id,
+            fingerprint=fingerprint(config),
+            name=topology.hosts[rank],
+            settings=config.collective,
+            start_timeout=topology.start_timeout,
+            bind=f"{host}:{port + 1}",
+        ) as ring:
+            return run_node(config, ring, folder, resume=resume, stop=stop)
+    finally:
+        if server is not None:
+            server.close()
+
+
+if __name__ == "__main__":
+    main()

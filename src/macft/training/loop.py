@@ -1,0 +1,207 @@
+"""The training loop: global batch -> local gradient -> reduce -> update -> report, evaluate, save."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from numpy.typing import NDArray
+
+from macft.checkpoint.snapshot import Progress, capture, digest
+from macft.checkpoint.store import CheckpointStore
+from macft.collective.base import Collective
+from macft.data.batch import Batch, micro_batches
+from macft.data.formats import Row
+from macft.data.order import RowOrder
+from macft.errors import NonFiniteLoss, RanksDiverged
+from macft.plan.shares import assign
+from macft.report.events import CheckpointSaved, Evaluated, PhaseProgress, Reporter, StepDone
+from macft.stop import StopRequest
+from macft.training.evaluate import validation_loss
+from macft.training.gradient import GradientComputer, LocalGradient
+from macft.training.optimizer import apply_gradient, clip_factor, learning_rate
+from macft.training.reduce import GlobalGradient, reduce_gradient
+from macft.training.settings import OptimizerConfig, TrainingConfig
+
+_EVALUATION_ROWS_AT_ONCE = 8
+
+
+@dataclass
+class Trainer:
+    """One rank's training run. All ranks take the same decisions, because all decide on reduced values."""
+
+    model: nn.Module
+    optimizer: optim.Optimizer
+    compute: GradientComputer
+    collective: Collective
+    train_rows: list[Row]
+    valid_rows: list[Row]
+    order: RowOrder
+    total_steps: int
+    config: TrainingConfig
+    optimizer_config: OptimizerConfig
+    store: CheckpointStore
+    reporter: Reporter
+    progress: Progress
+    stop: StopRequest
+    _saved_step: int | None = field(default=None, init=False)
+
+    def train(self) -> str:
+        """Trains to the last step; returns why it ended: finished, early_stopped or interrupted.
+
+        Raises:
+            NonFiniteLoss: loss or gradient of a step is NaN or infinite; no update was made with it.
+            RanksDiverged: the ranks no longer hold the same adapter.
+            CollectiveError: a peer is gone or silent.
+        """
+        self._saved_step = self.progress.step or None
+        if self.progress.step == 0:
+            self._evaluate()
+        while self.progress.step < self.total_steps and not self._out_of_patience:
+            started = time.perf_counter()
+            batches = self._my_batches(self.progress.step)
+            data_seconds = time.perf_counter() - started
+            local = self.compute(self.progress.step, batches)
+            result = reduce_gradient(self.collective, local, stop=self.stop.requested)
+            update_seconds, rate = self._update(result)
+            self._report(result, local, rate, started, data_seconds, update_seconds)
+            self._evaluate_and_save_when_due()
+            if result.stop_requested and self.progress.step < self.total_steps:
+                self._save()
+                return "interrupted"
+        self._save()
+        return "early_stopped" if self._out_of_patience else "finished"
+
+    @property
+    def _out_of_patience(self) -> bool:
+        return 0 < self.config.patience <= self.progress.stale_evaluations
+
+    def _my_batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of the step's global batch."""
+        ids = self.order.rows(step)
+        lengths = np.array([len(self.train_rows[i].tokens) for i in ids], dtype=np.int64)
+        mine: NDArray[np.int64] = ids[assign(lengths, self.collective.world_size)[self.collective.rank]]
+        return micro_batches([self.train_rows[i] for i in mine], mine, self.config.micro_batch_size)
+
+    def _update(self, result: GlobalGradient) -> tuple[float, float]:
+        """Applies the global gradient, or nothing at all where it isn't finite; returns (seconds, learning rate)."""
+        started = time.perf_counter()
+        if not result.finite:
+            raise NonFiniteLoss(
+                f"step {self.progress.step + 1}: the loss is {result.loss} and the gradient norm {result.norm}; "
+                f"no update was made and {self._last_checkpoint()}. A lower optimizer.learning_rate or a smaller "
+                "adapter.scale usually helps"
+            )
+        rate = learning_rate(self.optimizer_config, self.progress.step, self.total_steps)
+        result.gradient *= np.float32(clip_factor(result.norm, self.config.max_grad_norm))
+        apply_gradient(self.model, self.optimizer, self.compute.layout, result.gradient, rate)
+        self.progress.step += 1
+        self.progress.target_tokens += result.target_tokens
+        return time.perf_counter() - started, rate
+
+    def _report(
+        self,
+        result: GlobalGradient,
+        local: LocalGradient,
+        rate: float,
+        started: float,
+        data_seconds: float,
+        update_seconds: float,
+    ) -> None:
+        seconds = time.perf_counter() - started
+        self.progress.seconds += seconds
+        parts = {
+            "data": data_seconds,
+            "compute": local.seconds,
+            "all_reduce": result.seconds,
+            "update": update_seconds,
+        }
+        self.reporter.step_done(
+            StepDone(
+                step=self.progress.step,
+                total_steps=self.total_steps,
+                epoch=self.order.epoch_of(self.progress.step),
+                loss=result.loss,
+                learning_rate=rate,
+                grad_norm=result.norm,
+                target_tokens=result.target_tokens,
+                tokens=result.tokens,
+                node_tokens=local.tokens,
+                seconds=seconds,
+                parts=parts,
+                peak_memory=mx.get_peak_memory(),
+                active_memory=mx.get_active_memory(),
+            )
+        )
+
+    def _evaluate_and_save_when_due(self) -> None:
+        step, config = self.progress.step, self.config
+        last = step == self.total_steps
+        improved = False
+        if config.eval_every and (last or step % config.eval_every == 0):
+            improved = self._evaluate()
+        if improved or (config.save_every and step % config.save_every == 0):
+            self._save()
+
+    def _evaluate(self) -> bool:
+        """Validates and keeps account of the best loss; returns whether this one is the best so far."""
+        if not self.valid_rows or not self.config.eval_every:
+            return False
+        result = validation_loss(
+            self.model,
+            self.compute.loss,
+            self.valid_rows,
+            self.collective,
+            rows_at_once=self.config.micro_batch_size or _EVALUATION_ROWS_AT_ONCE,
+            progress=lambda done, total: self.reporter.phase_progress(PhaseProgress("validation", done, total)),
+        )
+        progress = self.progress
+        progress.valid_loss = result.loss
+        if progress.first_valid_loss is None:
+            progress.first_valid_loss = result.loss
+        is_best = progress.best_valid_loss is None or result.loss < progress.best_valid_loss
+        if is_best:
+            progress.best_valid_loss, progress.best_step, progress.stale_evaluations = result.loss, progress.step, 0
+        else:
+            progress.stale_evaluations += 1
+        self.reporter.evaluated(Evaluated(progress.step, result.loss, result.target_tokens, result.seconds, is_best))
+        return is_best and progress.step > 0
+
+    def _save(self) -> None:
+        """Rank 0 writes a checkpoint, after all ranks have shown that they hold the same adapter."""
+        if self._saved_step == self.progress.step:
+            return
+        started = time.perf_counter()
+        self._require_equal_ranks()
+        self._saved_step = self.progress.step
+        if self.collective.rank == 0:
+            path = self.store.save(capture(self.model, self.optimizer, self.progress))
+            is_best = self.progress.best_step == self.progress.step
+            self.reporter.checkpoint_saved(
+                CheckpointSaved(self.progress.step, path, is_best, time.perf_counter() - started)
+            )
+
+    def _require_equal_ranks(self) -> None:
+        digests = self.collective.all_gather(digest(self.model)) if self.collective.world_size > 1 else []
+        different = [rank for rank, value in enumerate(digests) if value != digests[0]]
+        if different:
+            raise RanksDiverged(
+                f"step {self.progress.step}: rank {different[0]} holds another adapter than rank 0; "
+                f"{self._last_checkpoint()}. Do all nodes run the same versions of macft and MLX?"
+            )
+
+    def _last_checkpoint(self) -> str:
+        steps = self.store.steps() if self.collective.rank == 0 else []
+        return f"the last good checkpoint is {self.store.path(steps[0])}" if steps else "no checkpoint was saved yet"
+
+
+def steps_for(config: TrainingConfig, order: RowOrder) -> int:
+    """Total optimizer updates from ``training.steps`` or ``training.epochs``."""
+    if config.steps is not None:
+        return config.steps
+    return max(1, round((config.epochs or 0) * order.steps_per_epoch))
+

@@ -1,0 +1,125 @@
+"""How long and how to train: the Hydra groups ``training`` and ``optimizer``."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+OPTIMIZERS = ("adamw", "adam", "adamax", "lion", "muon", "sgd", "adafactor", "rmsprop", "adagrad")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass
+class OptimizerConfig:
+    """The Hydra group ``optimizer``."""
+
+    # adamw, adam, adamax, lion, muon, sgd, adafactor, rmsprop or adagrad, as implemented by MLX.
+    name: str = "adamw"
+    # Peak learning rate.
+    learning_rate: float = 1e-4
+    # After the warm-up: constant, or down to `final_learning_rate` along a line or a half cosine.
+    schedule: str = "cosine"
+    # Steps over which the learning rate climbs from 0 to its peak.
+    warmup_steps: int = 0
+    # Learning rate at the last step of a linear or cosine schedule.
+    final_learning_rate: float = 0.0
+    # Decoupled weight decay; only for adamw, lion, muon, sgd and adafactor.
+    weight_decay: float = 0.0
+    # Further arguments of the MLX optimizer by their MLX names: {betas: [0.9, 0.95], eps: 1e-8}.
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrainingConfig:
+    """The Hydra group ``training``. Rows are rows of the dataset, counted over all nodes."""
+
+    # Rows in a global batch: one optimizer update. (mlx-lm: batch_size x grad_accumulation_steps.)
+    batch_size: int = 8
+    # At most so many rows in one forward pass of a node; the rest is accumulated. Null: all of the node's rows.
+    micro_batch_size: int | None = None
+    # Optimizer updates to make (mlx-lm: iters / grad_accumulation_steps). Or give `epochs`.
+    steps: int | None = None
+    # Passes over the training set, instead of `steps`.
+    epochs: float | None = None
+    # Clip the gradient to this global L2 norm, over all parameters and nodes; 0 turns clipping off.
+    max_grad_norm: float = 1.0
+    # Recompute each block's activations in the backward pass: less memory, about a third more time.
+    grad_checkpoint: bool = False
+    # Validate every so many steps, and before the first and after the last one; 0 means never.
+    eval_every: int = 50
+    # Validation rows to use, the same ones each time; -1 means all.
+    eval_rows: int = -1
+    # Test rows to score with the dataset's metric before and after training; 0 means none, -1 all.
+    metric_rows: int = 0
+    # Longest answer generated for the metric, in tokens.
+    metric_max_tokens: int = 64
+    # Save a checkpoint every so many steps, and at the end; 0 means at the end only.
+    save_every: int = 50
+    # Checkpoints to keep, the newest ones; the best one is kept besides.
+    keep: int = 2
+    # The adapter folder gets the adapter of the lowest validation loss (best) or of the last step (last).
+    export: str = "best"
+    # Stop after so many validations in a row without a lower loss; 0 means never.
+    patience: int = 0
+
+
+def problems(training: TrainingConfig, optimizer: OptimizerConfig) -> list[str]:
+    """One line for each value that can't be right; no I/O."""
+    return _training_problems(training) + _optimizer_problems(optimizer, training.steps)
+
+
+def _training_problems(config: TrainingConfig) -> list[str]:
+    found = []
+    if config.batch_size < 1:
+        found.append(f"training.batch_size: {config.batch_size} must be 1 or more")
+    if config.micro_batch_size is not None and config.micro_batch_size < 1:
+        found.append(f"training.micro_batch_size: {config.micro_batch_size} must be 1 or more, or null")
+    if (config.steps is None) == (config.epochs is None):
+        found.append("training.steps and training.epochs: give exactly one of them and set the other to null")
+    if config.steps is not None and config.steps < 1:
+        found.append(f"training.steps: {config.steps} must be 1 or more")
+    if config.epochs is not None and not config.epochs > 0:
+        found.append(f"training.epochs: {config.epochs} must be greater than 0")
+    if config.max_grad_norm < 0:
+        found.append(f"training.max_grad_norm: {config.max_grad_norm} must be 0 (off) or greater")
+    for key in ("eval_every", "save_every", "patience"):
+        if (value := getattr(config, key)) < 0:
+            found.append(f"training.{key}: {value} must be 0 (never) or more")
+    for key in ("eval_rows", "metric_rows"):
+        if (value := getattr(config, key)) < -1:
+            found.append(f"training.{key}: {value} must be -1 (all) or more")
+    if config.metric_max_tokens < 1:
+        found.append(f"training.metric_max_tokens: {config.metric_max_tokens} must be 1 or more")
+    if config.keep < 1:
+        found.append(f"training.keep: {config.keep} must be 1 or more, a run needs a checkpoint to resume from")
+    if config.export not in ("best", "last"):
+        found.append(f"training.export: '{config.export}' is not best or last")
+    if config.patience and not config.eval_every:
+        found.append("training.patience: early stopping needs validations; set training.eval_every")
+    return found
+
+
+def _optimizer_problems(config: OptimizerConfig, steps: int | None) -> list[str]:
+    found = []
+    for key, names in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
+        value = getattr(config, key)
+        if value not in names:
+            near = difflib.get_close_matches(value, names, 1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            found.append(f"optimizer.{key}: '{value}' is not one of {', '.join(names)}{hint}")
+    if not config.learning_rate > 0:
+        found.append(f"optimizer.learning_rate: {config.learning_rate} must be greater than 0")
+    if not 0 <= config.final_learning_rate <= max(config.learning_rate, 0):
+        found.append(
+            f"optimizer.final_learning_rate: {config.final_learning_rate} must be from 0 to optimizer.learning_rate"
+        )
+    if config.warmup_steps < 0 or (steps is not None and config.warmup_steps >= max(steps, 1)):
+        found.append(
+            f"optimizer.warmup_steps: {config.warmup_steps} must be 0 or more and less than training.steps ({steps})"
+        )
+    if config.weight_decay < 0:
+        found.append(f"optimizer.weight_decay: {config.weight_decay} must be 0 or more")
+    if config.weight_decay and config.name not in ("adamw", "lion", "muon", "sgd", "adafactor"):
+        found.append(f"optimizer.weight_decay: {config.name} has none; use adamw, or set it to 0")
+    return found

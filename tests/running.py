@@ -1,0 +1,99 @@
+"""Runs macft as a user does: real commands, real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+
+@dataclass
+class Finished:
+    """A finished command."""
+
+    status: int
+    output: str
+    errors: str
+
+
+def command(*overrides: str) -> list[str]:
+    """``python -m macft.train`` with ``overrides``."""
+    return [sys.executable, "-m", "macft.train", *overrides]
+
+
+def environment() -> dict[str, str]:
+    """One BLAS thread, so that several ranks on two cores don't get in each other's way."""
+    return {**os.environ, "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def train(*overrides: str, cwd: Path, timeout: float = 240) -> Finished:
+    """Runs ``python -m macft.train`` to its end."""
+    done = subprocess.run(
+        command(*overrides), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def start(*overrides: str, cwd: Path) -> subprocess.Popen[str]:
+    """Starts ``python -m macft.train`` and returns at once."""
+    return subprocess.Popen(
+        command(*overrides),
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of one kind in a run's metrics.jsonl; an unfinished last line is left out."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [event for event in map(json.loads, lines) if event["type"] == kind]
+
+
+def losses(folder: Path) -> list[float]:
+    """The training loss of each step, in order; each step must stand once."""
+    steps = events(folder, "step_done")
+    assert [event["step"] for event in steps] == list(range(1, len(steps) + 1))
+    return [event["loss"] for event in steps]
+
+
+def adapter(folder: Path) -> dict[str, np.ndarray]:
+    """The final adapter's arrays."""
+    return {name: np.array(value) for name, value in mx.load(str(folder / "adapters" / "adapters.safetensors")).items()}
+
+
+def same_bits(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
+    """Whether two adapters are equal to the last bit."""
+    return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes one JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def uneven_dataset(folder: Path) -> Path:
+    """Prompt/completion rows of very different lengths: 40 to train, 8 to validate, 6 to test."""
+    words = ["red", "seven", "river", "lamp", "north", "glass", "stone", "quiet", "paper", "cloud"]
+    generator = np.random.default_rng(5)
+
+    def row() -> dict[str, str]:
+        text = " ".join(generator.choice(words, int(generator.integers(1, 60))))
+        return {"prompt": f"Repeat: {text}", "completion": " ".join(text.split()[: int(generator.integers(1, 30))])}
+
+    for name, count in (("train", 40), ("valid", 8), ("test", 6)):
+        write_jsonl(folder / f"{name}.jsonl", [row() for _ in range(count)])
+    return folder

@@ -1,0 +1,149 @@
+"""Finding a model folder: local paths, and the Hugging Face Hub as a local server plays it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from macft.errors import ModelError
+from macft.model.resolve import resolve
+from macft.model.settings import ModelConfig
+
+
+def test_a_local_folder_is_itself(tiny_model_folder: Path) -> None:
+    assert resolve(ModelConfig(path=str(tiny_model_folder))) == tiny_model_folder
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("smollm2-135m", "did you mean 'smollm2-135m-instruct'?"),
+        ("gpt-17", "neither a bundled model (smollm2-135m-instruct), nor a folder, nor a Hugging Face id"),
+        ("./no-such-model", "folder './no-such-model' doesn't exist"),
+        ("~/no-such-folder/model", "doesn't exist, and neither does"),
+        ("here/modle", "folder 'here/modle' doesn't exist; did you mean 'model'?"),
+        ("a/b/c", "folder 'a/b/c' doesn't exist"),
+        ("org/na me", "not a Hugging Face id"),
+        ("org/a--b", "not a Hugging Face id"),
+        ("file.txt", "is a file"),
+        ("empty", "has no config.json"),
+        ("here/model", "has no model*.safetensors"),
+        ("sharded", "lacks 1 of 2 weight files, model-00002-of-00002.safetensors"),
+    ],
+)
+def test_a_wrong_path_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "here/model", "sharded"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "file.txt").touch()
+    (tmp_path / "here/model/config.json").write_text("{}")
+    (tmp_path / "sharded/config.json").write_text("{}")
+    (tmp_path / "sharded/model-00001-of-00002.safetensors").touch()
+    shards = {name: f"model-0000{i}-of-00002.safetensors" for i, name in ((1, "a"), (2, "b"))}
+    (tmp_path / "sharded/model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(ModelError) as caught:
+        resolve(ModelConfig(path=path))
+    assert words in str(caught.value)
+    assert "model.path" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the Hugging Face Hub does for models that can't be had; the id says which answer."""
+
+    def do_HEAD(self) -> None:
+        kind = self.path.split("/")[2]
+        status, code = {"gated": (403, "GatedRepo"), "missing": (404, "RepoNotFound")}.get(
+            kind, (404, "RevisionNotFound" if "v9" in self.path else "EntryNotFound")
+        )
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def point_to(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What HF_ENDPOINT does when huggingface_hub is imported."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    from huggingface_hub import constants
+
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    point_to(f"http://127.0.0.1:{server.server_port}", monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize(
+    ("path", "revision", "words"),
+    [
+        ("org/gated", None, ("is gated", "accept its licence", "HF_TOKEN")),
+        ("org/missing", None, ("'org/missing' doesn't exist on", "private")),
+        ("org/other", None, ("has no config.json",)),
+        ("org/other", "v9", ("model.revision", "no revision 'v9'")),
+    ],
+)
+def test_the_hubs_refusals_are_told_apart(path: str, revision: str | None, words: tuple[str, ...]) -> None:
+    with pytest.raises(ModelError) as caught:
+        resolve(ModelConfig(path=path, revision=revision))
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    point_to(f"http://127.0.0.1:{closed_port()}", monkeypatch)
+    with pytest.raises(ModelError, match=r"org/name.*refused.*local folder.*model=smollm2-135m.*HF_ENDPOINT"):
+        resolve(ModelConfig(path="org/name"))
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_silent_hub_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("macft.model.resolve._PROBE_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        point_to(f"http://127.0.0.1:{silent.getsockname()[1]}", monkeypatch)
+        with pytest.raises(ModelError, match=r"can't be fetched .*(no answer|timed out)"):
+            resolve(ModelConfig(path="org/name"))
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_complete_model_in_the_hubs_cache_needs_no_hub(tmp_path: Path, tiny_model_folder: Path) -> None:
+    cached = tmp_path / "hub" / "models--org--cached"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(tiny_model_folder, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    assert resolve(ModelConfig(path="org/cached")) == cached / "snapshots" / commit
+    (cached / "snapshots" / commit / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"has no config\.json on"):  # the hub is asked now
+        resolve(ModelConfig(path="org/cached"))
+
+
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])

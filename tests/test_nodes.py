@@ -1,0 +1,172 @@
+"""Several nodes compute what one does, and a stopped run goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from running import adapter, events, losses, same_bits, start, train, uneven_dataset
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def basics(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> list[str]:
+    """Overrides for a short run of a tiny model on rows of very different lengths."""
+    data = uneven_dataset(tmp_path_factory.mktemp("data"))
+    return [
+        f"model={tiny_model_folder}",
+        f"dataset={data}",
+        "dataset.mask_prompt=true",
+        "training.batch_size=7",
+        "training.micro_batch_size=4",
+        "training.steps=50",
+        "training.eval_every=10",
+        "training.save_every=5",
+        "training.export=last",
+        "optimizer.learning_rate=1e-3",
+        "adapter.dropout=0.1",
+        "report.console=false",
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Path:
+    """An uninterrupted run on one node."""
+    folder = tmp_path_factory.mktemp("one")
+    done = train(*basics, f"hydra.run.dir={folder}", cwd=folder)
+    assert done.status == 0, done.errors
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_run_on_two(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Path:
+    """An uninterrupted run on two nodes."""
+    folder = tmp_path_factory.mktemp("two")
+    done = train(*basics, "topology=local", f"hydra.run.dir={folder}", cwd=folder)
+    assert done.status == 0, done.errors
+    return folder
+
+
+def adapter_digests(folder: Path) -> set[str]:
+    """SHA-256 of the final adapter as each rank other than 0 logged it, and of the file rank 0 wrote."""
+    found = {json.loads((folder / "summary.json").read_text())["adapter_sha256"]}
+    for log in (folder / "logs").glob("rank-*.log"):
+        found |= {line.split()[-1] for line in log.read_text().splitlines() if "adapter sha256" in line}
+    return found
+
+
+def assert_equal_up_to_rounding(folder: Path, reference: Path) -> None:
+    np.testing.assert_allclose(losses(folder), losses(reference), rtol=1e-4)
+    expected, found = adapter(reference), adapter(folder)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-2, atol=2e-4, err_msg=name)
+
+
+def test_two_nodes_equal_one(whole_run: Path, whole_run_on_two: Path) -> None:
+    assert len(losses(whole_run)) == 50
+    assert_equal_up_to_rounding(whole_run_on_two, whole_run)
+    assert len(list((whole_run_on_two / "logs").glob("rank-*.log"))) == 1
+    assert len(adapter_digests(whole_run_on_two)) == 1
+
+
+def test_three_nodes_share_a_batch_of_seven(tmp_path: Path, basics: list[str], whole_run: Path) -> None:
+    done = train(*basics, "topology=local", "topology.nodes=3", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    assert_equal_up_to_rounding(tmp_path, whole_run)
+    assert len(list((tmp_path / "logs").glob("rank-*.log"))) == 2
+    assert len(adapter_digests(tmp_path)) == 1
+
+
+def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(events(folder, "step_done")) < step:
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def kill_at_random_then_resume(folder: Path, overrides: list[str], seed: int) -> None:
+    """kill -9 of the whole run, three times at random moments, then to the end."""
+    moments = random.Random(seed)
+    process = start(*overrides, f"hydra.run.dir={folder}", cwd=folder)
+    for _ in range(3):
+        before = len(events(folder, "step_done"))
+        wait_for_step(process, folder, before + moments.randint(1, 12))
+        family = [psutil.Process(process.pid), *children(process)]
+        for member in family:
+            member.kill()
+        psutil.wait_procs(family, timeout=10)
+        process = start(f"+resume={folder}", cwd=folder)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
+def test_killed_and_resumed_is_bit_identical_on_one_node(tmp_path: Path, basics: list[str], whole_run: Path) -> None:
+    kill_at_random_then_resume(tmp_path, basics, seed=1)
+    assert losses(tmp_path) == losses(whole_run)
+    assert same_bits(adapter(tmp_path), adapter(whole_run))
+
+
+def test_killed_and_resumed_is_bit_identical_on_two_nodes(
+    tmp_path: Path, basics: list[str], whole_run_on_two: Path
+) -> None:
+    kill_at_random_then_resume(tmp_path, [*basics, "topology=local"], seed=2)
+    assert losses(tmp_path) == losses(whole_run_on_two)
+    assert same_bits(adapter(tmp_path), adapter(whole_run_on_two))
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_ctrl_c_saves_and_a_resume_on_other_nodes_goes_on(
+    tmp_path: Path, basics: list[str], whole_run: Path, nodes: int
+) -> None:
+    topology = ["topology=local", f"topology.nodes={nodes}"] if nodes > 1 else []
+    process = start(*basics, *topology, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    wait_for_step(process, tmp_path, 7)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    stopped_at = len(losses(tmp_path))
+    assert 7 <= stopped_at < 50
+    assert (tmp_path / "checkpoints" / f"step-{stopped_at:08d}").is_dir()
+    other = ["topology=single", "topology.nodes=1"] if nodes > 1 else ["topology=local", "topology.nodes=2"]
+    done = train(f"+resume={tmp_path}", *other, cwd=tmp_path)
+    assert done.status == 0, done.errors
+    assert_equal_up_to_rounding(tmp_path, whole_run)
+
+
+def test_a_rank_that_dies_is_named_and_nothing_is_left_behind(tmp_path: Path, basics: list[str]) -> None:
+    process = start(*basics, "topology=local", "topology.nodes=3", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    wait_for_step(process, tmp_path, 3)
+    ranks = children(process)
+    victim = next(rank for rank in ranks if rank.cmdline()[4] == "2")
+    victim.kill()
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode not in (0, None)
+    assert "rank 2" in errors
+    assert not psutil.wait_procs(ranks, timeout=5)[1]
+
+
+def test_ranks_stop_when_their_launcher_is_killed(tmp_path: Path, basics: list[str]) -> None:
+    process = start(*basics, "topology=local", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    wait_for_step(process, tmp_path, 2)
+    ranks = children(process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=30)
+    assert not alive
+    # They stopped in order: the newest checkpoint is that of the last step reported.
+    assert (tmp_path / "checkpoints" / f"step-{len(losses(tmp_path)):08d}").is_dir()

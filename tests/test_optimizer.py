@@ -1,0 +1,75 @@
+"""Schedules, clipping and the update."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+
+from macft.errors import ConfigError
+from macft.training.optimizer import apply_gradient, clip_factor, learning_rate, make_optimizer
+from macft.training.settings import OPTIMIZERS, OptimizerConfig
+
+
+@given(
+    schedule=st.sampled_from(["constant", "linear", "cosine"]),
+    total=st.integers(2, 500),
+    warmup=st.integers(0, 400),
+    final=st.floats(0, 1e-4),
+)
+def test_learning_rate_climbs_to_its_peak_then_only_falls(schedule: str, total: int, warmup: int, final: float) -> None:
+    warmup = min(warmup, total - 1)
+    config = OptimizerConfig(learning_rate=1e-3, schedule=schedule, warmup_steps=warmup, final_learning_rate=final)
+    rates = [learning_rate(config, step, total) for step in range(total)]
+    assert rates[warmup] == pytest.approx(1e-3)
+    assert all(0 < rate <= 1e-3 * (1 + 1e-9) for rate in rates[: warmup + 1])
+    assert rates[: warmup + 1] == sorted(rates[: warmup + 1])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert learning_rate(config, total, total) == pytest.approx(1e-3 if schedule == "constant" else final)
+
+
+@given(norm=st.floats(1e-6, 1e6), limit=st.floats(0, 100))
+def test_clipping_limits_the_norm_and_leaves_smaller_ones_alone(norm: float, limit: float) -> None:
+    clipped = norm * clip_factor(norm, limit)
+    if limit == 0 or norm <= limit:
+        assert clipped == norm
+    else:
+        assert math.isclose(clipped, limit, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_lowers_a_quadratic(name: str) -> None:
+    model = nn.Linear(6, 4, bias=False)
+    model.weight = mx.ones((4, 6))
+    optimizer = make_optimizer(OptimizerConfig(name=name))
+    layout = tree_flatten(model.trainable_parameters())
+    for _ in range(20):
+        apply_gradient(model, optimizer, layout, np.array(model.weight).reshape(-1).copy(), 0.02)
+    assert float(mx.square(model.weight).sum()) < 0.97 * 24
+
+
+def test_adamw_is_mlx_adamw() -> None:
+    ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
+    theirs.update(ours.parameters())
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.1, arguments={"betas": [0.9, 0.95]}))
+    reference = optim.AdamW(learning_rate=1e-2, betas=[0.9, 0.95], weight_decay=0.1, bias_correction=True)
+    gradient = {"weight": mx.arange(6, dtype=mx.float32).reshape(2, 3), "bias": mx.array([1.0, -1.0])}
+    layout = tree_flatten(ours.trainable_parameters())
+    flat = np.concatenate([np.array(gradient[name]).reshape(-1) for name, _ in layout])
+    for _ in range(3):
+        apply_gradient(ours, optimizer, layout, flat, 1e-2)
+        reference.update(theirs, gradient)
+    assert mx.array_equal(ours.weight, theirs.weight)
+    assert mx.array_equal(ours.bias, theirs.bias)
+
+
+def test_an_argument_the_optimizer_lacks_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.arguments: adamw"):
+        make_optimizer(OptimizerConfig(arguments={"momentumm": 0.9}))
