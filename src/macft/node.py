@@ -11,7 +11,7 @@ from typing import Any
 import mlx.optimizers as optim
 import numpy as np
 
-from macft.checkpoint.snapshot import Progress, Snapshot, capture, restore, restore_adapter
+from macft.checkpoint.snapshot import Progress, Snapshot, capture, digest, restore, restore_adapter
 from macft.checkpoint.store import CheckpointStore
 from macft.collective.base import Collective
 from macft.config.schema import TrainConfig
@@ -22,7 +22,8 @@ from macft.data.load import LoadedData
 from macft.data.order import RowOrder
 from macft.errors import DataError, MacftError
 from macft.evaluation.answers import Scored, score_answers
-from macft.evaluation.metrics import expected_text, metric, question_text
+from macft.evaluation.metrics import metric
+from macft.evaluation.record import expected_text, question_text
 from macft.model import load as model_loading
 from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_files import save_adapter, save_model
@@ -47,6 +48,14 @@ from macft.training.loop import Trainer, steps_for
 from macft.training.optimizer import make_optimizer
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: ``reason`` is finished, early_stopped or interrupted; ``adapter_sha256`` is equal on all ranks."""
+
+    reason: str
+    adapter_sha256: str
+
+
 @dataclass
 class _Run:
     """What the phases of a run share."""
@@ -64,8 +73,8 @@ class _Run:
 
 def run_node(
     config: TrainConfig, collective: Collective, folder: Path, *, resume: bool, stop: StopRequest
-) -> str:
-    """Trains this rank's part; returns why the run ended: finished, early_stopped or interrupted.
+) -> Outcome:
+    """Trains this rank's part.
 
     Raises:
         MacftError: whatever went wrong, in one line; rank 0 has reported it before.
@@ -78,13 +87,11 @@ def run_node(
         reason = run.trainer.train()
         if reason == "interrupted":
             detail = f"go on with: python -m macft.train +resume={folder}"
-            _end(run, reason, started, {}, detail)
-            return reason
+            return _end(run, reason, started, {}, detail)
         _choose_final_adapter(run)
         adapter_folder = _save_adapter(run)
         final = _score_after(run, before)
-        _end(run, reason, started, final, "", adapter_folder)
-        return reason
+        return _end(run, reason, started, final, "", adapter_folder)
     except MacftError as error:
         _end(run, "failed", started, {}, str(error))
         raise
@@ -286,11 +293,17 @@ def _save_adapter(run: _Run) -> Path | None:
 
 def _end(
     run: _Run, reason: str, started: float, final: Mapping[str, float], detail: str, adapter_folder: Path | None = None
-) -> None:
+) -> Outcome:
+    outcome = Outcome(reason, digest(run.loaded.model).hex())
     run.reporter.run_ended(
         RunEnded(
-            reason, run.trainer.progress.step, time.perf_counter() - started, final, adapter_folder, detail
+            reason=reason,
+            steps=run.trainer.progress.step,
+            seconds=time.perf_counter() - started,
+            final=final,
+            adapter_folder=adapter_folder,
+            adapter_sha256=outcome.adapter_sha256,
+            detail=detail,
         )
     )
-
-
+    return outcome

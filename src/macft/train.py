@@ -59,7 +59,7 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
         if config.topology.kind == "hosts":
             return _run_on_hosts(config, folder, resume=resume, stop=stop)
         with Solo() as alone:
-            return run_node(config, alone, folder, resume=resume, stop=stop)
+            return run_node(config, alone, folder, resume=resume, stop=stop).reason
 
 
 def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
@@ -107,7 +107,7 @@ def _run_on_hosts(config: TrainConfig, folder: Path, *, resume: bool, stop: Stop
             start_timeout=topology.start_timeout,
             bind=f"{host}:{port + 1}",
         ) as ring:
-            return run_node(config, ring, folder, resume=resume, stop=stop)
+            return run_node(config, ring, folder, resume=resume, stop=stop).reason
     finally:
         if server is not None:
             server.close()

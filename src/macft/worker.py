@@ -34,7 +34,10 @@ def main(argv: list[str]) -> int:
             settings=config.collective,
             start_timeout=config.topology.start_timeout,
         ) as ring:
-            return run_node(config, ring, folder, resume="--resume" in argv, stop=stop)
+            outcome = run_node(config, ring, folder, resume="--resume" in argv, stop=stop)
+        if rank:
+            print(f"{outcome.reason}; adapter sha256 {outcome.adapter_sha256}")
+        return outcome.reason
 
     with stop.listening(launcher_gone):
         return exit_status(run)

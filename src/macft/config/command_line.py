@@ -47,7 +47,7 @@ def prepare(argv: list[str]) -> CommandLine:
     arguments = get_args_parser().parse_args(argv)
     overrides: list[str] = arguments.overrides
     flags = _without(argv, overrides)
-    asks_for_information = arguments.help or arguments.hydra_help or arguments.version or arguments.info
+    asks_for_information = arguments.help or arguments.hydra_help or arguments.info
     if asks_for_information or arguments.shell_completion:
         return CommandLine(argv, None)
     folders = [config_folder()] + ([Path(arguments.config_dir)] if arguments.config_dir else [])

@@ -97,7 +97,8 @@ class Trainer:
                 "adapter.scale usually helps"
             )
         rate = learning_rate(self.optimizer_config, self.progress.step, self.total_steps)
-        result.gradient *= np.float32(clip_factor(result.norm, self.config.max_grad_norm))
+        factor = np.float32(clip_factor(result.norm, self.config.max_grad_norm))
+        np.multiply(result.gradient, factor, out=result.gradient)
         apply_gradient(self.model, self.optimizer, self.compute.layout, result.gradient, rate)
         self.progress.step += 1
         self.progress.target_tokens += result.target_tokens

@@ -1,0 +1,1 @@
+"""All-reduce, broadcast and the like between ranks, behind one interface."""

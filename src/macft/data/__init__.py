@@ -1,0 +1,1 @@
+"""From files and hub ids to the rows of a step."""

@@ -1,0 +1,105 @@
+"""A configured dataset as tokenised rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from macft.data.formats import Row, rename_columns, tokenize
+from macft.data.settings import DatasetConfig
+from macft.data.sources import SPLITS, Record, read_source
+from macft.errors import DataError
+
+
+@dataclass
+class Split:
+    """``rows`` and the ``records`` they were made of, source by source."""
+
+    rows: list[Row] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    source_sizes: list[int] = field(default_factory=list)
+    source_weights: list[float] = field(default_factory=list)
+
+
+@dataclass
+class LoadedData:
+    """All splits; ``notes`` are lines for the user, on rows that were cut for instance."""
+
+    train: Split
+    valid: Split
+    test: Split
+    notes: list[str]
+
+
+def load(config: DatasetConfig, tokenizer: Any, *, need_test: bool, seed: int) -> LoadedData:
+    """Reads and tokenises the dataset; the test split only if it is needed.
+
+    Raises:
+        DataError: a source or a row can't be read; the message names the split, the row and the field.
+    """
+    data = LoadedData(Split(), Split(), Split(), [])
+    for source in config.all_sources():
+        raw = read_source(source)
+        if not raw["valid"] and config.valid_fraction:
+            raw["train"], raw["valid"] = _split_off(raw["train"], config.valid_fraction, seed)
+        if not raw["train"]:
+            raise DataError(f"dataset.path: {source.path} has no training rows")
+        for name in SPLITS if need_test else SPLITS[:2]:
+            split: Split = getattr(data, name)
+            before = len(split.rows)
+            _add(split, raw[name], source.path, name, dict(source.columns), config, tokenizer, data.notes)
+            if len(split.rows) > before:
+                split.source_sizes.append(len(split.rows) - before)
+                split.source_weights.append(source.weight)
+    if not data.train.rows:
+        raise DataError("dataset.max_seq_length: no training row has a target left after cutting; raise it")
+    if not data.valid.rows:
+        data.notes.append("no validation rows: training goes without validation (dataset.valid_fraction splits some off)")
+    return data
+
+
+def _add(
+    split: Split,
+    records: list[Record],
+    path: str,
+    name: str,
+    columns: dict[str, str],
+    config: DatasetConfig,
+    tokenizer: Any,
+    notes: list[str],
+) -> None:
+    cut = dropped = 0
+    for number, raw in enumerate(records):
+        try:
+            record = rename_columns(raw, columns) if columns else raw
+            row = tokenize(record, tokenizer, mask_prompt=config.mask_prompt)
+        except KeyError as error:
+            have = ", ".join(sorted(raw))
+            raise DataError(f"dataset.columns: {path} has no column {error}; it has {have}") from error
+        except DataError as error:
+            text = str(error)
+            raise DataError(text if text.startswith("dataset.") else f"{path}, {name} row {number + 1}: {text}") from error
+        if len(row.tokens) > config.max_seq_length:
+            cut += 1
+            row = Row(row.tokens[: config.max_seq_length], row.prompt_length)
+        if row.target_tokens == 0:
+            dropped += 1
+            continue
+        split.rows.append(row)
+        split.records.append(record)
+    if cut:
+        notes.append(f"{name}: {cut} of {len(records)} rows cut to {config.max_seq_length} tokens")
+    if dropped:
+        notes.append(f"{name}: {dropped} of {len(records)} rows dropped, no target token was left in them")
+
+
+def _split_off(records: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """A seeded share of ``records`` for validation; both parts keep their order."""
+    count = min(len(records) - 1, max(1, round(len(records) * fraction)))
+    chosen = set(np.random.default_rng(seed).permutation(len(records))[:count].tolist())
+    return (
+        [record for i, record in enumerate(records) if i not in chosen],
+        [record for i, record in enumerate(records) if i in chosen],
+    )

@@ -1,0 +1,90 @@
+"""What to train on: the Hydra group ``dataset``."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, field
+
+COLUMNS = ("text", "prompt", "completion", "messages", "tools")
+
+
+@dataclass
+class SourceConfig:
+    """One of several sources in ``dataset.sources``."""
+
+    # builtin:sql, a folder with {train,valid,test}.jsonl, a .jsonl, .json, .parquet or .csv file, or a Hugging Face id.
+    path: str = ""
+    # The subset of a Hugging Face dataset.
+    name: str | None = None
+    # Splits of a Hugging Face dataset, slices included: train[:90%].
+    train_split: str = "train"
+    valid_split: str | None = None
+    test_split: str | None = None
+    # How often a row of this source is drawn, relative to a row of the others.
+    weight: float = 1.0
+    # Our field -> the dataset's column: {prompt: question, completion: answer}.
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class DatasetConfig:
+    """The Hydra group ``dataset``. A single source stands here itself; several stand in ``sources``."""
+
+    # As in a source.
+    path: str = ""
+    name: str | None = None
+    train_split: str = "train"
+    valid_split: str | None = None
+    test_split: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    # Several datasets at once, each with a weight.
+    sources: list[SourceConfig] = field(default_factory=list)
+    # Train on the answer only: the prompt of prompt/completion rows, all but the last message of chats, is no target.
+    mask_prompt: bool = False
+    # Longer rows are cut to this many tokens; the run says how many.
+    max_seq_length: int = 2048
+    # Share of the training rows to validate on where a source has no validation split.
+    valid_fraction: float = 0.0
+    # How generated answers to the test rows are judged: sql_execution, exact_match, or null for not at all.
+    metric: str | None = None
+
+    def all_sources(self) -> list[SourceConfig]:
+        """The sources, whichever way they were given."""
+        if self.sources:
+            return list(self.sources)
+        return [
+            SourceConfig(
+                path=self.path,
+                name=self.name,
+                train_split=self.train_split,
+                valid_split=self.valid_split,
+                test_split=self.test_split,
+                columns=self.columns,
+            )
+        ]
+
+
+def problems(config: DatasetConfig) -> list[str]:
+    """One line for each value that can't be right; no I/O."""
+    found = []
+    if config.path and config.sources:
+        found.append("dataset.path and dataset.sources: give one of them, not both")
+    if not config.path and not config.sources:
+        found.append("dataset.path: say what to train on: a folder, a file, a Hugging Face id or builtin:sql")
+    for number, source in enumerate(config.all_sources()):
+        where = f"dataset.sources[{number}]" if config.sources else "dataset"
+        if config.sources and not source.path:
+            found.append(f"{where}.path: say where this source is")
+        if not (math.isfinite(source.weight) and source.weight > 0):
+            found.append(f"{where}.weight: {source.weight} must be greater than 0; leave the source out instead")
+        for name in source.columns:
+            if name not in COLUMNS:
+                near = difflib.get_close_matches(name, COLUMNS, 1)
+                hint = f"did you mean '{near[0]}'?" if near else f"the fields are {', '.join(COLUMNS)}"
+                found.append(f"{where}.columns.{name}: no such field; {hint}")
+    if config.max_seq_length < 2:
+        found.append(f"dataset.max_seq_length: {config.max_seq_length} must be 2 or more")
+    if not 0.0 <= config.valid_fraction < 1.0:
+        found.append(f"dataset.valid_fraction: {config.valid_fraction} is not in [0, 1)")
+    return found

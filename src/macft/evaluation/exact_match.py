@@ -1,0 +1,16 @@
+"""Exact match: the same text but for white space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from macft.evaluation.record import expected_text
+
+
+class ExactMatch:
+    """Right if the answer is the expected text, runs of white space counting as one."""
+
+    def score(self, record: Mapping[str, Any], generated: str) -> bool:
+        """Whether ``generated`` equals the record's answer."""
+        return generated.split() == expected_text(record).split()

@@ -1,0 +1,35 @@
+"""What a metric is, and which ones there are."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from macft.errors import ConfigError
+from macft.evaluation.exact_match import ExactMatch
+from macft.evaluation.sql_execution import SqlExecution
+
+
+class Metric(Protocol):
+    """Judges one generated answer."""
+
+    def score(self, record: Mapping[str, Any], generated: str) -> bool:
+        """Whether ``generated`` is a right answer to ``record``, a raw row of the test split."""
+        ...
+
+
+_METRICS: dict[str, type[Metric]] = {"exact_match": ExactMatch, "sql_execution": SqlExecution}
+
+
+def metric(name: str) -> Metric:
+    """The metric called ``name``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in _METRICS:
+        near = difflib.get_close_matches(name, _METRICS, 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(_METRICS)}"
+        raise ConfigError(f"dataset.metric: no metric '{name}'; {hint}")
+    return _METRICS[name]()

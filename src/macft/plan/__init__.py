@@ -1,0 +1,1 @@
+"""Who does what: which rows of a step each node computes."""

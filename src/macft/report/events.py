@@ -1,0 +1,187 @@
+"""What happens in a run, as the trainer tells it; times in seconds, memory in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """Everything is loaded; the next thing is the first step (or the metric before it)."""
+
+    run_folder: Path
+    device: str
+    model: str
+    adapter: str
+    trainable_parameters: int
+    total_parameters: int
+    train_rows: int
+    valid_rows: int
+    test_rows: int
+    batch_size: int
+    total_steps: int
+    first_step: int
+    rank: int
+    world_size: int
+    shares: str
+    config_yaml: str
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """An update was made. ``step`` counts from 1; ``loss`` is the global mean per target token, in nats.
+
+    ``target_tokens`` and ``tokens`` (prompt included, padding not) count all nodes; ``node_tokens`` this one.
+    ``parts`` splits ``seconds`` into data, compute, all_reduce and update.
+    """
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    target_tokens: int
+    tokens: int
+    node_tokens: int
+    seconds: float
+    parts: Mapping[str, float]
+    peak_memory: int
+    active_memory: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The validation loss after ``step`` updates."""
+
+    step: int
+    loss: float
+    target_tokens: int
+    seconds: float
+    is_best: bool
+
+
+@dataclass(frozen=True)
+class MetricScored:
+    """The dataset's metric, 0 to 1, over ``count`` rows; ``when`` is before or after training."""
+
+    step: int
+    name: str
+    split: str
+    when: str
+    value: float
+    count: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question with the answers of the untrained and of the trained model."""
+
+    prompt: str
+    expected: str
+    before: str | None
+    after: str | None
+    before_correct: bool | None
+    after_correct: bool | None
+
+
+@dataclass(frozen=True)
+class SamplesShown:
+    """Answers side by side."""
+
+    step: int
+    samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    """A checkpoint is safely on disk."""
+
+    step: int
+    path: Path
+    is_best: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Something worth a line; ``level`` is info or warning."""
+
+    text: str
+    level: str = "info"
+
+
+@dataclass(frozen=True)
+class PhaseProgress:
+    """How far an evaluation or the answering of questions is."""
+
+    name: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    """The end: ``reason`` is finished, early_stopped, interrupted or failed; ``final`` holds results by name."""
+
+    reason: str
+    steps: int
+    seconds: float
+    final: Mapping[str, float] = field(default_factory=dict)
+    adapter_folder: Path | None = None
+    adapter_sha256: str = ""
+    detail: str = ""
+
+
+class Reporter(Protocol):
+    """Receives a run's events, in order."""
+
+    def run_started(self, event: RunStarted) -> None: ...
+    def step_done(self, event: StepDone) -> None: ...
+    def evaluated(self, event: Evaluated) -> None: ...
+    def metric_scored(self, event: MetricScored) -> None: ...
+    def samples_shown(self, event: SamplesShown) -> None: ...
+    def checkpoint_saved(self, event: CheckpointSaved) -> None: ...
+    def noted(self, event: Noted) -> None: ...
+    def phase_progress(self, event: PhaseProgress) -> None: ...
+    def run_ended(self, event: RunEnded) -> None: ...
+    def close(self) -> None: ...
+
+
+class SilentReporter:
+    """Ignores every event; reporters that care for some events only build on it."""
+
+    def run_started(self, event: RunStarted) -> None:
+        """Ignored."""
+
+    def step_done(self, event: StepDone) -> None:
+        """Ignored."""
+
+    def evaluated(self, event: Evaluated) -> None:
+        """Ignored."""
+
+    def metric_scored(self, event: MetricScored) -> None:
+        """Ignored."""
+
+    def samples_shown(self, event: SamplesShown) -> None:
+        """Ignored."""
+
+    def checkpoint_saved(self, event: CheckpointSaved) -> None:
+        """Ignored."""
+
+    def noted(self, event: Noted) -> None:
+        """Ignored."""
+
+    def phase_progress(self, event: PhaseProgress) -> None:
+        """Ignored."""
+
+    def run_ended(self, event: RunEnded) -> None:
+        """Ignored."""
+
+    def close(self) -> None:
+        """Nothing to release."""
