@@ -110,6 +110,7 @@ def kill_at_random_then_resume(folder: Path, overrides: list[str], seed: int) ->
         for member in family:
             member.kill()
         psutil.wait_procs(family, timeout=10)
+        process.communicate()
         process = start(f"+resume={folder}", cwd=folder)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -165,7 +166,7 @@ def test_ranks_stop_when_their_launcher_is_killed(tmp_path: Path, basics: list[s
     wait_for_step(process, tmp_path, 2)
     ranks = children(process)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate(timeout=60)
     _, alive = psutil.wait_procs(ranks, timeout=30)
     assert not alive
     # They stopped in order: the newest checkpoint is that of the last step reported.
