@@ -1,0 +1,1 @@
+"""Questions over SQLite databases, answered in SQL."""
