@@ -2,142 +2,145 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import textwrap
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from macft.report.events import (
-    CheckpointSaved,
     Evaluated,
     MetricScored,
     Noted,
     PhaseProgress,
     RunEnded,
     RunStarted,
+    Sample,
     SamplesShown,
     SilentReporter,
     StepDone,
 )
+from macft.report.run_folder import RunFolder
 
 _PLAIN_WIDTH = 100
+# Weight of the newest step in the running speed: about the last twenty steps count.
+_SMOOTHING = 0.1
+_LONGEST_TEXT = 480
+_NOTE_STYLES = {"warning": "yellow", "error": "red"}
 _TITLES = {
     "finished": ("Finished", "green"),
     "early_stopped": ("Stopped early: the validation loss no longer falls", "green"),
-    "interrupted": ("Interrupted; everything so far is saved", "yellow"),
+    "interrupted": ("Interrupted", "yellow"),
     "failed": ("Failed", "red"),
 }
 
+Row = tuple[str, str, str]
+"""A label, its text and the text's style."""
+
 
 class ConsoleReporter(SilentReporter):
-    """Prints through rich; off a terminal plain lines without control codes, so that logs stay readable."""
+    """Prints through rich, on stdout.
+
+    On a terminal: panels, a live bar, and a permanent line every ``every`` steps. Elsewhere plain lines
+    without control codes, so that logs stay readable. Raises OSError when nobody reads the output any more.
+    """
 
     def __init__(self, *, every: int, console: Console | None = None):
-        self._console = console or Console(highlight=False)
-        if not self._console.is_terminal:
-            self._console.width = max(self._console.width, _PLAIN_WIDTH)
+        self._console = console or _Output(highlight=False)
+        self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._every = every
         self._progress: Progress | None = None
         self._training: TaskID | None = None
         self._phase: tuple[str, TaskID] | None = None
+        self._speed = _Speed()
         self._model = ""
-        self._run_folder = Path()
-        self._tokens, self._seconds = 0, 0.0
+        self._folder = RunFolder(Path())
+        self._total_steps = 0
 
     def run_started(self, event: RunStarted) -> None:
         """The header."""
-        self._model, self._run_folder = event.model, event.run_folder
-        share = 100 * event.trainable_parameters / max(1, event.total_parameters)
+        self._model, self._folder, self._total_steps = (
+            event.model,
+            RunFolder(event.run_folder),
+            event.total_steps,
+        )
+        share = event.trainable_parameters / max(1, event.total_parameters)
+        resumed = f", resumed after step {event.first_step}" if event.first_step else ""
+        nodes = f"{event.world_size}, batch shares: {event.shares}" if event.world_size > 1 else "1"
         rows = [
-            ("model", event.model),
-            ("adapter", f"{event.adapter}: {event.trainable_parameters / 1e6:.2f} M parameters ({share:.2f} %)"),
-            ("data", f"{event.train_rows} rows to train, {event.valid_rows} to validate, {event.test_rows} to test"),
-            ("steps", f"{event.total_steps} of {event.batch_size} rows" + _from(event.first_step)),
-            ("nodes", str(event.world_size)),
-            ("device", event.device),
-            ("folder", str(event.run_folder)),
-        ]
-        self._console.print(Panel(_grid(rows), title="macft", title_align="left", border_style="dim"))
+            ("model", event.model, "bold"),
+            ("adapter", event.adapter, ""),
+            ("trains", f"{_millions(event.trainable_parameters)} of {_millions(event.total_parameters)} M "
+                       f"parameters ({share:.2%})", ""),
+            ("data", f"{event.train_rows:,} rows to train, {event.valid_rows:,} to validate, "
+                     f"{event.test_rows:,} to test", ""),
+            ("steps", f"{event.total_steps:,} of {event.batch_size} rows{resumed}", ""),
+            ("nodes", nodes, ""),
+            ("device", event.device, ""),
+            ("folder", str(event.run_folder), ""),
+        ]  # fmt: skip
+        self._block("macft", rows, "blue")
         for note in event.notes:
             self.noted(Noted(note))
-        if self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[detail]}"),
-                console=self._console,
-                transient=True,
-                speed_estimate_period=120,
-            )
-            self._progress.start()
+        if self._is_live:
+            self._progress = _progress(self._console)
             self._training = self._progress.add_task(
                 "training", total=event.total_steps, completed=event.first_step, detail=""
             )
+            self._progress.start()
 
     def step_done(self, event: StepDone) -> None:
-        """The bar, and a line every so many steps."""
-        self._tokens += event.tokens
-        self._seconds += event.seconds
-        rate = event.tokens / max(event.seconds, 1e-9)
+        """The bar, and a line every so many steps and after the last one."""
+        self._end_phase()
+        self._speed.add(event.tokens, event.seconds)
+        left = _duration(self._speed.seconds_per_step * (event.total_steps - event.step))
+        rate = f"{self._speed.tokens_per_second:,.0f} tokens/s"
         if self._progress is not None and self._training is not None:
-            detail = f"loss {event.loss:.3f}  {rate:.0f} tokens/s"
+            detail = f"loss {event.loss:.3f}  left {left}  {rate}  lr {event.learning_rate:.1e}"
             self._progress.update(self._training, completed=event.step, detail=detail)
         if event.step % self._every == 0 or event.step == event.total_steps:
-            average = self._tokens / max(self._seconds, 1e-9)
-            remaining = (event.total_steps - event.step) * event.seconds
-            self._console.print(
-                f"step {event.step:>5}/{event.total_steps}  loss {event.loss:6.3f}  lr {event.learning_rate:.2e}  "
-                f"grad {event.grad_norm:6.2f}  {average:6.0f} tokens/s  {event.seconds:5.2f} s/step  "
-                f"left {_duration(remaining)}"
+            self._line(
+                f"{self._place(event.step)}  loss {event.loss:6.3f}  lr {event.learning_rate:.2e}  "
+                f"grad {event.grad_norm:6.2f}  {rate:>14}  {self._speed.seconds_per_step:5.2f} s/step  "
+                f"left {left}"
             )
-            self._tokens, self._seconds = 0, 0.0
 
     def evaluated(self, event: Evaluated) -> None:
         """The validation loss."""
         self._end_phase()
-        best = "  best so far" if event.is_best and event.step else ""
-        self._console.print(
-            f"step {event.step:>5}  validation loss {event.loss:.3f}  ({event.seconds:.1f} s){best}", style="cyan"
-        )
+        remark = "" if event.step else "  before training"
+        if event.is_best and event.step:
+            remark = "  best so far"
+        self._line(f"{self._place(event.step)}  validation loss {event.loss:.3f}{remark}", "cyan")
 
     def metric_scored(self, event: MetricScored) -> None:
         """The metric."""
         self._end_phase()
-        name = event.name.replace("_", " ")
-        self._console.print(
-            f"{event.when} training: {name} {event.value:.1%} of {event.count} {event.split} rows ({event.seconds:.1f} s)",
-            style="cyan",
+        self._line(
+            f"{self._place(event.step)}  {_words(event.name)} {event.value:.1%} of {event.count} "
+            f"{event.split} rows  {event.when} training",
+            "cyan",
         )
 
     def samples_shown(self, event: SamplesShown) -> None:
         """Answers side by side."""
         self._end_phase()
-        for sample in event.samples:
-            answers = [("expected", Text(sample.expected))]
-            if sample.before is not None:
-                answers.append(("before", _answer(sample.before, sample.before_correct)))
-            if sample.after is not None:
-                answers.append(("after", _answer(sample.after, sample.after_correct)))
-            question = Text(sample.prompt.strip(), style="bold")
-            self._console.print(question, _grid(answers), "", sep="\n")
-
-    def checkpoint_saved(self, event: CheckpointSaved) -> None:
-        """Only said where somebody may look for it: checkpoints are routine."""
+        for number, sample in enumerate(event.samples, 1):
+            self._block(f"sample {number} of {len(event.samples)}", _sample_rows(sample), "dim")
 
     def noted(self, event: Noted) -> None:
         """One line."""
-        style = {"warning": "yellow", "error": "red"}.get(event.level, "dim")
-        self._console.print(Text(f"· {event.text}", style=style))
+        mark = f"{event.level}: " if event.level in _NOTE_STYLES else "· "
+        self._line(mark + _printable(event.text), _NOTE_STYLES.get(event.level, "dim"))
 
     def phase_progress(self, event: PhaseProgress) -> None:
-        """A second bar while evaluating."""
+        """A second bar while evaluating or answering."""
         if self._progress is None:
             return
         if self._phase is None or self._phase[0] != event.name:
@@ -145,62 +148,178 @@ class ConsoleReporter(SilentReporter):
             self._phase = (event.name, self._progress.add_task(event.name, total=event.total, detail=""))
         self._progress.update(self._phase[1], completed=event.done, total=event.total)
 
+    def run_ended(self, event: RunEnded) -> None:
+        """What came of it, and the commands to use it: below the panel and unbroken, ready to be copied."""
+        self.close()
+        title, colour = _TITLES.get(event.reason, (event.reason, ""))
+        rows = [*_result_rows(event), ("time", f"{event.steps:,} steps, {_duration(event.seconds)}", "")]
+        if self._speed.total_seconds:
+            average = self._speed.total_tokens / self._speed.total_seconds
+            rows.append(("speed", f"{average:,.0f} tokens/s on average", ""))
+        if event.adapter_folder is not None:
+            rows.append(("adapter", str(event.adapter_folder), ""))
+        self._block(title, rows, colour)
+        if event.detail:
+            self._line(_printable(event.detail), colour)
+        if event.adapter_folder is not None:
+            self._line(f"try it: {self._generate(event.adapter_folder)}")
+        if self._folder.tensorboard.is_dir():
+            self._line(f"curves: {shlex.join(['tensorboard', '--logdir', str(self._folder.path)])}")
+
+    def close(self) -> None:
+        """Ends the live display. Safe to call twice."""
+        progress, self._progress = self._progress, None
+        if progress is not None:
+            progress.stop()
+
+    def _place(self, step: int) -> str:
+        width = len(str(self._total_steps))
+        return f"step {step:>{width}}/{self._total_steps}"
+
+    def _generate(self, adapter_folder: Path) -> str:
+        if self._folder.model.is_dir():
+            words = ["mlx_lm.generate", "--model", str(self._folder.model)]
+        else:
+            model = _base_model(adapter_folder) or self._model
+            words = ["mlx_lm.generate", "--model", model, "--adapter-path", str(adapter_folder)]
+        return f'{shlex.join(words)} --prompt "..."'
+
+    def _line(self, text: str, style: str = "") -> None:
+        self._console.print(Text(text, style=style), soft_wrap=True)
+
+    def _block(self, title: str, rows: list[Row], colour: str) -> None:
+        if self._is_live:
+            panel = Panel(_grid(rows), title=title, title_align="left", border_style=colour, box=box.ROUNDED)
+            self._console.print(panel)
+            return
+        self._line(title)
+        width = max(len(label) for label, _, _ in rows)
+        for label, text, _ in rows:
+            lines = textwrap.fill(
+                _printable(text) or "-",
+                _PLAIN_WIDTH,
+                initial_indent=f"  {label:<{width}}  ",
+                subsequent_indent=" " * (width + 4),
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            self._line(lines)
+
     def _end_phase(self) -> None:
         if self._progress is not None and self._phase is not None:
             self._progress.remove_task(self._phase[1])
+            self._progress.refresh()
         self._phase = None
 
-    def run_ended(self, event: RunEnded) -> None:
-        """The closing panel: what came of it and how to use it."""
-        self.close()
-        title, colour = _TITLES[event.reason]
-        rows = [("steps", f"{event.steps} in {_duration(event.seconds)}")]
-        for name, value in event.final.items():
-            if name.endswith("_before"):
-                continue
-            before = event.final.get(f"{name}_before")
-            is_loss = name.endswith("loss")
-            shown = f"{value:.3f}" if is_loss else f"{value:.1%}"
-            if before is not None:
-                shown = f"{before:.3f} → {shown}" if is_loss else f"{before:.1%} → {shown}"
-            rows.append((name.replace("_", " "), shown))
-        if event.adapter_folder is not None:
-            rows.append(("adapter", str(event.adapter_folder)))
-            rows.append(
-                ("try it", f"mlx_lm.generate --model {self._model} --adapter-path {event.adapter_folder} --prompt ...")
-            )
-        rows.append(("curves", f"tensorboard --logdir {self._run_folder}"))
-        if event.detail:
-            rows.append(("", event.detail))
-        self._console.print(Panel(_grid(rows), title=title, title_align="left", border_style=colour))
 
-    def close(self) -> None:
-        """Ends the live display."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+class _Output(Console):
+    """Rich ends the process when nobody reads the output any more (``| head``); training has to go on."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError("nobody reads the output any more")
 
 
-def _grid(rows: list[tuple[str, str]] | list[tuple[str, Text]]) -> Table:
+class _Speed:
+    """Seconds and tokens of a step as exponential averages, so that the time left doesn't jump."""
+
+    def __init__(self) -> None:
+        self.total_tokens, self.total_seconds = 0, 0.0
+        self._weight, self._tokens, self._seconds = 0.0, 0.0, 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self.total_tokens += tokens
+        self.total_seconds += seconds
+        keep = 1 - _SMOOTHING
+        self._weight = keep * self._weight + _SMOOTHING
+        self._tokens = keep * self._tokens + _SMOOTHING * tokens
+        self._seconds = keep * self._seconds + _SMOOTHING * seconds
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self._seconds / self._weight
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self._tokens / max(self._seconds, 1e-9)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=8)),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[detail]}", markup=False),
+        console=console,
+        transient=True,
+        expand=True,
+        refresh_per_second=4,
+    )
+
+
+def _grid(rows: list[Row]) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
-    for name, value in rows:
-        grid.add_row(name, value if isinstance(value, Text) else Text(value))
+    for label, text, style in rows:
+        grid.add_row(label, Text(_printable(text), style=style))
     return grid
 
 
-def _answer(text: str, correct: bool | None) -> Text:
-    mark, style = {True: ("✓ ", "green"), False: ("✗ ", "red"), None: ("", "")}[correct]
-    shown = " ".join(text.split())
-    return Text(mark + (shown if len(shown) <= 160 else shown[:157] + "..."), style=style)
+def _sample_rows(sample: Sample) -> list[Row]:
+    rows = [("question", _shortened(sample.prompt), "bold"), ("expected", _shortened(sample.expected), "")]
+    for label, answer, correct in (
+        ("before", sample.before, sample.before_correct),
+        ("after", sample.after, sample.after_correct),
+    ):
+        if answer is not None:
+            mark, style = {True: ("✓ ", "green"), False: ("✗ ", "red"), None: ("", "")}[correct]
+            rows.append((label, mark + (_shortened(answer) or "(nothing)"), style))
+    return rows
+
+
+def _result_rows(event: RunEnded) -> list[Row]:
+    rows = []
+    for name, value in event.final.items():
+        if name.endswith("_before") and name.removesuffix("_before") in event.final:
+            continue  # stands in the row of its name
+        form = ".3f" if name.removesuffix("_before").endswith("loss") else ".1%"
+        shown = format(value, form)
+        if (before := event.final.get(f"{name}_before")) is not None:
+            shown = f"{before:{form}} → {shown}"
+        rows.append((_words(name), shown, "bold"))
+    return rows
+
+
+def _base_model(adapter_folder: Path) -> str | None:
+    """What the adapter belongs to, as its own file says: a bundled model's name means nothing to mlx-lm."""
+    try:
+        name = json.loads((adapter_folder / "adapter_config.json").read_text(encoding="utf-8")).get("model")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return name if isinstance(name, str) else None
+
+
+def _printable(text: str) -> str:
+    """One line without control characters: an untrained model's answer may hold any."""
+    return "".join(letter if letter.isprintable() else "�" for letter in " ".join(text.split()))
+
+
+def _shortened(text: str) -> str:
+    """Without its middle where it is very long: a schema stands first, the question itself last."""
+    line = _printable(text)
+    half = _LONGEST_TEXT // 2
+    return line if len(line) <= _LONGEST_TEXT else f"{line[:half]} ... {line[-half:]}"
+
+
+def _words(name: str) -> str:
+    return name.replace("valid_loss", "validation loss").replace("_", " ")
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.2f}"
 
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _from(first_step: int) -> str:
-    return f", resumed after step {first_step}" if first_step else ""

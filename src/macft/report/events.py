@@ -10,7 +10,11 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class RunStarted:
-    """Everything is loaded; the next thing is the first step (or the metric before it)."""
+    """Everything is loaded; the next thing is the first step, or the score before it.
+
+    ``first_step`` counts the updates already made, 0 unless the run resumes. ``shares`` says how the rows of
+    a batch are divided among the ``world_size`` nodes.
+    """
 
     run_folder: Path
     device: str
@@ -56,7 +60,7 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The validation loss after ``step`` updates."""
+    """The validation loss after ``step`` updates: the mean per target token, in nats."""
 
     step: int
     loss: float
@@ -110,7 +114,7 @@ class CheckpointSaved:
 
 @dataclass(frozen=True)
 class Noted:
-    """Something worth a line; ``level`` is info or warning."""
+    """Something worth a line; ``level`` is info, warning or error."""
 
     text: str
     level: str = "info"
@@ -127,7 +131,11 @@ class PhaseProgress:
 
 @dataclass(frozen=True)
 class RunEnded:
-    """The end: ``reason`` is finished, early_stopped, interrupted or failed; ``final`` holds results by name."""
+    """The end: ``reason`` is finished, early_stopped, interrupted or failed.
+
+    ``final`` holds results by name; that of ``NAME`` before training is ``NAME_before``. Names that end in
+    ``loss`` are losses in nats, all others fractions from 0 to 1. ``detail``: what went wrong, how to go on.
+    """
 
     reason: str
     steps: int
@@ -139,7 +147,10 @@ class RunEnded:
 
 
 class Reporter(Protocol):
-    """Receives a run's events, in order."""
+    """Receives a run's events, in order, all from one thread.
+
+    A method that can't do its part raises; see :class:`~macft.report.fan_out.FanOut`.
+    """
 
     def run_started(self, event: RunStarted) -> None: ...
     def step_done(self, event: StepDone) -> None: ...

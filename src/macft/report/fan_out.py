@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from macft.report.console import ConsoleReporter
@@ -27,19 +28,15 @@ from macft.report.summary import SummaryWriter
 from macft.report.tensorboard import TensorBoard
 
 
-class FanOut:
-    """A reporter made of reporters. One that fails, on a full disk for instance, is dropped with a word; training goes on."""
+class FanOut(Reporter):
+    """A reporter made of reporters.
 
-    def __init__(self, reporters: list[Reporter]):
-        self._reporters = reporters
+    Telling about a run must never end it: a reporter that fails, on a full disk for instance, is dropped with
+    one line on stderr, and the others go on.
+    """
 
-    def _send(self, call: Callable[[Reporter], None]) -> None:
-        for reporter in list(self._reporters):
-            try:
-                call(reporter)
-            except OSError as error:
-                self._reporters.remove(reporter)
-                print(f"{type(reporter).__name__} stops reporting: {error}", file=sys.stderr)
+    def __init__(self, reporters: Sequence[Reporter]):
+        self._reporters = list(reporters)
 
     def run_started(self, event: RunStarted) -> None:
         """To all."""
@@ -78,21 +75,62 @@ class FanOut:
         self._send(lambda reporter: reporter.run_ended(event))
 
     def close(self) -> None:
-        """Closes all."""
+        """Closes all. Safe to call twice."""
         self._send(lambda reporter: reporter.close())
+        self._reporters.clear()
+
+    def _send(self, call: Callable[[Reporter], None]) -> None:
+        for reporter in list(self._reporters):
+            try:
+                call(reporter)
+            except Exception as error:
+                self._reporters.remove(reporter)
+                with contextlib.suppress(Exception):
+                    reporter.close()  # frees the terminal's live display; may fail for the same reason
+                _complain(type(reporter).__name__, error)
 
 
 def build(
     config: ReportConfig, folder: RunFolder, *, hparams: Mapping[str, Any], is_main: bool, first_step: int
 ) -> Reporter:
-    """The reporters ``config`` asks for; on ranks other than 0 (``is_main`` false) one that says nothing."""
+    """The reporters ``config`` asks for; on ranks other than 0 (``is_main`` false) one that says nothing.
+
+    ``hparams`` is the whole configuration as nested plain values; ``first_step`` counts the updates made
+    before this start, 0 unless the run resumes. A reporter that can't be set up is left out with one line on
+    stderr.
+
+    Raises:
+        OSError: the run's folder can't be made.
+    """
     if not is_main:
         return SilentReporter()
-    reporters: list[Reporter] = [SummaryWriter(folder)]
-    if config.metrics_file:
-        reporters.append(MetricsFile(folder.metrics, first_step=first_step))
-    if config.tensorboard:
-        reporters.append(TensorBoard(folder.tensorboard, hparams=hparams, first_step=first_step))
-    if config.console:
-        reporters.append(ConsoleReporter(every=config.every))
+    folder.create()
+    makers: list[tuple[bool, str, Callable[[], Reporter]]] = [
+        (True, SummaryWriter.__name__, lambda: SummaryWriter(folder)),
+        (
+            config.metrics_file,
+            MetricsFile.__name__,
+            lambda: MetricsFile(folder.metrics, first_step=first_step),
+        ),
+        (
+            config.tensorboard,
+            TensorBoard.__name__,
+            lambda: TensorBoard(folder.tensorboard, hparams=hparams, first_step=first_step),
+        ),
+        (config.console, ConsoleReporter.__name__, lambda: ConsoleReporter(every=config.every)),
+    ]
+    reporters = []
+    for wanted, name, make in makers:
+        if not wanted:
+            continue
+        try:
+            reporters.append(make())
+        except Exception as error:
+            _complain(name, error)
     return FanOut(reporters)
+
+
+def _complain(name: str, error: Exception) -> None:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    with contextlib.suppress(OSError):
+        print(f"{name} stops reporting, training goes on: {reason}", file=sys.stderr)

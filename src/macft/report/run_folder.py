@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run keeps what."""
+    """Where a run keeps what. A part appears once there is something to put there."""
 
     path: Path
 
@@ -22,6 +22,11 @@ class RunFolder:
     def adapters(self) -> Path:
         """The trained adapter, in mlx-lm's format."""
         return self.path / "adapters"
+
+    @property
+    def model(self) -> Path:
+        """The whole tuned model, only where its weights fit no other checkpoint."""
+        return self.path / "model"
 
     @property
     def checkpoints(self) -> Path:
@@ -40,13 +45,32 @@ class RunFolder:
 
     @property
     def summary(self) -> Path:
-        """What came of it, for programs; ``summary.md`` is for people."""
+        """What came of it, for programs."""
         return self.path / "summary.json"
+
+    @property
+    def summary_text(self) -> Path:
+        """What came of it, for people."""
+        return self.path / "summary.md"
+
+    @property
+    def logs(self) -> Path:
+        """The output of ranks that have no terminal."""
+        return self.path / "logs"
+
+    def create(self) -> None:
+        """Makes the folder itself, where it is not there yet."""
+        self.path.mkdir(parents=True, exist_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replaces ``path`` by ``text`` in one go: a reader sees the old file or the new one, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # the name must not reach the disk before the contents do
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ class ReportConfig:
     # Steps between lines on the terminal.
     every: int = 10
     # Answers shown side by side, before and after training.
-    samples: int = 4
+    samples: int = 3
 
 
 def problems(config: ReportConfig) -> list[str]:
@@ -27,5 +27,5 @@ def problems(config: ReportConfig) -> list[str]:
     if config.every < 1:
         found.append(f"report.every: {config.every} must be 1 or more")
     if config.samples < 0:
-        found.append(f"report.samples: {config.samples} must be 0 or more")
+        found.append(f"report.samples: {config.samples} must be 0 (none) or more")
     return found

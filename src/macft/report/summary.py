@@ -5,21 +5,28 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping
 from typing import Any
 
+from macft import __version__
 from macft.report.events import RunEnded, RunStarted, SilentReporter, StepDone
+from macft.report.metrics_file import plain
 from macft.report.run_folder import RunFolder, write_atomically
 
-_PACKAGES = ("macft", "mlx", "mlx-lm", "pyzmq", "numpy")
+_PACKAGES = ("mlx", "mlx-lm", "pyzmq", "numpy")
 
 
 class SummaryWriter(SilentReporter):
-    """Collects what the summary needs and writes it when the run ends, for whatever reason."""
+    """Collects what the summary needs and writes it when the run ends, for whatever reason.
+
+    Speed and peak memory (bytes, this node's) are those since the start or the last resume.
+    """
 
     def __init__(self, folder: RunFolder):
         self._folder = folder
         self._facts: dict[str, Any] = {}
-        self._tokens, self._seconds, self._peak_memory, self._last_loss = 0, 0.0, 0, float("nan")
+        self._tokens, self._seconds, self._peak_memory = 0, 0.0, 0
+        self._last_loss: float | None = None
 
     def run_started(self, event: RunStarted) -> None:
         """Remembers what is trained on what."""
@@ -27,9 +34,12 @@ class SummaryWriter(SilentReporter):
             "model": event.model,
             "adapter": event.adapter,
             "trainable_parameters": event.trainable_parameters,
-            "nodes": event.world_size,
-            "batch_size": event.batch_size,
+            "total_parameters": event.total_parameters,
             "train_rows": event.train_rows,
+            "valid_rows": event.valid_rows,
+            "test_rows": event.test_rows,
+            "batch_size": event.batch_size,
+            "nodes": event.world_size,
             "device": event.device,
             "notes": event.notes,
         }
@@ -42,27 +52,29 @@ class SummaryWriter(SilentReporter):
         self._last_loss = event.loss
 
     def run_ended(self, event: RunEnded) -> None:
-        """Writes both files."""
-        values = {
-            "reason": event.reason,
-            "detail": event.detail,
-            "steps": event.steps,
-            "seconds": round(event.seconds, 3),
-            "results": dict(event.final),
-            "last_train_loss": self._last_loss if self._last_loss == self._last_loss else None,
-            "tokens_per_second": round(self._tokens / self._seconds, 1) if self._seconds else None,
-            "peak_memory_bytes": self._peak_memory,
-            "adapter_folder": str(event.adapter_folder) if event.adapter_folder else None,
-            "adapter_sha256": event.adapter_sha256,
-            **self._facts,
-            "versions": _versions(),
-        }
-        write_atomically(self._folder.summary, json.dumps(values, indent=2, allow_nan=False, default=str) + "\n")
-        write_atomically(self._folder.summary.with_suffix(".md"), _markdown(values))
+        """Writes both files. Raises OSError where that fails."""
+        values: dict[str, Any] = plain(
+            {
+                "reason": event.reason,
+                "detail": event.detail,
+                "steps": event.steps,
+                "seconds": round(event.seconds, 3),
+                "results": event.final,
+                "last_train_loss": self._last_loss,
+                "tokens_per_second": round(self._tokens / self._seconds, 1) if self._seconds else None,
+                "peak_memory_bytes": self._peak_memory,
+                "adapter_folder": event.adapter_folder,
+                "adapter_sha256": event.adapter_sha256,
+                **self._facts,
+                "versions": _versions(),
+            }
+        )
+        write_atomically(self._folder.summary, json.dumps(values, indent=2, allow_nan=False) + "\n")
+        write_atomically(self._folder.summary_text, _markdown(values))
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    found = {"macft": __version__, "python": platform.python_version(), "platform": platform.platform()}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -71,9 +83,31 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _markdown(values: dict[str, Any]) -> str:
-    rows = {**{key: value for key, value in values.items() if not isinstance(value, dict | list)}, **values["results"]}
-    lines = ["# Run summary", "", "| | |", "| --- | --- |"]
-    lines += [f"| {key.replace('_', ' ')} | {value} |" for key, value in rows.items() if value not in (None, "")]
+def _markdown(values: Mapping[str, Any]) -> str:
+    lines = ["# Run summary", ""]
+    if results := values["results"]:
+        lines += ["| result | before | after |", "| --- | --- | --- |"]
+        for name, value in results.items():
+            if name.removesuffix("_before") in results and name.endswith("_before"):
+                continue  # stands in the row of its name
+            lines.append(f"| {_words(name)} | {_number(results.get(f'{name}_before'))} | {_number(value)} |")
+        lines.append("")
+    lines += ["| run | |", "| --- | --- |"]
+    for name, value in values.items():
+        if value not in (None, "") and not isinstance(value, dict | list):
+            lines.append(f"| {_words(name)} | {_cell(value)} |")
+    lines += ["", *(f"- {_cell(note)}" for note in values.get("notes", []))]
     versions = ", ".join(f"{name} {version}" for name, version in values["versions"].items())
     return "\n".join([*lines, "", f"Versions: {versions}", ""])
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).replace("|", "\\|").split())

@@ -1,7 +1,8 @@
-"""TensorBoard events, written with TensorBoard's own protocol buffers: neither torch nor TensorFlow is needed."""
+"""TensorBoard events, through TensorBoard's own writer and protocol buffers: no torch, no TensorFlow."""
 
 from __future__ import annotations
 
+import html
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,130 +19,150 @@ from macft.report.events import (
     StepDone,
 )
 
-_STATUS = {"finished": "STATUS_SUCCESS", "early_stopped": "STATUS_SUCCESS", "interrupted": "STATUS_UNKNOWN"}
+# Events reach the disk at least this often, in seconds, so that the curves can be watched.
+_FLUSH_SECONDS = 5
+# What the HPARAMS tab compares runs by; the rest changes how a run is carried out, not what it learns.
+_COMPARED = ("model.", "dataset.", "adapter.", "optimizer.", "training.", "topology.nodes", "seed")
 
 
 class TensorBoard(SilentReporter):
     """Writes scalars, texts and the HPARAMS tab's data to a new event file in ``folder``.
 
-    ``hparams`` is the configuration as nested dicts. A resumed run marks the step it resumes from, and TensorBoard
-    drops what earlier event files hold beyond it.
+    ``hparams`` is the configuration as nested plain values. A run that resumes after ``first_step`` updates
+    marks that with ``SessionLog.START``, upon which TensorBoard drops what earlier files hold beyond it.
+
+    Raises:
+        OSError: the folder or the file can't be written; also from every event.
     """
 
     def __init__(self, folder: Path, *, hparams: Mapping[str, Any], first_step: int):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventFileWriter(str(folder))
+        self._writer = EventFileWriter(str(folder), flush_secs=_FLUSH_SECONDS)
         self._event = Event
-        self._hparams = _flatten(hparams)
+        self._hparams = _compared(hparams)
         self._notes: list[str] = []
-        self._peak_memory = 0
-        # Everything from this step on in older files is history that did not happen.
-        mark = SessionLog(status=SessionLog.START)
-        self._writer.add_event(Event(session_log=mark, step=first_step + 1, wall_time=time.time()))
+        self._step = first_step
+        # TensorBoard drops the marked step too. A run that begins anew leaves nothing of an earlier attempt.
+        mark = first_step + 1 if first_step else 0
+        log = SessionLog(status=SessionLog.START)
+        self._writer.add_event(Event(session_log=log, step=mark, wall_time=time.time()))
 
     def run_started(self, event: RunStarted) -> None:
-        """The configuration as text, the hyper-parameters for the HPARAMS tab."""
-        from tensorboard.plugins.hparams import api_pb2, summary_v2
-
-        self._text("config", f"```yaml\n{event.config_yaml}\n```", 0)
+        """The configuration and the notes as text, the hyper-parameters for the HPARAMS tab."""
+        self._text("config", f"```yaml\n{event.config_yaml.rstrip()}\n```", self._step)
         self._notes = [event.device, event.adapter, *event.notes]
-        self._text("notes", "\n".join(f"- {note}" for note in self._notes), event.first_step)
-        # Without a name for every metric the tab stays empty; these are the ones a run can end with.
-        names = ["final/valid_loss", "final/valid_loss_before", "final/seconds", "final/steps"]
-        names += [f"final/{self._hparams['dataset.metric']}"] if self._hparams.get("dataset.metric") else []
-        metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=name)) for name in names]
-        experiment = summary_v2.hparams_config_pb(
-            hparams=[summary_v2.HParam(name) for name in self._hparams],
-            metrics=[summary_v2.Metric(info.name.tag) for info in metrics],
-        )
-        self._summary(experiment, 0)
-        self._summary(summary_v2.hparams_pb(self._hparams, trial_id=event.run_folder.name), 0)
+        self._write_notes()
+        self._start_session()
+        self._writer.flush()
 
     def step_done(self, event: StepDone) -> None:
-        """Loss, learning rate, gradient norm, speed, the parts of the step's time, memory."""
+        """Loss, learning rate, gradient norm, speed (tokens/s), time and its parts (s), memory (GB)."""
+        self._step = event.step
         seconds = max(event.seconds, 1e-9)
         values = {
             "loss/train": event.loss,
-            "optimizer/learning_rate": event.learning_rate,
-            "optimizer/gradient_norm": event.grad_norm,
-            "tokens_per_second/cluster": event.tokens / seconds,
-            "tokens_per_second/node": event.node_tokens / seconds,
-            "tokens_per_second/targets": event.target_tokens / seconds,
+            "optim/learning_rate": event.learning_rate,
+            "optim/grad_norm": event.grad_norm,
+            "throughput/tokens_per_second_cluster": event.tokens / seconds,
+            "throughput/tokens_per_second_node": event.node_tokens / seconds,
+            "throughput/target_tokens_per_second": event.target_tokens / seconds,
             "time/step": event.seconds,
             "memory/peak_gb": event.peak_memory / 1e9,
             "memory/active_gb": event.active_memory / 1e9,
             "epoch": event.epoch,
         }
-        values |= {f"time/{name}": part for name, part in event.parts.items()}
-        for name, value in values.items():
-            self._scalar(name, value, event.step)
+        self._scalars(values | {f"time/{name}": part for name, part in event.parts.items()}, event.step)
 
     def evaluated(self, event: Evaluated) -> None:
         """The validation loss."""
-        self._scalar("loss/valid", event.loss, event.step)
+        self._scalars({"loss/valid": event.loss}, event.step)
 
     def metric_scored(self, event: MetricScored) -> None:
         """The metric, at the step it was taken."""
-        self._scalar(f"metric/{event.name}", event.value, event.step)
+        self._scalars({f"metric/{event.name}": event.value}, event.step)
 
     def samples_shown(self, event: SamplesShown) -> None:
         """A table of answers."""
         rows = ["| question | expected | before | after |", "| --- | --- | --- | --- |"]
         for sample in event.samples:
             cells = [
-                sample.prompt,
-                sample.expected,
-                _marked(sample.before, sample.before_correct),
-                _marked(sample.after, sample.after_correct),
+                _cell(sample.prompt),
+                _cell(sample.expected),
+                _answer_cell(sample.before, sample.before_correct),
+                _answer_cell(sample.after, sample.after_correct),
             ]
-            rows.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+            rows.append(f"| {' | '.join(cells)} |")
         self._text("samples", "\n".join(rows), event.step)
 
     def noted(self, event: Noted) -> None:
         """Added to the notes."""
-        self._notes.append(event.text)
-        self._text("notes", "\n".join(f"- {note}" for note in self._notes), 0)
+        self._notes.append(event.text if event.level == "info" else f"{event.level}: {event.text}")
+        self._write_notes()
 
     def run_ended(self, event: RunEnded) -> None:
         """The results, and the end of the session for the HPARAMS tab."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.plugins.hparams import metadata, plugin_data_pb2
-
         results = {**event.final, "seconds": event.seconds, "steps": float(event.steps)}
-        for name, value in results.items():
-            self._scalar(f"final/{name}", value, event.steps)
-        from tensorboard.plugins.hparams.api_pb2 import Status
-
-        info = plugin_data_pb2.SessionEndInfo(
-            status=Status.Value(_STATUS.get(event.reason, "STATUS_FAILURE")), end_time_secs=time.time()
-        )
-        data = plugin_data_pb2.HParamsPluginData(session_end_info=info, version=metadata.PLUGIN_DATA_VERSION)
-        value = Summary.Value(
-            tag=metadata.SESSION_END_INFO_TAG, metadata=metadata.create_summary_metadata(data)
-        )
-        self._summary(Summary(value=[value]), event.steps)
+        self._scalars({f"final/{name}": value for name, value in results.items()}, event.steps)
+        # TensorBoard goes by the first end it finds, so a run that can go on must not have one yet.
+        if event.reason != "interrupted":
+            self._end_session(succeeded=event.reason != "failed")
         self._writer.flush()
 
     def close(self) -> None:
-        """Flushes and closes the event file."""
+        """Flushes and closes the event file. Safe to call twice."""
         self._writer.close()
 
-    def _scalar(self, name: str, value: float, step: int) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.plugins.scalar.metadata import create_summary_metadata
-        from tensorboard.util.tensor_util import make_tensor_proto
+    def _start_session(self) -> None:
+        from tensorboard.plugins.hparams import api_pb2, metadata, summary_v2
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-        import numpy as np
-
-        entry = Summary.Value(
-            tag=name,
-            tensor=make_tensor_proto(np.float32(value)),
-            metadata=create_summary_metadata(display_name="", description=""),
+        results = ["valid_loss_before", "valid_loss"]
+        if isinstance(metric := self._hparams.get("dataset.metric"), str):
+            results += [f"{metric}_before", metric]
+        experiment = api_pb2.Experiment(
+            # Types without domains: a run knows its own values only, not those of the others in a sweep.
+            hparam_infos=[
+                api_pb2.HParamInfo(name=name, type=_data_type(value)) for name, value in self._hparams.items()
+            ],
+            metric_infos=[
+                api_pb2.MetricInfo(name=api_pb2.MetricName(tag=f"final/{name}"), display_name=name)
+                for name in [*results, "seconds", "steps"]
+            ],
+            time_created_secs=time.time(),
         )
-        self._summary(Summary(value=[entry]), step)
+        self._hparams_data(metadata.EXPERIMENT_TAG, HParamsPluginData(experiment=experiment))
+        # No group: each run stands for itself, also where two sweeps both have a run 0.
+        self._summary(summary_v2.hparams_pb(self._hparams, trial_id=""), self._step)
+
+    def _end_session(self, *, succeeded: bool) -> None:
+        from tensorboard.plugins.hparams import api_pb2, metadata
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
+
+        status = api_pb2.STATUS_SUCCESS if succeeded else api_pb2.STATUS_FAILURE
+        info = SessionEndInfo(status=status, end_time_secs=time.time())
+        self._hparams_data(metadata.SESSION_END_INFO_TAG, HParamsPluginData(session_end_info=info))
+
+    def _hparams_data(self, tag: str, data: Any) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.plugins.hparams import metadata
+
+        about = metadata.create_summary_metadata(data)
+        value = Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)
+        self._summary(Summary(value=[value]), self._step)
+
+    def _write_notes(self) -> None:
+        self._text(
+            "notes", "\n".join(f"- {html.escape(note, quote=False)}" for note in self._notes), self._step
+        )
+
+    def _scalars(self, values: Mapping[str, float], step: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        # Plain values, not tensors: every reader of TensorBoard's takes these, and drops them upon a resume.
+        entries = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._summary(Summary(value=entries), step)
 
     def _text(self, name: str, text: str, step: int) -> None:
         from tensorboard.plugins.text.summary import text_pb
@@ -152,25 +173,36 @@ class TensorBoard(SilentReporter):
         self._writer.add_event(self._event(summary=summary, step=step, wall_time=time.time()))
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, bool | float | str]:
-    """Scalars by dotted key; lists as text, empty values left out: the HPARAMS tab takes nothing else."""
+def _compared(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | float | str]:
+    """What runs are compared by, by dotted key; lists as text, empty values left out as the tab has none."""
     flat: dict[str, bool | float | str] = {}
-    for key, value in tree.items():
+    for key, value in config.items():
+        name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= _compared(value, f"{name}.")
+        elif value in (None, "", []) or not name.startswith(_COMPARED):
+            continue
         elif isinstance(value, bool | str):
-            flat[f"{prefix}{key}"] = value
+            flat[name] = value
         elif isinstance(value, int | float):
-            flat[f"{prefix}{key}"] = float(value)
-        elif value:
-            flat[f"{prefix}{key}"] = str(value)
+            flat[name] = float(value)
+        else:
+            flat[name] = str(value)
     return flat
 
 
-def _marked(answer: str | None, correct: bool | None) -> str:
+def _data_type(value: bool | float | str) -> Any:
+    from tensorboard.plugins.hparams import api_pb2
+
+    if isinstance(value, bool):
+        return api_pb2.DATA_TYPE_BOOL
+    return api_pb2.DATA_TYPE_STRING if isinstance(value, str) else api_pb2.DATA_TYPE_FLOAT64
+
+
+def _answer_cell(answer: str | None, correct: bool | None) -> str:
     mark = {True: "✓ ", False: "✗ ", None: ""}[correct]
-    return mark + (answer or "")
+    return mark + _cell(answer or "")
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", "<br>")
+    return html.escape(text.strip(), quote=False).replace("|", "&#124;").replace("\n", "<br>")

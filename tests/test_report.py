@@ -1,0 +1,670 @@
+"""The report room: what a run tells, on a terminal, in a log, to TensorBoard, and in its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from macft.config.paths import config_folder
+from macft.report import fan_out
+from macft.report.console import ConsoleReporter
+from macft.report.events import (
+    CheckpointSaved,
+    Evaluated,
+    MetricScored,
+    Noted,
+    PhaseProgress,
+    Reporter,
+    RunEnded,
+    RunStarted,
+    Sample,
+    SamplesShown,
+    StepDone,
+)
+from macft.report.metrics_file import MetricsFile, plain
+from macft.report.run_folder import RunFolder, write_atomically
+from macft.report.settings import ReportConfig, problems
+from macft.report.summary import SummaryWriter
+from macft.report.tensorboard import TensorBoard
+
+TOTAL = 20
+PARTS = {"data": 0.01, "compute": 0.3, "all_reduce": 0.15, "update": 0.04}
+FINAL = {"valid_loss_before": 3.5, "valid_loss": 1.25, "sql_execution_before": 0.125, "sql_execution": 0.75}
+HPARAMS = {
+    "name": "run",
+    "seed": 7,
+    "model": {"path": "tiny", "revision": None, "trust_remote_code": False},
+    "dataset": {"path": "sql", "metric": "sql_execution"},
+    "adapter": {"type": "lora", "rank": 8, "targets": ["q_proj", "v_proj"], "layers": []},
+    "optimizer": {"learning_rate": 1e-4, "arguments": {"eps": 1e-8}},
+    "training": {"steps": TOTAL},
+    "topology": {"nodes": 2, "port": 4711},
+    "report": {"every": 10},
+}
+SAMPLE = Sample(
+    "CREATE TABLE a (x INT)\nHow many | rows?",
+    "SELECT COUNT(*) FROM a WHERE x < 5",
+    "\x1b[31mred\x07 [bold]herring",
+    "SELECT 1",
+    False,
+    True,
+)
+
+
+def started(folder: Path, first_step: int = 0) -> RunStarted:
+    return RunStarted(
+        run_folder=folder,
+        device="CPU",
+        model="bundled-name",
+        adapter="lora rank 8",
+        trainable_parameters=1_000_000,
+        total_parameters=20_000_000,
+        train_rows=2400,
+        valid_rows=120,
+        test_rows=64,
+        batch_size=8,
+        total_steps=TOTAL,
+        first_step=first_step,
+        rank=0,
+        world_size=2,
+        shares="equal",
+        config_yaml="model:\n  path: tiny\n",
+        notes=["weights dequantised to float32"],
+    )
+
+
+def step(number: int, loss: float | None = None) -> StepDone:
+    return StepDone(
+        step=number,
+        total_steps=TOTAL,
+        epoch=number / 300,
+        loss=4.0 - number / 10 if loss is None else loss,
+        learning_rate=1e-4,
+        grad_norm=1.5,
+        target_tokens=100,
+        tokens=400,
+        node_tokens=200,
+        seconds=0.5,
+        parts=PARTS,
+        peak_memory=2_000_000_000,
+        active_memory=1_000_000_000,
+    )
+
+
+def ended(folder: Path, reason: str = "finished", steps: int = TOTAL) -> RunEnded:
+    final = FINAL if reason == "finished" else {}
+    return RunEnded(reason, steps, 12.5, final, folder / "adapters" if final else None, "ab" * 32)
+
+
+def tell(reporter: Reporter, folder: Path, *, first: int = 0, until: int = TOTAL) -> None:
+    """A run's events, from its start or from where it resumes, to its end or to where it is interrupted."""
+    reporter.run_started(started(folder, first))
+    if first == 0:
+        reporter.phase_progress(PhaseProgress("answering, before", 1, 2))
+        reporter.metric_scored(MetricScored(0, "sql_execution", "test", "before", 0.125, 64, 2.0))
+        reporter.evaluated(Evaluated(0, 3.5, 900, 1.0, True))
+    for number in range(first + 1, until + 1):
+        reporter.step_done(step(number))
+        if number % 10 == 0:
+            reporter.phase_progress(PhaseProgress("validation", 1, 2))
+            reporter.evaluated(Evaluated(number, 3.5 - number / 10, 900, 1.0, True))
+            reporter.checkpoint_saved(CheckpointSaved(number, folder / f"step-{number}", True, 0.1))
+    if until == TOTAL:
+        reporter.noted(Noted("the disk is nearly full", "warning"))
+        reporter.metric_scored(MetricScored(TOTAL, "sql_execution", "test", "after", 0.75, 64, 2.0))
+        reporter.samples_shown(SamplesShown(TOTAL, [SAMPLE]))
+        reporter.run_ended(ended(folder))
+    else:
+        reporter.run_ended(ended(folder, "interrupted", until))
+    reporter.close()
+
+
+def lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The events in metrics.jsonl, read by a parser that takes no NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    found = [json.loads(line, parse_constant=refuse) for line in path.read_text().split("\n")[:-1]]
+    return [event for event in found if kind in (None, event["type"])]
+
+
+# Settings
+
+
+def test_the_yaml_lists_the_schemas_keys_and_defaults() -> None:
+    assert OmegaConf.load(config_folder() / "report" / "default.yaml") == asdict(ReportConfig())
+
+
+def test_settings_that_cannot_be_right_are_named() -> None:
+    assert problems(ReportConfig()) == []
+    assert [line.split(":")[0] for line in problems(ReportConfig(every=0, samples=-1))] == [
+        "report.every",
+        "report.samples",
+    ]
+
+
+# Console
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Console]:
+    """A console whose output goes to a file, ``log.txt``."""
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.delenv("TTY_COMPATIBLE", raising=False)
+    with (tmp_path / "log.txt").open("w", encoding="utf-8") as file:
+        yield Console(file=file, highlight=False)
+
+
+def test_a_log_gets_plain_short_lines(log: Console, tmp_path: Path) -> None:
+    tell(ConsoleReporter(every=5, console=log), tmp_path)
+    log.file.flush()
+    text = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert all(letter == "\n" or letter.isprintable() for letter in text)
+    assert not set("│╭╰━") & set(text)
+    shown = text.splitlines()
+    assert max(len(line) for line in shown if str(tmp_path) not in line) <= 100
+    steps = [line for line in shown if "tokens/s" in line and line.startswith("step")]
+    assert [line.split("/")[0].split()[-1] for line in steps] == ["5", "10", "15", "20"]
+    assert "loss  2.000" in steps[-1]
+    assert "800 tokens/s" in steps[-1]
+    assert "left 0:08" in steps[0]  # 15 steps of 0.5 s, rounded half to even
+    assert "warning: the disk is nearly full" in shown
+
+
+def test_the_end_tells_before_and_after_and_how_to_use_the_adapter(log: Console, tmp_path: Path) -> None:
+    folder = tmp_path / "a run"
+    (folder / "adapters").mkdir(parents=True)
+    (folder / "tensorboard").mkdir()
+    (folder / "adapters" / "adapter_config.json").write_text(json.dumps({"model": "/models/base"}))
+    tell(ConsoleReporter(every=100, console=log), folder)
+    log.file.flush()
+    text = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert "validation loss  3.500 → 1.250" in text
+    assert "sql execution    12.5% → 75.0%" in text
+    # The base model as mlx-lm knows it, paths quoted, on one line to be copied.
+    expected = f"mlx_lm.generate --model /models/base --adapter-path '{folder}/adapters' --prompt \"...\""
+    assert f"try it: {expected}\n" in text
+    assert f"curves: tensorboard --logdir '{folder}'\n" in text
+
+
+@pytest.mark.parametrize("config", [None, "{torn", "[]", '{"model": 3}'])
+def test_without_a_readable_adapter_config_the_run_model_stands_in(
+    config: str | None, log: Console, tmp_path: Path
+) -> None:
+    if config is not None:
+        (tmp_path / "adapters").mkdir()
+        (tmp_path / "adapters" / "adapter_config.json").write_text(config)
+    tell(ConsoleReporter(every=100, console=log), tmp_path)
+    log.file.flush()
+    assert "--model bundled-name --adapter-path" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+
+
+def test_a_wholly_saved_model_needs_no_adapter_path(log: Console, tmp_path: Path) -> None:
+    RunFolder(tmp_path).model.mkdir()
+    tell(ConsoleReporter(every=100, console=log), tmp_path)
+    log.file.flush()
+    text = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert f'try it: mlx_lm.generate --model {tmp_path}/model --prompt "..."\n' in text
+
+
+def test_a_failed_run_says_why(log: Console, tmp_path: Path) -> None:
+    reporter = ConsoleReporter(every=10, console=log)
+    reporter.run_ended(RunEnded("failed", 3, 1.0, detail="the loss became [NaN] at step 3"))
+    log.file.flush()
+    text = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert text.startswith("Failed\n")
+    assert "the loss became [NaN] at step 3" in text  # brackets are text, not rich's markup
+
+
+def test_a_terminal_gets_panels_and_a_live_bar_and_is_left_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    master, slave = pty.openpty()
+    received = bytearray()
+
+    def drain() -> None:
+        while True:
+            try:
+                piece = os.read(master, 65536)
+            except OSError:  # Linux: the other side is closed
+                return
+            if not piece:
+                return
+            received.extend(piece)
+
+    reader = threading.Thread(target=drain)
+    reader.start()
+    with os.fdopen(slave, "w", encoding="utf-8") as file:
+        console = Console(file=file, width=100, highlight=False)
+        assert console.is_terminal
+        before = threading.active_count()
+        tell(ConsoleReporter(every=5, console=console), tmp_path)
+        assert threading.active_count() == before
+    reader.join()
+    os.close(master)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", received.decode())  # without colours
+    for part in ("╭─ macft", "━", "╭─ sample 1 of 1", "╭─ Finished", "validation loss", "tokens/s"):
+        assert part in text
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is visible again
+    # What a model answers can't steer the terminal, nor is it taken for rich's markup.
+    assert "\x07" not in text
+    assert "✗ �[31mred� [bold]herring" in text
+
+
+# TensorBoard
+
+
+def accumulated(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    keep_all = {
+        "scalars": 0,
+        "tensors": 0,
+        "compressedHistograms": 0,
+        "images": 0,
+        "audio": 0,
+        "histograms": 0,
+    }
+    return EventAccumulator(str(folder), size_guidance=keep_all).Reload()
+
+
+def scalars(accumulator: Any, tag: str) -> dict[int, float]:
+    """Values by step; each step must stand once."""
+    events = accumulator.Scalars(tag)
+    assert len({event.step for event in events}) == len(events)
+    return {event.step: event.value for event in events}
+
+
+def served(folder: Path, tag: str) -> list[int]:
+    """The steps of a curve as TensorBoard's server has them; it reads by other code than its accumulator."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
+    return [event.step for event in EventAccumulator(str(folder)).Reload().Tensors(tag)]
+
+
+def texts(accumulator: Any, tag: str) -> list[str]:
+    return [event.tensor_proto.string_val[0].decode() for event in accumulator.Tensors(tag)]
+
+
+def test_tensorboard_reads_back_every_scalar(tmp_path: Path) -> None:
+    tell(TensorBoard(tmp_path / "tensorboard", hparams=HPARAMS, first_step=0), tmp_path)
+    found = accumulated(tmp_path / "tensorboard")
+    expected = {
+        "loss/train": 2.0,
+        "loss/valid": 1.5,
+        "optim/learning_rate": 1e-4,
+        "optim/grad_norm": 1.5,
+        "throughput/tokens_per_second_cluster": 800.0,
+        "throughput/tokens_per_second_node": 400.0,
+        "throughput/target_tokens_per_second": 200.0,
+        "time/step": 0.5,
+        **{f"time/{name}": seconds for name, seconds in PARTS.items()},
+        "memory/peak_gb": 2.0,
+        "memory/active_gb": 1.0,
+        "epoch": TOTAL / 300,
+        "metric/sql_execution": 0.75,
+        **{f"final/{name}": value for name, value in FINAL.items()},
+        "final/seconds": 12.5,
+        "final/steps": TOTAL,
+    }
+    assert set(found.Tags()["scalars"]) == set(expected)
+    for tag, value in expected.items():
+        assert scalars(found, tag)[TOTAL] == pytest.approx(value), tag
+    assert list(scalars(found, "loss/train")) == list(range(1, TOTAL + 1))
+    assert list(scalars(found, "metric/sql_execution")) == [0, TOTAL]
+
+
+def test_tensorboard_reads_back_the_texts(tmp_path: Path) -> None:
+    tell(TensorBoard(tmp_path / "tensorboard", hparams=HPARAMS, first_step=0), tmp_path)
+    found = accumulated(tmp_path / "tensorboard")
+    assert set(found.PluginTagToContent("text")) == {"config", "notes", "samples"}
+    assert texts(found, "config") == ["```yaml\nmodel:\n  path: tiny\n```"]
+    assert texts(found, "notes")[-1].splitlines()[-2:] == [
+        "- weights dequantised to float32",
+        "- warning: the disk is nearly full",
+    ]
+    header, rule, row = texts(found, "samples")[0].split("\n")
+    assert header.count("|") == rule.count("|") == row.count("|") == 5
+    assert "How many &#124; rows?" in row
+    assert "x &lt; 5" in row
+    assert "✗" in row.split("|")[3]
+    assert "✓ SELECT 1" in row.split("|")[4]
+
+
+def session_groups(logdir: Path) -> dict[str, Any]:
+    """What the HPARAMS tab shows for ``logdir``, by run, as TensorBoard's own backend computes it."""
+    from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins.base_plugin import TBContext
+    from tensorboard.plugins.hparams import api_pb2, list_session_groups
+    from tensorboard.plugins.hparams.backend_context import Context
+
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(logdir)).Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(logdir))
+    statuses = [
+        api_pb2.STATUS_UNKNOWN,
+        api_pb2.STATUS_SUCCESS,
+        api_pb2.STATUS_FAILURE,
+        api_pb2.STATUS_RUNNING,
+    ]
+    request = api_pb2.ListSessionGroupsRequest(
+        allowed_statuses=statuses,
+        aggregation_type=api_pb2.AGGREGATION_AVG,
+        slice_size=100,
+    )
+    context = Context(TBContext(data_provider=provider, logdir=str(logdir)))
+    response = list_session_groups.Handler(RequestContext(), context, "", request).run()
+    return {group.sessions[0].name: group for group in response.session_groups}
+
+
+def test_the_hparams_tab_shows_a_sweeps_runs_side_by_side(tmp_path: Path) -> None:
+    from tensorboard.plugins.hparams import api_pb2
+
+    # Runs of the same name in two sweeps stay apart.
+    for sweep, rank in (("first", 4), ("second", 16)):
+        folder = tmp_path / sweep / "0"
+        hparams = {**HPARAMS, "adapter": {**HPARAMS["adapter"], "rank": rank}}
+        tell(TensorBoard(folder / "tensorboard", hparams=hparams, first_step=0), folder)
+    groups = session_groups(tmp_path)
+    assert set(groups) == {"first/0/tensorboard", "second/0/tensorboard"}
+    group = groups["second/0/tensorboard"]
+    shown = {name: getattr(value, value.WhichOneof("kind")) for name, value in group.hparams.items()}
+    assert shown == {
+        "seed": 7,
+        "model.path": "tiny",
+        "model.trust_remote_code": False,
+        "dataset.path": "sql",
+        "dataset.metric": "sql_execution",
+        "adapter.type": "lora",
+        "adapter.rank": 16,
+        "adapter.targets": "['q_proj', 'v_proj']",
+        "optimizer.learning_rate": 1e-4,
+        "optimizer.arguments.eps": 1e-8,
+        "training.steps": TOTAL,
+        "topology.nodes": 2,
+    }
+    results = {value.name.tag: value.value for value in group.metric_values}
+    assert results == pytest.approx(
+        {
+            **{f"final/{name}": value for name, value in FINAL.items()},
+            "final/seconds": 12.5,
+            "final/steps": TOTAL,
+        }
+    )
+    assert group.sessions[0].status == api_pb2.STATUS_SUCCESS
+    assert group.sessions[0].end_time_secs >= group.sessions[0].start_time_secs > 0
+
+
+def test_the_hparams_tab_tells_success_from_failure(tmp_path: Path) -> None:
+    from tensorboard.plugins.hparams import api_pb2
+
+    expected = {"failed": api_pb2.STATUS_FAILURE, "early_stopped": api_pb2.STATUS_SUCCESS}
+    for reason in expected:
+        reporter = TensorBoard(tmp_path / reason, hparams=HPARAMS, first_step=0)
+        reporter.run_started(started(tmp_path))
+        reporter.run_ended(RunEnded(reason, 3, 1.0))
+        reporter.close()
+    assert {name: group.sessions[0].status for name, group in session_groups(tmp_path).items()} == expected
+
+
+def test_a_resumed_runs_curves_do_not_double_back(tmp_path: Path) -> None:
+    from tensorboard.plugins.hparams import api_pb2
+
+    folder = tmp_path / "run" / "tensorboard"
+    tell(TensorBoard(folder, hparams=HPARAMS, first_step=0), tmp_path, until=17)
+    assert session_groups(tmp_path)["run/tensorboard"].sessions[0].status != api_pb2.STATUS_SUCCESS
+    reporter = TensorBoard(folder, hparams=HPARAMS, first_step=10)
+    reporter.run_started(started(tmp_path, 10))
+    reporter.step_done(step(11, loss=9.0))
+    reporter.run_ended(ended(tmp_path, steps=11))
+    reporter.close()
+    assert len(list(folder.iterdir())) == 2
+    found = accumulated(folder)
+    losses = scalars(found, "loss/train")
+    assert list(losses) == list(range(1, 12))
+    assert (losses[10], losses[11]) == (3.0, 9.0)
+    assert list(scalars(found, "loss/valid")) == [0, 10]
+    assert served(folder, "loss/train") == list(losses)
+    assert served(folder, "loss/valid") == [0, 10]
+    assert session_groups(tmp_path)["run/tensorboard"].sessions[0].status == api_pb2.STATUS_SUCCESS
+
+
+def test_a_run_that_begins_anew_leaves_nothing_of_the_first_attempt(tmp_path: Path) -> None:
+    tell(TensorBoard(tmp_path / "tb", hparams=HPARAMS, first_step=0), tmp_path, until=7)
+    tell(TensorBoard(tmp_path / "tb", hparams=HPARAMS, first_step=0), tmp_path, until=3)
+    found = accumulated(tmp_path / "tb")
+    assert list(scalars(found, "loss/train")) == [1, 2, 3]
+    assert list(scalars(found, "loss/valid")) == [0]
+    assert served(tmp_path / "tb", "loss/train") == [1, 2, 3]
+
+
+# metrics.jsonl
+
+
+def test_each_event_is_a_line_that_is_there_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    reporter = MetricsFile(path, first_step=0)
+    reporter.run_started(started(tmp_path))
+    reporter.step_done(step(1))
+    first, second = lines(path)
+    assert first["type"] == "run_started"
+    assert "config_yaml" not in first
+    assert first["run_folder"] == str(tmp_path)
+    assert {**asdict(step(1)), "type": "step_done", "time": second["time"]} == second
+    reporter.samples_shown(SamplesShown(TOTAL, [SAMPLE]))
+    assert lines(path, "samples_shown")[0]["samples"] == [asdict(SAMPLE)]
+    reporter.close()
+
+
+def test_a_loss_that_is_no_number_is_still_json(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    reporter = MetricsFile(path, first_step=0)
+    for loss in (math.nan, math.inf, -math.inf):
+        reporter.step_done(step(1, loss))
+    reporter.close()
+    assert [event["loss"] for event in lines(path)] == ["nan", "inf", "-inf"]
+
+
+def test_numpy_scalars_are_numbers() -> None:
+    values = {"a": np.float32(0.5), "b": np.int64(3), "c": np.float64("nan")}
+    assert plain(values) == {"a": 0.5, "b": 3, "c": "nan"}
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_plain_values_are_always_json(value: Any) -> None:
+    assert json.loads(json.dumps(plain(value), allow_nan=False)) == plain(value)
+
+
+@given(until=st.integers(0, 19), first=st.integers(0, 19), torn=st.binary(max_size=40))
+def test_after_a_resume_each_step_stands_once(
+    until: int, first: int, torn: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    first = min(first, until)
+    path = tmp_path_factory.mktemp("resume") / "metrics.jsonl"
+    tell(MetricsFile(path, first_step=0), path.parent, until=until)
+    with path.open("ab") as file:
+        file.write(torn.replace(b"\n", b" "))  # a kill in the middle of a line, whatever stood there
+    tell(MetricsFile(path, first_step=first), path.parent, first=first)
+    assert [event["step"] for event in lines(path, "step_done")] == list(range(1, TOTAL + 1))
+    assert [event["step"] for event in lines(path, "evaluated")] == [0, 10, 20]
+    assert [event["when"] for event in lines(path, "metric_scored")] == ["before", "after"]
+    assert [event["reason"] for event in lines(path, "run_ended")] == ["interrupted", "finished"]
+    assert [entry.name for entry in path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_whole_last_line_without_its_newline_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"type": "step_done", "step": 1}\n{"type": "step_done", "step": 2}')
+    reporter = MetricsFile(path, first_step=2)
+    reporter.step_done(step(3))
+    reporter.close()
+    assert [event["step"] for event in lines(path)] == [1, 2, 3]
+
+
+def test_resuming_a_finished_run_repeats_only_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tell(MetricsFile(path, first_step=0), tmp_path)
+    tell(MetricsFile(path, first_step=TOTAL), tmp_path, first=TOTAL)
+    assert [event["step"] for event in lines(path, "step_done")] == list(range(1, TOTAL + 1))
+    assert [event["when"] for event in lines(path, "metric_scored")] == ["before", "after"]
+    assert len(lines(path, "samples_shown")) == 1
+
+
+# The folder and the summary
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_summary_tells_what_came_of_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    tell(SummaryWriter(folder), tmp_path)
+    summary = json.loads(folder.summary.read_text())
+    assert summary["reason"] == "finished"
+    assert summary["results"] == FINAL
+    assert summary["tokens_per_second"] == 800.0
+    assert summary["peak_memory_bytes"] == 2_000_000_000
+    assert summary["adapter_folder"] == str(tmp_path / "adapters")
+    assert summary["adapter_sha256"] == "ab" * 32
+    assert {"macft", "mlx", "mlx-lm", "python", "platform"} <= set(summary["versions"])
+    text = folder.summary_text.read_text()
+    assert "| valid loss | 3.5 | 1.25 |" in text
+    assert "| sql execution | 0.125 | 0.75 |" in text
+    assert "| model | bundled-name |" in text
+
+
+def test_a_run_that_fails_at_once_with_a_loss_of_nan_has_a_summary(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    reporter = SummaryWriter(folder)
+    reporter.run_ended(RunEnded("failed", 0, 0.1, {"valid_loss": math.nan}, detail="a | b"))
+    summary = json.loads(folder.summary.read_text())
+    assert (summary["reason"], summary["detail"], summary["results"]) == (
+        "failed",
+        "a | b",
+        {"valid_loss": "nan"},
+    )
+    assert summary["tokens_per_second"] is None
+    assert "| detail | a \\| b |" in folder.summary_text.read_text()
+
+
+# All together
+
+
+def build(folder: RunFolder, **settings: Any) -> Reporter:
+    return fan_out.build(ReportConfig(**settings), folder, hparams=HPARAMS, is_main=True, first_step=0)
+
+
+def test_rank_0_writes_what_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    everything, little = RunFolder(tmp_path / "deep" / "run"), RunFolder(tmp_path / "little")
+    tell(build(everything), everything.path)
+    assert {entry.name for entry in everything.path.iterdir()} == {
+        "metrics.jsonl",
+        "summary.json",
+        "summary.md",
+        "tensorboard",
+    }
+    assert "Finished" in capsys.readouterr().out
+    tell(build(little, console=False, tensorboard=False, metrics_file=False), little.path)
+    assert {entry.name for entry in little.path.iterdir()} == {"summary.json", "summary.md"}
+    output = capsys.readouterr()
+    assert (output.out, output.err) == ("", "")
+
+
+def test_other_ranks_say_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder(tmp_path / "run")
+    tell(fan_out.build(ReportConfig(), folder, hparams={}, is_main=False, first_step=0), folder.path)
+    assert not folder.path.exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_reporter_that_cannot_be_set_up_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.metrics.mkdir()  # where the file belongs
+    tell(build(folder, console=False, tensorboard=False), tmp_path)
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert errors[0].startswith("MetricsFile stops reporting, training goes on: ")
+    assert json.loads(folder.summary.read_text())["reason"] == "finished"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_drops_the_reporter_and_not_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path)
+    full = Path("/dev/full").open("w")  # noqa: SIM115 (the console's close is what fails)
+    console = ConsoleReporter(every=1, console=Console(file=full, width=100))
+    tell(fan_out.FanOut([console, MetricsFile(folder.metrics, first_step=0)]), tmp_path)
+    errors = capsys.readouterr().err.splitlines()
+    assert errors == ["ConsoleReporter stops reporting, training goes on: [Errno 28] No space left on device"]
+    assert len(lines(folder.metrics, "step_done")) == TOTAL
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
+
+
+PIPED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_report import build, tell
+from macft.report.run_folder import RunFolder
+folder = RunFolder(Path(sys.argv[2]))
+tell(build(folder, every=1, tensorboard=False), folder.path)
+"""
+
+
+def test_a_run_goes_on_when_its_output_is_no_longer_read(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` does in the end
+    command = [sys.executable, "-c", PIPED, str(Path(__file__).parent), str(folder.path)]
+    done = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+    )
+    os.close(writing)
+    assert done.stderr.count("ConsoleReporter stops reporting, training goes on") == 1
+    assert len(lines(folder.metrics, "step_done")) == TOTAL
+    assert json.loads(folder.summary.read_text())["reason"] == "finished"
+
+
+def test_importing_the_room_loads_neither_tensorboard_nor_torch() -> None:
+    script = (
+        "import sys, macft.report.fan_out; print({'tensorboard', 'tensorflow', 'torch'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "set()"
