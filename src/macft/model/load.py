@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from macft.errors import ConfigError, ModelError
+from macft.model.cpu_activations import use_fast_activations
 from macft.model.device import on_cpu
 from macft.model.settings import ModelConfig
 
@@ -88,6 +89,8 @@ def load(config: ModelConfig, path: Path) -> LoadedModel:
         notes.append("on a CPU every type but float32 is many times slower; model.precision=auto picks it")
     with _readable(path, "weights"):
         mx.eval(model.parameters())
+    if cpu and _float_dtype(model) == mx.float32:
+        use_fast_activations(model)
     model.freeze()
     return LoadedModel(
         model=model,
