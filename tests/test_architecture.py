@@ -12,7 +12,7 @@ import macft
 
 ROOT = Path(macft.__file__).parent
 
-# What each room may import besides macft.errors. Data flows config -> plan -> data -> step -> reduce -> update -> report.
+# What each room may import besides macft.errors.
 ALLOWED = {
     "collective": set(),
     "cluster": {"collective", "blas"},
@@ -57,7 +57,9 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
 
 
 def test_there_is_no_import_cycle() -> None:
-    graph = {name: {i for i in imports_of(path) if i in FILES and i not in (name, "macft")} for name, path in FILES.items()}
+    graph = {
+        name: {i for i in imports_of(path) if i in FILES and i not in (name, "macft")} for name, path in FILES.items()
+    }
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(FILES) - 1
 
 
@@ -69,6 +71,10 @@ def test_every_room_is_on_the_map() -> None:
 @pytest.mark.parametrize("library", ["zmq", "hydra", "tensorboard", "rich"])
 def test_the_trainer_sees_interfaces_only(library: str) -> None:
     for path in (ROOT / "training").glob("*.py"):
-        names = {n.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import) for n in node.names}
-        names |= {node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
+        names = {
+            n.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import) for n in node.names
+        }
+        names |= {
+            node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
+        }
         assert not any(name.split(".")[0] == library for name in names), path

@@ -30,7 +30,7 @@ def trained(steps: int) -> tuple[nn.Module, optim.Optimizer]:
 
 
 def advance(model: nn.Module, optimizer: optim.Optimizer, step: int) -> None:
-    gradients = {"layers": [{"weight": l.weight * (step + 1), "bias": l.bias + 1} for l in model.layers]}
+    gradients = {"layers": [{"weight": item.weight * (step + 1), "bias": item.bias + 1} for item in model.layers]}
     optimizer.update(model, gradients)
     mx.eval(model.parameters(), optimizer.state)
 
@@ -123,7 +123,12 @@ def test_another_adapter_is_refused() -> None:
         restore(capture(model, optimizer, Progress(step=1)), other, optim.AdamW(1e-3))
 
 
-@given(st.one_of(st.binary(max_size=60), st.recursive(st.none() | st.integers() | st.text(), st.lists).map(lambda v: json.dumps(v).encode())))
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        st.recursive(st.none() | st.integers() | st.text(), st.lists).map(lambda v: json.dumps(v).encode()),
+    )
+)
 def test_progress_from_anything_but_progress_is_a_value_error(data: bytes) -> None:
     with pytest.raises(ValueError, match=r".*"):
         Progress.from_json(data)

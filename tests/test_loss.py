@@ -115,7 +115,9 @@ def test_loss_and_gradient_are_those_of_mlx_lm(kind: str, masked: bool) -> None:
     theirs.freeze()
     linear_to_lora_layers(theirs, 2, {"rank": 4, "scale": 20.0, "dropout": 0.0}, use_dora=kind == "dora")
     # B starts at zero, which would leave A without gradient: give both the same random values.
-    values = [(name, mx.random.normal(value.shape) * 0.1 + value) for name, value in tree_flatten(ours.trainable_parameters())]
+    values = [
+        (name, mx.random.normal(value.shape) * 0.1 + value) for name, value in tree_flatten(ours.trainable_parameters())
+    ]
     mx.eval([value for _, value in values])
     for model in (ours, theirs):
         model.load_weights(values, strict=False)

@@ -148,9 +148,7 @@ def test_weights_cut_short_are_refused(copy_of_tiny: Path) -> None:
         ({"model_file": "model.py"}, "model.trust_remote_code=true"),
     ],
 )
-def test_a_config_that_does_not_fit_is_refused(
-    copy_of_tiny: Path, changes: dict[str, Any], words: str
-) -> None:
+def test_a_config_that_does_not_fit_is_refused(copy_of_tiny: Path, changes: dict[str, Any], words: str) -> None:
     path = copy_of_tiny / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     check_refused(copy_of_tiny, words)

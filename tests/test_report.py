@@ -608,9 +608,7 @@ def test_other_ranks_say_and_write_nothing(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().out == ""
 
 
-def test_a_reporter_that_cannot_be_set_up_is_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_reporter_that_cannot_be_set_up_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = RunFolder(tmp_path)
     folder.metrics.mkdir()  # where the file belongs
     tell(build(folder, console=False, tensorboard=False), tmp_path)
@@ -621,9 +619,7 @@ def test_a_reporter_that_cannot_be_set_up_is_left_out(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_drops_the_reporter_and_not_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_drops_the_reporter_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = RunFolder(tmp_path)
     full = Path("/dev/full").open("w")  # noqa: SIM115 (the console's close is what fails)
     console = ConsoleReporter(every=1, console=Console(file=full, width=100))
@@ -651,9 +647,7 @@ def test_a_run_goes_on_when_its_output_is_no_longer_read(tmp_path: Path) -> None
     reading, writing = os.pipe()
     os.close(reading)  # as `| head` does in the end
     command = [sys.executable, "-c", PIPED, str(Path(__file__).parent), str(folder.path)]
-    done = subprocess.run(
-        command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, check=False
-    )
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
     os.close(writing)
     assert done.stderr.count("ConsoleReporter stops reporting, training goes on") == 1
     assert len(lines(folder.metrics, "step_done")) == TOTAL
@@ -661,10 +655,6 @@ def test_a_run_goes_on_when_its_output_is_no_longer_read(tmp_path: Path) -> None
 
 
 def test_importing_the_room_loads_neither_tensorboard_nor_torch() -> None:
-    script = (
-        "import sys, macft.report.fan_out; print({'tensorboard', 'tensorflow', 'torch'} & set(sys.modules))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
-    )
+    script = "import sys, macft.report.fan_out; print({'tensorboard', 'tensorflow', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "set()"

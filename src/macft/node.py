@@ -42,15 +42,15 @@ from macft.report.events import (
     SamplesShown,
 )
 from macft.report.run_folder import RunFolder
-from macft.training.gradient import GradientComputer
 from macft.stop import StopRequest
+from macft.training.gradient import GradientComputer
 from macft.training.loop import Trainer, steps_for
 from macft.training.optimizer import make_optimizer
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: ``reason`` is finished, early_stopped or interrupted; ``adapter_sha256`` is equal on all ranks."""
+    """How a run ended: ``reason`` is finished, early_stopped or interrupted; ``adapter_sha256`` is everyone's."""
 
     reason: str
     adapter_sha256: str
@@ -71,9 +71,7 @@ class _Run:
     reporter: Reporter
 
 
-def run_node(
-    config: TrainConfig, collective: Collective, folder: Path, *, resume: bool, stop: StopRequest
-) -> Outcome:
+def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resume: bool, stop: StopRequest) -> Outcome:
     """Trains this rank's part.
 
     Raises:
@@ -99,7 +97,9 @@ def run_node(
         run.reporter.close()
 
 
-def _prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, resume: bool, stop: StopRequest) -> _Run:
+def _prepare(
+    config: TrainConfig, collective: Collective, folder: RunFolder, *, resume: bool, stop: StopRequest
+) -> _Run:
     device = prepare_device()
     loaded = model_loading.load(config.model, resolve(config.model))
     data = data_loading.load(
@@ -151,7 +151,7 @@ def _prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, 
 def _agree_on_state(
     loaded: LoadedModel, optimizer: optim.Optimizer, collective: Collective, store: CheckpointStore, *, resume: bool
 ) -> tuple[Progress, list[str]]:
-    """Every rank begins with rank 0's adapter, optimizer and progress: fresh ones, or those of the newest checkpoint."""
+    """Every rank begins with rank 0's adapter, optimizer and progress: fresh, or those of the newest checkpoint."""
     snapshot: Snapshot | None = None
     notes: list[str] = []
     payload = b""
@@ -222,9 +222,7 @@ def _score(run: _Run, when: str) -> Scored | None:
         progress=lambda done, total: run.reporter.phase_progress(PhaseProgress(f"answering, {when}", done, total)),
     )
     step = run.trainer.progress.step
-    run.reporter.metric_scored(
-        MetricScored(step, name, "test", when, result.value, len(records), result.seconds)
-    )
+    run.reporter.metric_scored(MetricScored(step, name, "test", when, result.value, len(records), result.seconds))
     return result
 
 

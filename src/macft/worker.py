@@ -1,4 +1,4 @@
-"""A rank's own process: ``python -m macft.worker FOLDER RANK RENDEZVOUS RUN_ID [--resume]``, started by the launcher."""
+"""A rank's process, started by the launcher: ``python -m macft.worker FOLDER RANK RENDEZVOUS RUN_ID [--resume]``."""
 
 from __future__ import annotations
 

@@ -121,5 +121,6 @@ def _tensors(tree: Any) -> bytes:
 
 
 def _arrays(data: bytes) -> dict[str, Any]:
-    arrays: dict[str, Any] = mx.load(io.BytesIO(data), format="safetensors")
+    arrays = mx.load(io.BytesIO(data), format="safetensors")
+    assert isinstance(arrays, dict)
     return arrays

@@ -79,7 +79,7 @@ class CheckpointStore:
 
     def newest_valid(self) -> tuple[Snapshot | None, list[str]]:
         """The newest checkpoint that verifies, if any, and one line for each newer one that had to be passed over."""
-        passed_over = []
+        passed_over: list[str] = []
         for step in self.steps():
             try:
                 return self.load(step), passed_over

@@ -29,9 +29,7 @@ class RankFailed(MacftError):
         self.exit_code = exit_code
 
 
-def launch(
-    world_size: int, folder: Path, *, run_id: str, fingerprint: str, start_timeout: float, resume: bool
-) -> int:
+def launch(world_size: int, folder: Path, *, run_id: str, fingerprint: str, start_timeout: float, resume: bool) -> int:
     """Runs ``world_size`` ranks of the run in ``folder`` and waits for them; returns rank 0's exit status.
 
     Rank 0 has this terminal; the others write to ``folder/logs/rank-N.log``. SIGINT and SIGTERM are passed on once to

@@ -62,8 +62,8 @@ class RendezvousServer:
                 f"rendezvous: {bind} can't be listened on ({error.strerror}); "
                 "is another run using this port, and is the address this machine's?"
             ) from error
-        endpoint: bytes = self._socket.getsockopt(zmq.LAST_ENDPOINT)
-        self.address = endpoint.decode().removeprefix("tcp://")
+        endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.address = endpoint.removeprefix("tcp://")
         self._thread = threading.Thread(target=self._serve, name="macft-rendezvous", daemon=True)
 
     def start(self) -> None:
@@ -234,7 +234,9 @@ def _report(context: zmq.Context[Any], server: str, hello: dict[str, Any], timeo
         if not (len(addresses) == len(names) == hello["world_size"] and len(token) == TOKEN_BYTES):
             raise ValueError
     except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise RendezvousError(f"rendezvous at {server}: the answer is not macft's; is the port another program's?") from error
+        raise RendezvousError(
+            f"rendezvous at {server}: the answer is not macft's; is the port another program's?"
+        ) from error
     return Membership(addresses, names, token)
 
 

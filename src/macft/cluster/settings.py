@@ -52,7 +52,9 @@ def problems(config: TopologyConfig) -> list[str]:
         if len(config.hosts) < 2:
             found.append("topology.hosts: list two or more addresses, for instance [192.168.0.1,192.168.0.2]")
         if config.rank is not None and not 0 <= config.rank < len(config.hosts):
-            found.append(f"topology.rank: {config.rank} is not a place in topology.hosts (0 to {len(config.hosts) - 1})")
+            found.append(
+                f"topology.rank: {config.rank} is not a place in topology.hosts (0 to {len(config.hosts) - 1})"
+            )
         if len(set(config.hosts)) != len(config.hosts):
             found.append("topology.hosts: an address stands twice")
     elif config.hosts:

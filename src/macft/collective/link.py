@@ -181,11 +181,15 @@ class Links:
         header = self._checked(frames[1].buffer, self._left)
         if header.kind is Kind.WAITING:
             # Only a rank that itself waits for somebody else is excused.
-            self._blame = int(header.text) if header.text.isdigit() and int(header.text) < self.world_size else self._left
+            self._blame = (
+                int(header.text) if header.text.isdigit() and int(header.text) < self.world_size else self._left
+            )
             return None
         if header.kind is Kind.GOODBYE:
             # All that the left neighbour sent before has been read: nothing more will come.
-            self.fail(PeerLost(header.text or f"{self.name(self._left)} left the ring while this rank was still working"))
+            self.fail(
+                PeerLost(header.text or f"{self.name(self._left)} left the ring while this rank was still working")
+            )
         return header, frames[2].buffer
 
     def _check_others(self, ready: dict[Any, int]) -> None:

@@ -2,8 +2,8 @@
 
 Each array is cut into one chunk a rank. In the first N - 1 stages every rank adds what it receives to its own values
 and passes the sum on; after them each rank holds one chunk's total, and N - 1 more stages pass the totals round
-(Patarasuk and Yuan 2009). Chunks travel in pieces, and a piece is passed on as soon as it has been added, so that adding
-and sending overlap. Every element is summed along one path and then copied: all ranks end with the same bits.
+(Patarasuk and Yuan 2009). Chunks travel in pieces, and a piece is passed on as soon as it has been added, so that
+adding and sending overlap. Every element is summed along one path and then copied: all ranks end with the same bits.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Ring:
                     piece[...] = received
                 if stage + 1 < stages:
                     tracker = self._send(doing, stage + 1, number, piece)
-                    # A partial sum may be overwritten once its total arrives: by then the next rank has had it, or there
-                    # would be no total. A total may be overwritten by the caller, so it has to be gone before we return.
+                    # A partial sum may be overwritten once its total arrives: by then the next rank has had it, or
+                    # there would be no total. A total may be overwritten by the caller: it must be gone by then.
                     if tracker is not None and stage + 1 >= ranks - 1:
                         unsent.append(tracker)
         self._links.wait_sent(unsent)

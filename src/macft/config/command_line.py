@@ -1,6 +1,6 @@
 """Reads the command line before Hydra does: short forms, ``resume``, and errors in one line with exit status 2.
 
-Everything else is Hydra's: overrides, ``-m``, ``--cfg job``, ``--config-dir``, ``--help`` work as its documentation says.
+The rest is Hydra's: overrides, ``-m``, ``--cfg job``, ``--config-dir``, ``--help`` work as its documentation says.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def prepare(argv: list[str]) -> CommandLine:
         return CommandLine(argv, None)
     folders = [config_folder()] + ([Path(arguments.config_dir)] if arguments.config_dir else [])
     parsed = _parse(overrides)
-    resume, rest = _take_resume(parsed)
+    resume, others = _take_resume(parsed)
     if resume is not None and arguments.multirun:
         raise ConfigError("resume: one run at a time; leave -m out")
-    rest = [text for override in rest for text in _expand(override, folders, resuming=resume is not None)]
+    rest = [text for override in others for text in _expand(override, folders, resuming=resume is not None)]
     _check_keys(_parse(rest), folders)
     primary, name = config_folder(), arguments.config_name or "train"
     if resume is not None:

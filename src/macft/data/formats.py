@@ -1,4 +1,4 @@
-"""mlx-lm's dataset formats as rows of tokens: ``text``, ``prompt``/``completion``, ``messages`` with optional ``tools``."""
+"""mlx-lm's dataset formats as rows of tokens: ``text``, ``prompt``/``completion``, ``messages`` with ``tools``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def tokenize(record: Mapping[str, Any], tokenizer: Any, *, mask_prompt: bool) ->
         return _text(record["text"], tokenizer)
     fields = ", ".join(sorted(record)) or "none"
     raise DataError(
-        f"it needs `messages`, or `prompt` and `completion`, or `text`, but has {fields}; dataset.columns renames fields"
+        f"it needs `messages`, `prompt` and `completion`, or `text`, but has {fields}; dataset.columns renames fields"
     )
 
 

@@ -56,7 +56,9 @@ def load(config: DatasetConfig, tokenizer: Any, *, need_test: bool, seed: int) -
     if not data.train.rows:
         raise DataError("dataset.max_seq_length: no training row has a target left after cutting; raise it")
     if not data.valid.rows:
-        data.notes.append("no validation rows: training goes without validation (dataset.valid_fraction splits some off)")
+        data.notes.append(
+            "no validation rows: training goes without validation (dataset.valid_fraction splits some off)"
+        )
     return data
 
 
@@ -80,7 +82,9 @@ def _add(
             raise DataError(f"dataset.columns: {path} has no column {error}; it has {have}") from error
         except DataError as error:
             text = str(error)
-            raise DataError(text if text.startswith("dataset.") else f"{path}, {name} row {number + 1}: {text}") from error
+            raise DataError(
+                text if text.startswith("dataset.") else f"{path}, {name} row {number + 1}: {text}"
+            ) from error
         if len(row.tokens) > config.max_seq_length:
             cut += 1
             row = Row(row.tokens[: config.max_seq_length], row.prompt_length)

@@ -69,7 +69,10 @@ class RowOrder:
         return np.concatenate(pieces)
 
     def _make_pass(self, source: int, number: int) -> NDArray[np.int64]:
-        return self._starts[source] + self._generator(1 + source, number).permutation(self._sizes[source])
+        order: NDArray[np.int64] = self._starts[source] + self._generator(1 + source, number).permutation(
+            self._sizes[source]
+        )
+        return order
 
     def _generator(self, stream: int, number: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, stream, number])))

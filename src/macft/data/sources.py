@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,10 @@ def _read_folder(folder: Path) -> dict[str, list[Record]]:
 
 def _read_file(path: Path) -> list[Record]:
     if path.suffix in _LOADERS:
-        return _load(lambda datasets: datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train"), str(path))
+        return _load(
+            lambda datasets: datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train"),
+            str(path),
+        )
     return _read_jsonl(path)
 
 
@@ -87,12 +91,13 @@ def _read_hub(source: SourceConfig) -> dict[str, list[Record]]:
     _require_hub(source.path)
     found: dict[str, list[Record]] = {}
     for split, name in wanted.items():
-        found[split] = (
-            _load(lambda datasets, name=name: datasets.load_dataset(source.path, source.name, split=name), source.path)
-            if name
-            else []
-        )
+        load = partial(_load_split, source, name)
+        found[split] = _load(load, source.path) if name else []
     return found
+
+
+def _load_split(source: SourceConfig, split: str | None, datasets: Any) -> Any:
+    return datasets.load_dataset(source.path, source.name, split=split)
 
 
 def _require_hub(name: str) -> None:

@@ -1,7 +1,6 @@
 """Execution accuracy (Yu et al. 2018, Spider): a query is right if it returns what the expected query returns.
 
-Generated queries are untrusted. They run on a throw-away in-memory database that only lets itself be read, for a bounded
-number of virtual-machine steps, and only their first rows are looked at.
+Generated queries are untrusted. They run on a throw-away in-memory database that can only be read, for a limited number of virtual-machine steps, and only their first rows are looked at.
 """
 
 from __future__ import annotations
@@ -57,7 +56,9 @@ class SqlExecution:
         try:
             connection.deserialize(self._built(script))
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
-            connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in _ALLOWED else sqlite3.SQLITE_DENY)
+            connection.set_authorizer(
+                lambda action, *_: sqlite3.SQLITE_OK if action in _ALLOWED else sqlite3.SQLITE_DENY
+            )
             checks = 0
 
             def too_long() -> bool:
@@ -115,6 +116,8 @@ def _same_value(left: Any, right: Any) -> bool:
 def _sort_key(row: tuple[Any, ...]) -> list[tuple[str, float, str]]:
     """Numbers by value, everything else by type and text; any two rows can be compared."""
     return [
-        ("number", round(float(value), 6), "") if isinstance(value, int | float) else (type(value).__name__, 0.0, str(value))
+        ("number", round(float(value), 6), "")
+        if isinstance(value, int | float)
+        else (type(value).__name__, 0.0, str(value))
         for value in row
     ]

@@ -113,7 +113,7 @@ def _blocks_prefix(model: nn.Module) -> str:
     first = model.layers[0]
     for name, module in model.named_modules():
         if module is first:
-            return name.rsplit(".", 1)[0]
+            return str(name).rsplit(".", 1)[0]
     raise ConfigError("adapter.layers: this model's blocks have no module path; use adapter.num_layers")
 
 

@@ -47,7 +47,7 @@ def load_adapter_weights(path: Path, model: nn.Module) -> None:
     if not file.is_file():
         raise ModelError(f"no adapter at {file}: expected an mlx-lm adapter folder or its adapters.safetensors")
     try:
-        weights = mx.load(str(file))
+        weights: dict[str, Any] = _read(file)
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"adapter {file} can't be read: {error}") from error
     expected = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
@@ -57,3 +57,9 @@ def load_adapter_weights(path: Path, model: nn.Module) -> None:
         )
     model.load_weights(list(weights.items()), strict=False)
     mx.eval(model.parameters())
+
+
+def _read(file: Path) -> dict[str, Any]:
+    tensors = mx.load(str(file), format="safetensors")
+    assert isinstance(tensors, dict)
+    return tensors

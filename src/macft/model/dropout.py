@@ -65,7 +65,7 @@ def _mix(value: Any) -> Any:
 def make_dropout_reproducible(model: nn.Module) -> DropoutKeys:
     """Replaces the ``nn.Dropout`` of each adapter layer in place; returns the keys to set before each micro-batch."""
     keys = DropoutKeys()
-    replaced = []
+    replaced: list[tuple[str, RowDropout]] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module._p_1 < 1.0:
             replaced.append((name, RowDropout(1.0 - module._p_1, len(replaced), keys)))

@@ -89,8 +89,7 @@ def _check_kind(source: Path, metadata: Mapping[str, Any]) -> None:
     file_type = metadata.get("general.file_type")
     if file_type is not None and int(file_type) not in _FILE_TYPES:
         raise ModelError(
-            f"{source}: GGUF file type {int(file_type)} can't be converted, "
-            "only F32, F16, Q4_0, Q4_1 and Q8_0"
+            f"{source}: GGUF file type {int(file_type)} can't be converted, only F32, F16, Q4_0, Q4_1 and Q8_0"
         )
 
 

@@ -95,9 +95,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
     def snapshot(*, offline: bool) -> Path:
         return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS, local_files_only=offline
-            )
+            snapshot_download(name, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS, local_files_only=offline)
         )
 
     try:

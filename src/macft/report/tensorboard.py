@@ -153,9 +153,7 @@ class TensorBoard(SilentReporter):
         self._summary(Summary(value=[value]), self._step)
 
     def _write_notes(self) -> None:
-        self._text(
-            "notes", "\n".join(f"- {html.escape(note, quote=False)}" for note in self._notes), self._step
-        )
+        self._text("notes", "\n".join(f"- {html.escape(note, quote=False)}" for note in self._notes), self._step)
 
     def _scalars(self, values: Mapping[str, float], step: int) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary

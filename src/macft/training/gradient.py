@@ -59,9 +59,15 @@ class GradientComputer:
         loss_sum, target_tokens, tokens = 0.0, 0, 0
         for batch in batches:
             positions, targets, weights = target_positions(batch)
-            keys = DropoutKeys.for_rows(self._seed, step, batch.row_ids) if self._keys.in_use else np.zeros(1, np.uint32)
+            keys = (
+                DropoutKeys.for_rows(self._seed, step, batch.row_ids) if self._keys.in_use else np.zeros(1, np.uint32)
+            )
             loss, gradient = self._loss_and_gradient(
-                mx.array(batch.tokens[:, :-1]), mx.array(positions), mx.array(targets), mx.array(weights), mx.array(keys)
+                mx.array(batch.tokens[:, :-1]),
+                mx.array(positions),
+                mx.array(targets),
+                mx.array(weights),
+                mx.array(keys),
             )
             gradient = tree_map(lambda value: value.astype(mx.float32), gradient)
             total = gradient if total is None else tree_map(mx.add, total, gradient)

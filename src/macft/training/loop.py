@@ -205,4 +205,3 @@ def steps_for(config: TrainingConfig, order: RowOrder) -> int:
     if config.steps is not None:
         return config.steps
     return max(1, round((config.epochs or 0) * order.steps_per_epoch))
-

@@ -78,7 +78,7 @@ def target_positions(batch: Batch) -> tuple[NDArray[np.int32], NDArray[np.int32]
 
 
 class TokenLoss:
-    """Callable ``(inputs (rows, length), positions (n,), targets (n,), weights (n,)) -> summed cross-entropy``, float32."""
+    """``(inputs (rows, length), positions (n,), targets (n,), weights (n,)) -> summed cross-entropy``, float32."""
 
     def __init__(self, model: nn.Module):
         self._model = model

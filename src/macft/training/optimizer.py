@@ -77,7 +77,7 @@ def apply_gradient(
 ) -> None:
     """One update of ``model``'s trainable parameters.
 
-    ``gradient`` is flat, float32, in the order of ``layout``: (name, parameter) pairs, whose shapes and dtypes it takes.
+    ``gradient`` is flat, float32, in the order of ``layout``: (name, parameter) pairs that give shapes and dtypes.
     """
     pieces, start = [], 0
     for name, parameter in layout:

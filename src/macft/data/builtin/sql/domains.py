@@ -1,6 +1,6 @@
 """The worlds the questions are about: one line a table.
 
-``entity; name column (pool); category column = values; number column low-high; ...``, columns in the order of the table.
+``entity; name column (pool); category column = values; number column low-high; ...``, in the order of the table.
 """
 
 from __future__ import annotations
@@ -146,4 +146,4 @@ SUPERLATIVES = {
     "area": ("largest", "smallest"),
     "population": ("most populous", "least populous"),
 }
-"""Adjectives for the largest and the smallest value of a column; other columns say "the most X" and "the fewest X"."""
+"""Adjectives for the largest and smallest value of a column; other columns say "the highest X" and "the lowest X"."""

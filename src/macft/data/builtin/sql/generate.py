@@ -64,7 +64,8 @@ class Table:
 
     def script(self) -> str:
         """SQL that builds the table."""
-        kinds = f"id INTEGER, {self.name_column} TEXT, {self.category} TEXT, {self.numbers[0]} INTEGER, {self.numbers[1]} INTEGER"
+        first, second = self.numbers
+        kinds = f"id INTEGER, {self.name_column} TEXT, {self.category} TEXT, {first} INTEGER, {second} INTEGER"
         values = ", ".join(f"({', '.join(map(_literal, row))})" for row in self.rows)
         return f"CREATE TABLE {self.name} ({kinds}); INSERT INTO {self.name} VALUES {values};"
 
@@ -109,7 +110,13 @@ def make_table(line: str, random_: random.Random) -> Table:
         value = chosen_values[index] if index < len(chosen_values) else random_.choice(chosen_values)
         rows.append((index + 1, names[index], value, data[0][index], data[1][index]))
     return Table(
-        entity, _plural(entity), name_column, category_column, tuple(chosen_values), (columns[0], columns[1]), tuple(rows)
+        entity,
+        _plural(entity),
+        name_column,
+        category_column,
+        tuple(chosen_values),
+        (columns[0], columns[1]),
+        tuple(rows),
     )
 
 
@@ -149,16 +156,27 @@ class _Asker:
         """A way to ask for a list of names."""
         names, plural = self.names, self.t.name
         return self.pick(
-            f"List the {names} of {plural}", f"Show the {names} of all {plural}", f"Give me the {names} of {plural}",
-            f"What are the {names} of {plural}", f"Find the {names} of {plural}", f"Which {plural} are there",
-            f"I need the {names} of {plural}", f"Name all {plural}",
+            f"List the {names} of {plural}",
+            f"Show the {names} of all {plural}",
+            f"Give me the {names} of {plural}",
+            f"What are the {names} of {plural}",
+            f"Find the {names} of {plural}",
+            f"Which {plural} are there",
+            f"I need the {names} of {plural}",
+            f"Name all {plural}",
         )
 
     def where_equals(self, value: str) -> tuple[str, str]:
         """A filter on the category: words and SQL."""
         c = self.t.category
-        words = self.pick(f"whose {c} is {value}", f"with {c} {value}", f"where the {c} is {value}", f"that have {c} {value}",
-                          f"having {value} as {c}", f"with {value} as their {c}")
+        words = self.pick(
+            f"whose {c} is {value}",
+            f"with {c} {value}",
+            f"where the {c} is {value}",
+            f"that have {c} {value}",
+            f"having {value} as {c}",
+            f"with {value} as their {c}",
+        )
         return words, f"{c} = '{value}'"
 
     def where_compare(self) -> tuple[str, str]:
@@ -175,8 +193,12 @@ class _Asker:
         )
         word = self.random.choice(words)
         return (
-            self.pick(f"with {column} {word} {limit}", f"whose {column} is {word} {limit}", f"where the {column} is {word} {limit}",
-                      f"having {column} {word} {limit}"),
+            self.pick(
+                f"with {column} {word} {limit}",
+                f"whose {column} is {word} {limit}",
+                f"where the {column} is {word} {limit}",
+                f"having {column} {word} {limit}",
+            ),
             f"{column} {operator} {limit}",
         )
 
@@ -193,8 +215,13 @@ class _Asker:
         place = self.random.choice([2, 3, 4])
         column, name = (self.t.category, *self.t.numbers)[place - 2], row[1]
         text = self.pick(
-            f"What is the {column} of {name}?", f"Tell me the {column} of the {self.t.entity} {name}.", f"What {column} does {name} have?",
-            f"Look up the {column} of {name}.", f"Which {column} belongs to {name}?", f"Find {name}'s {column}.", f"{name}: what is the {column}?",
+            f"What is the {column} of {name}?",
+            f"Tell me the {column} of the {self.t.entity} {name}.",
+            f"What {column} does {name} have?",
+            f"Look up the {column} of {name}.",
+            f"Which {column} belongs to {name}?",
+            f"Find {name}'s {column}.",
+            f"{name}: what is the {column}?",
         )
         return text, f"SELECT {column} FROM {self.t.name} WHERE {self.shown} = '{name}'"
 
@@ -211,8 +238,12 @@ class _Asker:
     def _how_many(self, words: str = "") -> str:
         plural, space = self.t.name, " " if words else ""
         return self.pick(
-            f"How many {plural} are there{space}{words}?", f"Count the {plural}{space}{words}.", f"What is the number of {plural}{space}{words}?",
-            f"Give the number of {plural}{space}{words}.", f"How many {plural}{space}{words} do we have?", f"Tell me how many {plural} there are{space}{words}.",
+            f"How many {plural} are there{space}{words}?",
+            f"Count the {plural}{space}{words}.",
+            f"What is the number of {plural}{space}{words}?",
+            f"Give the number of {plural}{space}{words}.",
+            f"How many {plural}{space}{words} do we have?",
+            f"Tell me how many {plural} there are{space}{words}.",
         )
 
     def count(self) -> tuple[str, str]:
@@ -232,13 +263,21 @@ class _Asker:
     def _aggregate(self, words: str) -> tuple[str, str]:
         column, _ = self.number()
         function, adjectives = self.random.choice(
-            [("AVG", ("average", "mean")), ("MAX", ("highest", "largest", "maximum")), ("MIN", ("lowest", "smallest", "minimum")),
-             ("SUM", ("total", "summed"))]
+            [
+                ("AVG", ("average", "mean")),
+                ("MAX", ("highest", "largest", "maximum")),
+                ("MIN", ("lowest", "smallest", "minimum")),
+                ("SUM", ("total", "summed")),
+            ]
         )
         adjective = self.random.choice(adjectives)
         text = self.pick(
-            f"What is the {adjective} {column} of {words}?", f"Find the {adjective} {column} of {words}.", f"Give me the {adjective} {column} of {words}.",
-            f"Show the {adjective} {column} among {words}.", f"Compute the {adjective} {column} of {words}.", f"Tell me the {adjective} {column} for {words}.",
+            f"What is the {adjective} {column} of {words}?",
+            f"Find the {adjective} {column} of {words}.",
+            f"Give me the {adjective} {column} of {words}.",
+            f"Show the {adjective} {column} among {words}.",
+            f"Compute the {adjective} {column} of {words}.",
+            f"Tell me the {adjective} {column} for {words}.",
         )
         return text, f"SELECT {function}({column}) FROM {self.t.name}"
 
@@ -259,8 +298,13 @@ class _Asker:
         e, shown = self.t.entity, self.shown
         subject = f"{words} {e}" if column in domains.SUPERLATIVES else f"{e} with the {words}"
         text = self.pick(
-            f"Which is the {subject}?", f"What is the {shown} of the {subject}?", f"Name the {subject}.", f"Find the {shown} of the {subject}.",
-            f"Show the {shown} of the {subject}.", f"Tell me the {shown} of the {subject}.", f"Who or what is the {subject}?",
+            f"Which is the {subject}?",
+            f"What is the {shown} of the {subject}?",
+            f"Name the {subject}.",
+            f"Find the {shown} of the {subject}.",
+            f"Show the {shown} of the {subject}.",
+            f"Tell me the {shown} of the {subject}.",
+            f"Who or what is the {subject}?",
         )
         return text, f"SELECT {shown} FROM {self.t.name} ORDER BY {column} {direction} LIMIT 1"
 
@@ -272,8 +316,12 @@ class _Asker:
         plural, names = self.t.name, self.names
         subject = f"{n} {words} {plural}" if column in domains.SUPERLATIVES else f"{n} {plural} with the {words}"
         text = self.pick(
-            f"List the {names} of the {subject}.", f"Show the {subject}.", f"What are the {names} of the {subject}?", f"Name the {subject}.",
-            f"Give me the {names} of the {subject}.", f"Which are the {subject}?",
+            f"List the {names} of the {subject}.",
+            f"Show the {subject}.",
+            f"What are the {names} of the {subject}?",
+            f"Name the {subject}.",
+            f"Give me the {names} of the {subject}.",
+            f"Which are the {subject}?",
         )
         return text, f"SELECT {self.shown} FROM {plural} ORDER BY {column} {direction} LIMIT {n}"
 
@@ -281,8 +329,12 @@ class _Asker:
         """The categories that occur."""
         c, plural = self.t.category, self.t.name
         text = self.pick(
-            f"What are the different {c} values of {plural}?", f"List each {c} once.", f"Show all distinct {c} values.", f"Which {c} values occur among the {plural}?",
-            f"Give me every {c} without repeats.", f"List the unique {c} values of {plural}.",
+            f"What are the different {c} values of {plural}?",
+            f"List each {c} once.",
+            f"Show all distinct {c} values.",
+            f"Which {c} values occur among the {plural}?",
+            f"Give me every {c} without repeats.",
+            f"List the unique {c} values of {plural}.",
         )
         return text, f"SELECT DISTINCT {c} FROM {plural}"
 
@@ -290,8 +342,12 @@ class _Asker:
         """Rows in each category."""
         c, plural = self.t.category, self.t.name
         text = self.pick(
-            f"How many {plural} are there for each {c}?", f"Count the {plural} per {c}.", f"Show each {c} and its number of {plural}.",
-            f"For every {c}, how many {plural} are there?", f"Give the number of {plural} by {c}.", f"List each {c} with the count of {plural}.",
+            f"How many {plural} are there for each {c}?",
+            f"Count the {plural} per {c}.",
+            f"Show each {c} and its number of {plural}.",
+            f"For every {c}, how many {plural} are there?",
+            f"Give the number of {plural} by {c}.",
+            f"List each {c} with the count of {plural}.",
         )
         return text, f"SELECT {c}, COUNT(*) FROM {plural} GROUP BY {c}"
 
@@ -300,18 +356,28 @@ class _Asker:
         column, values = self.number()
         ordered = sorted(values)
         low, high = ordered[self.random.randint(1, 3)], ordered[self.random.randint(-4, -2)]
-        words = self.pick(f"with {column} between {low} and {high}", f"whose {column} is between {low} and {high}",
-                          f"with {column} from {low} to {high}", f"having {column} between {low} and {high}")
-        return f"{self.all()} {words}.", f"SELECT {self.shown} FROM {self.t.name} WHERE {column} BETWEEN {low} AND {high}"
+        words = self.pick(
+            f"with {column} between {low} and {high}",
+            f"whose {column} is between {low} and {high}",
+            f"with {column} from {low} to {high}",
+            f"having {column} between {low} and {high}",
+        )
+        return (
+            f"{self.all()} {words}.",
+            f"SELECT {self.shown} FROM {self.t.name} WHERE {column} BETWEEN {low} AND {high}",
+        )
 
     def prefix(self) -> tuple[str, str]:
         """Names by their first letter."""
         letter = self.random.choice(self.t.rows)[1][0]
         shown, plural = self.shown, self.t.name
         text = self.pick(
-            f"{self.all()} whose {shown} starts with {letter}.", f"Which {plural} have a {shown} starting with {letter}?",
-            f"Show {plural} whose {shown} begins with {letter}.", f"Find the {self.names} that start with {letter}.",
-            f"List all {self.names} beginning with {letter}.", f"Give me every {shown} that begins with the letter {letter}.",
+            f"{self.all()} whose {shown} starts with {letter}.",
+            f"Which {plural} have a {shown} starting with {letter}?",
+            f"Show {plural} whose {shown} begins with {letter}.",
+            f"Find the {self.names} that start with {letter}.",
+            f"List all {self.names} beginning with {letter}.",
+            f"Give me every {shown} that begins with the letter {letter}.",
         )
         return text, f"SELECT {shown} FROM {plural} WHERE {shown} LIKE '{letter}%'"
 
@@ -319,21 +385,34 @@ class _Asker:
         """Names by category and number."""
         words, condition = self.where_equals(self.value())
         more_words, more = self.where_compare()
-        return f"{self.all()} {words} and {more_words}.", f"SELECT {self.shown} FROM {self.t.name} WHERE {condition} AND {more}"
+        return (
+            f"{self.all()} {words} and {more_words}.",
+            f"SELECT {self.shown} FROM {self.t.name} WHERE {condition} AND {more}",
+        )
 
     def either(self) -> tuple[str, str]:
         """Names by one of two categories."""
         left, right = self.random.sample(sorted({str(row[2]) for row in self.t.rows}), 2)
         c = self.t.category
-        words = self.pick(f"whose {c} is {left} or {right}", f"with {c} {left} or {right}", f"where the {c} is either {left} or {right}",
-                          f"that have {c} {left} or {right}")
-        return f"{self.all()} {words}.", f"SELECT {self.shown} FROM {self.t.name} WHERE {c} = '{left}' OR {c} = '{right}'"
+        words = self.pick(
+            f"whose {c} is {left} or {right}",
+            f"with {c} {left} or {right}",
+            f"where the {c} is either {left} or {right}",
+            f"that have {c} {left} or {right}",
+        )
+        return (
+            f"{self.all()} {words}.",
+            f"SELECT {self.shown} FROM {self.t.name} WHERE {c} = '{left}' OR {c} = '{right}'",
+        )
 
     def sorted(self) -> tuple[str, str]:
         """All names in the order of a number."""
         column, _ = self.number()
         direction, words = self.random.choice(
-            [("ASC", ("from lowest to highest", "in ascending order of")), ("DESC", ("from highest to lowest", "in descending order of"))]
+            [
+                ("ASC", ("from lowest to highest", "in ascending order of")),
+                ("DESC", ("from highest to lowest", "in descending order of")),
+            ]
         )
         word = self.random.choice(words)
         order = f"{word} {column}" if word.endswith("of") else f"by {column} {word}"
@@ -359,7 +438,9 @@ def _join(table: Table, random_: random.Random) -> Question:
     town = towns[ids[random_.choice(table.rows)[2]] - 1]
     asker = _Asker(table, random_)
     text = f"{asker.all()} " + asker.pick(
-        f"whose {category} is in {town}.", f"with a {category} in {town}.", f"where the town of the {category} is {town}.",
+        f"whose {category} is in {town}.",
+        f"with a {category} in {town}.",
+        f"where the town of the {category} is {town}.",
         f"whose {category} has {town} as town.",
     )
     query = f"SELECT {shown} FROM {plural} JOIN {parent} ON {category}_id = {parent}.id WHERE town = '{town}'"
