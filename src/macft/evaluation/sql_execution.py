@@ -1,6 +1,7 @@
 """Execution accuracy (Yu et al. 2018, Spider): a query is right if it returns what the expected query returns.
 
-Generated queries are untrusted. They run on a throw-away in-memory database that can only be read, for a limited number of virtual-machine steps, and only their first rows are looked at.
+Generated queries are untrusted. They run on a throw-away in-memory database that can only be read, for a limited
+number of virtual-machine steps, and only their first rows are looked at.
 """
 
 from __future__ import annotations

@@ -116,9 +116,9 @@ PEOPLE = (
     "Victor Wanda Will Xavier Yara Yusuf Zoe"
 ).split()
 PETS = (
-    "Archie Bandit Biscuit Bruno Caramel Cleo Coco Dusty Echo Felix Ginger Hazel Honey Jasper Jolly Kiki Lady Loki Lulu "
-    "Maple Milo Misty Mocha Nala Olive Otis Pepper Pippin Poppy Rex Rocky Ruby Rusty Sage Scout Shadow Smokey Socks "
-    "Storm Sunny Teddy Tiger Toby Willow Ziggy"
+    "Archie Bandit Biscuit Bruno Caramel Cleo Coco Dusty Echo Felix Ginger Hazel Honey Jasper Jolly Kiki Lady Loki "
+    "Lulu Maple Milo Misty Mocha Nala Olive Otis Pepper Pippin Poppy Rex Rocky Ruby Rusty Sage Scout Shadow Smokey "
+    "Socks Storm Sunny Teddy Tiger Toby Willow Ziggy"
 ).split()
 PLACES = (
     "Alden Aston Belmont Bramley Calder Camber Corvo Danton Delmar Dunmore Elden Elmira Farrow Fenwick Galen Glenora "
