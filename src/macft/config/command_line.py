@@ -15,7 +15,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
 from macft.config.nearest import schema_keys, unknown_key
@@ -24,8 +24,8 @@ from macft.config.schema import TrainConfig, register_schema
 from macft.config.validate import explain, to_typed
 from macft.errors import ConfigError
 
-_FREE_FORM = ("dataset.columns.", "optimizer.arguments.")
-"""Keys below these are the user's own."""
+_FREE_FORM = ("dataset.columns", "optimizer.arguments")
+"""Keys below these are the user's own, and new ones need no ``+``."""
 _MOST_JOBS_CHECKED = 200
 
 
@@ -84,7 +84,7 @@ def _parse(overrides: list[str]) -> list[Override]:
     for text in overrides:
         try:
             parsed.append(parser.parse_override(text))
-        except OverrideParseException as error:
+        except HydraException as error:
             if "=" not in text:
                 raise ConfigError(f"{text}: not understood; overrides are written key=value") from error
             key, value = text.split("=", 1)
@@ -117,6 +117,8 @@ def _expand(override: Override, folders: list[Path], *, resuming: bool) -> list[
         if values and all(_is_location(value, group, folders) for value in values):
             quoted = ",".join("'" + value.replace("'", "\\'") + "'" for value in values)
             return [f"{'+' if resuming else ''}{group}=custom", f"{group}.path={quoted}"]
+    if _is_free_form(group) and not text.startswith(("+", "~")):
+        return [f"++{text}"]
     # A resumed run's configuration has no defaults list any more, so a group is added to it.
     if resuming and "/" not in group and not text.startswith(("+", "~")) and _is_group(group, folders):
         return [f"+{text}"]
@@ -137,6 +139,10 @@ def _is_location(value: str, group: str, folders: list[Path]) -> bool:
     return "/" in value or value.startswith(("~", ".", "builtin:")) or Path(value).exists()
 
 
+def _is_free_form(key: str) -> bool:
+    return key.startswith(_FREE_FORM)
+
+
 def _is_group(name: str, folders: list[Path]) -> bool:
     return any((folder / name).is_dir() for folder in folders)
 
@@ -148,7 +154,7 @@ def _check_keys(parsed: list[Override], folders: list[Path]) -> None:
         is_hydra = key == "hydra" or key.startswith(("hydra.", "hydra/"))
         if is_hydra or _is_group(key.split("@", 1)[0], folders):
             continue
-        if key not in known and not key.startswith((*_FREE_FORM, "dataset.sources")):
+        if key not in known and not _is_free_form(key) and not key.startswith("dataset.sources"):
             raise ConfigError(unknown_key(key, TrainConfig))
 
 

@@ -22,6 +22,8 @@ KNOWN_ELSEWHERE = {
     "lora_alpha": "adapter.alpha",
     "lora_dropout": "adapter.dropout",
     "r": "adapter.rank",
+    "rank": "adapter.rank",
+    "alpha": "adapter.alpha",
     "target_modules": "adapter.targets",
     "keys": "adapter.targets",
     "fine_tune_type": "adapter.type",

@@ -62,7 +62,7 @@ def world_size(config: TrainConfig) -> int:
 def _combinations(config: TrainConfig) -> list[str]:
     found = []
     nodes = world_size(config)
-    if nodes > config.training.batch_size:
+    if nodes > config.training.batch_size > 0:
         found.append(
             f"training.batch_size: {config.training.batch_size} rows can't be shared by {nodes} nodes; "
             f"use {nodes} or more, or fewer nodes"

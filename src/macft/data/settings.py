@@ -17,9 +17,11 @@ class SourceConfig:
     path: str = ""
     # The subset of a Hugging Face dataset.
     name: str | None = None
-    # Splits of a Hugging Face dataset, slices included: train[:90%].
+    # Training split of a Hugging Face dataset, slices included: train[:90%].
     train_split: str = "train"
+    # Its validation split, slices included.
     valid_split: str | None = None
+    # Its test split, slices included.
     test_split: str | None = None
     # How often a row of this source is drawn, relative to a row of the others.
     weight: float = 1.0
@@ -31,12 +33,17 @@ class SourceConfig:
 class DatasetConfig:
     """The Hydra group ``dataset``. A single source stands here itself; several stand in ``sources``."""
 
-    # As in a source.
+    # builtin:sql, a folder with {train,valid,test}.jsonl, a .jsonl, .json, .parquet or .csv file, or a Hugging Face id.
     path: str = ""
+    # The subset of a Hugging Face dataset.
     name: str | None = None
+    # Training split of a Hugging Face dataset, slices included: train[:90%].
     train_split: str = "train"
+    # Its validation split, slices included.
     valid_split: str | None = None
+    # Its test split, slices included.
     test_split: str | None = None
+    # Our field -> the dataset's column: {prompt: question, completion: answer}.
     columns: dict[str, str] = field(default_factory=dict)
     # Several datasets at once, each with a weight.
     sources: list[SourceConfig] = field(default_factory=list)

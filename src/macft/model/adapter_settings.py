@@ -14,6 +14,7 @@ class AdapterConfig:
 
     # lora, dora (Liu et al. 2024), or full: the chosen layers' own weights are trained, no adapter is added.
     type: str = "lora"
+    # Rank of the low-rank update, mlx-lm's parameter.
     rank: int = 8
     # Factor of the low-rank update, mlx-lm's parameter. `alpha`, if given, sets it instead.
     scale: float = 20.0

@@ -1,0 +1,201 @@
+"""The command line: short forms, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+import macft
+from macft.config.command_line import prepare
+from macft.config.nearest import schema_keys
+from macft.config.paths import config_folder
+from macft.config.schema import TrainConfig, register_schema
+from macft.config.validate import to_typed
+from macft.errors import ConfigError
+from running import train
+
+REPOSITORY = Path(__file__).parents[1]
+RECIPE = "+recipe=llama-lora"
+
+MISTAKES = [
+    # (override, what the line must say)
+    ("training.stepz=5", "training.stepz: no such key; did you mean training.steps?"),
+    ("training.batchsize=4", "training.batchsize: no such key; did you mean training.batch_size?"),
+    ("+training.stepz=5", "training.stepz: no such key; did you mean training.steps?"),
+    ("lora.rank=8", "lora.rank: no such key; did you mean adapter.rank?"),
+    ("iters=100", "iters: no such key; did you mean training.steps?"),
+    ("lr=1e-4", "lr: no such key; did you mean optimizer.learning_rate?"),
+    ("+learning_rate=1", "learning_rate: no such key; did you mean optimizer.learning_rate?"),
+    ("training.steps=abc", "training.steps: Value 'abc' of type 'str' could not be converted to Integer"),
+    ("training.steps=1.5", "training.steps: Value '1.5' of type 'float' could not be converted to Integer"),
+    ("dataset.mask_prompt=perhaps", "dataset.mask_prompt: Value 'perhaps' is not a valid bool"),
+    ("adapter.targets=q_proj", "adapter.targets"),
+    ("model=smolm2-135m", "model: no option 'smolm2-135m'; did you mean model=smollm2-135m?"),
+    ("adapter=lorra", "adapter: no option 'lorra'; did you mean adapter=lora?"),
+    ("optimizer.name=adamv", "optimizer.name: 'adamv' is not one of adamw"),
+    ("optimizer.learning_rate=-1", "optimizer.learning_rate: -1.0 must be greater than 0"),
+    ("optimizer.warmup_steps=64", "optimizer.warmup_steps: 64 must be 0 or more and less than training.steps"),
+    ("optimizer.schedule=cosin", "did you mean 'cosine'?"),
+    ("training.batch_size=0", "training.batch_size: 0 must be 1 or more"),
+    ("training.micro_batch_size=0", "training.micro_batch_size: 0 must be 1 or more"),
+    ("training.epochs=2", "training.steps and training.epochs: give exactly one"),
+    ("training.steps=null", "training.steps and training.epochs: give exactly one"),
+    ("training.export=newest", "training.export: 'newest' is not best or last"),
+    ("training.patience=3 training.eval_every=0", "training.patience: early stopping needs validations"),
+    ("adapter.rank=0", "adapter.rank: 0 is too small"),
+    ("adapter.rslora=true", "adapter.rslora: needs adapter.alpha"),
+    ("adapter.layers=[1,2]", "adapter.layers and adapter.num_layers: give one of them"),
+    ("adapter.type=lokr", "adapter.type: 'lokr' is not one of lora, dora, full"),
+    ("adapter=full model.quantization=4bit", "adapter.type: full can't train a quantised base"),
+    ("topology.nodes=2", "topology=single has 1 node, not 2; did you mean topology=local?"),
+    ("topology=local topology.nodes=9", "training.batch_size: 8 rows can't be shared by 9 nodes"),
+    ("topology=hosts", "topology.hosts: list two or more addresses"),
+    ("topology=hosts topology.hosts=[a,b:99999]", "port 99999"),
+    ("topology=hosts topology.hosts=[a,a]", "topology.hosts: an address stands twice"),
+    ("topology=hosts topology.hosts=[a,b] topology.rank=2", "topology.rank: 2 is not a place"),
+    ("collective.timeout=0", "collective.timeout: 0.0 must be 1 second or more"),
+    ("dataset.sources=[{path:x}]", "dataset.path and dataset.sources: give one of them"),
+    ("dataset.columns={promt:q}", "dataset.columns.promt: no such field; did you mean 'prompt'?"),
+    ("dataset.max_seq_length=1", "dataset.max_seq_length: 1 must be 2 or more"),
+    ("dataset.metric=null", "training.metric_rows: dataset.metric is null"),
+    ("model.precision=fp16", "model.precision: 'fp16'"),
+    ("report.every=0", "report.every: 0 must be 1 or more"),
+    ("training.steps", "training.steps: not understood; overrides are written key=value"),
+    ("name=a b(", "name"),
+    ("+resume=/no/such/folder", "resume: /no/such/folder does not exist"),
+    ("+recipe=lama-lora", "recipe: no option 'lama-lora'; did you mean recipe=llama-lora?"),
+]
+
+
+@pytest.mark.parametrize(("mistake", "words"), MISTAKES, ids=[mistake for mistake, _ in MISTAKES])
+def test_a_mistake_gives_one_clear_line(mistake: str, words: str) -> None:
+    overrides = [mistake] if mistake.startswith("name=") else mistake.split()
+    recipe = [] if "+recipe" in mistake else [RECIPE]
+    with pytest.raises(ConfigError) as error:
+        prepare([*recipe, *overrides])
+    assert words in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    assert error.value.exit_code == 2
+
+
+def test_several_mistakes_give_a_line_each() -> None:
+    with pytest.raises(ConfigError) as error:
+        prepare([RECIPE, "adapter.rank=0", "training.batch_size=0", "report.every=0"])
+    assert len(str(error.value).splitlines()) >= 3
+
+
+def test_every_job_of_a_sweep_is_checked_before_the_first_runs() -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.rank: -4"):
+        prepare(["-m", RECIPE, "adapter.rank=8,16,-4"])
+
+
+@pytest.mark.parametrize("mistake", ["training.stepz=5", "training.steps=abc", "topology.nodes=2", "model=smolm2"])
+def test_a_mistake_ends_the_command_with_status_2(tmp_path: Path, mistake: str) -> None:
+    done = train(RECIPE, mistake, cwd=tmp_path)
+    assert done.status == 2
+    assert done.output == ""
+    assert re.fullmatch(r"error: [^\n]+\n", done.errors), done.errors
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model=org/name", ["model=custom", "model.path='org/name'"]),
+        ("model=./folder", ["model=custom", "model.path='./folder'"]),
+        ("model=mlx-community/Llama-3.2-1B-Instruct-4bit", ["model=custom"]),
+        ("dataset=some/folder", ["dataset=custom", "dataset.path='some/folder'"]),
+        ("dataset=builtin:sql", ["dataset=custom", "dataset.path='builtin:sql'"]),
+        ("model=qwen3-0.6b", ["model=qwen3-0.6b"]),
+        ("dataset=sql", ["dataset=sql"]),
+    ],
+)
+def test_a_model_or_dataset_may_be_an_option_an_id_or_a_path(override: str, expected: list[str]) -> None:
+    argv = prepare([RECIPE, override, "training.metric_rows=0"]).argv
+    assert set(expected) <= set(argv)
+
+
+def test_a_recipe_needs_no_plus() -> None:
+    assert "+recipe=smoke" in prepare(["recipe=smoke"]).argv
+
+
+def test_a_sweep_over_models_by_id() -> None:
+    argv = prepare(["-m", RECIPE, "model=org/a,org/b"]).argv
+    assert "model.path='org/a','org/b'" in argv
+
+
+def test_a_users_own_recipe_and_model(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - llama-lora\n  - override /model: tiny\n  - _self_\nname: mine\n"
+    )
+    (tmp_path / "model" / "tiny.yaml").write_text("path: /models/tiny\n")
+    done = train("--config-dir", str(tmp_path), "+recipe=mine", "--cfg", "job", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    assert "name: mine" in done.output
+    assert "path: /models/tiny" in done.output
+    assert "steps: 64" in done.output
+
+
+def test_cfg_job_prints_the_whole_configuration(tmp_path: Path) -> None:
+    done = train("+recipe=smoke", "--cfg", "job", cwd=tmp_path)
+    assert done.status == 0
+    for key in ("learning_rate:", "batch_size:", "max_seq_length:", "hosts:", "timeout:", "tensorboard:"):
+        assert key in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_shows_a_newcomer_what_to_type(tmp_path: Path) -> None:
+    done = train("--help", cwd=tmp_path)
+    assert done.status == 0
+    for words in (
+        "python -m macft.train +recipe=llama-lora",
+        "topology=local",
+        "+resume=",
+        "smollm2-135m",
+        "learning_rate",
+    ):
+        assert words in done.output
+
+
+OPTIONS = sorted((path.parent.name, path.stem) for path in config_folder().glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["/".join(option) for option in OPTIONS])
+def test_every_option_of_every_group_makes_a_valid_configuration(group: str, option: str) -> None:
+    register_schema()
+    more = {
+        ("model", "custom"): ["model.path=org/name"],
+        ("dataset", "custom"): ["dataset.path=folder"],
+        ("topology", "hosts"): ["topology.hosts=[a,b]"],
+    }.get((group, option), [])
+    override = f"+recipe={option}" if group == "recipe" else f"{group}={option}"
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        to_typed(compose("train", overrides=[override, *more]))
+
+
+def test_recipes_are_the_repositorys() -> None:
+    names = {path.stem for path in (REPOSITORY / "recipes").glob("*.yaml")}
+    assert {option for group, option in OPTIONS if group == "recipe"} == names
+    assert {"llama-lora", "qwen-lora", "llama-qlora", "llama-dora", "smoke"} <= names
+
+
+def test_every_key_is_explained_where_it_is_declared() -> None:
+    """A comment line stands above each field of each settings dataclass, and the schema has no other fields."""
+    explained = set()
+    for path in Path(macft.__file__).parent.rglob("*settings.py"):
+        lines = path.read_text().splitlines()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                for item in node.body:
+                    if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                        above = lines[item.lineno - 2].strip()
+                        assert above.startswith("#"), f"{path}: {node.name}.{item.target.id} has no comment"
+                        explained.add(item.target.id)
+    leaves = {key.rsplit(".", 1)[-1] for key in schema_keys(TrainConfig) if "." in key}
+    assert leaves <= explained
