@@ -1,7 +1,8 @@
-"""Where the ranks of a run meet: each reports its address, and all get everybody's.
+"""Where the ranks of a run meet: each tells its address, and all get everybody's.
 
-Rank 0's machine (or the launcher of a local run) listens; the ranks say who they are and which run, configuration and
-version they have. Whatever doesn't match is refused at once with the reason, before any model is loaded.
+Rank 0's machine, or the launcher of a local run, listens. A rank whose version, run, configuration or place
+does not fit is refused at once with the reason, and so are the others: before any model is loaded, nobody
+waits in vain.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,137 +18,217 @@ import msgpack
 import zmq
 
 import macft
-from macft.collective.link import Links, listening_socket
+from macft.collective.link import Listener
 from macft.collective.ring import Ring
 from macft.collective.settings import CollectiveConfig
-from macft.collective.wire import PROTOCOL_VERSION, TOKEN_BYTES
-from macft.errors import RendezvousError
+from macft.collective.wire import LINGER_SECONDS, PROTOCOL_VERSION, bind, set_endpoint, split_address
+from macft.errors import CollectiveError, RendezvousError
 
-_MAX_MESSAGE_BYTES = 65536
-_POLL_MS = 100
+_MAX_MESSAGE_BYTES = 65_536
+_MAX_NAME = 255
+_LOOK_SECONDS = 0.05
+_NEWS_SECONDS = 1.0
+"""How much longer than the server a rank waits, for the server's answer names who is missing."""
+
+# What the ranks must agree on, and what to say of one that differs.
+_AGREED = {
+    "protocol": "speaks protocol version {theirs}, the others {ours}; install the same macft on all nodes",
+    "version": "runs macft {theirs}, the others {ours}; install the same macft on all nodes",
+    "run_id": "belongs to run {theirs}, the others to {ours}; start the same command on all nodes",
+    "world_size": "expects {theirs} nodes, the others {ours}; give the same topology on all nodes",
+    "fingerprint": "has another configuration than the others; give the same command on all nodes",
+}
 
 
 @dataclass(frozen=True)
 class Membership:
-    """Addresses and names by rank, and the run's secret ``token``."""
+    """Ring addresses (``host:port``) and names by rank, and an id that only these ranks know."""
 
     addresses: tuple[str, ...]
     names: tuple[str, ...]
-    token: bytes
+    ring_id: str
 
 
 class RendezvousServer:
-    """Listens in a thread of its own until every rank has come, one doesn't fit, or ``timeout`` seconds have passed."""
+    """Listens in a thread of its own, in any process, until all ranks are there.
 
-    def __init__(self, bind: str, *, world_size: int, run_id: str, fingerprint: str, timeout: float):
-        self._world_size, self._timeout = world_size, timeout
-        self._expected = {
-            "protocol": PROTOCOL_VERSION,
-            "version": macft.__version__,
-            "run": run_id,
-            "world_size": world_size,
-            "fingerprint": fingerprint,
-        }
-        self._members: dict[int, tuple[bytes, str, str]] = {}
-        self._stop = threading.Event()
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 500)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
+    Args:
+        bind: ``host:port``; port 0 takes a free one.
+        world_size: Number of ranks to come.
+        run_id: Of the run; ranks of another one are refused.
+        fingerprint: SHA-256 of the resolved configuration. None: that of the first rank to come.
+        timeout: Seconds from :meth:`start` within which all ranks must come.
+        names: Of the expected ranks where they are known, to say who is missing.
+
+    Raises:
+        RendezvousError: the address can't be listened on.
+    """
+
+    def __init__(
+        self,
+        bind: str = "127.0.0.1:0",
+        *,
+        world_size: int,
+        run_id: str,
+        fingerprint: str | None = None,
+        timeout: float = 60.0,
+        names: Sequence[str] = (),
+    ):
+        self._world_size, self._timeout, self._names = world_size, timeout, names
+        self._agreed = {**_own(run_id, world_size), "fingerprint": fingerprint}
+        self._members: dict[int, tuple[bytes, dict[str, Any]]] = {}
+        self._membership: Membership | None = None
+        self._error: RendezvousError | None = None
+        self._stop, self._ended = threading.Event(), threading.Event()
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._socket = _open(self._context, zmq.ROUTER)
+        self._socket.router_mandatory = True  # tells of a rank that has gone
         try:
-            self._socket.bind(f"tcp://{bind}")
-        except zmq.ZMQError as error:
-            self._socket.close(0)
-            self._context.term()
-            raise RendezvousError(
-                f"rendezvous: {bind} can't be listened on ({error.strerror}); "
-                "is another run using this port, and is the address this machine's?"
-            ) from error
-        endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.address = endpoint.removeprefix("tcp://")
-        self._thread = threading.Thread(target=self._serve, name="macft-rendezvous", daemon=True)
+            self._address = _listen(self._socket, bind)
+        except BaseException:
+            self._release()
+            raise
+        self._thread = threading.Thread(target=self._serve, name="rendezvous", daemon=True)
+
+    @property
+    def address(self) -> str:
+        """``host:port`` with the true port."""
+        return self._address
+
+    @property
+    def arrived(self) -> tuple[int, ...]:
+        """The ranks that have come so far."""
+        return tuple(self._members)
 
     def start(self) -> None:
-        """Begins to listen."""
+        """Begins to answer."""
         self._thread.start()
 
+    def wait(self) -> Membership:
+        """Waits until the ranks have met. Raises RendezvousError with the reason if they did not."""
+        self._ended.wait()
+        if self._membership is None:
+            raise self._error or RendezvousError(f"rendezvous at {self._address}: closed before all ranks came")
+        return self._membership
+
     def close(self) -> None:
-        """Ends the thread and frees the port. Safe to call twice."""
+        """Ends the thread and frees the port, within about a second. Safe to call twice."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
-        if not self._socket.closed:
-            self._socket.close(500)
-            self._context.term()
+        self._ended.set()
+        self._release()
+
+    def _release(self) -> None:
+        self._socket.close()
+        self._context.term()
 
     def _serve(self) -> None:
         deadline = time.monotonic() + self._timeout
-        while not self._stop.is_set():
-            if self._socket.poll(_POLL_MS):
+        while not self._stop.is_set() and self._membership is None and self._error is None:
+            if self._socket.poll(int(_LOOK_SECONDS * 1000)):
                 self._take(self._socket.recv_multipart())
-            if len(self._members) == self._world_size:
-                self._answer_all()
-                return
-            if time.monotonic() > deadline:
-                missing = ", ".join(str(rank) for rank in range(self._world_size) if rank not in self._members)
-                self._refuse_all(
-                    f"rank {missing} did not come to {self.address} within {self._timeout:.0f} s; "
-                    "is macft started there, and can it reach this address?"
-                )
-                return
+            elif time.monotonic() > deadline:
+                self._refuse(self._who_is_missing())
+        self._socket.close()  # its last answers leave while `close` waits
+        self._ended.set()
 
-    def _take(self, frames: list[bytes]) -> None:
-        sender, hello = frames[0], _mapping(frames[-1])
-        if hello is None:
-            return  # not a macft rank
-        rank, name, address = hello.get("rank"), hello.get("name"), hello.get("address")
-        reason = self._objection(hello)
-        if reason:
-            self._send(sender, {"refused": reason})
-            # A rank that doesn't fit won't come again: the others needn't wait for the time-out.
-            self._refuse_all(reason)
-            self._stop.set()
+    def _take(self, parts: list[bytes]) -> None:
+        hello = _unpack(parts[1]) if len(parts) == 2 else None
+        if hello is None or "fingerprint" not in hello or "rank" not in hello:
+            return  # a stranger
+        if self._agreed["fingerprint"] is None:
+            self._agreed["fingerprint"] = hello["fingerprint"]
+        if objection := self._objection(hello):
+            self._refuse(objection, parts[0])
+            return
+        self._members[hello["rank"]] = (parts[0], hello)
+        if len(self._members) == self._world_size:
+            ordered = [self._members[rank][1] for rank in range(self._world_size)]
+            addresses, names = tuple(m["address"] for m in ordered), tuple(m["name"] for m in ordered)
+            self._membership = Membership(addresses, names, secrets.token_hex(16))
+            self._tell({"addresses": addresses, "names": names, "ring_id": self._membership.ring_id})
         else:
-            self._members[int(rank or 0)] = (sender, str(name), str(address))
+            self._tell({"waiting": self._who_is_missing()})
 
     def _objection(self, hello: dict[str, Any]) -> str:
-        """Why a rank can't take part; empty if it can."""
-        rank, name = hello.get("rank"), hello.get("name")
-        who = f"rank {rank} ({name})"
+        rank, name, address = hello["rank"], hello.get("name"), hello.get("address")
+        who = f"rank {str(rank)[:20]} ({str(name)[:80]})"
+        for key, text in _AGREED.items():
+            if type(hello.get(key)) is not type(self._agreed[key]) or hello[key] != self._agreed[key]:
+                return f"{who} {text.format(theirs=str(hello.get(key))[:80], ours=self._agreed[key])}"
         if type(rank) is not int or not 0 <= rank < self._world_size:
-            return f"{who} is not from 0 to {self._world_size - 1}"
-        if not isinstance(name, str) or not isinstance(hello.get("address"), str) or len(name) > 255:
-            return f"{who} did not say its name and address"
-        words = {
-            "protocol": "speaks protocol {theirs}, this rank speaks {ours}; install the same macft everywhere",
-            "version": "runs macft {theirs}, this rank runs {ours}; install the same version everywhere",
-            "world_size": "expects {theirs} nodes, this rank expects {ours}; use the same topology everywhere",
-            "run": "belongs to another run ({theirs}); this is {ours}",
-            "fingerprint": "has another configuration; give the same command on every node",
-        }
-        for key, text in words.items():
-            if hello.get(key) != self._expected[key]:
-                return f"{who} " + text.format(theirs=hello.get(key), ours=self._expected[key])
-        if rank in self._members:
-            return f"{who} came twice, also as {self._members[rank][1]}; each node needs a rank of its own"
+            return f"{who} is not one of ranks 0 to {self._world_size - 1}"
+        if not (_is_text(name) and _is_text(address) and _is_address(address)):
+            return f"{who} gave no proper name and address"
+        if rank in self._members and self._send(self._members[rank][0], {"waiting": ""}):
+            other = self._members[rank][1]
+            return f"{who} came twice, from {other['address']} and {address}; give each node a rank of its own"
         return ""
 
-    def _answer_all(self) -> None:
-        ranks = sorted(self._members)
-        answer = {
-            "addresses": [self._members[rank][2] for rank in ranks],
-            "names": [self._members[rank][1] for rank in ranks],
-            "token": secrets.token_bytes(TOKEN_BYTES),
-        }
-        for rank in ranks:
-            self._send(self._members[rank][0], answer)
+    def _who_is_missing(self) -> str:
+        missing = [rank for rank in range(self._world_size) if rank not in self._members]
+        known = [f"{rank} ({self._names[rank]})" if rank < len(self._names) else str(rank) for rank in missing]
+        ranks = "rank" if len(missing) == 1 else "ranks"
+        return (
+            f"{ranks} {', '.join(known)} did not come within {self._timeout:g} s; "
+            "is macft running there, and is the port open?"
+        )
 
-    def _refuse_all(self, reason: str) -> None:
-        for sender, _, _ in self._members.values():
+    def _refuse(self, reason: str, sender: bytes | None = None) -> None:
+        self._error = RendezvousError(f"rendezvous at {self._address}: {reason}")
+        if sender is not None:
             self._send(sender, {"refused": reason})
+        self._tell({"refused": reason})
 
-    def _send(self, receiver: bytes, answer: dict[str, Any]) -> None:
-        self._socket.send_multipart([receiver, msgpack.packb(answer)])
+    def _tell(self, message: dict[str, Any]) -> None:
+        for sender, _ in self._members.values():
+            self._send(sender, message)
+
+    def _send(self, receiver: bytes, message: dict[str, Any]) -> bool:
+        """Whether the receiver is still there."""
+        try:
+            self._socket.send_multipart([receiver, msgpack.packb(message)], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            return False
+        return True
+
+
+def join(
+    server: str,
+    *,
+    rank: int,
+    world_size: int,
+    run_id: str,
+    fingerprint: str,
+    ring_address: str,
+    name: str,
+    timeout: float = 60.0,
+) -> Membership:
+    """Reports to the server at ``host:port`` and waits, up to ``timeout`` seconds, until all have met.
+
+    Raises:
+        RendezvousError: nobody answers, a rank is missing, or one does not fit; says which and why.
+    """
+    own = {"rank": rank, "name": name[:_MAX_NAME], "address": ring_address, "fingerprint": fingerprint}
+    problem = "nobody answers"
+    with zmq.Context() as context, _open(context, zmq.DEALER) as sock:
+        sock.linger = 0
+        try:
+            sock.connect(set_endpoint(sock, server))
+        except CollectiveError as error:
+            raise RendezvousError(f"rendezvous: {error}") from None
+        sock.send(msgpack.packb({**_own(run_id, world_size), **own}))
+        deadline = time.monotonic() + timeout + _NEWS_SECONDS
+        while (left := deadline - time.monotonic()) > 0 and sock.poll(int(left * 1000) + 1):
+            answer = _unpack(sock.recv()) or {}
+            if "refused" in answer:
+                raise RendezvousError(f"rendezvous at {server}: {str(answer['refused'])[:500]}")
+            if "addresses" in answer:
+                return _membership(answer, server, world_size)
+            problem = str(answer.get("waiting", ""))[:500] or problem
+    reason = f"{problem} within {timeout:g} s; is macft running there, and is the port open?"
+    raise RendezvousError(f"rendezvous at {server}: {reason if problem == 'nobody answers' else problem}")
 
 
 def connect_ring(
@@ -161,88 +243,84 @@ def connect_ring(
     start_timeout: float,
     bind: str = "127.0.0.1:0",
 ) -> Ring:
-    """Reports to the rendezvous at ``server`` (host:port) and joins the ring once all ranks are there.
+    """Meets the other ranks at ``server`` and joins the ring with them.
 
-    ``bind`` is the address (host:port) on which this rank listens for its left neighbour.
+    ``bind`` is where this rank listens for its left neighbour; the port is open before the others learn of
+    it.
 
     Raises:
-        RendezvousError: nobody answers, a rank is missing, or the ranks don't fit together.
-        CollectiveError: a rank was lost while the ring was being closed.
+        RendezvousError: see :func:`join`.
+        CollectiveError: ``bind`` can't be listened on, or a neighbour can't be reached; names it.
     """
-    context: zmq.Context[Any] = zmq.Context()
+    listener = Listener(bind, settings)
     try:
-        listener, port = listening_socket(context, bind, piece_bytes=settings.piece_bytes)
-    except zmq.ZMQError as error:
-        context.term()
-        raise RendezvousError(f"rank {rank}: {bind} can't be listened on ({error.strerror})") from error
-    hello = {
+        membership = join(
+            server,
+            rank=rank,
+            world_size=world_size,
+            run_id=run_id,
+            fingerprint=fingerprint,
+            ring_address=listener.address,
+            name=name,
+            timeout=start_timeout,
+        )
+    except BaseException:
+        listener.close()
+        raise
+    addresses, names = membership.addresses, membership.names
+    return Ring(rank, world_size, addresses, listener, names=names, ring_id=membership.ring_id)
+
+
+def _own(run_id: str, world_size: int) -> dict[str, Any]:
+    return {
         "protocol": PROTOCOL_VERSION,
         "version": macft.__version__,
-        "run": run_id,
+        "run_id": run_id,
         "world_size": world_size,
-        "fingerprint": fingerprint,
-        "rank": rank,
-        "name": name,
-        "address": f"{bind.rsplit(':', 1)[0]}:{port}",
     }
-    try:
-        membership = _report(context, server, hello, start_timeout)
-    except BaseException:
-        listener.close(0)
-        context.term()
-        raise
-    links = Links(
-        context,
-        listener,
-        rank=rank,
-        addresses=membership.addresses,
-        names=membership.names,
-        token=membership.token,
-        timeout=settings.timeout,
-        patience=settings.patience,
-    )
-    ring = Ring(context, links, piece_bytes=settings.piece_bytes)
-    try:
-        ring.barrier()
-    except BaseException:
-        ring.close()
-        raise
-    return ring
 
 
-def _report(context: zmq.Context[Any], server: str, hello: dict[str, Any], timeout: float) -> Membership:
-    socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
-    try:
-        socket.connect(f"tcp://{server}")
-        socket.send(msgpack.packb(hello))
-        # The server itself waits `timeout` for the last rank; its answer names the missing ones, so let it come first.
-        if not socket.poll(int((timeout + 5.0) * 1000)):
-            raise RendezvousError(
-                f"rank {hello['rank']}: nobody answers at {server} within {timeout:.0f} s; "
-                "is macft started on the first host, and can this machine reach it?"
-            )
-        answer = _mapping(socket.recv())
-    finally:
-        socket.close(0)
-    if answer is not None and isinstance(answer.get("refused"), str):
-        raise RendezvousError(f"rendezvous at {server}: {answer['refused']}")
-    try:
-        assert answer is not None
-        addresses, names, token = tuple(answer["addresses"]), tuple(answer["names"]), answer["token"]
-        if not (len(addresses) == len(names) == hello["world_size"] and len(token) == TOKEN_BYTES):
-            raise ValueError
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise RendezvousError(
-            f"rendezvous at {server}: the answer is not macft's; is the port another program's?"
-        ) from error
-    return Membership(addresses, names, token)
+def _membership(answer: dict[str, Any], server: str, world_size: int) -> Membership:
+    addresses, names, ring_id = answer["addresses"], answer.get("names"), answer.get("ring_id")
+    if (
+        not (isinstance(addresses, list) and isinstance(names, list) and len(addresses) == len(names) == world_size)
+        or not all(map(_is_text, [*addresses, *names, ring_id]))
+        or not all(map(_is_address, addresses))
+    ):
+        raise RendezvousError(f"rendezvous at {server}: its list of ranks is malformed; is that this macft?")
+    return Membership(tuple(addresses), tuple(names), str(ring_id))
 
 
-def _mapping(data: bytes) -> dict[str, Any] | None:
+def _open(context: zmq.Context[Any], kind: int) -> zmq.Socket[Any]:
+    sock: zmq.Socket[Any] = context.socket(kind)
+    sock.linger = int(LINGER_SECONDS * 1000)
+    sock.maxmsgsize = _MAX_MESSAGE_BYTES
+    return sock
+
+
+def _listen(sock: zmq.Socket[Any], address: str) -> str:
     try:
-        value = msgpack.unpackb(data, strict_map_key=True)
-    except Exception:  # msgpack raises several unrelated types for malformed input
+        return bind(sock, address)
+    except CollectiveError as error:
+        raise RendezvousError(f"rendezvous: {error}") from None
+
+
+def _unpack(data: bytes) -> dict[str, Any] | None:
+    """A message; None for anything that is not one."""
+    try:
+        message = msgpack.unpackb(data)
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException):
         return None
-    return value if isinstance(value, dict) else None
+    return message if isinstance(message, dict) and all(isinstance(key, str) for key in message) else None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _MAX_NAME
+
+
+def _is_address(value: Any) -> bool:
+    try:
+        split_address(str(value))
+    except ValueError:
+        return False
+    return True

@@ -1,1 +1,1 @@
-"""All-reduce, broadcast and the like between ranks, behind one interface."""
+"""Operations that all ranks of a run carry out together: summing, sharing and gathering."""

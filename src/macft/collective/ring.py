@@ -1,37 +1,76 @@
-"""Ring all-reduce over ZeroMQ.
+"""The collective of two or more ranks: a ring over ZeroMQ.
 
-Each array is cut into one chunk a rank. In the first N - 1 stages every rank adds what it receives to its own values
-and passes the sum on; after them each rank holds one chunk's total, and N - 1 more stages pass the totals round
-(Patarasuk and Yuan 2009). Chunks travel in pieces, and a piece is passed on as soon as it has been added, so that
-adding and sending overlap. Every element is summed along one path and then copied: all ranks end with the same bits.
+This file runs the calls; what goes where is in :mod:`~macft.collective.transfer`, the sockets are in
+:mod:`~macft.collective.link`. A ring belongs to the thread that made it.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import zmq
 from numpy.typing import NDArray
 
-from macft.collective.link import Links
-from macft.collective.wire import MAX_TOTAL_BYTES, Header, Kind
-from macft.errors import ProtocolError
+from macft.collective.link import COPY_BELOW, Links, Listener
+from macft.collective.settings import CollectiveConfig
+from macft.collective.transfer import Reduction, Spread, Transfer, fuse, unfuse
+from macft.collective.wire import (
+    CALL_NAMES,
+    MAX_BLOB_BYTES,
+    MAX_CALL_BYTES,
+    Cause,
+    Header,
+    Kind,
+    split_address,
+)
+from macft.errors import CollectiveError, PeerLost, PeerTimeout, ProtocolError
 
-_ZERO_COPY_FROM = 65536
-"""Bytes below which copying a payload is cheaper than telling when ZeroMQ is done with it."""
+_LOOK_SECONDS = 0.5
+"""Longest single wait; connection events and frames end it at once."""
 
 
 class Ring:
-    """The collective of two ranks or more. Owns ``context`` and ``links`` and is used by one thread."""
+    """The :class:`~macft.collective.base.Collective` of ranks joined in a ring.
 
-    def __init__(self, context: zmq.Context[Any], links: Links, *, piece_bytes: int):
-        self._context = context
-        self._links = links
-        self._piece_bytes = piece_bytes
-        self._calls = 0
+    Args:
+        rank: This process's place, ``0 <= rank < world_size``. world_size: 2 or more. addresses:
+        ``host:port`` of each rank's listener, by rank; the same list on all ranks. listener: This rank's
+        listener, which the ring then owns. Without one it listens at ``addresses[rank]``. settings: Waits and
+        piece size, the same on all ranks; those of ``listener`` if one is given. names: Of the ranks, for
+        messages. ring_id: Known to the ranks of this run only; a connection that does not know it is not let
+        in. generation: Tells this ring from earlier ones of the same run.
+
+    Raises:
+        CollectiveError: the ring did not come together; names the peer.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        addresses: Sequence[str],
+        listener: Listener | None = None,
+        *,
+        settings: CollectiveConfig | None = None,
+        names: Sequence[str] = (),
+        ring_id: str = "",
+        generation: int = 0,
+    ):
+        if world_size < 2 or len(addresses) != world_size or not 0 <= rank < world_size:
+            raise ValueError(f"a ring of {world_size} ranks with {len(addresses)} addresses has no rank {rank}")
+        for address in addresses:
+            split_address(address)
+        self._world_size, self._sequence, self._closed = world_size, 0, False
+        self._listener = listener or Listener(addresses[rank], settings or CollectiveConfig())
+        self._settings = self._listener.settings
+        try:
+            self._links = Links(self._listener, rank, addresses, names, ring_id=ring_id, generation=generation)
+        except BaseException:
+            self._listener.close()
+            raise
 
     @property
     def rank(self) -> int:
@@ -41,74 +80,65 @@ class Ring:
     @property
     def world_size(self) -> int:
         """How many ranks take part."""
-        return self._links.world_size
+        return self._world_size
+
+    @property
+    def address(self) -> str:
+        """``host:port`` of this rank's listener."""
+        return self._listener.address
 
     def all_reduce(self, arrays: Sequence[NDArray[np.float32] | NDArray[np.float64]]) -> None:
-        """Sums each array over all ranks in place; see :class:`~macft.collective.base.Collective`."""
-        for array in arrays:
-            if array.dtype.char not in "fd" or not array.flags.c_contiguous or not array.flags.writeable:
-                raise ValueError("all_reduce needs C-contiguous, writable float32 or float64 arrays")
-            self._all_reduce(array.reshape(-1))
+        """Sums each array over all ranks, in place; every rank ends with the same bits.
 
-    def _all_reduce(self, flat: NDArray[Any]) -> None:
-        doing = self._begin(Kind.ALL_REDUCE, flat.nbytes, flat.dtype.char)
-        ranks, stages = self.world_size, 2 * self.world_size - 2
-        bounds = [len(flat) * i // ranks for i in range(ranks + 1)]
-        step = max(1, self._piece_bytes // flat.itemsize)
-        pieces = [
-            [flat[at : min(at + step, bounds[chunk + 1])] for at in range(bounds[chunk], bounds[chunk + 1], step)]
-            for chunk in range(ranks)
-        ]
-        for number, piece in enumerate(pieces[self.rank]):
-            self._send(doing, 0, number, piece)
-        unsent = []
-        for stage in range(stages):
-            for number, piece in enumerate(pieces[(self.rank - stage - 1) % ranks]):
-                received = np.frombuffer(self._receive(doing, stage, number, piece.nbytes), dtype=flat.dtype)
-                if stage < ranks - 1:
-                    np.add(piece, received, out=piece)
-                else:
-                    piece[...] = received
-                if stage + 1 < stages:
-                    tracker = self._send(doing, stage + 1, number, piece)
-                    # A partial sum may be overwritten once its total arrives: by then the next rank has had it, or
-                    # there would be no total. A total may be overwritten by the caller: it must be gone by then.
-                    if tracker is not None and stage + 1 >= ranks - 1:
-                        unsent.append(tracker)
-        self._links.wait_sent(unsent)
+        Args:
+            arrays: C-contiguous, writable, float32 or float64 of native byte order, any shapes; the same ones
+            on all
+                ranks. They must not overlap.
+
+        Raises:
+            ValueError: an array of another kind; nothing has been sent then. PeerLost, PeerTimeout,
+            ProtocolError: name the rank to blame. The arrays then hold no particular values.
+        """
+        for number, array in enumerate(arrays):
+            if array.dtype.str not in ("<f4", "<f8") or not (array.flags.c_contiguous and array.flags.writeable):
+                raise ValueError(
+                    "all_reduce sums C-contiguous, writable float32 or float64 arrays; "
+                    f"array {number} is {array.dtype.str}, contiguous: {array.flags.c_contiguous}, "
+                    f"writable: {array.flags.writeable}"
+                )
+        if (total := sum(array.nbytes for array in arrays)) > MAX_CALL_BYTES:
+            raise ValueError(f"all_reduce of {total} bytes: {MAX_CALL_BYTES} are the most")
+        buffers, copies = fuse(arrays)
+        transfer = Reduction(self._next_call(Kind.PIECE), buffers, self._world_size, self._settings.piece_bytes)
+        # Infinity and NaN are the trainer's to judge, once it has the sums.
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._run(transfer)
+        unfuse(copies)
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:
-        """Returns ``root``'s payload on every rank."""
-        if not 0 <= root < self.world_size:
-            raise ValueError(f"root {root} is not a rank of this world of {self.world_size}")
-        is_root, is_last = self.rank == root, (self.rank + 1) % self.world_size == root
-        doing = self._begin(Kind.BROADCAST, len(payload) if is_root else 0, "")
-        if is_root:
-            self._send_blob(doing, 0, payload)
-            return payload
-        received = self._receive_blob(doing, 0)
-        if not is_last:
-            self._send_blob(doing, 0, received)
-        return received
+        """Returns ``root``'s ``payload`` on every rank; raises as :meth:`all_reduce` does."""
+        if not 0 <= root < self._world_size:
+            raise ValueError(f"broadcast: root {root} is not a rank of this ring of {self._world_size}")
+        return self._spread(Kind.BROADCAST, payload, [root])[root]
 
     def all_gather(self, payload: bytes) -> list[bytes]:
-        """Every rank's payload, by rank."""
-        doing = self._begin(Kind.ALL_GATHER, len(payload), "")
-        gathered = [b""] * self.world_size
-        gathered[self.rank] = payload
-        for stage in range(self.world_size - 1):
-            self._send_blob(doing, stage, gathered[(self.rank - stage) % self.world_size])
-            gathered[(self.rank - stage - 1) % self.world_size] = self._receive_blob(doing, stage)
-        return gathered
+        """Every rank's ``payload``, by rank; raises as :meth:`all_reduce` does."""
+        blobs = self._spread(Kind.GATHER, payload, range(self._world_size))
+        return [blobs[rank] for rank in range(self._world_size)]
 
     def barrier(self) -> None:
-        """Returns once every rank has called it."""
-        self.all_gather(b"")
+        """Returns once every rank has called it; raises as :meth:`all_reduce` does."""
+        self._spread(Kind.BARRIER, b"", range(self._world_size))
 
     def close(self) -> None:
-        """Says goodbye and releases the sockets."""
-        self._links.close()
-        self._context.term()
+        """Tells the neighbours and closes the sockets, within about a second. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._links.failure is None:
+            self._links.say_goodbye(Cause.DONE, self.rank, "")
+        self._links.leave()
+        self._listener.close()
 
     def __enter__(self) -> Self:
         return self
@@ -116,49 +146,88 @@ class Ring:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and not self._closed and self._links.failure is None:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            text = f"{self._links.name(self.rank)} stopped with {reason}"
+            self._links.say_goodbye(Cause.LOST, self.rank, text)
+            self._links.failure = PeerLost(text)
         self.close()
 
-    def _begin(self, kind: Kind, total: int, dtype: str) -> Header:
-        if total >= MAX_TOTAL_BYTES:
-            raise ValueError(f"{total} bytes are too many for one collective call")
-        self._calls += 1
-        return Header(kind, self.rank, self._calls, total=total, dtype=dtype)
+    def _next_call(self, kind: Kind) -> Header:
+        if self._closed:
+            raise PeerLost(f"this ring of rank {self.rank} is closed; no {CALL_NAMES[kind]} can be made")
+        if self._links.failure is not None:
+            raise self._links.failure
+        self._sequence += 1
+        return Header(kind, self._links.generation, self.rank, sequence=self._sequence)
 
-    def _send(self, doing: Header, stage: int, piece: int, payload: NDArray[Any]) -> zmq.MessageTracker | None:
-        header = Header(doing.kind, self.rank, doing.call, stage, piece, doing.total, doing.dtype)
-        return self._links.send(header, payload.data, track=payload.nbytes >= _ZERO_COPY_FROM)
+    def _spread(self, kind: Kind, payload: bytes, origins: Sequence[int]) -> dict[int, bytes]:
+        if len(payload) > MAX_BLOB_BYTES:
+            raise ValueError(f"{CALL_NAMES[kind]} of {len(payload)} bytes: {MAX_BLOB_BYTES} are the most")
+        call = self._next_call(kind)
+        transfer = Spread(call, payload, self._world_size, origins, self._settings.piece_bytes)
+        self._run(transfer)
+        return transfer.blobs
 
-    def _receive(self, doing: Header, stage: int, piece: int, size: int) -> Any:
-        header, payload = self._links.receive(doing)
-        found = (header.kind, header.call, header.total, header.dtype, header.stage, header.piece)
-        if found != (doing.kind, doing.call, doing.total, doing.dtype, stage, piece) or len(payload) != size:
-            self._mismatch(header, doing)
-        return payload
+    def _run(self, transfer: Transfer) -> None:
+        """Carries out a call. What ends it half-way, Ctrl-C too, ends the ring: the ranks are out of step."""
+        try:
+            self._exchange(transfer)
+        except CollectiveError:
+            raise
+        except BaseException:
+            # Perhaps between the two parts of a message, so no goodbye: the neighbours see the connection
+            # end.
+            reason = f"rank {self.rank} was interrupted in {transfer.call.call}; its ring has ended"
+            self._links.failure = PeerLost(reason)
+            raise
 
-    def _send_blob(self, doing: Header, stage: int, payload: bytes) -> None:
-        """At least one frame, so that the receiver learns the size of an empty payload too."""
-        for number, start in enumerate(range(0, max(1, len(payload)), self._piece_bytes)):
-            header = Header(doing.kind, self.rank, doing.call, stage, number, len(payload))
-            self._links.send(header, payload[start : start + self._piece_bytes])
+    def _exchange(self, transfer: Transfer) -> None:
+        links, doing = self._links, transfer.call.call
+        sent_uncopied = took_large = False
+        progress = time.monotonic()
+        while True:
+            while transfer.outgoing and links.has_room:
+                header, body = transfer.outgoing.popleft()
+                links.send(header, body)
+                sent_uncopied = sent_uncopied or header.length >= COPY_BELOW
+            if not transfer.missing and took_large:
+                links.credit()  # the left neighbour waits for it, see below
+                took_large = False
+            # The caller may change its arrays once this returns, so uncopied bodies must have left by then;
+            # they have when the neighbour has taken them. Both sides know the sizes, so both know whether a
+            # credit is awaited.
+            needs_right = bool(transfer.outgoing) or (sent_uncopied and links.unacknowledged > 0)
+            if not transfer.missing and not needs_right:
+                return
+            before = links.unacknowledged
+            frame = links.wait(doing, left=transfer.missing, right=needs_right, seconds=_LOOK_SECONDS)
+            if frame is not None:
+                took_large = took_large or frame[0].length >= COPY_BELOW
+                self._take(transfer, *frame)
+            now = time.monotonic()
+            if frame is not None or links.unacknowledged != before:
+                progress = now
+            elif now - progress > self._settings.patience:
+                self._give_up(transfer, now - progress)
 
-    def _receive_blob(self, doing: Header, stage: int) -> bytes:
-        parts: list[bytes] = []
-        size, total = 0, None
-        while total is None or size < total:
-            header, payload = self._links.receive(doing)
-            found = (header.kind, header.call, header.stage, header.piece)
-            total = header.total if total is None else total
-            fits = header.total == total and size + len(payload) <= total and (len(payload) > 0 or total == 0)
-            if found != (doing.kind, doing.call, stage, len(parts)) or not fits:
-                self._mismatch(header, doing)
-            parts.append(bytes(payload))
-            size += len(payload)
-        return b"".join(parts)
+    def _take(self, transfer: Transfer, header: Header, body: Any) -> None:
+        call = transfer.call
+        same = (header.kind, header.sequence) == (call.kind, call.sequence)
+        if not same or (header.kind == Kind.PIECE and (header.total, header.layout) != (call.total, call.layout)):
+            theirs = f"{self._links.name(header.sender)} is at {header.call}, this rank at {call.call}"
+            others = " of other shapes or types" if same and header.total == call.total else ""
+            text = f"{theirs}{others}; do all ranks run the same macft, data and configuration?"
+            self._links.fail(ProtocolError, header.sender, text)
+        try:
+            transfer.take(header, body)
+        except ProtocolError as error:
+            self._links.fail(ProtocolError, header.sender, f"{self._links.name(header.sender)}: {error}")
 
-    def _mismatch(self, header: Header, doing: Header) -> None:
-        self._links.fail(
-            ProtocolError(
-                f"{self._links.name(header.sender)} is at {header.describe()}, rank {self.rank} at {doing.describe()}: "
-                "the ranks don't make the same calls; do all run the same macft, data and configuration?"
-            )
+    def _give_up(self, transfer: Transfer, seconds: float) -> None:
+        peer = transfer.awaited if transfer.missing else self._links.right
+        text = (
+            f"{self._links.name(peer)} is alive but did not do its part of {transfer.call.call} "
+            f"for {seconds:.0f} s; it may still compute: collective.patience sets the limit"
         )
+        self._links.fail(PeerTimeout, peer, text)

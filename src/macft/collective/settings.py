@@ -1,33 +1,49 @@
-"""How the ranks talk to each other: the Hydra group ``collective``."""
+"""How the ranks exchange gradients: the Hydra group ``collective``."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+BACKENDS = ("ring",)
+MAX_SECONDS = 86_400.0
+MIN_PIECE_BYTES = 4 * 1024
+MAX_PIECE_BYTES = 64 * 1024 * 1024
 
 
 @dataclass
 class CollectiveConfig:
     """The Hydra group ``collective``."""
 
-    # The only backend so far: a ring over ZeroMQ.
+    # ring: a ring over ZeroMQ (TCP).
     backend: str = "ring"
-    # Seconds after which a peer that gives no sign of life at all counts as lost.
+    # Seconds a peer may be silent. A live one never is: its heartbeats go on while it computes.
     timeout: float = 30.0
-    # Seconds to wait for a peer that is alive but doesn't send, because it still computes for instance.
+    # Seconds a peer that is alive may keep the others waiting: a long step, a download, an evaluation.
     patience: float = 600.0
-    # Large arrays travel in pieces of this many bytes, so that adding overlaps with sending.
-    piece_bytes: int = 1048576
+    # Seconds between two heartbeats to each neighbour.
+    heartbeat: float = 1.0
+    # Bytes of one message; larger arrays go in several, so that sending, receiving and adding overlap.
+    piece_bytes: int = 1024 * 1024
 
 
 def problems(config: CollectiveConfig) -> list[str]:
     """One line for each value that can't be right; no I/O."""
     found = []
-    if config.backend != "ring":
-        found.append(f"collective.backend: '{config.backend}' is not available; there is ring")
-    if not config.timeout >= 1.0:
-        found.append(f"collective.timeout: {config.timeout} must be 1 second or more")
-    if not config.patience >= config.timeout:
-        found.append(f"collective.patience: {config.patience} must be at least collective.timeout ({config.timeout})")
-    if not 4096 <= config.piece_bytes <= 2**28:
-        found.append(f"collective.piece_bytes: {config.piece_bytes} is not from 4096 to {2**28}")
+    if config.backend not in BACKENDS:
+        found.append(f"collective.backend: '{config.backend}' is not one of {', '.join(BACKENDS)}")
+    for key in ("timeout", "patience", "heartbeat"):
+        value = getattr(config, key)
+        if not (math.isfinite(value) and 0.1 <= value <= MAX_SECONDS):
+            found.append(f"collective.{key}: {value} must be from 0.1 to {MAX_SECONDS:.0f} seconds")
+    if config.heartbeat >= config.timeout:
+        found.append(
+            f"collective.heartbeat: {config.heartbeat} must be less than collective.timeout "
+            f"({config.timeout}), or every peer would seem silent"
+        )
+    if not MIN_PIECE_BYTES <= config.piece_bytes <= MAX_PIECE_BYTES:
+        limits = f"{MIN_PIECE_BYTES} to {MAX_PIECE_BYTES}"
+        found.append(f"collective.piece_bytes: {config.piece_bytes} must be from {limits}")
+    elif config.piece_bytes % 8:
+        found.append(f"collective.piece_bytes: {config.piece_bytes} must be a multiple of 8, the size of a float64")
     return found

@@ -1,4 +1,4 @@
-"""A world of one: the same interface, and nothing to do."""
+"""A world of one: the collective of a run on a single node."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ from numpy.typing import NDArray
 
 
 class Solo:
-    """The collective of a run on a single node."""
+    """The :class:`~macft.collective.base.Collective` of one rank: no socket, and no waiting."""
 
-    rank = 0
-    world_size = 1
+    @property
+    def rank(self) -> int:
+        """Always 0."""
+        return 0
+
+    @property
+    def world_size(self) -> int:
+        """Always 1."""
+        return 1
 
     def all_reduce(self, arrays: Sequence[NDArray[np.float32] | NDArray[np.float64]]) -> None:
-        """Leaves ``arrays`` as they are: the sum over one rank."""
+        """Leaves the arrays as they are: the sum over one rank."""
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:
-        """Returns ``payload``."""
+        """Returns ``payload``. Raises ValueError for a ``root`` other than 0."""
         if root != 0:
-            raise ValueError(f"root {root} is not in a world of one")
+            raise ValueError(f"broadcast: root {root} is not a rank; this world has rank 0 alone")
         return payload
 
     def all_gather(self, payload: bytes) -> list[bytes]:
@@ -30,10 +37,10 @@ class Solo:
         return [payload]
 
     def barrier(self) -> None:
-        """Returns at once."""
+        """Returns: everyone is here."""
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Nothing is open."""
 
     def __enter__(self) -> Self:
         return self

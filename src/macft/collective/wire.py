@@ -1,98 +1,227 @@
-"""Frame headers: msgpack, validated field by field before anything is believed."""
+"""What goes over the wire between two neighbours: the header of every frame, and finding the other end.
+
+A frame is one ZeroMQ message: a header (a msgpack array) and, for data, a body of ``length`` bytes. Liveness
+is not the business of frames: ZMTP's own heartbeats (RFC 37) come from ZeroMQ's I/O thread, even while Python
+computes.
+"""
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
-from enum import IntEnum
+import enum
+import socket
+from typing import Any, NamedTuple
 
 import msgpack
+import zmq
 
-from macft.errors import ProtocolError
+from macft.errors import CollectiveError, ProtocolError
 
 PROTOCOL_VERSION = 1
-TOKEN_BYTES = 16
-MAX_HEADER_BYTES = 512
-MAX_TOTAL_BYTES = 2**36
-MAX_TEXT = 300
+MAX_HEADER_BYTES = 1024
+MAX_CALL_BYTES = 1 << 40
+"""Most bytes one all-reduce may sum."""
+MAX_BLOB_BYTES = 1 << 36
+"""Most bytes one rank may broadcast or gather: 64 GiB, the state of a model that is tuned as a whole."""
+MAX_TEXT = 400
+LINGER_SECONDS = 1.0
+"""How long closing may wait for the last frames to leave."""
 
 
-class Kind(IntEnum):
-    """What a frame is part of."""
+class Kind(enum.IntEnum):
+    """What a frame is. The numbers go over the wire and never change their meaning."""
 
-    ALL_REDUCE = 1
-    BROADCAST = 2
-    ALL_GATHER = 3
-    # The sender waits for a peer, named in `text`; tells the next rank who is to blame.
-    WAITING = 4
-    # The sender leaves; `text` says why, empty for an orderly end.
-    GOODBYE = 5
-
-
-@dataclass(frozen=True)
-class Header:
-    """Head of a frame. ``call`` counts the collective calls of a run, ``stage`` and ``piece`` the frames within one.
-
-    ``total`` is the size in bytes of the whole array or blob, ``dtype`` a NumPy type character, empty for blobs.
-    ``generation`` is that of the membership; a frame of another one is not of this ring.
-    """
-
-    kind: Kind
-    sender: int
-    call: int
-    stage: int = 0
-    piece: int = 0
-    total: int = 0
-    dtype: str = ""
-    generation: int = 0
-    text: str = ""
-
-    def describe(self) -> str:
-        """What the sender is doing, for messages to people."""
-        name = self.kind.name.lower().replace("_", "-")
-        return f"{name} {self.call} of {self.total} bytes"
+    HELLO = 1  # the first frame to the right neighbour
+    CREDIT = 2  # to the left neighbour: so many more frames may come
+    GOODBYE = 3  # the sender leaves; says why
+    PIECE = 4  # part of an array in an all-reduce
+    BROADCAST = 5
+    GATHER = 6
+    BARRIER = 7
 
 
-_LIMITS = {
-    "sender": 2**16,
-    "call": 2**53,
-    "stage": 2**17,
-    "piece": 2**32,
-    "total": MAX_TOTAL_BYTES,
-    "generation": 2**53,
+class Cause(enum.IntEnum):
+    """Why a rank says goodbye."""
+
+    DONE = 0  # closed in order
+    LOST = 1
+    TIMEOUT = 2
+    PROTOCOL = 3
+
+
+CALL_NAMES = {
+    Kind.PIECE: "all-reduce",
+    Kind.BROADCAST: "broadcast",
+    Kind.GATHER: "all-gather",
+    Kind.BARRIER: "barrier",
 }
 
 
-def pack(token: bytes, header: Header) -> bytes:
-    """The header as bytes; ``token`` is the secret of the run, which keeps frames of other runs out."""
-    packed: bytes = msgpack.packb((PROTOCOL_VERSION, token, *astuple(header)))
+class Header(NamedTuple):
+    """The header of a frame; which fields a frame carries depends on its kind."""
+
+    kind: Kind
+    # Counts the rings of a run; frames of an earlier one are never mixed in.
+    generation: int
+    sender: int
+    # Data: number of the collective call, bytes of the whole call (of the whole blob), CRC-32 of its arrays'
+    # sizes and types, links this part has travelled when it arrives, its number among the parts of its chunk,
+    # type, body bytes.
+    sequence: int = 0
+    total: int = 0
+    layout: int = 0
+    hop: int = 0
+    piece: int = 0
+    dtype: str = ""
+    length: int = 0
+    # CREDIT: number of frames.
+    frames: int = 0
+    # GOODBYE: why, and the rank that is to blame.
+    cause: int = 0
+    culprit: int = 0
+    # HELLO: the ring's id. GOODBYE: the reason in words.
+    text: str = ""
+
+    @property
+    def call(self) -> str:
+        """The collective call this frame belongs to, in words: ``all-reduce 5 of 1024 bytes``."""
+        size = f" of {self.total} bytes" if self.kind == Kind.PIECE else ""
+        return f"{CALL_NAMES[self.kind]} {self.sequence}{size}"
+
+
+_DATA = ("sequence", "total", "layout", "hop", "piece", "dtype", "length")
+_FIELDS = {
+    Kind.HELLO: ("text",),
+    Kind.CREDIT: ("frames",),
+    Kind.GOODBYE: ("cause", "culprit", "text"),
+    **dict.fromkeys(CALL_NAMES, _DATA),
+}
+_U32 = (1 << 32) - 1
+_HIGHEST = {
+    "generation": _U32,
+    "sender": 65_535,
+    "sequence": (1 << 63) - 1,
+    "total": MAX_CALL_BYTES,
+    "layout": _U32,
+    "hop": 131_072,
+    "piece": _U32,
+    "length": 1 << 30,
+    "frames": 65_535,
+    "cause": max(Cause),
+    "culprit": 65_535,
+}
+_DTYPES = {Kind.PIECE: ("<f4", "<f8")}
+
+
+def pack(header: Header) -> bytes:
+    """The bytes of a header."""
+    fields = [getattr(header, name) for name in _FIELDS[header.kind]]
+    packed: bytes = msgpack.packb([PROTOCOL_VERSION, header.kind, header.generation, header.sender, *fields])
     return packed
 
 
-def unpack(data: bytes | memoryview, token: bytes) -> Header:
-    """Reads a header.
+def unpack(data: bytes | memoryview, peer: str) -> Header:
+    """Reads a header that ``peer`` (its name, for messages) has sent.
 
     Raises:
-        ProtocolError: ``data`` is no header of this protocol version and run; the message says what is wrong.
+        ProtocolError: not a header of this protocol version; names the peer and the fault.
     """
-    if len(data) > MAX_HEADER_BYTES + MAX_TEXT * 4:
-        raise ProtocolError(f"a header of {len(data)} bytes is too long")
+    if len(data) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"{peer} sent a header of {len(data)} bytes; {MAX_HEADER_BYTES} are the most")
     try:
-        fields = msgpack.unpackb(bytes(data), use_list=True, strict_map_key=True)
-    except Exception as error:  # msgpack raises several unrelated types for malformed input
-        raise ProtocolError(f"a header is not msgpack ({type(error).__name__})") from error
-    if not isinstance(fields, list) or len(fields) != 11:
-        raise ProtocolError("a header does not have the 11 fields of this protocol")
-    version, found_token, kind, sender, call, stage, piece, total, dtype, generation, text = fields
-    if version != PROTOCOL_VERSION:
-        raise ProtocolError(f"a header has protocol version {version!r}, this is {PROTOCOL_VERSION}")
-    if found_token != token:
-        raise ProtocolError("a header is of another run")
-    if type(kind) is not int or kind not in {item.value for item in Kind}:
-        raise ProtocolError(f"a header has unknown kind {kind!r}")
-    numbers = {"sender": sender, "call": call, "stage": stage, "piece": piece, "total": total, "generation": generation}
-    for name, value in numbers.items():
-        if type(value) is not int or not 0 <= value < _LIMITS[name]:
-            raise ProtocolError(f"a header has {name} {value!r}, which is not from 0 to {_LIMITS[name]}")
-    if dtype not in ("", "f", "d") or not isinstance(text, str) or len(text) > MAX_TEXT:
-        raise ProtocolError("a header has an unknown dtype or too long a text")
-    return Header(Kind(kind), sender, call, stage, piece, total, dtype, generation, text)
+        values = msgpack.unpackb(data)
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"{peer} sent a header that is not msgpack ({type(error).__name__})") from None
+    if not isinstance(values, list) or len(values) < 4:
+        raise ProtocolError(f"{peer} sent a header that is not an array of four or more fields")
+    if values[0] != PROTOCOL_VERSION or type(values[0]) is not int:
+        raise ProtocolError(
+            f"{peer} speaks protocol version {str(values[0])[:20]}, this rank {PROTOCOL_VERSION}; "
+            "install the same macft on all nodes"
+        )
+    try:
+        kind = Kind(values[1] if type(values[1]) is int else 0)
+    except ValueError:
+        raise ProtocolError(f"{peer} sent a frame of unknown kind {str(values[1])[:20]}") from None
+    names = ("generation", "sender", *_FIELDS[kind])
+    if len(values) != 2 + len(names):
+        raise ProtocolError(f"{peer} sent a {kind.name} header of {len(values)} fields, not {2 + len(names)}")
+    fields = dict(zip(names, values[2:], strict=True))
+    for name, value in fields.items():
+        if not _is_valid(kind, name, value):
+            raise ProtocolError(f"{peer} sent a {kind.name} header whose {name} is {str(value)[:40]!r}")
+    return Header(kind, **fields)
+
+
+def _is_valid(kind: Kind, name: str, value: Any) -> bool:
+    if name == "dtype":
+        return isinstance(value, str) and value in _DTYPES.get(kind, ("",))
+    if name == "text":
+        return isinstance(value, str) and len(value) <= MAX_TEXT
+    if type(value) is not int or not 0 <= value <= _HIGHEST[name]:  # a bool is no number here
+        return False
+    return name != "total" or kind == Kind.PIECE or value <= MAX_BLOB_BYTES
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """``"host:port"`` or ``"[v6]:port"`` to (host, port) without brackets; ValueError if it is neither."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65_535:
+        raise ValueError(f"'{address}' is not host:port")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def set_endpoint(sock: zmq.Socket[bytes], address: str) -> str:
+    """The ZeroMQ endpoint of ``"host:port"``, its name resolved; turns IPv6 on for ``sock`` where needed.
+
+    Raises:
+        CollectiveError: the address is malformed, or its name unknown.
+    """
+    try:
+        host, port = split_address(address)
+        # ZeroMQ binds to numbers only, and prefers IPv6 for names; here the system's own order decides.
+        family, _, _, _, resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (ValueError, OSError) as error:
+        raise CollectiveError(f"address {address}: {error}") from None
+    sock.ipv6 = family == socket.AF_INET6
+    return f"tcp://[{resolved[0]}]:{port}" if sock.ipv6 else f"tcp://{resolved[0]}:{port}"
+
+
+def bind(sock: zmq.Socket[bytes], address: str) -> str:
+    """Binds ``sock`` to ``"host:port"`` (port 0: a free one); returns ``host:port`` with the true port.
+
+    Raises:
+        CollectiveError: the address is unknown here or in use.
+    """
+    endpoint = set_endpoint(sock, address)
+    try:
+        sock.bind(endpoint)
+    except zmq.ZMQError as error:
+        raise CollectiveError(
+            f"can't listen on {address}: {error}; does another run use the port, and is the address this machine's own?"
+        ) from None
+    endpoint_bytes = sock.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(endpoint_bytes, bytes)
+    port = endpoint_bytes.decode().rpartition(":")[2]
+    return f"{address.rpartition(':')[0]}:{port}"
+
+
+def knock(address: str, seconds: float) -> str:
+    """Asks whether a live ZeroMQ listens at ``"host:port"``.
+
+    Its I/O thread greets every connection at once, whatever Python does. So ``alive``: greeted; ``ended``:
+    nobody listens, the process is gone; ``silent``: no greeting, the process is stopped; ``unreachable``: no
+    answer at all.
+    """
+    try:
+        connection = socket.create_connection(split_address(address), timeout=seconds)
+    except (ConnectionRefusedError, ConnectionResetError):
+        return "ended"
+    except OSError:
+        return "unreachable"
+    with connection:
+        try:
+            return "alive" if connection.recv(1) else "ended"
+        except TimeoutError:
+            return "silent"
+        except OSError:
+            return "ended"

@@ -1,0 +1,206 @@
+"""Ranks find each other, and whoever does not fit is told why."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import msgpack
+import numpy as np
+import psutil
+import pytest
+import zmq
+
+import macft
+from macft.cluster.rendezvous import Membership, RendezvousServer, connect_ring, join
+from macft.collective.settings import CollectiveConfig
+from macft.errors import RendezvousError
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as executor:
+        yield executor
+
+
+def serve(world_size: int, timeout: float = 20.0, **more: Any) -> RendezvousServer:
+    server = RendezvousServer(world_size=world_size, run_id="run", fingerprint="f", timeout=timeout, **more)
+    server.start()
+    return server
+
+
+def report(server: RendezvousServer, rank: int, world_size: int, **changed: Any) -> Membership:
+    own: dict[str, Any] = {"run_id": "run", "fingerprint": "f", "timeout": 20.0, "name": f"node{rank}"}
+    address = f"127.0.0.1:{7000 + rank}"
+    return join(server.address, **{**own, "rank": rank, "world_size": world_size, "ring_address": address, **changed})
+
+
+def reason(future: Future[Any]) -> str:
+    error = future.exception(timeout=30)
+    assert isinstance(error, RendezvousError), error
+    assert len(str(error).splitlines()) == 1
+    return str(error)
+
+
+def test_every_rank_gets_the_same_table(pool: ThreadPoolExecutor) -> None:
+    server = serve(3)
+    found = list(pool.map(lambda rank: report(server, rank, 3), (2, 0, 1)))
+    assert found[0] == found[1] == found[2] == server.wait()
+    assert found[0].addresses == ("127.0.0.1:7000", "127.0.0.1:7001", "127.0.0.1:7002")
+    assert found[0].names == ("node0", "node1", "node2")
+    server.close()
+    server.close()
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"fingerprint": "other"}, "rank 1 (node1) has another configuration"),
+        ({"world_size": 3}, "rank 1 (node1) expects 3 nodes, the others 2"),
+        ({"run_id": "old"}, "rank 1 (node1) belongs to run old, the others to run"),
+        ({"rank": 2}, "rank 2 (node1) is not one of ranks 0 to 1"),
+        ({"rank": -1}, "rank -1 (node1) is not one of ranks 0 to 1"),
+        ({"rank": 0}, "rank 0 (node1) came twice, from 127.0.0.1:7000 and 127.0.0.1:7001"),
+        ({"ring_address": "nowhere"}, "rank 1 (node1) gave no proper name and address"),
+    ],
+)
+def test_a_misfit_ends_it(pool: ThreadPoolExecutor, changed: dict[str, Any], told: str) -> None:
+    server = serve(2)
+    first = pool.submit(report, server, 0, 2)
+    while not server.arrived:
+        threading.Event().wait(0.005)
+    second = pool.submit(lambda: report(server, **{"rank": 1, "world_size": 2, **_at(1), **changed}))
+    assert told in reason(second)
+    assert told in reason(first)
+    with pytest.raises(RendezvousError, match="rendezvous at 127"):
+        server.wait()
+    server.close()
+
+
+def _at(rank: int) -> dict[str, Any]:
+    return {"name": f"node{rank}", "ring_address": f"127.0.0.1:{7000 + rank}"}
+
+
+def test_another_version_is_refused(pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve(2)
+    version = macft.__version__
+    monkeypatch.setattr(macft, "__version__", "9.9.9")
+    assert f"rank 0 (node0) runs macft 9.9.9, the others {version}" in reason(pool.submit(report, server, 0, 2))
+    server.close()
+
+
+def test_the_missing_rank_is_named_on_both_sides(pool: ThreadPoolExecutor) -> None:
+    server = serve(3, timeout=0.5, names=("a", "b", "192.168.0.3"))
+    told = "ranks 1 (b), 2 (192.168.0.3) did not come within 0.5 s; is macft running there"
+    assert told in reason(pool.submit(report, server, 0, 3))
+    with pytest.raises(RendezvousError) as caught:
+        server.wait()
+    assert told in str(caught.value)
+    server.close()
+
+
+def test_a_rank_that_waits_less_hears_who_is_missing(pool: ThreadPoolExecutor) -> None:
+    server = serve(2)
+    assert "rank 1 did not come" in reason(pool.submit(report, server, 0, 2, timeout=0.1))
+    server.close()
+
+
+def test_nobody_answers() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(RendezvousError, match=f"rendezvous at {address}: nobody answers within 0.1 s; is macft"):
+            join(
+                address,
+                rank=0,
+                world_size=2,
+                run_id="",
+                fingerprint="",
+                ring_address="a:1",
+                name="",
+                timeout=0.1,
+            )
+
+
+def test_an_address_in_use_is_named() -> None:
+    server = serve(2)
+    with pytest.raises(RendezvousError, match=f"can't listen on {server.address}: Address already in use"):
+        RendezvousServer(server.address, world_size=2, run_id="run")
+    server.close()
+
+
+def test_a_rank_that_was_started_again_takes_its_place(pool: ThreadPoolExecutor) -> None:
+    server = serve(2)
+    assert "rank 1 did not come" in reason(pool.submit(report, server, 0, 2, timeout=0.1))
+    again = pool.submit(report, server, 0, 2, ring_address="127.0.0.1:7099")
+    other = pool.submit(report, server, 1, 2)
+    assert again.result(20).addresses == other.result(20).addresses == ("127.0.0.1:7099", "127.0.0.1:7001")
+    server.close()
+
+
+def test_strangers_are_ignored(pool: ThreadPoolExecutor) -> None:
+    server = serve(2)
+    host, port = server.address.split(":")
+    with socket.create_connection((host, int(port))) as web, zmq.Context() as context:
+        web.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        with context.socket(zmq.DEALER) as stranger:
+            stranger.linger = 1000
+            stranger.connect(f"tcp://{server.address}")
+            for garbage in (b"", b"\xff" * 50, msgpack.packb([1]), msgpack.packb({"rank": [1]}), bytes(10)):
+                stranger.send(garbage)
+            stranger.send_multipart([b"a", b"b", b"c"])
+            found = list(pool.map(lambda rank: report(server, rank, 2), (0, 1)))
+    assert found[0] == found[1]
+    server.close()
+
+
+def test_connect_ring_sums_and_leaves_nothing_behind(pool: ThreadPoolExecutor) -> None:
+    open_before = psutil.Process().num_fds()
+    threads_before = set(threading.enumerate())
+    server = serve(3)
+
+    def work(rank: int) -> list[float]:
+        array = np.full(5, rank + 1.0)
+        with connect_ring(
+            server.address,
+            rank=rank,
+            world_size=3,
+            run_id="run",
+            fingerprint="f",
+            name=f"node{rank}",
+            settings=CollectiveConfig(),
+            start_timeout=20.0,
+        ) as ring:
+            ring.all_reduce([array])
+        return array.tolist()
+
+    assert list(pool.map(work, range(3))) == [[6.0] * 5] * 3
+    server.close()
+    left = {thread for thread in set(threading.enumerate()) - threads_before if "ThreadPool" not in thread.name}
+    assert not left
+    assert psutil.Process().num_fds() == open_before
+
+
+def test_a_refused_rank_frees_its_port() -> None:
+    server = serve(2)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        bind = f"127.0.0.1:{probe.getsockname()[1]}"
+    with pytest.raises(RendezvousError, match="another configuration"):
+        connect_ring(
+            server.address,
+            rank=0,
+            world_size=2,
+            run_id="run",
+            fingerprint="other",
+            name="",
+            settings=CollectiveConfig(),
+            start_timeout=20.0,
+            bind=bind,
+        )
+    server.close()
+    with socket.create_server(("127.0.0.1", int(bind.rpartition(":")[2]))):
+        pass
