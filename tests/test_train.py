@@ -1,0 +1,239 @@
+"""Whole runs: what they leave behind, how they stop, and that mlx-lm takes the result."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load as mlx_lm_load
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from running import adapter, environment, events, losses, train, uneven_dataset, write_jsonl
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def basics(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> list[str]:
+    """Overrides for a very short run of a tiny model."""
+    data = uneven_dataset(tmp_path_factory.mktemp("data"))
+    return [
+        f"model={tiny_model_folder}",
+        f"dataset={data}",
+        "dataset.mask_prompt=true",
+        "training.batch_size=4",
+        "training.steps=6",
+        "training.eval_every=3",
+        "training.save_every=2",
+        "optimizer.learning_rate=1e-3",
+        "report.every=1",
+    ]
+
+
+def test_a_run_leaves_everything_in_its_folder(tmp_path: Path, basics: list[str]) -> None:
+    folder = tmp_path / "run"
+    more = ["dataset.metric=exact_match", "training.metric_rows=3", "training.metric_max_tokens=4", "report.samples=2"]
+    done = train(*basics, *more, f"hydra.run.dir={folder}", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    assert "step 6/6" in done.output
+    assert "mlx_lm.generate" in done.output
+    assert "\x1b[" not in done.output
+    assert len(losses(folder)) == 6
+    assert [event["step"] for event in events(folder, "evaluated")] == [0, 3, 6]
+    assert [event["when"] for event in events(folder, "metric_scored")] == ["before", "after"]
+    assert len(events(folder, "samples_shown")[0]["samples"]) == 2
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "summary.md", "adapters/adapter_config.json"):
+        assert (folder / name).is_file(), name
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["reason"] == "finished"
+    assert len(list((folder / "checkpoints").glob("step-*"))) <= 3
+    read = EventAccumulator(str(folder / "tensorboard")).Reload()
+    scalars = set(read.Tags()["scalars"])
+    assert {
+        "loss/train",
+        "loss/valid",
+        "optim/learning_rate",
+        "optim/grad_norm",
+        "time/compute",
+        "time/all_reduce",
+    } <= scalars
+    assert [event.step for event in read.Scalars("loss/train")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_with_the_shown_command_repeats_nothing(tmp_path: Path, basics: list[str]) -> None:
+    done = train(*basics, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    before = adapter(tmp_path)
+    done = train(f"+resume={tmp_path}", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    assert len(losses(tmp_path)) == 6
+    assert all(np.array_equal(before[name], value) for name, value in adapter(tmp_path).items())
+    done = train(f"+resume={tmp_path}", "training.steps=8", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    assert len(losses(tmp_path)) == 8
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "rslora", "full"])
+def test_mlx_lm_loads_generates_and_fuses_what_was_trained(
+    tmp_path: Path, basics: list[str], tiny_model_folder: Path, kind: str
+) -> None:
+    layers = {"lora": ["adapter.layers=[0]"], "full": ["adapter.num_layers=1"]}.get(
+        kind, ["adapter.targets=[q_proj,up_proj]"]
+    )
+    done = train(*basics, f"adapter={kind}", *layers, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    adapters = tmp_path / "adapters"
+    model, _ = mlx_lm_load(str(tiny_model_folder), adapter_path=str(adapters))
+    loaded = dict(tree_flatten(model.parameters()))
+    for name, value in adapter(tmp_path).items():
+        np.testing.assert_array_equal(np.array(loaded[name]), value)
+    fused = tmp_path / "fused"
+    arguments = ["--model", str(tiny_model_folder), "--adapter-path", str(adapters), "--save-path", str(fused)]
+    command = [sys.executable, "-m", "mlx_lm", "fuse", *arguments]
+    subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=120)
+    whole, _ = mlx_lm_load(str(fused))
+    tokens = mx.arange(20)[None]
+    np.testing.assert_allclose(np.array(whole(tokens)), np.array(model(tokens)), rtol=1e-3, atol=1e-3)
+    arguments = [
+        "--model",
+        str(tiny_model_folder),
+        "--adapter-path",
+        str(adapters),
+        "--prompt",
+        "hi",
+        "--max-tokens",
+        "2",
+    ]
+    command = [sys.executable, "-m", "mlx_lm", "generate", *arguments]
+    subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=120)
+
+
+def test_full_fine_tuning_of_a_quantised_model_saves_the_whole_model(tmp_path: Path, bundled_model: Path) -> None:
+    data = uneven_dataset(tmp_path / "data")
+    more = ["training.batch_size=1", "training.steps=1", "training.eval_every=0", "adapter.num_layers=1"]
+    done = train("adapter=full", f"dataset={data}", *more, f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    model, _ = mlx_lm_load(str(tmp_path / "run" / "model"))
+    loaded = dict(tree_flatten(model.parameters()))
+    for name, value in adapter(tmp_path / "run").items():
+        np.testing.assert_array_equal(np.array(loaded[name]), value)
+    assert bundled_model.is_dir()
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    tmp_path: Path, basics: list[str], nodes: int
+) -> None:
+    topology = ["topology=local", f"topology.nodes={nodes}"] if nodes > 1 else []
+    explode = ["optimizer.learning_rate=1e30", "training.max_grad_norm=0", "training.save_every=1", "optimizer=sgd"]
+    done = train(*basics, *topology, *explode, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    assert done.status == 1
+    stopped_at = len(losses(tmp_path)) + 1
+    assert f"error: step {stopped_at}: the loss is " in done.errors
+    assert f"step-{stopped_at - 1:08d}" in done.errors
+    assert (tmp_path / "checkpoints" / f"step-{stopped_at - 1:08d}" / "manifest.json").is_file()
+    assert "Traceback" not in done.errors
+    assert json.loads((tmp_path / "summary.json").read_text())["reason"] == "failed"
+
+
+def test_early_stopping_exports_the_best_adapter(tmp_path: Path, basics: list[str]) -> None:
+    # So high a learning rate that the validation loss rises after a while.
+    more = ["training.steps=60", "training.eval_every=2", "training.patience=2", "optimizer.learning_rate=0.05"]
+    done = train(*basics, *more, "optimizer.schedule=constant", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    assert json.loads((tmp_path / "summary.json").read_text())["reason"] == "early_stopped"
+    evaluated = events(tmp_path, "evaluated")
+    assert len(losses(tmp_path)) < 60
+    best = min(evaluated, key=lambda event: event["loss"])
+    assert [event["loss"] > best["loss"] for event in evaluated[-2:]] == [True, True]
+    if best["step"]:
+        kept = mx.load(str(tmp_path / "checkpoints" / f"step-{best['step']:08d}" / "adapters.safetensors"))
+        for name, value in adapter(tmp_path).items():
+            np.testing.assert_array_equal(np.array(kept[name]), value)
+
+
+def test_a_sweep_has_a_folder_and_an_hparams_session_for_each_job(tmp_path: Path, basics: list[str]) -> None:
+    from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins import base_plugin
+    from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+
+    done = train("-m", *basics, "training.steps=2", "adapter.rank=2,4", f"hydra.sweep.dir={tmp_path}", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    for job, rank in (("0", 2), ("1", 4)):
+        assert adapter(tmp_path / job)["model.layers.0.self_attn.q_proj.lora_a"].shape[1] == rank
+        assert len(losses(tmp_path / job)) == 2
+    multiplexer = EventMultiplexer()
+    multiplexer.AddRunsFromDirectory(str(tmp_path))
+    multiplexer.Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(tmp_path))
+    context = backend_context.Context(base_plugin.TBContext(data_provider=provider))
+    metadata = context.hparams_metadata(RequestContext(), "")
+    experiment = context.experiment_from_metadata(RequestContext(), "", False, metadata, None)
+    request = api_pb2.ListSessionGroupsRequest(
+        col_params=[api_pb2.ColParams(metric=info.name) for info in experiment.metric_infos],
+        allowed_statuses=[api_pb2.STATUS_SUCCESS],
+        slice_size=10,
+    )
+    handler = list_session_groups.Handler(RequestContext(), context, "", request)
+    groups = handler.run().session_groups
+    assert sorted(group.hparams["adapter.rank"].number_value for group in groups) == [2, 4]
+    assert all(any(value.value > 0 for value in group.metric_values) for group in groups)
+
+
+def test_gradient_checkpointing_and_micro_batches_change_no_loss(tmp_path: Path, basics: list[str]) -> None:
+    found: list[list[float]] = []
+    for name, more in (("plain", []), ("other", ["training.grad_checkpoint=true", "training.micro_batch_size=1"])):
+        folder = tmp_path / name
+        done = train(*basics, *more, "adapter.dropout=0.2", f"hydra.run.dir={folder}", cwd=tmp_path)
+        assert done.status == 0, done.errors
+        found.append(losses(folder))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["dataset=./missing"], "does not exist"),
+        (["model=./missing"], "missing"),
+        (["adapter.targets=[qq_proj]"], "no projection 'qq_proj'; it has"),
+        (["adapter.layers=[7]"], "adapter.layers: [7] don't exist"),
+        (["optimizer.arguments={momentumm:0.9}"], "optimizer.arguments: adamw takes no such argument"),
+        (["dataset.metric=sql_exec", "training.metric_rows=1"], "did you mean 'sql_execution'"),
+        (["dataset.metric=sql_execution", "training.metric_rows=1"], "`database`"),
+    ],
+)
+def test_what_only_the_data_or_model_can_tell_is_one_line_too(
+    tmp_path: Path, basics: list[str], overrides: list[str], words: str
+) -> None:
+    done = train(*basics, *overrides, f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert done.status in (1, 2)
+    assert "Traceback" not in done.errors
+    lines = [line for line in done.errors.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, done.errors
+    assert words in lines[0]
+
+
+def test_weighted_sources_and_tools_train(tmp_path: Path, basics: list[str]) -> None:
+    chat: dict[str, Any] = {"messages": [{"role": "user", "content": "add"}, {"role": "assistant", "content": "ok"}]}
+    tools = [
+        {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
+    ]
+    write_jsonl(tmp_path / "chat.jsonl", [{**chat, "tools": tools}] * 6)
+    write_jsonl(tmp_path / "pairs.jsonl", [{"question": "q", "answer": "a"}] * 6)
+    sources = (
+        f"[{{path:'{tmp_path}/chat.jsonl',weight:2}},"
+        f"{{path:'{tmp_path}/pairs.jsonl',columns:{{prompt:question,completion:answer}}}}]"
+    )
+    rest = [item for item in basics if not item.startswith("dataset")]
+    done = train(*rest, "dataset.path=''", f"dataset.sources={sources}", "dataset.metric=null", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    assert "no validation rows" in done.output
