@@ -23,7 +23,7 @@ ALLOWED = {
     "checkpoint": set(),
     "evaluation": {"collective", "data"},
     "training": {"checkpoint", "collective", "data", "model", "plan", "report", "stop"},
-    "config": {"cluster", "collective", "data", "model", "report", "training"},
+    "config": {"cluster", "collective", "data", "evaluation", "model", "report", "training"},
 }
 
 

@@ -61,6 +61,7 @@ MISTAKES = [
     ("dataset.sources=[{path:x}]", "dataset.path and dataset.sources: give one of them"),
     ("dataset.columns={promt:q}", "dataset.columns.promt: no such field; did you mean 'prompt'?"),
     ("dataset.max_seq_length=1", "dataset.max_seq_length: 1 must be 2 or more"),
+    ("dataset.metric=sql_exec", "dataset.metric: no metric 'sql_exec'; did you mean 'sql_execution'?"),
     ("dataset.metric=null", "training.metric_rows: dataset.metric is null"),
     ("model.precision=fp16", "model.precision: 'fp16'"),
     ("report.every=0", "report.every: 0 must be 1 or more"),

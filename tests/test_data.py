@@ -15,11 +15,16 @@ from mlx_lm.tuner.datasets import create_dataset
 from mlx_lm.utils import load_tokenizer
 
 from macft.data.formats import prompt_tokens, tokenize
-from macft.data.load import load
+from macft.data.load import LoadedData, read, tokenize_all
 from macft.data.settings import DatasetConfig, SourceConfig
 from macft.data.sources import read_source
 from macft.errors import DataError
 from running import environment, write_jsonl
+
+
+def load(config: DatasetConfig, tokenizer: Any, *, seed: int = 0) -> LoadedData:
+    """Reads and tokenises, as a run does."""
+    return tokenize_all(read(config, seed=seed), config, tokenizer, need_test=False)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +93,7 @@ def test_the_prompt_is_what_masking_hides(tokenizer: Any) -> None:
 def test_a_bad_row_is_named(tmp_path: Path, tokenizer: Any, record: dict[str, Any], words: str) -> None:
     write_jsonl(tmp_path / "train.jsonl", [PAIR, record])
     with pytest.raises(DataError) as error:
-        load(DatasetConfig(path=str(tmp_path)), tokenizer, need_test=False, seed=0)
+        load(DatasetConfig(path=str(tmp_path)), tokenizer)
     assert words in str(error.value)
     assert "train row 2" in str(error.value)
 
@@ -162,11 +167,11 @@ def test_an_unreachable_hub_fails_fast_with_one_line() -> None:
 def test_columns_are_renamed_and_missing_ones_named(tmp_path: Path, tokenizer: Any) -> None:
     write_jsonl(tmp_path / "train.jsonl", [{"q": "Why?", "a": "Because."}])
     columns = {"prompt": "q", "completion": "a"}
-    data = load(DatasetConfig(path=str(tmp_path), columns=columns), tokenizer, need_test=False, seed=0)
+    data = load(DatasetConfig(path=str(tmp_path), columns=columns), tokenizer)
     expected = tokenize({"prompt": "Why?", "completion": "Because."}, tokenizer, mask_prompt=False)
     assert data.train.rows[0].tokens.tolist() == expected.tokens.tolist()
     with pytest.raises(DataError, match=r"no column 'question'; it has a, q"):
-        load(DatasetConfig(path=str(tmp_path), columns={"text": "question"}), tokenizer, need_test=False, seed=0)
+        load(DatasetConfig(path=str(tmp_path), columns={"text": "question"}), tokenizer)
 
 
 def test_cut_and_dropped_rows_are_counted(tmp_path: Path, tokenizer: Any) -> None:
@@ -174,7 +179,7 @@ def test_cut_and_dropped_rows_are_counted(tmp_path: Path, tokenizer: Any) -> Non
     some = {"prompt": "hi", "completion": "word " * 60}
     write_jsonl(tmp_path / "train.jsonl", [PAIR, long, some])
     config = DatasetConfig(path=str(tmp_path), mask_prompt=True, max_seq_length=64)
-    data = load(config, tokenizer, need_test=False, seed=0)
+    data = load(config, tokenizer)
     assert [len(row.tokens) for row in data.train.rows] == [len(tokenize(PAIR, tokenizer, mask_prompt=True).tokens), 64]
     assert len(data.train.records) == 2
     assert "train: 2 of 3 rows cut to 64 tokens" in data.notes
@@ -185,7 +190,7 @@ def test_several_sources_stand_one_after_the_other(tmp_path: Path, tokenizer: An
     write_jsonl(tmp_path / "a" / "train.jsonl", [PAIR] * 3)
     write_jsonl(tmp_path / "b" / "train.jsonl", [TEXT] * 2)
     sources = [SourceConfig(path=str(tmp_path / "a")), SourceConfig(path=str(tmp_path / "b"), weight=2.5)]
-    data = load(DatasetConfig(sources=sources), tokenizer, need_test=False, seed=0)
+    data = load(DatasetConfig(sources=sources), tokenizer)
     assert data.train.source_sizes == [3, 2]
     assert data.train.source_weights == [1.0, 2.5]
     assert data.train.records == [PAIR] * 3 + [TEXT] * 2
@@ -195,7 +200,7 @@ def test_validation_rows_can_be_split_off(tmp_path: Path, tokenizer: Any) -> Non
     rows = [{"text": f"row {i}"} for i in range(20)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     config = DatasetConfig(path=str(tmp_path / "rows.jsonl"), valid_fraction=0.25)
-    first, again = (load(config, tokenizer, need_test=False, seed=7) for _ in range(2))
+    first, again = (load(config, tokenizer, seed=7) for _ in range(2))
     assert first.valid.records == again.valid.records
     assert len(first.valid.records) == 5
     assert sorted(map(str, first.valid.records + first.train.records)) == sorted(map(str, rows))

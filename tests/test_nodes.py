@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -172,3 +173,71 @@ def test_ranks_stop_when_their_launcher_is_killed(tmp_path: Path, basics: list[s
     assert not alive
     # They stopped in order: the newest checkpoint is that of the last step reported.
     assert (tmp_path / "checkpoints" / f"step-{len(losses(tmp_path)):08d}").is_dir()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, each with a free one after it."""
+    found: list[int] = []
+    while len(found) < count:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            found.append(port)
+    return found
+
+
+def test_hosts_typed_by_hand_on_each_machine(tmp_path: Path, basics: list[str], whole_run: Path) -> None:
+    first, second = free_ports(2)
+    hosts = f"topology.hosts=[127.0.0.1:{first},127.0.0.1:{second}]"
+    processes = [
+        start(
+            *basics,
+            "topology=hosts",
+            hosts,
+            f"topology.rank={rank}",
+            f"hydra.run.dir={tmp_path / str(rank)}",
+            cwd=tmp_path,
+        )
+        for rank in (1, 0)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert_equal_up_to_rounding(tmp_path / "0", whole_run)
+    assert not (tmp_path / "1" / "adapters").exists()
+
+
+def test_hosts_with_different_settings_refuse_each_other(tmp_path: Path, basics: list[str]) -> None:
+    first, second = free_ports(2)
+    hosts = f"topology.hosts=[127.0.0.1:{first},127.0.0.1:{second}]"
+    processes = [
+        start(
+            *basics,
+            "topology=hosts",
+            hosts,
+            f"topology.rank={rank}",
+            f"seed={rank}",
+            f"hydra.run.dir={tmp_path / str(rank)}",
+            cwd=tmp_path,
+        )
+        for rank in (0, 1)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert "has another configuration" in errors or "configuration" in errors
+        assert "Traceback" not in errors
+
+
+def test_a_host_that_never_comes_is_named(tmp_path: Path, basics: list[str]) -> None:
+    first, second = free_ports(2)
+    hosts = f"topology.hosts=[127.0.0.1:{first},127.0.0.1:{second}]"
+    alone = ["topology=hosts", hosts, "topology.rank=0", "topology.start_timeout=3"]
+    done = train(*basics, *alone, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    assert done.status == 1
+    assert "rank 1" in done.errors
+    assert len([line for line in done.errors.splitlines() if line.startswith("error:")]) == 1

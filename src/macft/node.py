@@ -17,18 +17,16 @@ from macft.collective.base import Collective
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain
 from macft.config.yaml import to_yaml
-from macft.data import load as data_loading
-from macft.data.load import LoadedData
+from macft.data.load import LoadedData, read, tokenize_all
 from macft.data.order import RowOrder
 from macft.errors import DataError, MacftError
 from macft.evaluation.answers import Scored, score_answers
 from macft.evaluation.metrics import metric
 from macft.evaluation.record import expected_text, question_text
-from macft.model import load as model_loading
 from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_files import save_adapter, save_model
 from macft.model.device import prepare_device
-from macft.model.load import LoadedModel
+from macft.model.load import LoadedModel, load
 from macft.model.resolve import resolve
 from macft.report import fan_out
 from macft.report.events import (
@@ -100,13 +98,13 @@ def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resum
 def _prepare(
     config: TrainConfig, collective: Collective, folder: RunFolder, *, resume: bool, stop: StopRequest
 ) -> _Run:
-    device = prepare_device()
-    loaded = model_loading.load(config.model, resolve(config.model))
-    data = data_loading.load(
-        config.dataset, loaded.tokenizer, need_test=config.training.metric_rows != 0, seed=config.seed
-    )
-    adaptation = adapt(loaded.model, config.adapter, seed=config.seed)
+    # Whatever can go wrong without a model goes wrong before one is fetched and loaded.
     optimizer = make_optimizer(config.optimizer)
+    raw = read(config.dataset, seed=config.seed)
+    device = prepare_device()
+    loaded = load(config.model, resolve(config.model))
+    data = tokenize_all(raw, config.dataset, loaded.tokenizer, need_test=config.training.metric_rows != 0)
+    adaptation = adapt(loaded.model, config.adapter, seed=config.seed)
     compute = GradientComputer(
         loaded.model,
         adaptation.dropout_keys,
@@ -238,7 +236,8 @@ def _score_after(run: _Run, before: Mapping[str, Any]) -> dict[str, float]:
     progress = run.trainer.progress
     final: dict[str, float] = {}
     if progress.first_valid_loss is not None and progress.best_valid_loss is not None:
-        chosen = progress.best_valid_loss if run.config.training.export == "best" else progress.valid_loss
+        exports_best = run.config.training.export == "best" and progress.best_step
+        chosen = progress.best_valid_loss if exports_best else progress.valid_loss
         final |= {"valid_loss_before": progress.first_valid_loss, "valid_loss": chosen or 0.0}
     scored = _score(run, "after")
     if scored is None:

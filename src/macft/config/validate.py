@@ -13,6 +13,7 @@ from macft.config.nearest import unknown_key
 from macft.config.schema import TrainConfig
 from macft.data import settings as dataset_settings
 from macft.errors import ConfigError
+from macft.evaluation.metrics import metric
 from macft.model import adapter_settings
 from macft.model import settings as model_settings
 from macft.report import settings as report_settings
@@ -35,6 +36,8 @@ def to_typed(config: DictConfig) -> TrainConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
     assert isinstance(typed, TrainConfig)
+    if typed.dataset.metric is not None:
+        metric(typed.dataset.metric)
     if found := problems(typed):
         raise ConfigError("\n".join(found))
     return typed

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from macft.data.formats import Row, rename_columns, tokenize
-from macft.data.settings import DatasetConfig
+from macft.data.settings import DatasetConfig, SourceConfig
 from macft.data.sources import SPLITS, Record, read_source
 from macft.errors import DataError
 
@@ -33,19 +33,37 @@ class LoadedData:
     notes: list[str]
 
 
-def load(config: DatasetConfig, tokenizer: Any, *, need_test: bool, seed: int) -> LoadedData:
-    """Reads and tokenises the dataset; the test split only if it is needed.
+def read(config: DatasetConfig, *, seed: int) -> list[tuple[SourceConfig, dict[str, list[Record]]]]:
+    """Each source with its raw records by split; needs no model, so that a missing file is found before one loads.
 
     Raises:
-        DataError: a source or a row can't be read; the message names the split, the row and the field.
+        DataError: a source is missing, can't be read or has no training rows.
     """
-    data = LoadedData(Split(), Split(), Split(), [])
+    found = []
     for source in config.all_sources():
         raw = read_source(source)
         if not raw["valid"] and config.valid_fraction:
             raw["train"], raw["valid"] = _split_off(raw["train"], config.valid_fraction, seed)
         if not raw["train"]:
             raise DataError(f"dataset.path: {source.path} has no training rows")
+        found.append((source, raw))
+    return found
+
+
+def tokenize_all(
+    sources: list[tuple[SourceConfig, dict[str, list[Record]]]],
+    config: DatasetConfig,
+    tokenizer: Any,
+    *,
+    need_test: bool,
+) -> LoadedData:
+    """Tokenises what :func:`read` returned; the test split only if it is needed.
+
+    Raises:
+        DataError: a row doesn't fit any format; the message names the split, the row and the field.
+    """
+    data = LoadedData(Split(), Split(), Split(), [])
+    for source, raw in sources:
         for name in SPLITS if need_test else SPLITS[:2]:
             split: Split = getattr(data, name)
             before = len(split.rows)
