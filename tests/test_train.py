@@ -80,6 +80,18 @@ def test_resuming_with_the_shown_command_repeats_nothing(tmp_path: Path, basics:
     assert len(losses(tmp_path)) == 8
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_run_may_start_from_an_adapter(tmp_path: Path, basics: list[str], nodes: int) -> None:
+    done = train(*basics, f"hydra.run.dir={tmp_path / 'first'}", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    start = [f"adapter.init_from={tmp_path / 'first' / 'adapters'}", "training.steps=1"]
+    topology = ["topology=local", f"topology.nodes={nodes}"] if nodes > 1 else []
+    done = train(*basics, *start, *topology, f"hydra.run.dir={tmp_path / 'second'}", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    last, first = events(tmp_path / "first", "evaluated")[-1], events(tmp_path / "second", "evaluated")[0]
+    assert first["loss"] == pytest.approx(last["loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "rslora", "full"])
 def test_mlx_lm_loads_generates_and_fuses_what_was_trained(
     tmp_path: Path, basics: list[str], tiny_model_folder: Path, kind: str

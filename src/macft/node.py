@@ -24,7 +24,7 @@ from macft.evaluation.answers import Scored, score_answers
 from macft.evaluation.metrics import metric
 from macft.evaluation.record import expected_text, question_text
 from macft.model.adapt import Adaptation, adapt
-from macft.model.adapter_files import save_adapter, save_model
+from macft.model.adapter_files import load_adapter_weights, save_adapter, save_model
 from macft.model.device import prepare_device
 from macft.model.load import LoadedModel, load
 from macft.model.resolve import resolve
@@ -105,6 +105,8 @@ def _prepare(
     loaded = load(config.model, resolve(config.model))
     data = tokenize_all(raw, config.dataset, loaded.tokenizer, need_test=config.training.metric_rows != 0)
     adaptation = adapt(loaded.model, config.adapter, seed=config.seed)
+    if config.adapter.init_from is not None and collective.rank == 0:
+        load_adapter_weights(Path(config.adapter.init_from).expanduser(), loaded.model)
     compute = GradientComputer(
         loaded.model,
         adaptation.dropout_keys,

@@ -26,6 +26,7 @@ KNOWN_ELSEWHERE = {
     "alpha": "adapter.alpha",
     "target_modules": "adapter.targets",
     "keys": "adapter.targets",
+    "resume_adapter_file": "adapter.init_from",
     "fine_tune_type": "adapter.type",
     "data": "dataset.path",
     "max_seq_length": "dataset.max_seq_length",

@@ -30,6 +30,8 @@ class AdapterConfig:
     layers: list[int] = field(default_factory=list)
     # Projections by the end of their name: [q_proj, v_proj], [self_attn.o_proj]. Empty: every linear layer of a block.
     targets: list[str] = field(default_factory=list)
+    # Folder of an adapter to start from, of the same kind, rank and layers (mlx-lm: resume_adapter_file).
+    init_from: str | None = None
 
     def effective_scale(self) -> float:
         """The factor of the low-rank update after ``alpha`` and ``rslora``."""
