@@ -57,7 +57,7 @@ MISTAKES = [
     ("topology=hosts topology.hosts=[a,b:99999]", "port 99999"),
     ("topology=hosts topology.hosts=[a,a]", "topology.hosts: an address stands twice"),
     ("topology=hosts topology.hosts=[a,b] topology.rank=2", "topology.rank: 2 is not a place"),
-    ("collective.timeout=0", "collective.timeout: 0.0 must be 1 second or more"),
+    ("collective.patience=0", "collective.patience: 0.0 must be from 0.1"),
     ("dataset.sources=[{path:x}]", "dataset.path and dataset.sources: give one of them"),
     ("dataset.columns={promt:q}", "dataset.columns.promt: no such field; did you mean 'prompt'?"),
     ("dataset.max_seq_length=1", "dataset.max_seq_length: 1 must be 2 or more"),

@@ -83,7 +83,7 @@ class ConsoleReporter(SilentReporter):
             ("steps", f"{event.total_steps:,} of {event.batch_size} rows{resumed}", ""),
             ("nodes", nodes, ""),
             ("device", event.device, ""),
-            ("folder", str(event.run_folder), ""),
+            ("folder", _short(event.run_folder), ""),
         ]  # fmt: skip
         self._block("macft", rows, "blue")
         for note in event.notes:
@@ -157,14 +157,14 @@ class ConsoleReporter(SilentReporter):
             average = self._speed.total_tokens / self._speed.total_seconds
             rows.append(("speed", f"{average:,.0f} tokens/s on average", ""))
         if event.adapter_folder is not None:
-            rows.append(("adapter", str(event.adapter_folder), ""))
+            rows.append(("adapter", _short(event.adapter_folder), ""))
         self._block(title, rows, colour)
         if event.detail:
             self._line(_printable(event.detail), colour)
         if event.adapter_folder is not None:
             self._line(f"try it: {self._generate(event.adapter_folder)}")
         if self._folder.tensorboard.is_dir():
-            self._line(f"curves: {shlex.join(['tensorboard', '--logdir', str(self._folder.path)])}")
+            self._line(f"curves: {_command(['tensorboard', '--logdir', _short(self._folder.path)])}")
 
     def close(self) -> None:
         """Ends the live display. Safe to call twice."""
@@ -178,11 +178,11 @@ class ConsoleReporter(SilentReporter):
 
     def _generate(self, adapter_folder: Path) -> str:
         if self._folder.model.is_dir():
-            words = ["mlx_lm.generate", "--model", str(self._folder.model)]
+            words = ["mlx_lm.generate", "--model", _short(self._folder.model)]
         else:
             model = _base_model(adapter_folder) or self._model
-            words = ["mlx_lm.generate", "--model", model, "--adapter-path", str(adapter_folder)]
-        return f'{shlex.join(words)} --prompt "..."'
+            words = ["mlx_lm.generate", "--model", _short(Path(model)), "--adapter-path", _short(adapter_folder)]
+        return f'{_command(words)} --prompt "..."'
 
     def _line(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style=style), soft_wrap=True)
@@ -288,6 +288,19 @@ def _result_rows(event: RunEnded) -> list[Row]:
             shown = f"{before:{form}} → {shown}"
         rows.append((_words(name), shown, "bold"))
     return rows
+
+
+def _short(path: Path) -> str:
+    """A path as one would type it here: below the working folder or the home folder without what leads there."""
+    for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if path.is_absolute() and path.is_relative_to(base) and path != base:
+            return f"{prefix}{path.relative_to(base)}"
+    return str(path)
+
+
+def _command(words: list[str]) -> str:
+    """Words quoted for a shell, which still has to see the ``~`` of a home folder."""
+    return " ".join(f"~/{shlex.quote(word[2:])}" if word.startswith("~/") else shlex.quote(word) for word in words)
 
 
 def _base_model(adapter_folder: Path) -> str | None:
