@@ -85,7 +85,11 @@ def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _text(text: Any, tokenizer: Any) -> Row:
     if not isinstance(text, str):
         raise DataError(f"`text` must be a string, not {type(text).__name__}")
-    tokens = list(tokenizer.encode(text))
+    try:
+        tokens = list(tokenizer.encode(text))
+    except Exception as error:  # half a surrogate pair, for instance, which JSON can spell and UTF-8 can't
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"the tokenizer refuses `text`: {reason}") from error
     if not tokens or tokens[-1] != tokenizer.eos_token_id:
         tokens.append(tokenizer.eos_token_id)
     return Row(np.asarray(tokens, dtype=np.int32), 0)
@@ -95,6 +99,8 @@ def _chat(messages: list[dict[str, Any]], tools: Any, tokenizer: Any, mask_promp
     tokens = np.asarray(_template(messages, tools, tokenizer), dtype=np.int32)
     if not mask_prompt:
         return Row(tokens, 0)
+    if len(messages) < 2:
+        raise DataError("`messages` has only one message; dataset.mask_prompt needs a prompt before the answer")
     answers = messages[-1].get("role") == "assistant"
     return Row(tokens, len(_template(messages[:-1], tools, tokenizer, opens_answer=answers)))
 

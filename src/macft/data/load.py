@@ -63,11 +63,19 @@ def tokenize_all(
         DataError: a row doesn't fit any format; the message names the split, the row and the field.
     """
     data = LoadedData(Split(), Split(), Split(), [])
+    several = len(sources) > 1
     for source, raw in sources:
         for name in SPLITS if need_test else SPLITS[:2]:
             split: Split = getattr(data, name)
             before = len(split.rows)
-            _add(split, raw[name], source.path, name, dict(source.columns), config, tokenizer, data.notes)
+            cut, dropped = _add(split, raw[name], f"{source.path}, {name} row", dict(source.columns), config, tokenizer)
+            where = f"{source.path}, {name}" if several else name
+            if cut:
+                data.notes.append(f"{where}: {cut} of {len(raw[name])} rows cut to {config.max_seq_length} tokens")
+            if dropped:
+                data.notes.append(
+                    f"{where}: {dropped} of {len(raw[name])} rows dropped, no target token was left in them"
+                )
             if len(split.rows) > before:
                 split.source_sizes.append(len(split.rows) - before)
                 split.source_weights.append(source.weight)
@@ -81,28 +89,21 @@ def tokenize_all(
 
 
 def _add(
-    split: Split,
-    records: list[Record],
-    path: str,
-    name: str,
-    columns: dict[str, str],
-    config: DatasetConfig,
-    tokenizer: Any,
-    notes: list[str],
-) -> None:
+    split: Split, records: list[Record], where: str, columns: dict[str, str], config: DatasetConfig, tokenizer: Any
+) -> tuple[int, int]:
+    """Appends the rows of one source; returns how many were cut and how many dropped."""
     cut = dropped = 0
-    for number, raw in enumerate(records):
+    for number, raw in enumerate(records, 1):
         try:
             record = rename_columns(raw, columns) if columns else raw
-            row = tokenize(record, tokenizer, mask_prompt=config.mask_prompt)
         except KeyError as error:
             have = ", ".join(sorted(raw))
-            raise DataError(f"dataset.columns: {path} has no column {error}; it has {have}") from error
+            raise DataError(f"dataset.columns: {where} {number} has no column {error}; it has {have}") from error
+        try:
+            row = tokenize(record, tokenizer, mask_prompt=config.mask_prompt)
         except DataError as error:
             text = str(error)
-            raise DataError(
-                text if text.startswith("dataset.") else f"{path}, {name} row {number + 1}: {text}"
-            ) from error
+            raise DataError(text if text.startswith("dataset.") else f"{where} {number}: {text}") from error
         if len(row.tokens) > config.max_seq_length:
             cut += 1
             row = Row(row.tokens[: config.max_seq_length], row.prompt_length)
@@ -111,10 +112,7 @@ def _add(
             continue
         split.rows.append(row)
         split.records.append(record)
-    if cut:
-        notes.append(f"{name}: {cut} of {len(records)} rows cut to {config.max_seq_length} tokens")
-    if dropped:
-        notes.append(f"{name}: {dropped} of {len(records)} rows dropped, no target token was left in them")
+    return cut, dropped
 
 
 def _split_off(records: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:

@@ -16,8 +16,9 @@ class RowOrder:
 
     An epoch of a single source visits each row once, in an order that depends only on (seed, epoch). With several
     sources an epoch is as long as all of them together, and source i fills a share of it proportional to
-    ``sizes[i] * weights[i]``: a row of weight 2 is drawn twice as often as a row of weight 1. Each source runs through
-    all its rows before it repeats one. Rows are numbered through the sources in order.
+    ``sizes[i] * weights[i]``: a row of weight 2 is drawn twice as often as a row of weight 1. Every source fills at
+    least one place an epoch, however small its weight, and runs through all its rows before it repeats one. Rows are
+    numbered through the sources in order.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], *, batch_size: int, seed: int):
@@ -79,10 +80,14 @@ class RowOrder:
 
 
 def _quotas(total: int, shares: list[float]) -> list[int]:
-    """``total`` split in proportion to ``shares``: rounded down, the rest to the largest remainders."""
+    """``total`` in proportion to ``shares``, at least 1 each: rounded down, the rest to the largest remainders."""
     exact = [total * share / sum(shares) for share in shares]
     quotas = [int(value) for value in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: quotas[i] - exact[i])
     for index in by_remainder[: total - sum(quotas)]:
         quotas[index] += 1
+    for index, quota in enumerate(quotas):
+        if quota == 0:
+            quotas[quotas.index(max(quotas))] -= 1
+            quotas[index] = 1
     return quotas

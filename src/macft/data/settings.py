@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 
 COLUMNS = ("text", "prompt", "completion", "messages", "tools")
+_SINGLE_SOURCE = ("name", "train_split", "valid_split", "test_split", "columns")
 
 
 @dataclass
@@ -17,11 +18,11 @@ class SourceConfig:
     path: str = ""
     # The subset of a Hugging Face dataset.
     name: str | None = None
-    # Training split of a Hugging Face dataset, slices included: train[:90%].
+    # The training split, slices included: train[:90%].
     train_split: str = "train"
-    # Its validation split, slices included.
+    # Its validation split, slices included; null: valid or validation, where there is one.
     valid_split: str | None = None
-    # Its test split, slices included.
+    # Its test split, slices included; null: test, where there is one.
     test_split: str | None = None
     # How often a row of this source is drawn, relative to a row of the others.
     weight: float = 1.0
@@ -37,11 +38,11 @@ class DatasetConfig:
     path: str = ""
     # The subset of a Hugging Face dataset.
     name: str | None = None
-    # Training split of a Hugging Face dataset, slices included: train[:90%].
+    # The training split, slices included: train[:90%].
     train_split: str = "train"
-    # Its validation split, slices included.
+    # Its validation split, slices included; null: valid or validation, where there is one.
     valid_split: str | None = None
-    # Its test split, slices included.
+    # Its test split, slices included; null: test, where there is one.
     test_split: str | None = None
     # Our field -> the dataset's column: {prompt: question, completion: answer}.
     columns: dict[str, str] = field(default_factory=dict)
@@ -77,6 +78,9 @@ def problems(config: DatasetConfig) -> list[str]:
     found = []
     if config.path and config.sources:
         found.append("dataset.path and dataset.sources: give one of them, not both")
+    for name in _SINGLE_SOURCE if config.sources else ():
+        if getattr(config, name) != getattr(DatasetConfig(), name):
+            found.append(f"dataset.{name}: has no effect beside dataset.sources; set it in each source")
     if not config.path and not config.sources:
         found.append("dataset.path: say what to train on: a folder, a file, a Hugging Face id or builtin:sql")
     for number, source in enumerate(config.all_sources()):

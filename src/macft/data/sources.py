@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from macft.data.settings import SourceConfig
 from macft.errors import DataError
 
 Record = dict[str, Any]
+_Loaded = TypeVar("_Loaded")
 SPLITS = ("train", "valid", "test")
 _BUILTIN = Path(__file__).parent / "builtin"
 _LOADERS = {".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_HUB_PROBE_SECONDS = 8.0
+_HUB_PROBE_SECONDS = 5.0
 
 
 def read_source(source: SourceConfig) -> dict[str, list[Record]]:
@@ -26,15 +26,40 @@ def read_source(source: SourceConfig) -> dict[str, list[Record]]:
         DataError: nothing is there, or it can't be read; the message names the file and line, or the id.
     """
     if source.path.startswith("builtin:"):
-        return _read_folder(_builtin_folder(source.path))
-    path = Path(source.path).expanduser()
+        return _choose(source, _read_folder(_builtin_folder(source.path)))
+    try:
+        path = Path(source.path).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"dataset.path: {source.path} names no user's home folder; write ~/ for your own") from error
     if path.is_dir():
-        return _read_folder(path)
+        return _choose(source, _read_folder(path))
     if path.is_file():
-        return {"train": _read_file(path), "valid": [], "test": []}
+        return _choose(source, {"train": _read_file(path), "valid": [], "test": []})
     if source.path.startswith(("/", "~", ".")) or path.suffix in (".jsonl", *_LOADERS):
         raise DataError(f"dataset.path: {source.path} does not exist (looked in {path.absolute().parent})")
     return _read_hub(source)
+
+
+def _choose(source: SourceConfig, found: dict[str, list[Record]]) -> dict[str, list[Record]]:
+    """Applies the source's split names, slices included, to local rows as ``datasets`` does to those of the hub."""
+    if source.name:
+        raise DataError(f"dataset.name: {source.path} is local and has no subset {source.name}; give its path instead")
+    wanted = {split: getattr(source, f"{split}_split") for split in SPLITS}
+    return {
+        split: found[split] if wanted[split] in (None, split) else _slice(found, split, wanted[split])
+        for split in SPLITS
+    }
+
+
+def _slice(found: dict[str, list[Record]], split: str, spec: str) -> list[Record]:
+    import datasets
+
+    sizes = {name: len(records) for name, records in found.items() if records}
+    try:
+        parts = datasets.ReadInstruction.from_spec(spec).to_absolute(sizes)
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"dataset.{split}_split: {spec} can't be taken from local rows: {_one_line(error)}") from error
+    return [record for part in parts for record in found[part.splitname][part.from_ : part.to]]
 
 
 def _builtin_folder(path: str) -> Path:
@@ -60,17 +85,14 @@ def _read_folder(folder: Path) -> dict[str, list[Record]]:
 
 def _read_file(path: Path) -> list[Record]:
     if path.suffix in _LOADERS:
-        return _load(
-            lambda datasets: datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train"),
-            str(path),
-        )
+        return _load_file(_LOADERS[path.suffix], path)
     return _read_jsonl(path)
 
 
 def _read_jsonl(path: Path) -> list[Record]:
     records = []
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:  # json decodes each line, so that a wrong byte is blamed on its line
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -78,59 +100,93 @@ def _read_jsonl(path: Path) -> list[Record]:
                     record = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
+                except (ValueError, RecursionError) as error:  # wrong encoding, endless digits or brackets
+                    raise DataError(f"{path}, line {number}: can't be read: {_one_line(error)}") from error
                 if not isinstance(record, dict):
                     raise DataError(f'{path}, line {number}: a row must be a JSON object such as {{"text": "..."}}')
                 records.append(record)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise DataError(f"{path} can't be read: {error}") from error
     return records
 
 
 def _read_hub(source: SourceConfig) -> dict[str, list[Record]]:
-    wanted = {"train": source.train_split, "valid": source.valid_split, "test": source.test_split}
-    _require_hub(source.path)
-    found: dict[str, list[Record]] = {}
-    for split, name in wanted.items():
-        load = partial(_load_split, source, name)
-        found[split] = _load(load, source.path) if name else []
-    return found
+    import datasets
+
+    def load() -> dict[str, list[Record]]:
+        builder = datasets.load_dataset_builder(source.path, source.name)
+        builder.download_and_prepare()
+        there = builder.info.splits
+        # The names mlx-lm looks for, and validation, as most datasets call it.
+        valid = source.valid_split or next((name for name in ("valid", "validation") if name in there), None)
+        test = source.test_split or ("test" if "test" in there else None)
+        wanted = {"train": source.train_split, "valid": valid, "test": test}
+        chosen = builder.as_dataset(split={split: name for split, name in wanted.items() if name})
+        return {split: [dict(record) for record in chosen.get(split, ())] for split in SPLITS}
+
+    away = _hub_problem(source.path)
+    if away is None:
+        return _quietly(load, source.path)
+    # What was prepared before needs no hub, but datasets would retry for half a minute before it looked.
+    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
+    try:
+        return _quietly(load, source.path)
+    except DataError as error:
+        if not isinstance(error.__cause__, (ConnectionError, FileNotFoundError)):
+            raise  # it is in the cache, and something else is wrong
+        raise DataError(
+            f"dataset.path: {source.path} is neither a local path nor in the cache nor to be had from the "
+            f"Hugging Face hub ({away}); check the id, or give a local folder or file"
+        ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
-def _load_split(source: SourceConfig, split: str | None, datasets: Any) -> Any:
-    return datasets.load_dataset(source.path, source.name, split=split)
+def _hub_problem(name: str) -> str | None:
+    """Why the hub can't be asked for ``name``, within seconds; None if it can.
 
-
-def _require_hub(name: str) -> None:
-    """Fails fast where the hub can't be reached; a dataset that is in the local cache needs no hub."""
+    Raises:
+        DataError: the hub answered that there is no such dataset, or that it is gated.
+    """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
-    cached = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
-    if cached.is_dir() or constants.HF_HUB_OFFLINE:
-        return
-    advice = "check the id, or give a local folder or file"
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
     try:
         get_hf_file_metadata(hf_hub_url(name, "README.md", repo_type="dataset"), timeout=_HUB_PROBE_SECONDS)
     except EntryNotFoundError:
-        return
+        return None
     except GatedRepoError as error:
         raise DataError(f"dataset.path: {name} is gated; accept its terms on the hub and set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
-        raise DataError(f"dataset.path: the Hugging Face hub has no dataset {name}; {advice}") from error
-    except Exception as error:  # whatever the HTTP library of the day raises
         raise DataError(
-            f"dataset.path: {name} is neither a local path nor to be had from the Hugging Face hub "
-            f"({type(error).__name__}); {advice}"
+            f"dataset.path: the Hugging Face hub has no dataset {name}; check the id, or give a local folder or file"
         ) from error
+    except Exception as error:  # whatever the HTTP library of the day raises
+        return type(error).__name__
+    return None
 
 
-def _load(load: Callable[[Any], Any], what: str) -> list[Record]:
+def _load_file(kind: str, path: Path) -> list[Record]:
+    import datasets
+
+    return _quietly(
+        lambda: [dict(record) for record in datasets.load_dataset(kind, data_files=str(path), split="train")], str(path)
+    )
+
+
+def _quietly(load: Callable[[], _Loaded], what: str) -> _Loaded:
+    """Calls ``load`` without progress bars where nobody watches; every failure becomes one line."""
     import datasets
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        return [dict(record) for record in load(datasets)]
+        return load()
     except Exception as error:  # datasets raises its own, pyarrow's, fsspec's and plain ValueErrors
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"dataset.path: {what} can't be read: {reason or type(error).__name__}") from error
+        raise DataError(f"dataset.path: {what} can't be read: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

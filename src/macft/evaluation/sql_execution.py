@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import sqlite3
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +18,17 @@ from macft.evaluation.record import expected_text
 
 _MAX_ROWS = 1000
 _MAX_QUERY_CHARACTERS = 4000
-_STEPS_BETWEEN_CHECKS = 1000
-_MAX_CHECKS = 2000
-_MAX_VALUE_BYTES = 1_000_000
+_STEPS_BETWEEN_CHECKS = 100
+_MAX_CHECKS = 20_000
+_MAX_SECONDS = 10.0
+_MAX_VALUE_BYTES = 100_000
+_MAX_COLUMNS = 50
 _ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
-_QUERY = re.compile(r"\b(select|with)\b", re.IGNORECASE)
+_QUERY = re.compile(
+    r"\bselect\b|\bwith\s+(?:recursive\s+)?\w+\s*(?:\([^)]*\)\s*)?as\s*(?:(?:not\s+)?materialized\s*)?\(", re.IGNORECASE
+)
+_FENCE = re.compile(r"```\w*\n?(.*?)(?:```|\Z)", re.DOTALL)
+_END = re.compile(r"'[^']*'|\"[^\"]*\"|(;|```|\n\s*\n)")
 
 Rows = list[tuple[Any, ...]]
 
@@ -57,15 +64,16 @@ class SqlExecution:
         try:
             connection.deserialize(self._built(script))
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
+            connection.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, _MAX_COLUMNS)
             connection.set_authorizer(
                 lambda action, *_: sqlite3.SQLITE_OK if action in _ALLOWED else sqlite3.SQLITE_DENY
             )
-            checks = 0
+            checks, deadline = 0, time.monotonic() + _MAX_SECONDS
 
             def too_long() -> bool:
                 nonlocal checks
                 checks += 1
-                return checks > _MAX_CHECKS
+                return checks > _MAX_CHECKS or time.monotonic() > deadline
 
             connection.set_progress_handler(too_long, _STEPS_BETWEEN_CHECKS)
             return connection.execute(query).fetchmany(_MAX_ROWS)
@@ -89,11 +97,16 @@ class SqlExecution:
 
 def first_query(text: str) -> str:
     """The first SELECT (or WITH) statement in ``text``, without code fences and what follows its semicolon."""
-    found = _QUERY.search(text[:_MAX_QUERY_CHARACTERS])
+    text = text[:_MAX_QUERY_CHARACTERS]
+    fence = _FENCE.search(text)
+    if fence is not None and _QUERY.search(fence[1]):
+        text = fence[1]
+    found = _QUERY.search(text)
     if found is None:
-        return text[:_MAX_QUERY_CHARACTERS]
-    statement = text[found.start() : _MAX_QUERY_CHARACTERS]
-    return re.split(r";|```|\n\s*\n", statement, maxsplit=1)[0].strip()
+        return text
+    statement = text[found.start() :]
+    end = next((match.start() for match in _END.finditer(statement) if match[1]), len(statement))
+    return statement[:end].strip()
 
 
 def same_rows(expected: Rows, found: Rows, *, ordered: bool) -> bool:

@@ -1,0 +1,223 @@
+"""Metrics: what counts as a right answer, and that a hostile answer is no more than a wrong one."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from macft.errors import ConfigError, DataError
+from macft.evaluation.exact_match import ExactMatch
+from macft.evaluation.metrics import metric
+from macft.evaluation.record import expected_text, question_text
+from macft.evaluation.sql_execution import SqlExecution, first_query, same_rows
+
+DATABASE = """
+CREATE TABLE pets (id INTEGER, name TEXT, kind TEXT, weight REAL);
+INSERT INTO pets VALUES (1, 'Rex', 'dog', 0.1), (2, 'Tom', 'cat', 0.2), (3, 'Ada', 'dog', 0.7), (4, 'Bo', NULL, 1e9);
+"""
+RIGHT = "SELECT name FROM pets WHERE kind = 'dog'"
+SQL = SqlExecution()
+
+
+def record(query: str = RIGHT) -> dict[str, Any]:
+    """A test row over the pets whose right answer is ``query``."""
+    return {"prompt": "?", "completion": query, "database": DATABASE}
+
+
+@pytest.mark.parametrize(
+    ("expected", "answer", "right"),
+    [
+        ("SELECT id FROM pets", "SELECT id FROM pets ORDER BY id DESC", True),
+        ("SELECT id FROM pets ORDER BY id", "SELECT id FROM pets ORDER BY id DESC", False),
+        ("SELECT id FROM pets order  by id", "SELECT id FROM pets ORDER BY id DESC", False),
+        ("SELECT id FROM pets ORDER BY id", "SELECT id FROM pets ORDER BY name", False),
+        ("SELECT id FROM pets ORDER BY id", "SELECT id FROM pets ORDER BY -id DESC", True),
+        ("SELECT SUM(weight) FROM pets WHERE id < 3", "SELECT 0.3", True),
+        ("SELECT 0.3", "SELECT 0.30001", False),
+        ("SELECT weight FROM pets WHERE id = 4", "SELECT 1000000000", True),
+        ("SELECT weight FROM pets WHERE id = 4", "SELECT 1000010000", False),
+        ("SELECT kind FROM pets WHERE id = 4", "SELECT NULL", True),
+        ("SELECT kind FROM pets WHERE id = 4", "SELECT ''", False),
+        ("SELECT kind FROM pets WHERE id = 4", "SELECT 0", False),
+        ("SELECT name FROM pets WHERE id = 1", "SELECT 'rex'", False),
+        ("SELECT name FROM pets WHERE id = 1", "SELECT x'526578'", False),
+        ("SELECT kind FROM pets", "SELECT DISTINCT kind FROM pets", False),
+        ("SELECT id, name FROM pets", "SELECT name, id FROM pets", False),
+        ("SELECT id FROM pets WHERE id > 9", "SELECT name FROM pets WHERE id > 9", True),
+    ],
+)
+def test_results_are_compared_not_queries(expected: str, answer: str, right: bool) -> None:
+    assert SQL.score(record(expected), answer) is right
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        RIGHT,
+        f"{RIGHT};",
+        f"  \n{RIGHT.lower().replace('name', 'NAME')}\n",
+        f"```sql\n{RIGHT}\n```",
+        f"```\n{RIGHT};\n```\nThis returns the dogs.",
+        f"Answer: {RIGHT}",
+        f"SQLite query:\n\n{RIGHT}\n\nIt picks all dogs; select is a keyword.",
+        f"{RIGHT}; DROP TABLE pets; SELECT 1",
+        "SELECT name\nFROM pets\n  WHERE kind = 'dog'",
+        f"with d as ({RIGHT}) select * from d",
+    ],
+)
+def test_the_first_query_is_found_in_what_surrounds_it(answer: str) -> None:
+    assert SQL.score(record(), answer)
+    assert not SQL.score(record("SELECT id FROM pets"), answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "DELETE FROM pets",
+        "DROP TABLE pets",
+        "UPDATE pets SET name = 'x'",
+        "INSERT INTO pets VALUES (9, 'x', 'dog', 1)",
+        "INSERT INTO pets SELECT * FROM pets",
+        "WITH d AS (SELECT 1) DELETE FROM pets",
+        "WITH d AS (SELECT 9) INSERT INTO pets (id) SELECT * FROM d",
+        "CREATE TABLE t AS SELECT name FROM pets",
+        "PRAGMA query_only = 0",
+        "SELECT * FROM pragma_table_info('pets')",
+        "VACUUM",
+        "BEGIN",
+        "",
+        ";",
+        "SELECT",
+        "I don't know.",
+        "SELECT \ud800 FROM pets",
+        "SELECT name\0 FROM pets",
+        "SELECT CAST(x'ff' AS TEXT)",
+        "SELECT " * 3000,
+        "SELECT " + "(" * 3000,
+    ],
+)
+def test_anything_but_reading_is_wrong_and_changes_nothing(answer: str) -> None:
+    judge = SqlExecution()
+    row = record("SELECT id, name FROM pets")
+    assert judge.score(row, answer) is False
+    # A new judge has seen nothing of the answer: both must still know the same pets.
+    for each in (judge, SqlExecution()):
+        assert each.score(row, "SELECT 1, 'Rex' UNION SELECT 2, 'Tom' UNION SELECT 3, 'Ada' UNION SELECT 4, 'Bo'")
+
+
+@pytest.mark.parametrize(
+    "statement", ["ATTACH DATABASE '{}' AS other", "VACUUM INTO '{}'", "SELECT writefile('{}', 1)"]
+)
+def test_no_answer_writes_a_file(tmp_path: Path, statement: str) -> None:
+    assert not SQL.score(record(), statement.format(tmp_path / "written.db"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT MAX(n) FROM c",
+        "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT name FROM c, pets WHERE n < 0",
+        "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT 1 FROM c) SELECT n FROM c ORDER BY n",
+    ],
+)
+def test_endless_queries_end_and_are_wrong(query: str) -> None:
+    assert SQL.score(record(), query) is False
+    assert SQL.score(record(), RIGHT)
+
+
+QUERY_PIECES = st.sampled_from(
+    "SELECT WITH RECURSIVE FROM WHERE pets name kind id weight * ( ) , ; ' \" = < 1 0.5 'dog' AND OR NOT NULL "
+    "UNION ALL ORDER BY LIMIT COUNT(*) MAX(id) JOIN ON AS c ATTACH DELETE ``` -- /* x'ff' randomblob(9) 9e999".split()
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(answer=st.text(st.characters(), max_size=80) | st.lists(QUERY_PIECES, max_size=14).map(" ".join))
+def test_any_text_is_judged(answer: str) -> None:
+    assert SQL.score(record(), answer) in (True, False)
+    assert SQL.score(record(), RIGHT) is True
+
+
+VALUES = st.none() | st.integers(-(2**63), 2**63 - 1) | st.text(max_size=4) | st.binary(max_size=3)
+ROWS = st.integers(1, 3).flatmap(lambda width: st.lists(st.tuples(*[VALUES] * width), max_size=8))
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows=ROWS, seed=st.integers(0, 99))
+def test_order_counts_only_where_it_is_asked_for(rows: list[tuple[Any, ...]], seed: int) -> None:
+    shuffled = random.Random(seed).sample(rows, len(rows))
+    assert same_rows(rows, rows, ordered=True)
+    assert same_rows(rows, shuffled, ordered=False)
+    assert same_rows(rows, [*rows, rows[0]] if rows else [(1,)], ordered=False) is False
+
+
+@settings(max_examples=200, deadline=None)
+@given(value=st.floats(1e-3, 1e12), error=st.floats(-0.9e-6, 0.9e-6))
+def test_floats_may_differ_by_a_millionth(value: float, error: float) -> None:
+    assert same_rows([(value,)], [(value * (1 + error),)], ordered=True)
+    assert not same_rows([(value,)], [(value * (1 + 3e-6),)], ordered=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(before=st.text(alphabet="abc :\n`", max_size=20), after=st.text(alphabet="abc; \n`'\"", max_size=20))
+def test_first_query_stops_at_the_semicolon(before: str, after: str) -> None:
+    assert first_query(f"{before}\n{RIGHT};{after}") == RIGHT
+
+
+@pytest.mark.parametrize("database", [None, 5, ["CREATE TABLE t (x)"]])
+def test_a_missing_database_is_named(database: Any) -> None:
+    with pytest.raises(DataError, match="sql_execution needs the field `database`"):
+        SQL.score({"prompt": "?", "completion": RIGHT, "database": database}, RIGHT)
+    with pytest.raises(DataError, match="sql_execution needs the field `database`"):
+        SQL.score({"prompt": "?", "completion": RIGHT}, RIGHT)
+
+
+def test_rows_that_cannot_be_judged_are_data_errors() -> None:
+    with pytest.raises(DataError, match="the expected query of a test row fails: SELECT nope"):
+        SQL.score(record("SELECT nope FROM pets"), RIGHT)
+    with pytest.raises(DataError, match="`database` script fails"):
+        SQL.score({**record(), "database": "CREATE TABLE t ("}, RIGHT)
+    with pytest.raises(DataError, match="neither `completion` nor `messages`"):
+        SQL.score({"text": "hello", "database": DATABASE}, RIGHT)
+
+
+def test_question_and_answer_of_both_formats() -> None:
+    chat = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}
+    pair = {"prompt": "Who?", "completion": "Me."}
+    assert [expected_text(row) for row in (chat, pair)] == ["Me.", "Me."]
+    assert [question_text(row) for row in (chat, pair, {"text": "x"})] == ["Who?", "Who?", ""]
+
+
+@settings(max_examples=100, deadline=None)
+@given(words=st.lists(st.text("abcXYZ.,", min_size=1, max_size=5), min_size=1, max_size=6))
+def test_exact_match_sees_words_only(words: list[str]) -> None:
+    row = {"prompt": "?", "completion": " ".join(words)}
+    judge = ExactMatch()
+    assert judge.score(row, "\n" + "\t ".join(words) + " ")
+    assert not judge.score(row, " ".join([*words, "more"]))
+    assert not judge.score(row, " ".join(words).swapcase()) or not any(word.isalpha() for word in words)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("exact_match", ExactMatch), ("sql_execution", SqlExecution)])
+def test_metrics_are_found_by_name(name: str, kind: type) -> None:
+    assert type(metric(name)) is kind
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("exactmatch", "did you mean 'exact_match'?"),
+        ("sql_exec", "did you mean 'sql_execution'?"),
+        ("bleu", "there are exact_match, sql_execution"),
+    ],
+)
+def test_an_unknown_metric_names_the_nearest(name: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=f"dataset.metric: no metric '{name}'") as error:
+        metric(name)
+    assert hint in str(error.value)
