@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from mlx_lm.utils import load_tokenizer
 
 import macft.data.builtin.sql as builtin
-from macft.data.builtin.sql.generate import WEIGHTS, write
+from macft.data.builtin.sql.generate import write
+from macft.data.builtin.sql.questions import WEIGHTS
 from macft.errors import ConfigError, DataError
 from macft.evaluation.metrics import metric
 from macft.evaluation.record import expected_text, question_text

@@ -11,7 +11,7 @@ COLUMNS = ("text", "prompt", "completion", "messages", "tools")
 
 @dataclass
 class SourceConfig:
-    """One of several sources in ``dataset.sources``."""
+    """Where rows come from: one of several in ``dataset.sources``, or the dataset itself."""
 
     # builtin:sql, a folder with {train,valid,test}.jsonl, a .jsonl, .json, .parquet or .csv file, or a Hugging Face id.
     path: str = ""
@@ -30,21 +30,9 @@ class SourceConfig:
 
 
 @dataclass
-class DatasetConfig:
+class DatasetConfig(SourceConfig):
     """The Hydra group ``dataset``. A single source stands here itself; several stand in ``sources``."""
 
-    # builtin:sql, a folder with {train,valid,test}.jsonl, a .jsonl, .json, .parquet or .csv file, or a Hugging Face id.
-    path: str = ""
-    # The subset of a Hugging Face dataset.
-    name: str | None = None
-    # Training split of a Hugging Face dataset, slices included: train[:90%].
-    train_split: str = "train"
-    # Its validation split, slices included.
-    valid_split: str | None = None
-    # Its test split, slices included.
-    test_split: str | None = None
-    # Our field -> the dataset's column: {prompt: question, completion: answer}.
-    columns: dict[str, str] = field(default_factory=dict)
     # Several datasets at once, each with a weight.
     sources: list[SourceConfig] = field(default_factory=list)
     # Train on the answer only: the prompt of prompt/completion rows, all but the last message of chats, is no target.
@@ -58,18 +46,7 @@ class DatasetConfig:
 
     def all_sources(self) -> list[SourceConfig]:
         """The sources, whichever way they were given."""
-        if self.sources:
-            return list(self.sources)
-        return [
-            SourceConfig(
-                path=self.path,
-                name=self.name,
-                train_split=self.train_split,
-                valid_split=self.valid_split,
-                test_split=self.test_split,
-                columns=self.columns,
-            )
-        ]
+        return list(self.sources) or [self]
 
 
 def problems(config: DatasetConfig) -> list[str]:
