@@ -441,7 +441,7 @@ def test_local_rows_can_be_sliced_as_those_of_the_hub(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"train_split": "train[:7"}, r"dataset\.train_split: train\[:7 can't be taken from local rows"),
-        ({"valid_split": "validation"}, r"dataset\.valid_split: validation can't be .* 'validation'"),
+        ({"valid_split": "validation"}, r"dataset\.valid_split: validation can't be .*Should be one of \['train'\]"),
         ({"test_split": "train[:200%]"}, r"dataset\.test_split: train\[:200%\] can't be"),
         ({"name": "main"}, r"dataset\.name: .* is local and has no subset main"),
     ],

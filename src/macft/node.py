@@ -103,7 +103,7 @@ def _prepare(
     raw = read(config.dataset, seed=config.seed)
     device = prepare_device()
     loaded = load(config.model, resolve(config.model))
-    data = tokenize_all(raw, config.dataset, loaded.tokenizer, need_test=config.training.metric_rows != 0)
+    data = tokenize_all(raw, config.dataset, loaded.tokenizer, need_test=_is_scored(config))
     adaptation = adapt(loaded.model, config.adapter, seed=config.seed)
     if config.adapter.init_from is not None and collective.rank == 0:
         load_adapter_weights(Path(config.adapter.init_from).expanduser(), loaded.model)
@@ -200,6 +200,10 @@ def _chosen_rows(count: int, wanted: int, seed: int) -> list[int]:
     return sorted(int(i) for i in np.random.default_rng(seed).permutation(count)[:wanted])
 
 
+def _is_scored(config: TrainConfig) -> bool:
+    return config.dataset.metric is not None and config.training.metric_rows != 0
+
+
 def _records(run: _Run) -> list[dict[str, Any]]:
     rows = _chosen_rows(len(run.data.test.records), run.config.training.metric_rows, run.config.seed)
     return [run.data.test.records[i] for i in rows]
@@ -207,7 +211,7 @@ def _records(run: _Run) -> list[dict[str, Any]]:
 
 def _score(run: _Run, when: str) -> Scored | None:
     name, training = run.config.dataset.metric, run.config.training
-    if name is None or not training.metric_rows:
+    if name is None or not _is_scored(run.config):
         return None
     records = _records(run)
     if not records:

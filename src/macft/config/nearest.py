@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 # What users of other trainers type, and what it is called here.
 KNOWN_ELSEWHERE = {
@@ -47,7 +47,7 @@ def schema_keys(schema: type, prefix: str = "") -> Iterator[str]:
         yield key
         kind: Any = hints[item.name]
         if is_dataclass(kind):
-            yield from schema_keys(kind, f"{key}.")  # type: ignore[arg-type]
+            yield from schema_keys(cast(type, kind), f"{key}.")
 
 
 def unknown_key(key: str, schema: type) -> str:

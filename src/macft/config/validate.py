@@ -75,8 +75,6 @@ def _combinations(config: TrainConfig) -> list[str]:
             f"adapter.type: full can't train a quantised base (model.quantization={config.model.quantization}); "
             "use model.quantization=none"
         )
-    if config.training.metric_rows and config.dataset.metric is None:
-        found.append("training.metric_rows: dataset.metric is null, so there is nothing to score; set one of them")
     return found
 
 

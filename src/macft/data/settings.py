@@ -7,12 +7,12 @@ import math
 from dataclasses import dataclass, field
 
 COLUMNS = ("text", "prompt", "completion", "messages", "tools")
-_SINGLE_SOURCE = ("name", "train_split", "valid_split", "test_split", "columns")
+_SINGLE_SOURCE = ("name", "weight", "train_split", "valid_split", "test_split", "columns")
 
 
 @dataclass
 class SourceConfig:
-    """One of several sources in ``dataset.sources``."""
+    """Where rows come from: one of several in ``dataset.sources``, or the dataset itself."""
 
     # builtin:sql, a folder with {train,valid,test}.jsonl, a .jsonl, .json, .parquet or .csv file, or a Hugging Face id.
     path: str = ""
@@ -31,21 +31,9 @@ class SourceConfig:
 
 
 @dataclass
-class DatasetConfig:
+class DatasetConfig(SourceConfig):
     """The Hydra group ``dataset``. A single source stands here itself; several stand in ``sources``."""
 
-    # builtin:sql, a folder with {train,valid,test}.jsonl, a .jsonl, .json, .parquet or .csv file, or a Hugging Face id.
-    path: str = ""
-    # The subset of a Hugging Face dataset.
-    name: str | None = None
-    # The training split, slices included: train[:90%].
-    train_split: str = "train"
-    # Its validation split, slices included; null: valid or validation, where there is one.
-    valid_split: str | None = None
-    # Its test split, slices included; null: test, where there is one.
-    test_split: str | None = None
-    # Our field -> the dataset's column: {prompt: question, completion: answer}.
-    columns: dict[str, str] = field(default_factory=dict)
     # Several datasets at once, each with a weight.
     sources: list[SourceConfig] = field(default_factory=list)
     # Train on the answer only: the prompt of prompt/completion rows, all but the last message of chats, is no target.
@@ -59,18 +47,7 @@ class DatasetConfig:
 
     def all_sources(self) -> list[SourceConfig]:
         """The sources, whichever way they were given."""
-        if self.sources:
-            return list(self.sources)
-        return [
-            SourceConfig(
-                path=self.path,
-                name=self.name,
-                train_split=self.train_split,
-                valid_split=self.valid_split,
-                test_split=self.test_split,
-                columns=self.columns,
-            )
-        ]
+        return list(self.sources) or [self]
 
 
 def problems(config: DatasetConfig) -> list[str]:

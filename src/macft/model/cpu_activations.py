@@ -54,8 +54,8 @@ def _swiglu_vjp(primals: tuple[Any, Any], cotangent: Any, _output: Any) -> tuple
 
 def use_fast_activations(model: nn.Module) -> bool:
     """Lets ``model``'s architecture use the faster SwiGLU from now on; returns whether it has one to replace."""
-    architecture = sys.modules[type(model).__module__]
-    if not hasattr(architecture, "swiglu"):
+    architecture = vars(sys.modules[type(model).__module__])
+    if "swiglu" not in architecture:
         return False
-    architecture.swiglu = swiglu  # type: ignore[attr-defined]
+    architecture["swiglu"] = swiglu
     return True

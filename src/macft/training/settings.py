@@ -50,7 +50,7 @@ class TrainingConfig:
     eval_every: int = 50
     # Validation rows to use, the same ones each time; -1 means all.
     eval_rows: int = -1
-    # Test rows to score with the dataset's metric before and after training; 0 means none, -1 all.
+    # Test rows to score before and after training, where dataset.metric says how; 0 means none, -1 all.
     metric_rows: int = 0
     # Longest answer generated for the metric, in tokens.
     metric_max_tokens: int = 64
