@@ -63,6 +63,7 @@ MISTAKES = [
     ("dataset.max_seq_length=1", "dataset.max_seq_length: 1 must be 2 or more"),
     ("dataset.metric=sql_exec", "dataset.metric: no metric 'sql_exec'; did you mean 'sql_execution'?"),
     ("model.precision=fp16", "model.precision: 'fp16'"),
+    ("seed=-1", "seed: -1 must be 0 or more"),
     ("report.every=0", "report.every: 0 must be 1 or more"),
     ("training.steps", "training.steps: not understood; overrides are written key=value"),
     ("name=a b(", "name"),

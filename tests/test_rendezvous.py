@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import zmq
+from zmq.utils.garbage import GarbageCollectorThread
 
 import macft
 from macft.cluster.rendezvous import Membership, RendezvousServer, connect_ring, join
@@ -157,6 +158,11 @@ def test_strangers_are_ignored(pool: ThreadPoolExecutor) -> None:
     server.close()
 
 
+def zmq_threads() -> list[threading.Thread]:
+    """pyzmq's own threads."""
+    return [thread for thread in threading.enumerate() if isinstance(thread, GarbageCollectorThread)]
+
+
 def test_connect_ring_sums_and_leaves_nothing_behind(pool: ThreadPoolExecutor) -> None:
     open_before = psutil.Process().num_fds()
     threads_before = set(threading.enumerate())
@@ -179,8 +185,9 @@ def test_connect_ring_sums_and_leaves_nothing_behind(pool: ThreadPoolExecutor) -
 
     assert list(pool.map(work, range(3))) == [[6.0] * 5] * 3
     server.close()
-    left = {thread for thread in set(threading.enumerate()) - threads_before if "ThreadPool" not in thread.name}
-    assert not left
+    left = {thread.name for thread in set(threading.enumerate()) - threads_before}
+    # Besides the test's own pool, pyzmq keeps one thread a process, which frees what was sent without copying.
+    assert not {name for name in left if "ThreadPool" not in name} - {thread.name for thread in zmq_threads()}
     assert psutil.Process().num_fds() == open_before
 
 

@@ -143,6 +143,8 @@ class RendezvousServer:
             self._refuse(objection, parts[0])
             return
         self._members[hello["rank"]] = (parts[0], hello)
+        # A rank that came and went again must not count: it may be on its way back, at another address.
+        self._members = {rank: at for rank, at in self._members.items() if self._send(at[0], {"waiting": ""})}
         if len(self._members) == self._world_size:
             ordered = [self._members[rank][1] for rank in range(self._world_size)]
             addresses, names = tuple(m["address"] for m in ordered), tuple(m["name"] for m in ordered)

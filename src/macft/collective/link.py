@@ -44,6 +44,7 @@ _CAUSES: dict[int, _Failure] = {
     Cause.PROTOCOL: ProtocolError,
 }
 _KNOCK_SECONDS = 0.5
+_QUIET_MS = 100
 
 
 class Listener:
@@ -207,13 +208,21 @@ class Links:
             self._last_left = _tracked(self._from_left, [self._left_id], header)
 
     def leave(self) -> None:
-        """Sees the last frames off, for at most ``LINGER_SECONDS``; what still comes in is dropped."""
+        """Sees the last frames off, for at most ``LINGER_SECONDS``; what still comes in is dropped.
+
+        After a failure the neighbours may still be sending. TCP answers a close before unread data with a reset, which
+        can overtake the goodbye, so this rank reads on until they fall silent.
+        """
         deadline = time.monotonic() + LINGER_SECONDS
         while time.monotonic() < deadline:
             right_done = self._last_right.done or self._right_broken
-            if right_done and (self._last_left.done or self._left_broken):
+            is_sent = right_done and (self._last_left.done or self._left_broken)
+            if is_sent and self.failure is None:
                 return
-            for sock, _ in self._poller.poll(2):
+            news = self._poller.poll(_QUIET_MS if is_sent else 2)
+            if is_sent and not news:
+                return
+            for sock, _ in news:
                 if sock is self._left_monitor:
                     self._read_left_monitor()
                 else:

@@ -64,6 +64,8 @@ def world_size(config: TrainConfig) -> int:
 
 def _combinations(config: TrainConfig) -> list[str]:
     found = []
+    if config.seed < 0:
+        found.append(f"seed: {config.seed} must be 0 or more")
     nodes = world_size(config)
     if nodes > config.training.batch_size > 0:
         found.append(
