@@ -79,6 +79,7 @@ class RendezvousServer:
         self._members: dict[int, tuple[bytes, dict[str, Any]]] = {}
         self._membership: Membership | None = None
         self._error: RendezvousError | None = None
+        self._reason = ""
         self._stop, self._ended = threading.Event(), threading.Event()
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = _open(self._context, zmq.ROUTER)
@@ -125,10 +126,10 @@ class RendezvousServer:
 
     def _serve(self) -> None:
         deadline = time.monotonic() + self._timeout
-        while not self._stop.is_set() and self._membership is None and self._error is None:
+        while not self._stop.is_set():
             if self._socket.poll(int(_LOOK_SECONDS * 1000)):
                 self._take(self._socket.recv_multipart())
-            elif time.monotonic() > deadline:
+            elif time.monotonic() > deadline and not self._ended.is_set():
                 self._refuse(self._who_is_missing())
         self._socket.close()  # its last answers leave while `close` waits
         self._ended.set()
@@ -137,6 +138,9 @@ class RendezvousServer:
         hello = _unpack(parts[1]) if len(parts) == 2 else None
         if hello is None or "fingerprint" not in hello or "rank" not in hello:
             return  # a stranger
+        if self._ended.is_set():  # one that comes late hears how it ended, rather than nothing
+            self._send(parts[0], {"refused": self._reason or "all ranks have met already"})
+            return
         if self._agreed["fingerprint"] is None:
             self._agreed["fingerprint"] = hello["fingerprint"]
         if objection := self._objection(hello):
@@ -150,6 +154,7 @@ class RendezvousServer:
             addresses, names = tuple(m["address"] for m in ordered), tuple(m["name"] for m in ordered)
             self._membership = Membership(addresses, names, secrets.token_hex(16))
             self._tell({"addresses": addresses, "names": names, "ring_id": self._membership.ring_id})
+            self._ended.set()
         else:
             self._tell({"waiting": self._who_is_missing()})
 
@@ -178,10 +183,11 @@ class RendezvousServer:
         )
 
     def _refuse(self, reason: str, sender: bytes | None = None) -> None:
-        self._error = RendezvousError(f"rendezvous at {self._address}: {reason}")
+        self._reason, self._error = reason, RendezvousError(f"rendezvous at {self._address}: {reason}")
         if sender is not None:
             self._send(sender, {"refused": reason})
         self._tell({"refused": reason})
+        self._ended.set()
 
     def _tell(self, message: dict[str, Any]) -> None:
         for sender, _ in self._members.values():
