@@ -135,7 +135,7 @@ class Links:
         self._left_id, self._left_fd, self._accepted = b"", -1, set[int]()
         self._taken = 0
         self._last_left = self._last_right = zmq.MessageTracker()  # of the goodbyes
-        self._left_broken = self._right_broken = self._right_done = False
+        self._left_broken = self._right_broken = self._left_done = self._right_done = False
         self._right_poller, self._poller = zmq.Poller(), zmq.Poller()
         for sock in (self._to_right, self._right_monitor, self._from_left, self._left_monitor):
             self._poller.register(sock, zmq.POLLIN)
@@ -210,14 +210,14 @@ class Links:
     def leave(self) -> None:
         """Sees the last frames off, for at most ``LINGER_SECONDS``; what still comes in is dropped.
 
-        After a failure the neighbours may still be sending. TCP answers a close before unread data with a reset, which
-        can overtake the goodbye, so this rank reads on until they fall silent.
+        The neighbours may still be sending. TCP answers a close before unread data with a reset, which can overtake
+        the goodbye, so this rank reads on until they have left too, or fall silent.
         """
         deadline = time.monotonic() + LINGER_SECONDS
         while time.monotonic() < deadline:
-            right_done = self._last_right.done or self._right_broken
-            is_sent = right_done and (self._last_left.done or self._left_broken)
-            if is_sent and self.failure is None:
+            right_over = self._right_broken or self._right_done
+            is_sent = (self._last_right.done or self._right_broken) and (self._last_left.done or self._left_broken)
+            if is_sent and right_over and (self._left_broken or self._left_done):
                 return
             news = self._poller.poll(_QUIET_MS if is_sent else 2)
             if is_sent and not news:
@@ -225,9 +225,23 @@ class Links:
             for sock, _ in news:
                 if sock is self._left_monitor:
                     self._read_left_monitor()
+                elif sock is self._right_monitor:
+                    recv_monitor_message(self._right_monitor)
+                    self._right_broken = True
                 else:
-                    sock.recv_multipart(zmq.NOBLOCK, copy=False)
-                    self._right_broken = self._right_broken or sock is self._right_monitor
+                    self._drop(sock)
+
+    def _drop(self, sock: zmq.Socket[Any]) -> None:
+        parts = sock.recv_multipart(zmq.NOBLOCK)
+        is_left = sock is self._from_left
+        if is_left and (parts[0] != self._left_id or len(parts) < 2):
+            return
+        with contextlib.suppress(ProtocolError):
+            done = unpack(parts[1 if is_left else 0], "a neighbour").kind == Kind.GOODBYE
+            if is_left:
+                self._left_done = self._left_done or done
+            else:
+                self._right_done = self._right_done or done
 
     def _join(self) -> None:
         """Greets the right neighbour; waits for the left one's greeting and the right one's first credit."""
@@ -262,9 +276,10 @@ class Links:
         parts = self._to_right.recv_multipart(zmq.NOBLOCK)
         header = self._unpack(parts[0], self.right)
         if header.kind == Kind.GOODBYE:
+            self._right_done = True
             if header.cause != Cause.DONE:
                 self._pass_on(header, doing)
-            self._right_done = True  # it has all it needs; whether we do shows in what we wait for
+            # Otherwise it has all it needs; whether we do shows in what we wait for
         elif header.kind != Kind.CREDIT or header.frames > self.unacknowledged:
             text = f"{self.name(self.right)} sent a {header.kind.name} frame of {header.frames} that is not due"
             self.fail(ProtocolError, self.right, text)
@@ -278,6 +293,7 @@ class Links:
             return None
         header = self._unpack(parts[1].buffer, self.left)
         if header.kind == Kind.GOODBYE:
+            self._left_done = True
             self._pass_on(header, doing)
         if len(parts) != 3 or header.sequence == 0 or len(parts[2]) != header.length:
             sizes = [len(part) for part in parts[2:]]
