@@ -14,14 +14,17 @@ from typing import Any, NamedTuple
 import msgpack
 import zmq
 
+from macft.collective.dtypes import WIRE_TYPES
 from macft.errors import CollectiveError, ProtocolError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_HEADER_BYTES = 1024
 MAX_CALL_BYTES = 1 << 40
 """Most bytes one all-reduce may sum."""
 MAX_BLOB_BYTES = 1 << 36
 """Most bytes one rank may broadcast or gather: 64 GiB, the state of a model that is tuned as a whole."""
+MAX_PATHS = 8
+"""Most cables between two neighbours."""
 MAX_TEXT = 400
 LINGER_SECONDS = 1.0
 """How long closing may wait for the last frames to leave."""
@@ -37,6 +40,7 @@ class Kind(enum.IntEnum):
     BROADCAST = 5
     GATHER = 6
     BARRIER = 7
+    EXCHANGE = 8  # all arrays of a small all-reduce
 
 
 class Cause(enum.IntEnum):
@@ -53,6 +57,7 @@ CALL_NAMES = {
     Kind.BROADCAST: "broadcast",
     Kind.GATHER: "all-gather",
     Kind.BARRIER: "barrier",
+    Kind.EXCHANGE: "all-reduce",
 }
 
 
@@ -84,7 +89,7 @@ class Header(NamedTuple):
     @property
     def call(self) -> str:
         """The collective call this frame belongs to, in words: ``all-reduce 5 of 1024 bytes``."""
-        size = f" of {self.total} bytes" if self.kind == Kind.PIECE else ""
+        size = f" of {self.total} bytes" if self.kind in (Kind.PIECE, Kind.EXCHANGE) else ""
         return f"{CALL_NAMES[self.kind]} {self.sequence}{size}"
 
 
@@ -109,7 +114,7 @@ _HIGHEST = {
     "cause": max(Cause),
     "culprit": 65_535,
 }
-_DTYPES = {Kind.PIECE: ("<f4", "<f8")}
+_DTYPES = {Kind.PIECE: WIRE_TYPES}
 
 
 def pack(header: Header) -> bytes:
@@ -168,6 +173,16 @@ def split_address(address: str) -> tuple[str, int]:
     if not colon or not host or not port.isdecimal() or int(port) > 65_535:
         raise ValueError(f"'{address}' is not host:port")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def split_paths(address: str) -> list[str]:
+    """``"host:port+host:port"``, one for each cable, to its parts; ValueError if one is malformed."""
+    paths = address.split("+")
+    if len(paths) > MAX_PATHS:
+        raise ValueError(f"'{address[:80]}' has {len(paths)} paths; {MAX_PATHS} are the most")
+    for path in paths:
+        split_address(path)
+    return paths
 
 
 def set_endpoint(sock: zmq.Socket[bytes], address: str) -> str:
