@@ -1,102 +1,130 @@
-"""All-reduce of float32 over loopback, two processes: macft's ring and MLX's ring by turns, median of each.
+"""All-reduce of float32: macft's ring against MLX's ring, torch's gloo and MPI, by turns in one run.
 
-    python benchmarks/allreduce.py
+    python benchmarks/allreduce.py --peers mlx,gloo,mpi --ranks 2,4
+    sudo python benchmarks/allreduce.py --peers gloo --ranks 2,4 --links 100mbit,1gbit,10gbit      (Linux)
 
-MLX's own all-reduce can stop for ever in rare cases (mlx issue 4475), so the whole run has a time limit.
+gloo and MPI need a Python with torch, mpi4py, NumPy and platformdirs, given with --peer-python. Each implementation
+runs in processes of its own, so that one that hangs (MLX's ring can, mlx issue 4475) is reported and harms no other.
+With --links each rank lives in a network namespace whose network card `tc tbf` slows down; the last columns are then
+the share of the link that is used: 100 % is the ring algorithm's theoretical time, 2(n-1)/n of the bytes at its speed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
-import statistics
-import subprocess
+import math
 import sys
-import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from macft.benchmarking.lane import Lane, LaneFailed
+from macft.benchmarking.ports import free_addresses
+from macft.benchmarking.turns import Measured, measure
+from shaped_links import ShapedLinks, bits_per_second
 
-from macft.collective.ring import Ring
-
-SIZES = {"4 KB": 4 << 10, "1 MB": 1 << 20, "16 MB": 16 << 20, "64 MB": 64 << 20}
+SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15, help="measurements of each size, after 3 to warm up")
-    parser.add_argument("--limit", type=float, default=180.0, help="seconds after which the benchmark gives up")
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--addresses", nargs=2, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", default="2,4", help="numbers of ranks (%(default)s)")
+    parser.add_argument("--peers", default="mlx", help="of mlx, gloo, mpi, and tcp, the bare copy (%(default)s)")
+    parser.add_argument("--peer-python", default=sys.executable, help="interpreter for gloo and MPI")
+    parser.add_argument("--links", default="", help="speeds of shaped links, such as 100mbit,1gbit; none: loopback")
+    parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="bytes, multiples of 4 (4 KB to 64 MB)")
+    parser.add_argument("--turns", type=int, default=9, help="turns of each implementation at each size (%(default)s)")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds after which an implementation hangs")
+    parser.add_argument("--settings", default="{}", help="macft's collective group as JSON")
+    parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
-    if options.rank is not None:
-        measure(options.rank, options.addresses, options.rounds)
-        return 0
-    return launch(options.rounds, options.limit)
+    results = []
+    for ranks in map(int, options.ranks.split(",")):
+        for link in options.links.split(",") if options.links else [""]:
+            results.append(compare(options, ranks, link))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
 
 
-def launch(rounds: int, limit: float) -> int:
-    """Starts both ranks; rank 0 prints the table."""
-    ports = free_ports(4)
-    with tempfile.TemporaryDirectory() as folder:
-        hosts = Path(folder) / "hosts.json"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports[2:]]))
-        ranks = []
-        for rank in range(2):
-            command = [sys.executable, __file__, "--rank", str(rank), "--rounds", str(rounds)]
-            command += ["--addresses", *(f"127.0.0.1:{port}" for port in ports[:2])]
-            environment = {**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
-            ranks.append(subprocess.Popen(command, env=environment))
-        deadline = time.monotonic() + limit
-        try:
-            return max(rank.wait(max(0.1, deadline - time.monotonic())) for rank in ranks)
-        except subprocess.TimeoutExpired:
-            print(f"not done after {limit:g} s", file=sys.stderr)
-            return 1
-        finally:
-            for rank in ranks:
-                rank.kill()
+def compare(options: argparse.Namespace, ranks: int, link: str) -> dict[str, Any]:
+    """One number of ranks over one kind of link: prints its table; returns its results."""
+    names = ["macft", *filter(None, options.peers.split(","))]
+    print(f"\n{ranks} ranks, {f'links of {link}' if link else 'loopback'}", flush=True)
+    with ExitStack() as stack:
+        shaped = stack.enter_context(ShapedLinks(ranks, link)) if link else None
+        lanes = []
+        for name in names:
+            try:
+                lanes.append(stack.enter_context(start(name, options, ranks, shaped)))
+            except LaneFailed as error:
+                print(error)
+        speed = bits_per_second(link) / 8 if link else math.nan
+        print(heading([lane.name for lane in lanes], shaped=bool(link)))
+        sizes = [int(size) for size in options.sizes.split(",")]
+        found = measure(lanes, sizes, options.turns, lambda row: print(line(row, speed), flush=True))
+    means = summary(found)
+    print("\n".join(means))
+    rows = [{**vars(result), "median": result.median, "p95": result.p95} for row in found for result in row]
+    return {"ranks": ranks, "link": link, "results": rows, "summary": means}
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [sock.getsockname()[1] for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
+def start(name: str, options: argparse.Namespace, ranks: int, shaped: ShapedLinks | None) -> Lane:
+    """The lane of implementation ``name``."""
+    return Lane(
+        name,
+        shaped.addresses(name) if shaped else free_addresses(ranks),
+        settings=json.loads(options.settings),
+        python=options.peer_python if name in ("gloo", "mpi") else sys.executable,
+        prefixes=shaped.prefixes if shaped else (),
+        interface=shaped.interface if shaped else LOOPBACK,
+        limit=options.limit,
+    )
 
 
-def measure(rank: int, addresses: list[str], rounds: int) -> None:
-    """One rank's part. Both rings take turns in the same process, so that disturbances hit both alike."""
-    import mlx.core as mx
+def heading(names: Sequence[str], *, shaped: bool) -> str:
+    columns = [f"{name + ' ms':>12}" for name in names] + [f"{name + '/macft':>12}" for name in names[1:]]
+    return " ".join([f"{'size':>8}", *columns, *(f"{'% of ' + name:>12}" for name in names if shaped)])
 
-    group = mx.distributed.init(strict=True, backend="ring")
-    with Ring(rank, 2, addresses) as ring:
-        if rank == 0:
-            print(f"{'size':>6} {'macft ms':>9} {'mlx ms':>9}", flush=True)
-        for name, size in SIZES.items():
-            ours, theirs = np.zeros(size // 4, np.float32), mx.zeros(size // 4)
-            mx.eval(theirs)
-            calls: list[Callable[[], None]] = [
-                lambda array=ours: ring.all_reduce([array]),
-                lambda array=theirs: mx.eval(mx.distributed.all_sum(array, group=group, stream=mx.cpu)),
-            ]
-            seconds: list[list[float]] = [[], []]
-            for turn in range(rounds + 3):
-                for call, found in zip(calls, seconds, strict=True):
-                    ring.barrier()
-                    started = time.perf_counter()
-                    call()
-                    if turn >= 3:
-                        found.append(time.perf_counter() - started)
-            if rank == 0:
-                medians = [statistics.median(found) * 1000 for found in seconds]
-                print(f"{name:>6} {medians[0]:9.2f} {medians[1]:9.2f}", flush=True)
+
+def line(row: Sequence[Measured], speed: float) -> str:
+    """Medians in ms, ratios to macft; with a ``speed`` (bytes/s), theoretical ring time over measured time in percent."""
+    words = [f"{size_name(row[0].size):>8}"]
+    words += [f"{result.median * 1e3:12.3f}" for result in row]
+    words += [f"{result.ratio_to(row[0]):12.2f}" for result in row[1:]]
+    if math.isfinite(speed):
+        words += [f"{100 * result.bus_bandwidth / speed:12.1f}" for result in row]
+    failed = [result.failure for result in row if result.failure]
+    return " ".join(words) + "".join(f"\n  {failure}" for failure in failed)
+
+
+def summary(found: Sequence[Sequence[Measured]]) -> list[str]:
+    """For each peer the geometric mean of its ratios to macft, and the size at which macft stands worst."""
+    lines = []
+    for place in range(1, len(found[0])):
+        ratios = {
+            row[0].size: row[place].ratio_to(row[0]) for row in found if not math.isnan(row[place].ratio_to(row[0]))
+        }
+        if not ratios:
+            continue
+        mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+        worst = min(ratios, key=lambda size: ratios[size])
+        name = found[0][place].name
+        lines.append(
+            f"{name}: {mean:.2f} times macft's time (geometric mean); at worst {ratios[worst]:.2f}, {size_name(worst)}"
+        )
+    return lines
+
+
+def size_name(size: int) -> str:
+    """``64 KB``; powers of 1024."""
+    for unit, factor in (("GB", 1 << 30), ("MB", 1 << 20), ("KB", 1 << 10)):
+        if size >= factor:
+            return f"{size / factor:g} {unit}"
+    return f"{size} B"
 
 
 if __name__ == "__main__":

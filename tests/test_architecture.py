@@ -15,6 +15,7 @@ ROOT = Path(macft.__file__).parent
 # What each room may import besides macft.errors.
 ALLOWED = {
     "collective": set(),
+    "benchmarking": {"collective"},
     "cluster": {"collective", "blas"},
     "plan": set(),
     "report": set(),

@@ -1,0 +1,175 @@
+"""One rank's side of an implementation of all-reduce: macft's own and its peers, behind one small interface.
+
+Nothing but the chosen implementation's library is imported, so that a peer can run in a Python of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from macft.collective.settings import CollectiveConfig
+
+NAMES = ("macft", "mlx", "gloo", "mpi", "tcp")
+"""macft's collective as configured, MLX's ring, torch's gloo, MPI, and the raw TCP copy a ring can't be faster than."""
+
+
+class Side(Protocol):
+    """All-reduce of float32 on one rank. All ranks make the same calls in the same order."""
+
+    def prepare(self, size: int) -> None:
+        """Makes an array of ``size`` bytes, a multiple of 4, filled with rank + 1."""
+        ...
+
+    def reduce(self) -> None:
+        """Sums the array over all ranks; returns once the sum is there."""
+        ...
+
+    def first(self) -> float:
+        """The array's first element."""
+        ...
+
+    def clear(self) -> None:
+        """Fills the array with 0, so that no sum overflows however often it is made."""
+        ...
+
+    def barrier(self) -> None:
+        """Returns once every rank has called it."""
+        ...
+
+    def close(self) -> None:
+        """Leaves the group."""
+        ...
+
+
+class _OnNumpy:
+    """A side whose array is NumPy's."""
+
+    rank: int
+    array: NDArray[np.float32]
+
+    def prepare(self, size: int) -> None:
+        self.array = np.full(size // 4, self.rank + 1, np.float32)
+
+    def first(self) -> float:
+        return float(self.array[0])
+
+    def clear(self) -> None:
+        self.array[:] = 0
+
+
+class Own(_OnNumpy):
+    """macft's collective with ``settings``, ranks at ``addresses``."""
+
+    def __init__(self, rank: int, addresses: Sequence[str], settings: CollectiveConfig):
+        from macft.collective.ring import Ring
+
+        self.rank = rank
+        self._ring = Ring(rank, len(addresses), addresses, settings=settings)
+        self.barrier, self.close = self._ring.barrier, self._ring.close
+
+    def reduce(self) -> None:
+        self._ring.all_reduce([self.array])
+
+
+class Mlx:
+    """``mx.distributed.all_sum`` over MLX's ring, on MLX's own arrays."""
+
+    def __init__(self, rank: int, addresses: Sequence[str]):
+        import mlx.core as mx
+
+        self._mx, self._rank = mx, rank
+        with tempfile.TemporaryDirectory() as folder:
+            hosts = Path(folder) / "hosts.json"
+            hosts.write_text(json.dumps([[address] for address in addresses]))
+            os.environ |= {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+            self._group = mx.distributed.init(strict=True, backend="ring")
+        self._array = self._one = mx.ones(1)
+
+    def prepare(self, size: int) -> None:
+        self._array = self._mx.full(size // 4, float(self._rank + 1))
+        self._mx.eval(self._array)
+
+    def _sum(self, array: Any) -> Any:
+        total = self._mx.distributed.all_sum(array, group=self._group, stream=self._mx.cpu)
+        self._mx.eval(total)
+        return total
+
+    def reduce(self) -> None:
+        self._array = self._sum(self._array)
+
+    def first(self) -> float:
+        return float(np.array(self._array[0]))
+
+    def clear(self) -> None:
+        self._array = self._mx.zeros_like(self._array)
+        self._mx.eval(self._array)
+
+    def barrier(self) -> None:
+        self._sum(self._one)
+
+    def close(self) -> None:
+        """MLX leaves when the process ends."""
+
+
+class Gloo:
+    """``torch.distributed.all_reduce`` over gloo; the first address is where the ranks meet."""
+
+    def __init__(self, rank: int, addresses: Sequence[str]):
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        self._torch, self._dist, self._rank = torch, dist, rank
+        dist.init_process_group("gloo", f"tcp://{addresses[0]}", rank=rank, world_size=len(addresses))
+        self._array = torch.zeros(1)
+        self.barrier, self.close = dist.barrier, dist.destroy_process_group
+
+    def prepare(self, size: int) -> None:
+        self._array = self._torch.full((size // 4,), float(self._rank + 1))
+
+    def reduce(self) -> None:
+        self._dist.all_reduce(self._array)
+
+    def first(self) -> float:
+        return float(self._array[0].item())
+
+    def clear(self) -> None:
+        self._array.zero_()
+
+
+class Mpi(_OnNumpy):
+    """``MPI_Allreduce`` in place through mpi4py; the ranks are mpirun's."""
+
+    def __init__(self) -> None:
+        from mpi4py import MPI
+
+        self._in_place, self._world = MPI.IN_PLACE, MPI.COMM_WORLD
+        self.rank = self._world.Get_rank()
+        self.barrier, self.close = self._world.Barrier, MPI.Finalize
+
+    def reduce(self) -> None:
+        self._world.Allreduce(self._in_place, self.array)
+
+
+def join(name: str, rank: int, addresses: Sequence[str], settings: Mapping[str, Any]) -> Side:
+    """This rank's side of implementation ``name`` (one of ``NAMES``); ``settings`` are macft's ``collective`` group."""
+    if name == "macft":
+        from macft.collective.settings import CollectiveConfig
+
+        return Own(rank, addresses, CollectiveConfig(**settings))
+    if name == "tcp":
+        from macft.benchmarking.tcp import RawTcp
+
+        return RawTcp(rank, addresses)
+    if name == "mpi":
+        return Mpi()
+    return Mlx(rank, addresses) if name == "mlx" else Gloo(rank, addresses)
