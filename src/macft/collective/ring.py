@@ -6,6 +6,7 @@ This file runs the calls; what goes where is in :mod:`~macft.collective.transfer
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -146,7 +147,9 @@ class Ring:
             return
         self._closed = True
         if self._links.failure is None:
-            self._links.say_goodbye(Cause.DONE, self.rank, "")
+            with contextlib.suppress(CollectiveError):
+                self._links.drain()
+                self._links.say_goodbye(Cause.DONE, self.rank, "")
         self._links.leave()
         self._listener.close()
 
@@ -203,7 +206,7 @@ class Ring:
             while transfer.outgoing and links.has_room:
                 header, body = transfer.outgoing.popleft()
                 links.send(header, body)
-                sent_uncopied = sent_uncopied or header.length >= COPY_BELOW
+                sent_uncopied = sent_uncopied or _is_lent(header)
             if not transfer.missing and took_large:
                 links.credit()  # the left neighbour waits for it, see below
                 took_large = False
@@ -216,7 +219,7 @@ class Ring:
             before = links.unacknowledged
             frame = links.wait(doing, left=transfer.missing, right=needs_right, seconds=_LOOK_SECONDS)
             if frame is not None:
-                took_large = took_large or frame[0].length >= COPY_BELOW
+                took_large = took_large or _is_lent(frame[0])
                 self._take(transfer, *frame)
             now = time.monotonic()
             if frame is not None or links.unacknowledged != before:
@@ -252,3 +255,8 @@ class Ring:
             f"for {seconds:.0f} s; it may still compute: collective.patience sets the limit"
         )
         self._links.fail(PeerTimeout, peer, text)
+
+
+def _is_lent(header: Header) -> bool:
+    """Whether ZeroMQ reads the body from the caller's arrays; blobs and exchanges are nobody's to change."""
+    return header.kind == Kind.PIECE and header.length >= COPY_BELOW
