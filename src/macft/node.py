@@ -112,6 +112,7 @@ def _prepare(
         adaptation.dropout_keys,
         seed=config.seed,
         checkpoint_blocks=config.training.grad_checkpoint,
+        bucket_bytes=config.collective.bucket_bytes,
     )
     store = CheckpointStore(folder.checkpoints, keep=config.training.keep)
     progress, notes = _agree_on_state(loaded, optimizer, collective, store, resume=resume)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 BACKENDS = ("ring",)
 MAX_SECONDS = 86_400.0
 MIN_PIECE_BYTES = 4 * 1024
+MAX_BUCKET_BYTES = 1 << 32
 MAX_PIECE_BYTES = 64 * 1024 * 1024
 
 
@@ -25,6 +26,8 @@ class CollectiveConfig:
     heartbeat: float = 1.0
     # Bytes of one message; larger arrays go in several, so that sending, receiving and adding overlap.
     piece_bytes: int = 2 * 1024 * 1024
+    # Bytes of gradient that leave together, last layer first; while a bucket is on the wire the next one is computed.
+    bucket_bytes: int = 4 * 1024 * 1024
 
 
 def problems(config: CollectiveConfig) -> list[str]:
@@ -46,4 +49,7 @@ def problems(config: CollectiveConfig) -> list[str]:
         found.append(f"collective.piece_bytes: {config.piece_bytes} must be from {limits}")
     elif config.piece_bytes % 8:
         found.append(f"collective.piece_bytes: {config.piece_bytes} must be a multiple of 8, the size of a float64")
+    if not MIN_PIECE_BYTES <= config.bucket_bytes <= MAX_BUCKET_BYTES:
+        limits = f"{MIN_PIECE_BYTES} to {MAX_BUCKET_BYTES}"
+        found.append(f"collective.bucket_bytes: {config.bucket_bytes} must be from {limits}")
     return found

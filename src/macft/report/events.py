@@ -40,7 +40,7 @@ class StepDone:
     """An update was made. ``step`` counts from 1; ``loss`` is the global mean per target token, in nats.
 
     ``target_tokens`` and ``tokens`` (prompt included, padding not) count all nodes; ``node_tokens`` this one.
-    ``parts`` splits ``seconds`` into data, compute, all_reduce and update.
+    ``parts`` splits ``seconds`` into data, compute, all_reduce and update; ``all_reduce_hidden`` is a part of compute.
     """
 
     step: int

@@ -24,7 +24,7 @@ from macft.stop import StopRequest
 from macft.training.evaluate import validation_loss
 from macft.training.gradient import GradientComputer, LocalGradient
 from macft.training.optimizer import apply_gradient, clip_factor, learning_rate
-from macft.training.reduce import GlobalGradient, reduce_gradient
+from macft.training.reduce import GlobalGradient, reduce_gradient, scale
 from macft.training.settings import OptimizerConfig, TrainingConfig
 
 _EVALUATION_ROWS_AT_ONCE = 8
@@ -97,9 +97,10 @@ class Trainer:
                 "adapter.scale usually helps"
             )
         rate = learning_rate(self.optimizer_config, self.progress.step, self.total_steps)
-        factor = np.float32(clip_factor(result.norm, self.config.max_grad_norm))
-        np.multiply(result.gradient, factor, out=result.gradient)
-        apply_gradient(self.model, self.optimizer, self.compute.layout, result.gradient, rate)
+        factor = clip_factor(result.norm, self.config.max_grad_norm)
+        if factor != 1.0:
+            scale(result.gradient, factor)
+        apply_gradient(self.model, self.optimizer, result.gradient, rate)
         self.progress.step += 1
         self.progress.target_tokens += result.target_tokens
         return time.perf_counter() - started, rate
@@ -115,12 +116,7 @@ class Trainer:
     ) -> None:
         seconds = time.perf_counter() - started
         self.progress.seconds += seconds
-        parts = {
-            "data": data_seconds,
-            "compute": local.seconds,
-            "all_reduce": result.seconds,
-            "update": update_seconds,
-        }
+        parts = {"data": data_seconds, **result.seconds, "update": update_seconds}
         self.reporter.step_done(
             StepDone(
                 step=self.progress.step,
