@@ -91,7 +91,7 @@ def heading(names: Sequence[str], *, shaped: bool) -> str:
 
 
 def line(row: Sequence[Measured], speed: float) -> str:
-    """Medians in ms, ratios to macft; with a ``speed`` (bytes/s), theoretical ring time over measured time in percent."""
+    """Medians in ms, ratios to macft; with a ``speed`` (bytes/s), theoretical over measured ring time in percent."""
     words = [f"{size_name(row[0].size):>8}"]
     words += [f"{result.median * 1e3:12.3f}" for result in row]
     words += [f"{result.ratio_to(row[0]):12.2f}" for result in row[1:]]

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from macft.collective.base import Collective
     from macft.collective.settings import CollectiveConfig
 
 NAMES = ("macft", "mlx", "gloo", "mpi", "tcp")
@@ -70,14 +71,21 @@ class Own(_OnNumpy):
     """macft's collective with ``settings``, ranks at ``addresses``."""
 
     def __init__(self, rank: int, addresses: Sequence[str], settings: CollectiveConfig):
-        from macft.collective.ring import Ring
-
         self.rank = rank
-        self._ring = Ring(rank, len(addresses), addresses, settings=settings)
-        self.barrier, self.close = self._ring.barrier, self._ring.close
+        self._collective = self._join(addresses, settings)
+        self.barrier, self.close = self._collective.barrier, self._collective.close
 
     def reduce(self) -> None:
-        self._ring.all_reduce([self.array])
+        self._collective.all_reduce([self.array])
+
+    def _join(self, addresses: Sequence[str], settings: CollectiveConfig) -> Collective:
+        if settings.backend == "mlx":
+            from macft.collective.mlx_group import MlxListener
+
+            return MlxListener(addresses[self.rank], settings).join(self.rank, addresses, names=[], secret="bench")
+        from macft.collective.ring import Ring
+
+        return Ring(self.rank, len(addresses), addresses, settings=settings)
 
 
 class Mlx:
