@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import psutil
 import pytest
@@ -22,7 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from macft.collective.base import Collective
-from macft.collective.link import Listener
+from macft.collective.dtypes import from_bfloat16, to_bfloat16
+from macft.collective.listener import Listener
 from macft.collective.ring import Ring
 from macft.collective.settings import CollectiveConfig, problems
 from macft.collective.solo import Solo
@@ -241,8 +243,10 @@ def test_a_failed_ring_keeps_saying_why() -> None:
 
 RANK = """
 import json, sys
+import mlx.core as mx
 import numpy as np
-from macft.collective.link import Listener
+from macft.collective.dtypes import from_bfloat16, to_bfloat16
+from macft.collective.listener import Listener
 from macft.collective.ring import Ring
 from macft.collective.settings import CollectiveConfig
 
@@ -452,3 +456,26 @@ def test_settings_name_their_wrong_keys() -> None:
     assert [line.split(":")[0] for line in problems(wrong)] == [f"collective.{key}" for key in keys]
     assert "multiple of 8" in problems(wrong)[-1]
     assert "must be from 4096 to" in problems(CollectiveConfig(piece_bytes=8))[0]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("kind", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("size", [1_000, 200_000])  # one that is exchanged whole, one that goes round in pieces
+def test_mlx_arrays_are_summed_where_they_lie(world_size: int, kind: mx.Dtype, size: int) -> None:
+    values = [mx.random.normal((size,), key=mx.random.key(rank)).astype(kind) for rank in range(world_size)]
+    expected = np.array(sum(value.astype(mx.float32) for value in values))
+    mx.eval(values)
+    in_threads(world_size, lambda ring: ring.all_reduce([values[ring.rank]]))
+    error = {mx.float32: 1e-6, mx.float16: 2e-3, mx.bfloat16: 2e-2}[kind]
+    for value in values:
+        assert mx.array_equal(value, values[0])
+        np.testing.assert_allclose(np.array(value.astype(mx.float32)), expected, rtol=error, atol=2 * error)
+
+
+@given(st.lists(st.floats(width=32), min_size=1, max_size=50))
+@settings(deadline=None)
+def test_bfloat16_rounds_as_mlx_does(numbers: list[float]) -> None:
+    values = np.array(numbers, np.float32)
+    ours = from_bfloat16(to_bfloat16(values))
+    theirs = np.array(mx.array(values).astype(mx.bfloat16).astype(mx.float32))
+    np.testing.assert_array_equal(ours, theirs)

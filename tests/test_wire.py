@@ -80,7 +80,7 @@ GOOD = Header(Kind.PIECE, 0, 1, 5, 1024, 7, 1, 0, "<f4", 512)
 @pytest.mark.parametrize(
     ("place", "value", "told"),
     [
-        (0, 2, "speaks protocol version 2, this rank 1"),
+        (0, 9, "speaks protocol version 9, this rank 2"),
         (1, 99, "unknown kind 99"),
         (1, True, "unknown kind True"),
         (3, -1, "sender"),

@@ -18,7 +18,7 @@ import msgpack
 import zmq
 
 import macft
-from macft.collective.link import Listener
+from macft.collective.listener import Listener
 from macft.collective.ring import Ring
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import LINGER_SECONDS, PROTOCOL_VERSION, bind, set_endpoint, split_address

@@ -1,41 +1,39 @@
-"""A rank's two links: a ROUTER bound for its left neighbour, a DEALER connected to its right one.
+"""A rank's two links: paths to its right neighbour, and paths from its left one.
 
-Data flows to the right under credits: at most ``WINDOW`` frames are on their way that the neighbour has not
-taken, so sending never blocks and a rank that computes holds little for others. Liveness is ZeroMQ's own
-business (ZMTP heartbeats, from its I/O thread); a socket monitor says when a connection ends. A goodbye goes
-both ways round the ring.
+Data flows to the right under credits: at most ``WINDOW`` frames are on their way over a path that the neighbour has
+not taken, so sending never blocks and a rank that computes holds little for others. A frame takes the path that would
+have it across soonest, by measured speed; what a path that breaks had not delivered goes again over another one.
+Liveness is ZeroMQ's own business (ZMTP heartbeats, from its I/O thread); a socket monitor says when a connection ends.
+A goodbye goes both ways round the ring.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from macft.collective.settings import CollectiveConfig
+from macft.collective.listener import Listener
+from macft.collective.path import WINDOW, Inward, Outward
 from macft.collective.wire import (
     LINGER_SECONDS,
-    MAX_HEADER_BYTES,
     MAX_TEXT,
     Cause,
     Header,
     Kind,
-    bind,
     knock,
     pack,
     set_endpoint,
+    split_paths,
     unpack,
 )
 from macft.errors import CollectiveError, PeerLost, PeerTimeout, ProtocolError
 
-WINDOW = 32
-"""Frames a rank may have sent that its neighbour has not taken."""
-COPY_BELOW = 65_536
-"""Smaller bodies are copied when sent; larger ones are read from the caller's memory until credited."""
 _Failure = type[PeerLost] | type[PeerTimeout] | type[ProtocolError]
 _CAUSES: dict[int, _Failure] = {
     Cause.DONE: PeerLost,
@@ -45,65 +43,10 @@ _CAUSES: dict[int, _Failure] = {
 }
 _KNOCK_SECONDS = 0.5
 _QUIET_MS = 100
-
-
-class Listener:
-    """This rank's port for its left neighbour. Made first, so that its ``address`` can be told to the others.
-
-    Raises:
-        CollectiveError: ``address`` ("host:port", port 0 for a free one) can't be listened on.
-    """
-
-    def __init__(self, address: str, settings: CollectiveConfig):
-        self.settings = settings
-        self.context: zmq.Context[Any] = zmq.Context()
-        self.sockets: list[zmq.Socket[Any]] = []
-        self.router = self.open(zmq.ROUTER)
-        self.monitor = self.watch(self.router, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
-        try:
-            self.address = bind(self.router, address)
-        except BaseException:
-            self.close()
-            raise
-
-    def open(self, kind: int) -> zmq.Socket[Any]:
-        """A socket with the ring's options; ZeroMQ reads most of them once, so before any bind or connect."""
-        sock: zmq.Socket[Any] = self.context.socket(kind)
-        self.sockets.append(sock)
-        # `Links.leave` sees the last frames off. A socket that lingers by itself takes in nothing meanwhile,
-        # and when the peer then hangs up, the next heartbeat aborts the process (libzmq 4.3.5, `Assertion
-        # failed: !_io_error`; akin to libzmq issues 3937 and 4767).
-        sock.linger = 0
-        # Credits keep a member within its window; a limit here would stop the heartbeats of a link that
-        # reaches it.
-        sock.rcvhwm, sock.sndhwm = 0, 0
-        sock.maxmsgsize = max(self.settings.piece_bytes, MAX_HEADER_BYTES)
-        sock.heartbeat_ivl = int(self.settings.heartbeat * 1000)
-        sock.heartbeat_timeout = int(self.settings.timeout * 1000)
-        # After eleven days, so never: a new connection must not be spliced into a call. Not -1 either, which
-        # throws away frames that came before the break, a goodbye for instance.
-        sock.reconnect_ivl = 10**9
-        sock.copy_threshold = COPY_BELOW
-        return sock
-
-    def watch(self, sock: zmq.Socket[Any], events: int) -> zmq.Socket[Any]:
-        """A socket that receives ``sock``'s connection events."""
-        address = f"inproc://monitor-{len(self.sockets)}"
-        sock.monitor(address, events)
-        monitor: zmq.Socket[Any] = self.context.socket(zmq.PAIR)
-        monitor.linger, monitor.rcvhwm = 0, 0  # never full: that would hold up ZeroMQ's I/O thread
-        monitor.connect(address)
-        self.sockets.append(monitor)
-        return monitor
-
-    def close(self) -> None:
-        """Closes all sockets at once. Safe to call twice."""
-        for sock in self.sockets:
-            if not sock.closed and sock.type != zmq.PAIR:
-                sock.disable_monitor()
-        for sock in self.sockets:
-            sock.close()
-        self.context.term()
+_GRACE_SECONDS = 2.0
+"""How much later than the first path of a link the others may come up."""
+_STALL_SECONDS = 1.0
+"""A path whose oldest frame is this late is tried out: the same frame goes over another path."""
 
 
 class Links:
@@ -126,72 +69,103 @@ class Links:
         self.rank, self.generation = rank, generation
         self.left, self.right = (rank - 1) % len(addresses), (rank + 1) % len(addresses)
         self.failure: CollectiveError | None = None
-        self.unacknowledged = 0
-        self._listener, self._addresses, self._names, self._ring_id = listener, addresses, names, ring_id
+        self._addresses, self._ring_id = addresses, ring_id
+        self._full_names = [
+            f"rank {rank} ({', '.join(dict.fromkeys(word for word in (*names[rank : rank + 1], address) if word))})"
+            for rank, address in enumerate(addresses)
+        ]
         self._settings = listener.settings
-        self._from_left, self._left_monitor = listener.router, listener.monitor
-        self._to_right = listener.open(zmq.DEALER)
-        self._right_monitor = listener.watch(self._to_right, zmq.EVENT_DISCONNECTED)
-        self._left_id, self._left_fd, self._accepted = b"", -1, set[int]()
-        self._taken = 0
-        self._last_left = self._last_right = zmq.MessageTracker()  # of the goodbyes
-        self._left_broken = self._right_broken = self._right_done = False
+        self._inward = [Inward(router, monitor) for router, monitor in listener.routers]
+        self._outward = [Outward(listener, endpoint) for endpoint in split_paths(addresses[self.right])]
+        self._again: deque[tuple[Header, Any]] = deque()
+        self.has_paths = len(self._outward) > 1 or len(self._inward) > 1
+        """Whether frames may come out of order, or twice."""
+        self.lost_paths: list[str] = []
+        """Endpoints of paths that broke while others carried on."""
+        self.held: list[tuple[Header, zmq.Frame]] = []
+        """Data frames that came while the ring was coming together."""
+        self._last: list[tuple[Outward | Inward, zmq.MessageTracker]] = []  # the goodbyes
+        self._left_done = self._right_done = False
         self._right_poller, self._poller = zmq.Poller(), zmq.Poller()
-        for sock in (self._to_right, self._right_monitor, self._from_left, self._left_monitor):
-            self._poller.register(sock, zmq.POLLIN)
-        for sock in (self._to_right, self._right_monitor):
-            self._right_poller.register(sock, zmq.POLLIN)
+        for out in self._outward:
+            for sock in (out.sock, out.monitor):
+                self._poller.register(sock, zmq.POLLIN)
+                self._right_poller.register(sock, zmq.POLLIN)
+        for come in self._inward:
+            self._poller.register(come.sock, zmq.POLLIN)
+            self._poller.register(come.monitor, zmq.POLLIN)
         self._join()
 
     def name(self, rank: int) -> str:
         """A rank for people: ``rank 2 (studio, 192.168.0.2:7071)``."""
-        known = [*self._names[rank : rank + 1], self._addresses[rank]]
-        return f"rank {rank} ({', '.join(dict.fromkeys(word for word in known if word))})"
+        return self._full_names[rank]
 
     @property
     def has_room(self) -> bool:
-        """Whether the right neighbour lets another frame come."""
-        return self.unacknowledged < WINDOW
+        """Whether another frame may be sent now."""
+        return (path := self._best_path(0)) is not None and path.has_room
+
+    @property
+    def unacknowledged(self) -> int:
+        """Frames that the right neighbour is not known to have taken."""
+        if self._right_done:  # it leaves in order, so it has all it needs
+            return 0
+        return len(self._again) + sum(len(path.sent) for path in self._outward if not path.lost)
 
     def send(self, header: Header, body: Any) -> None:
         """Hands a frame to ZeroMQ, given ``has_room``. A large ``body`` must not change until credited."""
-        self._to_right.send(pack(header), zmq.SNDMORE)
-        self._to_right.send(body, copy=False)
-        self.unacknowledged += 1
+        path = self._best_path(header.length)
+        assert path is not None
+        path.send(header, body, keep=len(self._outward) > 1)
 
     def wait(self, doing: str, *, left: bool, right: bool, seconds: float) -> tuple[Header, zmq.Frame] | None:
         """A data frame of the left neighbour; None when there is other news, or nothing within ``seconds``.
 
-        ``left``: this rank needs frames from the left, and the left socket is read only then, for what
+        ``left``: this rank needs frames from the left, and the left sockets are read only then, for what
         follows belongs to a later call. ``right``: it needs the right neighbour to go on taking. ``doing``
         names the call.
         """
         if right and self._right_done:
             self.fail(PeerLost, self.right, f"{self.name(self.right)} left the ring while {doing} went on")
-        right_broken = self._right_broken and not self._right_done
-        broken = right_broken or (left and self._left_broken)
+        right_broken = all(path.lost for path in self._outward) and not self._right_done
+        left_broken = all(path.broken or not path.peer for path in self._inward) and any(
+            path.peer for path in self._inward
+        )
+        broken = (right and right_broken) or (left and left_broken)
         poller = self._poller if left else self._right_poller
         ready = dict(poller.poll(0 if broken else int(seconds * 1000)))
-        if self._to_right in ready:
-            self._read_right(doing)
-        if self._from_left in ready:
-            return self._read_left(doing)
-        if self._right_monitor in ready:
-            recv_monitor_message(self._right_monitor)
-            self._right_broken = True
-        elif self._left_monitor in ready:
-            self._read_left_monitor()
-        elif broken and self._to_right not in ready:
+        for out in self._outward:
+            if out.sock in ready:
+                self._read_right(out, doing)
+        if left:
+            for come in self._inward:
+                if come.sock in ready:
+                    self._inward.reverse()  # takes turns
+                    return self._read_left(come, doing)
+        quiet = True
+        for out in self._outward:
+            if out.monitor in ready:
+                recv_monitor_message(out.monitor)
+                self._lose(out)
+                quiet = False
+        for come in self._inward:
+            if come.monitor in ready:
+                come.read_monitor()
+                quiet = False
+        if quiet and broken and not any(out.sock in ready for out in self._outward):
             # All that came before the break has been read: no goodbye explains it.
-            self._diagnose(self.right if right_broken else self.left, doing)
+            self._diagnose(self.right if right and right_broken else self.left, doing)
+        if quiet and self._again:
+            self._send_again()
+        elif not ready:
+            self._try_out_stalled()
         return None
 
     def credit(self) -> None:
         """Tells the left neighbour that all its frames so far have been taken."""
-        if self._taken:
-            header = Header(Kind.CREDIT, self.generation, self.rank, frames=self._taken)
-            self._from_left.send_multipart([self._left_id, pack(header)], zmq.NOBLOCK)
-            self._taken = 0
+        for path in self._inward:
+            if path.peer and not path.broken:
+                path.credit(self.generation, self.rank)
 
     def fail(self, kind: _Failure, culprit: int, text: str) -> NoReturn:
         """Ends the ring: tells both neighbours that ``culprit`` is to blame, and raises."""
@@ -202,93 +176,169 @@ class Links:
     def say_goodbye(self, cause: Cause, culprit: int, text: str) -> None:
         """Tells both neighbours that this rank leaves; one that is gone gets nothing. Never blocks."""
         header = Header(Kind.GOODBYE, self.generation, self.rank, cause=cause, culprit=culprit, text=text[:MAX_TEXT])
-        with contextlib.suppress(zmq.Again):  # not even connected yet
-            self._last_right = _tracked(self._to_right, [], header)
-        if self._left_id:
-            self._last_left = _tracked(self._from_left, [self._left_id], header)
+        for out in self._outward:
+            if not out.lost:
+                with contextlib.suppress(zmq.Again):  # not even connected yet
+                    self._last.append((out, _tracked(out.sock, [], header)))
+        for come in self._inward:
+            if come.peer:
+                self._last.append((come, _tracked(come.sock, [come.peer], header)))
+
+    def drain(self) -> None:
+        """Waits, for at most ``LINGER_SECONDS``, until the right neighbour has all: a path may break meanwhile."""
+        deadline = time.monotonic() + LINGER_SECONDS
+        while self.has_paths and self.unacknowledged and time.monotonic() < deadline:
+            self.wait("closing", left=False, right=False, seconds=0.05)
 
     def leave(self) -> None:
         """Sees the last frames off, for at most ``LINGER_SECONDS``; what still comes in is dropped.
 
-        After a failure the neighbours may still be sending. TCP answers a close before unread data with a reset, which
-        can overtake the goodbye, so this rank reads on until they fall silent.
+        The neighbours may still be sending. TCP answers a close before unread data with a reset, which can overtake
+        the goodbye, so this rank reads on until they have left too, or fall silent.
         """
         deadline = time.monotonic() + LINGER_SECONDS
         while time.monotonic() < deadline:
-            right_done = self._last_right.done or self._right_broken
-            is_sent = right_done and (self._last_left.done or self._left_broken)
-            if is_sent and self.failure is None:
+            is_sent = all(tracker.done or _is_gone(path) for path, tracker in self._last)
+            right_over = self._right_done or all(path.lost for path in self._outward)
+            if is_sent and right_over and (self._left_done or all(path.broken for path in self._inward)):
                 return
-            news = self._poller.poll(_QUIET_MS if is_sent else 2)
-            if is_sent and not news:
+            ready = dict(self._poller.poll(_QUIET_MS if is_sent else 2))
+            if is_sent and not ready:
                 return
-            for sock, _ in news:
-                if sock is self._left_monitor:
-                    self._read_left_monitor()
-                else:
-                    sock.recv_multipart(zmq.NOBLOCK, copy=False)
-                    self._right_broken = self._right_broken or sock is self._right_monitor
+            for out in self._outward:
+                if out.sock in ready:
+                    self._right_done = _says_goodbye(out.sock.recv_multipart(zmq.NOBLOCK)) or self._right_done
+                if out.monitor in ready:
+                    recv_monitor_message(out.monitor)
+                    out.lost = True
+            for come in self._inward:
+                if come.sock in ready:
+                    sender, *parts = come.sock.recv_multipart(zmq.NOBLOCK)
+                    self._left_done = self._left_done or (sender == come.peer and _says_goodbye(parts))
+                if come.monitor in ready:
+                    come.read_monitor()
+
+    def _best_path(self, size: int) -> Outward | None:
+        if len(self._outward) == 1:
+            return self._outward[0] if self._outward[0].usable else None
+        usable = [path for path in self._outward if path.usable]
+        return min(usable, key=lambda path: path.finish_time(size), default=None)
+
+    def _lose(self, path: Outward) -> None:
+        """Gives up a path; what it has not delivered goes another way, if there is one."""
+        if path.lost:
+            return
+        path.lost = True
+        if any(other.usable for other in self._outward):
+            self.lost_paths.append(path.endpoint)
+            self._again.extend((sent.header, sent.body) for sent in path.sent if sent.header is not None)
+            path.sent.clear()
+
+    def _send_again(self) -> None:
+        while self._again and self.has_room:
+            self.send(*self._again.popleft())
+
+    def _try_out_stalled(self) -> None:
+        """A path that carries nothing while another one does is lost, long before its heartbeats tell."""
+        now = time.monotonic()
+        for path in self._outward:
+            others = [other for other in self._outward if other is not path and other.usable]
+            if not others or not path.sent or path.lost or now - path.sent[0].at < _STALL_SECONDS:
+                continue
+            if path.probed and any(other.last_credit > path.sent[0].at + _STALL_SECONDS for other in others):
+                self._lose(path)
+            elif not path.probed and (free := [other for other in others if other.has_room]):
+                oldest = path.sent[0]
+                assert oldest.header is not None
+                free[0].send(oldest.header, oldest.body, keep=True)
+                path.probed = True
 
     def _join(self) -> None:
-        """Greets the right neighbour; waits for the left one's greeting and the right one's first credit."""
+        """Greets the right neighbour; waits for the left one's greeting and the right one's first credit.
+
+        One path each way is enough after a moment's grace: a second cable may be unplugged.
+        """
         deadline = time.monotonic() + self._settings.timeout
-        self._await_port(deadline)
-        self._to_right.connect(set_endpoint(self._to_right, self._addresses[self.right]))
-        self._to_right.send(pack(Header(Kind.HELLO, self.generation, self.rank, text=self._ring_id)))
-        self.unacknowledged = WINDOW  # until the neighbour's first credit, which so doubles as its welcome
-        while not self._left_id or self.unacknowledged:
+        grace = deadline
+        while not (self._is_joined(all) or (self._is_joined(any) and time.monotonic() > grace)):
+            state = self._connect()
             if time.monotonic() > deadline:
-                peer = self.left if not self._left_id else self.right
-                waited = f"within {self._settings.timeout:g} s"
-                text = f"{self.name(peer)} did not join the ring {waited}; does it still run?"
-                self.fail(PeerTimeout, peer, text)
-            self.wait("joining the ring", left=not self._left_id, right=True, seconds=0.1)
+                self._fail_to_join(state)
+            if self._is_joined(any):
+                grace = min(grace, time.monotonic() + _GRACE_SECONDS)
+            greeted = all(path.peer for path in self._inward)
+            # A neighbour that has joined over one path may already send, while another path is awaited.
+            frame = self.wait("joining the ring", left=not greeted, right=True, seconds=0.05)
+            self.held += [frame] if frame is not None else []
+        for path in self._outward:
+            if not path.welcome:
+                path.lost = True
+                self.lost_paths.append(path.endpoint)
 
-    def _await_port(self, deadline: float) -> None:
-        """Waits until the right neighbour's port answers. Plain TCP tells why it does not."""
-        peer = self._addresses[self.right]
-        while (state := knock(peer, _KNOCK_SECONDS)) != "alive":
-            if time.monotonic() > deadline:
-                reason = "nothing listens there" if state == "ended" else f"it is {state}"
-                waited = f"{self._settings.timeout:g} s: {reason}"
-                text = (
-                    f"rank {self.rank} can't reach {self.name(self.right)} within {waited}; "
-                    "is its address right on this network, and does its firewall let macft in?"
-                )
-                self.fail(PeerTimeout, self.right, text)
-            time.sleep(0.05)
+    def _is_joined(self, enough: Any) -> bool:
+        greeted = enough(bool(path.peer) for path in self._inward)
+        return bool(greeted and enough(path.welcome for path in self._outward))
 
-    def _read_right(self, doing: str) -> None:
-        parts = self._to_right.recv_multipart(zmq.NOBLOCK)
+    def _connect(self) -> str:
+        """Connects the paths whose port answers; plain TCP tells why one does not: returns the last one's state."""
+        state = "alive"
+        for path in self._outward:
+            if not path.connected and (state := knock(path.endpoint, _KNOCK_SECONDS)) == "alive":
+                path.sock.connect(set_endpoint(path.sock, path.endpoint))
+                path.sock.send(pack(Header(Kind.HELLO, self.generation, self.rank, text=self._ring_id)))
+                path.connected = True
+        return state
+
+    def _fail_to_join(self, state: str) -> NoReturn:
+        waited = f"within {self._settings.timeout:g} s"
+        if not any(path.connected for path in self._outward):
+            reason = "nothing listens there" if state == "ended" else f"it is {state}"
+            text = (
+                f"rank {self.rank} can't reach {self.name(self.right)} {waited}: {reason}; "
+                "is its address right on this network, and does its firewall let macft in?"
+            )
+            self.fail(PeerTimeout, self.right, text)
+        peer = self.left if not any(path.peer for path in self._inward) else self.right
+        self.fail(PeerTimeout, peer, f"{self.name(peer)} did not join the ring {waited}; does it still run?")
+
+    def _read_right(self, path: Outward, doing: str) -> None:
+        parts = path.sock.recv_multipart(zmq.NOBLOCK)
         header = self._unpack(parts[0], self.right)
         if header.kind == Kind.GOODBYE:
+            self._right_done = True
             if header.cause != Cause.DONE:
                 self._pass_on(header, doing)
-            self._right_done = True  # it has all it needs; whether we do shows in what we wait for
-        elif header.kind != Kind.CREDIT or header.frames > self.unacknowledged:
+            # Otherwise it has all it needs; whether we do shows in what we wait for.
+        elif header.kind == Kind.CREDIT and not path.welcome and header.frames == WINDOW:
+            path.welcome = True
+        elif header.kind != Kind.CREDIT or (header.frames > len(path.sent) and not path.lost):
             text = f"{self.name(self.right)} sent a {header.kind.name} frame of {header.frames} that is not due"
             self.fail(ProtocolError, self.right, text)
-        else:
-            self.unacknowledged -= header.frames
+        elif header.frames and not path.lost:
+            path.credited(header.frames)
 
-    def _read_left(self, doing: str) -> tuple[Header, zmq.Frame] | None:
-        parts = self._from_left.recv_multipart(zmq.NOBLOCK, copy=False)
-        if parts[0].bytes != self._left_id:
-            self._greet(parts)
+    def _read_left(self, path: Inward, doing: str) -> tuple[Header, zmq.Frame] | None:
+        parts = path.sock.recv_multipart(zmq.NOBLOCK, copy=False)
+        if parts[0].bytes != path.peer:
+            self._greet(path, parts)
             return None
         header = self._unpack(parts[1].buffer, self.left)
         if header.kind == Kind.GOODBYE:
-            self._pass_on(header, doing)
+            path.broken = True  # nothing follows
+            self._left_done = header.cause != Cause.DONE or all(come.broken or not come.peer for come in self._inward)
+            if self._left_done:
+                self._pass_on(header, doing)
+            return None  # what it sent over another path is still to come
         if len(parts) != 3 or header.sequence == 0 or len(parts[2]) != header.length:
             sizes = [len(part) for part in parts[2:]]
             text = f"{self.name(self.left)} sent a {header.kind.name} frame with bodies of {sizes} bytes"
             self.fail(ProtocolError, self.left, f"{text}, not one of {header.length}")
-        self._taken += 1
-        if self._taken >= WINDOW // 2:
-            self.credit()
+        path.taken += 1
+        if path.taken >= (WINDOW // 2 if len(self._inward) == 1 else 1):  # several paths are to be measured
+            path.credit(self.generation, self.rank)
         return header, parts[2]
 
-    def _greet(self, parts: list[zmq.Frame]) -> None:
+    def _greet(self, path: Inward, parts: list[zmq.Frame]) -> None:
         """Welcomes the left neighbour, tells another macft why it is not welcome, ignores other strangers."""
         try:
             header = unpack(parts[1].buffer, "a stranger")
@@ -297,26 +347,14 @@ class Links:
         if header.kind != Kind.HELLO:
             return
         found = (header.text, header.generation, header.sender)
-        if self._left_id or found != (self._ring_id, self.generation, self.left):
+        if path.peer or found != (self._ring_id, self.generation, self.left):
             expected = f"{self.name(self.rank)} expects rank {self.left} of its own run"
             text = f"{expected}, not another rank {header.sender}"
             refusal = Header(Kind.GOODBYE, self.generation, self.rank, cause=Cause.PROTOCOL, culprit=header.sender)
-            self._from_left.send_multipart([parts[0].bytes, pack(refusal._replace(text=text[:MAX_TEXT]))], zmq.NOBLOCK)
+            path.sock.send_multipart([parts[0].bytes, pack(refusal._replace(text=text[:MAX_TEXT]))], zmq.NOBLOCK)
             return
-        self._left_id, self._left_fd = parts[0].bytes, parts[1].get(zmq.SRCFD)
-        while self._left_monitor.poll(0):  # its own acceptance is among these; older events of the same number are not
-            self._read_left_monitor()
-        self._left_broken = self._left_fd not in self._accepted
-        self._taken = WINDOW
-        self.credit()
-
-    def _read_left_monitor(self) -> None:
-        event = recv_monitor_message(self._left_monitor)
-        if event["event"] == zmq.EVENT_ACCEPTED:
-            self._accepted.add(int(event["value"]))
-        else:
-            self._accepted.discard(int(event["value"]))
-            self._left_broken = self._left_broken or int(event["value"]) == self._left_fd
+        path.welcome(parts[0].bytes, parts[1].get(zmq.SRCFD))
+        path.credit(self.generation, self.rank)
 
     def _unpack(self, data: bytes | memoryview, peer: int) -> Header:
         try:
@@ -335,7 +373,8 @@ class Links:
 
     def _diagnose(self, peer: int, doing: str) -> NoReturn:
         """Tells a peer that ended from one that is stopped or out of reach: both end the connection."""
-        state = knock(self._addresses[peer], _KNOCK_SECONDS)
+        states = [knock(path, _KNOCK_SECONDS) for path in split_paths(self._addresses[peer])]
+        state = next((found for found in ("alive", "ended") if found in states), states[0])
         if state in ("silent", "unreachable"):
             text = (
                 f"{self.name(peer)} sent nothing for {self._settings.timeout:g} s while {doing} waited; "
@@ -344,6 +383,17 @@ class Links:
             self.fail(PeerTimeout, peer, text)
         how = "the connection to it broke" if state == "alive" else "its process ended"
         self.fail(PeerLost, peer, f"{self.name(peer)} is gone: {how} while {doing} waited")
+
+
+def _is_gone(path: Outward | Inward) -> bool:
+    return path.lost if isinstance(path, Outward) else path.broken
+
+
+def _says_goodbye(parts: list[bytes]) -> bool:
+    try:
+        return bool(parts) and unpack(parts[0], "a neighbour").kind == Kind.GOODBYE
+    except ProtocolError:
+        return False
 
 
 def _tracked(sock: zmq.Socket[Any], prefix: list[bytes], header: Header) -> zmq.MessageTracker:

@@ -6,28 +6,33 @@ This file runs the calls; what goes where is in :mod:`~macft.collective.transfer
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from macft.collective.link import COPY_BELOW, Links, Listener
+from macft.collective.link import Links
+from macft.collective.listener import COPY_BELOW, Listener
+from macft.collective.path import WINDOW
 from macft.collective.settings import CollectiveConfig
-from macft.collective.transfer import Reduction, Spread, Transfer, fuse, unfuse
+from macft.collective.transfer import Exchange, Reduction, Spread, Transfer, fuse, unfuse
 from macft.collective.wire import (
     CALL_NAMES,
     MAX_BLOB_BYTES,
     MAX_CALL_BYTES,
+    MAX_PATHS,
     Cause,
     Header,
     Kind,
-    split_address,
+    split_paths,
 )
 from macft.errors import CollectiveError, PeerLost, PeerTimeout, ProtocolError
 
+_EXCHANGE_BYTES = 256 * 1024
+"""All-reduces of up to this, over the number of ranks, are exchanged whole; see benchmarks/allreduce.py."""
 _LOOK_SECONDS = 0.5
 """Longest single wait; connection events and frames end it at once."""
 
@@ -37,7 +42,8 @@ class Ring:
 
     Args:
         rank: This process's place, ``0 <= rank < world_size``. world_size: 2 or more. addresses:
-        ``host:port`` of each rank's listener, by rank; the same list on all ranks. listener: This rank's
+        ``host:port`` of each rank's listener, by rank (``host:port+host:port`` where it has several cables); the same
+        list on all ranks. listener: This rank's
         listener, which the ring then owns. Without one it listens at ``addresses[rank]``. settings: Waits and
         piece size, the same on all ranks; those of ``listener`` if one is given. names: Of the ranks, for
         messages. ring_id: Known to the ranks of this run only; a connection that does not know it is not let
@@ -62,7 +68,7 @@ class Ring:
         if world_size < 2 or len(addresses) != world_size or not 0 <= rank < world_size:
             raise ValueError(f"a ring of {world_size} ranks with {len(addresses)} addresses has no rank {rank}")
         for address in addresses:
-            split_address(address)
+            split_paths(address)
         self._world_size, self._sequence, self._closed = world_size, 0, False
         self._listener = listener or Listener(addresses[rank], settings or CollectiveConfig())
         self._settings = self._listener.settings
@@ -71,6 +77,7 @@ class Ring:
         except BaseException:
             self._listener.close()
             raise
+        self._early: list[tuple[Header, Any]] = [*self._links.held]  # frames of calls to come
 
     @property
     def rank(self) -> int:
@@ -87,32 +94,36 @@ class Ring:
         """``host:port`` of this rank's listener."""
         return self._listener.address
 
-    def all_reduce(self, arrays: Sequence[NDArray[np.float32] | NDArray[np.float64]]) -> None:
+    @property
+    def lost_paths(self) -> list[str]:
+        """Cables to the right neighbour, as ``host:port``, that are out of use while another one carries on."""
+        return list(self._links.lost_paths)
+
+    def all_reduce(self, arrays: Sequence[Any]) -> None:
         """Sums each array over all ranks, in place; every rank ends with the same bits.
 
         Args:
-            arrays: C-contiguous, writable, float32 or float64 of native byte order, any shapes; the same ones
-            on all
-                ranks. They must not overlap.
+            arrays: NumPy or evaluated MLX arrays, C-contiguous and writable, of float16, bfloat16 (MLX only), float32
+            or float64, any shapes; the same ones on all ranks. They must not overlap. Large ones are sent from where
+            they lie and summed there.
 
         Raises:
             ValueError: an array of another kind; nothing has been sent then. PeerLost, PeerTimeout,
             ProtocolError: name the rank to blame. The arrays then hold no particular values.
         """
-        for number, array in enumerate(arrays):
-            if array.dtype.str not in ("<f4", "<f8") or not (array.flags.c_contiguous and array.flags.writeable):
-                raise ValueError(
-                    "all_reduce sums C-contiguous, writable float32 or float64 arrays; "
-                    f"array {number} is {array.dtype.str}, contiguous: {array.flags.c_contiguous}, "
-                    f"writable: {array.flags.writeable}"
-                )
-        if (total := sum(array.nbytes for array in arrays)) > MAX_CALL_BYTES:
-            raise ValueError(f"all_reduce of {total} bytes: {MAX_CALL_BYTES} are the most")
         buffers, copies = fuse(arrays)
-        transfer = Reduction(self._next_call(Kind.PIECE), buffers, self._world_size, self._settings.piece_bytes)
+        total = sum(buffer.flat.nbytes for buffer in buffers)
+        if total > MAX_CALL_BYTES:
+            raise ValueError(f"all_reduce of {total} bytes: {MAX_CALL_BYTES} are the most")
         # Infinity and NaN are the trainer's to judge, once it has the sums.
         with np.errstate(over="ignore", invalid="ignore"):
-            self._run(transfer)
+            if total <= min(_EXCHANGE_BYTES // self._world_size, self._settings.piece_bytes):
+                exchange = Exchange(self._next_call(Kind.EXCHANGE), buffers, self._world_size)
+                self._run(exchange)
+                exchange.finish()
+            else:
+                call = self._next_call(Kind.PIECE)
+                self._run(Reduction(call, buffers, self._world_size, self._settings.piece_bytes))
         unfuse(copies)
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:
@@ -136,7 +147,9 @@ class Ring:
             return
         self._closed = True
         if self._links.failure is None:
-            self._links.say_goodbye(Cause.DONE, self.rank, "")
+            with contextlib.suppress(CollectiveError):
+                self._links.drain()
+                self._links.say_goodbye(Cause.DONE, self.rank, "")
         self._links.leave()
         self._listener.close()
 
@@ -184,13 +197,16 @@ class Ring:
 
     def _exchange(self, transfer: Transfer) -> None:
         links, doing = self._links, transfer.call.call
+        early, self._early = self._early, []
+        for header, body in early:
+            self._take(transfer, header, body)
         sent_uncopied = took_large = False
         progress = time.monotonic()
         while True:
             while transfer.outgoing and links.has_room:
                 header, body = transfer.outgoing.popleft()
                 links.send(header, body)
-                sent_uncopied = sent_uncopied or header.length >= COPY_BELOW
+                sent_uncopied = sent_uncopied or _is_lent(header)
             if not transfer.missing and took_large:
                 links.credit()  # the left neighbour waits for it, see below
                 took_large = False
@@ -203,7 +219,7 @@ class Ring:
             before = links.unacknowledged
             frame = links.wait(doing, left=transfer.missing, right=needs_right, seconds=_LOOK_SECONDS)
             if frame is not None:
-                took_large = took_large or frame[0].length >= COPY_BELOW
+                took_large = took_large or _is_lent(frame[0])
                 self._take(transfer, *frame)
             now = time.monotonic()
             if frame is not None or links.unacknowledged != before:
@@ -213,8 +229,16 @@ class Ring:
 
     def _take(self, transfer: Transfer, header: Header, body: Any) -> None:
         call = transfer.call
+        if links_differ := header.sequence - call.sequence if self._links.has_paths else 0:
+            # Over several paths a frame may overtake others, or come a second time when its call is over.
+            if links_differ > 0 and len(self._early) < WINDOW * MAX_PATHS:
+                self._early.append((header, body))
+            if links_differ < 0 or self._early:
+                return
         same = (header.kind, header.sequence) == (call.kind, call.sequence)
-        if not same or (header.kind == Kind.PIECE and (header.total, header.layout) != (call.total, call.layout)):
+        if not same or (
+            header.kind in (Kind.PIECE, Kind.EXCHANGE) and (header.total, header.layout) != (call.total, call.layout)
+        ):
             theirs = f"{self._links.name(header.sender)} is at {header.call}, this rank at {call.call}"
             others = " of other shapes or types" if same and header.total == call.total else ""
             text = f"{theirs}{others}; do all ranks run the same macft, data and configuration?"
@@ -231,3 +255,8 @@ class Ring:
             f"for {seconds:.0f} s; it may still compute: collective.patience sets the limit"
         )
         self._links.fail(PeerTimeout, peer, text)
+
+
+def _is_lent(header: Header) -> bool:
+    """Whether ZeroMQ reads the body from the caller's arrays; blobs and exchanges are nobody's to change."""
+    return header.kind == Kind.PIECE and header.length >= COPY_BELOW

@@ -9,11 +9,13 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from macft.collective.dtypes import add, view
 from macft.collective.wire import MAX_BLOB_BYTES, Header
 from macft.errors import ProtocolError
 
@@ -38,8 +40,68 @@ class Transfer(Protocol):
         ...
 
     def take(self, header: Header, body: Any) -> None:
-        """Takes in a frame from the left; adds to ``outgoing`` what goes on. Raises ProtocolError."""
+        """Takes in a frame from the left; adds to ``outgoing`` what goes on.
+
+        Over several paths frames may come in any order, and twice; a second copy is ignored. Raises ProtocolError.
+        """
         ...
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory to sum in place: flat, with the wire's name of its type (see :mod:`~macft.collective.dtypes`)."""
+
+    flat: NDArray[Any]
+    dtype: str
+
+
+class Exchange:
+    """All-reduce of little: every rank's arrays go round whole, and each rank adds all up in the order of ranks.
+
+    N - 1 hops, where :class:`Reduction` has 2N - 2, for N / 2 times the bytes: the faster one while latency counts.
+    The arrays are copied before they are sent, so nothing is waited for at the end.
+    """
+
+    def __init__(self, call: Header, buffers: Sequence[Buffer], world_size: int):
+        self._buffers, self._ranks = buffers, world_size
+        own = b"".join([buffer.flat.data for buffer in buffers])
+        self.call = call._replace(total=len(own), layout=_layout(buffers), length=len(own))
+        self._parts: dict[int, Any] = {call.sender: own}
+        self.outgoing: deque[tuple[Header, Any]] = deque([(self.call._replace(hop=1), own)])
+
+    @property
+    def missing(self) -> bool:
+        return len(self._parts) < self._ranks
+
+    @property
+    def awaited(self) -> int:
+        ranks = self._ranks
+        return next((self.call.sender - hop) % ranks for hop in range(1, ranks + 1) if not self._has(hop))
+
+    def take(self, header: Header, body: Any) -> None:
+        if not 1 <= header.hop < self._ranks or header.length != self.call.total or header.piece:
+            raise ProtocolError(f"hop {header.hop} of {header.call} with {header.length} bytes is not due")
+        if self._has(header.hop):
+            return
+        self._parts[(self.call.sender - header.hop) % self._ranks] = body
+        if header.hop + 1 < self._ranks:
+            self.outgoing.append((self.call._replace(hop=header.hop + 1), body))
+
+    def finish(self) -> None:
+        """Puts the sums into the buffers."""
+        start = 0
+        for buffer in self._buffers:
+            kind, size = buffer.flat.dtype, buffer.flat.size
+            for rank in range(self._ranks):
+                part = np.frombuffer(self._parts[rank], kind, size, start)
+                if rank:
+                    add(buffer.flat, part, buffer.dtype)
+                else:
+                    buffer.flat[:] = part
+            start += buffer.flat.nbytes
+
+    def _has(self, hop: int) -> bool:
+        return (self.call.sender - hop) % self._ranks in self._parts
 
 
 class Reduction:
@@ -49,56 +111,55 @@ class Reduction:
     bits on all ranks. Pieces are passed on as soon as they are added, so that adding and sending overlap.
     """
 
-    def __init__(self, call: Header, buffers: Sequence[NDArray[Any]], world_size: int, piece_bytes: int):
-        self.call = call._replace(total=sum(flat.nbytes for flat in buffers), layout=_layout(buffers))
+    def __init__(self, call: Header, buffers: Sequence[Buffer], world_size: int, piece_bytes: int):
+        self.call = call._replace(total=sum(buffer.flat.nbytes for buffer in buffers), layout=_layout(buffers))
         self._ranks = world_size
         self._chunks = [list(_pieces(buffers, chunk, world_size, piece_bytes)) for chunk in range(world_size)]
         self._hops = 2 * world_size - 2
-        self._taken = [0] * (self._hops + 1)
-        self._missing = sum(len(self._chunk(hop)) for hop in range(1, self._hops + 1))
+        self._due = {(hop, number) for hop in range(1, self._hops + 1) for number in range(len(self._chunk(hop)))}
         self.outgoing = deque(
-            (self._header(1, number, piece), piece.data) for number, piece in enumerate(self._chunks[call.sender])
+            (self._header(1, number, piece), piece.flat.data) for number, piece in enumerate(self._chunks[call.sender])
         )
 
     @property
     def missing(self) -> bool:
-        return self._missing > 0
+        return bool(self._due)
 
     @property
     def awaited(self) -> int:
-        for hop in range(1, self._ranks):
-            if self._taken[hop] < len(self._chunk(hop)):
-                return (self.call.sender - hop) % self._ranks
-        return (self.call.sender - 1) % self._ranks  # all have joined in; only the left neighbour can be told
+        hop = min(self._due)[0] if self._due else 1
+        # Once all have joined in, only the left neighbour can be told.
+        return (self.call.sender - (hop if hop < self._ranks else 1)) % self._ranks
 
     def take(self, header: Header, body: Any) -> None:
         hop, number = header.hop, header.piece
-        if not 1 <= hop <= self._hops or number != self._taken[hop] or number >= len(self._chunk(hop)):
+        if not 1 <= hop <= self._hops or number >= len(self._chunk(hop)):
             raise ProtocolError(f"part {number} of hop {hop} of {header.call} is not due")
         local = self._chunk(hop)[number]
-        if header.dtype != local.dtype.str or header.length != local.nbytes:
-            found = f"{header.length} bytes of {header.dtype}, not {local.nbytes} of {local.dtype.str}"
+        if header.dtype != local.dtype or header.length != local.flat.nbytes:
+            found = f"{header.length} bytes of {header.dtype}, not {local.flat.nbytes} of {local.dtype}"
             raise ProtocolError(f"part {number} of hop {hop} of {header.call} has {found}")
-        incoming = np.frombuffer(body, local.dtype)
-        self._taken[hop] += 1
-        self._missing -= 1
+        if (hop, number) not in self._due:
+            return
+        self._due.remove((hop, number))
+        incoming = np.frombuffer(body, local.flat.dtype)
         onward: Any = body  # a total is passed on as it came, from ZeroMQ's own memory
         if hop < self._ranks:
             # `local` may still be in ZeroMQ's hands, sent without a copy, only where it is overwritten by a
             # total; but that total has in it what the neighbour received from here, so the bytes have long
-            # left.
-            np.add(local, incoming, out=local)
-            onward = local.data
+            # left, and a second copy of them over another path will be ignored.
+            add(local.flat, incoming, local.dtype)
+            onward = local.flat.data
         else:
-            np.copyto(local, incoming)
+            np.copyto(local.flat, incoming)
         if hop < self._hops:
             self.outgoing.append((self._header(hop + 1, number, local), onward))
 
-    def _chunk(self, hop: int) -> list[NDArray[Any]]:
+    def _chunk(self, hop: int) -> list[Buffer]:
         return self._chunks[(self.call.sender - hop) % self._ranks]
 
-    def _header(self, hop: int, number: int, piece: NDArray[Any]) -> Header:
-        return self.call._replace(hop=hop, piece=number, dtype=piece.dtype.str, length=piece.nbytes)
+    def _header(self, hop: int, number: int, piece: Buffer) -> Header:
+        return self.call._replace(hop=hop, piece=number, dtype=piece.dtype, length=piece.flat.nbytes)
 
 
 class Spread:
@@ -107,17 +168,17 @@ class Spread:
     def __init__(self, call: Header, payload: bytes, world_size: int, origins: Sequence[int], piece_bytes: int):
         self.call = call
         self.blobs: dict[int, bytes] = {}
-        self._ranks = world_size
-        self._parts: dict[int, list[Any]] = {}  # by hop
-        self._sizes: dict[int, tuple[int, int]] = {}  # by hop: bytes so far, bytes in all
+        self._ranks, self._piece_bytes = world_size, piece_bytes
+        self._parts: dict[int, dict[int, Any]] = {}  # by hop and number
+        self._totals: dict[int, int] = {}  # by hop
         self._due = {hop for hop in range(1, world_size) if (call.sender - hop) % world_size in origins}
+        self._awaited = set(self._due)
         self.outgoing: deque[tuple[Header, Any]] = deque()
         if call.sender in origins:
             self.blobs[call.sender] = payload
             view = memoryview(payload)
-            # An empty blob takes a frame too: its arrival is the news.
-            for number, start in enumerate(range(0, max(1, len(payload)), piece_bytes)):
-                body = view[start : start + piece_bytes]
+            for number in range(self._count(len(payload))):
+                body = view[number * piece_bytes : (number + 1) * piece_bytes]
                 header = call._replace(total=len(payload), hop=1, piece=number, length=len(body))
                 self.outgoing.append((header, body))
 
@@ -130,56 +191,76 @@ class Spread:
         return (self.call.sender - min(self._due, default=1)) % self._ranks
 
     def take(self, header: Header, body: Any) -> None:
-        hop = header.hop
-        parts = self._parts.setdefault(hop, [])
-        size, total = self._sizes.get(hop, (0, header.total))
-        size += header.length
-        fits = header.total == total <= MAX_BLOB_BYTES and size <= total and (header.length > 0 or total == 0)
-        if hop not in self._due or header.piece != len(parts) or not fits:
-            raise ProtocolError(f"part {header.piece} of hop {hop} of {header.call} is not due or of a wrong size")
-        parts.append(body)
-        self._sizes[hop] = (size, total)
+        hop, number, total = header.hop, header.piece, header.total
+        length = min(self._piece_bytes, total - number * self._piece_bytes)
+        known = self._totals.setdefault(hop, total) == total <= MAX_BLOB_BYTES
+        if hop not in self._awaited or not known or number >= self._count(total) or header.length != length:
+            raise ProtocolError(f"part {number} of hop {hop} of {header.call} is not due or of a wrong size")
+        parts = self._parts.setdefault(hop, {})
+        if hop not in self._due or number in parts:
+            return
+        parts[number] = body
         if hop + 1 < self._ranks:
             self.outgoing.append((header._replace(sender=self.call.sender, hop=hop + 1), body))
-        if size == total:
+        if len(parts) == self._count(total):
             self._due.remove(hop)
-            self.blobs[(self.call.sender - hop) % self._ranks] = b"".join(self._parts.pop(hop))
+            self.blobs[(self.call.sender - hop) % self._ranks] = b"".join(parts[i] for i in range(len(parts)))
+            parts.clear()
+
+    def _count(self, total: int) -> int:
+        return max(1, -(-total // self._piece_bytes))  # an empty blob takes a frame too: its arrival is the news
 
 
 def fuse(
-    arrays: Sequence[NDArray[Any]],
-) -> tuple[list[NDArray[Any]], list[tuple[NDArray[Any], list[NDArray[Any]]]]]:
-    """Flat buffers to sum in place of ``arrays``; those that hold copies, each with the arrays copied."""
-    flats = [array.reshape(-1) for array in arrays if array.size]
-    buffers = [flat for flat in flats if flat.nbytes >= FUSE_BELOW]
+    arrays: Sequence[Any],
+) -> tuple[list[Buffer], list[tuple[Buffer, list[NDArray[Any]]]]]:
+    """Buffers to sum in place of ``arrays`` (NumPy or MLX); those that hold copies, each with the memory copied.
+
+    Raises:
+        ValueError: an array that can't be summed; names its place.
+    """
+    buffers: list[Buffer] = []
+    small: dict[str, list[NDArray[Any]]] = {}
+    for number, array in enumerate(arrays):
+        try:
+            flat, dtype = view(array)
+        except (ValueError, TypeError) as error:
+            kinds = "float32, float64, float16 or bfloat16"
+            raise ValueError(
+                f"all_reduce sums C-contiguous, writable {kinds} arrays; array {number} is {error}"
+            ) from None
+        if flat.nbytes >= FUSE_BELOW:
+            buffers.append(Buffer(flat, dtype))
+        elif flat.size:
+            small.setdefault(dtype, []).append(flat)
     copies = []
-    for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
-        small = [flat for flat in flats if flat.nbytes < FUSE_BELOW and flat.dtype == dtype]
-        if len(small) == 1:
-            buffers.append(small[0])
-        elif small:
-            buffers.append(np.concatenate(small))
-            copies.append((buffers[-1], small))
+    for dtype in sorted(small):
+        flats = small[dtype]
+        fused = Buffer(flats[0] if len(flats) == 1 else np.concatenate(flats), dtype)
+        buffers.append(fused)
+        if len(flats) > 1:
+            copies.append((fused, flats))
     return buffers, copies
 
 
-def unfuse(copies: Sequence[tuple[NDArray[Any], list[NDArray[Any]]]]) -> None:
+def unfuse(copies: Sequence[tuple[Buffer, list[NDArray[Any]]]]) -> None:
     """Copies the sums back into the arrays they belong to."""
     for fused, arrays in copies:
         start = 0
         for flat in arrays:
-            flat[:] = fused[start : start + flat.size]
+            flat[:] = fused.flat[start : start + flat.size]
             start += flat.size
 
 
-def _pieces(buffers: Sequence[NDArray[Any]], chunk: int, chunks: int, piece_bytes: int) -> Iterator[NDArray[Any]]:
-    for flat in buffers:
+def _pieces(buffers: Sequence[Buffer], chunk: int, chunks: int, piece_bytes: int) -> Iterator[Buffer]:
+    for buffer in buffers:
+        flat = buffer.flat
         begin, end = flat.size * chunk // chunks, flat.size * (chunk + 1) // chunks
         step = piece_bytes // flat.itemsize
         for start in range(begin, end, step):
-            yield flat[start : min(start + step, end)]
+            yield Buffer(flat[start : min(start + step, end)], buffer.dtype)
 
 
-def _layout(buffers: Sequence[NDArray[Any]]) -> int:
+def _layout(buffers: Sequence[Buffer]) -> int:
     """Tells apart calls of equal size whose arrays differ; they would be summed wrongly without a word."""
-    return zlib.crc32(",".join(f"{flat.dtype.str}{flat.size}" for flat in buffers).encode())
+    return zlib.crc32(",".join(f"{buffer.dtype}{buffer.flat.size}" for buffer in buffers).encode())

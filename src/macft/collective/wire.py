@@ -8,20 +8,24 @@ computes.
 from __future__ import annotations
 
 import enum
+import operator
 import socket
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgpack
 import zmq
 
+from macft.collective.dtypes import WIRE_TYPES
 from macft.errors import CollectiveError, ProtocolError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_HEADER_BYTES = 1024
 MAX_CALL_BYTES = 1 << 40
 """Most bytes one all-reduce may sum."""
 MAX_BLOB_BYTES = 1 << 36
 """Most bytes one rank may broadcast or gather: 64 GiB, the state of a model that is tuned as a whole."""
+MAX_PATHS = 8
+"""Most cables between two neighbours."""
 MAX_TEXT = 400
 LINGER_SECONDS = 1.0
 """How long closing may wait for the last frames to leave."""
@@ -37,6 +41,7 @@ class Kind(enum.IntEnum):
     BROADCAST = 5
     GATHER = 6
     BARRIER = 7
+    EXCHANGE = 8  # all arrays of a small all-reduce
 
 
 class Cause(enum.IntEnum):
@@ -53,6 +58,7 @@ CALL_NAMES = {
     Kind.BROADCAST: "broadcast",
     Kind.GATHER: "all-gather",
     Kind.BARRIER: "barrier",
+    Kind.EXCHANGE: "all-reduce",
 }
 
 
@@ -84,7 +90,7 @@ class Header(NamedTuple):
     @property
     def call(self) -> str:
         """The collective call this frame belongs to, in words: ``all-reduce 5 of 1024 bytes``."""
-        size = f" of {self.total} bytes" if self.kind == Kind.PIECE else ""
+        size = f" of {self.total} bytes" if self.kind in (Kind.PIECE, Kind.EXCHANGE) else ""
         return f"{CALL_NAMES[self.kind]} {self.sequence}{size}"
 
 
@@ -100,22 +106,33 @@ _HIGHEST = {
     "generation": _U32,
     "sender": 65_535,
     "sequence": (1 << 63) - 1,
-    "total": MAX_CALL_BYTES,
     "layout": _U32,
     "hop": 131_072,
     "piece": _U32,
     "length": 1 << 30,
     "frames": 65_535,
-    "cause": max(Cause),
+    "cause": int(max(Cause)),
     "culprit": 65_535,
 }
-_DTYPES = {Kind.PIECE: ("<f4", "<f8")}
+
+
+def _limits(kind: Kind) -> tuple[tuple[str, int | tuple[str, ...]], ...]:
+    """What each field after the kind may be at most, or one of; a text field has its length limited."""
+    special: dict[str, int | tuple[str, ...]] = {
+        "total": MAX_CALL_BYTES if kind in (Kind.PIECE, Kind.EXCHANGE) else MAX_BLOB_BYTES,
+        "dtype": WIRE_TYPES if kind == Kind.PIECE else ("",),
+        "text": MAX_TEXT,
+    }
+    return tuple((name, special.get(name, _HIGHEST.get(name, 0))) for name in ("generation", "sender", *_FIELDS[kind]))
+
+
+_FRAMES = {int(kind): (kind, _limits(kind)) for kind in Kind}
+_GETTERS = {kind: operator.attrgetter("kind", "generation", "sender", *_FIELDS[kind]) for kind in Kind}
 
 
 def pack(header: Header) -> bytes:
     """The bytes of a header."""
-    fields = [getattr(header, name) for name in _FIELDS[header.kind]]
-    packed: bytes = msgpack.packb([PROTOCOL_VERSION, header.kind, header.generation, header.sender, *fields])
+    packed: bytes = msgpack.packb((PROTOCOL_VERSION, *_GETTERS[header.kind](header)))
     return packed
 
 
@@ -138,28 +155,23 @@ def unpack(data: bytes | memoryview, peer: str) -> Header:
             f"{peer} speaks protocol version {str(values[0])[:20]}, this rank {PROTOCOL_VERSION}; "
             "install the same macft on all nodes"
         )
-    try:
-        kind = Kind(values[1] if type(values[1]) is int else 0)
-    except ValueError:
-        raise ProtocolError(f"{peer} sent a frame of unknown kind {str(values[1])[:20]}") from None
-    names = ("generation", "sender", *_FIELDS[kind])
-    if len(values) != 2 + len(names):
-        raise ProtocolError(f"{peer} sent a {kind.name} header of {len(values)} fields, not {2 + len(names)}")
-    fields = dict(zip(names, values[2:], strict=True))
-    for name, value in fields.items():
-        if not _is_valid(kind, name, value):
+    if type(values[1]) is not int or values[1] not in _FRAMES:
+        raise ProtocolError(f"{peer} sent a frame of unknown kind {str(values[1])[:20]}")
+    kind, limits = _FRAMES[values[1]]
+    if len(values) != 2 + len(limits):
+        raise ProtocolError(f"{peer} sent a {kind.name} header of {len(values)} fields, not {2 + len(limits)}")
+    for (name, limit), value in zip(limits, values[2:], strict=True):
+        if type(value) is int and type(limit) is int and name != "text":  # a bool is no number here
+            valid = 0 <= value <= limit
+        elif type(limit) is tuple:
+            valid = type(value) is str and value in limit
+        else:
+            valid = name == "text" and type(value) is str and len(value) <= MAX_TEXT
+        if not valid:
             raise ProtocolError(f"{peer} sent a {kind.name} header whose {name} is {str(value)[:40]!r}")
-    return Header(kind, **fields)
-
-
-def _is_valid(kind: Kind, name: str, value: Any) -> bool:
-    if name == "dtype":
-        return isinstance(value, str) and value in _DTYPES.get(kind, ("",))
-    if name == "text":
-        return isinstance(value, str) and len(value) <= MAX_TEXT
-    if type(value) is not int or not 0 <= value <= _HIGHEST[name]:  # a bool is no number here
-        return False
-    return name != "total" or kind == Kind.PIECE or value <= MAX_BLOB_BYTES
+    if kind in CALL_NAMES:  # in the order of Header's own fields: the quick way for data
+        return Header(kind, *values[2:])
+    return Header(kind, values[2], values[3], **dict(zip(_FIELDS[kind], values[4:], strict=True)))
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -168,6 +180,16 @@ def split_address(address: str) -> tuple[str, int]:
     if not colon or not host or not port.isdecimal() or int(port) > 65_535:
         raise ValueError(f"'{address}' is not host:port")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def split_paths(address: str) -> list[str]:
+    """``"host:port+host:port"``, one for each cable, to its parts; ValueError if one is malformed."""
+    paths = address.split("+")
+    if len(paths) > MAX_PATHS:
+        raise ValueError(f"'{address[:80]}' has {len(paths)} paths; {MAX_PATHS} are the most")
+    for path in paths:
+        split_address(path)
+    return paths
 
 
 def set_endpoint(sock: zmq.Socket[bytes], address: str) -> str:

@@ -1,0 +1,82 @@
+"""This rank's ports for its left neighbour, and the ZeroMQ options that all sockets of a ring share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import zmq
+
+from macft.collective.settings import CollectiveConfig
+from macft.collective.wire import MAX_HEADER_BYTES, bind
+
+COPY_BELOW = 65_536
+"""Smaller bodies are copied when sent; larger ones are read from the caller's memory until credited."""
+
+
+class Listener:
+    """One bound ROUTER for each path (cable) of the left neighbour. Made first, so that ``address`` can be told.
+
+    Args:
+        address: ``host:port`` (port 0 for a free one); several paths as ``host:port+host:port``.
+        settings: Waits and piece size of the ring to come.
+
+    Raises:
+        CollectiveError: an address can't be listened on.
+    """
+
+    def __init__(self, address: str, settings: CollectiveConfig):
+        self.settings = settings
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.sockets: list[zmq.Socket[Any]] = []
+        self.routers: list[tuple[zmq.Socket[Any], zmq.Socket[Any]]] = []
+        """Each path's ROUTER and its monitor."""
+        bound = []
+        try:
+            for path in address.split("+"):
+                router = self.open(zmq.ROUTER)
+                monitor = self.watch(router, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+                bound.append(bind(router, path))
+                self.routers.append((router, monitor))
+        except BaseException:
+            self.close()
+            raise
+        self.address = "+".join(bound)
+
+    def open(self, kind: int) -> zmq.Socket[Any]:
+        """A socket with the ring's options; ZeroMQ reads most of them once, so before any bind or connect."""
+        sock: zmq.Socket[Any] = self.context.socket(kind)
+        self.sockets.append(sock)
+        # `Links.leave` sees the last frames off. A socket that lingers by itself takes in nothing meanwhile,
+        # and when the peer then hangs up, the next heartbeat aborts the process (libzmq 4.3.5, `Assertion
+        # failed: !_io_error`; akin to libzmq issues 3937 and 4767).
+        sock.linger = 0
+        # Credits keep a member within its window; a limit here would stop the heartbeats of a link that
+        # reaches it.
+        sock.rcvhwm, sock.sndhwm = 0, 0
+        sock.maxmsgsize = max(self.settings.piece_bytes, MAX_HEADER_BYTES)
+        sock.heartbeat_ivl = int(self.settings.heartbeat * 1000)
+        sock.heartbeat_timeout = int(self.settings.timeout * 1000)
+        # After eleven days, so never: a new connection must not be spliced into a call. Not -1 either, which
+        # throws away frames that came before the break, a goodbye for instance.
+        sock.reconnect_ivl = 10**9
+        sock.copy_threshold = COPY_BELOW
+        return sock
+
+    def watch(self, sock: zmq.Socket[Any], events: int) -> zmq.Socket[Any]:
+        """A socket that receives ``sock``'s connection events."""
+        address = f"inproc://monitor-{len(self.sockets)}"
+        sock.monitor(address, events)
+        monitor: zmq.Socket[Any] = self.context.socket(zmq.PAIR)
+        monitor.linger, monitor.rcvhwm = 0, 0  # never full: that would hold up ZeroMQ's I/O thread
+        monitor.connect(address)
+        self.sockets.append(monitor)
+        return monitor
+
+    def close(self) -> None:
+        """Closes all sockets at once. Safe to call twice."""
+        for sock in self.sockets:
+            if not sock.closed and sock.type != zmq.PAIR:
+                sock.disable_monitor()
+        for sock in self.sockets:
+            sock.close()
+        self.context.term()

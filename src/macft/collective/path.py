@@ -1,0 +1,125 @@
+"""One cable between two neighbours: the sending end, the receiving end, and how fast it is."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any, NamedTuple
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from macft.collective.listener import COPY_BELOW, Listener
+from macft.collective.wire import Header, Kind, pack
+
+WINDOW = 32
+"""Frames a rank may have sent over a path that its neighbour has not taken."""
+_GUESSED_RATE = 1e9
+_MEASURED_BYTES, _MEASURED_SECONDS = 256 * 1024, 0.02
+_NEWEST = 0.3
+"""Weight of the newest measurement of a path's speed."""
+
+
+class Sent(NamedTuple):
+    """A frame that has not been credited; header and body are kept only where they may have to go again."""
+
+    header: Header | None
+    body: Any
+    size: int
+    at: float
+
+
+class Outward:
+    """The sending end: a DEALER connected to the right neighbour's port."""
+
+    def __init__(self, listener: Listener, endpoint: str):
+        self.endpoint = endpoint
+        self.sock = listener.open(zmq.DEALER)
+        self.monitor = listener.watch(self.sock, zmq.EVENT_DISCONNECTED)
+        self.sent: deque[Sent] = deque()
+        self.waiting_bytes = 0
+        self.rate = _GUESSED_RATE
+        """Bytes a second, measured from credits."""
+        self.connected = self.welcome = self.lost = self.probed = False
+        self.last_credit = self._busy_since = 0.0
+        self._across = 0
+
+    @property
+    def usable(self) -> bool:
+        """Whether frames may go this way."""
+        return self.welcome and not self.lost
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the neighbour lets another frame come."""
+        return len(self.sent) < WINDOW
+
+    def finish_time(self, size: int) -> float:
+        """Seconds until ``size`` more bytes would be across."""
+        # What is not used is not measured: the longer ago, the better the guess, until it gets another try.
+        idle = 0.0 if self.sent else time.monotonic() - self.last_credit
+        return (self.waiting_bytes + size) / (self.rate * (1.0 + idle))
+
+    def send(self, header: Header, body: Any, *, keep: bool) -> None:
+        """Hands a frame to ZeroMQ. A large ``body`` must not change until credited; ``keep`` it to send it again."""
+        if keep and header.length < COPY_BELOW:
+            body = bytes(body)
+        now = time.monotonic()
+        if not self.sent:
+            self._busy_since, self._across = now, 0
+        self.sock.send(pack(header), zmq.SNDMORE)
+        self.sock.send(body, copy=False)
+        self.sent.append(Sent(header if keep else None, body if keep else None, header.length, now))
+        self.waiting_bytes += header.length
+
+    def credited(self, frames: int) -> None:
+        """The neighbour has taken the ``frames`` oldest frames."""
+        self.last_credit, self.probed = time.monotonic(), False
+        for _ in range(frames):
+            size = self.sent.popleft().size
+            self.waiting_bytes -= size
+            self._across += size
+        # Credits come in bursts, so the speed shows only over many frames.
+        busy = self.last_credit - self._busy_since
+        if self._across >= _MEASURED_BYTES and (busy > _MEASURED_SECONDS or not self.sent):
+            rate = self._across / max(busy, 1e-6)
+            self.rate = rate if self.rate == _GUESSED_RATE else self.rate + _NEWEST * (rate - self.rate)
+            self._busy_since, self._across = self.last_credit, 0
+
+
+class Inward:
+    """The receiving end: a bound ROUTER that lets the left neighbour in, and no other."""
+
+    def __init__(self, router: zmq.Socket[Any], monitor: zmq.Socket[Any]):
+        self.sock, self.monitor = router, monitor
+        self.peer = b""
+        """ZeroMQ's name of the left neighbour, once it has greeted."""
+        self.broken = False
+        self.taken = 0
+        self._descriptor = -1
+        self._accepted: set[int] = set()
+
+    def welcome(self, peer: bytes, descriptor: int) -> None:
+        """Lets the left neighbour in, whose greeting came over connection number ``descriptor``."""
+        self.peer, self._descriptor = peer, descriptor
+        while self.monitor.poll(0):  # its own acceptance is among these; older events of the same number are not
+            self.read_monitor()
+        self.broken = descriptor not in self._accepted
+        self.taken = WINDOW
+
+    def read_monitor(self) -> None:
+        """Takes note of a connection that came or went."""
+        event = recv_monitor_message(self.monitor)
+        number = int(event["value"])
+        if event["event"] == zmq.EVENT_ACCEPTED:
+            self._accepted.add(number)
+        else:
+            self._accepted.discard(number)
+            self.broken = self.broken or number == self._descriptor
+
+    def credit(self, generation: int, rank: int) -> None:
+        """Tells the left neighbour that all its frames so far have been taken."""
+        if self.taken:
+            header = Header(Kind.CREDIT, generation, rank, frames=self.taken)
+            self.sock.send_multipart([self.peer, pack(header)], zmq.NOBLOCK)
+            self.taken = 0

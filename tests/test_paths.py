@@ -1,0 +1,175 @@
+"""Several cables between two neighbours: frames share them by speed, and the loss of one costs nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from macft.collective.listener import Listener
+from macft.collective.ring import Ring
+from macft.collective.settings import CollectiveConfig
+from macft.collective.wire import split_paths
+
+PIECE = 64 * 1024
+
+
+class Cable:
+    """A TCP forwarder in front of a port: counts what it carries, can be slow, silent or cut."""
+
+    def __init__(self, target: str):
+        self._target = target.rpartition(":")
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
+        self.carried = 0
+        self.bytes_per_second = float("inf")
+        self.silent = threading.Event()
+        self._ends: list[socket.socket] = []
+        self._is_cut = False
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def cut(self) -> None:
+        """Both ends see the connection break."""
+        self._is_cut = True
+        with contextlib.suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.cut()
+        for thread in self._threads:
+            thread.join()
+        for end in self._ends:
+            end.close()
+
+    def _accept(self) -> None:
+        while not self._is_cut:
+            try:
+                near, _ = self._server.accept()
+                far = socket.create_connection((self._target[0], int(self._target[2])))
+            except OSError:
+                return
+            self._ends += [near, far]
+            thread = threading.Thread(target=self._carry, args=(near, far), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _carry(self, near: socket.socket, far: socket.socket) -> None:
+        other = {near: far, far: near}
+        while not self._is_cut:
+            for end in select.select([near, far], [], [], 0.05)[0]:
+                if self.silent.is_set():
+                    time.sleep(0.01)  # a cable that swallows everything, and nobody is told
+                    continue
+                try:
+                    data = end.recv(65_536)
+                    other[end].sendall(data)
+                except OSError:
+                    data = b""
+                if not data:
+                    for each in (near, far):
+                        with contextlib.suppress(OSError):
+                            each.shutdown(socket.SHUT_RDWR)
+                    return
+                self.carried += len(data)
+                time.sleep(len(data) / self.bytes_per_second)
+
+
+@contextlib.contextmanager
+def two_cables(world_size: int) -> Iterator[tuple[list[Listener], list[str], list[list[Cable]]]]:
+    """Listeners with two paths each, addresses that lead over cables, and the cables by rank they lead to."""
+    settings = CollectiveConfig(piece_bytes=PIECE, timeout=20.0)
+    listeners = [Listener("127.0.0.1:0+127.0.0.1:0", settings) for _ in range(world_size)]
+    cables = [[Cable(path) for path in split_paths(listener.address)] for listener in listeners]
+    try:
+        yield listeners, ["+".join(cable.address for cable in pair) for pair in cables], cables
+    finally:
+        for pair in cables:
+            for cable in pair:
+                cable.close()
+
+
+def in_ring(listeners: list[Listener], addresses: list[str], work: Callable[[Ring], Any]) -> list[Any]:
+    def run(rank: int) -> Any:
+        with Ring(rank, len(addresses), addresses, listeners[rank], ring_id="test") as ring:
+            return work(ring)
+
+    with ThreadPoolExecutor(len(addresses)) as pool:
+        return list(pool.map(run, range(len(addresses))))
+
+
+def reduce_many(calls: int, each: Callable[[int, int], None] | None = None) -> Callable[[Ring], int]:
+    """Counts wrong sums over ``calls`` all-reduces, large and small by turns, with blobs in between."""
+
+    def work(ring: Ring) -> int:
+        wrong = 0
+        expected = sum(range(ring.world_size))
+        for turn in range(calls):
+            if each is not None:
+                each(ring.rank, turn)
+            for size in (400_000, 5):
+                array = np.full(size, turn + ring.rank, np.float32)
+                ring.all_reduce([array])
+                wrong += int((array != ring.world_size * turn + expected).any())
+            blobs = ring.all_gather(bytes([ring.rank, turn % 256]) * 60_000)
+            wrong += blobs != [bytes([rank, turn % 256]) * 60_000 for rank in range(ring.world_size)]
+        return wrong
+
+    return work
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_both_cables_carry_and_sums_are_right(world_size: int) -> None:
+    with two_cables(world_size) as (listeners, addresses, cables):
+        assert in_ring(listeners, addresses, reduce_many(12)) == [0] * world_size
+        assert all(cable.carried > 200_000 for pair in cables for cable in pair)
+
+
+def test_the_faster_cable_carries_more() -> None:
+    with two_cables(2) as (listeners, addresses, cables):
+        for pair in cables:
+            pair[0].bytes_per_second, pair[1].bytes_per_second = 40e6, 5e6
+        assert in_ring(listeners, addresses, reduce_many(24)) == [0, 0]
+        for pair in cables:
+            assert pair[0].carried > 2 * pair[1].carried
+
+
+@pytest.mark.parametrize("how", ["cut", "silent"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_lost_cable_costs_no_row_and_no_run(how: str, world_size: int) -> None:
+    with two_cables(world_size) as (listeners, addresses, cables):
+
+        def disturb(rank: int, turn: int) -> None:
+            if rank == 0 and turn == 4:
+                cable = cables[1][1]
+                action = cable.cut if how == "cut" else cable.silent.set
+                threading.Timer(0.002, action).start()  # in the middle of a call
+
+        lost: dict[int, list[str]] = {}
+
+        def work(ring: Ring) -> int:
+            wrong = reduce_many(12, disturb)(ring)
+            lost[ring.rank] = ring.lost_paths
+            return wrong
+
+        assert in_ring(listeners, addresses, work) == [0] * world_size
+        assert lost[0] == [cables[1][1].address]
+
+
+def test_a_cable_that_is_unplugged_from_the_start_is_left_out() -> None:
+    with two_cables(2) as (listeners, addresses, cables):
+        cables[0][1].cut()
+        assert in_ring(listeners, addresses, reduce_many(3)) == [0, 0]
+        assert cables[0][0].carried > 1_000_000
