@@ -88,6 +88,12 @@ several = [np.full((3, 2), group.rank + 1, "f4"), np.full(5, 1, "f8"), np.full(7
 group.all_reduce(several)
 n = group.world_size
 assert [float(a.sum()) for a in several] == [3 * n * (n + 1), 5 * n, 140_000 * n, 0]
+import mlx.core as mx
+for dtype in (mx.float16, mx.bfloat16, mx.float32):
+    array = mx.full((3, 5), group.rank + 0.5, dtype)
+    mx.eval(array)
+    group.all_reduce([array])
+    assert array.tolist() == [[n * n / 2] * 5] * 3
 bad = np.array([np.inf if group.rank else -np.inf, 3e38], np.float32)
 group.all_reduce([bad])
 assert np.isnan(bad[0]) and np.isinf(bad[1])

@@ -21,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from macft.collective.dtypes import BFLOAT16, view
 from macft.collective.pulse import Pulse, PulseServer, ask
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import MAX_BLOB_BYTES
@@ -87,33 +88,31 @@ class MlxCollective:
     rank: int = 0
     world_size: int = 1
 
-    def all_reduce(self, arrays: Sequence[NDArray[np.float32] | NDArray[np.float64]]) -> None:
-        """Sums each array over all ranks, in place; see :meth:`Collective.all_reduce`.
+    def all_reduce(self, arrays: Sequence[Any]) -> None:
+        """Sums each array over all ranks, in place; arrays and errors as :meth:`macft.collective.ring.Ring.all_reduce`.
 
-        Raises:
-            ValueError: an array of another kind than C-contiguous, writable float32 or float64.
-            PeerLost, PeerTimeout, ProtocolError: name what is known. The arrays then hold no particular values.
+        Arrays whose sizes differ from rank to rank are not told apart: MLX sums them wrongly, or hangs.
         """
+        by_type: dict[str, list[NDArray[Any]]] = {}
         for number, array in enumerate(arrays):
-            if array.dtype.str not in ("<f4", "<f8") or not (array.flags.c_contiguous and array.flags.writeable):
-                raise ValueError(
-                    "all_reduce sums C-contiguous, writable float32 or float64 arrays; "
-                    f"array {number} is {array.dtype.str}, contiguous: {array.flags.c_contiguous}, "
-                    f"writable: {array.flags.writeable}"
-                )
-        doing = self._next_call("all-reduce", sum(array.nbytes for array in arrays))
-        singles: list[NDArray[Any]] = [a.reshape(-1) for a in arrays if a.dtype == np.float32 and a.size]
-        flat = singles[0] if len(singles) == 1 else np.concatenate([np.empty(0, np.float32), *singles])
-        for block in _blocks(flat):
-            # Infinity and NaN are the trainer's to judge, once it has the sums.
-            block[:] = self._mlx(doing, partial(self._all_sum, block))
-        if len(singles) > 1:
-            _split(flat, singles)
-        doubles: list[NDArray[Any]] = [a.reshape(-1) for a in arrays if a.dtype == np.float64 and a.size]
-        if doubles:
-            everyone = self._gather(doing, np.concatenate(doubles).tobytes())
-            with np.errstate(over="ignore", invalid="ignore"):
-                _split(np.sum([np.frombuffer(blob) for blob in everyone], axis=0), doubles)
+            try:
+                flat, dtype = view(array)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"all_reduce: array {number} is {error}") from None
+            by_type.setdefault(dtype, []).append(flat)
+        doing = self._next_call("all-reduce", sum(flat.nbytes for flats in by_type.values() for flat in flats))
+        for dtype, flats in sorted(by_type.items()):
+            whole = flats[0] if len(flats) == 1 else np.concatenate(flats)
+            if dtype == "<f8":
+                everyone = self._gather(doing, whole.tobytes())
+                # Infinity and NaN are the trainer's to judge, once it has the sums.
+                with np.errstate(over="ignore", invalid="ignore"):
+                    whole[:] = np.sum([np.frombuffer(blob) for blob in everyone], axis=0)
+            else:
+                for block in _blocks(whole):
+                    block[:] = self._mlx(doing, partial(self._all_sum, block, dtype))
+            if len(flats) > 1:
+                _split(whole, flats)
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:
         """Returns ``root``'s ``payload`` on every rank; raises as :meth:`all_reduce` does."""
@@ -171,8 +170,13 @@ class MlxCollective:
         self._calls += 1
         return f"{kind} {self._calls}" + (f" of {size} bytes" if size is not None else "")
 
-    def _all_sum(self, block: NDArray[Any]) -> NDArray[Any]:
-        total = mx.distributed.all_sum(mx.array(block), group=self._group, stream=self._stream)
+    def _all_sum(self, block: NDArray[Any], dtype: str = "") -> NDArray[Any]:
+        local = mx.array(block)
+        if dtype == BFLOAT16:
+            local = local.view(mx.bfloat16)
+        total = mx.distributed.all_sum(local, group=self._group, stream=self._stream)
+        if dtype == BFLOAT16:
+            total = total.view(mx.uint16, stream=self._stream)
         mx.eval(total)  # which, unlike NumPy's asking for the values, lets other threads of Python run
         return np.array(total)
 
