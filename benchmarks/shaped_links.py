@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 from types import TracebackType
 from typing import Self
 
-_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+from macft.benchmarking.sizes import read_speed
+
 _SUBNET = "10.77.77"
-
-
-def bits_per_second(link: str) -> float:
-    """``"1gbit"`` to 1e9."""
-    match = re.fullmatch(r"([0-9.]+)([kmg]bit)", link)
-    if match is None:
-        raise SystemExit(f"--links: {link!r} is not a speed such as 100mbit or 1gbit")
-    return float(match[1]) * _UNITS[match[2]]
 
 
 class ShapedLinks:
@@ -69,7 +61,7 @@ class ShapedLinks:
             _run(f"ip -n {name} link set {self.interface} up")
             _run(f"ip -n {name} link set lo up")
             # A burst of 256 KB is 2 ms at 1 Gbit; 10 Gbit needs more than its timer's tick.
-            burst = max(256_000, int(bits_per_second(self._link) / 8 / 1000))
+            burst = max(256_000, int(read_speed(self._link) / 1000))
             shape = f"root tbf rate {self._link} burst {burst} latency 100ms"
             _run(f"tc -n {name} qdisc add dev {self.interface} {shape}")
             _run(f"tc qdisc add dev {outer} {shape}")

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from macft.collective.base import Collective
-    from macft.collective.settings import CollectiveConfig
 
 NAMES = ("macft", "mlx", "gloo", "mpi", "tcp")
 """macft's collective as configured, MLX's ring, torch's gloo, MPI, and the raw TCP copy a ring can't be faster than."""
@@ -67,25 +66,15 @@ class _OnNumpy:
         self.array[:] = 0
 
 
-class Own(_OnNumpy):
-    """macft's collective with ``settings``, ranks at ``addresses``."""
+class Joined(_OnNumpy):
+    """A collective of macft's that this rank has joined."""
 
-    def __init__(self, rank: int, addresses: Sequence[str], settings: CollectiveConfig):
-        self.rank = rank
-        self._collective = self._join(addresses, settings)
-        self.barrier, self.close = self._collective.barrier, self._collective.close
+    def __init__(self, collective: Collective):
+        self.rank, self._collective = collective.rank, collective
+        self.barrier, self.close = collective.barrier, collective.close
 
     def reduce(self) -> None:
         self._collective.all_reduce([self.array])
-
-    def _join(self, addresses: Sequence[str], settings: CollectiveConfig) -> Collective:
-        if settings.backend == "mlx":
-            from macft.collective.mlx_group import MlxListener
-
-            return MlxListener(addresses[self.rank], settings).join(self.rank, addresses, names=[], secret="bench")
-        from macft.collective.ring import Ring
-
-        return Ring(self.rank, len(addresses), addresses, settings=settings)
 
 
 class Mlx:
@@ -171,9 +160,7 @@ class Mpi(_OnNumpy):
 def join(name: str, rank: int, addresses: Sequence[str], settings: Mapping[str, Any]) -> Side:
     """This rank's side of implementation ``name`` (one of ``NAMES``); ``settings`` are macft's ``collective`` group."""
     if name == "macft":
-        from macft.collective.settings import CollectiveConfig
-
-        return Own(rank, addresses, CollectiveConfig(**settings))
+        return Joined(_own(rank, addresses, settings))
     if name == "tcp":
         from macft.benchmarking.tcp import RawTcp
 
@@ -181,3 +168,16 @@ def join(name: str, rank: int, addresses: Sequence[str], settings: Mapping[str, 
     if name == "mpi":
         return Mpi()
     return Mlx(rank, addresses) if name == "mlx" else Gloo(rank, addresses)
+
+
+def _own(rank: int, addresses: Sequence[str], settings: Mapping[str, Any]) -> Collective:
+    from macft.collective.settings import CollectiveConfig
+
+    config = CollectiveConfig(**settings)
+    if config.backend == "mlx":
+        from macft.collective.mlx_group import MlxListener
+
+        return MlxListener(addresses[rank], config).join(rank, addresses, names=[], secret="bench")
+    from macft.collective.ring import Ring
+
+    return Ring(rank, len(addresses), addresses, settings=config)
