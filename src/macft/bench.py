@@ -5,8 +5,8 @@
     python -m macft.bench topology=hosts topology.hosts=[192.168.0.1,192.168.0.2] --link 40gbit     typed on each Mac
     python -m macft.bench collective=mlx                            MLX's own communication instead of macft's ring
 
-Overrides are those of macft.train; topology and collective count here. Sizes are bytes of float32, times are of the slowest
-rank. algbw is size over time; busbw is 2(n-1)/n of it, what each link carries, whatever the number of ranks.
+Overrides are those of macft.train; topology and collective count here. Sizes are bytes of float32, times those of the
+slowest rank. algbw is size over time; busbw is 2(n-1)/n of it: what each link carries, whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from macft.benchmarking.lane import Lane, LaneFailed
 from macft.benchmarking.limits import link_speed, memory_copy
 from macft.benchmarking.ports import free_addresses
 from macft.benchmarking.sides import Joined, Side
-from macft.benchmarking.sizes import read_size, read_speed, speed_text
+from macft.benchmarking.sizes import read_size, read_speed, size_text, speed_text, time_text
 from macft.benchmarking.table import LATENCY_BYTES, build, plot, summary, to_plain
 from macft.benchmarking.tcp import RawTcp
 from macft.benchmarking.turns import Measured, measure
@@ -139,7 +139,8 @@ def _measure_local(options: argparse.Namespace, config: TrainConfig) -> tuple[li
                 console.print(str(error), style="yellow", markup=False)
                 continue
             lanes.append(stack.enter_context(lane))
-        found = measure(lanes, options.sizes, options.turns, lambda _: None)
+        with console.status("measuring") as status:
+            found = measure(lanes, options.sizes, options.turns, lambda row: status.update(_done(row)))
     if found[-1][0].failure:
         raise LaneFailed(found[-1][0].failure)
     return found, 0
@@ -182,9 +183,14 @@ def _measure_hosts(options: argparse.Namespace, config: TrainConfig) -> tuple[li
         if "tcp" in options.peers:
             sides["tcp"] = RawTcp(rank, [f"{name}:{number + _TCP_PORTS_ON}" for name, number in places])
             stack.callback(sides["tcp"].close)
-        found = measure_here(sides, collective, options.sizes, options.turns, lambda _: None)
+        with Console().status("measuring") as status:
+            found = measure_here(sides, collective, options.sizes, options.turns, lambda row: status.update(_done(row)))
         options.speed = options.speed or _slowest_link(collective.all_gather(json.dumps(link_speed(host)).encode()))
     return found, rank
+
+
+def _done(row: Sequence[Measured]) -> str:
+    return f"{size_text(row[0].size)}: {time_text(row[0].median)}"
 
 
 def _slowest_link(stated: Sequence[bytes]) -> float | None:
@@ -195,7 +201,8 @@ def _slowest_link(stated: Sequence[bytes]) -> float | None:
 
 def _report(options: argparse.Namespace, config: TrainConfig, found: list[list[Measured]]) -> None:
     console = Console()
-    console.print(build(found, options.speed))
+    for table in build(found, options.speed):
+        console.print(table)
     lines = summary(found, options.speed)
     memory = memory_copy() if options.limits else None
     if memory:

@@ -22,7 +22,7 @@ def measure_here(
     turns: int,
     tell: Callable[[list[Measured]], None],
 ) -> list[list[Measured]]:
-    """Times all ``sides`` by turns at all ``sizes`` (bytes, multiples of 4); alike on all ranks, which all get the results.
+    """Times all ``sides`` by turns at all ``sizes`` (bytes, multiples of 4); all ranks get the same results.
 
     ``collective`` serves to agree on the number of calls and to gather the times.
     """

@@ -77,6 +77,11 @@ class Lane:
             self.close()
             raise
 
+    @property
+    def process_ids(self) -> list[int]:
+        """Of the commands started, by rank; for MPI that of mpirun alone."""
+        return [process.pid for process in self._processes]
+
     def order(self, **what: Any) -> list[dict[str, Any]]:
         """Gives all ranks one order; their answers, by rank. Raises LaneFailed, after which the lane is closed."""
         line = (json.dumps(what) + "\n").encode()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -76,6 +76,15 @@ class Joined(_OnNumpy):
     def reduce(self) -> None:
         self._collective.all_reduce([self.array])
 
+    def sums(self, elements: Sequence[int], calls: int, *, fused: bool) -> Iterator[bool]:
+        """See :meth:`Mlx.sums`."""
+        expected = self._collective.world_size * (self._collective.world_size + 1) / 2
+        for turn in range(calls):
+            chosen = elements if fused else [elements[turn % len(elements)]]
+            arrays = [np.full(count, self.rank + 1, np.float32) for count in chosen]
+            self._collective.all_reduce(arrays)
+            yield all(bool((array == expected).all()) for array in arrays)
+
 
 class Mlx:
     """``mx.distributed.all_sum`` over MLX's ring, on MLX's own arrays."""
@@ -102,6 +111,16 @@ class Mlx:
 
     def reduce(self) -> None:
         self._array = self._sum(self._array)
+
+    def sums(self, elements: Sequence[int], calls: int, *, fused: bool) -> Iterator[bool]:
+        """Makes ``calls`` all-reduces of arrays of these sizes, by turns or all in one; whether each sum was right."""
+        count = self._group.size()
+        for turn in range(calls):
+            chosen = elements if fused else [elements[turn % len(elements)]]
+            arrays = [self._mx.full(size, float(self._rank + 1)) for size in chosen]
+            sums = [self._mx.distributed.all_sum(array, group=self._group, stream=self._mx.cpu) for array in arrays]
+            self._mx.eval(sums)
+            yield all(bool((np.array(total) == count * (count + 1) / 2).all()) for total in sums)
 
     def first(self) -> float:
         return float(np.array(self._array[0]))

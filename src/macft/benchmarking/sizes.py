@@ -10,7 +10,7 @@ _BITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 
 
 def read_size(text: str) -> int:
-    """``"64K"``, ``"64 KB"`` or ``"65536"`` to bytes, by powers of 1024; ValueError for anything but a multiple of 4."""
+    """``"64K"``, ``"64 KB"`` or ``"65536"`` to bytes, by powers of 1024; ValueError if not a multiple of 4."""
     match = re.fullmatch(r"(\d+)\s*([KMG]?)B?", text.strip().upper())
     if match is None or (size := int(match[1]) * _BYTES[match[2]]) == 0 or size % 4:
         raise ValueError(f"'{text}' is not a size such as 4K, 1M or 64MB; it must be a multiple of 4 bytes")

@@ -24,26 +24,32 @@ class PlotFailed(MacftError):
     """The plot can't be drawn or written."""
 
 
-def build(found: Sequence[Sequence[Measured]], speed: float | None) -> Table:
-    """One row a size; of the first implementation all figures, of the others time and ratio.
+def build(found: Sequence[Sequence[Measured]], speed: float | None) -> list[Table]:
+    """All figures of the first implementation, a row a size; then, if there are others, all medians and ratios.
 
     ``speed``: bytes a second of the link, for the share that the bus bandwidth is of it.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    own, *peers = [result.name for result in found[0]] if found else [""]
-    columns = ["size", f"{own}: median", "p95", "algbw GB/s", "busbw GB/s"] + (["% of link"] if speed else [])
-    columns += [text for name in peers for text in (name, f"{name} / {own}")]
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+    own, *peers = [result.name for result in found[0]]
+    figures = _table(["size", f"{own} median", "p95", "algbw GB/s", "busbw GB/s", *(["% of link"] if speed else [])])
+    compared = _table(["size", own, *(text for name in peers for text in (name, f"/{own}"))])
     for mine, *others in found:
-        words = [size_text(mine.size), time_text(mine.median), time_text(mine.p95)]
+        words = [time_text(mine.median), time_text(mine.p95)]
         words += [speed_text(mine.algorithm_bandwidth), speed_text(mine.bus_bandwidth)]
         if speed:
             words.append("" if math.isnan(mine.median) else f"{100 * mine.bus_bandwidth / speed:.1f}")
+        figures.add_row(size_text(mine.size), *words)
+        words = [time_text(mine.median)]
         for other in others:
             ratio = other.ratio_to(mine)
             words += [time_text(other.median), "" if math.isnan(ratio) else f"{ratio:.2f}x"]
-        table.add_row(*words)
+        compared.add_row(size_text(mine.size), *words)
+    return [figures, compared] if peers else [figures]
+
+
+def _table(columns: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
