@@ -82,6 +82,7 @@ def start(name: str, options: argparse.Namespace, ranks: int, shaped: ShapedLink
         python=options.peer_python if name in ("gloo", "mpi") else sys.executable,
         prefixes=shaped.prefixes if shaped else (),
         interface=shaped.interface if shaped else LOOPBACK,
+        environment=shaped.environment if shaped else {},
         limit=options.limit,
     )
 
@@ -96,7 +97,8 @@ def line(row: Sequence[Measured], speed: float) -> str:
     words = [f"{size_text(row[0].size):>8}"]
     words += [f"{result.median * 1e3:12.3f}" for result in row]
     words += [f"{result.ratio_to(row[0]):12.2f}" for result in row[1:]]
-    if math.isfinite(speed):
+    # Less than that may fit the bucket that `tbf` lets through at once.
+    if math.isfinite(speed) and row[0].size >= 1 << 20:
         words += [f"{100 * result.bus_bandwidth / speed:12.1f}" for result in row]
     failed = [result.failure for result in row if result.failure]
     return " ".join(words) + "".join(f"\n  {failure}" for failure in failed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 from types import TracebackType
@@ -9,6 +10,7 @@ from typing import Self
 
 from macft.benchmarking.sizes import read_speed
 
+_numbers = itertools.count()
 _SUBNET = "10.77.77"
 
 
@@ -21,14 +23,23 @@ class ShapedLinks:
     interface = "macft0"
 
     def __init__(self, ranks: int, link: str):
-        self._names = [f"macft{os.getpid()}r{rank}" for rank in range(ranks)]
-        self._bridge = f"mb{os.getpid()}"
+        # The kernel may take back names after they have been given up; so each set has its own.
+        number = f"{os.getpid()}x{next(_numbers)}"
+        self._names = [f"macft{number}r{rank}" for rank in range(ranks)]
+        self._bridge = f"mb{number}"
+        self._pmix = {"if_include": self._bridge, "remote_connections": "1"}
         self._link, self._ports = link, dict[str, int]()
 
     @property
     def prefixes(self) -> list[list[str]]:
         """Words before each rank's command."""
         return [["ip", "netns", "exec", name] for name in self._names]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For MPI: its ranks in the namespaces talk to mpirun, outside, over the bridge."""
+        parts = ("PMIX_MCA_ptl_base", "PMIX_MCA_ptl_tcp")  # of older and of newer PMIx
+        return {f"{part}_{key}": value for part in parts for key, value in self._pmix.items()}
 
     def addresses(self, lane: str) -> list[str]:
         """``host:port`` by rank; each lane has ports of its own."""
