@@ -276,7 +276,9 @@ def connect_ring(
         listener.close()
         raise
     addresses, names = membership.addresses, membership.names
-    return Ring(rank, world_size, addresses, listener, names=names, ring_id=membership.ring_id)
+    ring = Ring(rank, world_size, addresses, listener, names=names, ring_id=membership.ring_id)
+    ring.tune()
+    return ring
 
 
 def _own(run_id: str, world_size: int) -> dict[str, Any]:

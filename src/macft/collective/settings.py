@@ -22,13 +22,13 @@ class CollectiveConfig:
     # the processes has prepared, otherwise ring. Only with backend=mlx.
     mlx_backend: str = "any"
     # Seconds a peer may be silent. A live one never is: its heartbeats go on while it computes.
-    timeout: float = 30.0
+    timeout: float = 10.0
     # Seconds a peer that is alive may keep the others waiting: a long step, a download, an evaluation.
     patience: float = 600.0
     # Seconds between two heartbeats to each neighbour.
     heartbeat: float = 1.0
     # Bytes of one message; larger arrays go in several, so that sending, receiving and adding overlap.
-    piece_bytes: int = 1024 * 1024
+    piece_bytes: int = 2 * 1024 * 1024
 
 
 def problems(config: CollectiveConfig) -> list[str]:
