@@ -11,10 +11,12 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from macft.cluster.connect import connect
 from macft.cluster.hosts import own_rank
 from macft.cluster.local import launch
-from macft.cluster.rendezvous import RendezvousServer, connect_ring
+from macft.cluster.rendezvous import RendezvousServer
 from macft.cluster.settings import split_host
+from macft.collective.mlx_group import join_launched, launched
 from macft.collective.solo import Solo
 from macft.config.command_line import prepare
 from macft.config.paths import config_folder
@@ -58,6 +60,9 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
     with stop.listening():
         if config.topology.kind == "hosts":
             return _run_on_hosts(config, folder, resume=resume, stop=stop)
+        if config.collective.backend == "mlx" and launched():
+            with join_launched(config.collective) as group:
+                return run_node(config, group, folder, resume=resume, stop=stop).reason
         with Solo() as alone:
             return run_node(config, alone, folder, resume=resume, stop=stop).reason
 
@@ -96,7 +101,7 @@ def _run_on_hosts(config: TrainConfig, folder: Path, *, resume: bool, stop: Stop
                 timeout=topology.start_timeout,
             )
             server.start()
-        with connect_ring(
+        with connect(
             f"{addresses[0][0]}:{addresses[0][1]}",
             rank=rank,
             world_size=world_size,

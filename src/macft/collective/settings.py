@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-BACKENDS = ("ring",)
+BACKENDS = ("ring", "mlx")
+MLX_BACKENDS = ("any", "ring", "jaccl", "nccl", "mpi")
 MAX_SECONDS = 86_400.0
 MIN_PIECE_BYTES = 4 * 1024
 MAX_BUCKET_BYTES = 1 << 32
@@ -16,8 +17,11 @@ MAX_PIECE_BYTES = 64 * 1024 * 1024
 class CollectiveConfig:
     """The Hydra group ``collective``."""
 
-    # ring: a ring over ZeroMQ (TCP).
+    # ring: a ring over ZeroMQ (TCP). mlx: MLX's own communication, mx.distributed.
     backend: str = "ring"
+    # Which of MLX's: ring, jaccl (RDMA over Thunderbolt 5), nccl (CUDA), mpi (under mpirun). any: what the launcher of
+    # the processes has prepared, otherwise ring. Only with backend=mlx.
+    mlx_backend: str = "any"
     # Seconds a peer may be silent. A live one never is: its heartbeats go on while it computes.
     timeout: float = 10.0
     # Seconds a peer that is alive may keep the others waiting: a long step, a download, an evaluation.
@@ -35,6 +39,10 @@ def problems(config: CollectiveConfig) -> list[str]:
     found = []
     if config.backend not in BACKENDS:
         found.append(f"collective.backend: '{config.backend}' is not one of {', '.join(BACKENDS)}")
+    if config.mlx_backend not in MLX_BACKENDS:
+        found.append(f"collective.mlx_backend: '{config.mlx_backend}' is not one of {', '.join(MLX_BACKENDS)}")
+    elif config.backend != "mlx" and config.mlx_backend != "any":
+        found.append(f"collective.mlx_backend: only collective=mlx uses it, this is collective={config.backend}")
     for key in ("timeout", "patience", "heartbeat"):
         value = getattr(config, key)
         if not (math.isfinite(value) and 0.1 <= value <= MAX_SECONDS):
