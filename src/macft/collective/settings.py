@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 BACKENDS = ("ring",)
+ENCRYPTION = ("auto", "on", "off")
 MAX_SECONDS = 86_400.0
 MIN_PIECE_BYTES = 4 * 1024
 MAX_PIECE_BYTES = 64 * 1024 * 1024
@@ -25,6 +26,9 @@ class CollectiveConfig:
     heartbeat: float = 1.0
     # Bytes of one message; larger arrays go in several, so that sending, receiving and adding overlap.
     piece_bytes: int = 1024 * 1024
+    # on: all traffic between nodes is encrypted, and only nodes whose keys are trusted take part (`python -m
+    # macft.keys`). off: neither; for a cable that nobody else can reach. auto: on unless all nodes are this machine.
+    encryption: str = "auto"
 
 
 def problems(config: CollectiveConfig) -> list[str]:
@@ -32,6 +36,8 @@ def problems(config: CollectiveConfig) -> list[str]:
     found = []
     if config.backend not in BACKENDS:
         found.append(f"collective.backend: '{config.backend}' is not one of {', '.join(BACKENDS)}")
+    if config.encryption not in ENCRYPTION:
+        found.append(f"collective.encryption: '{config.encryption}' is not one of {', '.join(ENCRYPTION)}")
     for key in ("timeout", "patience", "heartbeat"):
         value = getattr(config, key)
         if not (math.isfinite(value) and 0.1 <= value <= MAX_SECONDS):
