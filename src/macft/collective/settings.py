@@ -36,7 +36,9 @@ def problems(config: CollectiveConfig) -> list[str]:
     found = []
     if config.backend not in BACKENDS:
         found.append(f"collective.backend: '{config.backend}' is not one of {', '.join(BACKENDS)}")
-    if config.encryption not in ENCRYPTION:
+    if config.encryption in ("True", "False"):
+        found.append("collective.encryption: YAML reads on and off as true and false; put it in quotes")
+    elif config.encryption not in ENCRYPTION:
         found.append(f"collective.encryption: '{config.encryption}' is not one of {', '.join(ENCRYPTION)}")
     for key in ("timeout", "patience", "heartbeat"):
         value = getattr(config, key)
