@@ -479,3 +479,17 @@ def test_bfloat16_rounds_as_mlx_does(numbers: list[float]) -> None:
     ours = from_bfloat16(to_bfloat16(values))
     theirs = np.array(mx.array(values).astype(mx.bfloat16).astype(mx.float32))
     np.testing.assert_array_equal(ours, theirs)
+
+
+def test_tuning_comes_out_alike_on_all_ranks() -> None:
+    def work(ring: Ring) -> list[float]:
+        ring.tune()
+        sums = []
+        for size in (1_000, 60_000, 120_000):
+            array = np.ones(size, np.float32)
+            ring.all_reduce([array])
+            sums.append(float(array.sum() / size))
+        return sums
+
+    assert in_threads(4, work) == [[4.0] * 3] * 4
+    assert in_threads(2, work) == [[2.0] * 3] * 2

@@ -195,7 +195,11 @@ class RendezvousServer:
         missing = [rank for rank in range(self._world_size) if rank not in self._members]
         known = [f"{rank} ({self._names[rank]})" if rank < len(self._names) else str(rank) for rank in missing]
         ranks = "rank" if len(missing) == 1 else "ranks"
-        why = "; ".join(self._refusals) or "is macft running there, and is the port open?"
+        trusted = ", and is this machine's key trusted there" if self._is_encrypted else ""
+        why = (
+            "; ".join(self._refusals)
+            or f"is macft running there, {'' if trusted else 'and '}is the port open{trusted}?"
+        )
         return f"{ranks} {', '.join(known)} did not come within {self._timeout:g} s; {why}"
 
     def _refuse(self, reason: str, sender: bytes | None = None) -> None:
@@ -299,7 +303,9 @@ def connect_ring(
         listener.close()
         raise
     addresses, names = membership.addresses, membership.names
-    return Ring(rank, world_size, addresses, listener, names=names, ring_id=membership.ring_id)
+    ring = Ring(rank, world_size, addresses, listener, names=names, ring_id=membership.ring_id)
+    ring.tune()
+    return ring
 
 
 def _own(run_id: str, world_size: int) -> dict[str, Any]:

@@ -18,17 +18,17 @@ class CollectiveConfig:
 
     # ring: a ring over ZeroMQ (TCP).
     backend: str = "ring"
+    # on: all traffic between nodes is encrypted, and only nodes whose keys are trusted take part (`python -m
+    # macft.keys`). off: neither; for a cable that nobody else can reach. auto: on unless all nodes are this machine.
+    encryption: str = "auto"
     # Seconds a peer may be silent. A live one never is: its heartbeats go on while it computes.
-    timeout: float = 30.0
+    timeout: float = 10.0
     # Seconds a peer that is alive may keep the others waiting: a long step, a download, an evaluation.
     patience: float = 600.0
     # Seconds between two heartbeats to each neighbour.
     heartbeat: float = 1.0
     # Bytes of one message; larger arrays go in several, so that sending, receiving and adding overlap.
-    piece_bytes: int = 1024 * 1024
-    # on: all traffic between nodes is encrypted, and only nodes whose keys are trusted take part (`python -m
-    # macft.keys`). off: neither; for a cable that nobody else can reach. auto: on unless all nodes are this machine.
-    encryption: str = "auto"
+    piece_bytes: int = 2 * 1024 * 1024
 
 
 def problems(config: CollectiveConfig) -> list[str]:
