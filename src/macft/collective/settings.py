@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 BACKENDS = ("ring", "mlx")
 MLX_BACKENDS = ("any", "ring", "jaccl", "nccl", "mpi")
+ENCRYPTION = ("auto", "on", "off")
 MAX_SECONDS = 86_400.0
 MIN_PIECE_BYTES = 4 * 1024
 MAX_BUCKET_BYTES = 1 << 32
@@ -22,6 +23,9 @@ class CollectiveConfig:
     # Which of MLX's: ring, jaccl (RDMA over Thunderbolt 5), nccl (CUDA), mpi (under mpirun). any: what the launcher of
     # the processes has prepared, otherwise ring. Only with backend=mlx.
     mlx_backend: str = "any"
+    # on: all traffic between nodes is encrypted, and only nodes whose keys are trusted take part (`python -m
+    # macft.keys`). off: neither; for a cable that nobody else can reach. auto: on unless all nodes are this machine.
+    encryption: str = "auto"
     # Seconds a peer may be silent. A live one never is: its heartbeats go on while it computes.
     timeout: float = 10.0
     # Seconds a peer that is alive may keep the others waiting: a long step, a download, an evaluation.
@@ -43,6 +47,10 @@ def problems(config: CollectiveConfig) -> list[str]:
         found.append(f"collective.mlx_backend: '{config.mlx_backend}' is not one of {', '.join(MLX_BACKENDS)}")
     elif config.backend != "mlx" and config.mlx_backend != "any":
         found.append(f"collective.mlx_backend: only collective=mlx uses it, this is collective={config.backend}")
+    if config.encryption in ("True", "False"):
+        found.append("collective.encryption: YAML reads on and off as true and false; put it in quotes")
+    elif config.encryption not in ENCRYPTION:
+        found.append(f"collective.encryption: '{config.encryption}' is not one of {', '.join(ENCRYPTION)}")
     for key in ("timeout", "patience", "heartbeat"):
         value = getattr(config, key)
         if not (math.isfinite(value) and 0.1 <= value <= MAX_SECONDS):
