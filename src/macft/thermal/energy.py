@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+
+from macft.plan.node_status import NodeStatus
+from macft.report.energy import Energy
+from macft.thermal.settings import ThermalConfig
 
 JOULES_PER_KWH = 3.6e6
 
@@ -29,63 +33,22 @@ class EnergyMeter:
         self.estimated = self.estimated or estimated
 
 
-@dataclass(frozen=True)
-class EnergySummary:
-    """A run's energy. ``joules`` by rank, None where a node has no reading; watts are those of all nodes together."""
-
-    joules_by_rank: list[float | None]
-    joules: float
-    joules_per_token: float | None
-    average_watts: float | None
-    peak_watts: float
-    kwh: float
-    cost: float
-    currency: str
-    co2_grams: float
-    estimated: bool
-
-    @property
-    def line(self) -> str:
-        """For people, in one line."""
-        missing = sum(value is None for value in self.joules_by_rank)
-        parts = [
-            f"{self.joules:,.0f} J ({self.kwh:.4f} kWh)",
-            f"{self.joules_per_token:.3g} J/token" if self.joules_per_token is not None else "",
-            f"{self.average_watts:.1f} W on average, {self.peak_watts:.1f} W at most" if self.average_watts else "",
-            f"{self.cost:.4f} {self.currency}",
-            f"{self.co2_grams:.1f} g CO2",
-            "estimated" if self.estimated else "",
-            f"{missing} of {len(self.joules_by_rank)} nodes without a reading" if missing else "",
-        ]
-        return ", ".join(part for part in parts if part)
-
-
-def summarize(
-    joules_by_rank: list[float | None],
-    *,
-    peak_watts: float,
-    tokens: int,
-    seconds: float,
-    estimated: bool,
-    price: float,
-    currency: str,
-    co2_grams_per_kwh: float,
-) -> EnergySummary | None:
-    """The summary, or None where no node could tell."""
-    known = [value for value in joules_by_rank if value is not None]
+def summarize(nodes: Sequence[NodeStatus], config: ThermalConfig, *, tokens: int, seconds: float) -> Energy | None:
+    """Energy of a run of ``tokens`` in ``seconds`` from the nodes' last statuses; None where no node could tell."""
+    known = [node.joules for node in nodes if node.joules is not None]
     if not known:
         return None
     joules = sum(known)
     kwh = joules / JOULES_PER_KWH
-    return EnergySummary(
-        joules_by_rank=joules_by_rank,
+    return Energy(
+        joules_by_rank=[node.joules for node in nodes],
         joules=joules,
         joules_per_token=joules / tokens if tokens else None,
         average_watts=joules / seconds if seconds > 0 else None,
-        peak_watts=peak_watts,
+        peak_watts=sum(node.peak_watts or 0.0 for node in nodes),
         kwh=kwh,
-        cost=kwh * price,
-        currency=currency,
-        co2_grams=kwh * co2_grams_per_kwh,
-        estimated=estimated,
+        cost=kwh * config.power_price,
+        currency=config.currency,
+        co2_grams=kwh * config.co2_grams_per_kwh,
+        estimated=any(node.estimated for node in nodes),
     )

@@ -1,6 +1,6 @@
 """The controller: conditions in, the part of the time a node may compute out.
 
-Temperature: a PI controller in velocity form on the filtered temperature plus a lead term, towards 1 C below the limit::
+Temperature: a PI controller in velocity form, on the filtered temperature with a lead, towards 1 C below the limit::
 
     e = (limit - 1) - (T + LEAD * dT/dt)      d(duty) = KP * d(e) + KI * e * dt
 

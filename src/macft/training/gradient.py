@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class GradientComputer:
         self._keys.value = keys
         return self.loss(inputs, positions, targets, weights)
 
-    def __call__(self, step: int, batches: Sequence[Batch]) -> LocalGradient:
+    def __call__(self, step: int, batches: Iterable[Batch]) -> LocalGradient:
         """Computes ``batches``, this node's micro-batches of ``step``; there may be none."""
         started = time.perf_counter()
         self._model.train()

@@ -25,6 +25,11 @@ class Sensor(Protocol):
         """The source, as it stands in every reading."""
         ...
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of reading it can give; it is only asked while no more trusted sensor gives them all."""
+        ...
+
     def read(self) -> list[Reading]:
         """What is known now; raises SensorError, or anything else, where nothing is."""
         ...

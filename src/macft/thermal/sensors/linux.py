@@ -17,6 +17,7 @@ class LinuxTemperature:
     """The hottest of the processor's sensors, or of the thermal zones where none is known by name."""
 
     name = "sysfs temperature"
+    kinds: tuple[str, ...] = ("temperature",)
 
     def __init__(self, root: Path = Path("/sys")):
         self._zones = sorted((root / "class/thermal").glob("thermal_zone*/temp"))
@@ -43,6 +44,7 @@ class Rapl:
     """Power of the processor packages (powercap), from counters that wrap around; usually only root may read them."""
 
     name = "RAPL"
+    kinds: tuple[str, ...] = ("watts",)
 
     def __init__(self, root: Path = Path("/sys")):
         self._packages = [
@@ -75,6 +77,7 @@ class Battery:
     """psutil's battery; it works on macOS too, where pmset comes first."""
 
     name = "battery"
+    kinds: tuple[str, ...] = ("battery", "on_battery")
 
     def read(self) -> list[Reading]:
         battery = psutil.sensors_battery()

@@ -14,6 +14,7 @@ class MacmonLibrary:
     """``macmon.Sampler`` of the package macmon-lib (the package called macmon is another thing altogether)."""
 
     name = "macmon"
+    kinds: tuple[str, ...] = ("temperature", "watts")
 
     def __init__(self) -> None:
         try:
@@ -41,6 +42,7 @@ class MacmonPipe:
     """``macmon pipe -s 1``, where the program is installed and the package is not."""
 
     name = "macmon pipe"
+    kinds: tuple[str, ...] = ("temperature", "watts")
 
     def read(self) -> list[Reading]:
         return parse_pipe(output_of(["macmon", "pipe", "-s", "1", "-i", "500"]), self.name)

@@ -19,6 +19,7 @@ class ThermalPressure:
     """``notifyutil -g``: 0 nominal, 1 moderate, 2 heavy, 3 trapping, 4 sleeping. About 2 ms a call."""
 
     name = "thermal pressure"
+    kinds: tuple[str, ...] = ("state",)
 
     def read(self) -> list[Reading]:
         return reading("state", parse_pressure(output_of(["notifyutil", "-g", _KEY])), now(), self.name)
@@ -31,6 +32,7 @@ class ProcessInfoState:
     """``NSProcessInfo.thermalState`` through pyobjc: coarser, and there from macOS 10.10.3 on."""
 
     name = "ProcessInfo.thermalState"
+    kinds: tuple[str, ...] = ("state", "low_power")
 
     def __init__(self) -> None:
         try:

@@ -17,6 +17,7 @@ class Pmset:
     """``pmset -g batt`` and ``pmset -g``."""
 
     name = "pmset"
+    kinds: tuple[str, ...] = ("battery", "on_battery", "low_power")
 
     def read(self) -> list[Reading]:
         battery = parse_battery(output_of(["pmset", "-g", "batt"]), self.name)

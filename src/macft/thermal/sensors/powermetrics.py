@@ -20,6 +20,7 @@ class Powermetrics:
     """One sample in property-list form; ``sudo -n`` fails at once where a password would be needed."""
 
     name = "powermetrics"
+    kinds: tuple[str, ...] = ("state", "watts")
 
     def read(self) -> list[Reading]:
         return parse_plist(output_of(["sudo", *_ASKED]), self.name)

@@ -16,6 +16,7 @@ class SimulatedSensor:
     """Temperature, state and power of a :class:`~macft.thermal.simulated_mac.SimulatedMac`, in its own time."""
 
     name = "simulated"
+    kinds: tuple[str, ...] = ("temperature", "state", "watts", "on_battery")
 
     def __init__(self, config: SimulationConfig, load: Load, *, rank: int):
         self._config, self._load = config, load
@@ -44,6 +45,7 @@ class AssumedPower:
     """``thermal.assumed_watts`` times the load: an estimate, and marked as one."""
 
     name = "assumed power"
+    kinds: tuple[str, ...] = ("watts",)
 
     def __init__(self, watts: float, load: Load):
         self._watts, self._load = watts, load

@@ -15,6 +15,7 @@ class Zeus:
     """The chip's power, in W. It leaves out display, storage and radios, so macmon's board power comes first."""
 
     name = "zeus"
+    kinds: tuple[str, ...] = ("watts",)
 
     def __init__(self) -> None:
         try:
