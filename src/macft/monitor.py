@@ -132,8 +132,8 @@ def _headline(view: RunView, now: float) -> str:
 def _nodes(view: RunView) -> Table:
     last = view.steps[-1]
     table = Table(box=None, pad_edge=False)
-    for name in ("node", "share", "tokens/s", "temperature", "state", "power", "duty", "energy", "link"):
-        table.add_column(name, justify="left" if name in ("node", "state") else "right")
+    for name in ("node", "share", "tokens/s", "temp", "state", "power", "duty", "energy", "link"):
+        table.add_column(name, no_wrap=True, justify="left" if name in ("node", "state") else "right")
     nodes, shares = _items(last.get("nodes")), _items(last.get("shares"))
     parts = last.get("parts")
     exchange = _number(parts.get("all_reduce")) if isinstance(parts, Mapping) else None
@@ -148,7 +148,7 @@ def _nodes(view: RunView) -> Table:
             "paused" if node.get("paused") else _shown(node.get("duty"), "{:.0%}"),
             _shown(node.get("joules"), "{:,.0f} J"),
             # Each step waits for the exchange as a whole; it is rank 0's clock.
-            _shown(exchange, "{:.3f} s/step") if rank == 0 and len(nodes) > 1 else "",
+            _shown(exchange, "{:.2f} s") if rank == 0 and len(nodes) > 1 else "",
         )
     return table
 

@@ -16,6 +16,8 @@ _SMOOTHING = 0.3
 _RELATIVE, _ABSOLUTE = 0.08, 0.01
 # A node that got no rows is tried again by and by: its speed drifts to the others' mean by this part at each plan.
 _DRIFT = 0.05
+# A shorter time is no measurement.
+_LEAST_SECONDS = 1e-6
 
 
 class Balance:
@@ -52,7 +54,7 @@ class Balance:
         return True
 
     def _measure(self, rank: int, status: NodeStatus) -> None:
-        if status.tokens <= 0 or status.busy_seconds <= 0:
+        if status.tokens <= 0 or status.busy_seconds < _LEAST_SECONDS:
             return
         self._measurements[rank] += 1
         if self._measurements[rank] == 1:

@@ -11,7 +11,7 @@ from macft.plan.node_status import NodeStatus
 from macft.thermal.budget import Budget
 from macft.thermal.energy import EnergyMeter
 from macft.thermal.governor import Decision, Governor
-from macft.thermal.load import Load
+from macft.thermal.load import Load, LoadMeter
 from macft.thermal.notices import Notices, blind_spots
 from macft.thermal.readings import Conditions
 from macft.thermal.sampler import Sampler
@@ -40,6 +40,7 @@ class ThermalGuard:
     def __init__(self, config: ThermalConfig, *, rank: int, stop: Callable[[], bool]):
         self._config, self._rank, self._stop = config, rank, stop
         self._load, self._meter = Load(), EnergyMeter()
+        self._load_meter = LoadMeter(self._load)
         self._governor = Governor(Budget(config))
         self._decision, self._conditions = Decision(), Conditions(time=now())
         self._owed = self._rested = self._booked = 0.0
@@ -112,7 +113,9 @@ class ThermalGuard:
 
     def _tick(self, conditions: Conditions) -> None:
         local = time.localtime()
-        self._decision = self._governor.update(conditions, local.tm_hour * 60 + local.tm_min)
+        self._decision = self._governor.update(
+            conditions, local.tm_hour * 60 + local.tm_min, self._load_meter.read()[0]
+        )
         self._conditions = conditions
         # Energy goes by the real clock: it is compared with the run's real time and tokens.
         self._meter.add(now(), conditions.watts, estimated=conditions.watts_estimated)

@@ -15,7 +15,6 @@ class Load:
         self._lock = threading.Lock()
         self._since: float | None = None
         self._busy = 0.0
-        self._taken = time.monotonic()
 
     def begin(self) -> None:
         """Computing starts."""
@@ -38,17 +37,29 @@ class Load:
         finally:
             self.end()
 
-    def take(self) -> tuple[float, float]:
-        """(part of the time spent computing, seconds) since the last call."""
+    def total(self) -> tuple[float, float]:
+        """(seconds spent computing so far, the monotonic clock's time now)."""
         with self._lock:
             self._settle()
-            time_now = time.monotonic()
-            passed, self._taken = time_now - self._taken, time_now
-            busy, self._busy = self._busy, 0.0
-            return (min(1.0, busy / passed) if passed > 0 else 0.0), passed
+            return self._busy, time.monotonic()
 
     def _settle(self) -> None:
         if self._since is not None:
             time_now = time.monotonic()
             self._busy += time_now - self._since
             self._since = time_now
+
+
+class LoadMeter:
+    """Reads a :class:`Load` as the part of the time spent computing since the meter's own last reading."""
+
+    def __init__(self, load: Load):
+        self._load = load
+        self._last = load.total()
+
+    def read(self) -> tuple[float, float]:
+        """(part, seconds) since the last call."""
+        busy, time_now = self._load.total()
+        (busy_before, before), self._last = self._last, (busy, time_now)
+        passed = time_now - before
+        return (min(1.0, max(0.0, (busy - busy_before) / passed)) if passed > 0 else 0.0), max(passed, 0.0)

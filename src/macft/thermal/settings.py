@@ -24,6 +24,8 @@ class SimulationConfig:
     ambient: float = 25.0
     # Ranks whose Mac lies on a blanket.
     hot_ranks: list[int] = field(default_factory=list)
+    # Temperature at which these begin, in C, as if in use for long. Null: that of the room.
+    hot_start: float | None = None
     # The blanket multiplies the thermal resistance between case and room by this.
     blanket: float = 2.5
     # Simulated seconds after which the blanket is taken away; 0 means never.
@@ -68,6 +70,7 @@ class ThermalConfig:
     currency: str = "EUR"
     # Grams of CO2 for a kWh.
     co2_grams_per_kwh: float = 300.0
+    # The Mac that thermal.sensor=simulated computes.
     simulated: SimulationConfig = field(default_factory=SimulationConfig)
 
 
@@ -97,6 +100,7 @@ def problems(config: ThermalConfig) -> list[str]:
         ("power_price", config.power_price, 0.0, 1e6),
         ("co2_grams_per_kwh", config.co2_grams_per_kwh, 0.0, 1e5),
         ("simulated.ambient", config.simulated.ambient, -20.0, 60.0),
+        ("simulated.hot_start", config.simulated.hot_start, -20.0, 120.0),
         ("simulated.blanket", config.simulated.blanket, 1.0, 20.0),
         ("simulated.blanket_seconds", config.simulated.blanket_seconds, 0.0, 1e9),
         ("simulated.speed", config.simulated.speed, 0.1, 1000.0),

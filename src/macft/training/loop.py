@@ -97,9 +97,8 @@ class Trainer:
         """This rank's micro-batches of the step's global batch."""
         ids = self.order.rows(step)
         lengths = np.array([len(self.train_rows[i].tokens) for i in ids], dtype=np.int64)
-        mine: NDArray[np.int64] = ids[
-            assign(lengths, self.collective.world_size, self._balance.shares)[self.collective.rank]
-        ]
+        places = assign(lengths, self.collective.world_size, self._balance.shares)
+        mine: NDArray[np.int64] = ids[places[self.collective.rank]]
         return micro_batches([self.train_rows[i] for i in mine], mine, self.config.micro_batch_size)
 
     def _update(self, result: GlobalGradient) -> tuple[float, float]:

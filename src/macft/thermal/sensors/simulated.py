@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from macft.thermal.load import Load
+from macft.thermal.load import Load, LoadMeter
 from macft.thermal.readings import Reading, reading
 from macft.thermal.sensors.base import now
 from macft.thermal.settings import SimulationConfig
@@ -19,13 +19,15 @@ class SimulatedSensor:
     kinds: tuple[str, ...] = ("temperature", "state", "watts", "on_battery")
 
     def __init__(self, config: SimulationConfig, load: Load, *, rank: int):
-        self._config, self._load = config, load
+        self._config, self._load = config, LoadMeter(load)
         blanket = config.blanket if rank in config.hot_ranks else 1.0
         self.mac = SimulatedMac(CHIPS[config.chip], ambient=config.ambient, blanket=blanket)
+        if rank in config.hot_ranks and config.hot_start is not None:
+            self.mac.die = self.mac.case = config.hot_start
         self._time = 0.0
 
     def read(self) -> list[Reading]:
-        part, passed = self._load.take()
+        part, passed = self._load.read()
         self._time += passed * self._config.speed
         if 0 < self._config.blanket_seconds <= self._time:
             self.mac.blanket = 1.0
@@ -48,10 +50,10 @@ class AssumedPower:
     kinds: tuple[str, ...] = ("watts",)
 
     def __init__(self, watts: float, load: Load):
-        self._watts, self._load = watts, load
+        self._watts, self._load = watts, LoadMeter(load)
 
     def read(self) -> list[Reading]:
-        part, _ = self._load.take()
+        part, _ = self._load.read()
         watts = self._watts * (_IDLE_PART + (1 - _IDLE_PART) * part)
         return reading("watts", watts, now(), self.name, estimated=True)
 
