@@ -18,13 +18,14 @@ ALLOWED = {
     "benchmarking": {"collective"},
     "cluster": {"collective", "blas"},
     "plan": set(),
-    "report": set(),
+    "report": {"plan"},
+    "thermal": {"plan", "report"},
     "model": {"blas"},
     "data": set(),
     "checkpoint": set(),
     "evaluation": {"collective", "data"},
     "training": {"checkpoint", "collective", "data", "model", "plan", "report", "stop"},
-    "config": {"cluster", "collective", "data", "evaluation", "model", "report", "training"},
+    "config": {"cluster", "collective", "data", "evaluation", "model", "report", "thermal", "training"},
 }
 
 

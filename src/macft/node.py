@@ -28,6 +28,7 @@ from macft.model.adapter_files import load_adapter_weights, save_adapter, save_m
 from macft.model.device import prepare_device
 from macft.model.load import LoadedModel, load
 from macft.model.resolve import resolve
+from macft.plan.balance import Balance
 from macft.report import fan_out
 from macft.report.events import (
     MetricScored,
@@ -41,9 +42,12 @@ from macft.report.events import (
 )
 from macft.report.run_folder import RunFolder
 from macft.stop import StopRequest
+from macft.thermal.energy import summarize
+from macft.thermal.guard import ThermalGuard
 from macft.training.gradient import GradientComputer
 from macft.training.loop import Trainer, steps_for
 from macft.training.optimizer import make_optimizer
+from macft.training.pace import FullSpeed
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class _Run:
     optimizer: optim.Optimizer
     trainer: Trainer
     reporter: Reporter
+    guard: ThermalGuard | None
 
 
 def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resume: bool, stop: StopRequest) -> Outcome:
@@ -92,6 +97,8 @@ def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resum
         _end(run, "failed", started, {}, str(error))
         raise
     finally:
+        if run.guard is not None:
+            run.guard.close()
         run.reporter.close()
 
 
@@ -127,6 +134,9 @@ def _prepare(
         first_step=progress.step,
     )
     valid_rows = _chosen_rows(len(data.valid.rows), config.training.eval_rows, config.seed)
+    guard: ThermalGuard | None = None
+    if config.thermal.enabled:
+        guard = ThermalGuard(config.thermal, rank=collective.rank, stop=lambda: stop.requested)
     trainer = Trainer(
         model=loaded.model,
         optimizer=optimizer,
@@ -142,8 +152,10 @@ def _prepare(
         reporter=reporter,
         progress=progress,
         stop=stop,
+        balance=Balance(config.topology.shares, collective.world_size, every=config.topology.rebalance_every),
+        pace=guard or FullSpeed(),
     )
-    run = _Run(config, collective, folder, loaded, data, adaptation, optimizer, trainer, reporter)
+    run = _Run(config, collective, folder, loaded, data, adaptation, optimizer, trainer, reporter, guard)
     run.data.notes[:0] = [device, *loaded.notes]
     run.data.notes += notes
     return run
@@ -187,7 +199,7 @@ def _announce(run: _Run) -> None:
             first_step=run.trainer.progress.step,
             rank=run.collective.rank,
             world_size=run.collective.world_size,
-            shares="equal",
+            shares=str(config.topology.shares),
             config_yaml=to_yaml(config),
             notes=data.notes[1:],
         )
@@ -298,16 +310,18 @@ def _save_adapter(run: _Run) -> Path | None:
 def _end(
     run: _Run, reason: str, started: float, final: Mapping[str, float], detail: str, adapter_folder: Path | None = None
 ) -> Outcome:
+    trainer = run.trainer
     outcome = Outcome(reason, digest(run.loaded.model).hex())
     run.reporter.run_ended(
         RunEnded(
             reason=reason,
-            steps=run.trainer.progress.step,
+            steps=trainer.progress.step,
             seconds=time.perf_counter() - started,
             final=final,
             adapter_folder=adapter_folder,
             adapter_sha256=outcome.adapter_sha256,
             detail=detail,
+            energy=summarize(trainer.nodes, run.config.thermal, tokens=trainer.tokens, seconds=trainer.seconds),
         )
     )
     return outcome

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 KINDS = ("single", "local", "hosts")
+SHARES = ("auto", "equal")
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?")
 
 
@@ -24,6 +27,11 @@ class TopologyConfig:
     rank: int | None = None
     # Default port in `hosts`. Each node also uses the next port, for the ring.
     port: int = 7070
+    # How the rows of a batch are divided. auto: by measured speed. equal: evenly. Or one number for each node: [2, 1].
+    # On top of that a node that has to save heat or power gets fewer rows.
+    shares: Any = "equal"
+    # Steps between two looks at the shares.
+    rebalance_every: int = 4
     # Seconds to wait for all nodes to report at the start.
     start_timeout: float = 120.0
 
@@ -59,6 +67,7 @@ def problems(config: TopologyConfig) -> list[str]:
             found.append("topology.hosts: an address stands twice")
     elif config.hosts:
         found.append(f"topology.hosts: only topology=hosts uses them, this is topology={config.kind}")
+    found += _share_problems(config)
     for host in config.hosts:
         try:
             split_host(host, config.port)
@@ -68,4 +77,22 @@ def problems(config: TopologyConfig) -> list[str]:
         found.append(f"topology.port: {config.port} is not from 1 to 65534")
     if not config.start_timeout > 0:
         found.append(f"topology.start_timeout: {config.start_timeout} must be greater than 0")
+    return found
+
+
+def _share_problems(config: TopologyConfig) -> list[str]:
+    found, shares = [], config.shares
+    if config.rebalance_every < 1:
+        found.append(f"topology.rebalance_every: {config.rebalance_every} must be 1 or more")
+    if isinstance(shares, str):
+        if shares not in SHARES:
+            found.append(f"topology.shares: '{shares}' is not auto, equal or a list of numbers such as [2,1]")
+        return found
+    nodes = len(config.hosts) if config.kind == "hosts" else config.nodes
+    if not isinstance(shares, list) or any(isinstance(n, bool) or not isinstance(n, int | float) for n in shares):
+        found.append(f"topology.shares: {shares} is not auto, equal or a list of numbers such as [2,1]")
+    elif len(shares) != nodes:
+        found.append(f"topology.shares: {shares} has {len(shares)} numbers, and there are {nodes} nodes")
+    elif not all(math.isfinite(n) and n >= 0 for n in shares) or not any(shares):
+        found.append(f"topology.shares: {shares} must be numbers of 0 or more, and one of them above 0")
     return found

@@ -12,6 +12,7 @@ from macft.data.settings import DatasetConfig
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.settings import ModelConfig
 from macft.report.settings import ReportConfig
+from macft.thermal.settings import ThermalConfig
 from macft.training.settings import OptimizerConfig, TrainingConfig
 
 SCHEMA_NAME = "macft_schema"
@@ -33,6 +34,7 @@ class TrainConfig:
     topology: TopologyConfig = field(default_factory=TopologyConfig)
     collective: CollectiveConfig = field(default_factory=CollectiveConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    thermal: ThermalConfig = field(default_factory=ThermalConfig)
 
 
 def register_schema() -> None:

@@ -17,6 +17,7 @@ from macft.evaluation.metrics import metric
 from macft.model import adapter_settings
 from macft.model import settings as model_settings
 from macft.report import settings as report_settings
+from macft.thermal import settings as thermal_settings
 from macft.training import settings as training_settings
 
 
@@ -53,6 +54,7 @@ def problems(config: TrainConfig) -> list[str]:
         *topology_settings.problems(config.topology),
         *collective_settings.problems(config.collective),
         *report_settings.problems(config.report),
+        *thermal_settings.problems(config.thermal),
         *_combinations(config),
     ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,8 +71,8 @@ class GradientComputer:
         self._keys.value = keys
         return self.loss(inputs, positions, targets, weights)
 
-    def __call__(self, step: int, batches: Sequence[Batch]) -> LocalGradient:
-        """Computes ``batches``, this node's micro-batches of ``step``; there may be none.
+    def __call__(self, step: int, batches: Iterable[Batch], count: int) -> LocalGradient:
+        """Computes the next ``count`` of ``batches``, this node's micro-batches of ``step``; there may be none.
 
         All but the last micro-batch are computed when this returns. The last one is under way, bucket by bucket, so
         that its first gradients can be sent while MLX computes the others.
@@ -82,13 +82,13 @@ class GradientComputer:
         total: dict[str, Any] = {}
         losses: list[Any] = []
         target_tokens = tokens = 0
-        for number, batch in enumerate(batches):
+        for number, batch in zip(range(count), batches, strict=False):
             loss, gradient, count = self._micro_batch(step, batch)
             total = {name: total[name] + value for name, value in gradient.items()} if total else gradient
             losses.append(loss)
             target_tokens += count
             tokens += int(batch.lengths.sum())
-            if number + 1 < len(batches):
+            if number + 1 < count:
                 mx.eval(loss, total)  # one at a time: its activations are freed before the next begins
         total = total or {name: mx.zeros(shape) for name, shape in self._shapes.items()}
         _start(losses)
