@@ -17,14 +17,14 @@ ALLOWED = {
     "collective": set(),
     "benchmarking": {"collective"},
     "cluster": {"collective", "blas"},
-    "plan": set(),
+    "plan": {"blas", "cluster", "collective", "config", "data", "model", "status", "training"},
     "report": set(),
     "model": {"blas"},
     "data": set(),
     "checkpoint": set(),
     "evaluation": {"collective", "data"},
     "training": {"checkpoint", "collective", "data", "model", "plan", "report", "stop"},
-    "config": {"cluster", "collective", "data", "evaluation", "model", "report", "training"},
+    "config": {"cluster", "collective", "data", "evaluation", "model", "plan", "report", "training"},
 }
 
 

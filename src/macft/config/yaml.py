@@ -29,5 +29,6 @@ def fingerprint(config: TrainConfig) -> str:
     """SHA-256 over all that must be equal on every node; what may differ, such as reporting, is left out."""
     plain = to_plain(config)
     plain.pop("report")
+    plain.pop("plan")
     plain["topology"] = {"nodes": max(config.topology.nodes, len(config.topology.hosts))}
     return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.create(plain), sort_keys=True).encode()).hexdigest()

@@ -17,6 +17,8 @@ from macft.plan.shape import HeldWeights, ModelShape
 # Fitted: floats a token of one block that live only while the block is computed, and floats a logit while the loss is.
 _BLOCK_HIDDEN, _BLOCK_INTERMEDIATE, _BLOCK_SCORES = 4.8, 7.3, 1.6
 _FLOATS_PER_LOGIT = 6.6
+# With checkpointed blocks: multiples of what a block keeps and needs for a moment, and of its attention scores.
+_AGAIN, _AGAIN_SCORES, _BESIDE_HEAD = 1.6, 0.85, 0.4
 _VALIDATION_FLOATS_PER_LOGIT = 3.0
 _PAD_TO = 16
 _TARGETS_PAD_TO = 32
@@ -116,19 +118,19 @@ def predict(shape: ModelShape, held: HeldWeights, adapter: AdapterConfig, optimi
     length = -(-max(work.tokens - 1, 1) // _PAD_TO) * _PAD_TO
     saved = _saved_by_block(shape, adapter, trained, held, work.rows, length)
     moment = _moment_of_block(shape, held, work.rows, length)
-    if work.checkpoint_blocks:
-        inputs = trained.depth * work.rows * length * shape.hidden * held.float_bytes
-        activations = inputs + (saved if trained.depth else 0.0)
-    else:
-        activations = trained.depth * saved
+    scores = shape.heads * work.rows * length**2 * held.float_bytes
     targets = -(-max(work.rows * work.targets, 1) // _TARGETS_PAD_TO) * _TARGETS_PAD_TO
     at_once = min(targets, work.loss_chunk) if work.loss_chunk else targets
     logits = _FLOATS_PER_LOGIT * 4 * at_once * shape.vocabulary
-    if work.checkpoint_blocks:
-        # The head's moment is over before a block is computed again.
-        logits = max(0.0, logits - saved)
-    activations += moment
-    logits = max(0.0, logits - moment)
+    if work.checkpoint_blocks and trained.depth:
+        # A block's forward pass runs a second time inside its backward pass, so that more of it exists at once.
+        inputs = trained.depth * work.rows * length * shape.hidden * held.float_bytes
+        of_scores = scores * (1 + _BLOCK_SCORES)
+        activations = inputs + _AGAIN * (saved + moment - of_scores) + _AGAIN_SCORES * of_scores
+        logits = max(0.0, inputs + logits + _BESIDE_HEAD * (saved + moment) - activations)
+    else:
+        activations = trained.depth * saved + moment
+        logits = max(0.0, logits - moment)
     resident = weights + adapter_bytes + optimizer_bytes
     return MemoryParts(
         weights=weights,
