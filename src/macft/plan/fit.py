@@ -127,7 +127,9 @@ class Fitter:
             return f"{needs}, and no batch fits; adapter=lora needs far less"
         weights = parts.weights
         if self.held.bits is None and self.shape.weight_bytes(4, 64, self.held.float_bytes) < 0.8 * budget:
-            return f"{needs}: the weights alone are {_gb(weights)}; model.quantization=4bit would make them fit on a GPU"
+            return (
+                f"{needs}: the weights alone are {_gb(weights)}; model.quantization=4bit would make them fit on a GPU"
+            )
         return (
             f"{needs}: the weights alone are {_gb(weights)}; use a smaller model or a node with more memory "
             "(macft does not split a model's layers over nodes)"

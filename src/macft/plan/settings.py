@@ -12,7 +12,8 @@ from macft.plan.chips import find_mac
 class PlanConfig:
     """The Hydra group ``plan``. A run itself takes no notice of it."""
 
-    # Macs to plan for instead of this machine, one node each: [M1 Air 8GB, M4 Max 64GB]. Also --chips "M1 8GB,M4 Max 64GB".
+    # Macs to plan for instead of this machine, one node each: [M1 Air 8GB, M4 Max 64GB]. On the command line of
+    # macft.plan also: --chips "M1 Air 8GB,M4 Max 64GB".
     chips: list[str] = field(default_factory=list)
 
 

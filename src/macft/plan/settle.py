@@ -91,9 +91,7 @@ def current_settings(training: TrainingConfig) -> Settings:
 
 def apply_settings(training: TrainingConfig, settings: Settings) -> TrainingConfig:
     """``training`` with ``settings``."""
-    chosen = replace(
-        training, micro_batch_size=settings.micro_batch_size, grad_checkpoint=settings.grad_checkpoint
-    )
+    chosen = replace(training, micro_batch_size=settings.micro_batch_size, grad_checkpoint=settings.grad_checkpoint)
     if settings.loss_chunk:
         setattr(chosen, "loss_chunk", settings.loss_chunk)  # noqa: B010  (a key that not every version has)
     return chosen
