@@ -46,9 +46,10 @@ class LoadedModel:
 def load(config: ModelConfig, path: Path, tokenizer: Any = None) -> LoadedModel:
     """Loads the model and tokenizer in the folder ``path``, which :func:`~macft.model.resolve.resolve` found.
 
-    ``tokenizer`` is one that :func:`load_tokenizer` loaded before, if any. On the CPU ``auto`` means float32 and dequantised: nothing else goes through BLAS. There, ``4bit`` and
-    ``8bit`` quantise and then hold those very values in float32: the arithmetic of QLoRA (Dettmers et al.
-    2023, arXiv:2305.14314) without its saving of memory. On a GPU ``auto`` changes nothing.
+    ``tokenizer`` is one that :func:`load_tokenizer` loaded before, if any. On the CPU ``auto`` means float32 and
+    dequantised: nothing else goes through BLAS. There, ``4bit`` and ``8bit``
+    quantise and then hold those very values in float32: the arithmetic of QLoRA (Dettmers et al. 2023,
+    arXiv:2305.14314) without its saving of memory. On a GPU ``auto`` changes nothing.
 
     Raises:
         ModelError: the folder can't be read as a model that mlx-lm knows, or has no tokenizer.

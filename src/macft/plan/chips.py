@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -44,7 +45,7 @@ class Mac:
         """
         points = ((8, 0.67), (24, 0.74), (128, 0.84))
         share = points[-1][1] if self.memory >= 128 else points[0][1]
-        for (low, first), (high, last) in zip(points, points[1:], strict=False):
+        for (low, first), (high, last) in itertools.pairwise(points):
             if low <= self.memory < high:
                 share = first + (last - first) * (self.memory - low) / (high - low)
         return share * self.memory * 2**30
@@ -73,8 +74,8 @@ def find_mac(text: str) -> Mac:
     chip = known_chips().get(name)
     if chip is None:
         near = difflib.get_close_matches(name, known_chips(), 1, cutoff=0.3)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ConfigError(f"plan.chips: '{text}' is not a known chip{hint} Known: {', '.join(known_chips())}")
+        hint = f", did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"plan.chips: '{text}' is not a known chip{hint}; there are: {', '.join(known_chips())}")
     if memory is not None and memory not in chip.memory:
         options = ", ".join(map(str, chip.memory))
         raise ConfigError(f"plan.chips: '{text}': {name} comes with {options} GB, not {memory}")
