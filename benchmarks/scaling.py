@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py [--link 1gbit] [--steps 10] [--rows 8] [--rounds 2]
 
-strong: the same global batch by one node and by two; weak: twice the batch by two. SmolLM2-135M, LoRA, the SQL rows, the
-trainer without reports, checkpoints and validation. ``--link`` puts the ranks into network namespaces behind cards of
+strong: the same global batch by one node and by two; weak: twice the batch by two. SmolLM2-135M, LoRA, the SQL rows,
+the trainer without reports, checkpoints and validation. ``--link`` puts the ranks into network namespaces behind cards of
 that speed (Linux, root). Two lone nodes at the same time show what the machine itself loses when both cores work
 (shared caches, memory and, on many servers, one physical core behind two logical ones): no two nodes can be faster
 than that ceiling. Times are medians of steps after the warm-up, rounds by turns.
@@ -67,24 +67,24 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
         rows = [Row(np.resize(row.tokens, LENGTH), 1) for row in rows]
     adaptation = adapt(loaded.model, AdapterConfig(rank=RANK, num_layers=NUM_LAYERS), seed=0)
     optimizer = OptimizerConfig(schedule="constant")
-    with tempfile.TemporaryDirectory() as folder:
-        with Ring(rank, len(addresses), addresses) if len(addresses) > 1 else Solo() as collective:
-            Trainer(
-                model=loaded.model,
-                optimizer=make_optimizer(optimizer),
-                compute=GradientComputer(loaded.model, adaptation.dropout_keys, seed=0, checkpoint_blocks=False),
-                collective=collective,
-                train_rows=rows,
-                valid_rows=[],
-                order=RowOrder([len(rows)], [1.0], batch_size=batch_size, seed=0),
-                total_steps=steps,
-                config=TrainingConfig(batch_size=batch_size, steps=steps, eval_every=0, save_every=0),
-                optimizer_config=optimizer,
-                store=CheckpointStore(Path(folder), keep=1),
-                reporter=Clock(),
-                progress=Progress(),
-                stop=StopRequest(),
-            ).train()
+    ring = Ring(rank, len(addresses), addresses) if len(addresses) > 1 else Solo()
+    with tempfile.TemporaryDirectory() as folder, ring as collective:
+        Trainer(
+            model=loaded.model,
+            optimizer=make_optimizer(optimizer),
+            compute=GradientComputer(loaded.model, adaptation.dropout_keys, seed=0, checkpoint_blocks=False),
+            collective=collective,
+            train_rows=rows,
+            valid_rows=[],
+            order=RowOrder([len(rows)], [1.0], batch_size=batch_size, seed=0),
+            total_steps=steps,
+            config=TrainingConfig(batch_size=batch_size, steps=steps, eval_every=0, save_every=0),
+            optimizer_config=optimizer,
+            store=CheckpointStore(Path(folder), keep=1),
+            reporter=Clock(),
+            progress=Progress(),
+            stop=StopRequest(),
+        ).train()
     kept = done[WARM_UP_STEPS:]
     parts = {name: statistics.median(event.parts[name] for event in kept) for name in kept[0].parts}
     return {
@@ -101,7 +101,7 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
 def launch(
     ranks: int, batch_size: int, steps: int, *, link: str | None, alone: bool = False, equal: bool = False
 ) -> list[dict[str, Any]]:
-    """Runs ``ranks`` processes on cores of their own and returns what each found; ``alone``: they don't know each other."""
+    """Runs ``ranks`` processes on cores of their own and returns what each found; with ``alone`` each is a run of its own."""
     from macft.benchmarking.ports import free_addresses
 
     try:
@@ -134,6 +134,27 @@ def launch(
     return [json.loads(output.strip().splitlines()[-1]) for output in outputs]
 
 
+def report(found: dict[str, list[list[dict[str, Any]]]], options: argparse.Namespace) -> None:
+    """Prints the speed-up, the machine's ceiling, where a step of two nodes goes, and all of it as JSON."""
+    one, two, ceiling = (statistics.median(max(r["seconds"] for r in run) for run in found[name]) for name in found)
+    first, second = last = found["two"][-1]
+    name, where = "weak" if options.weak else "strong", options.link or "loopback"
+    speed_up, limit = (2 if options.weak else 1) * one / two, 2 * one / ceiling
+    later = statistics.fmean(max(pair) for pair in zip(first["compute"], second["compute"], strict=True))
+    lengths = " of equal length" if options.equal else ""
+    print(f"{name} scaling, {options.rows} rows{lengths} for one node, {where}")
+    print(f"  one node {one:.3f} s/step, two nodes {two:.3f}: speed-up {speed_up:.2f} (goal {GOAL})")
+    print(
+        f"  two lone nodes at once {ceiling:.3f}: the machine's ceiling is {limit:.2f}, {speed_up / limit:.1%} reached"
+    )
+    print(f"  two nodes: compute {first['compute_mean']:.3f} and {second['compute_mean']:.3f}, the later {later:.3f}")
+    waits = " and ".join(f"{r['all_reduce']:.3f}" for r in last)
+    print(f"  all-reduce, waiting included, {waits}; gradient {first['gradient_bytes'] / 1e6:.1f} MB")
+    point = {"name": name, "link": where, "rows": options.rows, "equal": options.equal, "one": one, "two": two}
+    point |= {"ceiling": ceiling, "speed_up": speed_up, "compute": later, "gradient_bytes": first["gradient_bytes"]}
+    print(json.dumps(point))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", help="speed of each rank's network card, 1gbit for instance; none: loopback")
@@ -159,23 +180,7 @@ def main() -> int:
                 ranks = 1 if name == "one" else 2
                 result = launch(ranks, options.rows, options.steps, link=None, alone=True, equal=options.equal)
             found[name].append(result)
-    one, two, ceiling = (statistics.median(max(r["seconds"] for r in run) for run in found[n]) for n in found)
-    last = found["two"][-1]
-    name = "weak" if options.weak else "strong"
-    speed_up, limit = factor * one / two, 2 * one / ceiling
-    where = options.link or "loopback"
-    print(f"{name} scaling, {options.rows} rows{' of equal length' if options.equal else ''}, {where}:")
-    print(f"  one node {one:.3f} s/step, two nodes {two:.3f} s/step: speed-up {speed_up:.2f} (goal {GOAL})")
-    print(
-        f"  two lone nodes at once {ceiling:.3f} s/step: the machine's ceiling is {limit:.2f}; reached {speed_up / limit:.1%} of it"
-    )
-    compute = [r["compute_mean"] for r in last]
-    uneven = statistics.fmean(max(pair) for pair in zip(*(r["compute"] for r in last), strict=True))
-    print(
-        f"  two nodes: compute {compute[0]:.3f} and {compute[1]:.3f} s, the later of both {uneven:.3f} s; all-reduce and "
-        f"wait {last[0]['all_reduce']:.4f} and {last[1]['all_reduce']:.4f} s; gradient {last[0]['gradient_bytes'] / 1e6:.1f} MB"
-    )
-    print(json.dumps({"name": name, "link": where, "one": one, "two": two, "ceiling": ceiling, "speed_up": speed_up}))
+    report(found, options)
     return 0
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY_CONFIG
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import environment, events, train, write_jsonl
 
+from conftest import TINY_CONFIG
 from macft.cluster.settings import parse_budget
 from macft.data.formats import Row
 from macft.data.order import RowOrder
@@ -25,9 +24,10 @@ from macft.model.settings import ModelConfig
 from macft.plan.chips import find_mac, known_chips
 from macft.plan.fit import Fitter, Settings
 from macft.plan.memory import Work, predict, trained_part
-from macft.plan.run_plan import _known_models
+from macft.plan.run_plan import known_models
 from macft.plan.shape import HeldWeights, ModelShape, read_shape, shape_of
 from macft.plan.workload import StepRows, steps_of
+from running import environment, events, train, write_jsonl
 
 FLOAT32 = HeldWeights(None, 64, 4)
 LLAMA_8B = "mlx-community/Meta-Llama-3.1-8B-Instruct-4bit"
@@ -68,7 +68,7 @@ def test_a_config_that_is_none_is_one_clear_error(tmp_path: Path, content: str) 
 
 
 def test_quantised_weights_are_counted_as_such() -> None:
-    config = {**_known_models()[LLAMA_8B], "vocab_size": 128256}
+    config = {**known_models()[LLAMA_8B], "vocab_size": 128256}
     shape = shape_of(config, LLAMA_8B)
     assert shape.parameters == 8_030_261_248
     # mlx-community's checkpoint of it has 4.52 GB.

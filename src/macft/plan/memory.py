@@ -19,7 +19,7 @@ _BLOCK_HIDDEN, _BLOCK_INTERMEDIATE, _BLOCK_SCORES = 4.8, 7.3, 1.6
 _FLOATS_PER_LOGIT = 6.6
 # With checkpointed blocks: multiples of what a block keeps and needs for a moment, and of its attention scores.
 _AGAIN, _AGAIN_SCORES, _BESIDE_HEAD = 1.6, 0.85, 0.4
-_VALIDATION_FLOATS_PER_LOGIT = 3.0
+_VALIDATION_FLOATS_PER_LOGIT = 3.45
 _PAD_TO = 16
 _TARGETS_PAD_TO = 32
 # Float32 values that an optimizer keeps for each trainable parameter.

@@ -170,7 +170,7 @@ def _shape(config: TrainConfig, notes: list[str]) -> tuple[ModelShape, Path | No
     cached = try_to_load_from_cache(name, "config.json", revision=config.model.revision) if "/" in name else None
     if isinstance(cached, str):
         return read_shape(Path(cached).parent), Path(cached).parent
-    if (known := _known_models().get(name)) is not None:
+    if (known := known_models().get(name)) is not None:
         notes.append(f"{name}: sizes from macft's own table, the model is not on this machine")
         return shape_of(known, name), None
     try:
@@ -184,7 +184,8 @@ def _shape(config: TrainConfig, notes: list[str]) -> tuple[ModelShape, Path | No
     return read_shape(Path(fetched).parent), None
 
 
-def _known_models() -> dict[str, dict[str, Any]]:
+def known_models() -> dict[str, dict[str, Any]]:
+    """config.json of the models in models.yaml, by the path a run names them with."""
     text = files("macft.plan").joinpath("models.yaml").read_text(encoding="utf-8")
     found = {}
     for row in yaml.safe_load(text):
