@@ -3,10 +3,10 @@
     python benchmarks/scaling.py [--link 1gbit] [--steps 10] [--rows 8] [--rounds 2]
 
 strong: the same global batch by one node and by two; weak: twice the batch by two. SmolLM2-135M, LoRA, the SQL rows,
-the trainer without reports, checkpoints and validation. ``--link`` puts the ranks into network namespaces behind cards of
-that speed (Linux, root). Two lone nodes at the same time show what the machine itself loses when both cores work
-(shared caches, memory and, on many servers, one physical core behind two logical ones): no two nodes can be faster
-than that ceiling. Times are medians of steps after the warm-up, rounds by turns.
+the trainer without reports, checkpoints and validation. ``--link`` puts the ranks into network namespaces behind cards
+of that speed (Linux, root). Two lone nodes at the same time show what the machine itself loses when both cores work
+(shared caches and memory, and on many servers one physical core behind two logical ones): no two nodes can be faster
+than that ceiling. Times are means of the steps after the warm-up, and medians of rounds by turns.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
         # All nodes together need the same steps, so their times add up; a median would miss uneven shares.
         "seconds": statistics.fmean(event.seconds for event in kept),
         "compute_mean": statistics.fmean(event.parts["compute"] for event in kept),
-        "compute": [event.parts["compute"] for event in kept],
+        "compute_each": [event.parts["compute"] for event in kept],
         "node_tokens": [event.node_tokens for event in kept],
         "gradient_bytes": 4 * adaptation.trainable_parameters,
         **parts,
@@ -101,7 +101,7 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
 def launch(
     ranks: int, batch_size: int, steps: int, *, link: str | None, alone: bool = False, equal: bool = False
 ) -> list[dict[str, Any]]:
-    """Runs ``ranks`` processes on cores of their own and returns what each found; with ``alone`` each is a run of its own."""
+    """Runs ``ranks`` processes on cores of their own and returns what each found; `alone`: each on its own."""
     from macft.benchmarking.ports import free_addresses
 
     try:
@@ -140,7 +140,7 @@ def report(found: dict[str, list[list[dict[str, Any]]]], options: argparse.Names
     first, second = last = found["two"][-1]
     name, where = "weak" if options.weak else "strong", options.link or "loopback"
     speed_up, limit = (2 if options.weak else 1) * one / two, 2 * one / ceiling
-    later = statistics.fmean(max(pair) for pair in zip(first["compute"], second["compute"], strict=True))
+    later = statistics.fmean(max(pair) for pair in zip(first["compute_each"], second["compute_each"], strict=True))
     lengths = " of equal length" if options.equal else ""
     print(f"{name} scaling, {options.rows} rows{lengths} for one node, {where}")
     print(f"  one node {one:.3f} s/step, two nodes {two:.3f}: speed-up {speed_up:.2f} (goal {GOAL})")

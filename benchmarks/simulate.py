@@ -3,9 +3,9 @@
     python benchmarks/simulate.py                         check against the measured points, table and docs/scaling.png
     python benchmarks/simulate.py --measure               measure the ring on shaped links first (Linux, root)
 
-A step takes as long as its slowest node computes, and then the ring: 2(n-1) messages in a row, each with the latency of a
-link, and 2(n-1)/n of the (encoded) gradient through every link. Nothing overlaps. Latency and bandwidth of the model are
-fitted to the ring of 2 ranks; the rings of 4 and 8 ranks and the training steps of scaling.py check it. A node's time
+A step takes as long as its slowest node computes, and then the ring: 2(n-1) messages in a row, each with the latency of
+a link, and 2(n-1)/n of the (encoded) gradient through every link. Nothing overlaps. Latency and bandwidth are fitted
+to the ring of 2 ranks; the rings of 4 and 8 ranks and the training steps of scaling.py check the model. A node's time
 is measured (SmolLM2 here) or comes from `python -m macft.plan`'s estimate for a Mac. Each node's step varies by a
 lognormal factor (stragglers), drawn with a fixed seed.
 """
