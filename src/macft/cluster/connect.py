@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from macft.cluster.keys import Keyring
 from macft.cluster.rendezvous import connect_ring, join
 from macft.collective.base import Collective
 from macft.collective.mlx_group import MlxListener
@@ -19,8 +20,12 @@ def connect(
     settings: CollectiveConfig,
     start_timeout: float,
     bind: str = "127.0.0.1:0",
+    keyring: Keyring | None = None,
 ) -> Collective:
-    """The collective of ``settings.backend``; see :func:`~macft.cluster.rendezvous.connect_ring`."""
+    """The collective of ``settings.backend``; see :func:`~macft.cluster.rendezvous.connect_ring`.
+
+    MLX's own communication knows no encryption: with a ``keyring`` only the rendezvous is encrypted.
+    """
     if settings.backend == "ring":
         return connect_ring(
             server,
@@ -32,6 +37,7 @@ def connect(
             settings=settings,
             start_timeout=start_timeout,
             bind=bind,
+            keyring=keyring,
         )
     listener = MlxListener(bind, settings)
     try:
@@ -44,6 +50,7 @@ def connect(
             ring_address=listener.address,
             name=name,
             timeout=start_timeout,
+            keyring=keyring,
         )
     except BaseException:
         listener.close()

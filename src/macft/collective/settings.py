@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 BACKENDS = ("ring", "mlx")
 MLX_BACKENDS = ("any", "ring", "jaccl", "nccl", "mpi")
+ENCRYPTION = ("auto", "on", "off")
 MAX_SECONDS = 86_400.0
 MIN_PIECE_BYTES = 4 * 1024
+MAX_BUCKET_BYTES = 1 << 32
 MAX_PIECE_BYTES = 64 * 1024 * 1024
 
 
@@ -21,6 +23,9 @@ class CollectiveConfig:
     # Which of MLX's: ring, jaccl (RDMA over Thunderbolt 5), nccl (CUDA), mpi (under mpirun). any: what the launcher of
     # the processes has prepared, otherwise ring. Only with backend=mlx.
     mlx_backend: str = "any"
+    # on: all traffic between nodes is encrypted, and only nodes whose keys are trusted take part (`python -m
+    # macft.keys`). off: neither; for a cable that nobody else can reach. auto: on unless all nodes are this machine.
+    encryption: str = "auto"
     # Seconds a peer may be silent. A live one never is: its heartbeats go on while it computes.
     timeout: float = 10.0
     # Seconds a peer that is alive may keep the others waiting: a long step, a download, an evaluation.
@@ -29,6 +34,8 @@ class CollectiveConfig:
     heartbeat: float = 1.0
     # Bytes of one message; larger arrays go in several, so that sending, receiving and adding overlap.
     piece_bytes: int = 2 * 1024 * 1024
+    # Bytes of gradient that leave together, last layer first; while a bucket is on the wire the next one is computed.
+    bucket_bytes: int = 4 * 1024 * 1024
 
 
 def problems(config: CollectiveConfig) -> list[str]:
@@ -40,6 +47,10 @@ def problems(config: CollectiveConfig) -> list[str]:
         found.append(f"collective.mlx_backend: '{config.mlx_backend}' is not one of {', '.join(MLX_BACKENDS)}")
     elif config.backend != "mlx" and config.mlx_backend != "any":
         found.append(f"collective.mlx_backend: only collective=mlx uses it, this is collective={config.backend}")
+    if config.encryption in ("True", "False"):
+        found.append("collective.encryption: YAML reads on and off as true and false; put it in quotes")
+    elif config.encryption not in ENCRYPTION:
+        found.append(f"collective.encryption: '{config.encryption}' is not one of {', '.join(ENCRYPTION)}")
     for key in ("timeout", "patience", "heartbeat"):
         value = getattr(config, key)
         if not (math.isfinite(value) and 0.1 <= value <= MAX_SECONDS):
@@ -54,4 +65,7 @@ def problems(config: CollectiveConfig) -> list[str]:
         found.append(f"collective.piece_bytes: {config.piece_bytes} must be from {limits}")
     elif config.piece_bytes % 8:
         found.append(f"collective.piece_bytes: {config.piece_bytes} must be a multiple of 8, the size of a float64")
+    if not MIN_PIECE_BYTES <= config.bucket_bytes <= MAX_BUCKET_BYTES:
+        limits = f"{MIN_PIECE_BYTES} to {MAX_BUCKET_BYTES}"
+        found.append(f"collective.bucket_bytes: {config.bucket_bytes} must be from {limits}")
     return found
