@@ -73,8 +73,10 @@ class MlxCollective:
         self._closed = False
         self._addresses = list(pulses or [])
         self._bad: dict[int, tuple[str, float]] = {}  # by rank: what is wrong with its pulse, and since when
-        self._orders: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]]] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name="mlx-collective", daemon=True).start()
+        self._orders: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]] | None] = queue.SimpleQueue()
+        self._group: Any = None
+        self._thread = threading.Thread(target=self._work, name="mlx-collective", daemon=True)
+        self._thread.start()
         self._stream = mx.gpu if settings.mlx_backend == "nccl" else mx.cpu
         try:
             self._group = self._operate("joining MLX's group", initialize)
@@ -160,6 +162,10 @@ class MlxCollective:
             # A thread of MLX's may hang, which would keep this process from ending.
             atexit.register(_end_now)
             time.sleep(_FAREWELL_SECONDS if self.world_size > 1 else 0.0)
+        else:
+            self._orders.put(None)
+            self._thread.join()
+            self._group = None  # MLX leaves MPI, for one, when its group is given up
         self._pulse.close()
 
     def __enter__(self) -> Self:
@@ -217,12 +223,13 @@ class MlxCollective:
         return result
 
     def _work(self) -> None:
-        while True:
-            call, answer = self._orders.get()
+        while order := self._orders.get():
+            call, answer = order
             try:
                 answer.put((call(), None))
             except Exception as error:
                 answer.put((None, error))
+            del order, call, answer  # or this frame would keep what they hold
 
     def _operate(self, doing: str, call: Callable[[], Any]) -> Any:
         """Has the thread make one call of MLX's; watches the other ranks until it returns."""
