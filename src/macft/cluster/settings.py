@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-KINDS = ("single", "local", "hosts")
+KINDS = ("single", "local", "hosts", "ssh")
+SHIPMENTS = ("code", "data", "model")
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?")
+_DESTINATION = re.compile(
+    r"(?:(?P<user>[A-Za-z0-9._-]+)@)?(?P<name>[A-Za-z0-9_][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?"
+)
 
 
 @dataclass
@@ -14,6 +18,7 @@ class TopologyConfig:
     """The Hydra group ``topology``."""
 
     # single: this process alone. local: `nodes` processes on this machine. hosts: one process on each of `hosts`.
+    # ssh: the same, and one command starts them all.
     kind: str = "single"
     # Number of nodes; with `hosts` it follows from the list.
     nodes: int = 1
@@ -26,6 +31,24 @@ class TopologyConfig:
     port: int = 7070
     # Seconds to wait for all nodes to report at the start.
     start_timeout: float = 120.0
+    # With topology=ssh, where SSH finds each of `hosts`, in the same order: [studio, me@192.168.0.2:22]; names of
+    # ~/.ssh/config will do. Empty: as in `hosts`.
+    ssh: list[str] = field(default_factory=list)
+    # With topology=ssh, the Python that has macft: one for all hosts, or one for each.
+    python: list[str] = field(default_factory=lambda: ["python3"])
+    # With topology=ssh, the folder on the hosts that runs and relative paths are below; itself below the home folder.
+    folder: str = "macft"
+    # With topology=ssh, what is sent to the hosts first, as far as it has changed: code (this macft), data (a local
+    # dataset), model (its files on this machine).
+    ship: list[str] = field(default_factory=list)
+
+    def ssh_of(self, rank: int) -> str:
+        """Where SSH finds the host of ``rank``."""
+        return self.ssh[rank] if self.ssh else split_host(self.hosts[rank], self.port)[0].strip("[]")
+
+    def python_of(self, rank: int) -> str:
+        """Python on the host of ``rank``."""
+        return self.python[rank if len(self.python) > 1 else 0]
 
 
 def split_host(host: str, default_port: int) -> tuple[str, int]:
@@ -48,7 +71,7 @@ def problems(config: TopologyConfig) -> list[str]:
         found.append(f"topology.nodes: {config.nodes} must be 1 or more")
     if config.kind == "single" and config.nodes != 1:
         found.append(f"topology.nodes: topology=single has 1 node, not {config.nodes}; did you mean topology=local?")
-    if config.kind == "hosts":
+    if config.kind in ("hosts", "ssh"):
         if len(config.hosts) < 2:
             found.append("topology.hosts: list two or more addresses, for instance [192.168.0.1,192.168.0.2]")
         if config.rank is not None and not 0 <= config.rank < len(config.hosts):
@@ -58,7 +81,7 @@ def problems(config: TopologyConfig) -> list[str]:
         if len(set(config.hosts)) != len(config.hosts):
             found.append("topology.hosts: an address stands twice")
     elif config.hosts:
-        found.append(f"topology.hosts: only topology=hosts uses them, this is topology={config.kind}")
+        found.append(f"topology.hosts: only topology=hosts and topology=ssh use them, this is topology={config.kind}")
     for host in config.hosts:
         try:
             split_host(host, config.port)
@@ -68,4 +91,33 @@ def problems(config: TopologyConfig) -> list[str]:
         found.append(f"topology.port: {config.port} is not from 1 to 65534")
     if not config.start_timeout > 0:
         found.append(f"topology.start_timeout: {config.start_timeout} must be greater than 0")
+    return found + _ssh_problems(config)
+
+
+def _ssh_problems(config: TopologyConfig) -> list[str]:
+    found = []
+    if config.kind != "ssh":
+        return ["topology.ship: only topology=ssh sends anything"] if config.ship else []
+    if config.ssh and len(config.ssh) != len(config.hosts):
+        found.append(
+            f"topology.ssh: {len(config.ssh)} places for {len(config.hosts)} hosts; list one for each, or none"
+        )
+    if len(config.python) not in (1, len(config.hosts)):
+        found.append(f"topology.python: {len(config.python)} of them; list one for all hosts, or one for each")
+    for item in config.ssh:
+        if _DESTINATION.fullmatch(item) is None:
+            found.append(f"topology.ssh: '{item}' is not [user@]name[:port]")
+    for item in config.ship:
+        if item not in SHIPMENTS:
+            found.append(f"topology.ship: '{item}' is not one of {', '.join(SHIPMENTS)}")
+    if not config.folder or config.folder.startswith(("/", "~")) or ".." in config.folder.split("/"):
+        found.append(f"topology.folder: '{config.folder}' must be a path below the home folder, such as macft")
     return found
+
+
+def split_destination(text: str) -> tuple[str | None, str, int | None]:
+    """``"[user@]name[:port]"`` to (user, name, port); raises ValueError if it is not of that form."""
+    match = _DESTINATION.fullmatch(text)
+    if match is None:
+        raise ValueError(f"'{text}' is not [user@]name[:port]")
+    return match["user"], match["name"].strip("[]"), int(match["port"]) if match["port"] else None
