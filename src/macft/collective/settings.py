@@ -51,6 +51,8 @@ def problems(config: CollectiveConfig) -> list[str]:
         found.append("collective.encryption: YAML reads on and off as true and false; put it in quotes")
     elif config.encryption not in ENCRYPTION:
         found.append(f"collective.encryption: '{config.encryption}' is not one of {', '.join(ENCRYPTION)}")
+    elif config.encryption == "on" and config.backend == "mlx":
+        found.append("collective.encryption: collective=mlx can't encrypt; use collective=ring, or encryption=off")
     for key in ("timeout", "patience", "heartbeat"):
         value = getattr(config, key)
         if not (math.isfinite(value) and 0.1 <= value <= MAX_SECONDS):
