@@ -37,7 +37,7 @@ from macft.cluster.connect import connect
 from macft.cluster.hosts import own_rank
 from macft.cluster.keys import keyring_for
 from macft.cluster.rendezvous import RendezvousServer
-from macft.cluster.settings import split_host
+from macft.cluster.settings import host_paths, split_host
 from macft.config.command_line import prepare
 from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig
@@ -182,7 +182,9 @@ def _measure_hosts(options: argparse.Namespace, config: TrainConfig) -> tuple[li
                 name=topology.hosts[rank],
                 settings=config.collective,
                 start_timeout=topology.start_timeout,
-                bind=f"{host}:{port + 1}",
+                bind="+".join(
+                    f"{name}:{number + 1}" for name, number in host_paths(topology.hosts[rank], topology.port)
+                ),
                 keyring=keyring,
             )
         )
