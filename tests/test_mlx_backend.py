@@ -80,8 +80,8 @@ def mine(rank, size, dtype):
 
 bits = []
 sizes = [0, 1, group.world_size, 1000, 100_003, 5_000_001]
-for dtype in ("f4", "f8"):
-    for size in sizes:
+for dtype, most in (("f4", 10_000_000), ("f8", 200_000)):
+    for size in (size for size in sizes if size < most):
         array = mine(group.rank, size, dtype)
         group.all_reduce([array])
         expected = sum(mine(rank, size, dtype).astype("f8") for rank in range(group.world_size))
