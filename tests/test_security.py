@@ -148,6 +148,7 @@ class Recorder:
     def __init__(self, address: str, flip_at: int | None = None):
         self.target, self.flip_at = split_address(address), flip_at
         self.heard = bytearray()
+        self.ends: list[socket.socket] = []
         self.server = socket.create_server(("127.0.0.1", 0))
         self.threads = [threading.Thread(target=self._accept)]
         self.threads[0].start()
@@ -161,6 +162,7 @@ class Recorder:
             while True:
                 near, _ = self.server.accept()
                 far = socket.create_connection(self.target)
+                self.ends += [near, far]
                 for source, sink in ((near, far), (far, near)):
                     self.threads.append(threading.Thread(target=self._pump, args=(source, sink, source is near)))
                     self.threads[-1].start()
@@ -181,8 +183,13 @@ class Recorder:
     def close(self) -> None:
         self.server.shutdown(socket.SHUT_RDWR)
         self.server.close()
+        for end in self.ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
         for thread in self.threads:
             thread.join(20)
+        for end in self.ends:
+            end.close()
 
 
 def test_what_was_recorded_on_the_wire_says_nothing_and_does_nothing_when_it_is_sent_again() -> None:
