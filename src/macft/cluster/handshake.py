@@ -181,7 +181,8 @@ class Visit:
 
 def _mechanism(address: str) -> str:
     """The security mechanism that the ZeroMQ at ``host:port`` announces (RFC 23); empty if it does not say."""
-    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(_GREETING_BYTES - 12, b"\0")
+    # No more than the version: told of a mechanism that it does not use, it would hang up without saying its own.
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x01"
     answer = b""
     try:
         with socket.create_connection(split_address(address), timeout=2.0) as connection:
