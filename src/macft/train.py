@@ -11,11 +11,13 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from macft.cluster.connect import connect
 from macft.cluster.hosts import own_rank
 from macft.cluster.keys import keyring_for
 from macft.cluster.local import launch
-from macft.cluster.rendezvous import RendezvousServer, connect_ring
-from macft.cluster.settings import split_host
+from macft.cluster.rendezvous import RendezvousServer
+from macft.cluster.settings import host_paths, split_host
+from macft.collective.mlx_group import join_launched, launched
 from macft.collective.solo import Solo
 from macft.config.command_line import prepare
 from macft.config.paths import config_folder
@@ -25,6 +27,7 @@ from macft.config.yaml import fingerprint, to_yaml
 from macft.errors import ConfigError
 from macft.model.resolve import resolve
 from macft.node import run_node
+from macft.over_ssh import run_over_ssh
 from macft.status import exit_status
 from macft.stop import StopRequest
 
@@ -55,10 +58,15 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
     (folder / "config.yaml").write_text(to_yaml(config))
     if config.topology.kind == "local" and config.topology.nodes > 1:
         return _run_local(config, folder, resume=resume)
+    if config.topology.kind == "ssh":
+        return _ended(run_over_ssh(config, folder, resume=resume))
     stop = StopRequest()
     with stop.listening():
         if config.topology.kind == "hosts":
-            return _run_on_hosts(config, folder, resume=resume, stop=stop)
+            return run_on_hosts(config, folder, resume=resume, stop=stop)
+        if config.collective.backend == "mlx" and launched():
+            with join_launched(config.collective) as group:
+                return run_node(config, group, folder, resume=resume, stop=stop).reason
         with Solo() as alone:
             return run_node(config, alone, folder, resume=resume, stop=stop).reason
 
@@ -75,6 +83,10 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
         resume=resume,
         keyring=keyring,
     )
+    return _ended(status)
+
+
+def _ended(status: int) -> str:
     if status == 0:
         return "finished"
     if status == 130:
@@ -82,7 +94,8 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
     sys.exit(status)  # rank 0 has printed why
 
 
-def _run_on_hosts(config: TrainConfig, folder: Path, *, resume: bool, stop: StopRequest) -> str:
+def run_on_hosts(config: TrainConfig, folder: Path, *, resume: bool, stop: StopRequest) -> str:
+    """Runs this machine's rank of a run on several hosts; returns why it ended."""
     topology = config.topology
     rank, world_size = own_rank(topology), len(topology.hosts)
     keyring = keyring_for(topology, config.collective)
@@ -102,7 +115,7 @@ def _run_on_hosts(config: TrainConfig, folder: Path, *, resume: bool, stop: Stop
                 on_refusal=lambda line: print(f"note: {line}", file=sys.stderr),
             )
             server.start()
-        with connect_ring(
+        with connect(
             f"{addresses[0][0]}:{addresses[0][1]}",
             rank=rank,
             world_size=world_size,
@@ -111,7 +124,7 @@ def _run_on_hosts(config: TrainConfig, folder: Path, *, resume: bool, stop: Stop
             name=topology.hosts[rank],
             settings=config.collective,
             start_timeout=topology.start_timeout,
-            bind=f"{host}:{port + 1}",
+            bind="+".join(f"{name}:{path_port + 1}" for name, path_port in host_paths(topology.hosts[rank], port)),
             keyring=keyring,
         ) as ring:
             return run_node(config, ring, folder, resume=resume, stop=stop).reason
