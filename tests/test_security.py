@@ -303,8 +303,9 @@ def test_nodes_started_over_ssh_get_the_runs_key_from_the_terminal(tmp_path: Pat
         f"topology.hosts=[127.0.0.1:{ports[0]},127.0.0.1:{ports[1]}]",
         "collective.encryption=on",
     ]
+    argv = prepare(overrides).argv
     with initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
-        config = to_typed(compose("train", overrides=prepare(overrides).argv))
+        config = to_typed(compose("train", overrides=argv))
     secret, agents = KeyPair.new().secret.hex(), []
     for rank in range(2):
         (tmp_path / f"run{rank}").mkdir()
