@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,17 +15,23 @@ from typing import Any
 import numpy as np
 import pytest
 import zmq
+from hydra import compose, initialize_config_dir
 from zmq.utils.monitor import recv_monitor_message
 
 from live_ring import LiveRing, live_ring
 from macft.cluster import keys
 from macft.cluster.keys import Keyring
 from macft.cluster.rendezvous import RendezvousServer, connect_ring
+from macft.cluster.settings import TopologyConfig
 from macft.collective.security import KeyPair, encrypt_to
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import split_address
-from macft.errors import CollectiveError, RendezvousError
-from running import free_ports, losses, start, train, uneven_dataset
+from macft.config.command_line import prepare
+from macft.config.paths import config_folder
+from macft.config.validate import to_typed
+from macft.config.yaml import to_yaml
+from macft.errors import CollectiveError, ConfigError, RendezvousError
+from running import environment, free_ports, losses, start, train, uneven_dataset
 
 QUICK = CollectiveConfig(timeout=3.0, heartbeat=0.5)
 
@@ -148,6 +156,7 @@ class Recorder:
     def __init__(self, address: str, flip_at: int | None = None):
         self.target, self.flip_at = split_address(address), flip_at
         self.heard = bytearray()
+        self.ends: list[socket.socket] = []
         self.server = socket.create_server(("127.0.0.1", 0))
         self.threads = [threading.Thread(target=self._accept)]
         self.threads[0].start()
@@ -161,6 +170,7 @@ class Recorder:
             while True:
                 near, _ = self.server.accept()
                 far = socket.create_connection(self.target)
+                self.ends += [near, far]
                 for source, sink in ((near, far), (far, near)):
                     self.threads.append(threading.Thread(target=self._pump, args=(source, sink, source is near)))
                     self.threads[-1].start()
@@ -181,8 +191,13 @@ class Recorder:
     def close(self) -> None:
         self.server.shutdown(socket.SHUT_RDWR)
         self.server.close()
+        for end in self.ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
         for thread in self.threads:
             thread.join(20)
+        for end in self.ends:
+            end.close()
 
 
 def test_what_was_recorded_on_the_wire_says_nothing_and_does_nothing_when_it_is_sent_again() -> None:
@@ -272,3 +287,52 @@ def test_without_a_key_a_run_ends_before_it_begins(
     assert done.status == 2
     assert "this machine has no key yet; run `python -m macft.keys make`" in done.errors
     assert len(done.errors.splitlines()) == 1
+
+
+def test_nodes_started_over_ssh_get_the_runs_key_from_the_terminal(tmp_path: Path, tiny_model_folder: Path) -> None:
+    """The agents as SSH starts them, with what the launcher writes to their standard input."""
+    ports = free_ports(2)
+    overrides = [
+        f"model={tiny_model_folder}",
+        f"dataset={uneven_dataset(tmp_path / 'data')}",
+        "training.steps=2",
+        "training.batch_size=4",
+        "optimizer.warmup_steps=0",
+        "report.console=false",
+        "topology=ssh",
+        f"topology.hosts=[127.0.0.1:{ports[0]},127.0.0.1:{ports[1]}]",
+        "collective.encryption=on",
+    ]
+    argv = prepare(overrides).argv
+    with initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
+        config = to_typed(compose("train", overrides=argv))
+    secret, agents = KeyPair.new().secret.hex(), []
+    for rank in range(2):
+        (tmp_path / f"run{rank}").mkdir()
+        (tmp_path / f"run{rank}" / "config.yaml").write_text(to_yaml(config))
+        agents.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "macft.agent", str(tmp_path / f"run{rank}"), str(rank)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**environment(), "MACFT_KEYS": str(tmp_path / "none")},
+            )
+        )
+        stdin = agents[rank].stdin
+        assert stdin is not None
+        stdin.write(f"key {secret}\n")
+        stdin.flush()
+    for agent in agents:
+        agent.wait(120)
+        assert agent.stdout is not None
+        assert agent.returncode == 0, agent.stdout.read()
+        agent.communicate()
+    assert len(losses(tmp_path / "run0")) == 2
+
+
+def test_mlx_is_not_used_beyond_loopback_without_a_word() -> None:
+    topology = TopologyConfig(kind="hosts", hosts=["192.168.0.1", "192.168.0.2"])
+    with pytest.raises(ConfigError, match="mlx knows no encryption"):
+        keys.needs_keys(topology, CollectiveConfig(backend="mlx"))
+    assert not keys.needs_keys(topology, CollectiveConfig(backend="mlx", encryption="off"))

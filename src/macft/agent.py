@@ -1,13 +1,14 @@
 """A rank's process on a host, started over SSH: ``python -m macft.agent RUN_FOLDER RANK [--resume]``.
 
 Its standard input is the line to the terminal that started it: ``stop`` asks for an orderly end, and so does its end,
-which comes when that terminal, its machine or the connection dies.
+which comes when that terminal, its machine or the connection dies. ``key HEX`` gives the key of an encrypted run.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import queue
 import signal
 import subprocess
 import sys
@@ -15,13 +16,17 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 
+from macft.cluster.keys import Keyring, needs_keys, run_keyring
 from macft.config.yaml import read
+from macft.errors import LaunchError
 from macft.status import exit_status
 from macft.stop import StopRequest
 from macft.train import run_on_hosts
 
 _LOG_SECONDS = 5.0
+_KEY_SECONDS = 30.0
 _LAST_SECONDS = 60.0
 """How long an orderly end may take once nobody listens any more."""
 
@@ -32,13 +37,15 @@ def main(argv: list[str]) -> int:
     end_log = _keep_log(folder / "logs" / f"rank-{rank}.log")
     _keep_awake()
     gone = threading.Event()
-    threading.Thread(target=_listen, args=(gone,), name="terminal", daemon=True).start()
+    keys: SimpleQueue[bytes] = SimpleQueue()
+    threading.Thread(target=_listen, args=(gone, keys), name="terminal", daemon=True).start()
     stop = StopRequest()
 
     def run() -> str:
         config = read(folder / "config.yaml")
         config.topology.rank = rank
-        return run_on_hosts(config, folder, resume="--resume" in argv, stop=stop)
+        keyring = _given_keyring(keys) if needs_keys(config.topology, config.collective) else None
+        return run_on_hosts(config, folder, resume="--resume" in argv, stop=stop, keyring=keyring)
 
     with stop.listening(gone):
         status = exit_status(run)
@@ -46,12 +53,22 @@ def main(argv: list[str]) -> int:
     return status
 
 
-def _listen(gone: threading.Event) -> None:
+def _given_keyring(keys: SimpleQueue[bytes]) -> Keyring:
+    try:
+        return run_keyring(bytes.fromhex(keys.get(timeout=_KEY_SECONDS).decode()))
+    except (queue.Empty, ValueError):
+        raise LaunchError("the terminal that started this node gave it no proper key for the run") from None
+
+
+def _listen(gone: threading.Event, keys: SimpleQueue[bytes]) -> None:
     waiting = b""
     while piece := os.read(0, 1024):
         *lines, waiting = (waiting + piece)[-1024:].split(b"\n")
         if b"stop" in lines:
             gone.set()
+        for line in lines:
+            if line.startswith(b"key "):
+                keys.put(line.removeprefix(b"key "))
     gone.set()
     time.sleep(_LAST_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -169,6 +169,7 @@ def _measure_hosts(options: argparse.Namespace, config: TrainConfig) -> tuple[li
                 fingerprint=marks,
                 timeout=topology.start_timeout,
                 keyring=keyring,
+                on_refusal=lambda line: print(f"note: {line}", file=sys.stderr),
             )
             stack.callback(server.close)
             server.start()

@@ -6,9 +6,11 @@ import posixpath
 from pathlib import Path
 
 import macft
+from macft.cluster.keys import needs_keys
 from macft.cluster.settings import TopologyConfig
 from macft.cluster.shipment import Shipment
 from macft.cluster.ssh_launch import Launch, launch, show
+from macft.collective.security import KeyPair
 from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig
 from macft.config.yaml import to_yaml
@@ -32,6 +34,7 @@ def run_over_ssh(config: TrainConfig, folder: Path, *, resume: bool) -> int:
             has_code="code" in config.topology.ship,
             resume=resume,
             show=show,
+            secret=KeyPair.new().secret if needs_keys(config.topology, config.collective) else b"",
         )
     )
 

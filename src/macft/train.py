@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from macft.cluster.connect import connect
 from macft.cluster.hosts import own_rank
-from macft.cluster.keys import keyring_for
+from macft.cluster.keys import Keyring, keyring_for
 from macft.cluster.local import launch
 from macft.cluster.rendezvous import RendezvousServer
 from macft.cluster.settings import host_paths, split_host
@@ -94,11 +94,13 @@ def _ended(status: int) -> str:
     sys.exit(status)  # rank 0 has printed why
 
 
-def run_on_hosts(config: TrainConfig, folder: Path, *, resume: bool, stop: StopRequest) -> str:
-    """Runs this machine's rank of a run on several hosts; returns why it ended."""
+def run_on_hosts(
+    config: TrainConfig, folder: Path, *, resume: bool, stop: StopRequest, keyring: Keyring | None = None
+) -> str:
+    """Runs this machine's rank of a run on several hosts; returns why it ended. ``keyring``: if not this machine's."""
     topology = config.topology
     rank, world_size = own_rank(topology), len(topology.hosts)
-    keyring = keyring_for(topology, config.collective)
+    keyring = keyring or keyring_for(topology, config.collective)
     addresses = [split_host(host, topology.port) for host in topology.hosts]
     host, port = addresses[rank]
     run_id = f"{config.name}:{','.join(topology.hosts)}"

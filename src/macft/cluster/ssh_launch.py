@@ -61,6 +61,7 @@ class Launch:
         shipments: To be sent to all hosts first.
         has_code: Whether macft itself is among them, in ``code`` below ``topology.folder``.
         show: Prints a line.
+        secret: Key of this run, for the agents; empty where it is not encrypted.
     """
 
     topology: TopologyConfig
@@ -71,6 +72,7 @@ class Launch:
     has_code: bool
     resume: bool
     show: Callable[[str], None]
+    secret: bytes = field(default=b"", repr=False)
 
 
 def launch(plan: Launch) -> int:
@@ -232,6 +234,8 @@ async def _start(plan: Launch, host: Host) -> None:
     # `env` and `exec` work in every login shell; the agent ends when its standard input does.
     command = f"cd {folder} && exec env {code}{python} -u -m macft.agent {run} {host.rank}{resume}"
     host.process = await host.connection.create_process(command, stderr=asyncssh.STDOUT, errors="replace")
+    if plan.secret:  # not in the command, which every user of the host can see
+        host.process.stdin.write(f"key {plan.secret.hex()}\n")
 
 
 async def _run(plan: Launch, hosts: list[Host]) -> int:
