@@ -48,7 +48,7 @@ class Fitter:
     @property
     def rows(self) -> int:
         """Most rows this node has in a step."""
-        return max((len(step.lengths) for step in self.steps), default=1)
+        return max((len(step.lengths) for step in self.steps), default=1) or 1
 
     def parts(self, settings: Settings) -> MemoryParts:
         """The prediction for the micro-batch that takes most."""
@@ -98,7 +98,7 @@ class Fitter:
     def longest_that_fits(self, budget: float) -> int | None:
         """The longest rows that fit under the most saving settings, tokens; None if none do."""
         saving = Settings(1, grad_checkpoint=True, loss_chunk=_CHUNK if self.can_chunk else 0)
-        longest = max(int(step.lengths.max()) for step in self.steps)
+        longest = max((int(step.lengths.max()) for step in self.steps if len(step.lengths)), default=0)
         while longest >= _SHORTEST_HINT:
             longest //= 2
             work = Work(1, longest, longest, True, int(self.validates), True, saving.loss_chunk)

@@ -35,7 +35,8 @@ def settle(
         ConfigError: the run doesn't fit a node's memory; the message names settings with which it would.
     """
     steps = steps_of(rows, order, steps_for(config.training, order))
-    mine = [step.of_rank(collective.rank, collective.world_size) for step in steps]
+    shares = config.topology.shares if isinstance(config.topology.shares, list) else None
+    mine = [step.of_rank(collective.rank, collective.world_size, shares) for step in steps]
     training, notes, refusal = _settle_here(config, model_folder, mine)
     verdicts = collective.all_gather(json.dumps(refusal).encode()[:_LONGEST_VERDICT])
     for rank, verdict in enumerate(verdicts):
