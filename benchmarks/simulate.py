@@ -127,7 +127,7 @@ def mac_job(model: str, mac: str, adapter: AdapterConfig, rows: int, length: int
     shape = shape_of(known_models()[model], model)
     held = HeldWeights(shape.bits, shape.group_size, 2)
     steps = [StepRows(np.full(rows, length), np.full(rows, length // 4))]
-    plan = Fitter(shape, held, adapter, "adamw", steps, validates=False)
+    plan = Fitter(shape, held, adapter, "adamw", steps, validation_rows=0)
     operations = step_cost(plan, Settings(None, False)).operations
     seconds = operations / (find_mac(mac).chip.tflops * 1e12 * MAC_EFFICIENCY)
     name = model.split("/")[-1].removesuffix("-4bit").replace("-Instruct", "").replace("Meta-", "")
