@@ -28,8 +28,9 @@ def basics(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
     return [
         f"model={tiny_model_folder}",
         f"dataset={data}",
-        "training.batch_size=12",
-        "training.micro_batch_size=4",
+        "dataset.mask_prompt=true",
+        "training.batch_size=8",
+        "training.micro_batch_size=2",
         "training.eval_every=0",
         "training.save_every=0",
         "optimizer.learning_rate=1e-3",
@@ -105,7 +106,7 @@ def test_a_budget_changes_nothing_that_is_learnt(tmp_path: Path, basics: list[st
     }
     curves = {}
     for name, overrides in runs.items():
-        done = train(*basics, *overrides, "training.steps=24", f"hydra.run.dir={tmp_path / name}", cwd=tmp_path)
+        done = train(*basics, *overrides, "training.steps=12", f"hydra.run.dir={tmp_path / name}", cwd=tmp_path)
         assert done.status == 0, done.errors
         curves[name] = losses(tmp_path / name)
     for name in runs:
@@ -115,12 +116,12 @@ def test_a_budget_changes_nothing_that_is_learnt(tmp_path: Path, basics: list[st
 
 
 def test_a_node_alone_rests_instead(tmp_path: Path, basics: list[str]) -> None:
-    hot = [*HOT, "thermal.simulated.hot_ranks=[0]", "thermal.simulated.blanket_seconds=0"]
-    done = train(*basics, *hot, "training.steps=30", f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    hot = [*HOT, "thermal.simulated.hot_ranks=[0]", "thermal.simulated.blanket_seconds=0", "thermal.min_duty=0.3"]
+    done = train(*basics, *hot, "training.steps=10", f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
     assert done.status == 0, done.errors
     steps = events(tmp_path / "run", "step_done")
     assert min(step["nodes"][0]["duty"] for step in steps) < 0.5
-    rested = [step for step in steps if step["parts"]["compute"] > 1.5 * step["nodes"][0]["busy_seconds"]]
+    rested = [step for step in steps if step["parts"]["compute"] > 1.3 * step["nodes"][0]["busy_seconds"]]
     assert rested
 
 

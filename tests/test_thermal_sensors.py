@@ -260,7 +260,8 @@ def test_what_nobody_sees_is_one_line() -> None:
     config = ThermalConfig(temperature_limit=90, state_limit="moderate")
     lines = blind_spots(config, Conditions(0.0, state=0), ["thermal: no temperature from RAPL: it is not there"])
     assert lines == [
-        "thermal: no reading of temperature here, so those limits do nothing (no temperature from RAPL: it is not there)"
+        "thermal: no reading of temperature here, so those limits do nothing "
+        "(no temperature from RAPL: it is not there)"
     ]
     assert blind_spots(config, Conditions(0.0, temperature=40.0, state=0), []) == []
     assert blind_spots(ThermalConfig(sensor="none", temperature_limit=90), Conditions(0.0), []) == []
