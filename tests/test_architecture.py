@@ -17,7 +17,7 @@ ALLOWED = {
     "collective": set(),
     "benchmarking": {"collective"},
     "cluster": {"collective", "blas"},
-    "plan": set(),
+    "plan": {"blas", "cluster", "collective", "config", "data", "model", "status", "training"},
     "report": {"plan"},
     "thermal": {"plan", "report"},
     "model": {"blas"},
@@ -25,7 +25,7 @@ ALLOWED = {
     "checkpoint": set(),
     "evaluation": {"collective", "data"},
     "training": {"checkpoint", "collective", "data", "model", "plan", "report", "stop"},
-    "config": {"cluster", "collective", "data", "evaluation", "model", "report", "thermal", "training"},
+    "config": {"cluster", "collective", "data", "evaluation", "model", "plan", "report", "thermal", "training"},
 }
 
 

@@ -451,10 +451,12 @@ def test_solo_is_a_collective() -> None:
 
 def test_settings_name_their_wrong_keys() -> None:
     assert problems(CollectiveConfig()) == []
-    wrong = CollectiveConfig("mpi", timeout=-1.0, patience=float("nan"), heartbeat=0.0, piece_bytes=5001)
-    keys = ["backend", "timeout", "patience", "heartbeat", "heartbeat", "piece_bytes"]
+    wrong = CollectiveConfig(
+        "mpi", timeout=-1.0, patience=float("nan"), heartbeat=0.0, piece_bytes=5001, bucket_bytes=1
+    )
+    keys = ["backend", "timeout", "patience", "heartbeat", "heartbeat", "piece_bytes", "bucket_bytes"]
     assert [line.split(":")[0] for line in problems(wrong)] == [f"collective.{key}" for key in keys]
-    assert "multiple of 8" in problems(wrong)[-1]
+    assert "multiple of 8" in problems(wrong)[-2]
     assert "must be from 4096 to" in problems(CollectiveConfig(piece_bytes=8))[0]
 
 
@@ -479,3 +481,17 @@ def test_bfloat16_rounds_as_mlx_does(numbers: list[float]) -> None:
     ours = from_bfloat16(to_bfloat16(values))
     theirs = np.array(mx.array(values).astype(mx.bfloat16).astype(mx.float32))
     np.testing.assert_array_equal(ours, theirs)
+
+
+def test_tuning_comes_out_alike_on_all_ranks() -> None:
+    def work(ring: Ring) -> list[float]:
+        ring.tune()
+        sums = []
+        for size in (1_000, 60_000, 120_000):
+            array = np.ones(size, np.float32)
+            ring.all_reduce([array])
+            sums.append(float(array.sum() / size))
+        return sums
+
+    assert in_threads(4, work) == [[4.0] * 3] * 4
+    assert in_threads(2, work) == [[2.0] * 3] * 2

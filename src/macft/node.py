@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from macft.evaluation.record import expected_text, question_text
 from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_files import load_adapter_weights, save_adapter, save_model
 from macft.model.device import prepare_device
-from macft.model.load import LoadedModel, load
+from macft.model.load import LoadedModel, load, load_tokenizer
 from macft.model.resolve import resolve
 from macft.plan.balance import Balance
+from macft.plan.settle import settle
 from macft.report import fan_out
 from macft.report.events import (
     MetricScored,
@@ -108,9 +109,16 @@ def _prepare(
     # Whatever can go wrong without a model goes wrong before one is fetched and loaded.
     optimizer = make_optimizer(config.optimizer)
     raw = read(config.dataset, seed=config.seed)
+    model_folder = resolve(config.model)
+    tokenizer = load_tokenizer(config.model, model_folder)
+    data = tokenize_all(raw, config.dataset, tokenizer, need_test=_is_scored(config))
+    order = RowOrder(
+        data.train.source_sizes, data.train.source_weights, batch_size=config.training.batch_size, seed=config.seed
+    )
     device = prepare_device()
-    loaded = load(config.model, resolve(config.model))
-    data = tokenize_all(raw, config.dataset, loaded.tokenizer, need_test=_is_scored(config))
+    training, plan_notes = settle(config, model_folder, data.train.rows, order, collective)
+    config = replace(config, training=training)
+    loaded = load(config.model, model_folder, tokenizer)
     adaptation = adapt(loaded.model, config.adapter, seed=config.seed)
     if config.adapter.init_from is not None and collective.rank == 0:
         load_adapter_weights(Path(config.adapter.init_from).expanduser(), loaded.model)
@@ -119,12 +127,10 @@ def _prepare(
         adaptation.dropout_keys,
         seed=config.seed,
         checkpoint_blocks=config.training.grad_checkpoint,
+        bucket_bytes=config.collective.bucket_bytes,
     )
     store = CheckpointStore(folder.checkpoints, keep=config.training.keep)
     progress, notes = _agree_on_state(loaded, optimizer, collective, store, resume=resume)
-    order = RowOrder(
-        data.train.source_sizes, data.train.source_weights, batch_size=config.training.batch_size, seed=config.seed
-    )
     reporter = fan_out.build(
         config.report,
         folder,
@@ -155,7 +161,7 @@ def _prepare(
         pace=guard or FullSpeed(),
     )
     run = _Run(config, collective, folder, loaded, data, adaptation, optimizer, trainer, reporter, guard)
-    run.data.notes[:0] = [device, *loaded.notes]
+    run.data.notes[:0] = [device, *loaded.notes, *plan_notes]
     run.data.notes += notes
     return run
 

@@ -11,10 +11,13 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from macft.cluster.connect import connect
 from macft.cluster.hosts import own_rank
+from macft.cluster.keys import keyring_for
 from macft.cluster.local import launch
-from macft.cluster.rendezvous import RendezvousServer, connect_ring
+from macft.cluster.rendezvous import RendezvousServer
 from macft.cluster.settings import split_host
+from macft.collective.mlx_group import join_launched, launched
 from macft.collective.solo import Solo
 from macft.config.command_line import prepare
 from macft.config.paths import config_folder
@@ -58,11 +61,15 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
     with stop.listening():
         if config.topology.kind == "hosts":
             return _run_on_hosts(config, folder, resume=resume, stop=stop)
+        if config.collective.backend == "mlx" and launched():
+            with join_launched(config.collective) as group:
+                return run_node(config, group, folder, resume=resume, stop=stop).reason
         with Solo() as alone:
             return run_node(config, alone, folder, resume=resume, stop=stop).reason
 
 
 def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
+    keyring = keyring_for(config.topology, config.collective)
     resolve(config.model)  # fetched once, here, where its progress can be seen
     status = launch(
         config.topology.nodes,
@@ -71,6 +78,7 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
         fingerprint=fingerprint(config),
         start_timeout=config.topology.start_timeout,
         resume=resume,
+        keyring=keyring,
     )
     if status == 0:
         return "finished"
@@ -82,6 +90,7 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
 def _run_on_hosts(config: TrainConfig, folder: Path, *, resume: bool, stop: StopRequest) -> str:
     topology = config.topology
     rank, world_size = own_rank(topology), len(topology.hosts)
+    keyring = keyring_for(topology, config.collective)
     addresses = [split_host(host, topology.port) for host in topology.hosts]
     host, port = addresses[rank]
     run_id = f"{config.name}:{','.join(topology.hosts)}"
@@ -94,9 +103,11 @@ def _run_on_hosts(config: TrainConfig, folder: Path, *, resume: bool, stop: Stop
                 run_id=run_id,
                 fingerprint=fingerprint(config),
                 timeout=topology.start_timeout,
+                keyring=keyring,
+                on_refusal=lambda line: print(f"note: {line}", file=sys.stderr),
             )
             server.start()
-        with connect_ring(
+        with connect(
             f"{addresses[0][0]}:{addresses[0][1]}",
             rank=rank,
             world_size=world_size,
@@ -106,6 +117,7 @@ def _run_on_hosts(config: TrainConfig, folder: Path, *, resume: bool, stop: Stop
             settings=config.collective,
             start_timeout=topology.start_timeout,
             bind=f"{host}:{port + 1}",
+            keyring=keyring,
         ) as ring:
             return run_node(config, ring, folder, resume=resume, stop=stop).reason
     finally:

@@ -6,8 +6,9 @@ import sys
 import threading
 from pathlib import Path
 
+from macft.cluster.connect import connect
+from macft.cluster.keys import keyring_for
 from macft.cluster.local import watch_launcher
-from macft.cluster.rendezvous import connect_ring
 from macft.config.validate import world_size
 from macft.config.yaml import fingerprint, read
 from macft.node import run_node
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> int:
 
     def run() -> str:
         config = read(folder / "config.yaml")
-        with connect_ring(
+        with connect(
             rendezvous,
             rank=rank,
             world_size=world_size(config),
@@ -33,6 +34,7 @@ def main(argv: list[str]) -> int:
             name=f"local-{rank}",
             settings=config.collective,
             start_timeout=config.topology.start_timeout,
+            keyring=keyring_for(config.topology, config.collective),
         ) as ring:
             outcome = run_node(config, ring, folder, resume="--resume" in argv, stop=stop)
         if rank:

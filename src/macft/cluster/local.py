@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from macft.blas import available_cores
+from macft.cluster.keys import Keyring
 from macft.cluster.rendezvous import RendezvousServer
 from macft.errors import MacftError
 
@@ -29,7 +30,16 @@ class RankFailed(MacftError):
         self.exit_code = exit_code
 
 
-def launch(world_size: int, folder: Path, *, run_id: str, fingerprint: str, start_timeout: float, resume: bool) -> int:
+def launch(
+    world_size: int,
+    folder: Path,
+    *,
+    run_id: str,
+    fingerprint: str,
+    start_timeout: float,
+    resume: bool,
+    keyring: Keyring | None = None,
+) -> int:
     """Runs ``world_size`` ranks of the run in ``folder`` and waits for them; returns rank 0's exit status.
 
     Rank 0 has this terminal; the others write to ``folder/logs/rank-N.log``. SIGINT and SIGTERM are passed on once to
@@ -42,7 +52,12 @@ def launch(world_size: int, folder: Path, *, run_id: str, fingerprint: str, star
     logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, available_cores() // world_size)
     server = RendezvousServer(
-        "127.0.0.1:0", world_size=world_size, run_id=run_id, fingerprint=fingerprint, timeout=start_timeout
+        "127.0.0.1:0",
+        world_size=world_size,
+        run_id=run_id,
+        fingerprint=fingerprint,
+        timeout=start_timeout,
+        keyring=keyring,
     )
     processes: list[subprocess.Popen[bytes]] = []
 

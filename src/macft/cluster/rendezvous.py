@@ -2,7 +2,8 @@
 
 Rank 0's machine, or the launcher of a local run, listens. A rank whose version, run, configuration or place
 does not fit is refused at once with the reason, and so are the others: before any model is loaded, nobody
-waits in vain.
+waits in vain. With a keyring only machines whose keys are trusted are heard at all, and each rank also tells the
+public key of its ring, so that the ring lets in exactly the ranks that have met here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,18 @@ import msgpack
 import zmq
 
 import macft
+from macft.cluster.handshake import Door, Visit
+from macft.cluster.keys import Keyring
 from macft.collective.listener import Listener
 from macft.collective.ring import Ring
+from macft.collective.security import KEY_BYTES
 from macft.collective.settings import CollectiveConfig
-from macft.collective.wire import LINGER_SECONDS, PROTOCOL_VERSION, bind, set_endpoint, split_address
-from macft.errors import CollectiveError, RendezvousError
+from macft.collective.wire import PROTOCOL_VERSION, split_address
+from macft.errors import RendezvousError
 
-_MAX_MESSAGE_BYTES = 65_536
 _MAX_NAME = 255
+_MAX_REASON = 1000
+_MAX_REFUSALS = 3
 _LOOK_SECONDS = 0.05
 _NEWS_SECONDS = 1.0
 """How much longer than the server a rank waits, for the server's answer names who is missing."""
@@ -42,11 +47,15 @@ _AGREED = {
 
 @dataclass(frozen=True)
 class Membership:
-    """Ring addresses (``host:port``) and names by rank, and an id that only these ranks know."""
+    """Ring addresses (``host:port``) and names by rank, and an id that only these ranks know.
+
+    ``keys`` are the public keys of the ranks' rings, by rank; empty where the run is not encrypted.
+    """
 
     addresses: tuple[str, ...]
     names: tuple[str, ...]
     ring_id: str
+    keys: tuple[bytes, ...] = ()
 
 
 class RendezvousServer:
@@ -59,6 +68,8 @@ class RendezvousServer:
         fingerprint: SHA-256 of the resolved configuration. None: that of the first rank to come.
         timeout: Seconds from :meth:`start` within which all ranks must come.
         names: Of the expected ranks where they are known, to say who is missing.
+        keyring: Of this machine: only its members are heard. None: no encryption.
+        on_refusal: Called, in the server's thread, with a line for each one that is not let in.
 
     Raises:
         RendezvousError: the address can't be listened on.
@@ -73,28 +84,31 @@ class RendezvousServer:
         fingerprint: str | None = None,
         timeout: float = 60.0,
         names: Sequence[str] = (),
+        keyring: Keyring | None = None,
+        on_refusal: Callable[[str], None] = lambda _: None,
     ):
         self._world_size, self._timeout, self._names = world_size, timeout, names
+        self._is_encrypted, self._on_refusal = keyring is not None, on_refusal
         self._agreed = {**_own(run_id, world_size), "fingerprint": fingerprint}
         self._members: dict[int, tuple[bytes, dict[str, Any]]] = {}
         self._membership: Membership | None = None
         self._error: RendezvousError | None = None
         self._reason = ""
         self._stop, self._ended = threading.Event(), threading.Event()
+        self._refusals: list[str] = []
         self._context: zmq.Context[Any] = zmq.Context()
-        self._socket = _open(self._context, zmq.ROUTER)
-        self._socket.router_mandatory = True  # tells of a rank that has gone
         try:
-            self._address = _listen(self._socket, bind)
+            self._door = Door(self._context, bind, keyring)
         except BaseException:
-            self._release()
+            self._context.term()
             raise
+        self._socket = self._door.socket
         self._thread = threading.Thread(target=self._serve, name="rendezvous", daemon=True)
 
     @property
     def address(self) -> str:
         """``host:port`` with the true port."""
-        return self._address
+        return self._door.address
 
     @property
     def arrived(self) -> tuple[int, ...]:
@@ -109,7 +123,7 @@ class RendezvousServer:
         """Waits until the ranks have met. Raises RendezvousError with the reason if they did not."""
         self._ended.wait()
         if self._membership is None:
-            raise self._error or RendezvousError(f"rendezvous at {self._address}: closed before all ranks came")
+            raise self._error or RendezvousError(f"rendezvous at {self._door.address}: closed before all ranks came")
         return self._membership
 
     def close(self) -> None:
@@ -118,10 +132,7 @@ class RendezvousServer:
         if self._thread.is_alive():
             self._thread.join()
         self._ended.set()
-        self._release()
-
-    def _release(self) -> None:
-        self._socket.close()
+        self._door.close()
         self._context.term()
 
     def _serve(self) -> None:
@@ -131,7 +142,10 @@ class RendezvousServer:
                 self._take(self._socket.recv_multipart())
             elif time.monotonic() > deadline and not self._ended.is_set():
                 self._refuse(self._who_is_missing())
-        self._socket.close()  # its last answers leave while `close` waits
+            for line in self._door.refusals():
+                self._refusals = [*self._refusals[-_MAX_REFUSALS:], line]
+                self._on_refusal(line)
+        self._door.close()  # its last answers leave while `close` waits
         self._ended.set()
 
     def _take(self, parts: list[bytes]) -> None:
@@ -152,8 +166,10 @@ class RendezvousServer:
         if len(self._members) == self._world_size:
             ordered = [self._members[rank][1] for rank in range(self._world_size)]
             addresses, names = tuple(m["address"] for m in ordered), tuple(m["name"] for m in ordered)
-            self._membership = Membership(addresses, names, secrets.token_hex(16))
-            self._tell({"addresses": addresses, "names": names, "ring_id": self._membership.ring_id})
+            keys = tuple(m["key"] for m in ordered) if self._is_encrypted else ()
+            self._membership = Membership(addresses, names, secrets.token_hex(16), keys)
+            ring_id = self._membership.ring_id
+            self._tell({"addresses": addresses, "names": names, "ring_id": ring_id, "keys": keys})
             self._ended.set()
         else:
             self._tell({"waiting": self._who_is_missing()})
@@ -168,6 +184,8 @@ class RendezvousServer:
             return f"{who} is not one of ranks 0 to {self._world_size - 1}"
         if not (_is_text(name) and _is_text(address) and _is_address(address)):
             return f"{who} gave no proper name and address"
+        if self._is_encrypted and not _is_key(hello.get("key")):
+            return f"{who} gave no proper key of its ring"
         if rank in self._members and self._send(self._members[rank][0], {"waiting": ""}):
             other = self._members[rank][1]
             return f"{who} came twice, from {other['address']} and {address}; give each node a rank of its own"
@@ -177,13 +195,15 @@ class RendezvousServer:
         missing = [rank for rank in range(self._world_size) if rank not in self._members]
         known = [f"{rank} ({self._names[rank]})" if rank < len(self._names) else str(rank) for rank in missing]
         ranks = "rank" if len(missing) == 1 else "ranks"
-        return (
-            f"{ranks} {', '.join(known)} did not come within {self._timeout:g} s; "
-            "is macft running there, and is the port open?"
+        trusted = ", and is this machine's key trusted there" if self._is_encrypted else ""
+        why = (
+            "; ".join(self._refusals)
+            or f"is macft running there, {'' if trusted else 'and '}is the port open{trusted}?"
         )
+        return f"{ranks} {', '.join(known)} did not come within {self._timeout:g} s; {why}"
 
     def _refuse(self, reason: str, sender: bytes | None = None) -> None:
-        self._reason, self._error = reason, RendezvousError(f"rendezvous at {self._address}: {reason}")
+        self._reason, self._error = reason, RendezvousError(f"rendezvous at {self._door.address}: {reason}")
         if sender is not None:
             self._send(sender, {"refused": reason})
         self._tell({"refused": reason})
@@ -212,29 +232,31 @@ def join(
     ring_address: str,
     name: str,
     timeout: float = 60.0,
+    keyring: Keyring | None = None,
+    ring_key: bytes = b"",
 ) -> Membership:
     """Reports to the server at ``host:port`` and waits, up to ``timeout`` seconds, until all have met.
 
+    With a ``keyring`` the server must be one of its members, and have this machine among its own; ``ring_key`` is
+    the public key of this rank's ring.
+
     Raises:
-        RendezvousError: nobody answers, a rank is missing, or one does not fit; says which and why.
+        RendezvousError: nobody answers, a rank is missing, or one does not fit or is not trusted; says which and why.
     """
-    own = {"rank": rank, "name": name[:_MAX_NAME], "address": ring_address, "fingerprint": fingerprint}
+    own: dict[str, Any] = {"rank": rank, "name": name[:_MAX_NAME], "address": ring_address, "fingerprint": fingerprint}
+    if keyring is not None:
+        own["key"] = ring_key
     problem = "nobody answers"
-    with zmq.Context() as context, _open(context, zmq.DEALER) as sock:
-        sock.linger = 0
-        try:
-            sock.connect(set_endpoint(sock, server))
-        except CollectiveError as error:
-            raise RendezvousError(f"rendezvous: {error}") from None
-        sock.send(msgpack.packb({**_own(run_id, world_size), **own}))
-        deadline = time.monotonic() + timeout + _NEWS_SECONDS
-        while (left := deadline - time.monotonic()) > 0 and sock.poll(int(left * 1000) + 1):
-            answer = _unpack(sock.recv()) or {}
+    hello = msgpack.packb({**_own(run_id, world_size), **own})
+    deadline = time.monotonic() + timeout + _NEWS_SECONDS
+    with zmq.Context() as context, Visit(context, server, keyring, hello) as visit:
+        while (data := visit.receive(deadline)) is not None:
+            answer = _unpack(data) or {}
             if "refused" in answer:
-                raise RendezvousError(f"rendezvous at {server}: {str(answer['refused'])[:500]}")
+                raise RendezvousError(f"rendezvous at {server}: {str(answer['refused'])[:_MAX_REASON]}")
             if "addresses" in answer:
-                return _membership(answer, server, world_size)
-            problem = str(answer.get("waiting", ""))[:500] or problem
+                return _membership(answer, server, world_size, is_encrypted=keyring is not None)
+            problem = str(answer.get("waiting", ""))[:_MAX_REASON] or problem
     reason = f"{problem} within {timeout:g} s; is macft running there, and is the port open?"
     raise RendezvousError(f"rendezvous at {server}: {reason if problem == 'nobody answers' else problem}")
 
@@ -250,17 +272,18 @@ def connect_ring(
     settings: CollectiveConfig,
     start_timeout: float,
     bind: str = "127.0.0.1:0",
+    keyring: Keyring | None = None,
 ) -> Ring:
     """Meets the other ranks at ``server`` and joins the ring with them.
 
     ``bind`` is where this rank listens for its left neighbour; the port is open before the others learn of
-    it.
+    it. With a ``keyring`` the rendezvous and the ring are encrypted.
 
     Raises:
         RendezvousError: see :func:`join`.
         CollectiveError: ``bind`` can't be listened on, or a neighbour can't be reached; names it.
     """
-    listener = Listener(bind, settings)
+    listener = Listener(bind, settings, encrypted=keyring is not None)
     try:
         membership = join(
             server,
@@ -271,12 +294,18 @@ def connect_ring(
             ring_address=listener.address,
             name=name,
             timeout=start_timeout,
+            keyring=keyring,
+            ring_key=b"" if listener.security is None else listener.security.public_key,
         )
+        if listener.security is not None:
+            listener.security.meet(membership.keys, rank)
     except BaseException:
         listener.close()
         raise
     addresses, names = membership.addresses, membership.names
-    return Ring(rank, world_size, addresses, listener, names=names, ring_id=membership.ring_id)
+    ring = Ring(rank, world_size, addresses, listener, names=names, ring_id=membership.ring_id)
+    ring.tune()
+    return ring
 
 
 def _own(run_id: str, world_size: int) -> dict[str, Any]:
@@ -288,29 +317,17 @@ def _own(run_id: str, world_size: int) -> dict[str, Any]:
     }
 
 
-def _membership(answer: dict[str, Any], server: str, world_size: int) -> Membership:
+def _membership(answer: dict[str, Any], server: str, world_size: int, *, is_encrypted: bool) -> Membership:
     addresses, names, ring_id = answer["addresses"], answer.get("names"), answer.get("ring_id")
+    keys = answer.get("keys")
     if (
         not (isinstance(addresses, list) and isinstance(names, list) and len(addresses) == len(names) == world_size)
         or not all(map(_is_text, [*addresses, *names, ring_id]))
         or not all(map(_is_address, addresses))
+        or not (isinstance(keys, list) and len(keys) == (world_size if is_encrypted else 0) and all(map(_is_key, keys)))
     ):
         raise RendezvousError(f"rendezvous at {server}: its list of ranks is malformed; is that this macft?")
-    return Membership(tuple(addresses), tuple(names), str(ring_id))
-
-
-def _open(context: zmq.Context[Any], kind: int) -> zmq.Socket[Any]:
-    sock: zmq.Socket[Any] = context.socket(kind)
-    sock.linger = int(LINGER_SECONDS * 1000)
-    sock.maxmsgsize = _MAX_MESSAGE_BYTES
-    return sock
-
-
-def _listen(sock: zmq.Socket[Any], address: str) -> str:
-    try:
-        return bind(sock, address)
-    except CollectiveError as error:
-        raise RendezvousError(f"rendezvous: {error}") from None
+    return Membership(tuple(addresses), tuple(names), str(ring_id), tuple(keys))
 
 
 def _unpack(data: bytes) -> dict[str, Any] | None:
@@ -324,6 +341,10 @@ def _unpack(data: bytes) -> dict[str, Any] | None:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= _MAX_NAME
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, bytes) and len(value) == KEY_BYTES
 
 
 def _is_address(value: Any) -> bool:

@@ -9,7 +9,10 @@ from typing import Any
 
 KINDS = ("single", "local", "hosts")
 SHARES = ("auto", "equal")
+BATCHES = ("fixed", "auto")
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(gb|gib|mb|mib)", re.IGNORECASE)
+_UNITS = {"gb": 1e9, "gib": 2.0**30, "mb": 1e6, "mib": 2.0**20}
 
 
 @dataclass
@@ -34,6 +37,12 @@ class TopologyConfig:
     rebalance_every: int = 4
     # Seconds to wait for all nodes to report at the start.
     start_timeout: float = 120.0
+    # fixed: micro-batch and checkpointing as `training` says. auto: each node picks them so that they use its memory
+    # without exceeding `memory_budget`; the loss curve stays the same.
+    batch: str = "fixed"
+    # What a run may take on each node: a fraction of the memory its GPU may use (0.9) or a size (12GB). A run that is
+    # predicted to need more is refused before its model loads.
+    memory_budget: str = "0.95"
 
 
 def split_host(host: str, default_port: int) -> tuple[str, int]:
@@ -77,6 +86,13 @@ def problems(config: TopologyConfig) -> list[str]:
         found.append(f"topology.port: {config.port} is not from 1 to 65534")
     if not config.start_timeout > 0:
         found.append(f"topology.start_timeout: {config.start_timeout} must be greater than 0")
+    if config.batch not in BATCHES:
+        found.append(f"topology.batch: '{config.batch}' is not one of {', '.join(BATCHES)}")
+    if not _is_budget(config.memory_budget):
+        found.append(
+            f"topology.memory_budget: '{config.memory_budget}' is neither a fraction above 0 and up to 1 (0.9) "
+            "nor a size (12GB, 800MB)"
+        )
     return found
 
 
@@ -96,3 +112,24 @@ def _share_problems(config: TopologyConfig) -> list[str]:
     elif not all(math.isfinite(n) and n >= 0 for n in shares) or not any(shares):
         found.append(f"topology.shares: {shares} must be numbers of 0 or more, and one of them above 0")
     return found
+
+
+def _is_budget(text: str) -> bool:
+    try:
+        return parse_budget(text, 1.0) > 0
+    except ValueError:
+        return False
+
+
+def parse_budget(text: str, usable: float) -> float:
+    """``"0.9"``, a fraction of ``usable`` bytes, or a size such as ``"12GB"`` or ``"800 MiB"``, in bytes.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if match := _SIZE.fullmatch(text.strip()):
+        return float(match[1]) * _UNITS[match[2].lower()]
+    fraction = float(text)
+    if 0 < fraction <= 1:
+        return fraction * usable
+    raise ValueError(f"'{text}' is neither a fraction nor a size")

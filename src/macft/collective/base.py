@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Protocol, Self, runtime_checkable
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Protocol, Self, runtime_checkable
 
 
 @runtime_checkable
@@ -28,8 +25,10 @@ class Collective(Protocol):
         """How many ranks take part."""
         ...
 
-    def all_reduce(self, arrays: Sequence[NDArray[np.float32] | NDArray[np.float64]]) -> None:
-        """Sums each array over all ranks, in place. C-contiguous, writable, float32 or float64, any shape.
+    def all_reduce(self, arrays: Sequence[Any]) -> None:
+        """Sums each array over all ranks, in place: NumPy or evaluated MLX arrays, C-contiguous, any shape.
+
+        float32, float64, float16, and of MLX also bfloat16.
 
         Every rank ends with the same bits: each element is summed along one path and then copied.
         """

@@ -69,7 +69,11 @@ class Links:
         self.rank, self.generation = rank, generation
         self.left, self.right = (rank - 1) % len(addresses), (rank + 1) % len(addresses)
         self.failure: CollectiveError | None = None
-        self._listener, self._addresses, self._names, self._ring_id = listener, addresses, names, ring_id
+        self._addresses, self._ring_id = addresses, ring_id
+        self._full_names = [
+            f"rank {rank} ({', '.join(dict.fromkeys(word for word in (*names[rank : rank + 1], address) if word))})"
+            for rank, address in enumerate(addresses)
+        ]
         self._settings = listener.settings
         self._inward = [Inward(router, monitor) for router, monitor in listener.routers]
         self._outward = [Outward(listener, endpoint) for endpoint in split_paths(addresses[self.right])]
@@ -94,8 +98,7 @@ class Links:
 
     def name(self, rank: int) -> str:
         """A rank for people: ``rank 2 (studio, 192.168.0.2:7071)``."""
-        known = [*self._names[rank : rank + 1], self._addresses[rank]]
-        return f"rank {rank} ({', '.join(dict.fromkeys(word for word in known if word))})"
+        return self._full_names[rank]
 
     @property
     def has_room(self) -> bool:
@@ -181,6 +184,12 @@ class Links:
             if come.peer:
                 self._last.append((come, _tracked(come.sock, [come.peer], header)))
 
+    def drain(self) -> None:
+        """Waits, for at most ``LINGER_SECONDS``, until the right neighbour has all: a path may break meanwhile."""
+        deadline = time.monotonic() + LINGER_SECONDS
+        while self.has_paths and self.unacknowledged and time.monotonic() < deadline:
+            self.wait("closing", left=False, right=False, seconds=0.05)
+
     def leave(self) -> None:
         """Sees the last frames off, for at most ``LINGER_SECONDS``; what still comes in is dropped.
 
@@ -210,6 +219,8 @@ class Links:
                     come.read_monitor()
 
     def _best_path(self, size: int) -> Outward | None:
+        if len(self._outward) == 1:
+            return self._outward[0] if self._outward[0].usable else None
         usable = [path for path in self._outward if path.usable]
         return min(usable, key=lambda path: path.finish_time(size), default=None)
 
@@ -313,8 +324,11 @@ class Links:
             return None
         header = self._unpack(parts[1].buffer, self.left)
         if header.kind == Kind.GOODBYE:
-            self._left_done = True
-            self._pass_on(header, doing)
+            path.broken = True  # nothing follows
+            self._left_done = header.cause != Cause.DONE or all(come.broken or not come.peer for come in self._inward)
+            if self._left_done:
+                self._pass_on(header, doing)
+            return None  # what it sent over another path is still to come
         if len(parts) != 3 or header.sequence == 0 or len(parts[2]) != header.length:
             sizes = [len(part) for part in parts[2:]]
             text = f"{self.name(self.left)} sent a {header.kind.name} frame with bodies of {sizes} bytes"

@@ -6,6 +6,7 @@ from typing import Any
 
 import zmq
 
+from macft.collective.security import RingSecurity
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import MAX_HEADER_BYTES, bind
 
@@ -19,14 +20,17 @@ class Listener:
     Args:
         address: ``host:port`` (port 0 for a free one); several paths as ``host:port+host:port``.
         settings: Waits and piece size of the ring to come.
+        encrypted: Whether the ring is encrypted; ``security.meet`` then has to be called before it comes together.
 
     Raises:
         CollectiveError: an address can't be listened on.
     """
 
-    def __init__(self, address: str, settings: CollectiveConfig):
+    def __init__(self, address: str, settings: CollectiveConfig, *, encrypted: bool = False):
         self.settings = settings
+        _keep_freed_memory()
         self.context: zmq.Context[Any] = zmq.Context()
+        self.security = RingSecurity(self.context) if encrypted else None
         self.sockets: list[zmq.Socket[Any]] = []
         self.routers: list[tuple[zmq.Socket[Any], zmq.Socket[Any]]] = []
         """Each path's ROUTER and its monitor."""
@@ -60,6 +64,8 @@ class Listener:
         # throws away frames that came before the break, a goodbye for instance.
         sock.reconnect_ivl = 10**9
         sock.copy_threshold = COPY_BELOW
+        if self.security is not None:
+            self.security.apply(sock)
         return sock
 
     def watch(self, sock: zmq.Socket[Any], events: int) -> zmq.Socket[Any]:
@@ -79,4 +85,18 @@ class Listener:
                 sock.disable_monitor()
         for sock in self.sockets:
             sock.close()
+        if self.security is not None:
+            self.security.close()
         self.context.term()
+
+
+def _keep_freed_memory() -> None:
+    """Has the C library keep the memory of frames for the next ones, rather than fault new pages in for each.
+
+    glibc maps each block anew above a threshold that grows when such a block is freed, up to 32 MiB, and returns free
+    memory above twice that (mallopt(3), M_MMAP_THRESHOLD). Elsewhere this does nothing.
+    """
+    bytearray(_LARGEST_KEPT)
+
+
+_LARGEST_KEPT = (32 << 20) - (64 << 10)

@@ -6,8 +6,10 @@ This file runs the calls; what goes where is in :mod:`~macft.collective.transfer
 
 from __future__ import annotations
 
+import contextlib
+import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,8 +32,9 @@ from macft.collective.wire import (
 )
 from macft.errors import CollectiveError, PeerLost, PeerTimeout, ProtocolError
 
-_EXCHANGE_BYTES = 256 * 1024
-"""All-reduces of up to this, over the number of ranks, are exchanged whole; see benchmarks/allreduce.py."""
+_EXCHANGE_BYTES = 2 * 1024 * 1024
+"""All-reduces of up to this, over the number of ranks, are exchanged whole, unless :meth:`Ring.tune` knows better."""
+_TUNE_BYTES = 256 * 1024
 _LOOK_SECONDS = 0.5
 """Longest single wait; connection events and frames end it at once."""
 
@@ -76,6 +79,7 @@ class Ring:
         except BaseException:
             self._listener.close()
             raise
+        self._exchange_bytes = min(_EXCHANGE_BYTES // world_size, self._settings.piece_bytes)
         self._early: list[tuple[Header, Any]] = [*self._links.held]  # frames of calls to come
 
     @property
@@ -116,7 +120,7 @@ class Ring:
             raise ValueError(f"all_reduce of {total} bytes: {MAX_CALL_BYTES} are the most")
         # Infinity and NaN are the trainer's to judge, once it has the sums.
         with np.errstate(over="ignore", invalid="ignore"):
-            if total <= min(_EXCHANGE_BYTES // self._world_size, self._settings.piece_bytes):
+            if total <= self._exchange_bytes:
                 exchange = Exchange(self._next_call(Kind.EXCHANGE), buffers, self._world_size)
                 self._run(exchange)
                 exchange.finish()
@@ -124,6 +128,21 @@ class Ring:
                 call = self._next_call(Kind.PIECE)
                 self._run(Reduction(call, buffers, self._world_size, self._settings.piece_bytes))
         unfuse(copies)
+
+    def tune(self) -> None:
+        """Measures the links and sets up to which size all-reduces are exchanged whole. A call: all ranks make it.
+
+        An exchange takes n - 1 hops of all bytes, a ring 2n - 2 of an n-th: equal where bytes = latency * speed *
+        n / (n - 2). Of two ranks both send the same bytes, so there an exchange is right at any speed.
+        """
+        ranks = self._world_size
+        if ranks == 2:
+            return
+        latency = min(_seconds(self.barrier) for _ in range(4)) / (ranks - 1)
+        hop = min(_seconds(lambda: self.all_gather(bytes(_TUNE_BYTES))) for _ in range(2)) / (ranks - 1)
+        crossover = latency * _TUNE_BYTES / max(hop - latency, 1e-6) * ranks / (ranks - 2)
+        found = [struct.unpack("<d", blob)[0] for blob in self.all_gather(struct.pack("<d", crossover))]
+        self._exchange_bytes = int(min(*found, self._exchange_bytes))
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:
         """Returns ``root``'s ``payload`` on every rank; raises as :meth:`all_reduce` does."""
@@ -146,7 +165,9 @@ class Ring:
             return
         self._closed = True
         if self._links.failure is None:
-            self._links.say_goodbye(Cause.DONE, self.rank, "")
+            with contextlib.suppress(CollectiveError):
+                self._links.drain()
+                self._links.say_goodbye(Cause.DONE, self.rank, "")
         self._links.leave()
         self._listener.close()
 
@@ -203,7 +224,7 @@ class Ring:
             while transfer.outgoing and links.has_room:
                 header, body = transfer.outgoing.popleft()
                 links.send(header, body)
-                sent_uncopied = sent_uncopied or header.length >= COPY_BELOW
+                sent_uncopied = sent_uncopied or _is_lent(header)
             if not transfer.missing and took_large:
                 links.credit()  # the left neighbour waits for it, see below
                 took_large = False
@@ -216,7 +237,7 @@ class Ring:
             before = links.unacknowledged
             frame = links.wait(doing, left=transfer.missing, right=needs_right, seconds=_LOOK_SECONDS)
             if frame is not None:
-                took_large = took_large or frame[0].length >= COPY_BELOW
+                took_large = took_large or _is_lent(frame[0])
                 self._take(transfer, *frame)
             now = time.monotonic()
             if frame is not None or links.unacknowledged != before:
@@ -252,3 +273,14 @@ class Ring:
             f"for {seconds:.0f} s; it may still compute: collective.patience sets the limit"
         )
         self._links.fail(PeerTimeout, peer, text)
+
+
+def _is_lent(header: Header) -> bool:
+    """Whether ZeroMQ reads the body from the caller's arrays; blobs and exchanges are nobody's to change."""
+    return header.kind == Kind.PIECE and header.length >= COPY_BELOW
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-BACKENDS = ("ring",)
+BACKENDS = ("ring", "mlx")
+MLX_BACKENDS = ("any", "ring", "jaccl", "nccl", "mpi")
+ENCRYPTION = ("auto", "on", "off")
 MAX_SECONDS = 86_400.0
 MIN_PIECE_BYTES = 4 * 1024
+MAX_BUCKET_BYTES = 1 << 32
 MAX_PIECE_BYTES = 64 * 1024 * 1024
 
 
@@ -15,16 +18,24 @@ MAX_PIECE_BYTES = 64 * 1024 * 1024
 class CollectiveConfig:
     """The Hydra group ``collective``."""
 
-    # ring: a ring over ZeroMQ (TCP).
+    # ring: a ring over ZeroMQ (TCP). mlx: MLX's own communication, mx.distributed.
     backend: str = "ring"
+    # Which of MLX's: ring, jaccl (RDMA over Thunderbolt 5), nccl (CUDA), mpi (under mpirun). any: what the launcher of
+    # the processes has prepared, otherwise ring. Only with backend=mlx.
+    mlx_backend: str = "any"
+    # on: all traffic between nodes is encrypted, and only nodes whose keys are trusted take part (`python -m
+    # macft.keys`). off: neither; for a cable that nobody else can reach. auto: on unless all nodes are this machine.
+    encryption: str = "auto"
     # Seconds a peer may be silent. A live one never is: its heartbeats go on while it computes.
-    timeout: float = 30.0
+    timeout: float = 10.0
     # Seconds a peer that is alive may keep the others waiting: a long step, a download, an evaluation.
     patience: float = 600.0
     # Seconds between two heartbeats to each neighbour.
     heartbeat: float = 1.0
     # Bytes of one message; larger arrays go in several, so that sending, receiving and adding overlap.
-    piece_bytes: int = 1024 * 1024
+    piece_bytes: int = 2 * 1024 * 1024
+    # Bytes of gradient that leave together, last layer first; while a bucket is on the wire the next one is computed.
+    bucket_bytes: int = 4 * 1024 * 1024
 
 
 def problems(config: CollectiveConfig) -> list[str]:
@@ -32,6 +43,14 @@ def problems(config: CollectiveConfig) -> list[str]:
     found = []
     if config.backend not in BACKENDS:
         found.append(f"collective.backend: '{config.backend}' is not one of {', '.join(BACKENDS)}")
+    if config.mlx_backend not in MLX_BACKENDS:
+        found.append(f"collective.mlx_backend: '{config.mlx_backend}' is not one of {', '.join(MLX_BACKENDS)}")
+    elif config.backend != "mlx" and config.mlx_backend != "any":
+        found.append(f"collective.mlx_backend: only collective=mlx uses it, this is collective={config.backend}")
+    if config.encryption in ("True", "False"):
+        found.append("collective.encryption: YAML reads on and off as true and false; put it in quotes")
+    elif config.encryption not in ENCRYPTION:
+        found.append(f"collective.encryption: '{config.encryption}' is not one of {', '.join(ENCRYPTION)}")
     for key in ("timeout", "patience", "heartbeat"):
         value = getattr(config, key)
         if not (math.isfinite(value) and 0.1 <= value <= MAX_SECONDS):
@@ -46,4 +65,7 @@ def problems(config: CollectiveConfig) -> list[str]:
         found.append(f"collective.piece_bytes: {config.piece_bytes} must be from {limits}")
     elif config.piece_bytes % 8:
         found.append(f"collective.piece_bytes: {config.piece_bytes} must be a multiple of 8, the size of a float64")
+    if not MIN_PIECE_BYTES <= config.bucket_bytes <= MAX_BUCKET_BYTES:
+        limits = f"{MIN_PIECE_BYTES} to {MAX_BUCKET_BYTES}"
+        found.append(f"collective.bucket_bytes: {config.bucket_bytes} must be from {limits}")
     return found

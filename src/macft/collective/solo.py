@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Self
 
 
 class Solo:
@@ -23,7 +20,7 @@ class Solo:
         """Always 1."""
         return 1
 
-    def all_reduce(self, arrays: Sequence[NDArray[np.float32] | NDArray[np.float64]]) -> None:
+    def all_reduce(self, arrays: Sequence[Any]) -> None:
         """Leaves the arrays as they are: the sum over one rank."""
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:

@@ -8,8 +8,9 @@ computes.
 from __future__ import annotations
 
 import enum
+import operator
 import socket
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgpack
 import zmq
@@ -105,22 +106,33 @@ _HIGHEST = {
     "generation": _U32,
     "sender": 65_535,
     "sequence": (1 << 63) - 1,
-    "total": MAX_CALL_BYTES,
     "layout": _U32,
     "hop": 131_072,
     "piece": _U32,
     "length": 1 << 30,
     "frames": 65_535,
-    "cause": max(Cause),
+    "cause": int(max(Cause)),
     "culprit": 65_535,
 }
-_DTYPES = {Kind.PIECE: WIRE_TYPES}
+
+
+def _limits(kind: Kind) -> tuple[tuple[str, int | tuple[str, ...]], ...]:
+    """What each field after the kind may be at most, or one of; a text field has its length limited."""
+    special: dict[str, int | tuple[str, ...]] = {
+        "total": MAX_CALL_BYTES if kind in (Kind.PIECE, Kind.EXCHANGE) else MAX_BLOB_BYTES,
+        "dtype": WIRE_TYPES if kind == Kind.PIECE else ("",),
+        "text": MAX_TEXT,
+    }
+    return tuple((name, special.get(name, _HIGHEST.get(name, 0))) for name in ("generation", "sender", *_FIELDS[kind]))
+
+
+_FRAMES = {int(kind): (kind, _limits(kind)) for kind in Kind}
+_GETTERS = {kind: operator.attrgetter("kind", "generation", "sender", *_FIELDS[kind]) for kind in Kind}
 
 
 def pack(header: Header) -> bytes:
     """The bytes of a header."""
-    fields = [getattr(header, name) for name in _FIELDS[header.kind]]
-    packed: bytes = msgpack.packb([PROTOCOL_VERSION, header.kind, header.generation, header.sender, *fields])
+    packed: bytes = msgpack.packb((PROTOCOL_VERSION, *_GETTERS[header.kind](header)))
     return packed
 
 
@@ -143,28 +155,23 @@ def unpack(data: bytes | memoryview, peer: str) -> Header:
             f"{peer} speaks protocol version {str(values[0])[:20]}, this rank {PROTOCOL_VERSION}; "
             "install the same macft on all nodes"
         )
-    try:
-        kind = Kind(values[1] if type(values[1]) is int else 0)
-    except ValueError:
-        raise ProtocolError(f"{peer} sent a frame of unknown kind {str(values[1])[:20]}") from None
-    names = ("generation", "sender", *_FIELDS[kind])
-    if len(values) != 2 + len(names):
-        raise ProtocolError(f"{peer} sent a {kind.name} header of {len(values)} fields, not {2 + len(names)}")
-    fields = dict(zip(names, values[2:], strict=True))
-    for name, value in fields.items():
-        if not _is_valid(kind, name, value):
+    if type(values[1]) is not int or values[1] not in _FRAMES:
+        raise ProtocolError(f"{peer} sent a frame of unknown kind {str(values[1])[:20]}")
+    kind, limits = _FRAMES[values[1]]
+    if len(values) != 2 + len(limits):
+        raise ProtocolError(f"{peer} sent a {kind.name} header of {len(values)} fields, not {2 + len(limits)}")
+    for (name, limit), value in zip(limits, values[2:], strict=True):
+        if type(value) is int and type(limit) is int and name != "text":  # a bool is no number here
+            valid = 0 <= value <= limit
+        elif type(limit) is tuple:
+            valid = type(value) is str and value in limit
+        else:
+            valid = name == "text" and type(value) is str and len(value) <= MAX_TEXT
+        if not valid:
             raise ProtocolError(f"{peer} sent a {kind.name} header whose {name} is {str(value)[:40]!r}")
-    return Header(kind, **fields)
-
-
-def _is_valid(kind: Kind, name: str, value: Any) -> bool:
-    if name == "dtype":
-        return isinstance(value, str) and value in _DTYPES.get(kind, ("",))
-    if name == "text":
-        return isinstance(value, str) and len(value) <= MAX_TEXT
-    if type(value) is not int or not 0 <= value <= _HIGHEST[name]:  # a bool is no number here
-        return False
-    return name != "total" or kind == Kind.PIECE or value <= MAX_BLOB_BYTES
+    if kind in CALL_NAMES:  # in the order of Header's own fields: the quick way for data
+        return Header(kind, *values[2:])
+    return Header(kind, values[2], values[3], **dict(zip(_FIELDS[kind], values[4:], strict=True)))
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -11,6 +11,7 @@ from macft.collective.settings import CollectiveConfig
 from macft.data.settings import DatasetConfig
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.settings import ModelConfig
+from macft.plan.settings import PlanConfig
 from macft.report.settings import ReportConfig
 from macft.thermal.settings import ThermalConfig
 from macft.training.settings import OptimizerConfig, TrainingConfig
@@ -35,6 +36,7 @@ class TrainConfig:
     collective: CollectiveConfig = field(default_factory=CollectiveConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     thermal: ThermalConfig = field(default_factory=ThermalConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 def register_schema() -> None:

@@ -29,6 +29,7 @@ def fingerprint(config: TrainConfig) -> str:
     """SHA-256 over all that must be equal on every node; what may differ, such as reporting, is left out."""
     plain = to_plain(config)
     plain.pop("report")
+    plain.pop("plan")
     plain.pop("thermal")  # each Mac may have a budget of its own
     topology = config.topology
     plain["topology"] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -66,7 +66,7 @@ class ThermalGuard:
             yield
         self._settle(busy=time.monotonic() - begun)
 
-    def paced(self, batches: Iterable[Item]) -> Iterator[Item]:
+    def paced(self, batches: Iterable[Item]) -> Generator[Item]:
         """Hands out micro-batches, resting before each for its part of what is owed."""
         items = list(batches)
         self._settle(busy=0.0)

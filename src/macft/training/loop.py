@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
 from dataclasses import dataclass, field
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,7 +29,7 @@ from macft.training.evaluate import validation_loss
 from macft.training.gradient import GradientComputer, LocalGradient
 from macft.training.optimizer import apply_gradient, clip_factor, learning_rate
 from macft.training.pace import FullSpeed, Pace
-from macft.training.reduce import GlobalGradient, reduce_gradient
+from macft.training.reduce import GlobalGradient, reduce_gradient, scale
 from macft.training.settings import OptimizerConfig, TrainingConfig
 
 _EVALUATION_ROWS_AT_ONCE = 8
@@ -76,8 +78,9 @@ class Trainer:
             started = time.perf_counter()
             batches = self._my_batches(self.progress.step)
             data_seconds = time.perf_counter() - started
-            local = self.compute(self.progress.step, self.pace.paced(batches))
-            status = self.pace.status(local.tokens, local.seconds)
+            paced = self.pace.paced(batches)
+            local = self.compute(self.progress.step, paced, len(batches))
+            status = partial(self._status, paced, local)
             result = reduce_gradient(self.collective, local, stop=self.stop.requested, status=status)
             update_seconds, rate = self._update(result)
             self._report(result, local, rate, started, data_seconds, update_seconds)
@@ -101,6 +104,10 @@ class Trainer:
         mine: NDArray[np.int64] = ids[places[self.collective.rank]]
         return micro_batches([self.train_rows[i] for i in mine], mine, self.config.micro_batch_size)
 
+    def _status(self, paced: Generator[Batch], local: LocalGradient, seconds: float) -> NodeStatus:
+        paced.close()  # the last micro-batch is computed
+        return self.pace.status(local.tokens, seconds)
+
     def _update(self, result: GlobalGradient) -> tuple[float, float]:
         """Applies the global gradient, or nothing at all where it isn't finite; returns (seconds, learning rate)."""
         started = time.perf_counter()
@@ -111,9 +118,10 @@ class Trainer:
                 "adapter.scale usually helps"
             )
         rate = learning_rate(self.optimizer_config, self.progress.step, self.total_steps)
-        factor = np.float32(clip_factor(result.norm, self.config.max_grad_norm))
-        np.multiply(result.gradient, factor, out=result.gradient)
-        apply_gradient(self.model, self.optimizer, self.compute.layout, result.gradient, rate)
+        factor = clip_factor(result.norm, self.config.max_grad_norm)
+        if factor != 1.0:
+            scale(result.gradient, factor)
+        apply_gradient(self.model, self.optimizer, result.gradient, rate)
         self.progress.step += 1
         self.progress.target_tokens += result.target_tokens
         return time.perf_counter() - started, rate
@@ -130,12 +138,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.progress.seconds += seconds
         self.nodes, self.tokens, self.seconds = result.nodes, self.tokens + result.tokens, self.seconds + seconds
-        parts = {
-            "data": data_seconds,
-            "compute": local.seconds,
-            "all_reduce": result.seconds,
-            "update": update_seconds,
-        }
+        parts = {"data": data_seconds, **result.seconds, "update": update_seconds}
         self.reporter.step_done(
             StepDone(
                 step=self.progress.step,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -13,8 +13,8 @@ from macft.plan.node_status import NodeStatus
 class Pace(Protocol):
     """Asked by the trainer around everything that heats the node."""
 
-    def paced(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same micro-batches, each handed out when it may be computed."""
+    def paced(self, batches: Iterable[Batch]) -> Generator[Batch]:
+        """The same micro-batches, each handed out when it may be computed; closed when the last one is computed."""
         ...
 
     def working(self) -> AbstractContextManager[None]:
@@ -33,9 +33,9 @@ class Pace(Protocol):
 class FullSpeed:
     """Never rests, measures nothing but speed."""
 
-    def paced(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def paced(self, batches: Iterable[Batch]) -> Generator[Batch]:
         """Unchanged."""
-        return iter(batches)
+        yield from batches
 
     def working(self) -> AbstractContextManager[None]:
         """Does nothing."""

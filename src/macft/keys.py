@@ -1,0 +1,59 @@
+"""``python -m macft.keys``: this machine's key, and the machines it trusts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from macft.cluster import keys
+from macft.errors import ConfigError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    folder = keys.key_folder()
+    try:
+        if arguments.command == "show":
+            _show(keys.load(folder))
+        elif arguments.command == "trust":
+            keys.trust(folder, arguments.name, arguments.key)
+            print(f"{arguments.name} may now take part in this machine's runs")
+        elif arguments.command == "forget":
+            keys.forget(folder, arguments.name)
+            print(f"{arguments.name} is no longer trusted; runs that have begun go on")
+        else:
+            keyring, is_new = keys.make(folder)
+            print(f"{'a new key' if is_new else 'the key of this machine'} is in {folder}")
+            _show(keyring)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _show(keyring: keys.Keyring) -> None:
+    print(f"public key: {keyring.own.public.hex()}")
+    print("on each of the other machines, type:")
+    print(f"  python -m macft.keys trust {keys.own_name()} {keyring.own.public.hex()}")
+    for name, key in keyring.trusted.items():
+        print(f"trusted here: {name} {key.hex()}")
+    if not keyring.trusted:
+        print("trusted here: nobody yet; type here the line that this command prints on the others")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m macft.keys", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("make", help="make this machine's key if it has none, and show it (the default)")
+    commands.add_parser("show", help="show the public key, and the line to type on the other machines")
+    trust = commands.add_parser("trust", help="let another machine take part")
+    trust.add_argument("name", metavar="NAME", help="of the other machine; any name you like")
+    trust.add_argument("key", metavar="KEY", help="its public key, as `show` prints it there")
+    forget = commands.add_parser("forget", help="no longer trust a machine")
+    forget.add_argument("name", metavar="NAME")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

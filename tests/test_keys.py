@@ -1,0 +1,170 @@
+"""`python -m macft.keys`: files that nobody else can read, and lines a user can act on."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from macft import keys as command
+from macft.cluster import keys
+from macft.cluster.settings import TopologyConfig
+from macft.collective.security import KeyPair
+from macft.collective.settings import CollectiveConfig
+from macft.errors import ConfigError
+
+OTHER = KeyPair.new().public.hex()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MACFT_KEYS", str(tmp_path / "keys"))
+    return tmp_path / "keys"
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    status = command.main(list(argv))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_two_machines_are_set_up_by_the_lines_that_show_prints(tmp_path: Path) -> None:
+    def on(machine: str, *argv: str) -> str:
+        environment = {**os.environ, "MACFT_KEYS": str(tmp_path / machine)}
+        done = subprocess.run(
+            [sys.executable, "-m", "macft.keys", *argv], env=environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    lines = {}
+    for machine in ("a", "b"):
+        made = on(machine)
+        assert on(machine, "make").splitlines()[1:] == made.splitlines()[1:] == on(machine, "show").splitlines()
+        found = re.search(r"python -m macft\.keys (trust \S+ [0-9a-f]{64})$", made, re.MULTILINE)
+        assert found is not None
+        lines[machine] = found[1].split()
+    on("a", "trust", "studio", lines["b"][2])
+    on("b", *lines["a"])
+    first, second = keys.load(tmp_path / "a"), keys.load(tmp_path / "b")
+    assert first.trusted == {"studio": second.own.public}
+    assert second.trusted == {keys.own_name(): first.own.public}
+    assert first.members == (first.own.public, second.own.public)
+    assert "trusted here: studio" in on("a", "show")
+    on("a", "forget", "studio")
+    assert keys.load(tmp_path / "a").trusted == {}
+
+
+def test_only_the_owner_can_read_the_files_whatever_the_umask(folder: Path) -> None:
+    before = os.umask(0)
+    try:
+        keys.make(folder)
+        keys.trust(folder, "studio", OTHER)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [folder, *folder.iterdir()]}
+    assert modes == {"keys": 0o700, "secret": 0o600, "trusted": 0o600}
+
+
+@pytest.mark.parametrize("name", ["", "secret", "trusted"])
+@pytest.mark.parametrize("more", [0o040, 0o004, 0o020])
+def test_files_that_others_may_use_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str, more: int
+) -> None:
+    keys.make(folder)
+    keys.trust(folder, "studio", OTHER)
+    path = folder / name
+    right = stat.S_IMODE(path.stat().st_mode)
+    path.chmod(right | more)
+    for argv in (["show"], ["make"], ["forget", "studio"]):
+        status, _, errors = run(capsys, *argv)
+        assert status == 2
+        assert errors == f"error: {path}: others may use it (mode {right | more:o}); run `chmod {right:o} '{path}'`\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["show"], "this machine has no key yet; run `python -m macft.keys make`"),
+        (["trust", "studio", OTHER], "this machine has no key yet"),
+        (["make", "trust", "studio", "abc"], "'abc' is not a key: 64 hexadecimal digits"),
+        (["make", "trust", "-studio", OTHER], None),
+        (["make", "trust", "my mac", OTHER], "'my mac' is not a name"),
+        (["make", "trust", "a\nb", OTHER], "is not a name"),
+        (["make", "forget", "studio"], "'studio' is not trusted here; trusted: nobody"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str], told: str | None
+) -> None:
+    if argv[0] == "make":
+        keys.make(folder)
+        argv = argv[1:]
+    if told is None:
+        with pytest.raises(SystemExit, match="2"):
+            command.main(argv)
+        return
+    status, out, errors = run(capsys, *argv)
+    assert (status, out) == (2, "")
+    assert told in errors
+    assert errors.count("error:") == 1
+
+
+def test_a_name_keeps_its_key_until_it_is_forgotten(folder: Path) -> None:
+    own, _ = keys.make(folder)
+    keys.trust(folder, "studio", OTHER.upper())
+    keys.trust(folder, "studio", OTHER)
+    with pytest.raises(ConfigError, match=r"studio is trusted with another key.*forget studio"):
+        keys.trust(folder, "studio", KeyPair.new().public.hex())
+    with pytest.raises(ConfigError, match="this machine's own key"):
+        keys.trust(folder, "here", own.own.public.hex())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("secret", b"nothing", "not a key of 64 hexadecimal digits"),
+        ("secret", b"\xff" * 64, "not a key of 64"),
+        ("trusted", b"studio\n", "line 1 is not NAME KEY"),
+        ("trusted", f"a {OTHER}\nb {OTHER[:-1]}\n".encode(), "line 2 is not NAME KEY"),
+        ("trusted", b"a" * 70_000, "more than 65536 bytes"),
+    ],
+)
+def test_malformed_files_are_named(folder: Path, name: str, content: bytes, told: str) -> None:
+    keys.make(folder)
+    (folder / name).write_bytes(content)
+    (folder / name).chmod(0o600)
+    with pytest.raises(ConfigError, match=told) as caught:
+        keys.load(folder)
+    assert str(folder / name) in str(caught.value)
+
+
+def test_commands_at_the_same_time_lose_nothing(folder: Path) -> None:
+    keys.make(folder)
+    names = [f"mac{i}" for i in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: keys.trust(folder, name, KeyPair.new().public.hex()), names))
+    assert sorted(keys.load(folder).trusted) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [
+        (["127.0.0.1:7070", "127.0.0.2:7072"], False),
+        (["localhost", "[::1]:7072", "[::1]"], False),
+        (["127.0.0.1", "192.168.0.2"], True),
+        (["studio.local", "mini.local"], True),
+        (["127.0.0.1.example.org", "localhost"], True),
+    ],
+)
+def test_auto_encrypts_beyond_loopback(hosts: list[str], expected: bool) -> None:
+    topology = TopologyConfig(kind="hosts", hosts=hosts)
+    assert keys.needs_keys(topology, CollectiveConfig()) == expected
+    assert keys.needs_keys(topology, CollectiveConfig(encryption="on"))
+    assert not keys.needs_keys(topology, CollectiveConfig(encryption="off"))
+    assert not keys.needs_keys(TopologyConfig(kind="local", nodes=3), CollectiveConfig())
