@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -80,8 +79,13 @@ class Trainer:
             data_seconds = time.perf_counter() - started
             paced = self.pace.paced(batches)
             local = self.compute(self.progress.step, paced, len(batches))
-            status = partial(self._status, paced, local)
-            result = reduce_gradient(self.collective, local, stop=self.stop.requested, status=status)
+            result = reduce_gradient(
+                self.collective,
+                local,
+                stop=self.stop.requested,
+                computed=paced.close,  # the last micro-batch is computed
+                status=partial(self.pace.status, local.tokens),
+            )
             update_seconds, rate = self._update(result)
             self._report(result, local, rate, started, data_seconds, update_seconds)
             self._rebalance()
@@ -103,10 +107,6 @@ class Trainer:
         places = assign(lengths, self.collective.world_size, self._balance.shares)
         mine: NDArray[np.int64] = ids[places[self.collective.rank]]
         return micro_batches([self.train_rows[i] for i in mine], mine, self.config.micro_batch_size)
-
-    def _status(self, paced: Generator[Batch], local: LocalGradient, seconds: float) -> NodeStatus:
-        paced.close()  # the last micro-batch is computed
-        return self.pace.status(local.tokens, seconds)
 
     def _update(self, result: GlobalGradient) -> tuple[float, float]:
         """Applies the global gradient, or nothing at all where it isn't finite; returns (seconds, learning rate)."""
