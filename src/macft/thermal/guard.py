@@ -71,8 +71,9 @@ class ThermalGuard:
         items = list(batches)
         self._settle(busy=0.0)
         self._rested = self._booked = 0.0
-        for place, item in enumerate(items):
-            self._rest(self._owed / (len(items) - place))
+        part = self._owed / max(len(items), 1)
+        for item in items:
+            self._rest(min(part, self._owed))
             begun = time.monotonic()
             try:
                 with self._load.busy():

@@ -53,7 +53,7 @@ def reduce_gradient(
     """Sums gradients, losses and counts over all ranks and divides once by the global count of target tokens.
 
     Nodes with more target tokens weigh more, exactly as if one machine had computed the batch. ``stop`` is this
-    rank's wish to end after this step; one rank's wish is enough. ``computed`` is called as soon as this rank's gradient
+    rank's wish to end after this step; one rank's wish is enough. ``computed`` is called once this rank's gradient
     is there and only the others' are waited for. ``status`` is asked after that, with the seconds it took; the answer
     travels along in a slot of its own, which the other ranks leave at 0.
 
