@@ -28,8 +28,10 @@ from macft.errors import CollectiveError
 
 server, rank, ranks, settings, program = sys.argv[1:]
 try:
+    config = CollectiveConfig(backend="mlx", timeout=90.0)
     with connect(server, rank=int(rank), world_size=int(ranks), run_id="t", fingerprint="f", name=f"node-{rank}",
-                 settings=CollectiveConfig(backend="mlx", **json.loads(settings)), start_timeout=60.0) as group:
+                 settings=config, start_timeout=90.0) as group:
+        vars(config).update(json.loads(settings))  # once all are there, which on a busy machine may take long
         exec(program)
 except CollectiveError as error:
     print(type(error).__name__, error, flush=True)
@@ -41,7 +43,7 @@ PATIENT = 120
 @contextlib.contextmanager
 def ranks(count: int, program: str, **settings: float) -> Iterator[list[subprocess.Popen[str]]]:
     """``count`` processes that run ``program`` with a ``group``; whatever is left of them is ended."""
-    server = RendezvousServer(world_size=count, run_id="t", fingerprint="f", timeout=60.0)
+    server = RendezvousServer(world_size=count, run_id="t", fingerprint="f", timeout=90.0)
     server.start()
     processes = []
     try:
@@ -189,6 +191,21 @@ def test_a_rank_that_fails_by_itself_tells_the_others_why() -> None:
         told = ends(processes, 0)
         assert told.startswith("PeerLost")
         assert "loss is not finite" in told
+
+
+def test_a_group_that_does_not_come_together_ends_in_time() -> None:
+    """MLX waits for the others with Python's lock held, so nothing in this process could end it."""
+    program = """
+from macft.collective.mlx_group import MlxListener
+from macft.collective.settings import CollectiveConfig
+here, gone = (MlxListener("127.0.0.1:0", CollectiveConfig(backend="mlx", timeout=3.0, heartbeat=1.0)) for _ in range(2))
+gone.close()
+here.join(0, [here.address, gone.address], names=[], secret="")
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=PATIENT, check=False)
+    assert done.returncode != 0
+    assert "MLX's group did not come together within 3 s" in done.stderr or "MLX can't form its group" in done.stderr
 
 
 def test_a_stranger_at_a_pulse_is_not_believed() -> None:

@@ -45,6 +45,7 @@ from macft.report.run_folder import RunFolder
 from macft.stop import StopRequest
 from macft.thermal.energy import summarize
 from macft.thermal.guard import ThermalGuard
+from macft.training.exchange import GradientExchange
 from macft.training.gradient import GradientComputer
 from macft.training.loop import Trainer, steps_for
 from macft.training.optimizer import make_optimizer
@@ -130,7 +131,8 @@ def _prepare(
         bucket_bytes=config.collective.bucket_bytes,
     )
     store = CheckpointStore(folder.checkpoints, keep=config.training.keep)
-    progress, notes = _agree_on_state(loaded, optimizer, collective, store, resume=resume)
+    exchange = GradientExchange(collective, config.collective.codec, config.collective.powersgd_rank)
+    progress, notes = _agree_on_state(loaded, optimizer, exchange, store, resume=resume)
     reporter = fan_out.build(
         config.report,
         folder,
@@ -157,6 +159,7 @@ def _prepare(
         reporter=reporter,
         progress=progress,
         stop=stop,
+        exchange=exchange,
         balance=Balance(config.topology.shares, collective.world_size, every=config.topology.rebalance_every),
         pace=guard or FullSpeed(),
     )
@@ -167,12 +170,13 @@ def _prepare(
 
 
 def _agree_on_state(
-    loaded: LoadedModel, optimizer: optim.Optimizer, collective: Collective, store: CheckpointStore, *, resume: bool
+    loaded: LoadedModel, optimizer: optim.Optimizer, exchange: GradientExchange, store: CheckpointStore, *, resume: bool
 ) -> tuple[Progress, list[str]]:
     """Every rank begins with rank 0's adapter, optimizer and progress: fresh, or those of the newest checkpoint."""
     snapshot: Snapshot | None = None
     notes: list[str] = []
     payload = b""
+    collective = exchange.collective
     if collective.rank == 0:
         if resume:
             snapshot, notes = store.newest_valid()
@@ -183,6 +187,8 @@ def _agree_on_state(
     if snapshot.progress.step == 0:
         restore_adapter(snapshot, loaded.model)
         return Progress(), notes
+    if snapshot.codec:
+        exchange.restore(snapshot.codec)
     return restore(snapshot, loaded.model, optimizer), notes
 
 

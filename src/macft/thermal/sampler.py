@@ -20,7 +20,8 @@ class Sampler:
     """One daemon thread for each sensor and one that calls ``on_tick`` every ``interval`` seconds.
 
     Sensors stand in order of trust. One is only asked while those before it leave a kind of reading open. A sensor that
-    fails, hangs for ``stale_seconds`` or talks nonsense is reported once, and the next one that gives the same kind takes over.
+    fails, hangs for ``stale_seconds`` or talks nonsense is reported once, and the next one that gives the
+    same kind takes over.
     """
 
     def __init__(

@@ -25,6 +25,7 @@ from macft.plan.shares import assign
 from macft.report.events import CheckpointSaved, Evaluated, Noted, PhaseProgress, Reporter, StepDone
 from macft.stop import StopRequest
 from macft.training.evaluate import validation_loss
+from macft.training.exchange import GradientExchange
 from macft.training.gradient import GradientComputer, LocalGradient
 from macft.training.optimizer import apply_gradient, clip_factor, learning_rate
 from macft.training.pace import FullSpeed, Pace
@@ -52,6 +53,7 @@ class Trainer:
     reporter: Reporter
     progress: Progress
     stop: StopRequest
+    exchange: GradientExchange | None = None
     balance: Balance | None = None
     pace: Pace = field(default_factory=FullSpeed)
     nodes: list[NodeStatus] = field(default_factory=list, init=False)
@@ -60,6 +62,7 @@ class Trainer:
     _saved_step: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        self._exchange = self.exchange or GradientExchange(self.collective)
         self._balance = self.balance or Balance("equal", self.collective.world_size, every=1)
 
     def train(self) -> str:
@@ -80,7 +83,7 @@ class Trainer:
             paced = self.pace.paced(batches)
             local = self.compute(self.progress.step, paced, len(batches))
             result = reduce_gradient(
-                self.collective,
+                self._exchange,
                 local,
                 stop=self.stop.requested,
                 computed=paced.close,  # the last micro-batch is computed
@@ -139,6 +142,8 @@ class Trainer:
         self.progress.seconds += seconds
         self.nodes, self.tokens, self.seconds = result.nodes, self.tokens + result.tokens, self.seconds + seconds
         parts = {"data": data_seconds, **result.seconds, "update": update_seconds}
+        if note := self._exchange.observe(seconds, result.seconds["all_reduce"]):
+            self.reporter.noted(Noted(note))
         self.reporter.step_done(
             StepDone(
                 step=self.progress.step,
@@ -152,6 +157,8 @@ class Trainer:
                 node_tokens=local.tokens,
                 seconds=seconds,
                 parts=parts,
+                bytes_sent=result.bytes_sent,
+                residual_norm=self._exchange.residual_norm,
                 peak_memory=mx.get_peak_memory(),
                 active_memory=mx.get_active_memory(),
                 nodes=result.nodes,
@@ -207,8 +214,9 @@ class Trainer:
         started = time.perf_counter()
         self._require_equal_ranks()
         self._saved_step = self.progress.step
+        codec = self._exchange.capture()
         if self.collective.rank == 0:
-            path = self.store.save(capture(self.model, self.optimizer, self.progress))
+            path = self.store.save(capture(self.model, self.optimizer, self.progress, codec))
             is_best = self.progress.best_step == self.progress.step
             self.reporter.checkpoint_saved(
                 CheckpointSaved(self.progress.step, path, is_best, time.perf_counter() - started)
