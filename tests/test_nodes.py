@@ -175,13 +175,13 @@ def test_ranks_stop_when_their_launcher_is_killed(tmp_path: Path, basics: list[s
 
 
 def test_hosts_typed_by_hand_on_each_machine(tmp_path: Path, basics: list[str], whole_run: Path) -> None:
-    first, second = free_ports(2)
-    hosts = f"topology.hosts=[127.0.0.1:{first},127.0.0.1:{second}]"
+    ports = free_ports(4)  # of two machines with two cables between them
+    first, second = (f"127.0.0.1:{one}+127.0.0.1:{other}" for one, other in (ports[:2], ports[2:]))
     processes = [
         start(
             *basics,
             "topology=hosts",
-            hosts,
+            f"topology.hosts=[{first},{second}]",
             f"topology.rank={rank}",
             f"hydra.run.dir={tmp_path / str(rank)}",
             cwd=tmp_path,

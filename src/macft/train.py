@@ -16,7 +16,7 @@ from macft.cluster.hosts import own_rank
 from macft.cluster.keys import keyring_for
 from macft.cluster.local import launch
 from macft.cluster.rendezvous import RendezvousServer
-from macft.cluster.settings import split_host
+from macft.cluster.settings import host_paths, split_host
 from macft.collective.mlx_group import join_launched, launched
 from macft.collective.solo import Solo
 from macft.config.command_line import prepare
@@ -124,7 +124,7 @@ def run_on_hosts(config: TrainConfig, folder: Path, *, resume: bool, stop: StopR
             name=topology.hosts[rank],
             settings=config.collective,
             start_timeout=topology.start_timeout,
-            bind=f"{host}:{port + 1}",
+            bind="+".join(f"{name}:{path_port + 1}" for name, path_port in host_paths(topology.hosts[rank], port)),
             keyring=keyring,
         ) as ring:
             return run_node(config, ring, folder, resume=resume, stop=stop).reason

@@ -39,7 +39,7 @@ def connect(
             bind=bind,
             keyring=keyring,
         )
-    listener = MlxListener(bind, settings)
+    listener = MlxListener(bind.split("+")[0], settings)  # MLX has paths of its own
     try:
         membership = join(
             server,

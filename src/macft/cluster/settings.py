@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_PATHS = 8
 KINDS = ("single", "local", "hosts", "ssh")
 SHARES = ("auto", "equal")
 BATCHES = ("fixed", "auto")
@@ -29,7 +30,8 @@ class TopologyConfig:
     # Number of nodes; with `hosts` it follows from the list.
     nodes: int = 1
     # Addresses of all nodes in ring order, the same list on every node: [192.168.0.1, 192.168.0.2:7070]. The first one
-    # is where the others report.
+    # is where the others report. A node with several cables has an address for each: 192.168.0.1+192.168.1.1; they
+    # share the traffic by their speed, and the loss of one is survived.
     hosts: list[str] = field(default_factory=list)
     # This machine's place in `hosts`, from 0. Null: found by comparing `hosts` with this machine's own addresses.
     rank: int | None = None
@@ -69,14 +71,28 @@ class TopologyConfig:
 
 
 def split_host(host: str, default_port: int) -> tuple[str, int]:
-    """``"name:port"`` or ``"name"`` to (name, port); raises ValueError if it is neither."""
-    match = _HOST.fullmatch(host)
-    if match is None:
-        raise ValueError(f"'{host}' is not a host name or address with an optional :port")
-    port = int(match["port"]) if match["port"] else default_port
-    if not 1 <= port <= 65534:
-        raise ValueError(f"'{host}': port {port} is not from 1 to 65534")
-    return match["name"], port
+    """The first of :func:`host_paths`."""
+    return host_paths(host, default_port)[0]
+
+
+def host_paths(host: str, default_port: int) -> list[tuple[str, int]]:
+    """``"name:port"``, ``"name"``, or one of these for each cable as in ``"name+name"``, to (name, port) pairs.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    found: list[tuple[str, int]] = []
+    for path in host.split("+"):
+        match = _HOST.fullmatch(path)
+        if match is None:
+            raise ValueError(f"'{host}' is not a host name or address with an optional :port")
+        port = int(match["port"]) if match["port"] else (found[0][1] if found else default_port)
+        if not 1 <= port <= 65534:
+            raise ValueError(f"'{host}': port {port} is not from 1 to 65534")
+        found.append((match["name"], port))
+    if len(found) > MAX_PATHS:
+        raise ValueError(f"'{host}' has {len(found)} addresses; {MAX_PATHS} are the most")
+    return found
 
 
 def problems(config: TopologyConfig) -> list[str]:
