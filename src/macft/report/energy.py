@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Energy:
-    """A run's energy, over the steps of this start; scoring before and after is not in it.
+    """A run's energy, from this start's first step to its last: validations are in it, scoring before and after isn't.
 
     ``joules_by_rank`` holds None where a node has no reading. Watts are those of all nodes together. ``estimated``: at
     least one node's power comes from a model, not from a sensor.

@@ -49,7 +49,7 @@ class ThermalGuard:
         self._missing = missing
         self._sampler = Sampler(sensors, interval=config.interval, on_tick=self._tick)
         self._notices = Notices(config)
-        self._has_told_blind_spots = False
+        self._has_told_blind_spots = self._is_training = False
         self._sampler.start()
         self._started = time.monotonic()
 
@@ -68,6 +68,8 @@ class ThermalGuard:
 
     def paced(self, batches: Iterable[Item]) -> Generator[Item]:
         """Hands out micro-batches, resting before each for its part of what is owed. Close it after the last one."""
+        if not self._is_training:  # what was scored before the first step doesn't count
+            self._is_training, self._meter = True, EnergyMeter()
         items = list(batches)
         self._settle(busy=0.0)
         self._rested = self._booked = 0.0
@@ -98,6 +100,7 @@ class ThermalGuard:
             watts=conditions.watts,
             peak_watts=meter.peak_watts if meter.seconds else None,
             joules=meter.joules if meter.seconds else None,
+            metered_seconds=meter.seconds,
             estimated=meter.estimated,
         )
 

@@ -58,7 +58,6 @@ class Trainer:
     pace: Pace = field(default_factory=FullSpeed)
     nodes: list[NodeStatus] = field(default_factory=list, init=False)
     tokens: int = field(default=0, init=False)
-    seconds: float = field(default=0.0, init=False)
     _saved_step: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -140,7 +139,7 @@ class Trainer:
     ) -> None:
         seconds = time.perf_counter() - started
         self.progress.seconds += seconds
-        self.nodes, self.tokens, self.seconds = result.nodes, self.tokens + result.tokens, self.seconds + seconds
+        self.nodes, self.tokens = result.nodes, self.tokens + result.tokens
         parts = {"data": data_seconds, **result.seconds, "update": update_seconds}
         if note := self._exchange.observe(seconds, result.seconds["all_reduce"]):
             self.reporter.noted(Noted(note))
