@@ -351,7 +351,7 @@ def _end(
             adapter_folder=adapter_folder,
             adapter_sha256=outcome.adapter_sha256,
             detail=detail,
-            energy=summarize(trainer.nodes, run.config.thermal, tokens=trainer.tokens, seconds=trainer.seconds),
+            energy=summarize(trainer.nodes, run.config.thermal, tokens=trainer.tokens),
         )
     )
     return outcome

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -62,7 +61,6 @@ class Trainer:
     pace: Pace = field(default_factory=FullSpeed)
     nodes: list[NodeStatus] = field(default_factory=list, init=False)
     tokens: int = field(default=0, init=False)
-    seconds: float = field(default=0.0, init=False)
     _saved_step: int | None = field(default=None, init=False)
     _stop_agreed: bool = field(default=False, init=False)
 
@@ -89,8 +87,13 @@ class Trainer:
             data_seconds = time.perf_counter() - started
             paced = self.pace.paced(batches)
             local = self.compute(self.progress.step, paced, len(batches))
-            status = partial(self._status, paced, local)
-            result = reduce_gradient(self._exchange_of_step, local, stop=self.stop.requested, status=status)
+            result = reduce_gradient(
+                self._exchange_of_step,
+                local,
+                stop=self.stop.requested,
+                computed=paced.close,  # the last micro-batch is computed
+                status=partial(self.pace.status, local.tokens),
+            )
             update_seconds, rate = self._update(result)
             self._report(result, local, rate, started, data_seconds, update_seconds)
             if self.outer and not self._meet(self.outer, result):
@@ -114,10 +117,6 @@ class Trainer:
         places = assign(lengths, self.collective.world_size, self._balance.shares)
         mine: NDArray[np.int64] = ids[places[self.collective.rank]]
         return micro_batches([self.train_rows[i] for i in mine], mine, self.config.micro_batch_size)
-
-    def _status(self, paced: Generator[Batch], local: LocalGradient, seconds: float) -> NodeStatus:
-        paced.close()  # the last micro-batch is computed
-        return self.pace.status(local.tokens, seconds)
 
     def _update(self, result: GlobalGradient) -> tuple[float, float]:
         """Applies the global gradient, or nothing at all where it isn't finite; returns (seconds, learning rate)."""
@@ -160,7 +159,7 @@ class Trainer:
     ) -> None:
         seconds = time.perf_counter() - started
         self.progress.seconds += seconds
-        self.nodes, self.tokens, self.seconds = result.nodes, self.tokens + result.tokens, self.seconds + seconds
+        self.nodes, self.tokens = result.nodes, self.tokens + result.tokens
         parts = {"data": data_seconds, **result.seconds, "update": update_seconds}
         if note := self._exchange.observe(seconds, result.seconds["all_reduce"]):
             self.reporter.noted(Noted(note))
