@@ -110,7 +110,6 @@ def _host(stack: ExitStack, folder: Path, home: Path, tag: str, bridge: str, num
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1] / "src"), os.environ.get("PYTHONPATH")]))
     (folder / "authorized_keys").write_text((home / ".ssh/id_ed25519.pub").read_text())
     settings = {
-        "HOME": own,
         "PYTHONPATH": path,
         "MACFT_KEYS": own / "keys",
         "OPENBLAS_NUM_THREADS": 1,
@@ -125,9 +124,11 @@ def _host(stack: ExitStack, folder: Path, home: Path, tag: str, bridge: str, num
     )
     log = (own / "sshd.log").open("wb")
     stack.callback(log.close)
-    server = subprocess.Popen(
-        ["ip", "netns", "exec", namespace, "/usr/sbin/sshd", "-D", "-e", "-f", str(configuration)], stderr=log
-    )
+    users = own / "passwd"
+    users.write_text(f"root:x:0:0:root:{own}:/bin/sh\nsshd:x:105:65534::/run/sshd:/usr/sbin/nologin\n")
+    # `ip netns exec` gives a mount namespace too, so this host alone has its own home folder for root.
+    script = f"mount --bind {users} /etc/passwd && exec /usr/sbin/sshd -D -e -f {configuration}"
+    server = subprocess.Popen(["ip", "netns", "exec", namespace, "sh", "-c", script], stderr=log)
     stack.callback(server.wait)
     stack.callback(server.terminate)
     _await_port(address, own / "sshd.log")

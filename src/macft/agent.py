@@ -38,7 +38,10 @@ def main(argv: list[str]) -> int:
     def run() -> str:
         config = read(folder / "config.yaml")
         config.topology.rank = rank
-        return run_on_hosts(config, folder, resume="--resume" in argv, stop=stop)
+        reason = run_on_hosts(config, folder, resume="--resume" in argv, stop=stop)
+        if rank:
+            print(reason)
+        return reason
 
     with stop.listening(gone):
         status = exit_status(run)
