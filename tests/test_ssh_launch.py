@@ -239,3 +239,4 @@ def test_the_doctor_looks_at_all_hosts(three: Cluster, tmp_path: Path) -> None:
     assert set(report["versions"]) == set(hosts)
     found = {(finding["topic"], finding["level"]) for finding in report["findings"]}
     assert {("versions", "ok"), ("clocks", "ok"), *((f"{host}: links", "ok") for host in hosts)} <= found
+    assert {(f"{hosts[rank]} to {hosts[(rank + 1) % 3]}", "ok") for rank in range(3)} <= found

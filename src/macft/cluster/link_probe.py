@@ -1,9 +1,15 @@
-"""Measures latency and bandwidth between two machines over plain TCP."""
+"""Measures latency and bandwidth between two machines over plain TCP.
+
+``python -m macft.cluster.link_probe serve`` prints a port and answers until its standard input ends; ``measure ADDRESS
+PORT`` prints what it found as JSON. Both read the token, hexadecimal, from the first line of standard input.
+"""
 
 from __future__ import annotations
 
 import hmac
+import json
 import socket
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -112,3 +118,25 @@ def _receive(connection: socket.socket, count: int) -> bytes:
     while len(parts) < count:
         parts += _receive_some(connection, count - len(parts))
     return bytes(parts)
+
+
+def main(argv: list[str]) -> int:
+    """Serves or measures; returns the exit status."""
+    token = bytes.fromhex(sys.stdin.readline())
+    if argv == ["serve"]:
+        server = ProbeServer(token)
+        print(server.port, flush=True)
+        sys.stdin.read()
+        server.close()
+        return 0
+    try:
+        found = measure(argv[1], int(argv[2]), token)
+    except LaunchError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps({"latency": found.latency, "bandwidth": found.bandwidth}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
