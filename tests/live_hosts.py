@@ -50,6 +50,11 @@ class Cluster:
         """``command`` as typed on ``host`` itself."""
         return ["ip", "netns", "exec", host.namespace, *command]
 
+    def over_ssh(self, host: Host, command: str) -> None:
+        """Runs a command in ``host``'s home folder."""
+        known, key = self.home / ".ssh/known_hosts", self.home / ".ssh/id_ed25519"
+        _run("ssh", "-F", "none", "-i", str(key), "-o", f"UserKnownHostsFile={known}", f"root@{host.address}", command)
+
 
 def _run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True)
@@ -59,7 +64,7 @@ def why_not() -> str:
     """Why there can be no such hosts here; empty if there can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "network namespaces need Linux and root"
-    if missing := [name for name in ("ip", "ssh-keygen") if shutil.which(name) is None]:
+    if missing := [name for name in ("ip", "ssh", "ssh-keygen", "unshare") if shutil.which(name) is None]:
         return f"{missing[0]} is not installed"
     if not Path("/usr/sbin/sshd").exists():
         return "openssh-server is not installed"

@@ -198,15 +198,11 @@ def test_a_port_in_use_is_named(three: Cluster, basics: list[str], tmp_path: Pat
 
 
 def test_a_full_disk_is_named(three: Cluster, basics: list[str], tmp_path: Path) -> None:
-    full = three.hosts[1].home / "small"
-    full.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(full)], check=True)
-    try:
-        (three.hosts[0].home / "small").mkdir()
-        line = fails(three, tmp_path, *basics, *over_ssh(three, 2), "topology.folder=small")
-    finally:
-        subprocess.run(["umount", str(full)], check=True)
-    assert line.startswith(f"error: {three.hosts[1].address}: has 1 MiB of disk free")
+    host = three.hosts[1]
+    three.over_ssh(host, "mkdir small && mount -t tmpfs -o size=1m none small")
+    line = fails(three, tmp_path, *basics, *over_ssh(three, 2), "topology.folder=small")
+    three.over_ssh(host, "umount small")
+    assert line.startswith(f"error: {host.address}: has 1 MiB of disk free")
 
 
 def test_data_and_model_travel_and_only_changes_are_sent(
