@@ -14,7 +14,7 @@ from macft.cluster.link_probe import TOKEN_BYTES, ProbeServer, measure
 from macft.cluster.member import Member, addresses, this_machine, topology_of, version_objection
 from macft.cluster.pake import Channel, WrongCode
 from macft.cluster.ring_order import ring_order
-from macft.cluster.settings import TopologyConfig
+from macft.cluster.settings import TopologyConfig, problems
 from macft.errors import LaunchError, MacftError
 
 _TRIES = 3
@@ -119,12 +119,12 @@ class Host:
         chosen = addresses(members)
         cost = [[0.0] * len(members) for _ in members]
         for first, second in itertools.combinations(range(len(members)), 2):
-            there = {"address": chosen[second].host, "port": members[second].probe_port}
+            address, port = chosen[second].host, members[second].probe_port
             if first == 0:
-                found = measure(there["address"], there["port"], self._token)
+                found = measure(address, port, self._token)
                 latency, bandwidth, seconds = found.latency, found.bandwidth, found.cost
             else:
-                answer = _ask(guests[first - 1], {"measure": there})
+                answer = _ask(guests[first - 1], {"measure": {"address": address, "port": port}})
                 latency, bandwidth, seconds = (float(answer[key]) for key in ("latency", "bandwidth", "cost"))
             cost[first][second] = cost[second][first] = seconds
             self._show(
@@ -177,9 +177,12 @@ def join(address: str, port: int, code: str, show: Callable[[str], None]) -> Top
             raise LaunchError("pairing: the other side does not follow the protocol") from None
         finally:
             probe.close()
-    texts = {key: [str(item) for item in message.get(key, [])] for key in ("hosts", "ssh", "python")}
+    hosts, ssh, python = ([str(item) for item in message.get(key, [])] for key in ("hosts", "ssh", "python"))
+    topology = TopologyConfig(kind="ssh", hosts=hosts, ssh=ssh, python=python)
+    if found_wrong := problems(topology):
+        raise LaunchError(f"pairing: the other side sent no proper cluster: {found_wrong[0]}")
     trust_all({str(name): str(key) for name, key in message.get("keys", {}).items()})
-    return TopologyConfig(kind="ssh", **texts)
+    return topology
 
 
 def trust_all(everybody: dict[str, str]) -> None:
