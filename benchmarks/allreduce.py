@@ -22,10 +22,11 @@ from typing import Any
 
 from macft.benchmarking.lane import Lane, LaneFailed
 from macft.benchmarking.ports import free_addresses
+from macft.benchmarking.sizes import read_size, read_speed, size_text
 from macft.benchmarking.turns import Measured, measure
-from shaped_links import ShapedLinks, bits_per_second
+from shaped_links import ShapedLinks
 
-SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
+SIZES = "4K,16K,64K,256K,1M,4M,16M,64M"
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 
@@ -35,7 +36,7 @@ def main() -> int:
     parser.add_argument("--peers", default="mlx", help="of mlx, gloo, mpi, and tcp, the bare copy (%(default)s)")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter for gloo and MPI")
     parser.add_argument("--links", default="", help="speeds of shaped links, such as 100mbit,1gbit; none: loopback")
-    parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="bytes, multiples of 4 (4 KB to 64 MB)")
+    parser.add_argument("--sizes", default=SIZES, help="bytes (%(default)s)")
     parser.add_argument("--turns", type=int, default=9, help="turns of each implementation at each size (%(default)s)")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds after which an implementation hangs")
     parser.add_argument("--settings", default="{}", help="macft's collective group as JSON")
@@ -62,9 +63,9 @@ def compare(options: argparse.Namespace, ranks: int, link: str) -> dict[str, Any
                 lanes.append(stack.enter_context(start(name, options, ranks, shaped)))
             except LaneFailed as error:
                 print(error)
-        speed = bits_per_second(link) / 8 if link else math.nan
+        speed = read_speed(link) if link else math.nan
         print(heading([lane.name for lane in lanes], shaped=bool(link)))
-        sizes = [int(size) for size in options.sizes.split(",")]
+        sizes = [read_size(size) for size in options.sizes.split(",")]
         found = measure(lanes, sizes, options.turns, lambda row: print(line(row, speed), flush=True))
     means = summary(found)
     print("\n".join(means))
@@ -81,6 +82,7 @@ def start(name: str, options: argparse.Namespace, ranks: int, shaped: ShapedLink
         python=options.peer_python if name in ("gloo", "mpi") else sys.executable,
         prefixes=shaped.prefixes if shaped else (),
         interface=shaped.interface if shaped else LOOPBACK,
+        environment=shaped.environment if shaped else {},
         limit=options.limit,
     )
 
@@ -91,11 +93,12 @@ def heading(names: Sequence[str], *, shaped: bool) -> str:
 
 
 def line(row: Sequence[Measured], speed: float) -> str:
-    """Medians in ms, ratios to macft; with a ``speed`` (bytes/s), theoretical ring time over measured time in percent."""
-    words = [f"{size_name(row[0].size):>8}"]
+    """Medians in ms, ratios to macft; with a ``speed`` (bytes/s), theoretical over measured ring time in percent."""
+    words = [f"{size_text(row[0].size):>8}"]
     words += [f"{result.median * 1e3:12.3f}" for result in row]
     words += [f"{result.ratio_to(row[0]):12.2f}" for result in row[1:]]
-    if math.isfinite(speed):
+    # Less than that may fit the bucket that `tbf` lets through at once.
+    if math.isfinite(speed) and row[0].size >= 1 << 20:
         words += [f"{100 * result.bus_bandwidth / speed:12.1f}" for result in row]
     failed = [result.failure for result in row if result.failure]
     return " ".join(words) + "".join(f"\n  {failure}" for failure in failed)
@@ -114,17 +117,9 @@ def summary(found: Sequence[Sequence[Measured]]) -> list[str]:
         worst = min(ratios, key=lambda size: ratios[size])
         name = found[0][place].name
         lines.append(
-            f"{name}: {mean:.2f} times macft's time (geometric mean); at worst {ratios[worst]:.2f}, {size_name(worst)}"
+            f"{name}: {mean:.2f} times macft's time (geometric mean); at worst {ratios[worst]:.2f}, {size_text(worst)}"
         )
     return lines
-
-
-def size_name(size: int) -> str:
-    """``64 KB``; powers of 1024."""
-    for unit, factor in (("GB", 1 << 30), ("MB", 1 << 20), ("KB", 1 << 10)):
-        if size >= factor:
-            return f"{size / factor:g} {unit}"
-    return f"{size} B"
 
 
 if __name__ == "__main__":

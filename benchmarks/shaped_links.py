@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import re
 import subprocess
 from types import TracebackType
 from typing import Self
 
-_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+from macft.benchmarking.sizes import read_speed
+
+_numbers = itertools.count()
 _SUBNET = "10.77.77"
-
-
-def bits_per_second(link: str) -> float:
-    """``"1gbit"`` to 1e9."""
-    match = re.fullmatch(r"([0-9.]+)([kmg]bit)", link)
-    if match is None:
-        raise SystemExit(f"--links: {link!r} is not a speed such as 100mbit or 1gbit")
-    return float(match[1]) * _UNITS[match[2]]
 
 
 class ShapedLinks:
@@ -29,14 +23,23 @@ class ShapedLinks:
     interface = "macft0"
 
     def __init__(self, ranks: int, link: str):
-        self._names = [f"macft{os.getpid()}r{rank}" for rank in range(ranks)]
-        self._bridge = f"mb{os.getpid()}"
+        # The kernel may take back names after they have been given up; so each set has its own.
+        number = f"{os.getpid()}x{next(_numbers)}"
+        self._names = [f"macft{number}r{rank}" for rank in range(ranks)]
+        self._bridge = f"mb{number}"
+        self._pmix = {"if_include": self._bridge, "remote_connections": "1"}
         self._link, self._ports = link, dict[str, int]()
 
     @property
     def prefixes(self) -> list[list[str]]:
         """Words before each rank's command."""
         return [["ip", "netns", "exec", name] for name in self._names]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For MPI: its ranks in the namespaces talk to mpirun, outside, over the bridge."""
+        parts = ("PMIX_MCA_ptl_base", "PMIX_MCA_ptl_tcp")  # of older and of newer PMIx
+        return {f"{part}_{key}": value for part in parts for key, value in self._pmix.items()}
 
     def addresses(self, lane: str) -> list[str]:
         """``host:port`` by rank; each lane has ports of its own."""
@@ -69,7 +72,7 @@ class ShapedLinks:
             _run(f"ip -n {name} link set {self.interface} up")
             _run(f"ip -n {name} link set lo up")
             # A burst of 256 KB is 2 ms at 1 Gbit; 10 Gbit needs more than its timer's tick.
-            burst = max(256_000, int(bits_per_second(self._link) / 8 / 1000))
+            burst = max(256_000, int(read_speed(self._link) / 1000))
             shape = f"root tbf rate {self._link} burst {burst} latency 100ms"
             _run(f"tc -n {name} qdisc add dev {self.interface} {shape}")
             _run(f"tc qdisc add dev {outer} {shape}")

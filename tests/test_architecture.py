@@ -17,14 +17,15 @@ ALLOWED = {
     "collective": set(),
     "benchmarking": {"collective"},
     "cluster": {"collective", "blas"},
-    "plan": set(),
-    "report": set(),
+    "plan": {"blas", "cluster", "collective", "config", "data", "model", "status", "training"},
+    "report": {"plan"},
+    "thermal": {"plan", "report"},
     "model": {"blas"},
     "data": set(),
     "checkpoint": set(),
     "evaluation": {"collective", "data"},
     "training": {"checkpoint", "collective", "data", "model", "plan", "report", "stop"},
-    "config": {"cluster", "collective", "data", "evaluation", "model", "report", "training"},
+    "config": {"cluster", "collective", "data", "evaluation", "model", "plan", "report", "thermal", "training"},
 }
 
 

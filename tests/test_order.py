@@ -200,9 +200,9 @@ def test_only_the_ratio_of_shares_counts(lengths: list[int], world_size: int, sc
     assert [mine.tolist() for mine in left] == [mine.tolist() for mine in right]
 
 
-@pytest.mark.parametrize("shares", [[1.0], [1.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [1.0, 1.0, 1.0]])
+@pytest.mark.parametrize("shares", [[1.0], [0.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [1.0, 1.0, 1.0]])
 def test_shares_must_fit_the_ranks(shares: list[float]) -> None:
-    with pytest.raises(ValueError, match="one share above 0 for each rank"):
+    with pytest.raises(ValueError, match="one share of 0 or more for each rank"):
         assign(np.array([3, 4]), 2, shares)
 
 

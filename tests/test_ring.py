@@ -451,10 +451,12 @@ def test_solo_is_a_collective() -> None:
 
 def test_settings_name_their_wrong_keys() -> None:
     assert problems(CollectiveConfig()) == []
-    wrong = CollectiveConfig("mpi", timeout=-1.0, patience=float("nan"), heartbeat=0.0, piece_bytes=5001)
-    keys = ["backend", "timeout", "patience", "heartbeat", "heartbeat", "piece_bytes"]
+    wrong = CollectiveConfig(
+        "mpi", timeout=-1.0, patience=float("nan"), heartbeat=0.0, piece_bytes=5001, bucket_bytes=1
+    )
+    keys = ["backend", "timeout", "patience", "heartbeat", "heartbeat", "piece_bytes", "bucket_bytes"]
     assert [line.split(":")[0] for line in problems(wrong)] == [f"collective.{key}" for key in keys]
-    assert "multiple of 8" in problems(wrong)[-1]
+    assert "multiple of 8" in problems(wrong)[-2]
     assert "must be from 4096 to" in problems(CollectiveConfig(piece_bytes=8))[0]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from macft.evaluation.record import expected_text, question_text
 from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_files import load_adapter_weights, save_adapter, save_model
 from macft.model.device import prepare_device
-from macft.model.load import LoadedModel, load
+from macft.model.load import LoadedModel, load, load_tokenizer
 from macft.model.resolve import resolve
+from macft.plan.balance import Balance
+from macft.plan.settle import settle
 from macft.report import fan_out
 from macft.report.events import (
     MetricScored,
@@ -41,9 +43,13 @@ from macft.report.events import (
 )
 from macft.report.run_folder import RunFolder
 from macft.stop import StopRequest
+from macft.thermal.energy import summarize
+from macft.thermal.guard import ThermalGuard
+from macft.training.exchange import GradientExchange
 from macft.training.gradient import GradientComputer
 from macft.training.loop import Trainer, steps_for
 from macft.training.optimizer import make_optimizer
+from macft.training.pace import FullSpeed
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class _Run:
     optimizer: optim.Optimizer
     trainer: Trainer
     reporter: Reporter
+    guard: ThermalGuard | None
 
 
 def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resume: bool, stop: StopRequest) -> Outcome:
@@ -92,6 +99,8 @@ def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resum
         _end(run, "failed", started, {}, str(error))
         raise
     finally:
+        if run.guard is not None:
+            run.guard.close()
         run.reporter.close()
 
 
@@ -101,9 +110,16 @@ def _prepare(
     # Whatever can go wrong without a model goes wrong before one is fetched and loaded.
     optimizer = make_optimizer(config.optimizer)
     raw = read(config.dataset, seed=config.seed)
+    model_folder = resolve(config.model)
+    tokenizer = load_tokenizer(config.model, model_folder)
+    data = tokenize_all(raw, config.dataset, tokenizer, need_test=_is_scored(config))
+    order = RowOrder(
+        data.train.source_sizes, data.train.source_weights, batch_size=config.training.batch_size, seed=config.seed
+    )
     device = prepare_device()
-    loaded = load(config.model, resolve(config.model))
-    data = tokenize_all(raw, config.dataset, loaded.tokenizer, need_test=_is_scored(config))
+    training, plan_notes = settle(config, model_folder, data.train.rows, order, collective)
+    config = replace(config, training=training)
+    loaded = load(config.model, model_folder, tokenizer)
     adaptation = adapt(loaded.model, config.adapter, seed=config.seed)
     if config.adapter.init_from is not None and collective.rank == 0:
         load_adapter_weights(Path(config.adapter.init_from).expanduser(), loaded.model)
@@ -112,12 +128,11 @@ def _prepare(
         adaptation.dropout_keys,
         seed=config.seed,
         checkpoint_blocks=config.training.grad_checkpoint,
+        bucket_bytes=config.collective.bucket_bytes,
     )
     store = CheckpointStore(folder.checkpoints, keep=config.training.keep)
-    progress, notes = _agree_on_state(loaded, optimizer, collective, store, resume=resume)
-    order = RowOrder(
-        data.train.source_sizes, data.train.source_weights, batch_size=config.training.batch_size, seed=config.seed
-    )
+    exchange = GradientExchange(collective, config.collective.codec, config.collective.powersgd_rank)
+    progress, notes = _agree_on_state(loaded, optimizer, exchange, store, resume=resume)
     reporter = fan_out.build(
         config.report,
         folder,
@@ -126,6 +141,9 @@ def _prepare(
         first_step=progress.step,
     )
     valid_rows = _chosen_rows(len(data.valid.rows), config.training.eval_rows, config.seed)
+    guard: ThermalGuard | None = None
+    if config.thermal.enabled:
+        guard = ThermalGuard(config.thermal, rank=collective.rank, stop=lambda: stop.requested)
     trainer = Trainer(
         model=loaded.model,
         optimizer=optimizer,
@@ -141,20 +159,24 @@ def _prepare(
         reporter=reporter,
         progress=progress,
         stop=stop,
+        exchange=exchange,
+        balance=Balance(config.topology.shares, collective.world_size, every=config.topology.rebalance_every),
+        pace=guard or FullSpeed(),
     )
-    run = _Run(config, collective, folder, loaded, data, adaptation, optimizer, trainer, reporter)
-    run.data.notes[:0] = [device, *loaded.notes]
+    run = _Run(config, collective, folder, loaded, data, adaptation, optimizer, trainer, reporter, guard)
+    run.data.notes[:0] = [device, *loaded.notes, *plan_notes]
     run.data.notes += notes
     return run
 
 
 def _agree_on_state(
-    loaded: LoadedModel, optimizer: optim.Optimizer, collective: Collective, store: CheckpointStore, *, resume: bool
+    loaded: LoadedModel, optimizer: optim.Optimizer, exchange: GradientExchange, store: CheckpointStore, *, resume: bool
 ) -> tuple[Progress, list[str]]:
     """Every rank begins with rank 0's adapter, optimizer and progress: fresh, or those of the newest checkpoint."""
     snapshot: Snapshot | None = None
     notes: list[str] = []
     payload = b""
+    collective = exchange.collective
     if collective.rank == 0:
         if resume:
             snapshot, notes = store.newest_valid()
@@ -165,6 +187,8 @@ def _agree_on_state(
     if snapshot.progress.step == 0:
         restore_adapter(snapshot, loaded.model)
         return Progress(), notes
+    if snapshot.codec:
+        exchange.restore(snapshot.codec)
     return restore(snapshot, loaded.model, optimizer), notes
 
 
@@ -186,7 +210,7 @@ def _announce(run: _Run) -> None:
             first_step=run.trainer.progress.step,
             rank=run.collective.rank,
             world_size=run.collective.world_size,
-            shares="equal",
+            shares=str(config.topology.shares),
             config_yaml=to_yaml(config),
             notes=data.notes[1:],
         )
@@ -297,16 +321,18 @@ def _save_adapter(run: _Run) -> Path | None:
 def _end(
     run: _Run, reason: str, started: float, final: Mapping[str, float], detail: str, adapter_folder: Path | None = None
 ) -> Outcome:
+    trainer = run.trainer
     outcome = Outcome(reason, digest(run.loaded.model).hex())
     run.reporter.run_ended(
         RunEnded(
             reason=reason,
-            steps=run.trainer.progress.step,
+            steps=trainer.progress.step,
             seconds=time.perf_counter() - started,
             final=final,
             adapter_folder=adapter_folder,
             adapter_sha256=outcome.adapter_sha256,
             detail=detail,
+            energy=summarize(trainer.nodes, run.config.thermal, tokens=trainer.tokens, seconds=trainer.seconds),
         )
     )
     return outcome

@@ -11,11 +11,13 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from macft.cluster.connect import connect
 from macft.cluster.hosts import own_rank
 from macft.cluster.keys import keyring_for
 from macft.cluster.local import launch
-from macft.cluster.rendezvous import RendezvousServer, connect_ring
-from macft.cluster.settings import split_host
+from macft.cluster.rendezvous import RendezvousServer
+from macft.cluster.settings import host_paths, split_host
+from macft.collective.mlx_group import join_launched, launched
 from macft.collective.solo import Solo
 from macft.config.command_line import prepare
 from macft.config.paths import config_folder
@@ -62,6 +64,9 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
     with stop.listening():
         if config.topology.kind == "hosts":
             return run_on_hosts(config, folder, resume=resume, stop=stop)
+        if config.collective.backend == "mlx" and launched():
+            with join_launched(config.collective) as group:
+                return run_node(config, group, folder, resume=resume, stop=stop).reason
         with Solo() as alone:
             return run_node(config, alone, folder, resume=resume, stop=stop).reason
 
@@ -110,7 +115,7 @@ def run_on_hosts(config: TrainConfig, folder: Path, *, resume: bool, stop: StopR
                 on_refusal=lambda line: print(f"note: {line}", file=sys.stderr),
             )
             server.start()
-        with connect_ring(
+        with connect(
             f"{addresses[0][0]}:{addresses[0][1]}",
             rank=rank,
             world_size=world_size,
@@ -119,7 +124,7 @@ def run_on_hosts(config: TrainConfig, folder: Path, *, resume: bool, stop: StopR
             name=topology.hosts[rank],
             settings=config.collective,
             start_timeout=topology.start_timeout,
-            bind=f"{host}:{port + 1}",
+            bind="+".join(f"{name}:{path_port + 1}" for name, path_port in host_paths(topology.hosts[rank], port)),
             keyring=keyring,
         ) as ring:
             return run_node(config, ring, folder, resume=resume, stop=stop).reason

@@ -6,9 +6,9 @@ import sys
 import threading
 from pathlib import Path
 
+from macft.cluster.connect import connect
 from macft.cluster.keys import keyring_for
 from macft.cluster.local import watch_launcher
-from macft.cluster.rendezvous import connect_ring
 from macft.config.validate import world_size
 from macft.config.yaml import fingerprint, read
 from macft.node import run_node
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
 
     def run() -> str:
         config = read(folder / "config.yaml")
-        with connect_ring(
+        with connect(
             rendezvous,
             rank=rank,
             world_size=world_size(config),

@@ -38,6 +38,7 @@ class Lane:
         python: The interpreter to run the ranks with; it must have the implementation's library and NumPy.
         prefixes: Words before each rank's command, by rank (``ip netns exec NAME``).
         interface: The network interface gloo and MPI are to use; empty for their own choice.
+        environment: More variables for the processes.
         limit: Seconds that any order may take; what takes longer hangs.
 
     Raises:
@@ -53,9 +54,11 @@ class Lane:
         python: str = sys.executable,
         prefixes: Sequence[Sequence[str]] = (),
         interface: str = "",
+        environment: Mapping[str, str] | None = None,
         limit: float = 60.0,
     ):
         self.name, self.ranks, self._limit = name, len(addresses), limit
+        self._environment = dict(environment or {})
         self._processes: list[subprocess.Popen[bytes]] = []
         self._controls: list[socket.socket] = []
         self._buffers = [b""] * self.ranks
@@ -76,6 +79,11 @@ class Lane:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def process_ids(self) -> list[int]:
+        """Of the commands started, by rank; for MPI that of mpirun alone."""
+        return [process.pid for process in self._processes]
 
     def order(self, **what: Any) -> list[dict[str, Any]]:
         """Gives all ranks one order; their answers, by rank. Raises LaneFailed, after which the lane is closed."""
@@ -120,13 +128,17 @@ class Lane:
         if shutil.which("mpirun") is None:
             raise LaneFailed("mpi: mpirun is not installed")
         only = ["--mca", "btl_tcp_if_include", interface] if interface else []
-        command = ["mpirun", "-np", str(self.ranks), *_MPI.split(), *only, *worker, self.name, "mpi", specification]
-        return [command]
+        inside = []
+        if prefixes:
+            cases = [f'{rank}) exec {" ".join(prefix)} "$@";;' for rank, prefix in enumerate(prefixes)]
+            inside = ["sh", "-c", f"case $OMPI_COMM_WORLD_RANK in {' '.join(cases)} esac", "sh"]
+        command = ["mpirun", "-np", str(self.ranks), *_MPI.split(), *only, *inside]
+        return [[*command, *worker, self.name, "mpi", specification]]
 
     def _start(self, command: list[str], interface: str) -> subprocess.Popen[bytes]:
         source = str(Path(macft.__file__).parents[1])
         environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        environment |= {"OMPI_MCA_mpi_yield_when_idle": "1"}
+        environment |= {"OMPI_MCA_mpi_yield_when_idle": "1", **self._environment}
         if interface:
             environment["GLOO_SOCKET_IFNAME"] = interface
         return subprocess.Popen(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from macft.collective.settings import CollectiveConfig
+    from macft.collective.base import Collective
 
 NAMES = ("macft", "mlx", "gloo", "mpi", "tcp")
 """macft's collective as configured, MLX's ring, torch's gloo, MPI, and the raw TCP copy a ring can't be faster than."""
@@ -66,18 +66,24 @@ class _OnNumpy:
         self.array[:] = 0
 
 
-class Own(_OnNumpy):
-    """macft's collective with ``settings``, ranks at ``addresses``."""
+class Joined(_OnNumpy):
+    """A collective of macft's that this rank has joined."""
 
-    def __init__(self, rank: int, addresses: Sequence[str], settings: CollectiveConfig):
-        from macft.collective.ring import Ring
-
-        self.rank = rank
-        self._ring = Ring(rank, len(addresses), addresses, settings=settings)
-        self.barrier, self.close = self._ring.barrier, self._ring.close
+    def __init__(self, collective: Collective):
+        self.rank, self._collective = collective.rank, collective
+        self.barrier, self.close = collective.barrier, collective.close
 
     def reduce(self) -> None:
-        self._ring.all_reduce([self.array])
+        self._collective.all_reduce([self.array])
+
+    def sums(self, elements: Sequence[int], calls: int, *, fused: bool) -> Iterator[bool]:
+        """See :meth:`Mlx.sums`."""
+        expected = self._collective.world_size * (self._collective.world_size + 1) / 2
+        for turn in range(calls):
+            chosen = elements if fused else [elements[turn % len(elements)]]
+            arrays = [np.full(count, self.rank + 1, np.float32) for count in chosen]
+            self._collective.all_reduce(arrays)
+            yield all(bool((array == expected).all()) for array in arrays)
 
 
 class Mlx:
@@ -105,6 +111,16 @@ class Mlx:
 
     def reduce(self) -> None:
         self._array = self._sum(self._array)
+
+    def sums(self, elements: Sequence[int], calls: int, *, fused: bool) -> Iterator[bool]:
+        """Makes ``calls`` all-reduces of arrays of these sizes, by turns or all in one; whether each sum was right."""
+        count = self._group.size()
+        for turn in range(calls):
+            chosen = elements if fused else [elements[turn % len(elements)]]
+            arrays = [self._mx.full(size, float(self._rank + 1)) for size in chosen]
+            sums = [self._mx.distributed.all_sum(array, group=self._group, stream=self._mx.cpu) for array in arrays]
+            self._mx.eval(sums)
+            yield all(bool((np.array(total) == count * (count + 1) / 2).all()) for total in sums)
 
     def first(self) -> float:
         return float(np.array(self._array[0]))
@@ -163,9 +179,7 @@ class Mpi(_OnNumpy):
 def join(name: str, rank: int, addresses: Sequence[str], settings: Mapping[str, Any]) -> Side:
     """This rank's side of implementation ``name`` (one of ``NAMES``); ``settings`` are macft's ``collective`` group."""
     if name == "macft":
-        from macft.collective.settings import CollectiveConfig
-
-        return Own(rank, addresses, CollectiveConfig(**settings))
+        return Joined(_own(rank, addresses, settings))
     if name == "tcp":
         from macft.benchmarking.tcp import RawTcp
 
@@ -173,3 +187,16 @@ def join(name: str, rank: int, addresses: Sequence[str], settings: Mapping[str, 
     if name == "mpi":
         return Mpi()
     return Mlx(rank, addresses) if name == "mlx" else Gloo(rank, addresses)
+
+
+def _own(rank: int, addresses: Sequence[str], settings: Mapping[str, Any]) -> Collective:
+    from macft.collective.settings import CollectiveConfig
+
+    config = CollectiveConfig(**settings)
+    if config.backend == "mlx":
+        from macft.collective.mlx_group import MlxListener
+
+        return MlxListener(addresses[rank], config).join(rank, addresses, names=[], secret="bench")
+    from macft.collective.ring import Ring
+
+    return Ring(rank, len(addresses), addresses, settings=config)

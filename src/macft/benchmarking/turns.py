@@ -46,6 +46,11 @@ class Measured:
         """Bytes a second on each link: 2(n-1)/n of the algorithm bandwidth, as in nccl-tests."""
         return self.algorithm_bandwidth * 2 * (self.ranks - 1) / self.ranks
 
+    def add_turn(self, seconds: Sequence[float]) -> None:
+        """Takes in the calls of one turn."""
+        self.calls += seconds
+        self.turns.append(float(np.median(seconds)))
+
     def ratio_to(self, other: Measured) -> float:
         """How many times as long this one takes: the median over the turns both have made."""
         pairs = list(zip(self.turns, other.turns, strict=False))
@@ -72,7 +77,7 @@ def measure(
                     if turn == 0:
                         calls[place] = _warm_up(lane, size)
                     else:
-                        _take_turn(lane, result, calls[place])
+                        result.add_turn(_times(lane, calls[place]))
                 except LaneFailed as error:
                     result.failure = failures[lane.name] = str(error)
         tell(row)
@@ -89,13 +94,12 @@ def _warm_up(lane: Lane, size: int) -> int:
         lane.close()
         raise LaneFailed(f"{lane.name}: wrong sum at {size} bytes: {sums}, not {expected}")
     seconds = float(np.median(_times(lane, _WARM_CALLS)))
+    return calls_in_a_turn(seconds)
+
+
+def calls_in_a_turn(seconds: float) -> int:
+    """How many calls of ``seconds`` each make a turn: long enough to measure, short enough to be fair."""
     return max(1, min(_MOST_CALLS, round(_TURN_SECONDS / max(seconds, 1e-6))))
-
-
-def _take_turn(lane: Lane, result: Measured, calls: int) -> None:
-    seconds = _times(lane, calls)
-    result.calls += seconds
-    result.turns.append(float(np.median(seconds)))
 
 
 def _times(lane: Lane, calls: int) -> list[float]:

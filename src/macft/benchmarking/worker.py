@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-from macft.benchmarking.sides import Side, join
+from macft.benchmarking.sides import Joined, Mlx, Side, join
 
 
 def main(arguments: list[str]) -> int:
@@ -42,7 +42,13 @@ def main(arguments: list[str]) -> int:
 
 
 def carry_out(order: dict[str, Any], side: Side) -> dict[str, Any]:
-    """``{"size": bytes}`` makes the array, ``{"check": true}`` sums it once, ``{"calls": n}`` times n sums."""
+    """``{"size": bytes}`` makes the array, ``{"check": true}`` sums it once, ``{"calls": n}`` times n sums.
+
+    ``{"elements": [...], "calls": n, "fused": bool}`` makes and checks n all-reduces of arrays of these sizes.
+    """
+    if "elements" in order:
+        assert isinstance(side, Joined | Mlx)
+        return {"right": all(side.sums(order["elements"], order["calls"], fused=order["fused"]))}
     if "size" in order:
         side.prepare(order["size"])
         return {"ready": True}

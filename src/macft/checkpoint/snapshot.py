@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -17,6 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from macft.errors import CheckpointError
 
 ADAPTER, OPTIMIZER, PROGRESS = "adapters.safetensors", "optimizer.safetensors", "progress.json"
+CODEC = "codec.msgpack"
 
 
 @dataclass
@@ -59,6 +61,13 @@ class Snapshot:
         """The run's progress as stored."""
         return Progress.from_json(self.files[PROGRESS])
 
+    @property
+    def codec(self) -> list[bytes]:
+        """The codecs' memories, by rank."""
+        data = self.files.get(CODEC, b"\x90")
+        blobs: list[bytes] = msgpack.unpackb(data, max_bin_len=len(data))
+        return blobs
+
     def pack(self) -> bytes:
         """For the wire: msgpack of the files."""
         packed: bytes = msgpack.packb(self.files)
@@ -73,13 +82,14 @@ class Snapshot:
         return cls(files)
 
 
-def capture(model: nn.Module, optimizer: optim.Optimizer, progress: Progress) -> Snapshot:
-    """Copies trainable parameters, optimizer state and progress."""
+def capture(model: nn.Module, optimizer: optim.Optimizer, progress: Progress, codec: Sequence[bytes] = ()) -> Snapshot:
+    """Copies trainable parameters, optimizer state and progress; ``codec`` is the memory of each rank's codec."""
     return Snapshot(
         {
             ADAPTER: _tensors(model.trainable_parameters()),
             OPTIMIZER: _tensors(optimizer.state),
             PROGRESS: json.dumps(asdict(progress)).encode(),
+            CODEC: msgpack.packb(list(codec)),
         }
     )
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
+MAX_PATHS = 8
 KINDS = ("single", "local", "hosts", "ssh")
+SHARES = ("auto", "equal")
+BATCHES = ("fixed", "auto")
 SHIPMENTS = ("code", "data", "model")
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(gb|gib|mb|mib)", re.IGNORECASE)
+_UNITS = {"gb": 1e9, "gib": 2.0**30, "mb": 1e6, "mib": 2.0**20}
 _DESTINATION = re.compile(
     r"(?:(?P<user>[A-Za-z0-9._-]+)@)?(?P<name>[A-Za-z0-9_][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?"
 )
@@ -23,14 +30,26 @@ class TopologyConfig:
     # Number of nodes; with `hosts` it follows from the list.
     nodes: int = 1
     # Addresses of all nodes in ring order, the same list on every node: [192.168.0.1, 192.168.0.2:7070]. The first one
-    # is where the others report.
+    # is where the others report. A node with several cables has an address for each: 192.168.0.1+192.168.1.1; they
+    # share the traffic by their speed, and the loss of one is survived.
     hosts: list[str] = field(default_factory=list)
     # This machine's place in `hosts`, from 0. Null: found by comparing `hosts` with this machine's own addresses.
     rank: int | None = None
     # Default port in `hosts`. Each node also uses the next port, for the ring.
     port: int = 7070
+    # How the rows of a batch are divided. auto: by measured speed. equal: evenly. Or one number for each node: [2, 1].
+    # On top of that a node that has to save heat or power gets fewer rows.
+    shares: Any = "equal"
+    # Steps between two looks at the shares.
+    rebalance_every: int = 4
     # Seconds to wait for all nodes to report at the start.
     start_timeout: float = 120.0
+    # fixed: micro-batch and checkpointing as `training` says. auto: each node picks them so that they use its memory
+    # without exceeding `memory_budget`; the loss curve stays the same.
+    batch: str = "fixed"
+    # What a run may take on each node: a fraction of the memory its GPU may use (0.9) or a size (12GB). A run that is
+    # predicted to need more is refused before its model loads.
+    memory_budget: str = "0.95"
     # With topology=ssh, where SSH finds each of `hosts`, in the same order: [studio, me@192.168.0.2:22]; names of
     # ~/.ssh/config will do. Empty: as in `hosts`.
     ssh: list[str] = field(default_factory=list)
@@ -52,14 +71,28 @@ class TopologyConfig:
 
 
 def split_host(host: str, default_port: int) -> tuple[str, int]:
-    """``"name:port"`` or ``"name"`` to (name, port); raises ValueError if it is neither."""
-    match = _HOST.fullmatch(host)
-    if match is None:
-        raise ValueError(f"'{host}' is not a host name or address with an optional :port")
-    port = int(match["port"]) if match["port"] else default_port
-    if not 1 <= port <= 65534:
-        raise ValueError(f"'{host}': port {port} is not from 1 to 65534")
-    return match["name"], port
+    """The first of :func:`host_paths`."""
+    return host_paths(host, default_port)[0]
+
+
+def host_paths(host: str, default_port: int) -> list[tuple[str, int]]:
+    """``"name:port"``, ``"name"``, or one of these for each cable as in ``"name+name"``, to (name, port) pairs.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    found: list[tuple[str, int]] = []
+    for path in host.split("+"):
+        match = _HOST.fullmatch(path)
+        if match is None:
+            raise ValueError(f"'{host}' is not a host name or address with an optional :port")
+        port = int(match["port"]) if match["port"] else (found[0][1] if found else default_port)
+        if not 1 <= port <= 65534:
+            raise ValueError(f"'{host}': port {port} is not from 1 to 65534")
+        found.append((match["name"], port))
+    if len(found) > MAX_PATHS:
+        raise ValueError(f"'{host}' has {len(found)} addresses; {MAX_PATHS} are the most")
+    return found
 
 
 def problems(config: TopologyConfig) -> list[str]:
@@ -82,6 +115,7 @@ def problems(config: TopologyConfig) -> list[str]:
             found.append("topology.hosts: an address stands twice")
     elif config.hosts:
         found.append(f"topology.hosts: only topology=hosts and topology=ssh use them, this is topology={config.kind}")
+    found += _share_problems(config)
     for host in config.hosts:
         try:
             split_host(host, config.port)
@@ -91,7 +125,53 @@ def problems(config: TopologyConfig) -> list[str]:
         found.append(f"topology.port: {config.port} is not from 1 to 65534")
     if not config.start_timeout > 0:
         found.append(f"topology.start_timeout: {config.start_timeout} must be greater than 0")
+    if config.batch not in BATCHES:
+        found.append(f"topology.batch: '{config.batch}' is not one of {', '.join(BATCHES)}")
+    if not _is_budget(config.memory_budget):
+        found.append(
+            f"topology.memory_budget: '{config.memory_budget}' is neither a fraction above 0 and up to 1 (0.9) "
+            "nor a size (12GB, 800MB)"
+        )
     return found + _ssh_problems(config)
+
+
+def _share_problems(config: TopologyConfig) -> list[str]:
+    found, shares = [], config.shares
+    if config.rebalance_every < 1:
+        found.append(f"topology.rebalance_every: {config.rebalance_every} must be 1 or more")
+    if isinstance(shares, str):
+        if shares not in SHARES:
+            found.append(f"topology.shares: '{shares}' is not auto, equal or a list of numbers such as [2,1]")
+        return found
+    nodes = len(config.hosts) if config.kind in ("hosts", "ssh") else config.nodes
+    if not isinstance(shares, list) or any(isinstance(n, bool) or not isinstance(n, int | float) for n in shares):
+        found.append(f"topology.shares: {shares} is not auto, equal or a list of numbers such as [2,1]")
+    elif len(shares) != nodes:
+        found.append(f"topology.shares: {shares} has {len(shares)} numbers, and there are {nodes} nodes")
+    elif not all(math.isfinite(n) and n >= 0 for n in shares) or not any(shares):
+        found.append(f"topology.shares: {shares} must be numbers of 0 or more, and one of them above 0")
+    return found
+
+
+def _is_budget(text: str) -> bool:
+    try:
+        return parse_budget(text, 1.0) > 0
+    except ValueError:
+        return False
+
+
+def parse_budget(text: str, usable: float) -> float:
+    """``"0.9"``, a fraction of ``usable`` bytes, or a size such as ``"12GB"`` or ``"800 MiB"``, in bytes.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if match := _SIZE.fullmatch(text.strip()):
+        return float(match[1]) * _UNITS[match[2].lower()]
+    fraction = float(text)
+    if 0 < fraction <= 1:
+        return fraction * usable
+    raise ValueError(f"'{text}' is neither a fraction nor a size")
 
 
 def _ssh_problems(config: TopologyConfig) -> list[str]:

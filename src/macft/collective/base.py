@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from macft.collective.codecs.wire_codec import WireCodec
 
 
 @runtime_checkable
@@ -28,11 +30,22 @@ class Collective(Protocol):
         """How many ranks take part."""
         ...
 
-    def all_reduce(self, arrays: Sequence[NDArray[np.float32] | NDArray[np.float64]]) -> None:
-        """Sums each array over all ranks, in place. C-contiguous, writable, float32 or float64, any shape.
+    def all_reduce(self, arrays: Sequence[Any]) -> None:
+        """Sums each array over all ranks, in place: NumPy or evaluated MLX arrays, C-contiguous, any shape.
+
+        float32, float64, float16, and of MLX also bfloat16.
 
         Every rank ends with the same bits: each element is summed along one path and then copied.
         """
+        ...
+
+    def all_reduce_coded(self, array: NDArray[np.float32], codec: WireCodec, residual: NDArray[np.float32]) -> None:
+        """Sums a flat float32 array in place in fewer bytes; ``residual`` carries what is rounded away (both (n,))."""
+        ...
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of data this rank has sent so far, as far as it knows."""
         ...
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:

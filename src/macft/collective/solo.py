@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from macft.collective.codecs.wire_codec import WireCodec
 
 
 class Solo:
@@ -23,8 +25,16 @@ class Solo:
         """Always 1."""
         return 1
 
-    def all_reduce(self, arrays: Sequence[NDArray[np.float32] | NDArray[np.float64]]) -> None:
+    def all_reduce(self, arrays: Sequence[Any]) -> None:
         """Leaves the arrays as they are: the sum over one rank."""
+
+    def all_reduce_coded(self, array: NDArray[np.float32], codec: WireCodec, residual: NDArray[np.float32]) -> None:
+        """Leaves the array as it is: nothing has to travel."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Always 0."""
+        return 0
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:
         """Returns ``payload``. Raises ValueError for a ``root`` other than 0."""

@@ -11,7 +11,9 @@ from macft.collective.settings import CollectiveConfig
 from macft.data.settings import DatasetConfig
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.settings import ModelConfig
+from macft.plan.settings import PlanConfig
 from macft.report.settings import ReportConfig
+from macft.thermal.settings import ThermalConfig
 from macft.training.settings import OptimizerConfig, TrainingConfig
 
 SCHEMA_NAME = "macft_schema"
@@ -33,6 +35,8 @@ class TrainConfig:
     topology: TopologyConfig = field(default_factory=TopologyConfig)
     collective: CollectiveConfig = field(default_factory=CollectiveConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    thermal: ThermalConfig = field(default_factory=ThermalConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 def register_schema() -> None:

@@ -16,7 +16,9 @@ from macft.errors import ConfigError
 from macft.evaluation.metrics import metric
 from macft.model import adapter_settings
 from macft.model import settings as model_settings
+from macft.plan import settings as plan_settings
 from macft.report import settings as report_settings
+from macft.thermal import settings as thermal_settings
 from macft.training import settings as training_settings
 
 
@@ -53,6 +55,8 @@ def problems(config: TrainConfig) -> list[str]:
         *topology_settings.problems(config.topology),
         *collective_settings.problems(config.collective),
         *report_settings.problems(config.report),
+        *thermal_settings.problems(config.thermal),
+        *plan_settings.problems(config.plan),
         *_combinations(config),
     ]
 

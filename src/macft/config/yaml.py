@@ -29,5 +29,12 @@ def fingerprint(config: TrainConfig) -> str:
     """SHA-256 over all that must be equal on every node; what may differ, such as reporting, is left out."""
     plain = to_plain(config)
     plain.pop("report")
-    plain["topology"] = {"nodes": max(config.topology.nodes, len(config.topology.hosts))}
+    plain.pop("plan")
+    plain.pop("thermal")  # each Mac may have a budget of its own
+    topology = config.topology
+    plain["topology"] = {
+        "nodes": max(topology.nodes, len(topology.hosts)),
+        "shares": topology.shares,
+        "rebalance_every": topology.rebalance_every,
+    }
     return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.create(plain), sort_keys=True).encode()).hexdigest()

@@ -43,12 +43,13 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)
 
 
-def load(config: ModelConfig, path: Path) -> LoadedModel:
+def load(config: ModelConfig, path: Path, tokenizer: Any = None) -> LoadedModel:
     """Loads the model and tokenizer in the folder ``path``, which :func:`~macft.model.resolve.resolve` found.
 
-    On the CPU ``auto`` means float32 and dequantised: nothing else goes through BLAS. There, ``4bit`` and
-    ``8bit`` quantise and then hold those very values in float32: the arithmetic of QLoRA (Dettmers et al.
-    2023, arXiv:2305.14314) without its saving of memory. On a GPU ``auto`` changes nothing.
+    ``tokenizer`` is one that :func:`load_tokenizer` loaded before, if any. On the CPU ``auto`` means float32 and
+    dequantised: nothing else goes through BLAS. There, ``4bit`` and ``8bit``
+    quantise and then hold those very values in float32: the arithmetic of QLoRA (Dettmers et al. 2023,
+    arXiv:2305.14314) without its saving of memory. On a GPU ``auto`` changes nothing.
 
     Raises:
         ModelError: the folder can't be read as a model that mlx-lm knows, or has no tokenizer.
@@ -58,7 +59,7 @@ def load(config: ModelConfig, path: Path) -> LoadedModel:
 
     with _readable(path, "as a model"):
         model, settings = load_model(path, lazy=True, trust_remote_code=config.trust_remote_code)
-    tokenizer = _load_tokenizer(config, path, settings)
+    tokenizer = tokenizer or load_tokenizer(config, path)
     was_quantized, original = _is_quantized(model), _float_dtype(model)
     precision, quantization, cpu = config.precision, config.quantization, on_cpu()
     if precision == "auto":
@@ -104,16 +105,22 @@ def load(config: ModelConfig, path: Path) -> LoadedModel:
     )
 
 
-def _load_tokenizer(config: ModelConfig, path: Path, settings: dict[str, Any]) -> Any:
-    from mlx_lm.utils import load_tokenizer
+def load_tokenizer(config: ModelConfig, path: Path) -> Any:
+    """The tokenizer in the folder ``path``, an mlx_lm TokenizerWrapper; no weights are read.
+
+    Raises:
+        ModelError: there is none, or it can't be read.
+    """
+    from mlx_lm.utils import load_config
+    from mlx_lm.utils import load_tokenizer as load_wrapped
 
     if not any(any(path.glob(pattern)) for pattern in _TOKENIZER_FILES):
         raise ModelError(f"{path} has no tokenizer: neither tokenizer.json nor tokenizer.model")
     with _readable(path, "tokenizer"):
-        return load_tokenizer(
+        return load_wrapped(
             path,
             {"trust_remote_code": config.trust_remote_code},
-            eos_token_ids=settings.get("eos_token_id"),
+            eos_token_ids=load_config(path).get("eos_token_id"),
         )
 
 

@@ -14,16 +14,17 @@ def assign(
     """Row places (0 to len(lengths) - 1) for each rank; every place exactly once, the same answer on every node.
 
     Longest rows first, each to the rank that would be done with it soonest (longest processing time first, Graham
-    1969), where rank r works at speed ``shares[r]`` (equal speeds if None). With at least as many rows as ranks no
-    rank is left idle under equal shares.
+    1969), where rank r works at speed ``shares[r]`` (equal speeds if None). A rank with a share of 0 gets
+    nothing. With at least as many rows as ranks no rank is left idle under equal shares.
     """
     speeds = np.ones(world_size) if shares is None else np.asarray(shares, dtype=np.float64)
-    if len(speeds) != world_size or not np.all(speeds > 0):
-        raise ValueError("there must be one share above 0 for each rank")
+    if len(speeds) != world_size or not (np.all(speeds >= 0) and np.all(np.isfinite(speeds)) and np.any(speeds > 0)):
+        raise ValueError("there must be one share of 0 or more for each rank, and one above 0")
+    working = np.flatnonzero(speeds)
     load = np.zeros(world_size)
     places: list[list[int]] = [[] for _ in range(world_size)]
     for place in sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), i)):
-        rank = int(np.argmin((load + lengths[place]) / speeds))
+        rank = int(working[np.argmin((load[working] + lengths[place]) / speeds[working])])
         load[rank] += lengths[place]
         places[rank].append(place)
     return [np.array(sorted(mine), dtype=np.int64) for mine in places]

@@ -156,6 +156,8 @@ class ConsoleReporter(SilentReporter):
         if self._speed.total_seconds:
             average = self._speed.total_tokens / self._speed.total_seconds
             rows.append(("speed", f"{average:,.0f} tokens/s on average", ""))
+        if event.energy is not None:
+            rows.append(("energy", event.energy.line, ""))
         if event.adapter_folder is not None:
             rows.append(("adapter", _short(event.adapter_folder), ""))
         self._block(title, rows, colour)

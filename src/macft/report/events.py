@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from macft.plan.node_status import NodeStatus
+from macft.report.energy import Energy
+
 
 @dataclass(frozen=True)
 class RunStarted:
@@ -40,7 +43,8 @@ class StepDone:
     """An update was made. ``step`` counts from 1; ``loss`` is the global mean per target token, in nats.
 
     ``target_tokens`` and ``tokens`` (prompt included, padding not) count all nodes; ``node_tokens`` this one.
-    ``parts`` splits ``seconds`` into data, compute, all_reduce and update.
+    ``parts`` splits ``seconds`` into data, compute, all_reduce and update; ``all_reduce_hidden`` is a part of compute.
+    ``nodes`` and ``shares`` of this step's rows, 1 in all, are by rank.
     """
 
     step: int
@@ -54,8 +58,13 @@ class StepDone:
     node_tokens: int
     seconds: float
     parts: Mapping[str, float]
+    # Bytes this node sent for the step, and the L2 norm of what its codec has rounded away and not yet added.
+    bytes_sent: int
+    residual_norm: float
     peak_memory: int
     active_memory: int
+    nodes: list[NodeStatus] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -144,6 +153,7 @@ class RunEnded:
     adapter_folder: Path | None = None
     adapter_sha256: str = ""
     detail: str = ""
+    energy: Energy | None = None
 
 
 class Reporter(Protocol):

@@ -63,6 +63,8 @@ class SummaryWriter(SilentReporter):
                 "last_train_loss": self._last_loss,
                 "tokens_per_second": round(self._tokens / self._seconds, 1) if self._seconds else None,
                 "peak_memory_bytes": self._peak_memory,
+                "energy": event.energy,
+                "energy_used": event.energy.line if event.energy else None,
                 "adapter_folder": event.adapter_folder,
                 "adapter_sha256": event.adapter_sha256,
                 **self._facts,

@@ -69,11 +69,14 @@ class TensorBoard(SilentReporter):
             "throughput/tokens_per_second_node": event.node_tokens / seconds,
             "throughput/target_tokens_per_second": event.target_tokens / seconds,
             "time/step": event.seconds,
+            "collective/bytes_sent": event.bytes_sent,
+            "collective/residual_norm": event.residual_norm,
             "memory/peak_gb": event.peak_memory / 1e9,
             "memory/active_gb": event.active_memory / 1e9,
             "epoch": event.epoch,
         }
-        self._scalars(values | {f"time/{name}": part for name, part in event.parts.items()}, event.step)
+        values |= {f"time/{name}": part for name, part in event.parts.items()}
+        self._scalars(values | _of_nodes(event), event.step)
 
     def evaluated(self, event: Evaluated) -> None:
         """The validation loss."""
@@ -104,6 +107,8 @@ class TensorBoard(SilentReporter):
     def run_ended(self, event: RunEnded) -> None:
         """The results, and the end of the session for the HPARAMS tab."""
         results = {**event.final, "seconds": event.seconds, "steps": float(event.steps)}
+        if event.energy is not None:
+            results |= {"joules": event.energy.joules, "kwh": event.energy.kwh, "co2_grams": event.energy.co2_grams}
         self._scalars({f"final/{name}": value for name, value in results.items()}, event.steps)
         # TensorBoard goes by the first end it finds, so a run that can go on must not have one yet.
         if event.reason != "interrupted":
@@ -169,6 +174,25 @@ class TensorBoard(SilentReporter):
 
     def _summary(self, summary: Any, step: int) -> None:
         self._writer.add_event(self._event(summary=summary, step=step, wall_time=time.time()))
+
+
+def _of_nodes(event: StepDone) -> dict[str, float]:
+    """Temperature (C), power (W), duty and share of each node; the hottest state; power of all. Unknown is left out."""
+    values: dict[str, float] = {}
+    if len(event.nodes) > 1:
+        values |= {f"plan/share_rank{rank}": share for rank, share in enumerate(event.shares)}
+    for rank, node in enumerate(event.nodes):
+        if node.temperature is not None:
+            values[f"thermal/temperature_rank{rank}"] = node.temperature
+        if node.watts is not None:
+            values[f"power/watts_rank{rank}"] = node.watts
+        if node.temperature is not None or node.state is not None or node.reason:
+            values[f"thermal/duty_rank{rank}"] = 0.0 if node.paused else node.duty
+    if states := [node.state for node in event.nodes if node.state is not None]:
+        values["thermal/state"] = float(max(states))
+    if watts := [node.watts for node in event.nodes if node.watts is not None]:
+        values["power/watts"] = sum(watts)
+    return values
 
 
 def _compared(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | float | str]:

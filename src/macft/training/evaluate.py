@@ -33,13 +33,14 @@ def validation_loss(
     collective: Collective,
     *,
     rows_at_once: int,
+    shares: Sequence[float],
     progress: Callable[[int, int], None],
 ) -> Validation:
-    """Evaluates ``rows``, shared out among the ranks; ``progress`` is told (done, total) rows of this rank."""
+    """Evaluates ``rows``, given to the ranks by ``shares``; ``progress`` is told (done, total) rows of this rank."""
     started = time.perf_counter()
     model.eval()
     lengths = np.array([len(row.tokens) for row in rows], dtype=np.int64)
-    mine = assign(lengths, collective.world_size)[collective.rank]
+    mine = assign(lengths, collective.world_size, shares)[collective.rank]
     loss_sum, target_tokens, done = 0.0, 0, 0
     for batch in micro_batches([rows[i] for i in mine], mine, rows_at_once):
         positions, targets, weights = target_positions(batch)

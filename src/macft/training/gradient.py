@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 from mlx_lm.tuner.trainer import grad_checkpoint
-from numpy.typing import NDArray
 
 from macft.data.batch import Batch
 from macft.model.dropout import DropoutKeys
@@ -21,68 +21,110 @@ from macft.training.loss import TokenLoss, target_positions
 
 @dataclass(frozen=True)
 class LocalGradient:
-    """Sums over this node's rows: ``gradient`` flat float32, ``loss_sum``, and counts of tokens."""
+    """Sums over this node's rows: the gradient by parameter name, each micro-batch's loss, and counts of tokens.
 
-    gradient: NDArray[np.float32]
-    loss_sum: float
+    ``gradient`` holds float32 MLX arrays of the parameters' shapes, row-contiguous and nobody else's, so that they can
+    be summed over the ranks where they lie. They may still be on their way: ``buckets`` lists their names in the order
+    in which the backward pass produces them, and each bucket is evaluated by itself.
+    """
+
+    gradient: dict[str, Any]
+    buckets: Sequence[Sequence[str]]
+    losses: Sequence[Any]
     target_tokens: int
     tokens: int
-    seconds: float
+    started: float
+
+    @property
+    def loss_sum(self) -> float:
+        """Summed cross-entropy of this node's target tokens, in nats; waits for MLX."""
+        return float(sum(loss.item() for loss in self.losses))
 
 
 class GradientComputer:
     """Runs micro-batches forward and backward and adds up their gradients.
 
-    ``layout`` lists the trainable parameters as (name, array) pairs in the order of the flat gradient.
+    ``buckets`` lists the trainable parameters' names in the order of the backward pass, last layer first, in groups of
+    about ``bucket_bytes`` bytes.
     """
 
-    def __init__(self, model: nn.Module, dropout_keys: DropoutKeys, *, seed: int, checkpoint_blocks: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        dropout_keys: DropoutKeys,
+        *,
+        seed: int,
+        checkpoint_blocks: bool,
+        bucket_bytes: int = 4 * 1024 * 1024,
+    ):
         self._model = model
         self._keys = dropout_keys
         self._seed = seed
         if checkpoint_blocks:
             grad_checkpoint(model.layers[0])
         self.loss = TokenLoss(model)
-        self.layout: list[tuple[str, Any]] = tree_flatten(model.trainable_parameters())
-        self.size = sum(int(value.size) for _, value in self.layout)
+        self._shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
+        self.buckets = _buckets(self._shapes, bucket_bytes)
         self._loss_and_gradient = nn.value_and_grad(model, self._keyed_loss)
 
     def _keyed_loss(self, inputs: Any, positions: Any, targets: Any, weights: Any, keys: Any) -> Any:
         self._keys.value = keys
         return self.loss(inputs, positions, targets, weights)
 
-    def __call__(self, step: int, batches: Sequence[Batch]) -> LocalGradient:
-        """Computes ``batches``, this node's micro-batches of ``step``; there may be none."""
+    def __call__(self, step: int, batches: Iterable[Batch], count: int) -> LocalGradient:
+        """Computes the next ``count`` of ``batches``, this node's micro-batches of ``step``; there may be none.
+
+        All but the last micro-batch are computed when this returns. The last one is under way, bucket by bucket, so
+        that its first gradients can be sent while MLX computes the others.
+        """
         started = time.perf_counter()
         self._model.train()
-        total: Any = None
-        loss_sum, target_tokens, tokens = 0.0, 0, 0
-        for batch in batches:
-            positions, targets, weights = target_positions(batch)
-            keys = (
-                DropoutKeys.for_rows(self._seed, step, batch.row_ids) if self._keys.in_use else np.zeros(1, np.uint32)
-            )
-            loss, gradient = self._loss_and_gradient(
-                mx.array(batch.tokens[:, :-1]),
-                mx.array(positions),
-                mx.array(targets),
-                mx.array(weights),
-                mx.array(keys),
-            )
-            gradient = tree_map(lambda value: value.astype(mx.float32), gradient)
-            total = gradient if total is None else tree_map(mx.add, total, gradient)
-            mx.eval(loss, total)  # one micro-batch at a time: its activations are freed before the next begins
-            loss_sum += loss.item()
-            target_tokens += int(weights.sum())
+        total: dict[str, Any] = {}
+        losses: list[Any] = []
+        target_tokens = tokens = 0
+        for number, batch in zip(range(count), batches, strict=False):
+            loss, gradient, count = self._micro_batch(step, batch)
+            total = {name: total[name] + value for name, value in gradient.items()} if total else gradient
+            losses.append(loss)
+            target_tokens += count
             tokens += int(batch.lengths.sum())
-        return LocalGradient(self._flatten(total), loss_sum, target_tokens, tokens, time.perf_counter() - started)
+            if number + 1 < count:
+                mx.eval(loss, total)  # one at a time: its activations are freed before the next begins
+        total = total or {name: mx.zeros(shape) for name, shape in self._shapes.items()}
+        _start(losses)
+        for names in self.buckets:
+            total |= {name: mx.contiguous(total[name]) for name in names}
+            _start([total[name] for name in names])
+        return LocalGradient(
+            gradient=total,
+            buckets=self.buckets,
+            losses=losses,
+            target_tokens=target_tokens,
+            tokens=tokens,
+            started=started,
+        )
 
-    def _flatten(self, tree: Any) -> NDArray[np.float32]:
-        flat = np.zeros(self.size, dtype=np.float32)
-        if tree is None:
-            return flat
-        start, values = 0, dict(tree_flatten(tree))
-        for name, parameter in self.layout:
-            flat[start : start + parameter.size] = np.array(values[name], copy=False).reshape(-1)
-            start += parameter.size
-        return flat
+    def _micro_batch(self, step: int, batch: Batch) -> tuple[Any, dict[str, Any], int]:
+        positions, targets, weights = target_positions(batch)
+        keys = DropoutKeys.for_rows(self._seed, step, batch.row_ids) if self._keys.in_use else np.zeros(1, np.uint32)
+        loss, gradient = self._loss_and_gradient(
+            mx.array(batch.tokens[:, :-1]), mx.array(positions), mx.array(targets), mx.array(weights), mx.array(keys)
+        )
+        return loss, {name: value.astype(mx.float32) for name, value in tree_flatten(gradient)}, int(weights.sum())
+
+
+def _buckets(shapes: dict[str, tuple[int, ...]], bucket_bytes: int) -> list[list[str]]:
+    """Names in the reverse order of the model, in groups of about ``bucket_bytes``."""
+    buckets: list[list[str]] = [[]]
+    size = 0
+    for name in reversed(shapes):
+        if size >= bucket_bytes:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(name)
+        size += 4 * math.prod(shapes[name])
+    return buckets
+
+
+def _start(arrays: list[Any]) -> None:
+    mx.async_eval(arrays)  # type: ignore[no-untyped-call]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
 from dataclasses import dataclass, field
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,13 +20,17 @@ from macft.data.batch import Batch, micro_batches
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.errors import NonFiniteLoss, RanksDiverged
+from macft.plan.balance import Balance
+from macft.plan.node_status import NodeStatus
 from macft.plan.shares import assign
-from macft.report.events import CheckpointSaved, Evaluated, PhaseProgress, Reporter, StepDone
+from macft.report.events import CheckpointSaved, Evaluated, Noted, PhaseProgress, Reporter, StepDone
 from macft.stop import StopRequest
 from macft.training.evaluate import validation_loss
+from macft.training.exchange import GradientExchange
 from macft.training.gradient import GradientComputer, LocalGradient
 from macft.training.optimizer import apply_gradient, clip_factor, learning_rate
-from macft.training.reduce import GlobalGradient, reduce_gradient
+from macft.training.pace import FullSpeed, Pace
+from macft.training.reduce import GlobalGradient, reduce_gradient, scale
 from macft.training.settings import OptimizerConfig, TrainingConfig
 
 _EVALUATION_ROWS_AT_ONCE = 8
@@ -48,7 +54,17 @@ class Trainer:
     reporter: Reporter
     progress: Progress
     stop: StopRequest
+    exchange: GradientExchange | None = None
+    balance: Balance | None = None
+    pace: Pace = field(default_factory=FullSpeed)
+    nodes: list[NodeStatus] = field(default_factory=list, init=False)
+    tokens: int = field(default=0, init=False)
+    seconds: float = field(default=0.0, init=False)
     _saved_step: int | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._exchange = self.exchange or GradientExchange(self.collective)
+        self._balance = self.balance or Balance("equal", self.collective.world_size, every=1)
 
     def train(self) -> str:
         """Trains to the last step; returns why it ended: finished, early_stopped or interrupted.
@@ -65,10 +81,13 @@ class Trainer:
             started = time.perf_counter()
             batches = self._my_batches(self.progress.step)
             data_seconds = time.perf_counter() - started
-            local = self.compute(self.progress.step, batches)
-            result = reduce_gradient(self.collective, local, stop=self.stop.requested)
+            paced = self.pace.paced(batches)
+            local = self.compute(self.progress.step, paced, len(batches))
+            status = partial(self._status, paced, local)
+            result = reduce_gradient(self._exchange, local, stop=self.stop.requested, status=status)
             update_seconds, rate = self._update(result)
             self._report(result, local, rate, started, data_seconds, update_seconds)
+            self._rebalance()
             self._evaluate_and_save_when_due()
             if result.stop_requested and self.progress.step < self.total_steps:
                 self._save()
@@ -84,8 +103,13 @@ class Trainer:
         """This rank's micro-batches of the step's global batch."""
         ids = self.order.rows(step)
         lengths = np.array([len(self.train_rows[i].tokens) for i in ids], dtype=np.int64)
-        mine: NDArray[np.int64] = ids[assign(lengths, self.collective.world_size)[self.collective.rank]]
+        places = assign(lengths, self.collective.world_size, self._balance.shares)
+        mine: NDArray[np.int64] = ids[places[self.collective.rank]]
         return micro_batches([self.train_rows[i] for i in mine], mine, self.config.micro_batch_size)
+
+    def _status(self, paced: Generator[Batch], local: LocalGradient, seconds: float) -> NodeStatus:
+        paced.close()  # the last micro-batch is computed
+        return self.pace.status(local.tokens, seconds)
 
     def _update(self, result: GlobalGradient) -> tuple[float, float]:
         """Applies the global gradient, or nothing at all where it isn't finite; returns (seconds, learning rate)."""
@@ -97,9 +121,10 @@ class Trainer:
                 "adapter.scale usually helps"
             )
         rate = learning_rate(self.optimizer_config, self.progress.step, self.total_steps)
-        factor = np.float32(clip_factor(result.norm, self.config.max_grad_norm))
-        np.multiply(result.gradient, factor, out=result.gradient)
-        apply_gradient(self.model, self.optimizer, self.compute.layout, result.gradient, rate)
+        factor = clip_factor(result.norm, self.config.max_grad_norm)
+        if factor != 1.0:
+            scale(result.gradient, factor)
+        apply_gradient(self.model, self.optimizer, result.gradient, rate)
         self.progress.step += 1
         self.progress.target_tokens += result.target_tokens
         return time.perf_counter() - started, rate
@@ -115,12 +140,10 @@ class Trainer:
     ) -> None:
         seconds = time.perf_counter() - started
         self.progress.seconds += seconds
-        parts = {
-            "data": data_seconds,
-            "compute": local.seconds,
-            "all_reduce": result.seconds,
-            "update": update_seconds,
-        }
+        self.nodes, self.tokens, self.seconds = result.nodes, self.tokens + result.tokens, self.seconds + seconds
+        parts = {"data": data_seconds, **result.seconds, "update": update_seconds}
+        if note := self._exchange.observe(seconds, result.seconds["all_reduce"]):
+            self.reporter.noted(Noted(note))
         self.reporter.step_done(
             StepDone(
                 step=self.progress.step,
@@ -134,10 +157,20 @@ class Trainer:
                 node_tokens=local.tokens,
                 seconds=seconds,
                 parts=parts,
+                bytes_sent=result.bytes_sent,
+                residual_norm=self._exchange.residual_norm,
                 peak_memory=mx.get_peak_memory(),
                 active_memory=mx.get_active_memory(),
+                nodes=result.nodes,
+                shares=list(self._balance.shares),
             )
         )
+
+    def _rebalance(self) -> None:
+        """Shares of the next steps, the same on every rank, out of what all nodes have told with this one."""
+        self._balance.observe(self.nodes)
+        for line in self.pace.remarks(self.nodes, self._balance.shares):
+            self.reporter.noted(Noted(line))
 
     def _evaluate_and_save_when_due(self) -> None:
         step, config = self.progress.step, self.config
@@ -152,14 +185,16 @@ class Trainer:
         """Validates and keeps account of the best loss; returns whether this one is the best so far."""
         if not self.valid_rows or not self.config.eval_every:
             return False
-        result = validation_loss(
-            self.model,
-            self.compute.loss,
-            self.valid_rows,
-            self.collective,
-            rows_at_once=self.config.micro_batch_size or _EVALUATION_ROWS_AT_ONCE,
-            progress=lambda done, total: self.reporter.phase_progress(PhaseProgress("validation", done, total)),
-        )
+        with self.pace.working():
+            result = validation_loss(
+                self.model,
+                self.compute.loss,
+                self.valid_rows,
+                self.collective,
+                rows_at_once=self.config.micro_batch_size or _EVALUATION_ROWS_AT_ONCE,
+                shares=self._balance.shares,
+                progress=lambda done, total: self.reporter.phase_progress(PhaseProgress("validation", done, total)),
+            )
         progress = self.progress
         progress.valid_loss = result.loss
         if progress.first_valid_loss is None:
@@ -179,8 +214,9 @@ class Trainer:
         started = time.perf_counter()
         self._require_equal_ranks()
         self._saved_step = self.progress.step
+        codec = self._exchange.capture()
         if self.collective.rank == 0:
-            path = self.store.save(capture(self.model, self.optimizer, self.progress))
+            path = self.store.save(capture(self.model, self.optimizer, self.progress, codec))
             is_best = self.progress.best_step == self.progress.step
             self.reporter.checkpoint_saved(
                 CheckpointSaved(self.progress.step, path, is_best, time.perf_counter() - started)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-import numpy as np
-from mlx.utils import tree_unflatten
-from numpy.typing import NDArray
+from mlx.utils import tree_flatten, tree_unflatten
 
 from macft.errors import ConfigError
 from macft.training.settings import OptimizerConfig
@@ -68,22 +67,10 @@ def clip_factor(norm: float, max_norm: float) -> float:
     return max_norm / norm if max_norm and norm > max_norm else 1.0
 
 
-def apply_gradient(
-    model: nn.Module,
-    optimizer: optim.Optimizer,
-    layout: list[tuple[str, Any]],
-    gradient: NDArray[np.float32],
-    rate: float,
-) -> None:
-    """One update of ``model``'s trainable parameters.
-
-    ``gradient`` is flat, float32, in the order of ``layout``: (name, parameter) pairs that give shapes and dtypes.
-    """
-    pieces, start = [], 0
-    for name, parameter in layout:
-        piece = mx.array(gradient[start : start + parameter.size]).reshape(parameter.shape)
-        pieces.append((name, piece.astype(parameter.dtype)))
-        start += parameter.size
+def apply_gradient(model: nn.Module, optimizer: optim.Optimizer, gradient: Mapping[str, Any], rate: float) -> None:
+    """One update of ``model``'s trainable parameters; ``gradient`` maps their names to float32 arrays."""
+    parameters = dict(tree_flatten(model.trainable_parameters()))
+    typed = [(name, gradient[name].astype(parameter.dtype)) for name, parameter in parameters.items()]
     optimizer.learning_rate = rate
-    optimizer.update(model, tree_unflatten(pieces))
+    optimizer.update(model, tree_unflatten(typed))
     mx.eval(model.trainable_parameters(), optimizer.state)

@@ -1,0 +1,225 @@
+"""``python -m macft.bench``: how fast the ranks of a topology add up arrays, in a table like that of nccl-tests.
+
+    python -m macft.bench                                           two processes on this machine
+    python -m macft.bench topology=local topology.nodes=4 --peers mlx --limits
+    python -m macft.bench topology=hosts topology.hosts=[192.168.0.1,192.168.0.2] --link 40gbit     typed on each Mac
+    python -m macft.bench collective=mlx                            MLX's own communication instead of macft's ring
+
+Overrides are those of macft.train; topology and collective count here. Sizes are bytes of float32, times those of the
+slowest rank. algbw is size over time; busbw is 2(n-1)/n of it: what each link carries, whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+
+from macft.benchmarking.here import measure_here
+from macft.benchmarking.lane import Lane, LaneFailed
+from macft.benchmarking.limits import link_speed, memory_copy
+from macft.benchmarking.ports import free_addresses
+from macft.benchmarking.sides import Joined, Side
+from macft.benchmarking.sizes import read_size, read_speed, size_text, speed_text, time_text
+from macft.benchmarking.table import LATENCY_BYTES, build, plot, summary, to_plain
+from macft.benchmarking.tcp import RawTcp
+from macft.benchmarking.turns import Measured, measure
+from macft.cluster.connect import connect
+from macft.cluster.hosts import own_rank
+from macft.cluster.rendezvous import RendezvousServer
+from macft.cluster.settings import split_host
+from macft.config.command_line import prepare
+from macft.config.paths import config_folder
+from macft.config.schema import TrainConfig
+from macft.config.validate import to_typed
+from macft.config.yaml import fingerprint
+from macft.errors import ConfigError, MacftError
+
+SIZES = "4K,16K,64K,256K,1M,4M,16M,64M"
+PEERS = ("mlx", "gloo", "mpi", "tcp")
+_TCP_PORTS_ON = 3
+"""The raw copy's port, counted from the topology's: the ones before are the rendezvous', the ring's and MLX's."""
+
+
+def main() -> int:
+    """Measures and prints; returns the exit status."""
+    try:
+        options = _options(sys.argv[1:])
+        config = _compose(options.overrides)
+        found, rank = (
+            _measure_hosts(options, config) if config.topology.kind == "hosts" else _measure_local(options, config)
+        )
+        if rank == 0:
+            _report(options, config, found)
+    except MacftError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m macft.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", help="as of macft.train: topology=local topology.nodes=4")
+    parser.add_argument("--sizes", default=SIZES, help="bytes of the arrays (%(default)s)")
+    parser.add_argument("--turns", type=int, default=9, help="turns at each size (%(default)s)")
+    parser.add_argument("--peers", default="", help=f"to compare with, by turns: {', '.join(PEERS)}")
+    parser.add_argument(
+        "--peer-python", default=sys.executable, help="interpreter that has torch or mpi4py, NumPy, platformdirs"
+    )
+    parser.add_argument("--limits", action="store_true", help="also measure the bare TCP copy and copying memory")
+    parser.add_argument("--link", default="", help="the links' speed (1gbit); otherwise as the system states it")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds after which a peer hangs (%(default)s)")
+    parser.add_argument("--json", type=Path, help="file for all results")
+    parser.add_argument("--plot", type=Path, help="file for a plot: .png, .svg or .pdf (needs matplotlib)")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        options.sizes = sorted({LATENCY_BYTES, *(read_size(size) for size in options.sizes.split(","))})
+    except ValueError as error:
+        raise ConfigError(f"--sizes: {error}") from None
+    try:
+        options.speed = read_speed(options.link) if options.link else None
+    except ValueError as error:
+        raise ConfigError(f"--link: {error}") from None
+    options.peers = [name for name in options.peers.split(",") if name]
+    if unknown := [name for name in options.peers if name not in PEERS]:
+        raise ConfigError(f"--peers: '{unknown[0]}' is not one of {', '.join(PEERS)}")
+    if options.limits and "tcp" not in options.peers:
+        options.peers.append("tcp")
+    if options.turns < 1 or not options.limit > 0:
+        raise ConfigError("--turns and --limit: must be greater than 0")
+    for key in ("json", "plot"):
+        path = getattr(options, key)
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"--{key}: the folder of {path} does not exist")
+    return options
+
+
+def _compose(overrides: Sequence[str]) -> TrainConfig:
+    """The configuration that macft.train would have; by default two local ranks."""
+    given = list(overrides)
+    if not any(text.startswith("topology=") for text in given):
+        given.insert(0, "topology=local")
+    if not any(text.startswith("training.batch_size=") for text in given):
+        given.append("training.batch_size=4096")  # nothing is trained here, so any number of nodes will do
+    command = prepare(given)
+    with initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
+        config = to_typed(compose("train", overrides=command.argv))
+    if config.topology.kind == "single" or (config.topology.kind == "local" and config.topology.nodes < 2):
+        raise ConfigError("topology: one node has nothing to exchange; use topology=local topology.nodes=2, or hosts")
+    return config
+
+
+def _measure_local(options: argparse.Namespace, config: TrainConfig) -> tuple[list[list[Measured]], int]:
+    nodes, console = config.topology.nodes, Console()
+    console.print(f"{nodes} ranks on this machine, collective={config.collective.backend}")
+    with ExitStack() as stack:
+        lanes = []
+        for name in ("macft", *options.peers):
+            python = options.peer_python if name in ("gloo", "mpi") else sys.executable
+            settings = asdict(config.collective)
+            try:
+                lane = Lane(name, free_addresses(nodes), settings=settings, python=python, limit=options.limit)
+            except LaneFailed as error:
+                if name == "macft":
+                    raise
+                console.print(str(error), style="yellow", markup=False)
+                continue
+            lanes.append(stack.enter_context(lane))
+        with console.status("measuring") as status:
+            found = measure(lanes, options.sizes, options.turns, lambda row: status.update(_done(row)))
+    if found[-1][0].failure:
+        raise LaneFailed(found[-1][0].failure)
+    return found, 0
+
+
+def _measure_hosts(options: argparse.Namespace, config: TrainConfig) -> tuple[list[list[Measured]], int]:
+    if others := [name for name in options.peers if name != "tcp"]:
+        raise ConfigError(
+            f"--peers: {others[0]} needs topology=local; with topology=hosts there is tcp, and collective=mlx"
+        )
+    topology = config.topology
+    rank, count = own_rank(topology), len(topology.hosts)
+    places = [split_host(host, topology.port) for host in topology.hosts]
+    host, port = places[rank]
+    # What is to be measured must be alike on all hosts as well.
+    marks = json.dumps([fingerprint(config), options.sizes, options.turns, options.peers])
+    with ExitStack() as stack:
+        if rank == 0:
+            run_id = f"bench:{','.join(topology.hosts)}"
+            server = RendezvousServer(
+                f"{host}:{port}", world_size=count, run_id=run_id, fingerprint=marks, timeout=topology.start_timeout
+            )
+            stack.callback(server.close)
+            server.start()
+        collective = stack.enter_context(
+            connect(
+                f"{places[0][0]}:{places[0][1]}",
+                rank=rank,
+                world_size=count,
+                run_id=f"bench:{','.join(topology.hosts)}",
+                fingerprint=marks,
+                name=topology.hosts[rank],
+                settings=config.collective,
+                start_timeout=topology.start_timeout,
+                bind=f"{host}:{port + 1}",
+            )
+        )
+        Console().print(f"rank {rank} of {count} ({topology.hosts[rank]}), collective={config.collective.backend}")
+        sides: dict[str, Side] = {"macft": Joined(collective)}
+        if "tcp" in options.peers:
+            sides["tcp"] = RawTcp(rank, [f"{name}:{number + _TCP_PORTS_ON}" for name, number in places])
+            stack.callback(sides["tcp"].close)
+        with Console().status("measuring") as status:
+            found = measure_here(sides, collective, options.sizes, options.turns, lambda row: status.update(_done(row)))
+        options.speed = options.speed or _slowest_link(collective.all_gather(json.dumps(link_speed(host)).encode()))
+    return found, rank
+
+
+def _done(row: Sequence[Measured]) -> str:
+    return f"{size_text(row[0].size)}: {time_text(row[0].median)}"
+
+
+def _slowest_link(stated: Sequence[bytes]) -> float | None:
+    speeds = [json.loads(blob) for blob in stated]
+    known = [float(speed) for speed in speeds if isinstance(speed, float) and math.isfinite(speed)]
+    return min(known) if len(known) == len(speeds) else None
+
+
+def _report(options: argparse.Namespace, config: TrainConfig, found: list[list[Measured]]) -> None:
+    console = Console()
+    for table in build(found, options.speed):
+        console.print(table)
+    lines = summary(found, options.speed)
+    memory = memory_copy() if options.limits else None
+    if memory:
+        lines.append(f"memory copy, one thread: {speed_text(memory)} GB/s")
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    ranks = found[0][0].ranks
+    if options.json:
+        result: dict[str, Any] = {
+            "ranks": ranks,
+            "topology": config.topology.kind,
+            "link": options.speed,
+            "memory_copy": memory,
+        }
+        options.json.write_text(json.dumps({**result, "results": to_plain(found)}, indent=1) + "\n")
+    if options.plot:
+        plot(found, options.plot, f"All-reduce, {ranks} ranks, topology={config.topology.kind}", options.speed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""``python -m macft.monitor RUN_FOLDER``: a running cluster, live, out of the run's own files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from macft.report.run_folder import RunFolder
+
+_STATES = ("nominal", "moderate", "heavy", "trapping", "sleeping")
+# A run's whole file may be large; what is shown stands in its last lines.
+_HEAD_BYTES, _TAIL_BYTES = 1 << 18, 1 << 18
+_STEPS_AVERAGED = 20
+_REFRESH_SECONDS = 1.0
+_LINES = 4
+# No step for this many step times: something is wrong, or an evaluation runs.
+_LATE_STEPS = 5.0
+
+
+@dataclass
+class RunView:
+    """What the metrics file tells: the start, the newest steps, validation, the newest remarks, the end."""
+
+    started: Mapping[str, Any] = field(default_factory=dict)
+    steps: list[Mapping[str, Any]] = field(default_factory=list)
+    valid_loss: float | None = None
+    remarks: list[str] = field(default_factory=list)
+    ended: Mapping[str, Any] = field(default_factory=dict)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Shows the run until it ends or Ctrl-C is pressed; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m macft.monitor", description="Shows a run of macft live.")
+    parser.add_argument("run_folder", type=Path, help="the folder that the run printed as its own")
+    parser.add_argument("--once", action="store_true", help="print the state once and end")
+    options = parser.parse_args(argv)
+    path = RunFolder(options.run_folder).metrics
+    if not path.is_file():
+        print(f"error: {path} does not exist; give the folder of a run with report.metrics_file=true", file=sys.stderr)
+        return 2
+    console = Console(highlight=False)
+    if options.once:
+        console.print(render(read(path), now=time.time()))
+        return 0
+    try:
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                view = read(path)
+                live.update(render(view, now=time.time()), refresh=True)
+                if view.ended:
+                    return 0
+                time.sleep(_REFRESH_SECONDS)
+    except KeyboardInterrupt:
+        return 0
+
+
+def read(path: Path) -> RunView:
+    """Reads the start and the end of a metrics file; lines that are torn or of another kind are passed over."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+        size = file.seek(0, 2)
+        file.seek(max(len(head), size - _TAIL_BYTES))
+        tail = file.read()
+    view = RunView()
+    for line in (head + tail).split(b"\n"):
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(event, dict):
+            _take(view, event)
+    return view
+
+
+def _take(view: RunView, event: Mapping[str, Any]) -> None:
+    kind = event.get("type")
+    if kind == "run_started":
+        view.started, view.ended = event, {}
+    elif kind == "step_done":
+        view.steps = [*view.steps[1 - _STEPS_AVERAGED :], event]
+    elif kind == "evaluated":
+        view.valid_loss = _number(event.get("loss"))
+    elif kind == "noted":
+        view.remarks = [*view.remarks[1 - _LINES :], str(event.get("text", ""))[:300]]
+    elif kind == "run_ended":
+        view.ended = event
+
+
+def render(view: RunView, *, now: float) -> Group:
+    """The view as something rich can print; ``now`` in seconds since 1970."""
+    if not view.steps:
+        return Group(Text(f"{view.started.get('model', 'The run')}: no step yet"))
+    parts: list[Any] = [Text(_headline(view, now), style="bold"), _nodes(view)]
+    parts += [Text(f"· {remark}", style="dim") for remark in view.remarks]
+    return Group(*parts)
+
+
+def _headline(view: RunView, now: float) -> str:
+    last = view.steps[-1]
+    step, total = int(_number(last.get("step")) or 0), int(_number(last.get("total_steps")) or 0)
+    seconds = [_number(item.get("seconds")) or 0.0 for item in view.steps]
+    tokens = sum(_number(item.get("tokens")) or 0.0 for item in view.steps)
+    mean = sum(seconds) / len(seconds)
+    parts = [f"step {step}/{total}"]
+    if (loss := _number(last.get("loss"))) is not None:
+        parts.append(f"loss {loss:.3f}")
+    if view.valid_loss is not None:
+        parts.append(f"validation {view.valid_loss:.3f}")
+    parts.append(f"{tokens / max(sum(seconds), 1e-9):,.0f} tokens/s")
+    if view.ended:
+        parts.append(str(view.ended.get("reason", "ended")))
+        return "  ".join(parts)
+    parts.append(f"left {timedelta(seconds=round(mean * (total - step)))}")
+    silent = now - (_number(last.get("time")) or now)
+    if silent > _LATE_STEPS * max(mean, 1.0):
+        parts.append(f"no step for {timedelta(seconds=round(silent))}")
+    return "  ".join(parts)
+
+
+def _nodes(view: RunView) -> Table:
+    last = view.steps[-1]
+    table = Table(box=None, pad_edge=False)
+    for name in ("node", "share", "tokens/s", "temp", "state", "power", "duty", "energy", "link"):
+        table.add_column(name, no_wrap=True, justify="left" if name in ("node", "state") else "right")
+    nodes, shares = _items(last.get("nodes")), _items(last.get("shares"))
+    parts = last.get("parts")
+    exchange = _number(parts.get("all_reduce")) if isinstance(parts, Mapping) else None
+    for rank, node in enumerate(node for node in nodes if isinstance(node, Mapping)):
+        table.add_row(
+            str(rank),
+            _shown(shares[rank] if rank < len(shares) else None, "{:.0%}"),
+            _shown(_speed(view, rank), "{:,.0f}"),
+            _shown(node.get("temperature"), "{:.1f} C"),
+            _state(node.get("state")),
+            _shown(node.get("watts"), "{:.1f} W") + ("~" if node.get("estimated") else ""),
+            "paused" if node.get("paused") else _shown(node.get("duty"), "{:.0%}"),
+            _shown(node.get("joules"), "{:,.0f} J"),
+            # Each step waits for the exchange as a whole; it is rank 0's clock.
+            _shown(exchange, "{:.2f} s") if rank == 0 and len(nodes) > 1 else "",
+        )
+    return table
+
+
+def _speed(view: RunView, rank: int) -> float | None:
+    """Tokens/s of a node while it computes, over the newest steps."""
+    tokens = seconds = 0.0
+    for step in view.steps:
+        nodes = _items(step.get("nodes"))
+        if rank < len(nodes) and isinstance(nodes[rank], Mapping):
+            tokens += _number(nodes[rank].get("tokens")) or 0.0
+            seconds += _number(nodes[rank].get("busy_seconds")) or 0.0
+    return tokens / seconds if seconds > 0 else None
+
+
+def _state(value: Any) -> str:
+    number = _number(value)
+    return _STATES[int(number)] if number is not None and 0 <= number < len(_STATES) else "-"
+
+
+def _shown(value: Any, form: str) -> str:
+    number = _number(value)
+    return "-" if number is None else form.format(number)
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Whether a run fits a node's memory, with which settings it would, and the choice of ``topology.batch=auto``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from macft.model.adapter_settings import AdapterConfig
+from macft.plan.memory import MemoryParts, Work, predict
+from macft.plan.shape import HeldWeights, ModelShape
+from macft.plan.workload import StepRows
+
+_CHUNK = 512
+_EVALUATION_ROWS = 8
+_SHORTEST_HINT = 32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides how much memory the same step takes. ``loss_chunk`` is 0 where all logits are held at once."""
+
+    micro_batch_size: int | None
+    grad_checkpoint: bool
+    loss_chunk: int = 0
+
+    def __str__(self) -> str:
+        words = [f"training.micro_batch_size={self.micro_batch_size or 'null'}"]
+        words += ["training.grad_checkpoint=true"] if self.grad_checkpoint else []
+        words += [f"training.loss_chunk={self.loss_chunk}"] if self.loss_chunk else []
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Fitter:
+    """Predicts the peak of a node's part of a run under different settings.
+
+    ``steps`` hold this node's rows. ``can_chunk``: the trainer has ``training.loss_chunk``.
+    """
+
+    shape: ModelShape
+    held: HeldWeights
+    adapter: AdapterConfig
+    optimizer: str
+    steps: Sequence[StepRows]
+    validates: bool
+    can_chunk: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Most rows this node has in a step."""
+        return max((len(step.lengths) for step in self.steps), default=1)
+
+    def parts(self, settings: Settings) -> MemoryParts:
+        """The prediction for the micro-batch that takes most."""
+        return max((self._predict(work) for work in self._works(settings)), key=lambda parts: parts.peak)
+
+    def _works(self, settings: Settings) -> set[Work]:
+        size = settings.micro_batch_size
+        works = set()
+        for step in self.steps:
+            batches = list(step.micro_batches(size))
+            for rows, length, targets in batches:
+                works.add(
+                    Work(
+                        rows=rows,
+                        tokens=length,
+                        targets=targets / rows,
+                        accumulated=len(batches) > 1,
+                        validation_rows=(size or _EVALUATION_ROWS) if self.validates else 0,
+                        checkpoint_blocks=settings.grad_checkpoint,
+                        loss_chunk=settings.loss_chunk,
+                    )
+                )
+        return works or {Work(1, 2, 1)}
+
+    def _predict(self, work: Work) -> MemoryParts:
+        return predict(self.shape, self.held, self.adapter, self.optimizer, work)
+
+    def best(self, start: Settings, budget: float) -> Settings | None:
+        """The fastest settings within ``budget`` bytes, None if there are none.
+
+        The largest micro-batch without recomputation first, then chunked logits, then checkpointed blocks. What
+        ``start`` asks for stays: its micro-batch is not exceeded and its checkpointing not turned off.
+        """
+        return next((settings for settings in self._candidates(start) if self.parts(settings).peak <= budget), None)
+
+    def _candidates(self, start: Settings) -> Iterator[Settings]:
+        most = min(start.micro_batch_size or self.rows, self.rows)
+        sizes = [most]
+        while sizes[-1] > 1:
+            sizes.append(-(-sizes[-1] // 2))
+        chunks = [start.loss_chunk] + ([_CHUNK] if self.can_chunk and not start.loss_chunk else [])
+        for checkpoint in [True] if start.grad_checkpoint else [False, True]:
+            for size in sizes:
+                for chunk in chunks:
+                    yield Settings(size, checkpoint, chunk)
+
+    def longest_that_fits(self, budget: float) -> int | None:
+        """The longest rows that fit under the most saving settings, tokens; None if none do."""
+        saving = Settings(1, grad_checkpoint=True, loss_chunk=_CHUNK if self.can_chunk else 0)
+        longest = max(int(step.lengths.max()) for step in self.steps)
+        while longest >= _SHORTEST_HINT:
+            longest //= 2
+            work = Work(1, longest, longest, True, int(self.validates), True, saving.loss_chunk)
+            if self._predict(work).peak <= budget:
+                return longest
+        return None
+
+    def refusal(self, start: Settings, budget: float, *, auto: bool) -> str | None:
+        """Why the run can't be made within ``budget`` bytes and what could, in one line; None if it can."""
+        parts = self.parts(start)
+        if not auto and parts.peak <= budget:
+            return None
+        best = self.best(start, budget)
+        if best is not None and auto:
+            return None
+        needs = f"the run would need about {_gb(parts.peak)} and may take {_gb(budget)}"
+        if best is not None:
+            return f"{needs}; {best} would fit ({_gb(self.parts(best).peak)}), topology.batch=auto picks it by itself"
+        longest = self.longest_that_fits(budget)
+        if longest is not None:
+            return (
+                f"{needs}, and no micro-batch fits; dataset.max_seq_length={longest} with training.micro_batch_size=1 "
+                "training.grad_checkpoint=true would"
+            )
+        if self.adapter.type == "full":
+            return f"{needs}, and no batch fits; adapter=lora needs far less"
+        weights = parts.weights
+        if self.held.bits is None and self.shape.weight_bytes(4, 64, self.held.float_bytes) < 0.8 * budget:
+            return (
+                f"{needs}: the weights alone are {_gb(weights)}; model.quantization=4bit would make them fit on a GPU"
+            )
+        return (
+            f"{needs}: the weights alone are {_gb(weights)}; use a smaller model or a node with more memory "
+            "(macft does not split a model's layers over nodes)"
+        )
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,200 @@
+"""Peak memory of a training run, predicted from sizes alone.
+
+The peak is ``mx.get_peak_memory()``: what MLX holds at once, without the Python process (about 0.3 GB) and without what
+the node keeps in NumPy (two flat float32 gradients). What the backward pass needs of a block was counted in mlx-lm's
+code and is exact for blocks of the Llama kind: norm inputs and outputs, q, k, v, the attention's probabilities (MLX
+computes attention unfused while training, on Metal too) and the feed-forward part. What exists only for a moment was
+fitted to runs of 44 random models on MLX's CPU backend (see docs/plan.md): there the fit is within 13%.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from macft.model.adapter_settings import AdapterConfig
+from macft.plan.shape import HeldWeights, ModelShape
+
+# Fitted: floats a token of one block that live only while the block is computed, and floats a logit while the loss is.
+_BLOCK_HIDDEN, _BLOCK_INTERMEDIATE, _BLOCK_SCORES = 4.8, 7.3, 1.6
+_FLOATS_PER_LOGIT = 6.6
+# With checkpointed blocks: multiples of what a block keeps and needs for a moment, and of its attention scores.
+_AGAIN, _AGAIN_SCORES, _BESIDE_HEAD = 1.6, 0.85, 0.4
+_VALIDATION_FLOATS_PER_LOGIT = 3.45
+_PAD_TO = 16
+_TARGETS_PAD_TO = 32
+# Float32 values that an optimizer keeps for each trainable parameter.
+OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "adamax": 2, "lion": 1, "muon": 1, "sgd": 1, "rmsprop": 1, "adagrad": 1}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a node computes at once: ``rows`` of a micro-batch, ``tokens`` each with ``targets`` of them.
+
+    ``accumulated``: there is more than one micro-batch a step. ``validation_rows`` are those of a validation batch,
+    0 where there is none. ``loss_chunk`` is the number of target positions whose logits are held at once, 0 for all.
+    """
+
+    rows: int
+    tokens: int
+    targets: float
+    accumulated: bool = False
+    validation_rows: int = 0
+    checkpoint_blocks: bool = False
+    loss_chunk: int = 0
+
+
+@dataclass(frozen=True)
+class MemoryParts:
+    """Bytes of each part at the peak of a step; ``other_peak`` is the highest of loading, validation and update."""
+
+    weights: float
+    adapter: float
+    optimizer: float
+    gradients: float
+    activations: float
+    logits: float
+    other_peak: float
+
+    @property
+    def step(self) -> float:
+        """The peak of a training step."""
+        held = self.weights + self.adapter + self.optimizer + self.gradients
+        return held + self.activations + self.logits
+
+    @property
+    def overhead(self) -> float:
+        """What loading, validation or the update need beyond a step's peak."""
+        return max(0.0, self.other_peak - self.step)
+
+    @property
+    def peak(self) -> float:
+        """The peak of the whole run."""
+        return max(self.step, self.other_peak)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What of the model is trained: ``parameters`` and, of the blocks a gradient passes through, their number."""
+
+    parameters: int
+    depth: int
+    projections: frozenset[str]
+
+
+def trained_part(shape: ModelShape, adapter: AdapterConfig) -> Trained:
+    """Counts what :func:`macft.model.adapt.adapt` would make trainable. Unknown layers and targets count as none."""
+    numbers = _blocks(shape, adapter)
+    chosen = [
+        linear
+        for linear in shape.linears
+        if not adapter.targets or any(linear.name == t or linear.name.endswith("." + t) for t in adapter.targets)
+    ]
+    if adapter.type == "full":
+        each = sum(linear.inputs * linear.outputs for linear in chosen)
+        each += 0 if adapter.targets else 2 * shape.hidden
+    else:
+        each = sum((linear.inputs + linear.outputs) * adapter.rank for linear in chosen)
+        each += sum(linear.outputs for linear in chosen) if adapter.type == "dora" else 0
+    names = frozenset(linear.name.rsplit(".", 1)[-1] for linear in chosen)
+    return Trained(each * len(numbers), shape.blocks - min(numbers, default=shape.blocks), names)
+
+
+def _blocks(shape: ModelShape, adapter: AdapterConfig) -> list[int]:
+    if adapter.layers:
+        return [block for block in adapter.layers if block < shape.blocks]
+    count = shape.blocks if adapter.num_layers < 0 else min(adapter.num_layers, shape.blocks)
+    return list(range(shape.blocks - count, shape.blocks))
+
+
+def predict(shape: ModelShape, held: HeldWeights, adapter: AdapterConfig, optimizer: str, work: Work) -> MemoryParts:
+    """Peak memory of a run on one node, by part, in bytes."""
+    trained = trained_part(shape, adapter)
+    weights = shape.weight_bytes(held.bits, held.group_size, held.float_bytes)
+    full = adapter.type == "full"
+    parameter_bytes = held.float_bytes if full else 4
+    adapter_bytes = 0.0 if full else 4.0 * trained.parameters
+    optimizer_bytes = OPTIMIZER_STATES.get(optimizer, 0.1) * parameter_bytes * trained.parameters
+    gradients = 4.0 * trained.parameters * (1.3 if work.accumulated else 0.2)
+    length = -(-max(work.tokens - 1, 1) // _PAD_TO) * _PAD_TO
+    saved = _saved_by_block(shape, adapter, trained, held, work.rows, length)
+    moment = _moment_of_block(shape, held, work.rows, length)
+    scores = shape.heads * work.rows * length**2 * held.float_bytes
+    targets = -(-max(work.rows * work.targets, 1) // _TARGETS_PAD_TO) * _TARGETS_PAD_TO
+    at_once = min(targets, work.loss_chunk) if work.loss_chunk else targets
+    logits = _FLOATS_PER_LOGIT * 4 * at_once * shape.vocabulary
+    if work.checkpoint_blocks and trained.depth:
+        # A block's forward pass runs a second time inside its backward pass, so that more of it exists at once.
+        inputs = trained.depth * work.rows * length * shape.hidden * held.float_bytes
+        of_scores = scores * (1 + _BLOCK_SCORES)
+        activations = inputs + _AGAIN * (saved + moment - of_scores) + _AGAIN_SCORES * of_scores
+        logits = max(0.0, inputs + logits + _BESIDE_HEAD * (saved + moment) - activations)
+    else:
+        activations = trained.depth * saved + moment
+        logits = max(0.0, logits - moment)
+    resident = weights + adapter_bytes + optimizer_bytes
+    return MemoryParts(
+        weights=weights,
+        adapter=adapter_bytes,
+        optimizer=optimizer_bytes,
+        gradients=gradients,
+        activations=activations,
+        logits=logits,
+        other_peak=max(
+            _loading(shape, held, weights),
+            resident + _validation(shape, held, work, length),
+            # New parameters and states beside the old ones, and the gradient.
+            resident + parameter_bytes * trained.parameters * 1.4,
+        ),
+    )
+
+
+def _saved_by_block(
+    shape: ModelShape, adapter: AdapterConfig, trained: Trained, held: HeldWeights, rows: int, length: int
+) -> float:
+    """Bytes that one block keeps for its backward pass."""
+    tokens, width = rows * length, held.float_bytes
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    names = trained.projections
+    known = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    every = not names & known
+    reads_first = every or bool(names & {"q_proj", "k_proj", "v_proj"})
+    reads_second = every or bool(names & {"gate_proj", "up_proj"})
+    floats = shape.hidden * (2.0 + reads_first + reads_second) + 2 * key + 2 * query + 2 * shape.intermediate
+    floats += query * (every or "o_proj" in names) + shape.intermediate * (every or "down_proj" in names)
+    saved = tokens * floats * width + shape.heads * rows * length * length * width
+    if adapter.type == "full":
+        return saved
+    chosen = [linear for linear in shape.linears if linear.name.rsplit(".", 1)[-1] in names]
+    inputs, outputs = sum(linear.inputs for linear in chosen), sum(linear.outputs for linear in chosen)
+    saved += tokens * adapter.rank * len(chosen) * 4
+    if width != 4:
+        # The low-rank path is float32: each projection keeps its input in that type as well.
+        saved += tokens * inputs * 4
+    if adapter.dropout:
+        saved += tokens * inputs * 4
+    if adapter.type == "dora":
+        saved += tokens * outputs * width
+    return saved
+
+
+def _moment_of_block(shape: ModelShape, held: HeldWeights, rows: int, length: int) -> float:
+    """Bytes that exist only while one block is computed."""
+    floats = rows * length * (_BLOCK_HIDDEN * shape.hidden + _BLOCK_INTERMEDIATE * shape.intermediate)
+    return held.float_bytes * (floats + _BLOCK_SCORES * rows * shape.heads * length * length)
+
+
+def _validation(shape: ModelShape, held: HeldWeights, work: Work, length: int) -> float:
+    if not work.validation_rows:
+        return 0.0
+    logits = _VALIDATION_FLOATS_PER_LOGIT * 4 * work.validation_rows * work.targets * shape.vocabulary
+    return max(logits, 0.5 * _moment_of_block(shape, held, work.validation_rows, length))
+
+
+def _loading(shape: ModelShape, held: HeldWeights, weights: float) -> float:
+    """Peak while loading: a checkpoint in another form stays until the new weights are made."""
+    same = held.bits == shape.bits and (shape.bits is not None or held.float_bytes == _bytes(shape.dtype))
+    return weights if same else weights + shape.checkpoint_bytes()
+
+
+def _bytes(dtype: str) -> int:
+    return {"float32": 4}.get(dtype, 2)

@@ -1,0 +1,73 @@
+"""What every node tells the others with each step: how fast it was, how hot it is, and how much it may do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+REASONS = ("", "temperature", "thermal state", "power", "battery", "on battery", "quiet hours")
+"""Why a node may do less than all."""
+
+
+@dataclass(frozen=True)
+class NodeStatus:
+    """One node's step: ``tokens`` in ``busy_seconds`` of computing, rests left out; None is unknown.
+
+    ``duty`` is the part of the time the node may compute, ``paused`` says that it wants no rows at all. Temperature in
+    C, ``state`` 0 to 4, watts now and at most, ``joules`` since the start of this process; ``estimated`` marks power
+    that comes from a model.
+    """
+
+    tokens: int = 0
+    busy_seconds: float = 0.0
+    duty: float = 1.0
+    paused: bool = False
+    reason: str = ""
+    temperature: float | None = None
+    state: int | None = None
+    watts: float | None = None
+    peak_watts: float | None = None
+    joules: float | None = None
+    estimated: bool = False
+
+    SIZE = 11
+
+    def numbers(self) -> NDArray[np.float64]:
+        """The status as float64, (SIZE,); NaN for None."""
+        values = [
+            self.tokens,
+            self.busy_seconds,
+            self.duty,
+            self.paused,
+            REASONS.index(self.reason),
+            self.temperature,
+            self.state,
+            self.watts,
+            self.peak_watts,
+            self.joules,
+            self.estimated,
+        ]
+        return np.array([math.nan if value is None else float(value) for value in values], dtype=np.float64)
+
+    @classmethod
+    def of_numbers(cls, numbers: Sequence[float]) -> NodeStatus:
+        """The inverse of :meth:`numbers`."""
+        values = [None if math.isnan(number) else float(number) for number in numbers]
+        state = values[6]
+        return cls(
+            tokens=int(values[0] or 0),
+            busy_seconds=values[1] or 0.0,
+            duty=1.0 if values[2] is None else values[2],
+            paused=bool(values[3]),
+            reason=REASONS[int(values[4] or 0)],
+            temperature=values[5],
+            state=None if state is None else int(state),
+            watts=values[7],
+            peak_watts=values[8],
+            joules=values[9],
+            estimated=bool(values[10]),
+        )

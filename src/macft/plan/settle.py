@@ -1,0 +1,97 @@
+"""A node's last word before its model loads: does the run fit, and with which micro-batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from macft.cluster.settings import parse_budget
+from macft.collective.base import Collective
+from macft.config.schema import TrainConfig
+from macft.data.formats import Row
+from macft.data.order import RowOrder
+from macft.errors import ConfigError, ModelError
+from macft.model.device import on_cpu
+from macft.plan.budget import usable_bytes
+from macft.plan.fit import Fitter, Settings
+from macft.plan.shape import HeldWeights, ModelShape, held_weights, read_shape
+from macft.plan.workload import StepRows, steps_of
+from macft.training.loop import steps_for
+from macft.training.settings import TrainingConfig
+
+_LONGEST_VERDICT = 2000
+
+
+def settle(
+    config: TrainConfig, model_folder: Path, rows: Sequence[Row], order: RowOrder, collective: Collective
+) -> tuple[TrainingConfig, list[str]]:
+    """This node's training settings, ``topology.batch=auto`` made out, and lines for the user.
+
+    All nodes tell each other whether they can, so that all end with the same message if one can't.
+
+    Raises:
+        ConfigError: the run doesn't fit a node's memory; the message names settings with which it would.
+    """
+    steps = steps_of(rows, order, steps_for(config.training, order))
+    mine = [step.of_rank(collective.rank, collective.world_size) for step in steps]
+    training, notes, refusal = _settle_here(config, model_folder, mine)
+    verdicts = collective.all_gather(json.dumps(refusal).encode()[:_LONGEST_VERDICT])
+    for rank, verdict in enumerate(verdicts):
+        reason = json.loads(verdict)
+        if reason is not None:
+            where = f"rank {rank}: " if collective.world_size > 1 else ""
+            raise ConfigError(f"topology.memory_budget: {where}{reason}")
+    return training, notes
+
+
+def _settle_here(
+    config: TrainConfig, model_folder: Path, steps: Sequence[StepRows]
+) -> tuple[TrainingConfig, list[str], str | None]:
+    """(settings, notes, refusal) of this node."""
+    training, topology = config.training, config.topology
+    auto = topology.batch == "auto"
+    try:
+        shape = read_shape(model_folder)
+    except ModelError as error:
+        # mlx-lm may still know the model by code of its own; the run goes on without a prediction.
+        return training, [f"no memory plan: {error}"], None
+    fitter = fitter_for(config, shape=shape, held=held_weights(shape, config.model, cpu=on_cpu()), steps=steps)
+    on_this_machine = topology.nodes if topology.kind == "local" else 1
+    budget = parse_budget(topology.memory_budget, usable_bytes() / on_this_machine)
+    start = current_settings(training)
+    if (reason := fitter.refusal(start, budget, auto=auto)) is not None:
+        return training, [], reason
+    chosen = (fitter.best(start, budget) if auto else None) or start
+    parts = fitter.parts(chosen)
+    note = f"memory: about {parts.peak / 1e9:.2f} GB of {budget / 1e9:.1f} GB expected"
+    if auto:
+        note += f"; topology.batch=auto chose {chosen}"
+    return apply_settings(training, chosen), [note], None
+
+
+def fitter_for(config: TrainConfig, *, shape: ModelShape, held: HeldWeights, steps: Sequence[StepRows]) -> Fitter:
+    """The prediction for ``config`` on a node that has ``steps``' rows."""
+    return Fitter(
+        shape=shape,
+        held=held,
+        adapter=config.adapter,
+        optimizer=config.optimizer.name,
+        steps=steps,
+        validates=config.training.eval_every > 0,
+        can_chunk=hasattr(config.training, "loss_chunk"),
+    )
+
+
+def current_settings(training: TrainingConfig) -> Settings:
+    """What the configuration asks for."""
+    return Settings(training.micro_batch_size, training.grad_checkpoint, int(getattr(training, "loss_chunk", 0) or 0))
+
+
+def apply_settings(training: TrainingConfig, settings: Settings) -> TrainingConfig:
+    """``training`` with ``settings``."""
+    chosen = replace(training, micro_batch_size=settings.micro_batch_size, grad_checkpoint=settings.grad_checkpoint)
+    if settings.loss_chunk:
+        setattr(chosen, "loss_chunk", settings.loss_chunk)  # noqa: B010  (a key that not every version has)
+    return chosen

@@ -1,0 +1,66 @@
+"""How long a step would take on a node, from the operations it needs. An estimate, not a promise."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from macft import blas  # noqa: F401  (a fast BLAS before MLX)
+
+# isort: split
+import mlx.core as mx
+
+from macft.plan.fit import Fitter, Settings
+from macft.plan.memory import trained_part
+
+# Share of the peak that LoRA training reaches on Macs: from speeds people report, 0.39 (Mistral-7B, M1 Max), 0.49
+# (Llama-7B, M2 Ultra) and 0.59 (Qwen3-0.6B, M4 Pro) of the FP32 peak.
+MAC_EFFICIENCY = 0.45
+# Share of this machine's own matrix-product speed that a step reaches on a CPU, see benchmarks/memory.py.
+CPU_EFFICIENCY = 0.40
+_PROBE = 1024
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Floating-point operations and tokens (unpadded) of a node's average step."""
+
+    operations: float
+    tokens: float
+    targets: float
+
+
+def step_cost(fitter: Fitter, settings: Settings) -> StepCost:
+    """The work of ``fitter``'s node in a step, averaged over the steps looked at.
+
+    A matrix product counts 2 operations a weight and token going forward and 2 going back to its input; a frozen
+    weight has no gradient of its own. Attention counts the whole square, as MLX computes it while training.
+    """
+    shape, trained = fitter.shape, trained_part(fitter.shape, fitter.adapter)
+    query = shape.heads * shape.head_dim
+    operations = tokens = targets = 0.0
+    for step in fitter.steps:
+        tokens += float(step.lengths.sum())
+        targets += float(step.targets.sum())
+        for rows, length, count in step.micro_batches(settings.micro_batch_size):
+            padded = rows * length
+            block = 2 * shape.block_parameters * padded + 4 * query * length * padded
+            passes = 1 + settings.grad_checkpoint
+            backward = 2 * shape.block_parameters * padded + 8 * query * length * padded
+            operations += block * (shape.blocks + trained.depth * (passes - 1)) + backward * trained.depth
+            # The low-rank path forward and back, or the gradients of the weights themselves.
+            operations += (2 if fitter.adapter.type == "full" else 6) * trained.parameters * padded
+            operations += 4 * shape.embedding_parameters * count
+    steps = max(1, len(fitter.steps))
+    return StepCost(operations / steps, tokens / steps, targets / steps)
+
+
+def measured_flops() -> float:
+    """Float32 matrix-product speed of MLX's default device, operations a second: the best of five."""
+    matrix = mx.ones((_PROBE, _PROBE))
+    best = 0.0
+    for _ in range(5):
+        started = time.perf_counter()
+        mx.eval(matrix @ matrix)
+        best = max(best, 2 * _PROBE**3 / (time.perf_counter() - started))
+    return best

@@ -1,0 +1,42 @@
+"""What a run used of energy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Energy:
+    """A run's energy, over the steps of this start; scoring before and after is not in it.
+
+    ``joules_by_rank`` holds None where a node has no reading. Watts are those of all nodes together. ``estimated``: at
+    least one node's power comes from a model, not from a sensor.
+    """
+
+    joules_by_rank: list[float | None]
+    joules: float
+    joules_per_token: float | None
+    average_watts: float | None
+    peak_watts: float
+    kwh: float
+    cost: float
+    currency: str
+    co2_grams: float
+    estimated: bool
+
+    @property
+    def line(self) -> str:
+        """For people, in one line."""
+        missing = sum(value is None for value in self.joules_by_rank)
+        parts = [
+            f"{self.joules:,.0f} J",
+            f"{self.joules_per_token:.3g} J/token" if self.joules_per_token is not None else "",
+            f"{self.average_watts:.1f} W on average" if self.average_watts is not None else "",
+            f"{self.peak_watts:.1f} W at most",
+            f"{self.kwh:.3g} kWh",
+            f"{self.cost:.2g} {self.currency}",
+            f"{self.co2_grams:.2g} g CO2",
+            "estimated" if self.estimated else "",
+            f"{missing} of {len(self.joules_by_rank)} nodes without a reading" if missing else "",
+        ]
+        return ", ".join(part for part in parts if part)

@@ -1,0 +1,1 @@
+"""Heat and power: what a node reads, may use, and does about it."""

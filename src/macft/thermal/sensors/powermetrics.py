@@ -1,0 +1,77 @@
+"""``powermetrics``, where sudo may run it without asking: thermal pressure and the chip's power."""
+
+from __future__ import annotations
+
+import math
+import plistlib
+import re
+from typing import Any
+
+from macft.thermal.readings import Reading, reading, state_level
+from macft.thermal.sensors.base import SensorError, now, output_of
+
+_ASKED = ["-n", "powermetrics", "-s", "thermal,cpu_power,gpu_power", "-i", "500", "-n1", "-f", "plist"]
+_MOST_BYTES = 1 << 20
+_LEVEL = re.compile(r"^Current pressure level:\s*(\w{1,20})\s*$", re.MULTILINE)
+_COMBINED = re.compile(r"^Combined Power \(CPU \+ GPU \+ ANE\):\s*(\d{1,9})\s*mW\s*$", re.MULTILINE)
+
+
+class Powermetrics:
+    """One sample in property-list form; ``sudo -n`` fails at once where a password would be needed."""
+
+    name = "powermetrics"
+    kinds: tuple[str, ...] = ("state", "watts")
+
+    def read(self) -> list[Reading]:
+        return parse_plist(output_of(["sudo", *_ASKED]), self.name)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def parse_plist(output: bytes, source: str) -> list[Reading]:
+    """Readings of the last sample; samples are separated by NUL. Energies are mJ over the interval.
+
+    Raises:
+        SensorError: it is not a property list, or not powermetrics'.
+    """
+    samples = [sample for sample in output[:_MOST_BYTES].split(b"\0") if sample.strip()]
+    try:
+        values: Any = plistlib.loads(samples[-1], fmt=plistlib.FMT_XML)
+    except Exception:  # the XML parser has many ways to refuse
+        raise SensorError("powermetrics' output is not a property list") from None
+    if not isinstance(values, dict):
+        raise SensorError("powermetrics' output has no values")
+    time, pressure = now(), values.get("thermal_pressure")
+    level = state_level(pressure) if isinstance(pressure, str) else None
+    return [
+        *reading("state", level, time, source),
+        *reading("watts", _watts(values), time, source),
+    ]
+
+
+def parse_text(output: bytes, source: str) -> list[Reading]:
+    """The same out of powermetrics' text form, as people keep it in files."""
+    text, time = output.decode("utf-8", "replace"), now()
+    level, power = _LEVEL.search(text), _COMBINED.search(text)
+    if level is None and power is None:
+        raise SensorError("this is not powermetrics' text")
+    return [
+        *reading("state", state_level(level[1]) if level else None, time, source),
+        *reading("watts", int(power[1]) / 1000.0 if power else None, time, source),
+    ]
+
+
+def _watts(values: dict[str, Any]) -> float | None:
+    processor, elapsed = values.get("processor"), _number(values.get("elapsed_ns"))
+    if not isinstance(processor, dict) or elapsed is None or elapsed <= 0:
+        return None
+    millijoules = [_number(processor.get(key)) for key in ("cpu_energy", "gpu_energy", "ane_energy")]
+    known = [value for value in millijoules if value is not None and value >= 0]
+    return sum(known) / 1000.0 / (elapsed / 1e9) if known else None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e18:
+        return None
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,274 @@
+"""The plan: shapes from config.json, predicted memory, what fits, the table of chips, and refusals before loading."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import TINY_CONFIG
+from macft.cluster.settings import parse_budget
+from macft.data.formats import Row
+from macft.data.order import RowOrder
+from macft.errors import ConfigError, ModelError
+from macft.model.adapt import adapt
+from macft.model.adapter_settings import AdapterConfig
+from macft.model.load import load
+from macft.model.settings import ModelConfig
+from macft.plan.chips import find_mac, known_chips
+from macft.plan.fit import Fitter, Settings
+from macft.plan.memory import Work, predict, trained_part
+from macft.plan.run_plan import known_models
+from macft.plan.shape import HeldWeights, ModelShape, read_shape, shape_of
+from macft.plan.workload import StepRows, steps_of
+from running import environment, events, train, write_jsonl
+
+FLOAT32 = HeldWeights(None, 64, 4)
+LLAMA_8B = "mlx-community/Meta-Llama-3.1-8B-Instruct-4bit"
+
+
+def tiny_shape() -> ModelShape:
+    return shape_of(dict(TINY_CONFIG), "config.json")
+
+
+def fitter(rows: int = 8, length: int = 257, adapter: AdapterConfig | None = None) -> Fitter:
+    steps = [StepRows(np.full(rows, length), np.full(rows, length - 1))]
+    return Fitter(tiny_shape(), FLOAT32, adapter or AdapterConfig(), "adamw", steps, validates=False)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        AdapterConfig(),
+        AdapterConfig(type="dora", rank=4),
+        AdapterConfig(num_layers=1, targets=["q_proj", "self_attn.v_proj"]),
+        AdapterConfig(type="full", layers=[0]),
+        AdapterConfig(type="full", num_layers=1, targets=["down_proj"]),
+    ],
+)
+def test_trainable_parameters_are_those_that_the_model_gets(tiny_model_folder: Path, adapter: AdapterConfig) -> None:
+    config = ModelConfig(path=str(tiny_model_folder))
+    made = adapt(load(config, tiny_model_folder).model, adapter, seed=0)
+    shape = read_shape(tiny_model_folder)
+    assert shape.parameters == made.total_parameters
+    assert trained_part(shape, adapter).parameters == made.trainable_parameters
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"model_type": "llama"}', '{"model_type": "no-such-thing"}', "\x00"])
+def test_a_config_that_is_none_is_one_clear_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"config\.json"):
+        read_shape(tmp_path)
+
+
+def test_quantised_weights_are_counted_as_such() -> None:
+    config = {**known_models()[LLAMA_8B], "vocab_size": 128256}
+    shape = shape_of(config, LLAMA_8B)
+    assert shape.parameters == 8_030_261_248
+    # mlx-community's checkpoint of it has 4.52 GB.
+    assert shape.checkpoint_bytes() == pytest.approx(4.52e9, rel=0.01)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 32),
+    tokens=st.integers(2, 2048),
+    checkpoint=st.booleans(),
+    kind=st.sampled_from(["lora", "dora", "full"]),
+)
+def test_memory_grows_with_rows_and_length(rows: int, tokens: int, checkpoint: bool, kind: str) -> None:
+    shape, adapter = tiny_shape(), AdapterConfig(type=kind)
+
+    def peak(rows: int, tokens: int) -> float:
+        work = Work(rows, tokens, tokens - 1, checkpoint_blocks=checkpoint)
+        parts = predict(shape, FLOAT32, adapter, "adamw", work)
+        assert min(parts.weights, parts.activations, parts.gradients) > 0
+        assert min(parts.logits, parts.overhead, parts.adapter) >= 0
+        assert parts.peak >= parts.weights
+        return parts.peak
+
+    assert peak(rows, tokens) <= peak(rows + 1, tokens)
+    assert peak(rows, tokens) <= peak(rows, tokens + 16)
+
+
+def test_chunked_logits_and_checkpointing_save_memory() -> None:
+    plan = fitter(rows=8, length=513)
+    whole = plan.parts(Settings(None, False)).peak
+    assert plan.parts(Settings(None, False, loss_chunk=256)).peak < 0.5 * whole
+    deep = Fitter(shape_of({**TINY_CONFIG, "num_hidden_layers": 24}, "config.json"), *list(vars(plan).values())[1:])
+    assert deep.parts(Settings(None, True, 64)).peak < 0.5 * deep.parts(Settings(None, False, 64)).peak
+
+
+@settings(deadline=None, max_examples=40)
+@given(share=st.floats(0.01, 1.5), rows=st.integers(1, 16), asked=st.none() | st.integers(1, 16))
+def test_auto_uses_the_memory_but_never_more(share: float, rows: int, asked: int | None) -> None:
+    plan = fitter(rows=rows)
+    start = Settings(asked, False)
+    budget = share * plan.parts(start).peak
+    best = plan.best(start, budget)
+    if best is None:
+        assert plan.parts(Settings(1, True)).peak > budget
+        assert plan.refusal(start, budget, auto=True)
+        return
+    assert plan.parts(best).peak <= budget
+    assert plan.refusal(start, budget, auto=True) is None
+    assert best.micro_batch_size is not None
+    assert best.micro_batch_size <= min(rows, asked or rows)
+    if share >= 1:
+        assert not best.grad_checkpoint
+        assert best.micro_batch_size == min(rows, asked or rows)
+
+
+def test_a_refusal_names_the_nearest_settings_that_fit() -> None:
+    plan = fitter()
+    start = Settings(None, False)
+    budget = plan.parts(Settings(2, False)).peak
+    assert "training.micro_batch_size=2 would fit" in str(plan.refusal(start, budget, auto=False))
+    longer = str(plan.refusal(start, plan.parts(Settings(1, True)).peak * 0.7, auto=True))
+    assert "dataset.max_seq_length=" in longer
+    assert "does not split" in str(plan.refusal(start, 1e6, auto=True))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(2, 300), min_size=1, max_size=24),
+    size=st.none() | st.integers(1, 8),
+    world_size=st.integers(1, 4),
+)
+def test_the_planned_micro_batches_are_the_trainers(lengths: list[int], size: int | None, world_size: int) -> None:
+    from macft.data.batch import micro_batches
+    from macft.plan.shares import assign
+
+    rows = [Row(np.arange(n, dtype=np.int32), 1) for n in lengths]
+    order = RowOrder([len(rows)], [1.0], batch_size=len(rows), seed=3)
+    (step,) = steps_of(rows, order, 1)
+    ids = order.rows(0)
+    planned = {rank: list(step.of_rank(rank, world_size).micro_batches(size)) for rank in range(world_size)}
+    for rank, mine in enumerate(assign(np.array([lengths[i] for i in ids]), world_size)):
+        batches = micro_batches([rows[ids[i]] for i in mine], ids[mine], size) if len(mine) else []
+        assert [(b.tokens.shape[0], b.tokens.shape[1], int((b.lengths - 1).sum())) for b in batches] == planned[rank]
+
+
+def test_chips_are_found_by_the_names_people_use() -> None:
+    assert find_mac("M1 Air 8GB").name == "M1 8GB"
+    assert find_mac("m4 max 64gb").chip is known_chips()["M4 Max"]
+    assert find_mac("M2 Pro").memory == 16
+    assert find_mac("M1 Air 8GB").usable_bytes == pytest.approx(0.67 * 8 * 2**30)
+    for mac in known_chips().values():
+        assert mac.source
+        assert list(mac.memory) == sorted(mac.memory)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("M9 Max", "not a known chip"), ("M1 12GB", "8, 16 GB, not 12"), ("", "not a known chip"), ("8GB", "not a known")],
+)
+def test_unknown_macs_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find_mac(text)
+
+
+@given(st.text(max_size=12))
+def test_budgets_are_sizes_or_fractions(text: str) -> None:
+    try:
+        assert parse_budget(text, 100.0) >= 0
+    except ValueError:
+        return
+
+
+def test_budget_units() -> None:
+    assert parse_budget("0.5", 200.0) == 100.0
+    assert parse_budget("12GB", 1.0) == 12e9
+    assert parse_budget("1.5 gib", 1.0) == 1.5 * 2**30
+
+
+def planned(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "macft.plan", *words],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_command_plans_for_macs_one_does_not_own(bundled_model: Path) -> None:
+    done = planned("+recipe=llama-lora", "model=llama-3.1-8b", "--chips", "M1 Air 8GB,M4 Max 64GB")
+    assert done.returncode == 0, done.stderr
+    assert "M1 8GB" in done.stdout
+    assert "M4 Max 64GB" in done.stdout
+    assert "tokens/s" in done.stdout
+    assert bundled_model.exists()
+
+
+def test_the_command_says_what_does_not_fit_and_wrong_words_are_one_line(bundled_model: Path) -> None:
+    assert bundled_model.exists()
+    large = planned(
+        "+recipe=llama-lora",
+        "model=mlx-community/Meta-Llama-3.1-70B-Instruct-4bit",
+        "plan.chips=[M2 Pro 16GB]",
+        "topology.batch=auto",
+    )
+    assert large.returncode == 1
+    assert "macft doesn't offer that" in large.stdout
+    wrong = planned("+recipe=llama-lora", "--chips", "M9")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: plan.chips: 'M9' is not a known chip")
+    assert len(wrong.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_fit_is_refused_and_auto_makes_it_fit(tiny_model_folder: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    rows = [{"text": " ".join(generator.choice(["red", "river", "north"], 200))} for _ in range(16)]
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows)
+    words = [
+        f"model={tiny_model_folder}",
+        f"dataset={tmp_path / 'data'}",
+        "training.batch_size=8",
+        "training.steps=2",
+        "training.eval_every=0",
+        "optimizer.warmup_steps=0",
+        "topology.memory_budget=900MB",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    ]
+    refused = train(*words, cwd=tmp_path)
+    assert refused.status == 2
+    assert refused.errors.startswith("error: topology.memory_budget: the run would need about 2.")
+    assert "topology.batch=auto" in refused.errors
+    assert len(refused.errors.splitlines()) == 1
+    assert not events(tmp_path / "run", "run_started")
+    made = train(*words, "topology.batch=auto", cwd=tmp_path)
+    assert made.status == 0, made.errors
+    assert "topology.batch=auto chose training.micro_batch_size=2" in made.output
+    assert max(event["peak_memory"] for event in events(tmp_path / "run", "step_done")) < 900e6
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+
+
+def test_prediction_is_within_15_percent_of_the_measured_peak(tiny_model_folder: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    rows = [{"text": " ".join(generator.choice(["red", "river", "north"], 300))} for _ in range(8)]
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows)
+    done = train(
+        f"model={tiny_model_folder}",
+        f"dataset={tmp_path / 'data'}",
+        "dataset.max_seq_length=128",
+        "training.batch_size=4",
+        "training.steps=2",
+        "training.eval_every=0",
+        "optimizer.warmup_steps=0",
+        f"hydra.run.dir={tmp_path / 'run'}",
+        cwd=tmp_path,
+    )
+    assert done.status == 0, done.errors
+    found = max(event["peak_memory"] for event in events(tmp_path / "run", "step_done"))
+    steps = [StepRows(np.full(4, 128), np.full(4, 127))]
+    plan = Fitter(read_shape(tiny_model_folder), FLOAT32, AdapterConfig(), "adamw", steps, validates=False)
+    assert plan.parts(Settings(None, False)).peak == pytest.approx(found, rel=0.15)

@@ -1,0 +1,151 @@
+"""Real runs with a simulated hot Mac: rows move away and come back, and nothing that is learnt changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from macft.monitor import read, render
+from running import environment, events, losses, start, train, uneven_dataset
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def basics(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> list[str]:
+    """Overrides for a run of a tiny model."""
+    data = uneven_dataset(tmp_path_factory.mktemp("data"))
+    return [
+        f"model={tiny_model_folder}",
+        f"dataset={data}",
+        "training.batch_size=12",
+        "training.micro_batch_size=4",
+        "training.eval_every=0",
+        "training.save_every=0",
+        "optimizer.learning_rate=1e-3",
+        "report.console=false",
+    ]
+
+
+# Rank 1's Mac is hot from the start and lies on a blanket, which is taken away after 300 simulated seconds.
+HOT = [
+    "thermal=performance",
+    "thermal.sensor=simulated",
+    "thermal.interval=0.05",
+    "thermal.temperature_limit=72",
+    "thermal.simulated.chip=mac-mini-m2",
+    "thermal.simulated.speed=40",
+    "thermal.simulated.hot_ranks=[1]",
+    "thermal.simulated.hot_start=78",
+    "thermal.simulated.blanket_seconds=100",
+]
+
+
+def monitor(folder: Path) -> subprocess.CompletedProcess[str]:
+    """``python -m macft.monitor FOLDER --once``."""
+    command = [sys.executable, "-m", "macft.monitor", str(folder), "--once"]
+    return subprocess.run(
+        command, env={**environment(), "COLUMNS": "120"}, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_a_hot_nodes_share_falls_and_recovers(tmp_path: Path, basics: list[str]) -> None:
+    folder = tmp_path / "run"
+    run = start(*basics, *HOT, "training.steps=1000000", "topology=local", f"hydra.run.dir={folder}", cwd=tmp_path)
+    try:
+        deadline, fell, recovered = time.monotonic() + 150, False, False
+        while not recovered:
+            assert run.poll() is None, run.stderr.read() if run.stderr else ""
+            shares = [event["shares"][1] for event in events(folder, "step_done")]
+            lowest = min(range(len(shares)), key=shares.__getitem__) if shares else 0
+            fell = bool(shares) and shares[lowest] < 0.25
+            recovered = fell and max(shares[lowest:]) > 0.4
+            assert time.monotonic() < deadline, (fell, shares[-1:])
+            time.sleep(0.2)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(60) == 130
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+    steps = events(folder, "step_done")
+    hot = [step["nodes"][1] for step in steps]
+    assert max(node["temperature"] for node in hot) > 72
+    assert {"temperature"} <= {node["reason"] for node in hot}
+    assert all(abs(sum(step["shares"]) - 1) < 1e-9 for step in steps)
+    notes = [event["text"] for event in events(folder, "noted")]
+    assert any(note.startswith("thermal: node 1 ") and "limit 72" in note for note in notes)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["energy"]["estimated"] is True
+    assert summary["energy"]["joules"] == pytest.approx(sum(summary["energy"]["joules_by_rank"]))
+    assert summary["energy"]["joules"] > 0
+    shown = monitor(folder)
+    assert shown.returncode == 0, shown.stderr
+    assert "interrupted" in shown.stdout
+    assert " C " in shown.stdout
+    assert " W~" in shown.stdout
+
+
+def test_a_budget_changes_nothing_that_is_learnt(tmp_path: Path, basics: list[str]) -> None:
+    runs = {
+        "free": ["thermal=off"],
+        "governed": ["topology=local", *HOT],
+        "by-speed": ["topology=local", "topology.shares=auto", "topology.rebalance_every=2"],
+        "by-list": ["topology=local", "topology.shares=[3,1]", "thermal=off"],
+    }
+    curves = {}
+    for name, overrides in runs.items():
+        done = train(*basics, *overrides, "training.steps=24", f"hydra.run.dir={tmp_path / name}", cwd=tmp_path)
+        assert done.status == 0, done.errors
+        curves[name] = losses(tmp_path / name)
+    for name in runs:
+        np.testing.assert_allclose(curves[name], curves["free"], rtol=2e-4, err_msg=name)
+    shares = [event["shares"] for event in events(tmp_path / "by-list", "step_done")]
+    assert all(share == [0.75, 0.25] for share in shares)
+
+
+def test_a_node_alone_rests_instead(tmp_path: Path, basics: list[str]) -> None:
+    hot = [*HOT, "thermal.simulated.hot_ranks=[0]", "thermal.simulated.blanket_seconds=0"]
+    done = train(*basics, *hot, "training.steps=30", f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    steps = events(tmp_path / "run", "step_done")
+    assert min(step["nodes"][0]["duty"] for step in steps) < 0.5
+    rested = [step for step in steps if step["parts"]["compute"] > 1.5 * step["nodes"][0]["busy_seconds"]]
+    assert rested
+
+
+def test_monitor_names_a_folder_that_is_none(tmp_path: Path) -> None:
+    shown = monitor(tmp_path)
+    assert shown.returncode == 2
+    assert shown.stderr.startswith("error: ")
+    assert "Traceback" not in shown.stderr
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+fields = ("step", "total_steps", "loss", "tokens", "seconds", "time", "parts", "nodes", "shares", "text", "reason")
+odd_events = st.fixed_dictionaries(
+    {"type": st.sampled_from(["run_started", "step_done", "evaluated", "noted", "run_ended", "?"])},
+    optional=dict.fromkeys(fields, json_values),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lines=st.lists(odd_events.map(lambda event: json.dumps(event).encode()) | st.binary(max_size=20), max_size=6))
+def test_the_monitor_shows_any_file(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]) -> None:
+    path = tmp_path_factory.mktemp("odd") / "metrics.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    render(read(path), now=1e9)
