@@ -23,6 +23,7 @@ from macft.model.attention import causal_attention
 from macft.model.packing import enable_packing, packed
 from macft.training.cross_entropy import chunked_cross_entropy
 from macft.training.gradient import GradientComputer, LocalGradient
+from macft.training.settings import OptimizerConfig, TrainingConfig, problems
 from test_loss import make, rows
 
 
@@ -54,11 +55,13 @@ def test_packed_rows_have_the_gradient_of_padded_ones(family: str, cores: str, m
     same(together, gradient_of(family, "false", data, dropout=0.3)[1])
 
 
-def test_no_row_sees_its_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_row_sees_its_neighbour() -> None:
     """In one pack, what stands in one row changes nothing in the others' hidden states."""
     model = make("llama")
     assert enable_packing(model)
-    first, second, other = (mx.array(np.random.default_rng(i).integers(1, 97, (1, n))) for i, n in ((0, 7), (1, 9), (2, 7)))
+    first, second, other = (
+        mx.array(np.random.default_rng(i).integers(1, 97, (1, n))) for i, n in ((0, 7), (1, 9), (2, 7))
+    )
     with packed((7, 9)):
         one = np.array(model(mx.concatenate([first, second], axis=1)))
         two = np.array(model(mx.concatenate([other, second], axis=1)))
@@ -119,7 +122,9 @@ def test_attention_is_mlxs_own(length: int, groups: int, heads: int, seed: int) 
 
 
 @settings(max_examples=15, deadline=None)
-@given(count=st.integers(1, 50), chunk=st.one_of(st.none(), st.integers(1, 20)), cap=st.booleans(), seed=st.integers(0, 99))
+@given(
+    count=st.integers(1, 50), chunk=st.one_of(st.none(), st.integers(1, 20)), cap=st.booleans(), seed=st.integers(0, 99)
+)
 def test_chunked_loss_is_the_whole_one(count: int, chunk: int | None, cap: bool, seed: int) -> None:
     generator = np.random.default_rng(seed)
     hidden = mx.array(generator.normal(size=(count, 8)).astype(np.float32))
@@ -141,6 +146,12 @@ def test_chunked_loss_is_the_whole_one(count: int, chunk: int | None, cap: bool,
     value, gradient = mx.value_and_grad(parts)(hidden)
     assert value.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-4)
     np.testing.assert_allclose(np.array(gradient), np.array(reference), rtol=1e-3, atol=1e-4)
+
+
+def test_settings_out_of_range_are_named() -> None:
+    config = TrainingConfig(steps=1, packing="yes", loss_chunk=0)
+    found = [line.split(":")[0] for line in problems(config, OptimizerConfig())]
+    assert found == ["training.packing", "training.loss_chunk"]
 
 
 def test_blas_has_its_threads_back_after_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,8 +52,8 @@ class Pack:
     """Rows laid end to end without padding, shifted for next-token prediction.
 
     ``inputs`` (1, tokens) int32, the rows' tokens but the last of each; ``lengths``, how many of them each row has;
-    ``positions`` (n,) where in ``inputs`` there is a target, ``targets`` (n,) int32, ``weights`` (n,) all 1; ``row_ids``
-    (rows,).
+    ``positions`` (n,) where in ``inputs`` there is a target, ``targets`` (n,) int32, ``weights`` (n,) all 1;
+    ``row_ids`` (rows,).
     """
 
     inputs: NDArray[np.int32]

@@ -1,8 +1,8 @@
 """Graphs computed side by side on the cores of a CPU.
 
 MLX's CPU backend runs one operation after the other; only matrix products, through BLAS, use more than one core. Rows
-are independent, so each core takes some of them through the whole model instead: a lane is a thread with an MLX stream of
-its own, and BLAS uses one thread in each. On a GPU there is one lane, the caller's.
+are independent, so each core takes some of them through the whole model instead: a lane is a thread with an MLX
+stream of its own, and BLAS uses one thread in each. On a GPU there is one lane, the caller's.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -50,7 +51,7 @@ def _rows_of(x: Any, lengths: tuple[int, ...]) -> list[Any]:
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
-    return [x[:, :, a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    return [x[:, :, a:b] for a, b in pairwise(starts)]
 
 
 class PackedRope(nn.Module):

@@ -8,7 +8,7 @@ Cross-Entropy, Wijmans et al. 2024). Exact: nothing is sampled, filtered or roun
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -55,7 +55,8 @@ def chunked_cross_entropy(
 
     @mx.custom_function
     def loss_and_gradient(hidden: Any) -> tuple[Any, Any]:
-        loss, parts = mx.zeros(()), []
+        loss = mx.zeros(())
+        parts: list[Any] = []
         for start in range(0, hidden.shape[0], size):
             part = hidden[start : start + size]
             if parts:  # one chunk after the other, so that only one's logits are there
@@ -70,7 +71,8 @@ def chunked_cross_entropy(
     def _loss_vjp(_primals: Any, cotangents: Any, results: Any) -> Any:
         return cotangents[0].astype(results[1].dtype) * results[1]
 
-    return loss_and_gradient(hidden)[0]
+    loss, _ = cast(tuple[Any, Any], loss_and_gradient(hidden))
+    return loss
 
 
 def head_is_frozen(model: nn.Module) -> bool:
