@@ -131,6 +131,8 @@ def _prepare(
         seed=config.seed,
         checkpoint_blocks=config.training.grad_checkpoint,
         bucket_bytes=config.collective.bucket_bytes,
+        packing=config.training.packing,
+        loss_chunk=config.training.loss_chunk,
     )
     store = CheckpointStore(folder.checkpoints, keep=config.training.keep)
     exchange = GradientExchange(collective, config.collective.codec, config.collective.powersgd_rank)

@@ -55,6 +55,10 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     # Recompute each block's activations in the backward pass: less memory, about a third more time.
     grad_checkpoint: bool = False
+    # Lay rows end to end instead of padding them: auto (where the model can take it), true (or fail), false.
+    packing: str = "auto"
+    # Target positions whose logits are computed at once; null: as many as are fast and small.
+    loss_chunk: int | None = None
     # Validate every so many steps, and before the first and after the last one; 0 means never.
     eval_every: int = 50
     # Validation rows to use, the same ones each time; -1 means all.
@@ -84,6 +88,10 @@ def _training_problems(config: TrainingConfig) -> list[str]:
         found.append(f"training.batch_size: {config.batch_size} must be 1 or more")
     if config.micro_batch_size is not None and config.micro_batch_size < 1:
         found.append(f"training.micro_batch_size: {config.micro_batch_size} must be 1 or more, or null")
+    if config.packing.lower() not in ("auto", "true", "false"):
+        found.append(f"training.packing: '{config.packing}' is not auto, true or false")
+    if config.loss_chunk is not None and config.loss_chunk < 1:
+        found.append(f"training.loss_chunk: {config.loss_chunk} must be 1 or more, or null")
     if (config.steps is None) == (config.epochs is None):
         found.append("training.steps and training.epochs: give exactly one of them and set the other to null")
     if config.steps is not None and config.steps < 1:
