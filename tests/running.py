@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -42,12 +43,12 @@ def train(*overrides: str, cwd: Path, timeout: float = 240) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
-def start(*overrides: str, cwd: Path) -> subprocess.Popen[str]:
-    """Starts ``python -m macft.train`` and returns at once."""
+def start(*overrides: str, cwd: Path, variables: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Starts ``python -m macft.train``, with more environment ``variables``, and returns at once."""
     return subprocess.Popen(
         command(*overrides),
         cwd=cwd,
-        env=environment(),
+        env={**environment(), **(variables or {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -97,3 +98,18 @@ def uneven_dataset(folder: Path) -> Path:
     for name, count in (("train", 40), ("valid", 8), ("test", 6)):
         write_jsonl(folder / f"{name}.jsonl", [row() for _ in range(count)])
     return folder
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, each with a free one after it."""
+    found: list[int] = []
+    while len(found) < count:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            found.append(port)
+    return found

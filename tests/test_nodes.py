@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from running import adapter, events, losses, same_bits, start, train, uneven_dataset
+from running import adapter, events, free_ports, losses, same_bits, start, train, uneven_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -175,29 +174,14 @@ def test_ranks_stop_when_their_launcher_is_killed(tmp_path: Path, basics: list[s
     assert (tmp_path / "checkpoints" / f"step-{len(losses(tmp_path)):08d}").is_dir()
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, each with a free one after it."""
-    found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            found.append(port)
-    return found
-
-
 def test_hosts_typed_by_hand_on_each_machine(tmp_path: Path, basics: list[str], whole_run: Path) -> None:
-    first, second = free_ports(2)
-    hosts = f"topology.hosts=[127.0.0.1:{first},127.0.0.1:{second}]"
+    ports = free_ports(4)  # of two machines with two cables between them
+    first, second = (f"127.0.0.1:{one}+127.0.0.1:{other}" for one, other in (ports[:2], ports[2:]))
     processes = [
         start(
             *basics,
             "topology=hosts",
-            hosts,
+            f"topology.hosts=[{first},{second}]",
             f"topology.rank={rank}",
             f"hydra.run.dir={tmp_path / str(rank)}",
             cwd=tmp_path,

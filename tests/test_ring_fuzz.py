@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import PROTOCOL_VERSION, Cause, Header, Kind, pack
 from macft.errors import CollectiveError
 
-FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01"
 NULL, CURVE = (GREETING + name.ljust(20, b"\0") + bytes(32) for name in (b"NULL", b"CURVE"))
 _METADATA = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
@@ -74,7 +75,7 @@ def live(request: pytest.FixtureRequest) -> Iterator[LiveRing]:
     with live_ring(2, encrypted=request.param) as ring:
         before = psutil.Process().memory_info().rss
         yield ring
-        assert psutil.Process().memory_info().rss - before < 100_000_000
+        assert psutil.Process().memory_info().rss - before < 250_000_000
 
 
 @FUZZ
@@ -94,11 +95,9 @@ def live(request: pytest.FixtureRequest) -> Iterator[LiveRing]:
 def test_bytes_of_a_stranger(live: LiveRing, greeting: bytes, chunks: list[bytes]) -> None:
     host, port = live.addresses[1].split(":")
     with socket.create_connection((host, int(port)), timeout=10) as stranger:
-        try:
+        with contextlib.suppress(OSError):  # thrown out already
             for chunk in (greeting, *chunks):
                 stranger.sendall(chunk)
-        except OSError:
-            pass  # thrown out already
         live.goes_on()
 
 
@@ -112,22 +111,23 @@ def test_frames_of_a_stranger(live: LiveRing, parts: list[bytes]) -> None:
             encrypt_to(stranger, KeyPair.new(), live.keys[1])
         stranger.connect(f"tcp://{live.addresses[1]}")
         for message in ([hello], parts, parts):
-            stranger.send_multipart(message)
+            with contextlib.suppress(zmq.Again):  # thrown out already
+                stranger.send_multipart(message, zmq.NOBLOCK)
         live.goes_on()
 
 
-def test_a_flood_of_a_stranger_takes_no_memory(live: LiveRing) -> None:
-    before = psutil.Process().memory_info().rss
-    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
-        stranger.linger = 0
-        stranger.sndhwm = 8
+def test_a_flood_of_a_stranger_takes_no_memory_of_an_encrypted_ring() -> None:
+    """Without encryption it does: docs/security.md."""
+    with live_ring(encrypted=True) as live, zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        before = psutil.Process().memory_info().rss
+        stranger.linger, stranger.sndhwm = 0, 8
         stranger.connect(f"tcp://{live.addresses[1]}")
-        for _ in range(400):  # 200 MB, if anybody takes them
+        for _ in range(1_000):  # 500 MB, if anybody keeps them
             if not stranger.poll(50, zmq.POLLOUT):
                 break
-            stranger.send(bytes(500_000))
+            stranger.send(bytes(500_000), zmq.NOBLOCK)
         live.goes_on()
-    assert psutil.Process().memory_info().rss - before < 60_000_000
+        assert psutil.Process().memory_info().rss - before < 100_000_000
 
 
 @settings(max_examples=40, deadline=None)

@@ -7,6 +7,7 @@
     ├── ModelError              the model can't be found, fetched, verified or read
     ├── DataError               the dataset can't be found, read or understood
     ├── CheckpointError         no checkpoint can be read, or it doesn't fit this run
+    ├── LaunchError             a host of the cluster can't be reached, paired with or started
     ├── CollectiveError         communication between ranks
     │   ├── PeerTimeout         a named peer stayed silent longer than the time allowed
     │   ├── PeerLost            the connection to a named peer broke
@@ -42,6 +43,10 @@ class DataError(MacftError):
 
 class CheckpointError(MacftError):
     """No checkpoint can be read, or the one named doesn't fit this run."""
+
+
+class LaunchError(MacftError):
+    """A host of the cluster can't be reached, paired with or started."""
 
 
 class CollectiveError(MacftError):

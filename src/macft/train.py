@@ -13,10 +13,10 @@ from omegaconf import DictConfig
 
 from macft.cluster.connect import connect
 from macft.cluster.hosts import own_rank
-from macft.cluster.keys import keyring_for
+from macft.cluster.keys import Keyring, keyring_for
 from macft.cluster.local import launch
 from macft.cluster.rendezvous import RendezvousServer
-from macft.cluster.settings import split_host
+from macft.cluster.settings import host_paths, split_host
 from macft.collective.mlx_group import join_launched, launched
 from macft.collective.solo import Solo
 from macft.config.command_line import prepare
@@ -27,6 +27,7 @@ from macft.config.yaml import fingerprint, to_yaml
 from macft.errors import ConfigError
 from macft.model.resolve import resolve
 from macft.node import run_node
+from macft.over_ssh import run_over_ssh
 from macft.status import exit_status
 from macft.stop import StopRequest
 
@@ -57,10 +58,12 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
     (folder / "config.yaml").write_text(to_yaml(config))
     if config.topology.kind == "local" and config.topology.nodes > 1:
         return _run_local(config, folder, resume=resume)
+    if config.topology.kind == "ssh":
+        return _ended(run_over_ssh(config, folder, resume=resume))
     stop = StopRequest()
     with stop.listening():
         if config.topology.kind == "hosts":
-            return _run_on_hosts(config, folder, resume=resume, stop=stop)
+            return run_on_hosts(config, folder, resume=resume, stop=stop)
         if config.collective.backend == "mlx" and launched():
             with join_launched(config.collective) as group:
                 return run_node(config, group, folder, resume=resume, stop=stop).reason
@@ -80,6 +83,10 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
         resume=resume,
         keyring=keyring,
     )
+    return _ended(status)
+
+
+def _ended(status: int) -> str:
     if status == 0:
         return "finished"
     if status == 130:
@@ -87,10 +94,13 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
     sys.exit(status)  # rank 0 has printed why
 
 
-def _run_on_hosts(config: TrainConfig, folder: Path, *, resume: bool, stop: StopRequest) -> str:
+def run_on_hosts(
+    config: TrainConfig, folder: Path, *, resume: bool, stop: StopRequest, keyring: Keyring | None = None
+) -> str:
+    """Runs this machine's rank of a run on several hosts; returns why it ended. ``keyring``: if not this machine's."""
     topology = config.topology
     rank, world_size = own_rank(topology), len(topology.hosts)
-    keyring = keyring_for(topology, config.collective)
+    keyring = keyring or keyring_for(topology, config.collective)
     addresses = [split_host(host, topology.port) for host in topology.hosts]
     host, port = addresses[rank]
     run_id = f"{config.name}:{','.join(topology.hosts)}"
@@ -116,7 +126,7 @@ def _run_on_hosts(config: TrainConfig, folder: Path, *, resume: bool, stop: Stop
             name=topology.hosts[rank],
             settings=config.collective,
             start_timeout=topology.start_timeout,
-            bind=f"{host}:{port + 1}",
+            bind="+".join(f"{name}:{path_port + 1}" for name, path_port in host_paths(topology.hosts[rank], port)),
             keyring=keyring,
         ) as ring:
             return run_node(config, ring, folder, resume=resume, stop=stop).reason

@@ -96,33 +96,37 @@ def plot(found: Sequence[Sequence[Measured]], path: Path, title: str, speed: flo
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter
     except ImportError:
         raise PlotFailed("--plot needs matplotlib: pip install 'macft[plot]'") from None
+    # The latency's size would stretch the axis for one point.
+    drawn = [row for row in found if row[0].size > LATENCY_BYTES] or found
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
     for place, name in enumerate(result.name for result in found[0]):
-        points = [(row[place].size, row[place].bus_bandwidth / 1e9) for row in found if row[place].calls]
+        points = [(row[place].size, row[place].bus_bandwidth / 1e9) for row in drawn if row[place].calls]
         if not points:
             continue
         color = _COLORS[place % len(_COLORS)]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, linewidth=2 if place == 0 else 1.4)
-        axes.annotate(name, points[-1], xytext=(6, 0), textcoords="offset points", color=color, va="center")
+        width = 2.2 if place == 0 else 1.4
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, linewidth=width, label=name)
     if speed:
         axes.axhline(speed / 1e9, color="#999999", linestyle="--", linewidth=1)
         axes.annotate(
-            "link", (found[0][0].size, speed / 1e9), xytext=(0, 3), textcoords="offset points", color="#777777"
+            "link", (drawn[0][0].size, speed / 1e9), xytext=(0, 3), textcoords="offset points", color="#777777"
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    sizes = [row[0].size for row in found]
+    sizes = [row[0].size for row in drawn]
     axes.set_xticks(sizes, [size_text(size) for size in sizes], rotation=40, ha="right")
     axes.minorticks_off()
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.legend(frameon=False, loc="lower right")
     axes.set_xlabel("array")
     axes.set_ylabel("bus bandwidth, GB/s")
     axes.set_title(title, loc="left")
     axes.grid(visible=True, color="#e5e5e5", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.12)
     try:
         figure.savefig(path, dpi=160)
     except (OSError, ValueError) as error:

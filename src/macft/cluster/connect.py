@@ -24,7 +24,7 @@ def connect(
 ) -> Collective:
     """The collective of ``settings.backend``; see :func:`~macft.cluster.rendezvous.connect_ring`.
 
-    MLX's own communication knows no encryption: with a ``keyring`` only the rendezvous is encrypted.
+    MLX's own communication knows no encryption, so only the ring takes a ``keyring``.
     """
     if settings.backend == "ring":
         return connect_ring(
@@ -39,7 +39,7 @@ def connect(
             bind=bind,
             keyring=keyring,
         )
-    listener = MlxListener(bind, settings)
+    listener = MlxListener(bind.split("+")[0], settings)  # MLX has paths of its own
     try:
         membership = join(
             server,
@@ -50,7 +50,6 @@ def connect(
             ring_address=listener.address,
             name=name,
             timeout=start_timeout,
-            keyring=keyring,
         )
     except BaseException:
         listener.close()

@@ -6,6 +6,7 @@ a server whose key it trusts. Without one, neither.
 
 from __future__ import annotations
 
+import socket
 import time
 from typing import Any, NamedTuple
 
@@ -14,14 +15,15 @@ from zmq.utils.monitor import recv_monitor_message
 
 from macft.cluster.keys import Keyring, own_name
 from macft.collective.security import Gate, Refused, encrypt_to
-from macft.collective.wire import LINGER_SECONDS, bind, set_endpoint
+from macft.collective.wire import LINGER_SECONDS, bind, set_endpoint, split_address
 from macft.errors import CollectiveError, RendezvousError
 
 MAX_MESSAGE_BYTES = 65_536
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _OTHER_MECHANISM = zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
 _TRIES = 3
-"""Handshakes that fail without a reason before a rank gives up: a server that ends may break one, too."""
+"""Handshakes that fail before a rank gives up: a server that ends may break one, too."""
+_GREETING_BYTES = 64
 
 
 class Door:
@@ -90,7 +92,7 @@ class Visit:
     """
 
     def __init__(self, context: zmq.Context[Any], address: str, keyring: Keyring | None, message: bytes):
-        self._address, self._keyring = address, keyring
+        self._address, self._keyring, self._mechanism = address, keyring, ""
         self._lines: list[_Line] = []
         self._failures: dict[zmq.Socket[Any], int] = {}
         self._poller = zmq.Poller()
@@ -102,8 +104,8 @@ class Visit:
             line = _Line(sock, _watch(context, sock, _FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED))
             self._lines.append(line)
             self._failures[sock] = 0
-            for socket in line:
-                self._poller.register(socket, zmq.POLLIN)
+            for end in line:
+                self._poller.register(end, zmq.POLLIN)
             try:
                 sock.connect(set_endpoint(sock, address))
             except CollectiveError as error:
@@ -148,28 +150,48 @@ class Visit:
         elif what == zmq.EVENT_HANDSHAKE_FAILED_AUTH and keyring is not None:
             command = f"python -m macft.keys trust {own_name()} {keyring.own.public.hex()}"
             raise self._error(f"it does not trust this machine's key; run there: {command}")
-        elif event["value"] == _OTHER_MECHANISM:
-            how = ("encrypts", "does not") if keyring is None else ("does not encrypt", "does")
-            same = "set collective.encryption alike on all nodes"
-            raise self._error(f"it {how[0]}, this node {how[1]}; {same}")
-        elif keyring is not None:
+        else:
             self._failures[line.sock] += 1
-            if all(self._failures[other.sock] >= _TRIES for other in self._lines):
-                known = ", ".join(keyring.trusted) or "nobody yet"
-                mend = "run `python -m macft.keys show` there and type here the line that it prints"
-                raise self._error(f"its key is none that is trusted here ({known}); {mend}")
+            self._explain()
+
+    def _explain(self) -> None:
+        """Raises if the reason of a failed handshake is clear; ZeroMQ's own account of it is not dependable."""
+        keyring = self._keyring
+        self._mechanism = self._mechanism or _mechanism(self._address)
+        if self._mechanism == ("CURVE" if keyring is None else "NULL"):
+            how = ("encrypts", "does not") if keyring is None else ("does not encrypt", "does")
+            raise self._error(f"it {how[0]}, this node {how[1]}; set collective.encryption alike on all nodes")
+        if keyring is not None and self._mechanism and all(self._failures[at.sock] >= _TRIES for at in self._lines):
+            known = ", ".join(keyring.trusted) or "nobody yet"
+            mend = "run `python -m macft.keys show` there and type here the line that it prints"
+            raise self._error(f"its key is none that is trusted here ({known}); {mend}")
 
     def _error(self, text: str) -> RendezvousError:
         return RendezvousError(f"rendezvous at {self._address}: {text}")
 
     def _end(self, line: _Line) -> None:
-        for socket in line:
-            if socket in self._poller:
-                self._poller.unregister(socket)
+        for end in line:
+            if end in self._poller:
+                self._poller.unregister(end)
         if not line.sock.closed:
             line.sock.disable_monitor()
         line.sock.close()
         line.monitor.close()
+
+
+def _mechanism(address: str) -> str:
+    """The security mechanism that the ZeroMQ at ``host:port`` announces (RFC 23); empty if it does not say."""
+    # No more than the version: told of a mechanism that it does not use, it would hang up without saying its own.
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x01"
+    answer = b""
+    try:
+        with socket.create_connection(split_address(address), timeout=2.0) as connection:
+            connection.sendall(greeting)
+            while len(answer) < _GREETING_BYTES and (data := connection.recv(_GREETING_BYTES - len(answer))):
+                answer += data
+    except OSError:
+        return ""
+    return answer[12:32].rstrip(b"\0").decode(errors="replace")
 
 
 def _open(context: zmq.Context[Any], kind: int) -> zmq.Socket[Any]:

@@ -6,7 +6,7 @@ import socket
 
 import psutil
 
-from macft.cluster.settings import TopologyConfig, split_host
+from macft.cluster.settings import TopologyConfig, host_paths
 from macft.errors import ConfigError
 
 
@@ -19,7 +19,11 @@ def own_rank(config: TopologyConfig) -> int:
     if config.rank is not None:
         return config.rank
     own = own_addresses()
-    matches = [rank for rank, host in enumerate(config.hosts) if _addresses(split_host(host, config.port)[0]) & own]
+    matches = [
+        rank
+        for rank, host in enumerate(config.hosts)
+        if any(_addresses(name) & own for name, _ in host_paths(host, config.port))
+    ]
     if len(matches) == 1:
         return matches[0]
     what = "none of them is" if not matches else f"places {matches} are all"

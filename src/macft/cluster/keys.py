@@ -59,11 +59,27 @@ def needs_keys(topology: TopologyConfig, collective: CollectiveConfig) -> bool:
     """Whether the ranks of a run encrypt what they say: ``collective.encryption``, with ``auto`` decided.
 
     Comes out alike on all ranks: names are not looked up, for each machine may take its own name for loopback.
+
+    Raises:
+        ConfigError: they would, but the backend can't.
     """
-    if collective.encryption != "auto":
-        return collective.encryption == "on"
+    is_needed = collective.encryption == "on" or (collective.encryption == "auto" and not _is_loopback(topology))
+    if is_needed and collective.backend != "ring":
+        raise ConfigError(
+            f"collective.backend: {collective.backend} knows no encryption; use collective=ring, or, on cables that "
+            "nobody else can reach, collective.encryption=off"
+        )
+    return is_needed
+
+
+def run_keyring(secret: bytes) -> Keyring:
+    """For a run whose nodes are all given the same ``secret`` (32 bytes), made for it, over a safe way."""
+    return Keyring(KeyPair.of_secret(secret), {})
+
+
+def _is_loopback(topology: TopologyConfig) -> bool:
     paths = [path for host in topology.hosts for path in host.split("+")]
-    return not all(_LOOPBACK.fullmatch(path if path.endswith("]") else re.sub(r":\d+$", "", path)) for path in paths)
+    return all(_LOOPBACK.fullmatch(path if path.endswith("]") else re.sub(r":\d+$", "", path)) for path in paths)
 
 
 def keyring_for(topology: TopologyConfig, collective: CollectiveConfig) -> Keyring | None:

@@ -25,7 +25,7 @@ from macft.collective.listener import Listener
 from macft.collective.ring import Ring
 from macft.collective.security import KEY_BYTES
 from macft.collective.settings import CollectiveConfig
-from macft.collective.wire import PROTOCOL_VERSION, split_address
+from macft.collective.wire import PROTOCOL_VERSION, split_paths
 from macft.errors import RendezvousError
 
 _MAX_NAME = 255
@@ -349,7 +349,7 @@ def _is_key(value: Any) -> bool:
 
 def _is_address(value: Any) -> bool:
     try:
-        split_address(str(value))
+        split_paths(str(value))
     except ValueError:
         return False
     return True

@@ -7,12 +7,17 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-KINDS = ("single", "local", "hosts")
+MAX_PATHS = 8
+KINDS = ("single", "local", "hosts", "ssh")
 SHARES = ("auto", "equal")
 BATCHES = ("fixed", "auto")
+SHIPMENTS = ("code", "data", "model")
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(gb|gib|mb|mib)", re.IGNORECASE)
 _UNITS = {"gb": 1e9, "gib": 2.0**30, "mb": 1e6, "mib": 2.0**20}
+_DESTINATION = re.compile(
+    r"(?:(?P<user>[A-Za-z0-9._-]+)@)?(?P<name>[A-Za-z0-9_][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?"
+)
 
 
 @dataclass
@@ -20,11 +25,13 @@ class TopologyConfig:
     """The Hydra group ``topology``."""
 
     # single: this process alone. local: `nodes` processes on this machine. hosts: one process on each of `hosts`.
+    # ssh: the same, and one command starts them all.
     kind: str = "single"
     # Number of nodes; with `hosts` it follows from the list.
     nodes: int = 1
     # Addresses of all nodes in ring order, the same list on every node: [192.168.0.1, 192.168.0.2:7070]. The first one
-    # is where the others report.
+    # is where the others report. A node with several cables has an address for each: 192.168.0.1+192.168.1.1; they
+    # share the traffic by their speed, and the loss of one is survived.
     hosts: list[str] = field(default_factory=list)
     # This machine's place in `hosts`, from 0. Null: found by comparing `hosts` with this machine's own addresses.
     rank: int | None = None
@@ -43,17 +50,49 @@ class TopologyConfig:
     # What a run may take on each node: a fraction of the memory its GPU may use (0.9) or a size (12GB). A run that is
     # predicted to need more is refused before its model loads.
     memory_budget: str = "0.95"
+    # With topology=ssh, where SSH finds each of `hosts`, in the same order: [studio, me@192.168.0.2:22]; names of
+    # ~/.ssh/config will do. Empty: as in `hosts`.
+    ssh: list[str] = field(default_factory=list)
+    # With topology=ssh, the Python that has macft: one for all hosts, or one for each.
+    python: list[str] = field(default_factory=lambda: ["python3"])
+    # With topology=ssh, the folder on the hosts that runs and relative paths are below; itself below the home folder.
+    folder: str = "macft"
+    # With topology=ssh, what is sent to the hosts first, as far as it has changed: code (this macft), data (a local
+    # dataset), model (its files on this machine).
+    ship: list[str] = field(default_factory=list)
+
+    def ssh_of(self, rank: int) -> str:
+        """Where SSH finds the host of ``rank``."""
+        return self.ssh[rank] if self.ssh else split_host(self.hosts[rank], self.port)[0].strip("[]")
+
+    def python_of(self, rank: int) -> str:
+        """Python on the host of ``rank``."""
+        return self.python[rank if len(self.python) > 1 else 0]
 
 
 def split_host(host: str, default_port: int) -> tuple[str, int]:
-    """``"name:port"`` or ``"name"`` to (name, port); raises ValueError if it is neither."""
-    match = _HOST.fullmatch(host)
-    if match is None:
-        raise ValueError(f"'{host}' is not a host name or address with an optional :port")
-    port = int(match["port"]) if match["port"] else default_port
-    if not 1 <= port <= 65534:
-        raise ValueError(f"'{host}': port {port} is not from 1 to 65534")
-    return match["name"], port
+    """The first of :func:`host_paths`."""
+    return host_paths(host, default_port)[0]
+
+
+def host_paths(host: str, default_port: int) -> list[tuple[str, int]]:
+    """``"name:port"``, ``"name"``, or one of these for each cable as in ``"name+name"``, to (name, port) pairs.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    found: list[tuple[str, int]] = []
+    for path in host.split("+"):
+        match = _HOST.fullmatch(path)
+        if match is None:
+            raise ValueError(f"'{host}' is not a host name or address with an optional :port")
+        port = int(match["port"]) if match["port"] else (found[0][1] if found else default_port)
+        if not 1 <= port <= 65534:
+            raise ValueError(f"'{host}': port {port} is not from 1 to 65534")
+        found.append((match["name"], port))
+    if len(found) > MAX_PATHS:
+        raise ValueError(f"'{host}' has {len(found)} addresses; {MAX_PATHS} are the most")
+    return found
 
 
 def problems(config: TopologyConfig) -> list[str]:
@@ -65,7 +104,7 @@ def problems(config: TopologyConfig) -> list[str]:
         found.append(f"topology.nodes: {config.nodes} must be 1 or more")
     if config.kind == "single" and config.nodes != 1:
         found.append(f"topology.nodes: topology=single has 1 node, not {config.nodes}; did you mean topology=local?")
-    if config.kind == "hosts":
+    if config.kind in ("hosts", "ssh"):
         if len(config.hosts) < 2:
             found.append("topology.hosts: list two or more addresses, for instance [192.168.0.1,192.168.0.2]")
         if config.rank is not None and not 0 <= config.rank < len(config.hosts):
@@ -75,7 +114,7 @@ def problems(config: TopologyConfig) -> list[str]:
         if len(set(config.hosts)) != len(config.hosts):
             found.append("topology.hosts: an address stands twice")
     elif config.hosts:
-        found.append(f"topology.hosts: only topology=hosts uses them, this is topology={config.kind}")
+        found.append(f"topology.hosts: only topology=hosts and topology=ssh use them, this is topology={config.kind}")
     found += _share_problems(config)
     for host in config.hosts:
         try:
@@ -93,7 +132,7 @@ def problems(config: TopologyConfig) -> list[str]:
             f"topology.memory_budget: '{config.memory_budget}' is neither a fraction above 0 and up to 1 (0.9) "
             "nor a size (12GB, 800MB)"
         )
-    return found
+    return found + _ssh_problems(config)
 
 
 def _share_problems(config: TopologyConfig) -> list[str]:
@@ -133,3 +172,32 @@ def parse_budget(text: str, usable: float) -> float:
     if 0 < fraction <= 1:
         return fraction * usable
     raise ValueError(f"'{text}' is neither a fraction nor a size")
+
+
+def _ssh_problems(config: TopologyConfig) -> list[str]:
+    found = []
+    if config.kind != "ssh":
+        return ["topology.ship: only topology=ssh sends anything"] if config.ship else []
+    if config.ssh and len(config.ssh) != len(config.hosts):
+        found.append(
+            f"topology.ssh: {len(config.ssh)} places for {len(config.hosts)} hosts; list one for each, or none"
+        )
+    if len(config.python) not in (1, len(config.hosts)):
+        found.append(f"topology.python: {len(config.python)} of them; list one for all hosts, or one for each")
+    for item in config.ssh:
+        if _DESTINATION.fullmatch(item) is None:
+            found.append(f"topology.ssh: '{item}' is not [user@]name[:port]")
+    for item in config.ship:
+        if item not in SHIPMENTS:
+            found.append(f"topology.ship: '{item}' is not one of {', '.join(SHIPMENTS)}")
+    if not config.folder or config.folder.startswith(("/", "~")) or ".." in config.folder.split("/"):
+        found.append(f"topology.folder: '{config.folder}' must be a path below the home folder, such as macft")
+    return found
+
+
+def split_destination(text: str) -> tuple[str | None, str, int | None]:
+    """``"[user@]name[:port]"`` to (user, name, port); raises ValueError if it is not of that form."""
+    match = _DESTINATION.fullmatch(text)
+    if match is None:
+        raise ValueError(f"'{text}' is not [user@]name[:port]")
+    return match["user"], match["name"].strip("[]"), int(match["port"]) if match["port"] else None

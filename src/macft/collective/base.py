@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
+from macft.collective.codecs.wire_codec import WireCodec
+
 
 @runtime_checkable
 class Collective(Protocol):
@@ -32,6 +37,15 @@ class Collective(Protocol):
 
         Every rank ends with the same bits: each element is summed along one path and then copied.
         """
+        ...
+
+    def all_reduce_coded(self, array: NDArray[np.float32], codec: WireCodec, residual: NDArray[np.float32]) -> None:
+        """Sums a flat float32 array in place in fewer bytes; ``residual`` carries what is rounded away (both (n,))."""
+        ...
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of data this rank has sent so far, as far as it knows."""
         ...
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:

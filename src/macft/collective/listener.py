@@ -55,7 +55,7 @@ class Listener:
         # failed: !_io_error`; akin to libzmq issues 3937 and 4767).
         sock.linger = 0
         # Credits keep a member within its window; a limit here would stop the heartbeats of a link that
-        # reaches it.
+        # reaches it, and let a stranger who reaches it and hangs up abort the process, as above.
         sock.rcvhwm, sock.sndhwm = 0, 0
         sock.maxmsgsize = max(self.settings.piece_bytes, MAX_HEADER_BYTES)
         sock.heartbeat_ivl = int(self.settings.heartbeat * 1000)

@@ -21,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from macft.collective.codecs.wire_codec import WireCodec
 from macft.collective.dtypes import BFLOAT16, view
 from macft.collective.pulse import Pulse, PulseServer, ask
 from macft.collective.settings import CollectiveConfig
@@ -67,13 +68,15 @@ class MlxCollective:
         self._settings, self._names, self._secret = settings, names, secret
         self._state, self._pulse = state, pulse
         self._began = time.monotonic()
-        self._calls = 0
+        self._calls = self._bytes_sent = 0
         self._failure: CollectiveError | None = None
         self._closed = False
         self._addresses = list(pulses or [])
         self._bad: dict[int, tuple[str, float]] = {}  # by rank: what is wrong with its pulse, and since when
-        self._orders: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]]] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name="mlx-collective", daemon=True).start()
+        self._orders: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]] | None] = queue.SimpleQueue()
+        self._group: Any = None
+        self._thread = threading.Thread(target=self._work, name="mlx-collective", daemon=True)
+        self._thread.start()
         self._stream = mx.gpu if settings.mlx_backend == "nccl" else mx.cpu
         try:
             self._group = self._operate("joining MLX's group", initialize)
@@ -101,6 +104,8 @@ class MlxCollective:
                 raise ValueError(f"all_reduce: array {number} is {error}") from None
             by_type.setdefault(dtype, []).append(flat)
         doing = self._next_call("all-reduce", sum(flat.nbytes for flats in by_type.values() for flat in flats))
+        total = sum(flat.nbytes for flats in by_type.values() for flat in flats)
+        self._bytes_sent += 2 * (self.world_size - 1) * total // self.world_size
         for dtype, flats in sorted(by_type.items()):
             whole = flats[0] if len(flats) == 1 else np.concatenate(flats)
             if dtype == "<f8":
@@ -113,6 +118,15 @@ class MlxCollective:
                     block[:] = self._mlx(doing, partial(self._all_sum, block, dtype))
             if len(flats) > 1:
                 _split(whole, flats)
+
+    def all_reduce_coded(self, array: Any, codec: WireCodec, residual: Any) -> None:  # noqa: ARG002
+        """MLX adds up inside: nothing can be encoded on the way. Raises CollectiveError."""
+        raise CollectiveError(f"collective.codec: {codec.name} works on collective=ring only")
+
+    @property
+    def bytes_sent(self) -> int:
+        """What a ring sends for the all-reduces so far; MLX does not tell."""
+        return self._bytes_sent
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:
         """Returns ``root``'s ``payload`` on every rank; raises as :meth:`all_reduce` does."""
@@ -148,6 +162,10 @@ class MlxCollective:
             # A thread of MLX's may hang, which would keep this process from ending.
             atexit.register(_end_now)
             time.sleep(_FAREWELL_SECONDS if self.world_size > 1 else 0.0)
+        else:
+            self._orders.put(None)
+            self._thread.join()
+            self._group = None  # MLX leaves MPI, for one, when its group is given up
         self._pulse.close()
 
     def __enter__(self) -> Self:
@@ -205,12 +223,13 @@ class MlxCollective:
         return result
 
     def _work(self) -> None:
-        while True:
-            call, answer = self._orders.get()
+        while order := self._orders.get():
+            call, answer = order
             try:
                 answer.put((call(), None))
             except Exception as error:
                 answer.put((None, error))
+            del order, call, answer  # or this frame would keep what they hold
 
     def _operate(self, doing: str, call: Callable[[], Any]) -> Any:
         """Has the thread make one call of MLX's; watches the other ranks until it returns."""

@@ -14,12 +14,14 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
+from macft.collective.codecs.wire_codec import WireCodec
 from macft.collective.link import Links
 from macft.collective.listener import COPY_BELOW, Listener
 from macft.collective.path import WINDOW
 from macft.collective.settings import CollectiveConfig
-from macft.collective.transfer import Exchange, Reduction, Spread, Transfer, fuse, unfuse
+from macft.collective.transfer import CodedReduction, Exchange, Reduction, Spread, Transfer, fuse, unfuse
 from macft.collective.wire import (
     CALL_NAMES,
     MAX_BLOB_BYTES,
@@ -71,7 +73,7 @@ class Ring:
             raise ValueError(f"a ring of {world_size} ranks with {len(addresses)} addresses has no rank {rank}")
         for address in addresses:
             split_paths(address)
-        self._world_size, self._sequence, self._closed = world_size, 0, False
+        self._world_size, self._sequence, self._closed, self._bytes_sent = world_size, 0, False, 0
         self._listener = listener or Listener(addresses[rank], settings or CollectiveConfig())
         self._settings = self._listener.settings
         try:
@@ -128,6 +130,21 @@ class Ring:
                 call = self._next_call(Kind.PIECE)
                 self._run(Reduction(call, buffers, self._world_size, self._settings.piece_bytes))
         unfuse(copies)
+
+    def all_reduce_coded(self, array: NDArray[np.float32], codec: WireCodec, residual: NDArray[np.float32]) -> None:
+        """Sums a flat float32 array in place, encoded on every hop; every rank ends with the same bits.
+
+        ``residual``, of the same size, is what this rank rounded away before, and then what it rounds away now. Raises
+        as :meth:`all_reduce` does.
+        """
+        call, piece = self._next_call(Kind.PIECE), self._settings.piece_bytes
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._run(CodedReduction(call, array, codec, residual, self._world_size, piece))
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of data this rank has sent, without headers and what goes a second time."""
+        return self._bytes_sent
 
     def tune(self) -> None:
         """Measures the links and sets up to which size all-reduces are exchanged whole. A call: all ranks make it.
@@ -224,6 +241,7 @@ class Ring:
             while transfer.outgoing and links.has_room:
                 header, body = transfer.outgoing.popleft()
                 links.send(header, body)
+                self._bytes_sent += header.length
                 sent_uncopied = sent_uncopied or _is_lent(header)
             if not transfer.missing and took_large:
                 links.credit()  # the left neighbour waits for it, see below

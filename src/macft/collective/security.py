@@ -70,7 +70,7 @@ class Gate:
 
     def guard(self, sock: zmq.Socket[Any]) -> None:
         """Makes ``sock``, before it is bound, take encrypted connections of admitted keys only."""
-        sock.maxmsgsize = int(sock.maxmsgsize) + _OVERHEAD
+        _allow_overhead(sock)
         sock.curve_server = 1
         sock.curve_secretkey = z85.encode(self.pair.secret)
         sock.zap_domain = _DOMAIN
@@ -117,9 +117,14 @@ class Gate:
 
 def encrypt_to(sock: zmq.Socket[Any], pair: KeyPair, server: bytes) -> None:
     """Makes ``sock``, before it connects, talk encrypted, as ``pair``, to the holder of the key ``server`` only."""
-    sock.maxmsgsize = int(sock.maxmsgsize) + _OVERHEAD
+    _allow_overhead(sock)
     sock.curve_publickey, sock.curve_secretkey = z85.encode(pair.public), z85.encode(pair.secret)
     sock.curve_serverkey = z85.encode(server)
+
+
+def _allow_overhead(sock: zmq.Socket[Any]) -> None:
+    if (limit := int(sock.maxmsgsize)) >= 0:  # -1: none
+        sock.maxmsgsize = limit + _OVERHEAD
 
 
 class RingSecurity:

@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
+from macft.collective.codecs.wire_codec import WireCodec
+
 
 class Solo:
     """The :class:`~macft.collective.base.Collective` of one rank: no socket, and no waiting."""
@@ -22,6 +27,14 @@ class Solo:
 
     def all_reduce(self, arrays: Sequence[Any]) -> None:
         """Leaves the arrays as they are: the sum over one rank."""
+
+    def all_reduce_coded(self, array: NDArray[np.float32], codec: WireCodec, residual: NDArray[np.float32]) -> None:
+        """Leaves the array as it is: nothing has to travel."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Always 0."""
+        return 0
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:
         """Returns ``payload``. Raises ValueError for a ``root`` other than 0."""

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from macft.collective.codecs.wire_codec import WireCodec
 from macft.collective.dtypes import add, view
 from macft.collective.wire import MAX_BLOB_BYTES, Header
 from macft.errors import ProtocolError
@@ -160,6 +161,83 @@ class Reduction:
 
     def _header(self, hop: int, number: int, piece: Buffer) -> Header:
         return self.call._replace(hop=hop, piece=number, dtype=piece.dtype, length=piece.flat.nbytes)
+
+
+class CodedReduction:
+    """Ring all-reduce of one flat float32 array whose parts travel encoded, with error feedback.
+
+    A rank encodes each part once: what it has added up so far, or the total where it is the last to add. The total's
+    bytes then go round unchanged, and every rank, that one too, takes what they decode to: the same bits. ``residual``
+    has what this rank rounded away in earlier calls; it is added before encoding, and gets the new rest.
+    """
+
+    def __init__(
+        self,
+        call: Header,
+        flat: NDArray[np.float32],
+        codec: WireCodec,
+        residual: NDArray[np.float32],
+        world_size: int,
+        piece_bytes: int,
+    ):
+        # The codec belongs to what must be the same on all ranks.
+        layout = zlib.crc32(f"{codec.name}{flat.size}".encode())
+        self.call = call._replace(total=flat.nbytes, layout=layout)
+        self._codec, self._ranks, self._hops = codec, world_size, 2 * world_size - 2
+        pairs = [Buffer(flat, "<f4"), Buffer(residual, "<f4")]
+        parts = [list(_pieces(pairs[:1], chunk, world_size, piece_bytes)) for chunk in range(world_size)]
+        rests = [list(_pieces(pairs[1:], chunk, world_size, piece_bytes)) for chunk in range(world_size)]
+        self._chunks = [
+            [(part.flat, rest.flat) for part, rest in zip(*chunk, strict=True)]
+            for chunk in zip(parts, rests, strict=True)
+        ]
+        self._due = {(hop, number) for hop in range(1, self._hops + 1) for number in range(len(self._chunk(hop)))}
+        self.outgoing: deque[tuple[Header, Any]] = deque()
+        for number, (local, rest) in enumerate(self._chunks[call.sender]):
+            self._send(1, number, self._encode(local, rest))
+
+    @property
+    def missing(self) -> bool:
+        return bool(self._due)
+
+    @property
+    def awaited(self) -> int:
+        hop = min(self._due)[0] if self._due else 1
+        return (self.call.sender - (hop if hop < self._ranks else 1)) % self._ranks
+
+    def take(self, header: Header, body: Any) -> None:
+        hop, number = header.hop, header.piece
+        chunk = self._chunk(hop) if 1 <= hop <= self._hops else []
+        if number >= len(chunk) or header.length != self._codec.encoded_bytes(chunk[number][0].size):
+            raise ProtocolError(f"part {number} of hop {hop} of {header.call} with {header.length} bytes is not due")
+        if (hop, number) not in self._due:
+            return
+        self._due.remove((hop, number))
+        local, rest = chunk[number]
+        incoming = self._codec.decode(body, local.size)
+        onward = body
+        if hop < self._ranks:
+            local += incoming
+            onward = self._encode(local, rest)
+            if hop == self._ranks - 1:
+                local[:] = self._codec.decode(onward, local.size)
+        else:
+            local[:] = incoming
+        if hop < self._hops:
+            self._send(hop + 1, number, onward)
+
+    def _encode(self, local: NDArray[np.float32], rest: NDArray[np.float32]) -> NDArray[np.uint8]:
+        rest += local
+        data = self._codec.encode(rest)
+        rest -= self._codec.decode(data, rest.size)
+        return data
+
+    def _send(self, hop: int, number: int, data: Any) -> None:
+        header = self.call._replace(hop=hop, piece=number, dtype="<f4", length=len(data))
+        self.outgoing.append((header, data))
+
+    def _chunk(self, hop: int) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        return self._chunks[(self.call.sender - hop) % self._ranks]
 
 
 class Spread:

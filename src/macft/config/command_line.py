@@ -18,6 +18,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
+from macft.cluster.topology_file import user_config_folder
 from macft.config.nearest import schema_keys, unknown_key
 from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig, register_schema
@@ -50,7 +51,8 @@ def prepare(argv: list[str]) -> CommandLine:
     asks_for_information = arguments.help or arguments.hydra_help or arguments.info
     if asks_for_information or arguments.shell_completion:
         return CommandLine(argv, None)
-    folders = [config_folder()] + ([Path(arguments.config_dir)] if arguments.config_dir else [])
+    own = [user_config_folder()] if user_config_folder().is_dir() else []
+    folders = [config_folder(), *own] + ([Path(arguments.config_dir)] if arguments.config_dir else [])
     parsed = _parse(overrides)
     resume, others = _take_resume(parsed)
     if resume is not None and arguments.multirun:
@@ -61,14 +63,20 @@ def prepare(argv: list[str]) -> CommandLine:
     if resume is not None:
         primary, name = resume, "config"
         flags += ["--config-path", str(resume), "--config-name", "config"]
-        searchpath = ",".join(f"file://{folder}" for folder in folders)
-        rest = [f"hydra.run.dir='{resume}'", f"hydra.searchpath=[{searchpath}]", "hydra/job_logging=stdout", *rest]
-    elif arguments.config_dir:
-        rest_for_check = [f"hydra.searchpath=[file://{Path(arguments.config_dir).absolute()}]", *rest]
-        _check_jobs(primary, name, rest_for_check)
-        return CommandLine(flags + rest, resume)
+        rest = [f"hydra.run.dir='{resume}'", _search(folders), "hydra/job_logging=stdout", *rest]
+    else:
+        if own and not any(override.key_or_group == "hydra.searchpath" for override in others):
+            rest = [_search([*own]), *rest]
+        if arguments.config_dir:
+            rest_for_check = [*rest, _search([Path(arguments.config_dir).absolute(), *own])]
+            _check_jobs(primary, name, rest_for_check)
+            return CommandLine(flags + rest, resume)
     _check_jobs(primary, name, rest)
     return CommandLine(flags + rest, resume)
+
+
+def _search(folders: list[Path]) -> str:
+    return "hydra.searchpath=[" + ",".join(f"'file://{folder}'" for folder in folders) + "]"
 
 
 def _without(argv: list[str], overrides: list[str]) -> list[str]:

@@ -63,7 +63,7 @@ def problems(config: TrainConfig) -> list[str]:
 
 def world_size(config: TrainConfig) -> int:
     """Number of nodes the topology describes."""
-    return len(config.topology.hosts) if config.topology.kind == "hosts" else config.topology.nodes
+    return len(config.topology.hosts) if config.topology.kind in ("hosts", "ssh") else config.topology.nodes
 
 
 def _combinations(config: TrainConfig) -> list[str]:

@@ -58,6 +58,9 @@ class StepDone:
     node_tokens: int
     seconds: float
     parts: Mapping[str, float]
+    # Bytes this node sent for the step, and the L2 norm of what its codec has rounded away and not yet added.
+    bytes_sent: int
+    residual_norm: float
     peak_memory: int
     active_memory: int
     nodes: list[NodeStatus] = field(default_factory=list)

@@ -69,6 +69,8 @@ class TensorBoard(SilentReporter):
             "throughput/tokens_per_second_node": event.node_tokens / seconds,
             "throughput/target_tokens_per_second": event.target_tokens / seconds,
             "time/step": event.seconds,
+            "collective/bytes_sent": event.bytes_sent,
+            "collective/residual_norm": event.residual_norm,
             "memory/peak_gb": event.peak_memory / 1e9,
             "memory/active_gb": event.active_memory / 1e9,
             "epoch": event.epoch,

@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from macft.collective.base import Collective
 from macft.plan.node_status import NodeStatus
+from macft.training.exchange import GradientExchange
 from macft.training.gradient import LocalGradient
 
 _STILL_COMPUTING_SECONDS = 2e-4
@@ -23,8 +23,8 @@ class GlobalGradient:
     """The same on every rank: gradient of the mean loss over all target tokens of the global batch, and its norm.
 
     ``gradient`` maps parameter names to float32 MLX arrays; ``nodes`` holds every rank's status of the step.
-    ``seconds`` are this rank's own: ``compute`` until its gradient was there, ``all_reduce`` on top of that, and
-    ``all_reduce_hidden``, which is a part of compute.
+    ``bytes_sent`` and ``seconds`` are this rank's own: ``compute`` until its gradient was there, ``all_reduce`` on top
+    of that, and ``all_reduce_hidden``, which is a part of compute.
     """
 
     gradient: dict[str, Any]
@@ -34,6 +34,7 @@ class GlobalGradient:
     tokens: int
     stop_requested: bool
     nodes: list[NodeStatus]
+    bytes_sent: int
     seconds: Mapping[str, float]
 
     @property
@@ -43,17 +44,25 @@ class GlobalGradient:
 
 
 def reduce_gradient(
-    collective: Collective, local: LocalGradient, *, stop: bool, status: Callable[[float], NodeStatus]
+    exchange: GradientExchange,
+    local: LocalGradient,
+    *,
+    stop: bool,
+    computed: Callable[[], None],
+    status: Callable[[float], NodeStatus],
 ) -> GlobalGradient:
     """Sums gradients, losses and counts over all ranks and divides once by the global count of target tokens.
 
     Nodes with more target tokens weigh more, exactly as if one machine had computed the batch. ``stop`` is this
-    rank's wish to end after this step; one rank's wish is enough. ``status`` is asked once the gradient is there, with
-    the seconds it took; the answer travels along in a slot of its own, which the other ranks leave at 0.
+    rank's wish to end after this step; one rank's wish is enough. ``computed`` is called once this rank's gradient
+    is there and only the others' are waited for. ``status`` is asked after that, with the seconds it took; the answer
+    travels along in a slot of its own, which the other ranks leave at 0.
 
     Gradients are summed in MLX's own memory, a bucket at a time: while one is on the wire MLX computes the next.
     """
-    seconds = _sum_buckets(collective, local)
+    collective = exchange.collective
+    sent = collective.bytes_sent
+    seconds = _sum_buckets(exchange, local, computed)
     ready = time.perf_counter()
     slots = np.zeros((collective.world_size, NodeStatus.SIZE))
     slots[collective.rank] = status(seconds["compute"]).numbers()
@@ -72,6 +81,7 @@ def reduce_gradient(
         tokens=int(tokens),
         stop_requested=stops > 0,
         nodes=[NodeStatus.of_numbers(slot.tolist()) for slot in sums[len(counts) :].reshape(slots.shape)],
+        bytes_sent=collective.bytes_sent - sent,
         seconds=seconds,
     )
 
@@ -83,23 +93,25 @@ def scale(gradient: Mapping[str, Any], factor: float) -> None:
         np.multiply(memory, np.float32(factor), out=memory)
 
 
-def _sum_buckets(collective: Collective, local: LocalGradient) -> dict[str, float]:
+def _sum_buckets(exchange: GradientExchange, local: LocalGradient, computed: Callable[[], None]) -> dict[str, float]:
     """Sums bucket after bucket; returns the seconds of computing, and of all-reduce exposed and hidden behind it."""
     begun = time.perf_counter()
     compute = begun - local.started
     exposed = hidden = reducing = 0.0
-    for bucket in local.buckets:
+    for number, bucket in enumerate(local.buckets, 1):
         arrays = [local.gradient[name] for name in bucket]
         waited = time.perf_counter()
         mx.eval(arrays)
         ready = time.perf_counter()
+        if number == len(local.buckets):
+            computed()
         compute += ready - waited
         # A wait shows that MLX was at work all through the all-reduce before. Without one, nobody knows: not counted.
         if ready - waited > _STILL_COMPUTING_SECONDS:
             hidden, compute = hidden + reducing, compute + reducing
         else:
             exposed += reducing
-        collective.all_reduce(arrays)
+        exchange.all_reduce(bucket, arrays)
         reducing = time.perf_counter() - ready
     return {"compute": compute, "all_reduce": exposed + reducing, "all_reduce_hidden": hidden}
 

@@ -1,0 +1,97 @@
+"""Reads what macOS tells of its network: ``networksetup``, ``system_profiler`` and ``ifconfig``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+_PORT = re.compile(r"Hardware Port: (?P<port>.+)\nDevice: (?P<device>\S+)")
+_SPEED = re.compile(r"^(?P<gigabits>\d+(?:\.\d+)?) Gb/s")
+_INTERFACE = re.compile(r"^(?P<name>\w+): flags=", re.MULTILINE)
+_MEDIA = re.compile(r"\tmedia: .*?\((?P<number>\d+(?:\.\d+)?)(?P<unit>G?)base", re.IGNORECASE)
+_MAX_DEPTH = 16
+
+
+@dataclass(frozen=True)
+class ThunderboltPort:
+    """A socket of this Mac.
+
+    Attributes:
+        number: As in ``Thunderbolt 1``.
+        speed_mbit: Of the link in use, Mbit/s; None while nothing is plugged in.
+        hosts: Names of the computers at the other end, however many docks lie between.
+    """
+
+    number: str
+    speed_mbit: int | None
+    hosts: tuple[str, ...]
+
+
+def hardware_ports(text: str) -> dict[str, str]:
+    """``networksetup -listallhardwareports`` to {device: port's name}."""
+    return {match["device"]: match["port"].strip() for match in _PORT.finditer(text)}
+
+
+def thunderbolt_ports(text: str) -> list[ThunderboltPort]:
+    """``system_profiler SPThunderboltDataType -json``; what does not look like it gives an empty list."""
+    try:
+        buses = json.loads(text)["SPThunderboltDataType"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return []
+    found = []
+    for bus in buses if isinstance(buses, list) else []:
+        if not isinstance(bus, dict):
+            continue
+        hosts = tuple(_hosts(bus.get("_items"), 0))
+        for key, tag in bus.items():
+            if key.startswith("receptacle_") and key.endswith("_tag") and isinstance(tag, dict):
+                # "Up to 40 Gb/s" is what an empty socket can do.
+                speed = _SPEED.match(str(tag.get("current_speed_key", "")))
+                mbit = round(float(speed["gigabits"]) * 1000) if speed else None
+                found.append(ThunderboltPort(str(tag.get("receptacle_id_key", "?")), mbit, hosts))
+    return found
+
+
+def _hosts(items: Any, depth: int) -> Iterator[str]:
+    """Devices with a domain of their own are computers; drives and docks have none."""
+    for item in items if isinstance(items, list) and depth < _MAX_DEPTH else []:
+        if isinstance(item, dict):
+            if "domain_uuid_key" in item:
+                yield str(item.get("device_name_key") or item.get("_name", "a computer"))
+            yield from _hosts(item.get("_items"), depth + 1)
+
+
+def interfaces(text: str) -> dict[str, str]:
+    """``ifconfig`` to {name: its block of lines}."""
+    starts = [(match["name"], match.start()) for match in _INTERFACE.finditer(text)]
+    ends = [start for _, start in starts[1:]] + [len(text)]
+    return {name: text[start:end] for (name, start), end in zip(starts, ends, strict=True)}
+
+
+def media_speed(block: str) -> int | None:
+    """The negotiated speed in an interface's block of ``ifconfig``, Mbit/s: ``media: autoselect (1000baseT ...``."""
+    match = _MEDIA.search(block)
+    return round(float(match["number"]) * (1000 if match["unit"] else 1)) if match else None
+
+
+def kinds(ports_text: str, thunderbolt_text: str, ifconfig_text: str) -> dict[str, tuple[str, int | None]]:
+    """{device: (kind, speed in Mbit/s)} for all hardware ports."""
+    ports = hardware_ports(ports_text)
+    blocks = interfaces(ifconfig_text)
+    speeds = {f"Thunderbolt {port.number}": port.speed_mbit for port in thunderbolt_ports(thunderbolt_text)}
+    found: dict[str, tuple[str, int | None]] = {}
+    for device, port in ports.items():
+        if port == "Wi-Fi":
+            found[device] = "wifi", None
+        elif port == "Thunderbolt Bridge":
+            members = re.findall(r"\tmember: (\w+) ", blocks.get(device, ""))
+            used = [speed for member in members if (speed := speeds.get(ports.get(member, ""))) is not None]
+            found[device] = "thunderbolt", max(used, default=None)
+        elif re.fullmatch(r"Thunderbolt \d+", port):
+            found[device] = "thunderbolt", speeds.get(port)
+        else:
+            found[device] = "ethernet", media_speed(blocks.get(device, ""))
+    return found

@@ -1,0 +1,1 @@
+"""Gradient codecs: fewer bytes on the wire, behind one interface."""
