@@ -17,9 +17,9 @@ from mlx.utils import tree_flatten
 from macft.model.cpu_activations import fast_exp
 from macft.model.device import on_cpu
 
-_ELEMENTS_ON_CPU = 2**23
+_ELEMENTS_ON_CPU = 2**21
 _ELEMENTS_ON_GPU = 2**25
-"""Logits in one chunk, where the size is chosen automatically: 32 or 128 MiB in float32."""
+"""Most logits in a chunk of automatic size, unless 64 targets have more: MLX holds about 12 arrays of that size."""
 
 
 def chunk_size(vocabulary: int, wanted: int | None) -> int:
