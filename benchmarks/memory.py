@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py [--only NAME ...]
 
-Each case is a process of its own, two steps and two validations; measured is the highest ``mx.get_peak_memory()`` it
-reports, loading and validation included. The prediction is that of `python -m macft.plan`, from config.json alone.
-Models other than SmolLM2 are made here with random weights.
+Each case is a process of its own, two steps and two validations of at most 8 rows; measured is the highest
+``mx.get_peak_memory()`` it reports, loading and validation included. The prediction is that of `python -m macft.plan`,
+from config.json alone. Models other than SmolLM2 are made here with random weights.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
     "SmolLM2, 4 blocks, 2 x 512, checkpointing": (
         "",
         512,
-        ["training.batch_size=2", "training.grad_checkpoint=true", "adapter.num_layers=4"],
+        ["training.batch_size=2", "training.grad_checkpoint=true", "training.eval_rows=4", "adapter.num_layers=4"],
     ),
     "SmolLM2, SQL rows, micro-batch 2": (
         "sql",
@@ -95,7 +95,7 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
         ["training.batch_size=2", "adapter=full", "adapter.num_layers=2", "model.quantization=none"],
     ),
     "wide, rank 64, 2 x 256": ("wide", 256, ["training.batch_size=2", "adapter.rank=64"]),
-    "deep, 1 x 1024": ("deep", 1024, ["training.batch_size=1"]),
+    "deep, 1 x 1024": ("deep", 1024, ["training.batch_size=1", "training.eval_every=0"]),
     "deep, full, 2 of 4 x 128": (
         "deep",
         128,
@@ -137,7 +137,7 @@ def make_rows(length: int, folder: Path) -> Path:
 def overrides(case: str, folder: Path) -> list[str]:
     """The command line of a case."""
     model, length, more = CASES[case]
-    words = ["training.steps=2", "training.eval_every=1", "training.eval_rows=8", "training.save_every=0", *more]
+    words = ["training.steps=2", "training.eval_every=2", "training.eval_rows=8", "training.save_every=0", *more]
     if model == "sql":
         return ["dataset=sql", "training.metric_rows=0", *words]
     if model:

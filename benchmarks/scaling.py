@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 GOAL = 1.9
-WARM_UP_STEPS = 2
+WARM_UP_STEPS = 1
 NUM_LAYERS, RANK = 16, 8
 LENGTH = 128
 

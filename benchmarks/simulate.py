@@ -37,7 +37,8 @@ from macft.plan.workload import StepRows
 HERE = Path(__file__).parent
 POINTS = HERE / "scaling_measured.json"
 NODES = (2, 3, 4, 8, 16, 32, 64)
-SIZES = (64 << 10, 1 << 20, 5 << 20)
+# 64 KiB would slip through the token bucket (256 KB) unshaped; 4 KiB shows the latency.
+SIZES = (4 << 10, 1 << 20, 5 << 20)
 RANKS = (2, 4, 8)
 GOAL = 0.9
 DRAWS = 400
@@ -126,7 +127,7 @@ def mac_job(model: str, mac: str, adapter: AdapterConfig, rows: int, length: int
     shape = shape_of(known_models()[model], model)
     held = HeldWeights(shape.bits, shape.group_size, 2)
     steps = [StepRows(np.full(rows, length), np.full(rows, length // 4))]
-    plan = Fitter(shape, held, adapter, "adamw", steps, validates=False)
+    plan = Fitter(shape, held, adapter, "adamw", steps, validation_rows=0)
     operations = step_cost(plan, Settings(None, False)).operations
     seconds = operations / (find_mac(mac).chip.tflops * 1e12 * MAC_EFFICIENCY)
     name = model.split("/")[-1].removesuffix("-4bit").replace("-Instruct", "").replace("Meta-", "")
@@ -167,10 +168,12 @@ def check(points: dict[str, Any]) -> None:
     print(f"\n| {'training, 2 nodes':22} | measured s | simulated s | error |\n| --- | ---: | ---: | ---: |")
     for point in points["training"]:
         on_link = point["link"] != "loopback"
-        job = Job("", point["compute"], ((1, point["gradient_bytes"] // 4),))
+        # From lone nodes on both cores: what the machine's shared memory costs is no matter of the ring.
+        alone = point["ceiling"] / (1 if point["name"] == "weak" else 2)
+        job = Job("", alone, ((1, point["gradient_bytes"] // 4),))
         link = Link("", latency if on_link else 0.0, bandwidth if on_link else 1e9, "")
-        guess = step_seconds(job, 2, link, "none", jitter=0.0)
-        name = f"{point['name']}, {point['link']}"
+        guess = step_seconds(job, 2, link, "none")
+        name = f"{point['name']}, {point['rows']} rows, {point['link']}"
         print(f"| {name:22} | {point['two']:.3f} | {guess:.3f} | {guess / point['two'] - 1:+.0%} |")
 
 

@@ -1,18 +1,22 @@
 """macft against mlx_lm.lora on one node: the same model, rows, adapter, precision, BLAS and cores, in turn.
 
-    python benchmarks/training.py [--runs 5] [--steps 24] [--unmasked]
+    python benchmarks/training.py [--case sql|mixed|long] [--runs 5] [--steps 24]
 
-Each run is a process of its own, A B B A ...; it trains one pass over the same rows of the SQL dataset and reports the
-time from the end of step 4 to the last step, the losses, and the process's peak memory. The table shows medians and the
-median of the pairwise ratios. mlx_lm gets macft's OpenBLAS and the model already dequantised to float32, without which
-it would be many times slower on a CPU.
+Each run is a process of its own, A B B A ...; it trains one pass over the same rows and reports the time from the end
+of the warm-up to the last step, the losses, and the process's peak memory. The table shows medians and the median of
+the pairwise ratios. Cases: ``sql``, the SQL dataset with masked prompts; ``mixed``, unmasked text of 16 to 384
+tokens; and ``long``, unmasked text of 1,000 tokens and more, two rows a step. mlx_lm gets macft's OpenBLAS and the
+model already dequantised to float32, without which it would be many times slower on a CPU; ``--stock`` leaves it
+MLX's own BLAS.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
+import random
 import resource
 import statistics
 import subprocess
@@ -23,14 +27,15 @@ import types
 from pathlib import Path
 from typing import Any
 
-ROWS_A_STEP = 4
-WARM_UP_STEPS = 4
+ROWS_A_STEP = {"sql": 4, "mixed": 4, "long": 2}
+WARM_UP_STEPS = {"sql": 4, "mixed": 4, "long": 1}
+TOKENS = {"mixed": (16, 384), "long": (1000, 1020)}
 NUM_LAYERS = 16
 RANK, SCALE = 8, 20.0
 LEARNING_RATE = 1e-4
 
 
-def load_everything(steps: int) -> tuple[Any, list[dict[str, Any]]]:
+def load_everything(case: str, steps: int) -> tuple[Any, list[dict[str, Any]]]:
     """Model and records, the same for both."""
     from macft.data.settings import SourceConfig
     from macft.data.sources import read_source
@@ -39,10 +44,26 @@ def load_everything(steps: int) -> tuple[Any, list[dict[str, Any]]]:
     from macft.model.settings import ModelConfig
 
     config = ModelConfig()
-    return load(config, resolve(config)), read_source(SourceConfig(path="builtin:sql"))["train"][: ROWS_A_STEP * steps]
+    loaded = load(config, resolve(config))
+    records = read_source(SourceConfig(path="builtin:sql"))["train"]
+    count = ROWS_A_STEP[case] * steps
+    return loaded, records[:count] if case == "sql" else texts(records, loaded.tokenizer, *TOKENS[case], count)
 
 
-def train_macft(masked: bool, steps: int) -> dict[str, Any]:
+def texts(records: list[dict[str, Any]], tokenizer: Any, least: int, most: int, count: int) -> list[dict[str, Any]]:
+    """``count`` texts of ``least`` to ``most`` tokens, evenly spread on a log scale, cut from the SQL dataset."""
+    stream = tokenizer.encode("\n".join(json.dumps(record) for record in records))
+    generator = random.Random(0)
+    found, start = [], 0
+    for _ in range(count):
+        length = round(math.exp(generator.uniform(math.log(least), math.log(most))))
+        start = start if start + length < len(stream) else 0
+        found.append({"text": tokenizer.decode(stream[start : start + length])})
+        start += length
+    return found
+
+
+def train_macft(case: str, steps: int) -> dict[str, Any]:
     """macft's own loop, without reports, checkpoints and evaluation."""
     from macft.checkpoint.snapshot import Progress
     from macft.checkpoint.store import CheckpointStore
@@ -68,8 +89,8 @@ def train_macft(masked: bool, steps: int) -> dict[str, Any]:
             losses.append(event.loss)
             targets.append(event.target_tokens)
 
-    loaded, records = load_everything(steps)
-    rows = [tokenize(record, loaded.tokenizer, mask_prompt=masked) for record in records]
+    loaded, records = load_everything(case, steps)
+    rows = [tokenize(record, loaded.tokenizer, mask_prompt=case == "sql") for record in records]
     adaptation = adapt(loaded.model, AdapterConfig(rank=RANK, scale=SCALE, num_layers=NUM_LAYERS), seed=0)
     optimizer_config = OptimizerConfig(name="adam", learning_rate=LEARNING_RATE, schedule="constant")
     with tempfile.TemporaryDirectory() as folder:
@@ -80,21 +101,23 @@ def train_macft(masked: bool, steps: int) -> dict[str, Any]:
             collective=Solo(),
             train_rows=rows,
             valid_rows=[],
-            order=RowOrder([len(rows)], [1.0], batch_size=ROWS_A_STEP, seed=0),
+            order=RowOrder([len(rows)], [1.0], batch_size=ROWS_A_STEP[case], seed=0),
             total_steps=steps,
-            config=TrainingConfig(batch_size=ROWS_A_STEP, steps=steps, eval_every=0, save_every=0, max_grad_norm=0.0),
+            config=TrainingConfig(
+                batch_size=ROWS_A_STEP[case], steps=steps, eval_every=0, save_every=0, max_grad_norm=0.0
+            ),
             optimizer_config=optimizer_config,
             store=CheckpointStore(Path(folder), keep=1),
             reporter=Clock(),
             progress=Progress(),
             stop=StopRequest(),
         ).train()
-    return result(times, losses, sum(targets[WARM_UP_STEPS:]))
+    return result(case, times, losses, sum(targets[WARM_UP_STEPS[case] :]))
 
 
-def train_mlx_lm(masked: bool, steps: int) -> dict[str, Any]:
+def train_mlx_lm(case: str, steps: int) -> dict[str, Any]:
     """mlx-lm's own tuner, as mlx_lm.lora calls it."""
-    loaded, records = load_everything(steps)  # imports macft, and so OpenBLAS, before MLX
+    loaded, records = load_everything(case, steps)  # imports macft, and so OpenBLAS, before MLX
 
     import mlx.core as mx
     import mlx.optimizers as optim
@@ -107,7 +130,7 @@ def train_mlx_lm(masked: bool, steps: int) -> dict[str, Any]:
     vars(sys.modules[type(loaded.model).__module__])["swiglu"] = activations.swiglu
     mx.random.seed(0)
     linear_to_lora_layers(loaded.model, NUM_LAYERS, {"rank": RANK, "scale": SCALE, "dropout": 0.0})
-    data = CacheDataset(create_dataset(records, loaded.tokenizer, types.SimpleNamespace(mask_prompt=masked)))
+    data = CacheDataset(create_dataset(records, loaded.tokenizer, types.SimpleNamespace(mask_prompt=case == "sql")))
     times: list[float] = []
     losses: list[float] = []
     trained: list[int] = []
@@ -123,7 +146,7 @@ def train_mlx_lm(masked: bool, steps: int) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArgs(
-            batch_size=ROWS_A_STEP,
+            batch_size=ROWS_A_STEP[case],
             iters=steps,
             steps_per_report=1,
             steps_per_save=10 * steps,
@@ -132,28 +155,30 @@ def train_mlx_lm(masked: bool, steps: int) -> dict[str, Any]:
         optimizer = optim.Adam(LEARNING_RATE, bias_correction=True)
         train(loaded.model, optimizer, data, None, settings, training_callback=Callback())
     # mlx-lm counts one padding token a row as a target; only the rows' own targets are compared.
-    padding = ROWS_A_STEP * (steps - WARM_UP_STEPS)
-    return result(times, losses, trained[-1] - trained[WARM_UP_STEPS - 1] - padding)
+    padding = ROWS_A_STEP[case] * (steps - WARM_UP_STEPS[case])
+    return result(case, times, losses, trained[-1] - trained[WARM_UP_STEPS[case] - 1] - padding)
 
 
-def result(times: list[float], losses: list[float], targets: int) -> dict[str, Any]:
+def result(case: str, times: list[float], losses: list[float], targets: int) -> dict[str, Any]:
     """What a run hands to the parent process."""
     import mlx.core as mx
 
-    seconds = times[-1] - times[WARM_UP_STEPS - 1]
+    warm_up = WARM_UP_STEPS[case]
+    seconds = times[-1] - times[warm_up - 1]
     unit = 1 if platform.system() == "Darwin" else 1024
     return {
         "target_tokens_per_second": targets / seconds,
-        "rows_per_second": ROWS_A_STEP * (len(times) - WARM_UP_STEPS) / seconds,
+        "rows_per_second": ROWS_A_STEP[case] * (len(times) - warm_up) / seconds,
         "peak_resident_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9,
         "peak_mlx_gb": mx.get_peak_memory() / 1e9,
         "mean_loss": statistics.fmean(losses),
     }
 
 
-def run(worker: str, masked: bool, steps: int) -> dict[str, Any]:
+def run(worker: str, case: str, steps: int, *, stock: bool) -> dict[str, Any]:
     """One training in a fresh process."""
-    command = [sys.executable, __file__, "--worker", worker, "--steps", str(steps)] + ([] if masked else ["--unmasked"])
+    command = [sys.executable, __file__, "--worker", worker, "--case", case, "--steps", str(steps)]
+    command += ["--stock"] if stock and worker == "mlx_lm" else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{worker} failed:\n{done.stderr[-3000:]}")
@@ -164,20 +189,25 @@ def run(worker: str, masked: bool, steps: int) -> dict[str, Any]:
 def main() -> None:
     """Runs the comparison, or one side of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=sorted(ROWS_A_STEP), default="sql")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--unmasked", action="store_true", help="train on the prompt too")
+    parser.add_argument("--stock", action="store_true", help="mlx_lm with the BLAS of MLX's own wheel")
     parser.add_argument("--worker", choices=["macft", "mlx_lm"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    masked = not arguments.unmasked
+    case = arguments.case
     if arguments.worker:
+        if arguments.stock:
+            import mlx.core as mx  # before macft, so that OpenBLAS doesn't get in
+
+            mx.eval(mx.zeros(1))
         worker = train_macft if arguments.worker == "macft" else train_mlx_lm
-        print(json.dumps(worker(masked, arguments.steps)))
+        print(json.dumps(worker(case, arguments.steps)))
         return
     found: dict[str, list[dict[str, Any]]] = {"macft": [], "mlx_lm": []}
     for number in range(arguments.runs):
         for name in ("macft", "mlx_lm") if number % 2 == 0 else ("mlx_lm", "macft"):
-            found[name].append(run(name, masked, arguments.steps))
+            found[name].append(run(name, case, arguments.steps, stock=arguments.stock))
             print(f"run {number + 1} {name}: {found[name][-1]}", file=sys.stderr)
     print(f"{'median of ' + str(arguments.runs):26}{'macft':>12}{'mlx_lm':>12}{'ratio':>9}")
     for key in found["macft"][0]:

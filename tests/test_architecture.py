@@ -15,7 +15,7 @@ ROOT = Path(macft.__file__).parent
 # What each room may import besides macft.errors.
 ALLOWED = {
     "collective": set(),
-    "benchmarking": {"collective"},
+    "benchmarking": {"cluster", "collective"},
     "cluster": {"collective", "blas"},
     "plan": {"blas", "cluster", "collective", "config", "data", "model", "status", "training"},
     "report": {"plan"},

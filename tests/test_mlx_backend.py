@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -79,8 +80,8 @@ def mine(rank, size, dtype):
 
 bits = []
 sizes = [0, 1, group.world_size, 1000, 100_003, 5_000_001]
-for dtype in ("f4", "f8"):
-    for size in sizes:
+for dtype, most in (("f4", 10_000_000), ("f8", 200_000)):
+    for size in (size for size in sizes if size < most):
         array = mine(group.rank, size, dtype)
         group.all_reduce([array])
         expected = sum(mine(rank, size, dtype).astype("f8") for rank in range(group.world_size))
@@ -182,7 +183,10 @@ def test_ranks_that_hang_out_of_step_are_told_so() -> None:
     with ranks(2, HANG.format(doing="f'all-reduce 2 of {16 + group.rank} bytes'"), timeout=20.0) as processes:
         told = [ends(processes, rank) for rank in range(2)]
     assert all(line.startswith("ProtocolError") for line in told), told
-    assert any("is at all-reduce 2 of 17 bytes, this rank at all-reduce 2 of 16 bytes" in line for line in told), told
+    # Whichever sees it first tells the other.
+    assert all(
+        re.search(r"is at all-reduce 2 of 1. bytes, this rank at all-reduce 2 of 1. bytes", line) for line in told
+    )
 
 
 def test_a_rank_that_fails_by_itself_tells_the_others_why() -> None:
@@ -226,46 +230,18 @@ def test_settings() -> None:
 
 
 @pytest.mark.slow
-def test_the_loss_curve_is_the_rings(tmp_path: Path, tiny_model_folder: Path) -> None:
-    data = uneven_dataset(tmp_path / "data")
-    common = [
-        f"model={tiny_model_folder}",
-        f"dataset={data}",
-        "training.steps=3",
-        "training.batch_size=4",
-        "topology=local",
-        "topology.nodes=2",
-    ]
-    folders = {}
-    for backend in ("ring", "mlx"):
-        folders[backend] = tmp_path / backend
-        done = train(*common, f"collective={backend}", f"hydra.run.dir={folders[backend]}", cwd=tmp_path)
-        assert done.status == 0, done.errors
-    assert losses(folders["mlx"]) == pytest.approx(losses(folders["ring"]), rel=1e-5)
-
-
-@pytest.mark.slow
-def test_under_mlx_launch(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_the_loss_curve_is_the_rings_also_under_mlx_launch(tmp_path: Path, tiny_model_folder: Path) -> None:
     data = uneven_dataset(tmp_path / "data")
     common = [f"model={tiny_model_folder}", f"dataset={data}", "training.steps=3", "training.batch_size=4"]
-    assert train(*common, f"hydra.run.dir={tmp_path / 'alone'}", cwd=tmp_path).status == 0
+    for backend in ("ring", "mlx"):
+        topology = ["topology=local", "topology.nodes=2", f"collective={backend}"]
+        done = train(*common, *topology, f"hydra.run.dir={tmp_path / backend}", cwd=tmp_path)
+        assert done.status == 0, done.errors
     launcher = shutil.which("mlx.launch", path=str(Path(sys.executable).parent))
     assert launcher is not None
-    done = subprocess.run(
-        [
-            launcher,
-            "-n",
-            "2",
-            "--backend",
-            "ring",
-            "--",
-            sys.executable,
-            "-m",
-            "macft.train",
-            *common,
-            "collective=mlx",
-            f"hydra.run.dir={tmp_path / 'launched'}",
-        ],
+    command = [launcher, "-n", "2", "--backend", "ring", "--", sys.executable, "-m", "macft.train", *common]
+    launched = subprocess.run(
+        [*command, "collective=mlx", f"hydra.run.dir={tmp_path / 'launched'}"],
         cwd=tmp_path,
         env=environment(),
         capture_output=True,
@@ -273,5 +249,6 @@ def test_under_mlx_launch(tmp_path: Path, tiny_model_folder: Path) -> None:
         timeout=240,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert losses(tmp_path / "launched") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    assert launched.returncode == 0, launched.stdout + launched.stderr
+    for other in ("mlx", "launched"):
+        assert losses(tmp_path / other) == pytest.approx(losses(tmp_path / "ring"), rel=1e-5)

@@ -39,7 +39,7 @@ def tiny_shape() -> ModelShape:
 
 def fitter(rows: int = 8, length: int = 257, adapter: AdapterConfig | None = None) -> Fitter:
     steps = [StepRows(np.full(rows, length), np.full(rows, length - 1))]
-    return Fitter(tiny_shape(), FLOAT32, adapter or AdapterConfig(), "adamw", steps, validates=False)
+    return Fitter(tiny_shape(), FLOAT32, adapter or AdapterConfig(), "adamw", steps, validation_rows=0)
 
 
 @pytest.mark.parametrize(
@@ -270,5 +270,5 @@ def test_prediction_is_within_15_percent_of_the_measured_peak(tiny_model_folder:
     assert done.status == 0, done.errors
     found = max(event["peak_memory"] for event in events(tmp_path / "run", "step_done"))
     steps = [StepRows(np.full(4, 128), np.full(4, 127))]
-    plan = Fitter(read_shape(tiny_model_folder), FLOAT32, AdapterConfig(), "adamw", steps, validates=False)
+    plan = Fitter(read_shape(tiny_model_folder), FLOAT32, AdapterConfig(), "adamw", steps, validation_rows=0)
     assert plan.parts(Settings(None, False)).peak == pytest.approx(found, rel=0.15)

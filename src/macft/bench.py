@@ -37,7 +37,7 @@ from macft.cluster.connect import connect
 from macft.cluster.hosts import own_rank
 from macft.cluster.keys import keyring_for
 from macft.cluster.rendezvous import RendezvousServer
-from macft.cluster.settings import split_host
+from macft.cluster.settings import host_paths, split_host
 from macft.config.command_line import prepare
 from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig
@@ -156,12 +156,12 @@ def _measure_hosts(options: argparse.Namespace, config: TrainConfig) -> tuple[li
     rank, count = own_rank(topology), len(topology.hosts)
     places = [split_host(host, topology.port) for host in topology.hosts]
     host, port = places[rank]
+    run_id = f"bench:{','.join(topology.hosts)}"
     keyring = keyring_for(topology, config.collective)
     # What is to be measured must be alike on all hosts as well.
     marks = json.dumps([fingerprint(config), options.sizes, options.turns, options.peers])
     with ExitStack() as stack:
         if rank == 0:
-            run_id = f"bench:{','.join(topology.hosts)}"
             server = RendezvousServer(
                 f"{host}:{port}",
                 world_size=count,
@@ -178,12 +178,14 @@ def _measure_hosts(options: argparse.Namespace, config: TrainConfig) -> tuple[li
                 f"{places[0][0]}:{places[0][1]}",
                 rank=rank,
                 world_size=count,
-                run_id=f"bench:{','.join(topology.hosts)}",
+                run_id=run_id,
                 fingerprint=marks,
                 name=topology.hosts[rank],
                 settings=config.collective,
                 start_timeout=topology.start_timeout,
-                bind=f"{host}:{port + 1}",
+                bind="+".join(
+                    f"{name}:{number + 1}" for name, number in host_paths(topology.hosts[rank], topology.port)
+                ),
                 keyring=keyring,
             )
         )

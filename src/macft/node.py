@@ -49,7 +49,9 @@ from macft.training.exchange import GradientExchange
 from macft.training.gradient import GradientComputer
 from macft.training.loop import Trainer, steps_for
 from macft.training.optimizer import make_optimizer
+from macft.training.outer import OuterOptimizer
 from macft.training.pace import FullSpeed
+from macft.training.settings import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,12 @@ def _prepare(
         seed=config.seed,
         checkpoint_blocks=config.training.grad_checkpoint,
         bucket_bytes=config.collective.bucket_bytes,
+        packing=config.training.packing,
+        loss_chunk=config.training.loss_chunk,
     )
     store = CheckpointStore(folder.checkpoints, keep=config.training.keep)
     exchange = GradientExchange(collective, config.collective.codec, config.collective.powersgd_rank)
-    progress, notes = _agree_on_state(loaded, optimizer, exchange, store, resume=resume)
+    progress, notes, outer = _agree_on_state(config.training, loaded, optimizer, exchange, store, resume=resume)
     reporter = fan_out.build(
         config.report,
         folder,
@@ -160,6 +164,7 @@ def _prepare(
         progress=progress,
         stop=stop,
         exchange=exchange,
+        outer=outer,
         balance=Balance(config.topology.shares, collective.world_size, every=config.topology.rebalance_every),
         pace=guard or FullSpeed(),
     )
@@ -170,8 +175,14 @@ def _prepare(
 
 
 def _agree_on_state(
-    loaded: LoadedModel, optimizer: optim.Optimizer, exchange: GradientExchange, store: CheckpointStore, *, resume: bool
-) -> tuple[Progress, list[str]]:
+    training: TrainingConfig,
+    loaded: LoadedModel,
+    optimizer: optim.Optimizer,
+    exchange: GradientExchange,
+    store: CheckpointStore,
+    *,
+    resume: bool,
+) -> tuple[Progress, list[str], OuterOptimizer | None]:
     """Every rank begins with rank 0's adapter, optimizer and progress: fresh, or those of the newest checkpoint."""
     snapshot: Snapshot | None = None
     notes: list[str] = []
@@ -184,12 +195,22 @@ def _agree_on_state(
                 notes.append("no checkpoint was saved before the run stopped; it starts from the beginning")
         payload = (snapshot or capture(loaded.model, optimizer, Progress())).pack()
     snapshot = Snapshot.unpack(collective.broadcast(payload))
+    progress = Progress()
     if snapshot.progress.step == 0:
         restore_adapter(snapshot, loaded.model)
-        return Progress(), notes
-    if snapshot.codec:
-        exchange.restore(snapshot.codec)
-    return restore(snapshot, loaded.model, optimizer), notes
+    else:
+        progress = restore(snapshot, loaded.model, optimizer)
+        if snapshot.codec:
+            exchange.restore(snapshot.codec)
+    if training.sync != "diloco":
+        return progress, notes, None
+    rate, momentum = training.outer_learning_rate, training.outer_momentum
+    outer = OuterOptimizer(loaded.model, learning_rate=rate, momentum=momentum)
+    if snapshot.outer:
+        outer.restore(snapshot.outer, loaded.model, optimizer, collective.rank)
+    notes.append(f"training.sync=diloco: the nodes meet every {training.inner_steps} steps; between two meetings the")
+    notes[-1] += " loss and tokens/s shown are rank 0's own"
+    return progress, notes, outer
 
 
 def _announce(run: _Run) -> None:
@@ -332,7 +353,7 @@ def _end(
             adapter_folder=adapter_folder,
             adapter_sha256=outcome.adapter_sha256,
             detail=detail,
-            energy=summarize(trainer.nodes, run.config.thermal, tokens=trainer.tokens, seconds=trainer.seconds),
+            energy=summarize(trainer.nodes, run.config.thermal, tokens=trainer.tokens),
         )
     )
     return outcome

@@ -62,7 +62,7 @@ def shipments(config: TrainConfig) -> list[Shipment]:
                 raise ConfigError(f"topology.ship: data can't be sent, for '{source.path}' is not on this machine")
             found.append(Shipment(path, destination(source.path, topology)))
     if "model" in topology.ship:
-        here = resolve(config.model)
+        here = resolve(config.model).absolute()
         given = Path(config.model.path).expanduser()
         found.append(Shipment(here, destination(config.model.path if given.is_dir() else str(here), topology)))
         reference = here.parents[1] / "refs" / "main"

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from macft.collective.base import Collective
 
+JOIN_SECONDS = 60.0
 NAMES = ("macft", "mlx", "gloo", "mpi", "tcp")
 """macft's collective as configured, MLX's ring, torch's gloo, MPI, and the raw TCP copy a ring can't be faster than."""
 
@@ -190,13 +191,40 @@ def join(name: str, rank: int, addresses: Sequence[str], settings: Mapping[str, 
 
 
 def _own(rank: int, addresses: Sequence[str], settings: Mapping[str, Any]) -> Collective:
+    """macft's collective, joined as a run of macft.train joins it; the rendezvous is at the first address."""
+    from macft.cluster.connect import connect
+    from macft.cluster.keys import key_folder, load
+    from macft.cluster.rendezvous import RendezvousServer
     from macft.collective.settings import CollectiveConfig
 
     config = CollectiveConfig(**settings)
-    if config.backend == "mlx":
-        from macft.collective.mlx_group import MlxListener
-
-        return MlxListener(addresses[rank], config).join(rank, addresses, names=[], secret="bench")
-    from macft.collective.ring import Ring
-
-    return Ring(rank, len(addresses), addresses, settings=config)
+    keyring = load(key_folder()) if config.encryption == "on" else None
+    host, count, server = addresses[rank].rpartition(":")[0], len(addresses), None
+    try:
+        if rank == 0:
+            server = RendezvousServer(
+                addresses[0],
+                world_size=count,
+                run_id="bench",
+                fingerprint="bench",
+                timeout=JOIN_SECONDS,
+                keyring=keyring,
+            )
+            server.start()
+        joined = connect(
+            addresses[0],
+            rank=rank,
+            world_size=count,
+            run_id="bench",
+            fingerprint="bench",
+            name=f"rank-{rank}",
+            settings=config,
+            start_timeout=JOIN_SECONDS,
+            bind=f"{host}:0",
+            keyring=keyring,
+        )
+        joined.barrier()  # all have heard from the server
+    finally:
+        if server is not None:
+            server.close()
+    return joined

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from macft.errors import CheckpointError
 
 ADAPTER, OPTIMIZER, PROGRESS = "adapters.safetensors", "optimizer.safetensors", "progress.json"
-CODEC = "codec.msgpack"
+CODEC, OUTER = "codec.msgpack", "outer.msgpack"
 
 
 @dataclass
@@ -64,7 +64,15 @@ class Snapshot:
     @property
     def codec(self) -> list[bytes]:
         """The codecs' memories, by rank."""
-        data = self.files.get(CODEC, b"\x90")
+        return self._blobs(CODEC)
+
+    @property
+    def outer(self) -> list[bytes]:
+        """With DiLoCo the ranks' own optimizers, by rank."""
+        return self._blobs(OUTER)
+
+    def _blobs(self, name: str) -> list[bytes]:
+        data = self.files.get(name, b"\x90")
         blobs: list[bytes] = msgpack.unpackb(data, max_bin_len=len(data))
         return blobs
 
@@ -82,14 +90,25 @@ class Snapshot:
         return cls(files)
 
 
-def capture(model: nn.Module, optimizer: optim.Optimizer, progress: Progress, codec: Sequence[bytes] = ()) -> Snapshot:
-    """Copies trainable parameters, optimizer state and progress; ``codec`` is the memory of each rank's codec."""
+def capture(
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    progress: Progress,
+    *,
+    codec: Sequence[bytes] = (),
+    outer: Sequence[bytes] = (),
+) -> Snapshot:
+    """Copies trainable parameters, optimizer state and progress.
+
+    ``codec`` and ``outer`` are what each rank alone knows: its codec's memory, and with DiLoCo its own optimizer.
+    """
     return Snapshot(
         {
-            ADAPTER: _tensors(model.trainable_parameters()),
-            OPTIMIZER: _tensors(optimizer.state),
+            ADAPTER: pack_tensors(model.trainable_parameters()),
+            OPTIMIZER: pack_tensors(optimizer.state),
             PROGRESS: json.dumps(asdict(progress)).encode(),
             CODEC: msgpack.packb(list(codec)),
+            OUTER: msgpack.packb(list(outer)),
         }
     )
 
@@ -101,14 +120,14 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: optim.Optimizer) ->
         CheckpointError: the adapter stored doesn't fit the adapter configured.
     """
     restore_adapter(snapshot, model)
-    optimizer.state = tree_unflatten(list(_arrays(snapshot.files[OPTIMIZER]).items()))
+    optimizer.state = tree_unflatten(list(unpack_tensors(snapshot.files[OPTIMIZER]).items()))
     mx.eval(optimizer.state)
     return snapshot.progress
 
 
 def restore_adapter(snapshot: Snapshot, model: nn.Module) -> None:
     """Puts only the trainable parameters back."""
-    stored = _arrays(snapshot.files[ADAPTER])
+    stored = unpack_tensors(snapshot.files[ADAPTER])
     expected = dict(tree_flatten(model.trainable_parameters()))
     if {name: value.shape for name, value in stored.items()} != {name: v.shape for name, v in expected.items()}:
         raise CheckpointError(
@@ -121,16 +140,16 @@ def restore_adapter(snapshot: Snapshot, model: nn.Module) -> None:
 
 def digest(model: nn.Module) -> bytes:
     """SHA-256 over the trainable parameters' names and bits: equal on two ranks only if they hold the same adapter."""
-    return hashlib.sha256(_tensors(model.trainable_parameters())).digest()
+    return hashlib.sha256(pack_tensors(model.trainable_parameters())).digest()
 
 
-def _tensors(tree: Any) -> bytes:
+def pack_tensors(tree: Any) -> bytes:
     buffer = io.BytesIO()
     mx.save_safetensors(buffer, dict(sorted(tree_flatten(tree))))
     return buffer.getvalue()
 
 
-def _arrays(data: bytes) -> dict[str, Any]:
+def unpack_tensors(data: bytes) -> dict[str, Any]:
     arrays = mx.load(io.BytesIO(data), format="safetensors")
     assert isinstance(arrays, dict)
     return arrays

@@ -1,4 +1,4 @@
-"""Looks at a host before anything is started there. Sent to its Python over SSH, so the standard library is all it uses.
+"""Looks at a host before anything is started there. Its Python gets this over SSH: the standard library must do.
 
 Reads one JSON request from its last argument and prints one JSON line: versions, disk, clock, ports, and the SHA-256 of
 the files below the folders asked about.
@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 
@@ -41,40 +42,34 @@ def port_error(address: str, port: int) -> str:
     return ""
 
 
-def manifest(path: str) -> dict[str, str]:
+def manifest(path: Path) -> dict[str, str]:
     """{relative path: SHA-256} of the files below ``path``; of the file itself under an empty name."""
-    if os.path.isfile(path):
+    if path.is_file():
         return {"": digest(path)}
-    found = {}
-    for folder, _, names in os.walk(path):
-        for name in names:
-            whole = os.path.join(folder, name)
-            if os.path.isfile(whole):
-                found[os.path.relpath(whole, path)] = digest(whole)
-    return found
+    return {item.relative_to(path).as_posix(): digest(item) for item in path.rglob("*") if item.is_file()}
 
 
-def digest(path: str) -> str:
+def digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """What the request asks for."""
-    os.chdir(os.path.expanduser("~"))
-    os.makedirs(request["folder"], exist_ok=True)
+    os.chdir(Path.home())
+    Path(request["folder"]).mkdir(parents=True, exist_ok=True)
     return {
         "versions": versions(request["packages"]),
         "free": shutil.disk_usage(request["folder"]).free,
         "time": time.time(),
         "ports": {str(port): port_error(request["address"], port) for port in request["ports"]},
-        "files": {path: manifest(path) for path in request["paths"]},
+        "files": {path: manifest(Path(path)) for path in request["paths"]},
     }
 
 
 if __name__ == "__main__":
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - it is the host's Python, whichever that is
         print(json.dumps({"versions": {"python": platform.python_version()}}))
     else:
         print(json.dumps(answer(json.loads(sys.argv[-1]))))

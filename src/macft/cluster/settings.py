@@ -143,7 +143,7 @@ def _share_problems(config: TopologyConfig) -> list[str]:
         if shares not in SHARES:
             found.append(f"topology.shares: '{shares}' is not auto, equal or a list of numbers such as [2,1]")
         return found
-    nodes = len(config.hosts) if config.kind == "hosts" else config.nodes
+    nodes = len(config.hosts) if config.kind in ("hosts", "ssh") else config.nodes
     if not isinstance(shares, list) or any(isinstance(n, bool) or not isinstance(n, int | float) for n in shares):
         found.append(f"topology.shares: {shares} is not auto, equal or a list of numbers such as [2,1]")
     elif len(shares) != nodes:

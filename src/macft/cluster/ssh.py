@@ -31,8 +31,8 @@ async def connect(destination: str) -> asyncssh.SSHClientConnection:
         )
     except asyncssh.HostKeyNotVerifiable:
         raise LaunchError(
-            f"{destination}: its host key is not in known_hosts, or is another one; run `ssh {mended}` once and compare "
-            "the fingerprint with the one that the host shows"
+            f"{destination}: its host key is not in known_hosts, or is another one; run `ssh {mended}` once and "
+            "compare the fingerprint with the one that the host shows"
         ) from None
     except asyncssh.PermissionDenied:
         raise LaunchError(f"{destination}: refuses your SSH key; run `ssh-copy-id {mended}`") from None

@@ -28,7 +28,6 @@ _GRACE_SECONDS = 20.0
 """How long the other ranks may take to end by themselves once one has failed."""
 _PROBE_SECONDS = 120.0
 _MIN_FREE_BYTES = 200 * 2**20
-_MAX_LINE = 65_536
 _LOG_LINES = 5
 
 
@@ -290,7 +289,7 @@ async def _follow(plan: Launch, host: Host) -> int:
     try:
         while True:
             try:
-                line = await host.process.stdout.readuntil("\n", _MAX_LINE)
+                line = await host.process.stdout.readuntil("\n")
             except asyncio.IncompleteReadError as error:
                 line = str(error.partial)
             if not line:

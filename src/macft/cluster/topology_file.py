@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from macft.cluster.settings import TopologyConfig, problems
+from macft.cluster.settings import TopologyConfig, host_paths, problems
 from macft.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -126,7 +126,7 @@ def from_hostfile(path: Path) -> TopologyConfig:
 def to_hostfile(config: TopologyConfig) -> str:
     """The cluster as a hostfile of ``mlx.launch``."""
     entries = [
-        {"ssh": config.ssh_of(rank), "ips": [host.rsplit(":", 1)[0] if host.count(":") == 1 else host]}
+        {"ssh": config.ssh_of(rank), "ips": [name for name, _ in host_paths(host, config.port)]}
         for rank, host in enumerate(config.hosts)
     ]
     return json.dumps(entries, indent=2) + "\n"

@@ -40,7 +40,7 @@ class MlxListener:
     """This rank's two ports: that of its pulse, whose ``address`` the others are told, and the next one for MLX.
 
     Args:
-        bind: ``host:port`` of the pulse; port 0 for two free ones.
+        bind: ``host:port`` of the pulse; port 0 for two free ones. Of several paths only the first is used.
         settings: The group ``collective``.
 
     Raises:
@@ -52,6 +52,7 @@ class MlxListener:
         self.backend = check_backend("ring" if settings.mlx_backend == "any" else settings.mlx_backend)
         if self.backend == "mpi":
             raise CollectiveError("collective.mlx_backend: mpi's ranks are started by mpirun, with topology=single")
+        bind = bind.split("+", 1)[0]
         self._state = Pulse()
         self._joined: MlxCollective | None = None
         self._pulse = _two_ports(bind, self._read)

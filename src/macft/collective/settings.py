@@ -58,6 +58,8 @@ def problems(config: CollectiveConfig) -> list[str]:
         found.append("collective.encryption: YAML reads on and off as true and false; put it in quotes")
     elif config.encryption not in ENCRYPTION:
         found.append(f"collective.encryption: '{config.encryption}' is not one of {', '.join(ENCRYPTION)}")
+    elif config.encryption == "on" and config.backend == "mlx":
+        found.append("collective.encryption: collective=mlx can't encrypt; use collective=ring, or encryption=off")
     if config.codec not in CODECS:
         found.append(f"collective.codec: '{config.codec}' is not one of {', '.join(CODECS)}")
     elif config.backend == "mlx" and config.codec in ("bfloat16", "int8", "auto"):

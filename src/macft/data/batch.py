@@ -1,4 +1,4 @@
-"""Rows of tokens as padded batches."""
+"""Rows of tokens as padded batches, or laid end to end."""
 
 from __future__ import annotations
 
@@ -45,3 +45,61 @@ def micro_batches(rows: Sequence[Row], row_ids: NDArray[np.int64], micro_batch_s
     size = micro_batch_size or max(1, len(rows))
     groups = [by_length[start : start + size] for start in range(0, len(by_length), size)]
     return [collate([rows[i] for i in group], np.asarray(row_ids)[group]) for group in groups]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Rows laid end to end without padding, shifted for next-token prediction.
+
+    ``inputs`` (1, tokens) int32, the rows' tokens but the last of each; ``lengths``, how many of them each row has;
+    ``positions`` (n,) where in ``inputs`` there is a target, ``targets`` (n,) int32, ``weights`` (n,) all 1;
+    ``row_ids`` (rows,).
+    """
+
+    inputs: NDArray[np.int32]
+    lengths: tuple[int, ...]
+    positions: NDArray[np.int32]
+    targets: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    row_ids: NDArray[np.int64]
+
+
+def pack(batch: Batch, lanes: int, most_tokens: int | None) -> list[list[Pack]]:
+    """The rows of ``batch`` shared out evenly among ``lanes`` that compute side by side, in packs for each lane.
+
+    A pack has at most ``most_tokens`` tokens (None: no limit), or one row that is longer. Lanes without rows are
+    left out. Which rows go where depends on their lengths only.
+    """
+    shares: list[list[int]] = [[] for _ in range(lanes)]
+    for place in sorted(range(len(batch.lengths)), key=lambda row: (-int(batch.lengths[row]), row)):
+        if batch.lengths[place] > max(int(batch.prompt_lengths[place]), 1):  # others have no target
+            min(shares, key=lambda share: sum(int(batch.lengths[row]) for row in share)).append(place)
+    return [[_lay_out(batch, rows) for rows in _cut(batch, share, most_tokens)] for share in shares if share]
+
+
+def _cut(batch: Batch, share: list[int], most_tokens: int | None) -> list[list[int]]:
+    groups: list[list[int]] = [[]]
+    tokens = 0
+    for row in share:
+        length = int(batch.lengths[row])
+        if groups[-1] and most_tokens is not None and tokens + length > most_tokens:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(row)
+        tokens += length
+    return groups
+
+
+def _lay_out(batch: Batch, rows: list[int]) -> Pack:
+    lengths = tuple(int(batch.lengths[row]) - 1 for row in rows)
+    inputs = np.concatenate([batch.tokens[row, :length] for row, length in zip(rows, lengths, strict=True)])
+    following = np.concatenate([batch.tokens[row, 1 : length + 1] for row, length in zip(rows, lengths, strict=True)])
+    is_target = np.concatenate(
+        [
+            np.arange(1, length + 1) >= max(int(batch.prompt_lengths[row]), 1)
+            for row, length in zip(rows, lengths, strict=True)
+        ]
+    )
+    positions = np.flatnonzero(is_target).astype(np.int32)
+    weights = np.ones(len(positions), dtype=np.float32)
+    return Pack(inputs[None], lengths, positions, following[positions], weights, batch.row_ids[rows])

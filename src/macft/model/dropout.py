@@ -15,6 +15,8 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from numpy.typing import NDArray
 
+from macft.model.packing import row_lengths
+
 
 class DropoutKeys:
     """The keys of the rows in the micro-batch being computed, shared by all dropout layers of a model."""
@@ -34,7 +36,10 @@ class DropoutKeys:
 
 
 class RowDropout(nn.Module):
-    """Drops elements of ``x`` (rows, length, features) with probability ``p`` and rescales the rest by 1 / (1 - p)."""
+    """Drops elements of ``x`` with probability ``p`` and rescales the rest by 1 / (1 - p).
+
+    ``x`` is (rows, length, features), or (1, tokens, features) where rows are packed.
+    """
 
     def __init__(self, p: float, layer: int, keys: DropoutKeys):
         super().__init__()
@@ -46,9 +51,16 @@ class RowDropout(nn.Module):
         if not self.training:
             return x
         rows, length, features = x.shape
-        position = mx.arange(length, dtype=mx.uint32)[:, None] * 0x9E3779B1
+        packed_lengths = row_lengths()
+        place = mx.arange(length, dtype=mx.uint32)
+        keys = _mix(self._keys.value)[:rows, None, None]
+        if packed_lengths is not None:
+            place = mx.concatenate([mx.arange(row, dtype=mx.uint32) for row in packed_lengths])
+            owner = np.repeat(np.arange(len(packed_lengths)), packed_lengths)
+            keys = _mix(self._keys.value)[mx.array(owner)][None, :, None]
+        position = place[:, None] * 0x9E3779B1
         feature = mx.arange(features, dtype=mx.uint32)[None, :] * 0x85EBCA77 + (self._layer * 0xC2B2AE3D) % 2**32
-        bits = _mix((position + feature)[None] ^ _mix(self._keys.value)[:rows, None, None])
+        bits = _mix((position + feature)[None] ^ keys)
         keep = bits >= int(self._p * 2**32)
         return mx.where(keep, x * (1.0 / (1.0 - self._p)), 0.0).astype(x.dtype)
 

@@ -1,1 +1,1 @@
-"""Who does what: which rows of a step each node computes."""
+"""Who does what, and what a run needs: rows of a step by node, memory, fit and speed before anything loads."""

@@ -34,7 +34,8 @@ class Settings:
 class Fitter:
     """Predicts the peak of a node's part of a run under different settings.
 
-    ``steps`` hold this node's rows. ``can_chunk``: the trainer has ``training.loss_chunk``.
+    ``steps`` hold this node's rows, ``validation_rows`` is the size of the validation set (0: no validation).
+    ``can_chunk``: the trainer has ``training.loss_chunk``.
     """
 
     shape: ModelShape
@@ -42,13 +43,13 @@ class Fitter:
     adapter: AdapterConfig
     optimizer: str
     steps: Sequence[StepRows]
-    validates: bool
+    validation_rows: int
     can_chunk: bool = False
 
     @property
     def rows(self) -> int:
         """Most rows this node has in a step."""
-        return max((len(step.lengths) for step in self.steps), default=1)
+        return max((len(step.lengths) for step in self.steps), default=1) or 1
 
     def parts(self, settings: Settings) -> MemoryParts:
         """The prediction for the micro-batch that takes most."""
@@ -66,7 +67,7 @@ class Fitter:
                         tokens=length,
                         targets=targets / rows,
                         accumulated=len(batches) > 1,
-                        validation_rows=(size or _EVALUATION_ROWS) if self.validates else 0,
+                        validation_rows=min(size or _EVALUATION_ROWS, self.validation_rows),
                         checkpoint_blocks=settings.grad_checkpoint,
                         loss_chunk=settings.loss_chunk,
                     )
@@ -98,10 +99,10 @@ class Fitter:
     def longest_that_fits(self, budget: float) -> int | None:
         """The longest rows that fit under the most saving settings, tokens; None if none do."""
         saving = Settings(1, grad_checkpoint=True, loss_chunk=_CHUNK if self.can_chunk else 0)
-        longest = max(int(step.lengths.max()) for step in self.steps)
+        longest = max((int(step.lengths.max()) for step in self.steps if len(step.lengths)), default=0)
         while longest >= _SHORTEST_HINT:
             longest //= 2
-            work = Work(1, longest, longest, True, int(self.validates), True, saving.loss_chunk)
+            work = Work(1, longest, longest, True, min(1, self.validation_rows), True, saving.loss_chunk)
             if self._predict(work).peak <= budget:
                 return longest
         return None

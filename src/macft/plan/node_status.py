@@ -18,8 +18,8 @@ class NodeStatus:
     """One node's step: ``tokens`` in ``busy_seconds`` of computing, rests left out; None is unknown.
 
     ``duty`` is the part of the time the node may compute, ``paused`` says that it wants no rows at all. Temperature in
-    C, ``state`` 0 to 4, watts now and at most, ``joules`` since the start of this process; ``estimated`` marks power
-    that comes from a model.
+    C, ``state`` 0 to 4, watts now and at most, ``joules`` since the first step of this process, metered over
+    ``metered_seconds``; ``estimated`` marks power that comes from a model.
     """
 
     tokens: int = 0
@@ -32,9 +32,10 @@ class NodeStatus:
     watts: float | None = None
     peak_watts: float | None = None
     joules: float | None = None
+    metered_seconds: float = 0.0
     estimated: bool = False
 
-    SIZE = 11
+    SIZE = 12
 
     def numbers(self) -> NDArray[np.float64]:
         """The status as float64, (SIZE,); NaN for None."""
@@ -49,6 +50,7 @@ class NodeStatus:
             self.watts,
             self.peak_watts,
             self.joules,
+            self.metered_seconds,
             self.estimated,
         ]
         return np.array([math.nan if value is None else float(value) for value in values], dtype=np.float64)
@@ -69,5 +71,6 @@ class NodeStatus:
             watts=values[7],
             peak_watts=values[8],
             joules=values[9],
-            estimated=bool(values[10]),
+            metered_seconds=values[10] or 0.0,
+            estimated=bool(values[11]),
         )

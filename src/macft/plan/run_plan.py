@@ -144,7 +144,7 @@ def _own_speeds(config: TrainConfig, notes: list[str]) -> list[float]:
     count = world_size(config)
     efficiency = CPU_EFFICIENCY if on_cpu() else MAC_EFFICIENCY
     shared = count if config.topology.kind == "local" else 1
-    if config.topology.kind == "hosts":
+    if config.topology.kind in ("hosts", "ssh"):
         notes.append("every host is taken to be a machine like this one; plan.chips=[...] names other Macs")
     return [measured_flops() * efficiency / shared] * count
 

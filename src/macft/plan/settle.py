@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,8 @@ def settle(
         ConfigError: the run doesn't fit a node's memory; the message names settings with which it would.
     """
     steps = steps_of(rows, order, steps_for(config.training, order))
-    mine = [step.of_rank(collective.rank, collective.world_size) for step in steps]
+    shares = config.topology.shares if isinstance(config.topology.shares, list) else None
+    mine = [step.of_rank(collective.rank, collective.world_size, shares) for step in steps]
     training, notes, refusal = _settle_here(config, model_folder, mine)
     verdicts = collective.all_gather(json.dumps(refusal).encode()[:_LONGEST_VERDICT])
     for rank, verdict in enumerate(verdicts):
@@ -79,9 +81,15 @@ def fitter_for(config: TrainConfig, *, shape: ModelShape, held: HeldWeights, ste
         adapter=config.adapter,
         optimizer=config.optimizer.name,
         steps=steps,
-        validates=config.training.eval_every > 0,
+        validation_rows=_validation_rows(config.training),
         can_chunk=hasattr(config.training, "loss_chunk"),
     )
+
+
+def _validation_rows(training: TrainingConfig) -> int:
+    if not training.eval_every:
+        return 0
+    return training.eval_rows if training.eval_rows >= 0 else sys.maxsize
 
 
 def current_settings(training: TrainingConfig) -> Settings:

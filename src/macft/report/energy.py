@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Energy:
-    """A run's energy, over the steps of this start; scoring before and after is not in it.
+    """A run's energy, from this start's first step to its last: validations are in it, scoring before and after isn't.
 
     ``joules_by_rank`` holds None where a node has no reading. Watts are those of all nodes together. ``estimated``: at
     least one node's power comes from a model, not from a sensor.
@@ -34,8 +34,8 @@ class Energy:
             f"{self.average_watts:.1f} W on average" if self.average_watts is not None else "",
             f"{self.peak_watts:.1f} W at most",
             f"{self.kwh:.3g} kWh",
-            f"{self.cost:.2g} {self.currency}",
-            f"{self.co2_grams:.2g} g CO2",
+            f"{self.cost:.3g} {self.currency}",
+            f"{self.co2_grams:.3g} g CO2",
             "estimated" if self.estimated else "",
             f"{missing} of {len(self.joules_by_rank)} nodes without a reading" if missing else "",
         ]

@@ -33,18 +33,19 @@ class EnergyMeter:
         self.estimated = self.estimated or estimated
 
 
-def summarize(nodes: Sequence[NodeStatus], config: ThermalConfig, *, tokens: int, seconds: float) -> Energy | None:
-    """Energy of a run of ``tokens`` in ``seconds`` from the nodes' last statuses; None where no node could tell."""
+def summarize(nodes: Sequence[NodeStatus], config: ThermalConfig, *, tokens: int) -> Energy | None:
+    """Energy of a run of ``tokens`` from the nodes' last statuses; None where no node could tell."""
     known = [node.joules for node in nodes if node.joules is not None]
     if not known:
         return None
     joules = sum(known)
+    powers = [node.joules / node.metered_seconds for node in nodes if node.joules is not None and node.metered_seconds]
     kwh = joules / JOULES_PER_KWH
     return Energy(
         joules_by_rank=[node.joules for node in nodes],
         joules=joules,
         joules_per_token=joules / tokens if tokens else None,
-        average_watts=joules / seconds if seconds > 0 else None,
+        average_watts=sum(powers) if powers else None,
         peak_watts=sum(node.peak_watts or 0.0 for node in nodes),
         kwh=kwh,
         cost=kwh * config.power_price,

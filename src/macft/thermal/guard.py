@@ -21,7 +21,7 @@ from macft.thermal.settings import ThermalConfig
 
 Item = TypeVar("Item")
 
-# One rest is never longer, so that peers that wait for this node don't give it up.
+# A step's rests are never longer together, so that peers that wait for this node don't give it up.
 _LONGEST_REST = 120.0
 _NAP = 0.1
 # Sensors that have said nothing after this many seconds are reported as silent.
@@ -49,7 +49,7 @@ class ThermalGuard:
         self._missing = missing
         self._sampler = Sampler(sensors, interval=config.interval, on_tick=self._tick)
         self._notices = Notices(config)
-        self._has_told_blind_spots = False
+        self._has_told_blind_spots = self._is_training = False
         self._sampler.start()
         self._started = time.monotonic()
 
@@ -67,17 +67,22 @@ class ThermalGuard:
         self._settle(busy=time.monotonic() - begun)
 
     def paced(self, batches: Iterable[Item]) -> Generator[Item]:
-        """Hands out micro-batches, resting before each for its part of what is owed."""
+        """Hands out micro-batches, resting before each for its part of what is owed. Close it after the last one."""
+        if not self._is_training:  # what was scored before the first step doesn't count
+            self._is_training, self._meter = True, EnergyMeter()
         items = list(batches)
         self._settle(busy=0.0)
         self._rested = self._booked = 0.0
-        for place, item in enumerate(items):
-            self._rest(self._owed / (len(items) - place))
+        part = self._owed / max(len(items), 1)
+        for item in items:
+            self._rest(min(part, self._owed))
             begun = time.monotonic()
-            with self._load.busy():
-                yield item
-            self._booked += time.monotonic() - begun
-            self._settle(busy=time.monotonic() - begun)
+            try:
+                with self._load.busy():
+                    yield item
+            finally:  # the last item's end is told by closing the generator
+                self._booked += time.monotonic() - begun
+                self._settle(busy=time.monotonic() - begun)
 
     def status(self, tokens: int, seconds: float) -> NodeStatus:
         """Settles what this step owes and describes the node."""
@@ -95,6 +100,7 @@ class ThermalGuard:
             watts=conditions.watts,
             peak_watts=meter.peak_watts if meter.seconds else None,
             joules=meter.joules if meter.seconds else None,
+            metered_seconds=meter.seconds,
             estimated=meter.estimated,
         )
 
@@ -133,7 +139,7 @@ class ThermalGuard:
         begun = time.monotonic()
         while debt > 0 and not self._stop():
             duty = self._decision.duty
-            left = min(debt / max(duty, 1e-3), _LONGEST_REST - (time.monotonic() - begun))
+            left = min(debt / max(duty, 1e-3), _LONGEST_REST - self._rested - (time.monotonic() - begun))
             if duty >= 1.0 or left <= 0:
                 break
             nap = min(left, _NAP)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from macft.thermal.readings import Conditions, Reading, combine
 from macft.thermal.sensors.base import Sensor, now
 
-# A reading older than this many intervals, and this many seconds, is no longer believed.
-_STALE_INTERVALS, _STALE_SECONDS = 4.0, 10.0
+# A reading older than this many intervals is no longer believed.
+_STALE_INTERVALS = 4.0
 # A sensor that failed is asked again later and later, in case it comes back.
 _LONGEST_BACKOFF = 300.0
 
@@ -20,12 +20,20 @@ class Sampler:
     """One daemon thread for each sensor and one that calls ``on_tick`` every ``interval`` seconds.
 
     Sensors stand in order of trust. One is only asked while those before it leave a kind of reading open. A sensor that
-    fails, hangs or talks nonsense is reported once, and the next one that gives the same kind takes over.
+    fails, hangs for ``stale_seconds`` or talks nonsense is reported once, and the next one that gives the
+    same kind takes over.
     """
 
-    def __init__(self, sensors: Sequence[Sensor], *, interval: float, on_tick: Callable[[Conditions], None]):
+    def __init__(
+        self,
+        sensors: Sequence[Sensor],
+        *,
+        interval: float,
+        on_tick: Callable[[Conditions], None],
+        stale_seconds: float = 10.0,
+    ):
         self._interval, self._on_tick = interval, on_tick
-        self._stale = max(_STALE_SECONDS, _STALE_INTERVALS * interval)
+        self._stale = max(stale_seconds, _STALE_INTERVALS * interval)
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._notes: list[str] = []

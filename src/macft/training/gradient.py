@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -13,10 +15,21 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.trainer import grad_checkpoint
+from numpy.typing import NDArray
 
-from macft.data.batch import Batch
+from macft.data.batch import Batch, Pack, pack
+from macft.errors import ConfigError
+from macft.model.device import on_cpu
 from macft.model.dropout import DropoutKeys
+from macft.model.lanes import lane_count, side_by_side
+from macft.model.packing import enable_packing, packed, use_row_attention
 from macft.training.loss import TokenLoss, target_positions
+
+_TOKENS_AT_ONCE = 512
+"""Tokens in a pack on a CPU, where longer ones are no faster and take more memory."""
+
+_Part = tuple[Any, dict[str, Any], int]
+"""Summed loss, gradient by parameter name, and number of target tokens, of some rows."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,10 @@ class GradientComputer:
     """Runs micro-batches forward and backward and adds up their gradients.
 
     ``buckets`` lists the trainable parameters' names in the order of the backward pass, last layer first, in groups of
-    about ``bucket_bytes`` bytes.
+    about ``bucket_bytes`` bytes. ``packing`` and ``loss_chunk`` are those of TrainingConfig.
+
+    Raises:
+        ConfigError: ``packing`` is "true" and the model can't take packed rows.
     """
 
     def __init__(
@@ -56,13 +72,20 @@ class GradientComputer:
         seed: int,
         checkpoint_blocks: bool,
         bucket_bytes: int = 4 * 1024 * 1024,
+        packing: str = "auto",
+        loss_chunk: int | None = None,
     ):
         self._model = model
         self._keys = dropout_keys
         self._seed = seed
+        self.packs = packing.lower() != "false" and enable_packing(model)
+        if packing.lower() == "true" and not self.packs:
+            raise ConfigError("training.packing: this model's attention can't take packed rows; use auto or false")
+        if on_cpu():
+            use_row_attention(model, on_cpu=True)
         if checkpoint_blocks:
             grad_checkpoint(model.layers[0])
-        self.loss = TokenLoss(model)
+        self.loss = TokenLoss(model, chunk=loss_chunk)
         self._shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
         self.buckets = _buckets(self._shapes, bucket_bytes)
         self._loss_and_gradient = nn.value_and_grad(model, self._keyed_loss)
@@ -83,13 +106,13 @@ class GradientComputer:
         losses: list[Any] = []
         target_tokens = tokens = 0
         for number, batch in zip(range(count), batches, strict=False):
-            loss, gradient, count = self._micro_batch(step, batch)
-            total = {name: total[name] + value for name, value in gradient.items()} if total else gradient
-            losses.append(loss)
-            target_tokens += count
+            for loss, gradient, targets in self._micro_batch(step, batch):
+                total = {name: total[name] + value for name, value in gradient.items()} if total else gradient
+                losses.append(loss)
+                target_tokens += targets
             tokens += int(batch.lengths.sum())
             if number + 1 < count:
-                mx.eval(loss, total)  # one at a time: its activations are freed before the next begins
+                mx.eval(losses, total)  # one at a time: its activations are freed before the next begins
         total = total or {name: mx.zeros(shape) for name, shape in self._shapes.items()}
         _start(losses)
         for names in self.buckets:
@@ -104,11 +127,53 @@ class GradientComputer:
             started=started,
         )
 
-    def _micro_batch(self, step: int, batch: Batch) -> tuple[Any, dict[str, Any], int]:
-        positions, targets, weights = target_positions(batch)
-        keys = DropoutKeys.for_rows(self._seed, step, batch.row_ids) if self._keys.in_use else np.zeros(1, np.uint32)
+    def _micro_batch(self, step: int, batch: Batch) -> list[_Part]:
+        if not self.packs:
+            positions, targets, weights = target_positions(batch)
+            return [self._part(step, batch.tokens[:, :-1], positions, targets, weights, batch.row_ids)]
+        packs = pack(batch, lane_count(), _TOKENS_AT_ONCE if on_cpu() else None)
+        if not packs:
+            return []
+        if len(packs) == 1 and len(packs[0]) == 1:
+            return [self._pack(step, packs[0][0])]
+        mx.eval(self._model.parameters())  # a lane can't evaluate what another thread began
+        return side_by_side(packs, partial(self._lane, step))
+
+    def _lane(self, step: int, packs: Sequence[Pack], building: threading.Lock) -> _Part:
+        """One lane's packs, computed one after the other; what it returns is evaluated."""
+        total: dict[str, Any] = {}
+        losses: list[Any] = []
+        targets = 0
+        for item in packs:
+            with building:
+                before = self._model.trainable_parameters()
+                loss, gradient, count = self._pack(step, item)
+                self._model.update(before)  # tracing leaves arrays of this lane's stream in the model
+            total = {name: total[name] + value for name, value in gradient.items()} if total else gradient
+            del gradient
+            losses.append(loss)
+            targets += count
+            mx.eval(losses, total)
+        summed = mx.stack(losses).sum()
+        mx.eval(summed)
+        return summed, total, targets
+
+    def _pack(self, step: int, item: Pack) -> _Part:
+        with packed(item.lengths):
+            return self._part(step, item.inputs, item.positions, item.targets, item.weights, item.row_ids)
+
+    def _part(
+        self,
+        step: int,
+        inputs: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        targets: NDArray[np.int32],
+        weights: NDArray[np.float32],
+        row_ids: NDArray[np.int64],
+    ) -> _Part:
+        keys = DropoutKeys.for_rows(self._seed, step, row_ids) if self._keys.in_use else np.zeros(1, np.uint32)
         loss, gradient = self._loss_and_gradient(
-            mx.array(batch.tokens[:, :-1]), mx.array(positions), mx.array(targets), mx.array(weights), mx.array(keys)
+            mx.array(inputs), mx.array(positions), mx.array(targets), mx.array(weights), mx.array(keys)
         )
         return loss, {name: value.astype(mx.float32) for name, value in tree_flatten(gradient)}, int(weights.sum())
 

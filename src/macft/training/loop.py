@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from macft.checkpoint.snapshot import Progress, capture, digest
 from macft.checkpoint.store import CheckpointStore
 from macft.collective.base import Collective
+from macft.collective.solo import Solo
 from macft.data.batch import Batch, micro_batches
 from macft.data.formats import Row
 from macft.data.order import RowOrder
@@ -29,6 +29,7 @@ from macft.training.evaluate import validation_loss
 from macft.training.exchange import GradientExchange
 from macft.training.gradient import GradientComputer, LocalGradient
 from macft.training.optimizer import apply_gradient, clip_factor, learning_rate
+from macft.training.outer import OuterOptimizer
 from macft.training.pace import FullSpeed, Pace
 from macft.training.reduce import GlobalGradient, reduce_gradient, scale
 from macft.training.settings import OptimizerConfig, TrainingConfig
@@ -55,15 +56,18 @@ class Trainer:
     progress: Progress
     stop: StopRequest
     exchange: GradientExchange | None = None
+    outer: OuterOptimizer | None = None
     balance: Balance | None = None
     pace: Pace = field(default_factory=FullSpeed)
     nodes: list[NodeStatus] = field(default_factory=list, init=False)
     tokens: int = field(default=0, init=False)
-    seconds: float = field(default=0.0, init=False)
     _saved_step: int | None = field(default=None, init=False)
+    _stop_agreed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self._exchange = self.exchange or GradientExchange(self.collective)
+        # With DiLoCo a step is each node's own.
+        self._exchange_of_step = GradientExchange(Solo()) if self.outer else self._exchange
         self._balance = self.balance or Balance("equal", self.collective.world_size, every=1)
 
     def train(self) -> str:
@@ -83,13 +87,20 @@ class Trainer:
             data_seconds = time.perf_counter() - started
             paced = self.pace.paced(batches)
             local = self.compute(self.progress.step, paced, len(batches))
-            status = partial(self._status, paced, local)
-            result = reduce_gradient(self._exchange, local, stop=self.stop.requested, status=status)
+            result = reduce_gradient(
+                self._exchange_of_step,
+                local,
+                stop=self.stop.requested,
+                computed=paced.close,  # the last micro-batch is computed
+                status=partial(self.pace.status, local.tokens),
+            )
             update_seconds, rate = self._update(result)
             self._report(result, local, rate, started, data_seconds, update_seconds)
+            if self.outer and not self._meet(self.outer, result):
+                continue
             self._rebalance()
             self._evaluate_and_save_when_due()
-            if result.stop_requested and self.progress.step < self.total_steps:
+            if self._stop_agreed and self.progress.step < self.total_steps:
                 self._save()
                 return "interrupted"
         self._save()
@@ -107,10 +118,6 @@ class Trainer:
         mine: NDArray[np.int64] = ids[places[self.collective.rank]]
         return micro_batches([self.train_rows[i] for i in mine], mine, self.config.micro_batch_size)
 
-    def _status(self, paced: Generator[Batch], local: LocalGradient, seconds: float) -> NodeStatus:
-        paced.close()  # the last micro-batch is computed
-        return self.pace.status(local.tokens, seconds)
-
     def _update(self, result: GlobalGradient) -> tuple[float, float]:
         """Applies the global gradient, or nothing at all where it isn't finite; returns (seconds, learning rate)."""
         started = time.perf_counter()
@@ -124,10 +131,22 @@ class Trainer:
         factor = clip_factor(result.norm, self.config.max_grad_norm)
         if factor != 1.0:
             scale(result.gradient, factor)
-        apply_gradient(self.model, self.optimizer, result.gradient, rate)
+        if result.target_tokens or not self.outer:
+            apply_gradient(self.model, self.optimizer, result.gradient, rate)
+        self._stop_agreed = result.stop_requested
         self.progress.step += 1
         self.progress.target_tokens += result.target_tokens
         return time.perf_counter() - started, rate
+
+    def _meet(self, outer: OuterOptimizer, result: GlobalGradient) -> bool:
+        """With DiLoCo, whether the nodes have met after this step; they then have one adapter again."""
+        outer.target_tokens += result.target_tokens
+        if self.progress.step % self.config.inner_steps and self.progress.step < self.total_steps:
+            return False
+        own = outer.target_tokens
+        self.progress.target_tokens += outer.step(self.model, self._exchange) - own
+        self._stop_agreed = b"\1" in self.collective.all_gather(bytes([self.stop.requested]))
+        return True
 
     def _report(
         self,
@@ -140,7 +159,7 @@ class Trainer:
     ) -> None:
         seconds = time.perf_counter() - started
         self.progress.seconds += seconds
-        self.nodes, self.tokens, self.seconds = result.nodes, self.tokens + result.tokens, self.seconds + seconds
+        self.nodes, self.tokens = result.nodes, self.tokens + result.tokens
         parts = {"data": data_seconds, **result.seconds, "update": update_seconds}
         if note := self._exchange.observe(seconds, result.seconds["all_reduce"]):
             self.reporter.noted(Noted(note))
@@ -168,7 +187,8 @@ class Trainer:
 
     def _rebalance(self) -> None:
         """Shares of the next steps, the same on every rank, out of what all nodes have told with this one."""
-        self._balance.observe(self.nodes)
+        if not self.outer:  # whose nodes don't tell each other
+            self._balance.observe(self.nodes)
         for line in self.pace.remarks(self.nodes, self._balance.shares):
             self.reporter.noted(Noted(line))
 
@@ -215,8 +235,9 @@ class Trainer:
         self._require_equal_ranks()
         self._saved_step = self.progress.step
         codec = self._exchange.capture()
+        outer = self.outer.capture(self.optimizer, self._exchange) if self.outer else []
         if self.collective.rank == 0:
-            path = self.store.save(capture(self.model, self.optimizer, self.progress, codec))
+            path = self.store.save(capture(self.model, self.optimizer, self.progress, codec=codec, outer=outer))
             is_best = self.progress.best_step == self.progress.step
             self.reporter.checkpoint_saved(
                 CheckpointSaved(self.progress.step, path, is_best, time.perf_counter() - started)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft.data.batch import Batch
+from macft.training.cross_entropy import chunked_cross_entropy, head_is_frozen
 
 _TARGET_MULTIPLE = 32
 """Target counts are padded to a multiple of this, so that few shapes occur and compiled steps are reused."""
@@ -80,9 +81,11 @@ def target_positions(batch: Batch) -> tuple[NDArray[np.int32], NDArray[np.int32]
 class TokenLoss:
     """``(inputs (rows, length), positions (n,), targets (n,), weights (n,)) -> summed cross-entropy``, float32."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, chunk: int | None = None):
         self._model = model
         self._parts = split_head(model)
+        self._chunk = chunk
+        self._chunked = self._parts is not None and head_is_frozen(model)
 
     @property
     def head_on_targets_only(self) -> bool:
@@ -93,7 +96,10 @@ class TokenLoss:
         if self._parts is not None:
             backbone, head = self._parts
             hidden = backbone(inputs)
-            logits = head(hidden.reshape(-1, hidden.shape[-1])[positions][None])[0]
+            hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
+            if self._chunked and self._model.training:
+                return chunked_cross_entropy(head, hidden, targets, weights, wanted_chunk=self._chunk)
+            logits = head(hidden[None])[0]
         else:
             logits = self._model(inputs)
             logits = logits.reshape(-1, logits.shape[-1])[positions]

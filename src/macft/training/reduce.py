@@ -44,19 +44,25 @@ class GlobalGradient:
 
 
 def reduce_gradient(
-    exchange: GradientExchange, local: LocalGradient, *, stop: bool, status: Callable[[float], NodeStatus]
+    exchange: GradientExchange,
+    local: LocalGradient,
+    *,
+    stop: bool,
+    computed: Callable[[], None],
+    status: Callable[[float], NodeStatus],
 ) -> GlobalGradient:
     """Sums gradients, losses and counts over all ranks and divides once by the global count of target tokens.
 
     Nodes with more target tokens weigh more, exactly as if one machine had computed the batch. ``stop`` is this
-    rank's wish to end after this step; one rank's wish is enough. ``status`` is asked once the gradient is there, with
-    the seconds it took; the answer travels along in a slot of its own, which the other ranks leave at 0.
+    rank's wish to end after this step; one rank's wish is enough. ``computed`` is called once this rank's gradient
+    is there and only the others' are waited for. ``status`` is asked after that, with the seconds it took; the answer
+    travels along in a slot of its own, which the other ranks leave at 0.
 
     Gradients are summed in MLX's own memory, a bucket at a time: while one is on the wire MLX computes the next.
     """
     collective = exchange.collective
     sent = collective.bytes_sent
-    seconds = _sum_buckets(exchange, local)
+    seconds = _sum_buckets(exchange, local, computed)
     ready = time.perf_counter()
     slots = np.zeros((collective.world_size, NodeStatus.SIZE))
     slots[collective.rank] = status(seconds["compute"]).numbers()
@@ -87,16 +93,18 @@ def scale(gradient: Mapping[str, Any], factor: float) -> None:
         np.multiply(memory, np.float32(factor), out=memory)
 
 
-def _sum_buckets(exchange: GradientExchange, local: LocalGradient) -> dict[str, float]:
+def _sum_buckets(exchange: GradientExchange, local: LocalGradient, computed: Callable[[], None]) -> dict[str, float]:
     """Sums bucket after bucket; returns the seconds of computing, and of all-reduce exposed and hidden behind it."""
     begun = time.perf_counter()
     compute = begun - local.started
     exposed = hidden = reducing = 0.0
-    for bucket in local.buckets:
+    for number, bucket in enumerate(local.buckets, 1):
         arrays = [local.gradient[name] for name in bucket]
         waited = time.perf_counter()
         mx.eval(arrays)
         ready = time.perf_counter()
+        if number == len(local.buckets):
+            computed()
         compute += ready - waited
         # A wait shows that MLX was at work all through the all-reduce before. Without one, nobody knows: not counted.
         if ready - waited > _STILL_COMPUTING_SECONDS:

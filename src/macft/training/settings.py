@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OPTIMIZERS = ("adamw", "adam", "adamax", "lion", "muon", "sgd", "adafactor", "rmsprop", "adagrad")
+SYNCS = ("every_step", "diloco")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -42,10 +43,22 @@ class TrainingConfig:
     steps: int | None = None
     # Passes over the training set, instead of `steps`.
     epochs: float | None = None
+    # every_step: nodes exchange gradients in each step, and learn what one machine would. diloco: each takes
+    # `inner_steps` steps by itself before they meet (DiLoCo, arXiv:2311.08105): far less traffic, another loss curve.
+    sync: str = "every_step"
+    # With sync=diloco: steps between two meetings.
+    inner_steps: int = 10
+    # With sync=diloco: learning rate and Nesterov momentum of the step that the meetings make.
+    outer_learning_rate: float = 0.7
+    outer_momentum: float = 0.9
     # Clip the gradient to this global L2 norm, over all parameters and nodes; 0 turns clipping off.
     max_grad_norm: float = 1.0
     # Recompute each block's activations in the backward pass: less memory, about a third more time.
     grad_checkpoint: bool = False
+    # Lay rows end to end instead of padding them: auto (where the model can take it), true (or fail), false.
+    packing: str = "auto"
+    # Target positions whose logits are computed at once; null: as many as are fast and small.
+    loss_chunk: int | None = None
     # Validate every so many steps, and before the first and after the last one; 0 means never.
     eval_every: int = 50
     # Validation rows to use, the same ones each time; -1 means all.
@@ -75,12 +88,17 @@ def _training_problems(config: TrainingConfig) -> list[str]:
         found.append(f"training.batch_size: {config.batch_size} must be 1 or more")
     if config.micro_batch_size is not None and config.micro_batch_size < 1:
         found.append(f"training.micro_batch_size: {config.micro_batch_size} must be 1 or more, or null")
+    if config.packing.lower() not in ("auto", "true", "false"):
+        found.append(f"training.packing: '{config.packing}' is not auto, true or false")
+    if config.loss_chunk is not None and config.loss_chunk < 1:
+        found.append(f"training.loss_chunk: {config.loss_chunk} must be 1 or more, or null")
     if (config.steps is None) == (config.epochs is None):
         found.append("training.steps and training.epochs: give exactly one of them and set the other to null")
     if config.steps is not None and config.steps < 1:
         found.append(f"training.steps: {config.steps} must be 1 or more")
     if config.epochs is not None and not config.epochs > 0:
         found.append(f"training.epochs: {config.epochs} must be greater than 0")
+    found += _sync_problems(config)
     if config.max_grad_norm < 0:
         found.append(f"training.max_grad_norm: {config.max_grad_norm} must be 0 (off) or greater")
     for key in ("eval_every", "save_every", "patience"):
@@ -97,6 +115,26 @@ def _training_problems(config: TrainingConfig) -> list[str]:
         found.append(f"training.export: '{config.export}' is not best or last")
     if config.patience and not config.eval_every:
         found.append("training.patience: early stopping needs validations; set training.eval_every")
+    return found
+
+
+def _sync_problems(config: TrainingConfig) -> list[str]:
+    found = []
+    if config.sync not in SYNCS:
+        found.append(f"training.sync: '{config.sync}' is not one of {', '.join(SYNCS)}")
+    if config.inner_steps < 1:
+        found.append(f"training.inner_steps: {config.inner_steps} must be 1 or more")
+    elif config.sync == "diloco":
+        for key in ("eval_every", "save_every"):
+            if (value := getattr(config, key)) % config.inner_steps:
+                found.append(
+                    f"training.{key}: {value} must be a multiple of training.inner_steps ({config.inner_steps}): "
+                    "with sync=diloco the nodes have one adapter only when they meet"
+                )
+    if not config.outer_learning_rate > 0:
+        found.append(f"training.outer_learning_rate: {config.outer_learning_rate} must be greater than 0")
+    if not 0 <= config.outer_momentum < 1:
+        found.append(f"training.outer_momentum: {config.outer_momentum} must be from 0 to less than 1")
     return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -12,7 +14,8 @@ from typing import Any
 import asyncssh
 
 from macft.cluster.checks import LEVELS, Finding, network, software
-from macft.cluster.settings import TopologyConfig
+from macft.cluster.link_probe import TOKEN_BYTES
+from macft.cluster.settings import TopologyConfig, split_host
 from macft.cluster.ssh import connect
 from macft.cluster.ssh_launch import python_command
 from macft.errors import LaunchError
@@ -41,6 +44,11 @@ async def _examine(topology: TopologyConfig, arguments: Sequence[str]) -> dict[s
             versions[place], offsets[place] = answer["versions"], answer["offset"]
             findings += [replace(finding, topic=f"{place}: {finding.topic}") for finding in answer["findings"]]
     findings += [*software.differences(versions), *network.clock_findings(offsets)]
+    count = len(places)
+    for rank in range(count if count > 2 else 1):
+        following = (rank + 1) % count
+        if {places[rank], places[following]} <= versions.keys():
+            findings.append(await _measure(topology, rank, following))
     return {"versions": versions, "findings": [asdict(finding) for finding in findings]}
 
 
@@ -64,6 +72,29 @@ async def _ask(place: str, python: str, arguments: Sequence[str]) -> dict[str, A
     except (IndexError, ValueError, KeyError, TypeError, AttributeError):
         said = (str(done.stderr or "").strip().splitlines() or [f"status {done.exit_status}"])[-1]
         raise LaunchError(f"{place}: `{python} -m macft.doctor` does not run there: {said[:200]}") from None
+
+
+async def _measure(topology: TopologyConfig, here: int, there: int) -> Finding:
+    """Bandwidth and latency from one host to the next, measured between the two."""
+    address = split_host(topology.hosts[there], topology.port)[0].strip("[]")
+    topic, mend = f"{topology.ssh_of(here)} to {topology.ssh_of(there)}", "look at cable and firewall"
+    token = secrets.token_hex(TOKEN_BYTES) + "\n"
+    probe = "-m macft.cluster.link_probe"
+    try:
+        async with await connect(topology.ssh_of(here)) as client, await connect(topology.ssh_of(there)) as server:
+            serving = await server.create_process(f"{python_command(topology.python_of(there))} {probe} serve")
+            serving.stdin.write(token)
+            port = int(await asyncio.wait_for(serving.stdout.readline(), _SECONDS))
+            command = f"{python_command(topology.python_of(here))} {probe} measure {shlex.quote(address)} {port}"
+            done = await asyncio.wait_for(client.run(command, input=token), _SECONDS)
+            serving.stdin.write_eof()
+            if done.exit_status:
+                return Finding(topic, "problem", str(done.stderr).strip()[-200:], mend)
+            found = json.loads(str(done.stdout))
+            latency, bandwidth = float(found["latency"]), float(found["bandwidth"])
+    except (LaunchError, TimeoutError, asyncssh.Error, ValueError, KeyError, TypeError) as error:
+        return Finding(topic, "problem", f"the link can't be measured: {error}", mend)
+    return Finding(topic, "ok", f"{bandwidth * 8e-9:.2f} Gbit/s, {latency * 1e6:.0f} us one way")
 
 
 def _finding(item: dict[str, Any]) -> Finding:

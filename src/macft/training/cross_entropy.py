@@ -1,0 +1,81 @@
+"""Cross-entropy in chunks of target positions, so that [targets, vocabulary] is never held.
+
+The head is frozen in LoRA, so all the backward pass needs is the gradient of the hidden states. It is computed with the
+loss, chunk by chunk, while a chunk's logits are there (as in Liger Kernel, Hsu et al. 2024, and in the spirit of Cut
+Cross-Entropy, Wijmans et al. 2024). Exact: nothing is sampled, filtered or rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from macft.model.cpu_activations import fast_exp
+from macft.model.device import on_cpu
+
+_ELEMENTS_ON_CPU = 2**23
+_ELEMENTS_ON_GPU = 2**25
+"""Logits in one chunk, where the size is chosen automatically: 32 or 128 MiB in float32."""
+
+
+def chunk_size(vocabulary: int, wanted: int | None) -> int:
+    """Target positions in a chunk: ``wanted``, or for None as many as are fast, at least 64."""
+    if wanted is not None:
+        return wanted
+    return max(64, (_ELEMENTS_ON_CPU if on_cpu() else _ELEMENTS_ON_GPU) // vocabulary)
+
+
+def _forward(logits: Any, targets: Any, weights: Any) -> tuple[Any, Any]:
+    """Summed loss of ``logits`` (n, vocabulary) and its gradient with respect to them, in their dtype."""
+    dtype, logits = logits.dtype, logits.astype(mx.float32)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    powers = fast_exp(shifted) if on_cpu() else mx.exp(shifted)
+    total = powers.sum(axis=-1, keepdims=True)
+    right = mx.take_along_axis(shifted, targets[:, None], axis=-1)
+    loss = ((mx.log(total) - right)[:, 0] * weights).sum()
+    gradient = powers * (weights[:, None] / total)
+    at_target = mx.take_along_axis(gradient, targets[:, None], axis=-1) - weights[:, None]
+    return loss, mx.put_along_axis(gradient, targets[:, None], at_target, axis=-1).astype(dtype)
+
+
+def chunked_cross_entropy(
+    head: Callable[[Any], Any], hidden: Any, targets: Any, weights: Any, *, wanted_chunk: int | None
+) -> Any:
+    """``sum(weights * cross_entropy(head(hidden), targets))``, float32.
+
+    ``hidden`` (n, d), ``targets`` (n,) int32, ``weights`` (n,) float32. The gradient reaches ``hidden`` only: ``head``
+    must hold no trainable parameter.
+    """
+    vocabulary = head(hidden[:1][None]).shape[-1]
+    size = chunk_size(vocabulary, wanted_chunk)
+
+    @mx.custom_function
+    def loss_and_gradient(hidden: Any) -> tuple[Any, Any]:
+        loss = mx.zeros(())
+        parts: list[Any] = []
+        for start in range(0, hidden.shape[0], size):
+            part = hidden[start : start + size]
+            if parts:  # one chunk after the other, so that only one's logits are there
+                part = mx.depends([part], [parts[-1]])[0]
+            end = start + size
+            value, by_logit = _forward(head(part[None])[0], targets[start:end], weights[start:end])
+            parts.append(mx.vjp(lambda part: head(part[None])[0], [part], [by_logit])[1][0])
+            loss = loss + value
+        return loss, mx.concatenate(parts, axis=0)
+
+    @loss_and_gradient.vjp
+    def _loss_vjp(_primals: Any, cotangents: Any, results: Any) -> Any:
+        return cotangents[0].astype(results[1].dtype) * results[1]
+
+    loss, _ = cast(tuple[Any, Any], loss_and_gradient(hidden))
+    return loss
+
+
+def head_is_frozen(model: nn.Module) -> bool:
+    """Whether no trainable parameter of an mlx-lm ``model`` lies in its head or (tied) embedding."""
+    names = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    return all(name.startswith("model.") and "embed" not in name for name in names)

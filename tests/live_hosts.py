@@ -1,0 +1,151 @@
+"""Network namespaces as hosts, each with its own address and its own sshd."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+NETWORK = "10.77.{}.{}"
+
+
+@dataclass(frozen=True)
+class Host:
+    """A namespace with an address; ``home`` is the home folder of whoever comes over SSH."""
+
+    namespace: str
+    address: str
+    home: Path
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Hosts, and the home folder of the user at the terminal, who may log in to each of them."""
+
+    hosts: list[Host]
+    home: Path
+
+    def environment(self) -> dict[str, str]:
+        """Of a command typed at the terminal."""
+        return {
+            **os.environ,
+            "HOME": str(self.home),
+            "MACFT_CONFIG": str(self.home / "config"),
+            "MACFT_KEYS": str(self.home / "keys"),
+            "OPENBLAS_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "SSH_AUTH_SOCK": "",
+        }
+
+    def inside(self, host: Host, *command: str) -> list[str]:
+        """``command`` as typed on ``host`` itself."""
+        return ["ip", "netns", "exec", host.namespace, *command]
+
+    def over_ssh(self, host: Host, command: str) -> None:
+        """Runs a command in ``host``'s home folder."""
+        known, key = self.home / ".ssh/known_hosts", self.home / ".ssh/id_ed25519"
+        _run("ssh", "-F", "none", "-i", str(key), "-o", f"UserKnownHostsFile={known}", f"root@{host.address}", command)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def why_not() -> str:
+    """Why there can be no such hosts here; empty if there can."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "network namespaces need Linux and root"
+    if missing := [name for name in ("ip", "ssh", "ssh-keygen", "unshare") if shutil.which(name) is None]:
+        return f"{missing[0]} is not installed"
+    if not Path("/usr/sbin/sshd").exists():
+        return "openssh-server is not installed"
+    name = f"mt{os.getpid() % 100000}"
+    if subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode:
+        return "network namespaces are not permitted here"
+    _run("ip", "netns", "del", name)
+    return ""
+
+
+@contextmanager
+def cluster(folder: Path, count: int) -> Iterator[Cluster]:
+    """``count`` hosts on one switch, with the terminal's machine beside them. Skips where that is not permitted."""
+    if reason := why_not():
+        pytest.skip(reason)
+    number = os.getpid() % 200 + 20
+    tag = f"{os.getpid() % 100000}"
+    home = folder / "terminal"
+    (home / ".ssh").mkdir(parents=True, mode=0o700)
+    _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(home / ".ssh/id_ed25519"))
+    Path("/run/sshd").mkdir(exist_ok=True)
+    with ExitStack() as stack:
+        bridge = f"mb{tag}"
+        _run("ip", "link", "add", bridge, "type", "bridge")
+        stack.callback(_run, "ip", "link", "del", bridge)
+        _run("ip", "addr", "add", NETWORK.format(number, 1) + "/24", "dev", bridge)
+        _run("ip", "link", "set", bridge, "up")
+        hosts = [_host(stack, folder, home, tag, bridge, number, index) for index in range(count)]
+        known = [f"{host.address} {(folder / 'host_key.pub').read_text()}" for host in hosts]
+        (home / ".ssh/known_hosts").write_text("".join(known))
+        yield Cluster(hosts, home)
+
+
+def _host(stack: ExitStack, folder: Path, home: Path, tag: str, bridge: str, number: int, index: int) -> Host:
+    namespace, address = f"mn{tag}-{index}", NETWORK.format(number, index + 2)
+    outer, inner = f"mo{tag}{index}", "eth0"
+    own = folder / f"host{index}"
+    own.mkdir()
+    _run("ip", "netns", "add", namespace)
+    stack.callback(_run, "ip", "netns", "del", namespace)
+    _run("ip", "link", "add", outer, "type", "veth", "peer", "name", inner, "netns", namespace)
+    _run("ip", "link", "set", outer, "master", bridge, "up")
+    for command in (f"addr add {address}/24 dev {inner}", f"link set {inner} up", "link set lo up"):
+        _run("ip", "-n", namespace, *command.split())
+    key = folder / "host_key"
+    if not key.exists():
+        _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1] / "src"), os.environ.get("PYTHONPATH")]))
+    (folder / "authorized_keys").write_text((home / ".ssh/id_ed25519.pub").read_text())
+    settings = {
+        "PYTHONPATH": path,
+        "MACFT_KEYS": own / "keys",
+        "OPENBLAS_NUM_THREADS": 1,
+        "HF_HUB_OFFLINE": 1,
+        "XDG_CACHE_HOME": Path.home() / ".cache",
+    }
+    configuration = own / "sshd_config"
+    configuration.write_text(
+        f"ListenAddress {address}\nHostKey {key}\nAuthorizedKeysFile {folder / 'authorized_keys'}\nStrictModes no\n"
+        f"PidFile none\nUsePAM no\nPermitRootLogin yes\nSubsystem sftp internal-sftp\n"
+        f"SetEnv {' '.join(f'{name}={value}' for name, value in settings.items())}\n"
+    )
+    log = (own / "sshd.log").open("wb")
+    stack.callback(log.close)
+    users = own / "passwd"
+    users.write_text(f"root:x:0:0:root:{own}:/bin/sh\nsshd:x:105:65534::/run/sshd:/usr/sbin/nologin\n")
+    # `ip netns exec` gives a mount namespace too, so this host alone has its own home folder for root.
+    script = f"mount --bind {users} /etc/passwd && exec /usr/sbin/sshd -D -e -f {configuration}"
+    server = subprocess.Popen(["ip", "netns", "exec", namespace, "sh", "-c", script], stderr=log)
+    stack.callback(server.wait)
+    stack.callback(server.terminate)
+    _await_port(address, own / "sshd.log")
+    return Host(namespace, address, own)
+
+
+def _await_port(address: str, log: Path) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((address, 22), 1).close()
+            return
+        except OSError:
+            time.sleep(0.05)
+    pytest.fail(f"sshd did not start: {log.read_text()}")

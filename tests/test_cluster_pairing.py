@@ -1,0 +1,223 @@
+"""A code makes a cluster: real sockets, real commands, and machines in network namespaces."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from live_hosts import Cluster, Host, cluster
+from macft.cluster import topology_file
+from macft.cluster.link_probe import ProbeServer, measure
+from macft.cluster.links import Link
+from macft.cluster.member import Member, addresses, version_objection
+from macft.cluster.pake import Channel, Exchange, WrongCode, new_code
+from macft.cluster.ring_order import ring_order
+from macft.cluster.settings import TopologyConfig
+from macft.errors import ConfigError, LaunchError
+
+
+def both_sides(host_code: str, guest_code: str) -> tuple[list[Channel | LaunchError], list[socket.socket]]:
+    """What the two sides of an exchange end with: host, guest."""
+    pair = socket.socketpair()
+    ends: list[Channel | LaunchError] = [LaunchError("none"), LaunchError("none")]
+
+    def side(index: int, code: str) -> None:
+        pair[index].settimeout(30)
+        try:
+            ends[index] = Channel(pair[index], code, is_host=index == 0)
+        except LaunchError as error:
+            ends[index] = error
+            pair[index].close()
+
+    threads = [threading.Thread(target=side, args=item) for item in enumerate((host_code, guest_code))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return ends, list(pair)
+
+
+def test_one_code_makes_a_secret_channel() -> None:
+    code = new_code()
+    (host, guest), sockets = both_sides(code, code.replace("-", ""))
+    assert isinstance(host, Channel)
+    assert isinstance(guest, Channel)
+    host.send({"name": "studio"})
+    assert guest.receive(10) == {"name": "studio"}
+    guest.send({"n": 1})
+    guest.send({"n": 2})
+    assert [host.receive(10)["n"] for _ in range(2)] == [1, 2]
+    sockets[0].sendall(b"\0\0\0\x20" + bytes(32))
+    with pytest.raises(LaunchError, match="changed on its way"):
+        guest.receive(10)
+    for item in sockets:
+        item.close()
+
+
+def test_a_wrong_code_is_told_on_both_sides() -> None:
+    ends, _ = both_sides("1234-5678", "1234-5679")
+    assert all(isinstance(end, WrongCode) for end in ends)
+
+
+@pytest.mark.parametrize("value", [0, 1, "P-1", "P", "own", "short"])
+def test_values_that_would_fix_the_secret_are_refused(value: int | str) -> None:
+    from macft.cluster.pake import _PRIME
+
+    exchange = Exchange("1234-5678", is_host=True)
+    numbers = {"P-1": _PRIME - 1, "P": _PRIME}
+    if value == "own":
+        sent = exchange.public
+    elif value == "short":
+        sent = b"\x05"
+    else:
+        sent = (numbers[value] if isinstance(value, str) else value).to_bytes(256)
+    with pytest.raises(LaunchError, match="does not follow the protocol"):
+        exchange.keys(sent)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 7).flatmap(lambda n: st.lists(st.floats(1e-6, 1.0), min_size=n * n, max_size=n * n)))
+def test_the_ring_with_the_fastest_slowest_link_is_found(values: list[float]) -> None:
+    count = int(len(values) ** 0.5)
+    cost = [[values[min(i, j) * count + max(i, j)] for j in range(count)] for i in range(count)]
+
+    def slowest(ring: list[int]) -> float:
+        return max(cost[node][ring[(place + 1) % count]] for place, node in enumerate(ring))
+
+    found = ring_order(cost)
+    assert sorted(found) == list(range(count))
+    assert found[0] == 0
+    assert slowest(found) == min(slowest([0, *rest]) for rest in itertools.permutations(range(1, count)))
+
+
+def test_a_large_ring_avoids_the_slow_links() -> None:
+    # Twelve machines; every even one has fast links to its odd neighbours in a hidden ring.
+    hidden = [0, 7, 2, 11, 4, 9, 6, 1, 8, 3, 10, 5]
+    cost = [[1.0] * 12 for _ in range(12)]
+    for place, node in enumerate(hidden):
+        after = hidden[(place + 1) % 12]
+        cost[node][after] = cost[after][node] = 0.1
+    ring = ring_order(cost)
+    slow = sum(cost[node][ring[(place + 1) % 12]] == 1.0 for place, node in enumerate(ring))
+    assert slow <= 4
+    assert sorted(ring) == list(range(12))
+
+
+def member(name: str, *found: Link) -> Member:
+    return Member(name, "me", "/usr/bin/python3", "00" * 32, {"macft": "0.1.0"}, found, 4242)
+
+
+def test_thunderbolt_before_ethernet_before_wifi() -> None:
+    wifi = [Link("en0", "wifi", f"192.168.1.{n}/24", 800) for n in (1, 2, 3)]
+    wired = [Link("en1", "ethernet", f"10.0.0.{n}/24", 1000) for n in (1, 2, 3)]
+    bridge = [Link("bridge0", "thunderbolt", f"169.254.3.{n}/16", 40_000) for n in (1, 2)]
+    first, second, third = (member("abc"[n], wifi[n], wired[n], *bridge[n : n + 1]) for n in range(3))
+    assert [link.kind for link in addresses([first, second])] == ["thunderbolt"] * 2
+    assert [link.host for link in addresses([first, second, third])] == ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
+    with pytest.raises(LaunchError, match="a, d are in no common network"):
+        addresses([first, member("d", Link("en0", "ethernet", "172.16.0.1/24"))])
+
+
+def test_a_member_comes_through_as_it_was_and_nonsense_does_not() -> None:
+    one = member("a", Link("en0", "wifi", "192.168.1.1/24"))
+    assert Member.of_message(one.to_message()) == one
+    assert "runs on" not in version_objection(one)
+    for key, value in (("links", 3), ("name", "a\nb"), ("probe_port", 0), ("key", None), ("links", [{"name": "x"}])):
+        with pytest.raises(LaunchError, match="describe itself"):
+            Member.of_message({**one.to_message(), key: value})
+
+
+def test_links_are_measured_for_those_who_know_the_token() -> None:
+    server = ProbeServer(b"t" * 16)
+    found = measure("127.0.0.1", server.port, b"t" * 16)
+    assert found.latency > 0
+    assert found.bandwidth > 0
+    with pytest.raises(LaunchError, match="can't be reached"):
+        measure("127.0.0.1", server.port, b"u" * 16)
+    server.close()
+    with pytest.raises(LaunchError, match="can't be reached"):
+        measure("127.0.0.1", server.port, b"t" * 16)
+
+
+def test_a_topology_file_and_a_hostfile_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MACFT_CONFIG", str(tmp_path))
+    made = TopologyConfig(kind="ssh", hosts=["10.0.0.1", "10.0.0.2"], ssh=["a", "me@b"])
+    path = topology_file.save_topology("desk", made)
+    assert topology_file.load_topology("desk") == made
+    assert "start_timeout" not in path.read_text()
+    hostfile = tmp_path / "hosts.json"
+    hostfile.write_text(topology_file.to_hostfile(made))
+    assert json.loads(hostfile.read_text())[1] == {"ssh": "me@b", "ips": ["10.0.0.2"]}
+    assert topology_file.from_hostfile(hostfile) == made
+    path.write_text("kind: ssh\nhosts: [a]\nhots: 3\n")
+    with pytest.raises(ConfigError, match="hots"):
+        topology_file.load_topology("desk")
+    for text in ("[]", "{", '[{"ips": ["1"]}]', '{"hosts": 3}'):
+        hostfile.write_text(text)
+        with pytest.raises(ConfigError, match=re.escape(str(hostfile))):
+            topology_file.from_hostfile(hostfile)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("hosts"), 3) as made:
+        yield made
+
+
+def typed(three: Cluster, host: Host, *arguments: str) -> subprocess.Popen[str]:
+    """``python -m macft.cluster`` as typed on ``host``, under a host name of its own."""
+    environment = {
+        **three.environment(),
+        "HOME": str(host.home),
+        "MACFT_CONFIG": str(host.home / "config"),
+        "MACFT_KEYS": str(host.home / "keys"),
+    }
+    script = f"hostname {host.namespace}; exec {sys.executable} -m macft.cluster {' '.join(arguments)}"
+    command = three.inside(host, "unshare", "--uts", "sh", "-c", script)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_three_machines_find_each_other_and_form_a_cluster(three: Cluster) -> None:
+    first, *others = three.hosts
+    init = typed(three, first, "init", "desk", "--nodes", "3")
+    assert init.stdout is not None
+    line = init.stdout.readline()
+    found = re.search(r"join (\d{4}-\d{4}) --name desk", line)
+    assert found is not None, line
+    place = re.search(r"--at (\S+)\)", init.stdout.readline())
+    assert place is not None
+    wrong = "1111-2222" if found[1] != "1111-2222" else "1111-2223"
+    stranger = typed(three, others[0], "join", wrong, "--at", place[1])
+    assert "the code is wrong" in stranger.communicate(timeout=60)[1]
+    assert stranger.returncode == 1
+    joining = [
+        typed(three, others[0], "join", found[1], "--name", "desk"),
+        typed(three, others[1], "join", found[1], "--name", "desk", "--at", place[1]),
+    ]
+    for process in (init, *joining):
+        output, errors = process.communicate(timeout=90)
+        assert process.returncode == 0, output + errors
+    files = [(host.home / "config/topology/desk.yaml").read_text() for host in three.hosts]
+    assert files[0] == files[1] == files[2]
+    assert all(host.address in files[0] for host in three.hosts)
+    trusted = [sorted((host.home / "keys/trusted").read_text().split()[::2]) for host in three.hosts]
+    names = [host.namespace for host in three.hosts]
+    assert trusted == [sorted(name for name in names if name != own) for own in names]
+    listed = typed(three, others[1], "list", "desk").communicate(timeout=60)[0]
+    assert len(listed.splitlines()) == 3
+    removed = typed(three, others[1], "remove", "desk", others[0].address)
+    assert removed.wait(60) == 0
+    removed.communicate()
+    assert len(typed(three, others[1], "list", "desk").communicate(timeout=60)[0].splitlines()) == 2

@@ -1,0 +1,226 @@
+"""`python -m macft.doctor`: what macOS prints is read, and what is amiss is said with what mends it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from macft.cluster import mac_network
+from macft.cluster.checks import LEVELS, machine, network, software
+from macft.cluster.links import Link, discover, linux_kind
+
+PORTS = """
+Hardware Port: Ethernet
+Device: en0
+Ethernet Address: 1c:f6:4c:00:00:01
+
+Hardware Port: Thunderbolt Bridge
+Device: bridge0
+Ethernet Address: 36:17:01:8c:7d:c0
+
+Hardware Port: Wi-Fi
+Device: en1
+Ethernet Address: 1c:f6:4c:00:00:02
+
+Hardware Port: Thunderbolt 1
+Device: en2
+Ethernet Address: 36:17:01:8c:7d:c0
+
+Hardware Port: Thunderbolt 2
+Device: en3
+Ethernet Address: 36:17:01:8c:7d:c4
+
+VLAN Configurations
+===================
+"""
+BUSY = {
+    "_items": [
+        {
+            "_name": "Mac Studio",
+            "device_name_key": "Mac15,14",
+            "domain_uuid_key": "28CA4C30-0000",
+            "vendor_id_key": "0x0A27",
+        }
+    ],
+    "_name": "thunderboltusb4_bus_0",
+    "device_name_key": "MacBook Pro",
+    "domain_uuid_key": "817DCFA4-0000",
+    "receptacle_1_tag": {
+        "current_speed_key": "80 Gb/s",
+        "link_status_key": "0x2",
+        "receptacle_id_key": "1",
+        "receptacle_status_key": "receptacle_connected",
+    },
+}
+IDLE = {
+    "_name": "thunderboltusb4_bus_1",
+    "device_name_key": "MacBook Pro",
+    "domain_uuid_key": "817DCFA4-0001",
+    "receptacle_1_tag": {
+        "current_speed_key": "Up to 120 Gb/s",
+        "link_status_key": "0x100",
+        "receptacle_id_key": "2",
+        "receptacle_status_key": "receptacle_no_devices_connected",
+    },
+}
+THUNDERBOLT = json.dumps({"SPThunderboltDataType": [BUSY, IDLE]})
+IFCONFIG = """\
+lo0: flags=8049<UP,LOOPBACK,RUNNING,MULTICAST> mtu 16384
+\tinet 127.0.0.1 netmask 0xff000000
+en0: flags=8863<UP,BROADCAST,SMART,RUNNING,SIMPLEX,MULTICAST> mtu 1500
+\tinet 10.0.0.1 netmask 0xffffff00 broadcast 10.0.0.255
+\tmedia: autoselect (10Gbase-T <full-duplex>)
+\tstatus: active
+bridge0: flags=8863<UP,BROADCAST,SMART,RUNNING,SIMPLEX,MULTICAST> mtu 1500
+\tConfiguration:
+\tmember: en2 flags=3<LEARNING,DISCOVER>
+\tmember: en3 flags=3<LEARNING,DISCOVER>
+\tstatus: active
+"""
+
+
+def test_macos_tells_kinds_and_speeds_of_its_links() -> None:
+    assert mac_network.kinds(PORTS, THUNDERBOLT, IFCONFIG) == {
+        "en0": ("ethernet", 10_000),
+        "bridge0": ("thunderbolt", 80_000),
+        "en1": ("wifi", None),
+        "en2": ("thunderbolt", 80_000),
+        "en3": ("thunderbolt", None),
+    }
+
+
+def test_a_mac_behind_a_dock_is_seen_and_a_drive_is_no_mac() -> None:
+    dock = {"_name": "Dock", "_items": [{"_name": "Drive"}, *BUSY["_items"]]}
+    text = json.dumps({"SPThunderboltDataType": [{**BUSY, "_items": [dock]}]})
+    ports = mac_network.thunderbolt_ports(text)
+    assert ports == [mac_network.ThunderboltPort("1", 80_000, ("Mac15,14",))]
+    assert network.thunderbolt_findings(ports)[0].text == "port 1: Mac15,14 at 80 Gbit/s"
+    assert (
+        network.thunderbolt_findings(mac_network.thunderbolt_ports(json.dumps({"SPThunderboltDataType": [IDLE]}))) == []
+    )
+
+
+@settings(deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.text() | st.integers(),
+        lambda inner: (
+            st.lists(inner)
+            | st.dictionaries(
+                st.sampled_from(["_items", "SPThunderboltDataType", "receptacle_1_tag", "current_speed_key", "_name"]),
+                inner,
+            )
+        ),
+    )
+)
+def test_any_json_is_survived(value: object) -> None:
+    assert isinstance(mac_network.thunderbolt_ports(json.dumps({"SPThunderboltDataType": value})), list)
+    assert mac_network.thunderbolt_ports(json.dumps(value)[1:]) == [] or isinstance(value, int | str)
+
+
+@pytest.mark.parametrize(
+    ("text", "levels", "mend"),
+    [
+        (" sleep                0\n lowpowermode         0\n", ["ok", "ok"], ""),
+        (
+            " sleep                1 (sleep prevented by x)\n lowpowermode         1\n",
+            ["warning", "warning"],
+            "lowpowermode 0",
+        ),
+        (" sleep                10\n powermode            1\n", ["warning", "warning"], "powermode 0"),
+        (" sleep                0\n powermode            2\n", ["ok", "ok"], ""),
+        ("", ["warning"], "pmset -g"),
+    ],
+)
+def test_power_and_sleep_settings(text: str, levels: list[str], mend: str) -> None:
+    findings = machine.sleep_settings(text)
+    assert [finding.level for finding in findings] == levels
+    assert findings[0].mend.endswith(mend)
+
+
+def test_thermal_pressure() -> None:
+    key = "com.apple.system.thermalpressurelevel"
+    assert machine.pressure(f"{key} 0\n")[0].level == "ok"
+    assert machine.pressure(f"{key} 2\n")[0].text == "thermal pressure is heavy"
+    assert machine.pressure("")[0].level == "warning"
+
+
+def test_memory_and_disk_thresholds(tmp_path: Path) -> None:
+    assert machine.memory(2**30, 2**33).level == "warning"
+    assert machine.memory(2**32, 2**33).level == "ok"
+    levels = [machine.disk(free, tmp_path).level for free in (2**29, 2**32, 2**34)]
+    assert levels == ["problem", "warning", "ok"]
+
+
+def test_linux_links_from_sysfs(tmp_path: Path) -> None:
+    for name, files in {
+        "eth0": {"type": "1\n", "speed": "2500\n"},
+        "veth0": {"type": "1\n", "speed": "-1\n"},
+        "wlan0": {"type": "1\n", "wireless/x": ""},
+        "thunderbolt0": {"type": "1\n", "speed": "20000\n"},
+        "tun0": {"type": "65534\n"},
+    }.items():
+        for file, text in files.items():
+            path = tmp_path / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    names = ("eth0", "veth0", "wlan0", "thunderbolt0", "tun0")
+    assert [linux_kind(name, tmp_path) for name in names] == [
+        ("ethernet", 2500),
+        ("ethernet", None),
+        ("wifi", None),
+        ("thunderbolt", 20000),
+        ("other", None),
+    ]
+
+
+def test_wifi_alone_is_warned_of() -> None:
+    wifi = Link("en0", "wifi", "192.168.0.2/24")
+    assert [finding.level for finding in network.link_findings((wifi,))] == ["ok", "warning"]
+    assert network.link_findings(())[0].level == "problem"
+    assert all(not link.address.startswith("127.") for link in discover())
+
+
+def test_a_port_in_use_is_a_problem() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        finding = network.port_findings(taken.getsockname()[1])[0]
+    assert finding.level == "problem"
+    assert "lsof" in finding.mend
+
+
+def test_versions_and_clocks_that_differ_are_named() -> None:
+    ours = {"python": "3.12.1", "mlx": "0.32.4"}
+    assert [f.level for f in software.differences({"a": ours, "b": {**ours, "python": "3.12.9"}})] == ["ok"]
+    found = software.differences({"a": ours, "b": {**ours, "mlx": "0.31.0"}})
+    assert (found[0].level, found[0].text) == ("problem", "b has mlx 0.31.0, a has 0.32.4")
+    assert found[0].mend == "ssh b python3 -m pip install mlx==0.32.4"
+    assert [f.level for f in network.clock_findings({"a": 0.1, "b": -20.0})] == ["warning"]
+
+
+def test_the_command_reports_this_machine(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "macft.doctor", "--json", "--model", "smollm2-135m-instruct"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    report = json.loads(done.stdout)
+    topics = {finding["topic"] for finding in report["findings"]}
+    assert {"packages", "BLAS", "memory", "disk", "thermal", "links", "ports", "keys", "model"} <= topics
+    assert all(finding["level"] in LEVELS for finding in report["findings"])
+    assert all(finding["mend"] for finding in report["findings"] if finding["level"] != "ok")
+    assert done.returncode == int(any(finding["level"] == "problem" for finding in report["findings"]))
+    assert report["versions"] == software.versions()
+
+
+def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MACFT_CONFIG", str(tmp_path))
+    command = [sys.executable, "-m", "macft.doctor", "--topology", "desk"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: topology: no cluster 'desk' (there are: none yet); make it: python -m macft.cluster init desk"
+    ]

@@ -1,0 +1,111 @@
+"""Fewer bytes and fewer meetings: runs with codecs and with DiLoCo, on real processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from running import adapter, events, losses, same_bits, start, train, uneven_dataset
+
+pytestmark = pytest.mark.slow
+
+DILOCO = ["training.sync=diloco", "training.inner_steps=5"]
+
+
+@pytest.fixture(scope="module")
+def basics(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> list[str]:
+    data = uneven_dataset(tmp_path_factory.mktemp("data"))
+    return [
+        f"model={tiny_model_folder}",
+        f"dataset={data}",
+        "training.batch_size=6",
+        "training.steps=30",
+        "training.eval_every=10",
+        "training.save_every=5",
+        "training.export=last",
+        "optimizer.learning_rate=1e-3",
+        "report.console=false",
+    ]
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Path:
+    folder = tmp_path_factory.mktemp("exact")
+    done = train(*basics, f"hydra.run.dir={folder}", cwd=folder)
+    assert done.status == 0, done.errors
+    return folder
+
+
+def digests(folder: Path) -> list[str]:
+    """SHA-256 of the final adapter as every rank tells it."""
+    found = [json.loads((folder / "summary.json").read_text())["adapter_sha256"]]
+    for log in sorted((folder / "logs").glob("rank-*.log")):
+        found += [line.split()[-1] for line in log.read_text().splitlines() if "adapter sha256" in line]
+    return found
+
+
+@pytest.mark.parametrize("options", [["collective.codec=int8"], ["collective.codec=powersgd"], DILOCO])
+def test_killed_and_resumed_is_bit_identical_and_all_ranks_are_alike(
+    options: list[str], tmp_path: Path, basics: list[str], exact: Path
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run = [*basics, *options, "topology=local"]
+    done = train(*run, f"hydra.run.dir={whole}", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    assert len(digests(whole)) == 2
+    assert len(set(digests(whole))) == 1
+    # Another way to the same end: not the exact run's adapter, but about its loss.
+    assert not same_bits(adapter(whole), adapter(exact))
+    found, expected = (
+        json.loads((run / "summary.json").read_text())["results"]["valid_loss"] for run in (whole, exact)
+    )
+    assert found == pytest.approx(expected, rel=0.1)
+
+    process = start(*run, f"hydra.run.dir={broken}", cwd=tmp_path)
+    while len(list((broken / "checkpoints").glob("step-*"))) < 2:
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = train(f"+resume={broken}", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    assert same_bits(adapter(broken), adapter(whole))
+    assert set(digests(broken)) <= set(digests(whole))
+
+
+def test_meeting_after_every_step_is_ordinary_training(tmp_path: Path, basics: list[str]) -> None:
+    """With plain SGD inside and the mean outside, DiLoCo of one inner step is data-parallel training."""
+    plain = [*basics, "optimizer.name=sgd", "optimizer.learning_rate=0.5", "training.max_grad_norm=0"]
+    apart = ["training.sync=diloco", "training.inner_steps=1"]
+    apart += ["training.outer_learning_rate=1", "training.outer_momentum=0", "topology=local"]
+    for name, options in (("together", []), ("apart", apart)):
+        done = train(*plain, *options, f"hydra.run.dir={tmp_path / name}", cwd=tmp_path)
+        assert done.status == 0, done.errors
+    expected, found = adapter(tmp_path / "together"), adapter(tmp_path / "apart")
+    for key, value in expected.items():
+        np.testing.assert_allclose(np.array(found[key]), np.array(value), rtol=1e-3, atol=1e-5)
+
+
+def test_one_node_may_use_diloco_too(tmp_path: Path, basics: list[str]) -> None:
+    done = train(*basics, *DILOCO, f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    curve = losses(tmp_path / "run")
+    assert len(curve) == 30
+    assert np.mean(curve[-5:]) < np.mean(curve[:5])
+
+
+def test_auto_says_what_it_chose(tmp_path: Path, basics: list[str]) -> None:
+    done = train(*basics, "collective.codec=auto", "topology=local", f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    notes = [event["text"] for event in events(tmp_path / "run", "noted")]
+    assert sum("collective.codec=auto: exchanging the gradient took" in note for note in notes) == 1
+    assert len(set(digests(tmp_path / "run"))) == 1
+
+
+def test_meetings_and_validations_must_fall_together(tmp_path: Path, basics: list[str]) -> None:
+    done = train(*basics, "training.sync=diloco", "training.inner_steps=4", cwd=tmp_path)
+    assert done.status == 2
+    assert "training.eval_every: 10 must be a multiple of training.inner_steps (4)" in done.errors
