@@ -246,6 +246,7 @@ def test_a_trusted_machine_that_is_no_member_of_the_run_is_not_let_into_its_ring
         monitor.close()
 
 
+@pytest.mark.slow
 def test_two_machines_train_encrypted_over_hosts(tmp_path: Path, tiny_model_folder: Path) -> None:
     data = uneven_dataset(tmp_path / "data")
     for machine in ("0", "1"):
@@ -289,6 +290,7 @@ def test_without_a_key_a_run_ends_before_it_begins(
     assert len(done.errors.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_nodes_started_over_ssh_get_the_runs_key_from_the_terminal(tmp_path: Path, tiny_model_folder: Path) -> None:
     """The agents as SSH starts them, with what the launcher writes to their standard input."""
     ports = free_ports(2)
