@@ -19,8 +19,11 @@ from macft.collective.listener import Listener
 from macft.collective.ring import Ring
 from macft.collective.settings import CollectiveConfig
 from macft.collective.solo import Solo
+from macft.config.schema import TrainConfig
+from macft.config.validate import problems
 from macft.training.exchange import GradientExchange
 from macft.training.outer import OuterOptimizer
+from macft.training.settings import TrainingConfig
 
 SHAPE = (24, 40)
 
@@ -132,3 +135,11 @@ def test_going_on_from_a_checkpoint_is_bit_identical(dtype: Any) -> None:
     again.restore(blobs, later, optim.AdamW(learning_rate=0.1), 0)
     turns(again, later, 3, 6)
     assert digest(later) == digest(whole)
+
+
+def test_auto_has_nothing_to_measure_between_meetings() -> None:
+    training = TrainingConfig(steps=20, sync="diloco")
+    found = problems(TrainConfig(training=training, collective=CollectiveConfig(codec="auto")))
+    assert sum(line.startswith("collective.codec: auto") for line in found) == 1
+    named = problems(TrainConfig(training=training, collective=CollectiveConfig(codec="int8")))
+    assert not any(line.startswith("collective.codec") for line in named)
