@@ -3,8 +3,8 @@
     python benchmarks/memory.py [--only NAME ...]
 
 Each case is a process of its own, two steps and two validations of at most 8 rows; measured is the highest
-``mx.get_peak_memory()`` it reports, loading and validation included. The prediction is that of `python -m macft.plan`, from config.json alone.
-Models other than SmolLM2 are made here with random weights.
+``mx.get_peak_memory()`` it reports, loading and validation included. The prediction is that of `python -m macft.plan`,
+from config.json alone. Models other than SmolLM2 are made here with random weights.
 """
 
 from __future__ import annotations

@@ -60,7 +60,9 @@ def test_killed_and_resumed_is_bit_identical_and_all_ranks_are_alike(
     assert len(set(digests(whole))) == 1
     # Another way to the same end: not the exact run's adapter, but about its loss.
     assert not same_bits(adapter(whole), adapter(exact))
-    found, expected = (json.loads((run / "summary.json").read_text())["results"]["valid_loss"] for run in (whole, exact))
+    found, expected = (
+        json.loads((run / "summary.json").read_text())["results"]["valid_loss"] for run in (whole, exact)
+    )
     assert found == pytest.approx(expected, rel=0.1)
 
     process = start(*run, f"hydra.run.dir={broken}", cwd=tmp_path)
