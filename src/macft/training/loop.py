@@ -148,7 +148,10 @@ class Trainer:
             return False
         own = outer.target_tokens
         self.progress.target_tokens += outer.step(self.model, self._exchange) - own
-        self._stop_agreed = b"\1" in self.collective.all_gather(bytes([self.stop.requested]))
+        told = [float(self.stop.requested), *result.nodes[0].numbers()]
+        answers = [np.frombuffer(answer) for answer in self.collective.all_gather(np.array(told).tobytes())]
+        self._stop_agreed = any(answer[0] for answer in answers)
+        self.nodes = [NodeStatus.of_numbers(answer[1:].tolist()) for answer in answers]
         return True
 
     def _report(
@@ -164,7 +167,9 @@ class Trainer:
     ) -> None:
         seconds = time.perf_counter() - started
         self.progress.seconds += seconds
-        self.nodes, self.tokens = result.nodes, self.tokens + result.tokens
+        self.tokens += result.tokens
+        if not self.outer:
+            self.nodes = result.nodes
         parts = {"data": data_seconds, **result.seconds, "update": update_seconds}
         if self.outer:
             parts["sync"] = sync_seconds
@@ -194,7 +199,7 @@ class Trainer:
 
     def _rebalance(self) -> None:
         """Shares of the next steps, the same on every rank, out of what all nodes have told with this one."""
-        if not self.outer:  # whose nodes don't tell each other
+        if not self.outer:  # with it, shares that follow the speed would change what is learnt
             self._balance.observe(self.nodes)
         for line in self.pace.remarks(self.nodes, self._balance.shares):
             self.reporter.noted(Noted(line))
