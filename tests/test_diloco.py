@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -19,8 +20,12 @@ from macft.collective.listener import Listener
 from macft.collective.ring import Ring
 from macft.collective.settings import CollectiveConfig
 from macft.collective.solo import Solo
+from macft.config.schema import TrainConfig
+from macft.config.validate import problems
 from macft.training.exchange import GradientExchange
 from macft.training.outer import OuterOptimizer
+from macft.training.settings import TrainingConfig
+from running import events, train, uneven_dataset
 
 SHAPE = (24, 40)
 
@@ -132,3 +137,24 @@ def test_going_on_from_a_checkpoint_is_bit_identical(dtype: Any) -> None:
     again.restore(blobs, later, optim.AdamW(learning_rate=0.1), 0)
     turns(again, later, 3, 6)
     assert digest(later) == digest(whole)
+
+
+def test_auto_has_nothing_to_measure_between_meetings() -> None:
+    training = TrainingConfig(steps=20, sync="diloco")
+    found = problems(TrainConfig(training=training, collective=CollectiveConfig(codec="auto")))
+    assert sum(line.startswith("collective.codec: auto") for line in found) == 1
+    named = problems(TrainConfig(training=training, collective=CollectiveConfig(codec="int8")))
+    assert not any(line.startswith("collective.codec") for line in named)
+
+
+@pytest.mark.slow
+def test_two_processes_meet_with_the_thermal_room_on(tmp_path: Path, tiny_model_folder: Path) -> None:
+    options = [f"model={tiny_model_folder}", f"dataset={uneven_dataset(tmp_path / 'data')}", "training.batch_size=4"]
+    options += ["training.steps=7", "training.eval_every=2", "training.save_every=2", "training.inner_steps=2"]
+    options += ["training.sync=diloco", "topology=local", "report.console=false", "thermal=balanced"]
+    done = train(*options, f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    steps = events(tmp_path / "run", "step_done")
+    # The last step is a meeting too.
+    assert [step["step"] for step in steps if step["bytes_sent"] > 0] == [2, 4, 6, 7]
+    assert all("sync" in step["parts"] for step in steps)

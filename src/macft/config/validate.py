@@ -70,6 +70,11 @@ def _combinations(config: TrainConfig) -> list[str]:
     found = []
     if config.seed < 0:
         found.append(f"seed: {config.seed} must be 0 or more")
+    if config.training.sync == "diloco" and config.collective.codec == "auto":
+        found.append(
+            "collective.codec: auto goes by the exchange in each step, and with training.sync=diloco there is none; "
+            "use none, bfloat16, int8 or powersgd"
+        )
     nodes = world_size(config)
     if nodes > config.training.batch_size > 0:
         found.append(

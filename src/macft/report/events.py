@@ -43,7 +43,8 @@ class StepDone:
     """An update was made. ``step`` counts from 1; ``loss`` is the global mean per target token, in nats.
 
     ``target_tokens`` and ``tokens`` (prompt included, padding not) count all nodes; ``node_tokens`` this one.
-    ``parts`` splits ``seconds`` into data, compute, all_reduce and update; ``all_reduce_hidden`` is a part of compute.
+    ``parts`` splits ``seconds`` into data, compute, all_reduce, update and, with DiLoCo, sync;
+    ``all_reduce_hidden`` is a part of compute.
     ``nodes`` and ``shares`` of this step's rows, 1 in all, are by rank.
     """
 

@@ -82,7 +82,7 @@ class Trainer:
         if self.progress.step == 0:
             self._evaluate()
         while self.progress.step < self.total_steps and not self._out_of_patience:
-            started = time.perf_counter()
+            started, sent = time.perf_counter(), self.collective.bytes_sent
             batches = self._my_batches(self.progress.step)
             data_seconds = time.perf_counter() - started
             paced = self.pace.paced(batches)
@@ -95,8 +95,11 @@ class Trainer:
                 status=partial(self.pace.status, local.tokens),
             )
             update_seconds, rate = self._update(result)
-            self._report(result, local, rate, started, data_seconds, update_seconds)
-            if self.outer and not self._meet(self.outer, result):
+            meeting = time.perf_counter()
+            met = self.outer is None or self._meet(self.outer, result)
+            sync_seconds = time.perf_counter() - meeting
+            self._report(result, local, rate, started, data_seconds, update_seconds, sync_seconds, sent)
+            if not met:
                 continue
             self._rebalance()
             self._evaluate_and_save_when_due()
@@ -145,7 +148,10 @@ class Trainer:
             return False
         own = outer.target_tokens
         self.progress.target_tokens += outer.step(self.model, self._exchange) - own
-        self._stop_agreed = b"\1" in self.collective.all_gather(bytes([self.stop.requested]))
+        told = [float(self.stop.requested), *result.nodes[0].numbers()]
+        answers = [np.frombuffer(answer) for answer in self.collective.all_gather(np.array(told).tobytes())]
+        self._stop_agreed = any(answer[0] for answer in answers)
+        self.nodes = [NodeStatus.of_numbers(answer[1:].tolist()) for answer in answers]
         return True
 
     def _report(
@@ -156,11 +162,17 @@ class Trainer:
         started: float,
         data_seconds: float,
         update_seconds: float,
+        sync_seconds: float,
+        sent: int,
     ) -> None:
         seconds = time.perf_counter() - started
         self.progress.seconds += seconds
-        self.nodes, self.tokens = result.nodes, self.tokens + result.tokens
+        self.tokens += result.tokens
+        if not self.outer:
+            self.nodes = result.nodes
         parts = {"data": data_seconds, **result.seconds, "update": update_seconds}
+        if self.outer:
+            parts["sync"] = sync_seconds
         if note := self._exchange.observe(seconds, result.seconds["all_reduce"]):
             self.reporter.noted(Noted(note))
         self.reporter.step_done(
@@ -176,7 +188,7 @@ class Trainer:
                 node_tokens=local.tokens,
                 seconds=seconds,
                 parts=parts,
-                bytes_sent=result.bytes_sent,
+                bytes_sent=self.collective.bytes_sent - sent,
                 residual_norm=self._exchange.residual_norm,
                 peak_memory=mx.get_peak_memory(),
                 active_memory=mx.get_active_memory(),
@@ -187,7 +199,7 @@ class Trainer:
 
     def _rebalance(self) -> None:
         """Shares of the next steps, the same on every rank, out of what all nodes have told with this one."""
-        if not self.outer:  # whose nodes don't tell each other
+        if not self.outer:  # with it, shares that follow the speed would change what is learnt
             self._balance.observe(self.nodes)
         for line in self.pace.remarks(self.nodes, self._balance.shares):
             self.reporter.noted(Noted(line))

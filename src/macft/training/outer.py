@@ -54,6 +54,7 @@ class OuterOptimizer:
             tree_unflatten([(name, mx.array(self._start[name]).astype(p.dtype)) for name, p in parameters.items()])
         )
         mx.eval(model.trainable_parameters())
+        self._start = _values(model)  # as the parameters' own type holds them, or a resume would differ
         self.target_tokens = 0
         return int(weight[0])
 

@@ -23,8 +23,8 @@ class GlobalGradient:
     """The same on every rank: gradient of the mean loss over all target tokens of the global batch, and its norm.
 
     ``gradient`` maps parameter names to float32 MLX arrays; ``nodes`` holds every rank's status of the step.
-    ``bytes_sent`` and ``seconds`` are this rank's own: ``compute`` until its gradient was there, ``all_reduce`` on top
-    of that, and ``all_reduce_hidden``, which is a part of compute.
+    ``seconds`` are this rank's own: ``compute`` until its gradient was there, ``all_reduce`` on top of that, and
+    ``all_reduce_hidden``, which is a part of compute.
     """
 
     gradient: dict[str, Any]
@@ -34,7 +34,6 @@ class GlobalGradient:
     tokens: int
     stop_requested: bool
     nodes: list[NodeStatus]
-    bytes_sent: int
     seconds: Mapping[str, float]
 
     @property
@@ -61,7 +60,6 @@ def reduce_gradient(
     Gradients are summed in MLX's own memory, a bucket at a time: while one is on the wire MLX computes the next.
     """
     collective = exchange.collective
-    sent = collective.bytes_sent
     seconds = _sum_buckets(exchange, local, computed)
     ready = time.perf_counter()
     slots = np.zeros((collective.world_size, NodeStatus.SIZE))
@@ -81,7 +79,6 @@ def reduce_gradient(
         tokens=int(tokens),
         stop_requested=stops > 0,
         nodes=[NodeStatus.of_numbers(slot.tolist()) for slot in sums[len(counts) :].reshape(slots.shape)],
-        bytes_sent=collective.bytes_sent - sent,
         seconds=seconds,
     )
 
