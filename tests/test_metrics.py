@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,85 @@ def test_no_answer_writes_a_file(tmp_path: Path, statement: str) -> None:
 def test_endless_queries_end_and_are_wrong(query: str) -> None:
     assert SQL.score(record(), query) is False
     assert SQL.score(record(), RIGHT)
+
+
+COUNTING = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c LIMIT {})"
+WIDE = ", ".join(["printf('%90000d', n)"] * 50)
+DOUBLING = ", ".join(f"t{i} AS (SELECT a.x FROM t{i - 1} a, t{i - 1} b)" for i in range(1, 60))
+GREEDY = {
+    "wide rows": f"{COUNTING.format(1000)} SELECT {WIDE} FROM c",
+    "printf": "SELECT printf('%1000000000d', 1)",
+    "zeroblob": "SELECT zeroblob(1000000000)",
+    "randomblob": f"{COUNTING.format(100_000)} SELECT hex(randomblob(40000)) FROM c",
+    "replace": "SELECT replace(printf('%90000d', 1), ' ', printf('%90000d', 1))",
+    "group_concat": f"{COUNTING.format(100_000)} SELECT group_concat(printf('%90000d', n)) FROM c",
+    "sorter": f"{COUNTING.format(100_000)} SELECT printf('%90000d', n) x FROM c ORDER BY x",
+    "distinct": f"{COUNTING.format(100_000)} SELECT COUNT(DISTINCT printf('%90000d', n)) FROM c",
+    "instr": f"{COUNTING.format(100_000)} SELECT SUM(instr(printf('%90000d', n), printf('%45000d', n) || 'x')) FROM c",
+    "like": f"{COUNTING.format(100_000)} SELECT SUM(printf('%90000d', n) LIKE '{'% ' * 400}x') FROM c",
+    "cross join": "SELECT COUNT(*) FROM " + ", ".join(f"pets p{i}" for i in range(60)),
+    "doubling": f"WITH t0 AS (SELECT 1 x), {DOUBLING} SELECT COUNT(*) FROM t59",
+}
+JUDGE = """
+import resource, sys
+from macft.evaluation.sql_execution import SqlExecution
+right, query = "SELECT name FROM pets", sys.argv[2]
+row = {"prompt": "?", "completion": right, "database": sys.argv[1]}
+judge = SqlExecution()
+assert judge.score(row, right)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+scored = judge.score(row, query)
+unit = 1 if sys.platform == "darwin" else 1024
+print(scored, judge.score(row, right), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
+"""
+
+
+@pytest.mark.parametrize("query", GREEDY.values(), ids=GREEDY.keys())
+def test_greedy_queries_are_wrong_within_the_limits(query: str) -> None:
+    # The generous time-out is what is tested: without limits these run for hours.
+    done = subprocess.run(
+        [sys.executable, "-c", JUDGE, DATABASE, query], capture_output=True, text=True, timeout=120, check=True
+    )
+    scored, alive, taken = done.stdout.split()
+    assert (scored, alive) == ("False", "True")
+    assert int(taken) < 600 * 2**20
+
+
+def test_rows_after_the_first_thousand_are_compared() -> None:
+    expected = f"{COUNTING.format(3000)} SELECT n FROM c"
+    assert SQL.score(record(expected), expected)
+    assert not SQL.score(record(expected), f"{COUNTING.format(3000)} SELECT n + (n > 2500) FROM c")
+    assert not SQL.score(record(expected), f"{COUNTING.format(3001)} SELECT n FROM c")
+
+
+@pytest.mark.parametrize(
+    ("expected", "ordered"),
+    [
+        ("SELECT id FROM pets ORDER BY id", True),
+        ("WITH d AS (SELECT id FROM pets) SELECT id FROM d order\n by id", True),
+        ("SELECT id FROM (SELECT id FROM pets ORDER BY id)", False),
+        ("SELECT id FROM pets WHERE id IN (SELECT id FROM pets ORDER BY weight LIMIT 4)", False),
+        ("SELECT id FROM pets WHERE name <> 'order by' -- order by", False),
+        ("SELECT id FROM pets WHERE name <> ')' ORDER BY id", True),
+    ],
+)
+def test_only_the_outermost_order_by_makes_the_order_count(expected: str, ordered: bool) -> None:
+    assert SQL.score(record(expected), "SELECT id FROM pets ORDER BY id")
+    assert SQL.score(record(expected), "SELECT id FROM pets ORDER BY id DESC") is not ordered
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "SELECT name\n\nFROM pets\n\nWHERE kind = 'dog'",
+        "SELECT name FROM pets WHERE kind = 'dog'\n\nWhere kind is dog, the name is taken.",
+        "SELECT name FROM pets WHERE id IN (\n\nSELECT id FROM pets WHERE kind = 'dog'\n\n)",
+        "WITH d AS (SELECT * FROM pets WHERE kind = 'dog')\n\nSELECT name FROM d\n\nSELECT 1",
+        "SELECT name FROM pets WHERE id = 1\n\nunion\n\nselect name from pets where id = 3",
+    ],
+)
+def test_a_blank_line_ends_a_query_only_before_something_else(answer: str) -> None:
+    assert SQL.score(record(), answer)
 
 
 QUERY_PIECES = st.sampled_from(

@@ -1,7 +1,8 @@
 """Execution accuracy (Yu et al. 2018, Spider): a query is right if it returns what the expected query returns.
 
-Generated queries are untrusted. They run on a throw-away in-memory database that can only be read, for a limited
-number of virtual-machine steps, and only their first rows are looked at.
+Generated queries are untrusted. They run on a throw-away in-memory database that can only be read, within limits on
+time (in the compiler as well as in the virtual machine), on SQLite's heap and on what the rows take in Python. All rows
+are compared; a query that passes a limit has failed.
 """
 
 from __future__ import annotations
@@ -16,19 +17,34 @@ from typing import Any
 from macft.errors import DataError
 from macft.evaluation.record import expected_text
 
-_MAX_ROWS = 1000
 _MAX_QUERY_CHARACTERS = 4000
-_STEPS_BETWEEN_CHECKS = 100
-_MAX_CHECKS = 20_000
+# Few, because one step can be a slow function call on two long values.
+_STEPS_BETWEEN_CHECKS = 20
+_MAX_CHECKS = 100_000
 _MAX_SECONDS = 10.0
 _MAX_VALUE_BYTES = 100_000
 _MAX_COLUMNS = 50
+_MAX_PATTERN_BYTES = 1000
+# SQLite's limit counts all connections of the process and can only be lowered.
+_MAX_HEAP_BYTES = 256 * 2**20
+_MAX_RESULT_BYTES = 64 * 2**20
+_ROW_BYTES, _VALUE_BYTES = 64, 48
+# They make big values of nothing, or another value each time: no answer to a question needs them.
+_DENIED_FUNCTIONS = {"load_extension", "randomblob", "zeroblob", "fts3_tokenizer"}
 _ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 _QUERY = re.compile(
     r"\bselect\b|\bwith\s+(?:recursive\s+)?\w+\s*(?:\([^)]*\)\s*)?as\s*(?:(?:not\s+)?materialized\s*)?\(", re.IGNORECASE
 )
 _FENCE = re.compile(r"```\w*\n?(.*?)(?:```|\Z)", re.DOTALL)
 _END = re.compile(r"'[^']*'|\"[^\"]*\"|(;|```|\n\s*\n)")
+_NOT_CODE = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/", re.DOTALL)
+_CLAUSES = r"from|where|group|order|having|limit|offset|join|left|inner|cross|on|and|or|union|intersect|except|window"
+# Not capitalised, as prose after an answer would be.
+_CONTINUED = re.compile(rf"(?:{_CLAUSES}|{_CLAUSES.upper()})\b|[),]")
+_SELECT = re.compile(r"\bselect\b", re.IGNORECASE)
+_OPEN_END = re.compile(
+    r"(?:\b(?:union|all|intersect|except|select|from|where|and|or|by|on|join)|,)\s*\Z", re.IGNORECASE
+)
 
 Rows = list[tuple[Any, ...]]
 
@@ -55,28 +71,36 @@ class SqlExecution:
         found = self._run(script, first_query(generated))
         if found is None:
             return False
-        ordered = re.search(r"\border\s+by\b", expected_query, re.IGNORECASE) is not None
+        ordered = re.search(r"\border\s+by\b", _outermost(expected_query)[0], re.IGNORECASE) is not None
         return same_rows(expected, found, ordered=ordered)
 
     def _run(self, script: str, query: str) -> Rows | None:
-        """The query's rows, or None if it fails, takes too long or does anything but read."""
+        """All of the query's rows, or None if it fails, passes a limit or does anything but read."""
         connection = sqlite3.connect(":memory:")
         try:
+            # Sorting must not spill past the heap limit to the disk.
+            connection.execute("PRAGMA temp_store = MEMORY")
+            connection.execute(f"PRAGMA hard_heap_limit = {_MAX_HEAP_BYTES}")
             connection.deserialize(self._built(script))
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
             connection.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, _MAX_COLUMNS)
-            connection.set_authorizer(
-                lambda action, *_: sqlite3.SQLITE_OK if action in _ALLOWED else sqlite3.SQLITE_DENY
-            )
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, _MAX_PATTERN_BYTES)
             checks, deadline = 0, time.monotonic() + _MAX_SECONDS
+
+            def permit(action: int, _: str | None, name: str | None, *__: str | None) -> int:
+                # Nested WITHs can double the compiler's work with each line, before any step runs.
+                late = time.monotonic() > deadline
+                denied = action == sqlite3.SQLITE_FUNCTION and (name or "").lower() in _DENIED_FUNCTIONS
+                return sqlite3.SQLITE_DENY if late or denied or action not in _ALLOWED else sqlite3.SQLITE_OK
 
             def too_long() -> bool:
                 nonlocal checks
                 checks += 1
                 return checks > _MAX_CHECKS or time.monotonic() > deadline
 
+            connection.set_authorizer(permit)
             connection.set_progress_handler(too_long, _STEPS_BETWEEN_CHECKS)
-            return connection.execute(query).fetchmany(_MAX_ROWS)
+            return _bounded(connection.execute(query))
         except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError):
             return None
         finally:
@@ -88,15 +112,33 @@ class SqlExecution:
             try:
                 connection.executescript(script)
                 self._databases[script] = connection.serialize()
-            except (sqlite3.Error, ValueError) as error:
+            except (sqlite3.Error, ValueError, MemoryError) as error:
                 raise DataError(f"dataset.metric: a test row's `database` script fails: {error}") from error
             finally:
                 connection.close()
         return self._databases[script]
 
 
+def _bounded(cursor: sqlite3.Cursor) -> Rows | None:
+    rows: Rows = []
+    taken = 0
+    for row in cursor:
+        taken += _ROW_BYTES + sum(
+            # A character may take four bytes.
+            _VALUE_BYTES + (4 * len(value) if isinstance(value, str | bytes) else 0)
+            for value in row
+        )
+        if taken > _MAX_RESULT_BYTES:
+            return None
+        rows.append(row)
+    return rows
+
+
 def first_query(text: str) -> str:
-    """The first SELECT (or WITH) statement in ``text``, without code fences and what follows its semicolon."""
+    """The first SELECT (or WITH) statement in ``text``, without code fences and what follows its semicolon.
+
+    A blank line ends it too, unless it is inside parentheses or the next line goes on with SQL.
+    """
     text = text[:_MAX_QUERY_CHARACTERS]
     fence = _FENCE.search(text)
     if fence is not None and _QUERY.search(fence[1]):
@@ -105,8 +147,29 @@ def first_query(text: str) -> str:
     if found is None:
         return text
     statement = text[found.start() :]
-    end = next((match.start() for match in _END.finditer(statement) if match[1]), len(statement))
-    return statement[:end].strip()
+    ends = (match.start() for match in _END.finditer(statement) if match[1] and not _goes_on(statement, match))
+    return statement[: next(ends, len(statement))].strip()
+
+
+def _goes_on(statement: str, end: re.Match[str]) -> bool:
+    if end[1].strip():
+        return False
+    before, depth = _outermost(statement[: end.start()])
+    after = statement[end.end() :].lstrip()
+    if depth > 0 or _CONTINUED.match(after) or _OPEN_END.search(before):
+        return True
+    return _SELECT.match(after) is not None and _SELECT.search(before) is None
+
+
+def _outermost(query: str) -> tuple[str, int]:
+    """``query`` without strings, comments and what stands in parentheses; and how many of these are left open."""
+    depth = 0
+    kept = []
+    for character in _NOT_CODE.sub(" x ", query):
+        depth += (character == "(") - (character == ")")
+        if depth <= 0 and character not in "()":
+            kept.append(character)
+    return "".join(kept), max(depth, 0)
 
 
 def same_rows(expected: Rows, found: Rows, *, ordered: bool) -> bool:
