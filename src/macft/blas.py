@@ -66,11 +66,6 @@ def describe() -> str:
     return f"{version}, {_library.openblas_get_num_threads()} threads"
 
 
-def is_loaded() -> bool:
-    """Whether MLX's products go through an OpenBLAS whose threads ``set_threads`` controls."""
-    return _library is not None
-
-
 def is_fast() -> bool:
     """Whether MLX's CPU matrix products go through an optimised BLAS."""
     return platform.system() != "Linux" or _library is not None

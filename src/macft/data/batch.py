@@ -64,23 +64,21 @@ class Pack:
     row_ids: NDArray[np.int64]
 
 
-def pack(batch: Batch, lanes: int, most_tokens: int | None) -> list[list[Pack]]:
-    """The rows of ``batch`` shared out evenly among ``lanes`` that compute side by side, in packs for each lane.
+def pack(batch: Batch, most_tokens: int | None) -> list[Pack]:
+    """The rows of ``batch`` that have a target, longest first, in packs.
 
-    A pack has at most ``most_tokens`` tokens (None: no limit), or one row that is longer. Lanes without rows are
-    left out. Which rows go where depends on their lengths only.
+    A pack has at most ``most_tokens`` tokens (None: no limit), or one row that is longer. Which rows go where depends
+    on their lengths only.
     """
-    shares: list[list[int]] = [[] for _ in range(lanes)]
-    for place in sorted(range(len(batch.lengths)), key=lambda row: (-int(batch.lengths[row]), row)):
-        if batch.lengths[place] > max(int(batch.prompt_lengths[place]), 1):  # others have no target
-            min(shares, key=lambda share: sum(int(batch.lengths[row]) for row in share)).append(place)
-    return [[_lay_out(batch, rows) for rows in _cut(batch, share, most_tokens)] for share in shares if share]
+    has_target = batch.lengths > np.maximum(batch.prompt_lengths, 1)
+    rows = sorted(np.flatnonzero(has_target).tolist(), key=lambda row: (-int(batch.lengths[row]), row))
+    return [_lay_out(batch, group) for group in _cut(batch, rows, most_tokens)]
 
 
-def _cut(batch: Batch, share: list[int], most_tokens: int | None) -> list[list[int]]:
-    groups: list[list[int]] = [[]]
+def _cut(batch: Batch, rows: list[int], most_tokens: int | None) -> list[list[int]]:
+    groups: list[list[int]] = [[]] if rows else []
     tokens = 0
-    for row in share:
+    for row in rows:
         length = int(batch.lengths[row])
         if groups[-1] and most_tokens is not None and tokens + length > most_tokens:
             groups.append([])

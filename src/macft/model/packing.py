@@ -17,8 +17,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from macft.model.attention import causal_attention
-
 _ATTENTION = "scaled_dot_product_attention"
 
 
@@ -74,9 +72,8 @@ class RowAttention:
     Generation, with a cache, goes to mlx-lm's function; so does all that isn't plain causal attention.
     """
 
-    def __init__(self, original: Callable[..., Any], *, on_cpu: bool):
+    def __init__(self, original: Callable[..., Any]):
         self._original = original
-        self._on_cpu = on_cpu
 
     def __call__(
         self, queries: Any, keys: Any, values: Any, cache: Any = None, scale: float = 1.0, mask: Any = None, **rest: Any
@@ -84,8 +81,6 @@ class RowAttention:
         lengths = row_lengths()
         plain = cache is None and isinstance(mask, str) and mask == "causal" and not any(rest.values())
         if lengths is None or len(lengths) == 1:
-            if plain and self._on_cpu and queries.dtype == mx.float32:
-                return causal_attention(queries, keys, values, scale)
             return self._original(queries, keys, values, cache=cache, scale=scale, mask=mask, **rest)
         if not plain:
             raise ValueError("this model's attention has a mask of its own, so its rows can't be packed")
@@ -94,14 +89,14 @@ class RowAttention:
             return mx.concatenate([self(q, k, v, scale=scale, mask="causal") for q, k, v in rows], axis=2)
 
 
-def use_row_attention(model: nn.Module, *, on_cpu: bool) -> bool:
+def _use_row_attention(model: nn.Module) -> bool:
     """Lets ``model``'s architecture attend row by row from now on; returns whether its attention can be replaced."""
     architecture = vars(sys.modules[type(model).__module__])
     original = architecture.get(_ATTENTION)
     if original is None:
         return False
     if not isinstance(original, RowAttention):
-        architecture[_ATTENTION] = RowAttention(original, on_cpu=on_cpu)
+        architecture[_ATTENTION] = RowAttention(original)
     return True
 
 
@@ -113,7 +108,7 @@ def enable_packing(model: nn.Module) -> bool:
     """
     blocks = [getattr(layer, "self_attn", None) for layer in getattr(model, "layers", [])]
     ropes = [block is not None and isinstance(getattr(block, "rope", None), nn.Module) for block in blocks]
-    if not blocks or not all(ropes) or not use_row_attention(model, on_cpu=mx.default_device() == mx.cpu):
+    if not blocks or not all(ropes) or not _use_row_attention(model):
         return False
     arguments = getattr(model, "args", None)
     if getattr(arguments, "sliding_window", None) or getattr(arguments, "use_sliding_window", False):

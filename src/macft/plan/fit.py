@@ -9,15 +9,15 @@ from macft.model.adapter_settings import AdapterConfig
 from macft.plan.memory import MemoryParts, Work, predict
 from macft.plan.shape import HeldWeights, ModelShape
 from macft.plan.workload import StepRows
+from macft.training.cross_entropy import chunk_size
 
-_CHUNK = 512
 _EVALUATION_ROWS = 8
 _SHORTEST_HINT = 32
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides how much memory the same step takes. ``loss_chunk`` is 0 where all logits are held at once."""
+    """What decides how much memory the same step takes. ``loss_chunk`` 0 takes the trainer's own choice."""
 
     micro_batch_size: int | None
     grad_checkpoint: bool
@@ -35,7 +35,7 @@ class Fitter:
     """Predicts the peak of a node's part of a run under different settings.
 
     ``steps`` hold this node's rows, ``validation_rows`` is the size of the validation set (0: no validation).
-    ``can_chunk``: the trainer has ``training.loss_chunk``.
+    ``pack_tokens``: the most tokens the trainer computes at once, None for a whole micro-batch.
     """
 
     shape: ModelShape
@@ -44,7 +44,7 @@ class Fitter:
     optimizer: str
     steps: Sequence[StepRows]
     validation_rows: int
-    can_chunk: bool = False
+    pack_tokens: int | None = None
 
     @property
     def rows(self) -> int:
@@ -61,15 +61,16 @@ class Fitter:
         for step in self.steps:
             batches = list(step.micro_batches(size))
             for rows, length, targets in batches:
+                at_once = rows if self.pack_tokens is None else max(1, min(rows, self.pack_tokens // length))
                 works.add(
                     Work(
-                        rows=rows,
+                        rows=at_once,
                         tokens=length,
                         targets=targets / rows,
-                        accumulated=len(batches) > 1,
+                        accumulated=len(batches) > 1 or at_once < rows,
                         validation_rows=min(size or _EVALUATION_ROWS, self.validation_rows),
                         checkpoint_blocks=settings.grad_checkpoint,
-                        loss_chunk=settings.loss_chunk,
+                        loss_chunk=chunk_size(self.shape.vocabulary, settings.loss_chunk or None),
                     )
                 )
         return works or {Work(1, 2, 1)}
@@ -80,8 +81,8 @@ class Fitter:
     def best(self, start: Settings, budget: float) -> Settings | None:
         """The fastest settings within ``budget`` bytes, None if there are none.
 
-        The largest micro-batch without recomputation first, then chunked logits, then checkpointed blocks. What
-        ``start`` asks for stays: its micro-batch is not exceeded and its checkpointing not turned off.
+        The largest micro-batch without recomputation first, then checkpointed blocks. What ``start`` asks for stays:
+        its micro-batch is not exceeded and its checkpointing not turned off.
         """
         return next((settings for settings in self._candidates(start) if self.parts(settings).peak <= budget), None)
 
@@ -90,19 +91,17 @@ class Fitter:
         sizes = [most]
         while sizes[-1] > 1:
             sizes.append(-(-sizes[-1] // 2))
-        chunks = [start.loss_chunk] + ([_CHUNK] if self.can_chunk and not start.loss_chunk else [])
         for checkpoint in [True] if start.grad_checkpoint else [False, True]:
             for size in sizes:
-                for chunk in chunks:
-                    yield Settings(size, checkpoint, chunk)
+                yield Settings(size, checkpoint, start.loss_chunk)
 
     def longest_that_fits(self, budget: float) -> int | None:
         """The longest rows that fit under the most saving settings, tokens; None if none do."""
-        saving = Settings(1, grad_checkpoint=True, loss_chunk=_CHUNK if self.can_chunk else 0)
+        chunk = chunk_size(self.shape.vocabulary, None)
         longest = max((int(step.lengths.max()) for step in self.steps if len(step.lengths)), default=0)
         while longest >= _SHORTEST_HINT:
             longest //= 2
-            work = Work(1, longest, longest, True, min(1, self.validation_rows), True, saving.loss_chunk)
+            work = Work(1, longest, longest, True, min(1, self.validation_rows), True, chunk)
             if self._predict(work).peak <= budget:
                 return longest
         return None

@@ -16,7 +16,7 @@ from macft.plan.shape import HeldWeights, ModelShape
 
 # Fitted: floats a token of one block that live only while the block is computed, and floats a logit while the loss is.
 _BLOCK_HIDDEN, _BLOCK_INTERMEDIATE, _BLOCK_SCORES = 4.8, 7.3, 1.6
-_FLOATS_PER_LOGIT = 6.6
+_FLOATS_PER_LOGIT, _FLOATS_PER_CHUNKED_LOGIT = 6.6, 14.5
 # With checkpointed blocks: multiples of what a block keeps and needs for a moment, and of its attention scores.
 _AGAIN, _AGAIN_SCORES, _BESIDE_HEAD = 1.6, 0.85, 0.4
 _VALIDATION_FLOATS_PER_LOGIT = 3.45
@@ -121,7 +121,7 @@ def predict(shape: ModelShape, held: HeldWeights, adapter: AdapterConfig, optimi
     scores = shape.heads * work.rows * length**2 * held.float_bytes
     targets = -(-max(work.rows * work.targets, 1) // _TARGETS_PAD_TO) * _TARGETS_PAD_TO
     at_once = min(targets, work.loss_chunk) if work.loss_chunk else targets
-    logits = _FLOATS_PER_LOGIT * 4 * at_once * shape.vocabulary
+    logits = (_FLOATS_PER_LOGIT if at_once == targets else _FLOATS_PER_CHUNKED_LOGIT) * 4 * at_once * shape.vocabulary
     if work.checkpoint_blocks and trained.depth:
         # A block's forward pass runs a second time inside its backward pass, so that more of it exists at once.
         inputs = trained.depth * work.rows * length * shape.hidden * held.float_bytes

@@ -19,6 +19,7 @@ from macft.plan.budget import usable_bytes
 from macft.plan.fit import Fitter, Settings
 from macft.plan.shape import HeldWeights, ModelShape, held_weights, read_shape
 from macft.plan.workload import StepRows, steps_of
+from macft.training.gradient import TOKENS_AT_ONCE
 from macft.training.loop import steps_for
 from macft.training.settings import TrainingConfig
 
@@ -82,7 +83,7 @@ def fitter_for(config: TrainConfig, *, shape: ModelShape, held: HeldWeights, ste
         optimizer=config.optimizer.name,
         steps=steps,
         validation_rows=_validation_rows(config.training),
-        can_chunk=hasattr(config.training, "loss_chunk"),
+        pack_tokens=TOKENS_AT_ONCE if on_cpu() and config.training.packing.lower() != "false" else None,
     )
 
 
@@ -94,12 +95,9 @@ def _validation_rows(training: TrainingConfig) -> int:
 
 def current_settings(training: TrainingConfig) -> Settings:
     """What the configuration asks for."""
-    return Settings(training.micro_batch_size, training.grad_checkpoint, int(getattr(training, "loss_chunk", 0) or 0))
+    return Settings(training.micro_batch_size, training.grad_checkpoint, training.loss_chunk or 0)
 
 
 def apply_settings(training: TrainingConfig, settings: Settings) -> TrainingConfig:
     """``training`` with ``settings``."""
-    chosen = replace(training, micro_batch_size=settings.micro_batch_size, grad_checkpoint=settings.grad_checkpoint)
-    if settings.loss_chunk:
-        setattr(chosen, "loss_chunk", settings.loss_chunk)  # noqa: B010  (a key that not every version has)
-    return chosen
+    return replace(training, micro_batch_size=settings.micro_batch_size, grad_checkpoint=settings.grad_checkpoint)

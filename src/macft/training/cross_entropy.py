@@ -55,12 +55,12 @@ def chunked_cross_entropy(
 
     @mx.custom_function
     def loss_and_gradient(hidden: Any) -> tuple[Any, Any]:
-        loss = mx.zeros(())
+        value = loss = mx.zeros(())
         parts: list[Any] = []
         for start in range(0, hidden.shape[0], size):
             part = hidden[start : start + size]
-            if parts:  # one chunk after the other, so that only one's logits are there
-                part = mx.depends([part], [parts[-1]])[0]
+            if parts:  # one chunk after the other, its loss included, so that only one's logits are there
+                part = mx.depends([part], [parts[-1], value])[0]
             end = start + size
             value, by_logit = _forward(head(part[None])[0], targets[start:end], weights[start:end])
             parts.append(mx.vjp(lambda part: head(part[None])[0], [part], [by_logit])[1][0])

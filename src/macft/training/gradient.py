@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 from typing import Any
 
 import mlx.core as mx
@@ -17,15 +16,14 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.trainer import grad_checkpoint
 from numpy.typing import NDArray
 
-from macft.data.batch import Batch, Pack, pack
+from macft.data.batch import Batch, pack
 from macft.errors import ConfigError
 from macft.model.device import on_cpu
 from macft.model.dropout import DropoutKeys
-from macft.model.lanes import lane_count, side_by_side
-from macft.model.packing import enable_packing, packed, use_row_attention
+from macft.model.packing import enable_packing, packed
 from macft.training.loss import TokenLoss, target_positions
 
-_TOKENS_AT_ONCE = 512
+TOKENS_AT_ONCE = 512
 """Tokens in a pack on a CPU, where longer ones are no faster and take more memory."""
 
 _Part = tuple[Any, dict[str, Any], int]
@@ -81,8 +79,6 @@ class GradientComputer:
         self.packs = packing.lower() != "false" and enable_packing(model)
         if packing.lower() == "true" and not self.packs:
             raise ConfigError("training.packing: this model's attention can't take packed rows; use auto or false")
-        if on_cpu():
-            use_row_attention(model, on_cpu=True)
         if checkpoint_blocks:
             grad_checkpoint(model.layers[0])
         self.loss = TokenLoss(model, chunk=loss_chunk)
@@ -97,7 +93,7 @@ class GradientComputer:
     def __call__(self, step: int, batches: Iterable[Batch], count: int) -> LocalGradient:
         """Computes the next ``count`` of ``batches``, this node's micro-batches of ``step``; there may be none.
 
-        All but the last micro-batch are computed when this returns. The last one is under way, bucket by bucket, so
+        All but the last pack of rows are computed when this returns. The last one is under way, bucket by bucket, so
         that its first gradients can be sent while MLX computes the others.
         """
         started = time.perf_counter()
@@ -105,14 +101,14 @@ class GradientComputer:
         total: dict[str, Any] = {}
         losses: list[Any] = []
         target_tokens = tokens = 0
-        for number, batch in zip(range(count), batches, strict=False):
-            for loss, gradient, targets in self._micro_batch(step, batch):
+        for batch in islice(batches, count):
+            for loss, gradient, targets in self._parts(step, batch):
+                if total:
+                    mx.eval(losses, total)  # one at a time: activations are freed before the next begin
                 total = {name: total[name] + value for name, value in gradient.items()} if total else gradient
                 losses.append(loss)
                 target_tokens += targets
             tokens += int(batch.lengths.sum())
-            if number + 1 < count:
-                mx.eval(losses, total)  # one at a time: its activations are freed before the next begins
         total = total or {name: mx.zeros(shape) for name, shape in self._shapes.items()}
         _start(losses)
         for names in self.buckets:
@@ -127,40 +123,13 @@ class GradientComputer:
             started=started,
         )
 
-    def _micro_batch(self, step: int, batch: Batch) -> list[_Part]:
+    def _parts(self, step: int, batch: Batch) -> Iterator[_Part]:
         if not self.packs:
-            positions, targets, weights = target_positions(batch)
-            return [self._part(step, batch.tokens[:, :-1], positions, targets, weights, batch.row_ids)]
-        packs = pack(batch, lane_count(), _TOKENS_AT_ONCE if on_cpu() else None)
-        if not packs:
-            return []
-        if len(packs) == 1 and len(packs[0]) == 1:
-            return [self._pack(step, packs[0][0])]
-        mx.eval(self._model.parameters())  # a lane can't evaluate what another thread began
-        return side_by_side(packs, partial(self._lane, step))
-
-    def _lane(self, step: int, packs: Sequence[Pack], building: threading.Lock) -> _Part:
-        """One lane's packs, computed one after the other; what it returns is evaluated."""
-        total: dict[str, Any] = {}
-        losses: list[Any] = []
-        targets = 0
-        for item in packs:
-            with building:
-                before = self._model.trainable_parameters()
-                loss, gradient, count = self._pack(step, item)
-                self._model.update(before)  # tracing leaves arrays of this lane's stream in the model
-            total = {name: total[name] + value for name, value in gradient.items()} if total else gradient
-            del gradient
-            losses.append(loss)
-            targets += count
-            mx.eval(losses, total)
-        summed = mx.stack(losses).sum()
-        mx.eval(summed)
-        return summed, total, targets
-
-    def _pack(self, step: int, item: Pack) -> _Part:
-        with packed(item.lengths):
-            return self._part(step, item.inputs, item.positions, item.targets, item.weights, item.row_ids)
+            yield self._part(step, batch.tokens[:, :-1], *target_positions(batch), batch.row_ids)
+            return
+        for item in pack(batch, TOKENS_AT_ONCE if on_cpu() else None):
+            with packed(item.lengths):
+                yield self._part(step, item.inputs, item.positions, item.targets, item.weights, item.row_ids)
 
     def _part(
         self,
