@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 JOIN_SECONDS = 60.0
 NAMES = ("macft", "mlx", "gloo", "mpi", "tcp")
-"""macft's collective as configured, MLX's ring, torch's gloo, MPI, and the raw TCP copy a ring can't be faster than."""
+"""macft's collective as configured, MLX's ring, torch's gloo, MPI, and a raw TCP copy."""
 
 
 class Side(Protocol):
