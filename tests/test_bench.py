@@ -148,16 +148,16 @@ def test_mistakes_are_told_in_one_line(
 
 def test_a_peer_that_hangs_is_left_out_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
-    with Lane("tcp", free_addresses(2), limit=60.0) as well, Lane("tcp", free_addresses(2), limit=3.0) as hanging:
+    with Lane("tcp", free_addresses(2), limit=60.0) as well, Lane("tcp", free_addresses(2), limit=15.0) as hanging:
         hanging.name = "hanging"
         os.kill(hanging.process_ids[1], signal.SIGSTOP)
         rows = measure([well, hanging], [4096, 65_536], 2, lambda _: None)
-    assert [row[1].failure for row in rows] == ["hanging: hung for 3 s"] * 2
+    assert [row[1].failure for row in rows] == ["hanging: hung for 15 s"] * 2
     assert [(len(row[0].turns), len(row[1].turns)) for row in rows] == [(2, 0)] * 2
 
 
 def test_a_lane_that_can_not_start_says_why() -> None:
-    with pytest.raises(LaneFailed, match=r"^tcp: rank \d: \w*(Error|error): "):
+    with pytest.raises(LaneFailed, match=r"^tcp: (rank \d: \w*(Error|error): |a rank ended)"):
         Lane("tcp", ["256.0.0.1:9", "256.0.0.1:10"], limit=60.0)
 
 

@@ -174,6 +174,7 @@ def test_every_option_of_every_group_makes_a_valid_configuration(group: str, opt
         ("model", "custom"): ["model.path=org/name"],
         ("dataset", "custom"): ["dataset.path=folder"],
         ("topology", "hosts"): ["topology.hosts=[a,b]"],
+        ("topology", "ssh"): ["topology.hosts=[a,b]"],
     }.get((group, option), [])
     override = f"+recipe={option}" if group == "recipe" else f"{group}={option}"
     with initialize_config_dir(str(config_folder()), version_base="1.3"):

@@ -25,7 +25,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def yaml_of_checkout() -> set[str]:
     groups = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "configs").rglob("*.yaml")}
     recipes = {f"configs/recipe/{path.name}" for path in (REPOSITORY / "recipes").glob("*.yaml")}
-    return groups | recipes
+    tables = {f"plan/{path.name}" for path in (REPOSITORY / "src" / "macft" / "plan").glob("*.yaml")}
+    return groups | recipes | tables
 
 
 def test_the_wheel_has_every_yaml_and_the_dataset(wheel: Path) -> None:

@@ -131,7 +131,7 @@ def test_no_process_outlives_the_terminal(three: Cluster, basics: list[str], tmp
     running = agents("runs/c/1")
     assert len(running) == 2
     process.kill()
-    process.wait()
+    process.communicate()
     _, left = psutil.wait_procs(running, timeout=100)
     assert not left
     assert list((three.hosts[0].home / "macft/runs/c/1/checkpoints").iterdir())

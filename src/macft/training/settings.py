@@ -48,8 +48,9 @@ class TrainingConfig:
     sync: str = "every_step"
     # With sync=diloco: steps between two meetings.
     inner_steps: int = 10
-    # With sync=diloco: learning rate and Nesterov momentum of the step that the meetings make.
+    # With sync=diloco: learning rate of the step that the meetings make.
     outer_learning_rate: float = 0.7
+    # With sync=diloco: Nesterov momentum of that step.
     outer_momentum: float = 0.9
     # Clip the gradient to this global L2 norm, over all parameters and nodes; 0 turns clipping off.
     max_grad_norm: float = 1.0
