@@ -82,7 +82,9 @@ def test_killed_and_resumed_is_bit_identical_and_all_ranks_are_alike(
 
 def test_meeting_after_every_step_is_ordinary_training(tmp_path: Path, basics: list[str]) -> None:
     """With plain SGD inside and the mean outside, DiLoCo of one inner step is data-parallel training."""
-    plain = [*basics, "optimizer.name=sgd", "optimizer.learning_rate=0.5", "training.max_grad_norm=0"]
+    # Few steps: each one magnifies what the order of a floating-point sum leaves.
+    plain = [*basics, "optimizer.name=sgd", "optimizer.learning_rate=0.1", "training.max_grad_norm=0"]
+    plain += ["training.steps=4", "training.eval_every=4", "training.save_every=4"]
     apart = ["training.sync=diloco", "training.inner_steps=1"]
     apart += ["training.outer_learning_rate=1", "training.outer_momentum=0", "topology=local"]
     for name, options in (("together", []), ("apart", apart)):
@@ -90,7 +92,7 @@ def test_meeting_after_every_step_is_ordinary_training(tmp_path: Path, basics: l
         assert done.status == 0, done.errors
     expected, found = adapter(tmp_path / "together"), adapter(tmp_path / "apart")
     for key, value in expected.items():
-        np.testing.assert_allclose(np.array(found[key]), np.array(value), rtol=2e-3, atol=1e-4)
+        np.testing.assert_allclose(np.array(found[key]), np.array(value), rtol=1e-3, atol=1e-4)
 
 
 def test_one_node_may_use_diloco_too(tmp_path: Path, basics: list[str]) -> None:
