@@ -14,7 +14,7 @@ from macft.config.schema import TrainConfig
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.errors import ConfigError, ModelError
-from macft.model.device import on_cpu
+from macft.model.device import keep_within, on_cpu
 from macft.plan.budget import usable_bytes
 from macft.plan.fit import Fitter, Settings
 from macft.plan.shape import HeldWeights, ModelShape, held_weights, read_shape
@@ -67,8 +67,9 @@ def _settle_here(
     if (reason := fitter.refusal(start, budget, auto=auto)) is not None:
         return training, [], reason
     chosen = (fitter.best(start, budget) if auto else None) or start
-    parts = fitter.parts(chosen)
-    note = f"memory: about {parts.peak / 1e9:.2f} GB of {budget / 1e9:.1f} GB expected"
+    peak = fitter.parts(chosen).peak
+    keep_within(budget, peak)
+    note = f"memory: about {peak / 1e9:.2f} GB of {budget / 1e9:.1f} GB expected"
     if auto:
         note += f"; topology.batch=auto chose {chosen}"
     return apply_settings(training, chosen), [note], None
