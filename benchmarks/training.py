@@ -1,13 +1,16 @@
-"""macft against mlx_lm.lora on one node: the same model, rows, adapter, precision, BLAS and cores, in turn.
+"""macft against mlx_lm.lora, and Unsloth, on one node: the same model, rows, adapter, precision, BLAS, cores, in turn.
 
-    python benchmarks/training.py [--case sql|mixed|long] [--runs 5] [--steps 24]
+    python benchmarks/training.py [--case sql|mixed|long] [--runs 5] [--steps 24] [--unsloth PYTHON]
 
 Each run is a process of its own, A B B A ...; it trains one pass over the same rows and reports the time from the end
 of the warm-up to the last step, the losses, and the process's peak memory. The table shows medians and the median of
-the pairwise ratios. Cases: ``sql``, the SQL dataset with masked prompts; ``mixed``, unmasked text of 16 to 384
-tokens; and ``long``, unmasked text of 1,000 tokens and more, two rows a step. mlx_lm gets macft's OpenBLAS and the
-model already dequantised to float32, without which it would be many times slower on a CPU; ``--stock`` leaves it
-MLX's own BLAS.
+the pairwise ratios; ``held_out_loss`` is that of the trained model on other rows, measured by the same code for all.
+Cases: ``sql``, the SQL dataset with masked prompts; ``mixed``, unmasked text of 16 to 384 tokens; and ``long``,
+unmasked text of 1,000 tokens and more, two rows a step.
+
+mlx_lm gets macft's OpenBLAS and the model already dequantised to float32, without which it would be many times slower
+on a CPU; ``--stock`` leaves it MLX's own BLAS. ``--unsloth`` adds Unsloth's MLX trainer; PYTHON is that of an
+environment with macft in it, and with ``pip install --no-deps unsloth-zoo mlx-vlm``.
 """
 
 from __future__ import annotations
@@ -63,6 +66,26 @@ def texts(records: list[dict[str, Any]], tokenizer: Any, least: int, most: int, 
     return found
 
 
+def held_out_loss(loaded: Any, case: str) -> float:
+    """Mean loss of the target tokens of rows that no trainer has seen, in nats."""
+    from macft.collective.solo import Solo
+    from macft.data.formats import tokenize
+    from macft.data.settings import SourceConfig
+    from macft.data.sources import read_source
+    from macft.training.evaluate import validation_loss
+    from macft.training.loss import TokenLoss
+
+    records = read_source(SourceConfig(path="builtin:sql"))["valid"]
+    records = (
+        records[:32] if case == "sql" else texts(records, loaded.tokenizer, *TOKENS[case], 8 if case == "mixed" else 2)
+    )
+    rows = [tokenize(record, loaded.tokenizer, mask_prompt=case == "sql") for record in records]
+    model = loaded.model
+    return validation_loss(
+        model, TokenLoss(model), rows, Solo(), rows_at_once=4, shares=[1.0], progress=lambda *_: None
+    ).loss
+
+
 def train_macft(case: str, steps: int) -> dict[str, Any]:
     """macft's own loop, without reports, checkpoints and evaluation."""
     from macft.checkpoint.snapshot import Progress
@@ -80,13 +103,11 @@ def train_macft(case: str, steps: int) -> dict[str, Any]:
     from macft.training.settings import OptimizerConfig, TrainingConfig
 
     times: list[float] = []
-    losses: list[float] = []
     targets: list[int] = []
 
     class Clock(SilentReporter):
         def step_done(self, event: StepDone) -> None:
             times.append(time.perf_counter())
-            losses.append(event.loss)
             targets.append(event.target_tokens)
 
     loaded, records = load_everything(case, steps)
@@ -112,7 +133,7 @@ def train_macft(case: str, steps: int) -> dict[str, Any]:
             progress=Progress(),
             stop=StopRequest(),
         ).train()
-    return result(case, times, losses, sum(targets[WARM_UP_STEPS[case] :]))
+    return result(case, times, sum(targets[WARM_UP_STEPS[case] :]), loaded)
 
 
 def train_mlx_lm(case: str, steps: int) -> dict[str, Any]:
@@ -132,13 +153,11 @@ def train_mlx_lm(case: str, steps: int) -> dict[str, Any]:
     linear_to_lora_layers(loaded.model, NUM_LAYERS, {"rank": RANK, "scale": SCALE, "dropout": 0.0})
     data = CacheDataset(create_dataset(records, loaded.tokenizer, types.SimpleNamespace(mask_prompt=case == "sql")))
     times: list[float] = []
-    losses: list[float] = []
     trained: list[int] = []
 
     class Callback:
         def on_train_loss_report(self, info: dict[str, Any]) -> None:
             times.append(time.perf_counter())
-            losses.append(info["train_loss"])
             trained.append(int(info["trained_tokens"]))
 
         def on_val_loss_report(self, info: dict[str, Any]) -> None:
@@ -156,34 +175,97 @@ def train_mlx_lm(case: str, steps: int) -> dict[str, Any]:
         train(loaded.model, optimizer, data, None, settings, training_callback=Callback())
     # mlx-lm counts one padding token a row as a target; only the rows' own targets are compared.
     padding = ROWS_A_STEP[case] * (steps - WARM_UP_STEPS[case])
-    return result(case, times, losses, trained[-1] - trained[WARM_UP_STEPS[case] - 1] - padding)
+    return result(case, times, trained[-1] - trained[WARM_UP_STEPS[case] - 1] - padding, loaded)
 
 
-def result(case: str, times: list[float], losses: list[float], targets: int) -> dict[str, Any]:
+def train_unsloth(case: str, steps: int) -> dict[str, Any]:
+    """Unsloth's MLX trainer, as its own examples call it, on the same padded batches; blocks are not recomputed.
+
+    Its package asks for torch and, but for an Apple machine, a GPU; only its MLX part is loaded.
+    """
+    loaded, records = load_everything(case, steps)
+
+    import importlib.util
+
+    import mlx.core as mx
+    from mlx_lm.models import activations
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    found = importlib.util.find_spec("unsloth_zoo")
+    package = types.ModuleType("unsloth_zoo")
+    package.__path__ = list((found and found.submodule_search_locations) or [])
+    package.__spec__ = found
+    sys.modules["unsloth_zoo"] = package
+    from unsloth_zoo.mlx.trainer import MLXTrainer, MLXTrainingConfig
+
+    vars(sys.modules[type(loaded.model).__module__])["swiglu"] = activations.swiglu
+    mx.random.seed(0)
+    linear_to_lora_layers(loaded.model, NUM_LAYERS, {"rank": RANK, "scale": SCALE, "dropout": 0.0})
+    if case == "sql":
+        halves = [(record["messages"][:-1], record["messages"][-1:]) for record in records]
+        records = [{"prompt": prompt, "completion": completion} for prompt, completion in halves]
+    times: list[float] = []
+    trained: list[int] = []
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = MLXTrainer(
+            model=loaded.model,
+            tokenizer=loaded.tokenizer,
+            train_dataset=records,
+            args=MLXTrainingConfig(
+                per_device_train_batch_size=ROWS_A_STEP[case],
+                gradient_accumulation_steps=1,
+                max_steps=steps,
+                warmup_steps=0,
+                learning_rate=LEARNING_RATE,
+                lr_scheduler_type="constant",
+                optim="adam",
+                weight_decay=0.0,
+                gradient_checkpointing=False,
+                logging_steps=1,
+                output_dir=folder,
+                completion_only_loss=True if case == "sql" else None,
+            ),
+        )
+
+        def clock(*told: Any, **_more: Any) -> None:
+            times.append(time.perf_counter())
+            trained.append(int(told[7]))
+
+        trainer.add_step_callback(clock)
+        trainer.train()
+    return result(case, times, trained[-1] - trained[WARM_UP_STEPS[case] - 1], loaded)
+
+
+def result(case: str, times: list[float], targets: int, loaded: Any) -> dict[str, Any]:
     """What a run hands to the parent process."""
     import mlx.core as mx
 
     warm_up = WARM_UP_STEPS[case]
     seconds = times[-1] - times[warm_up - 1]
+    peak_resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_mlx = mx.get_peak_memory()
     unit = 1 if platform.system() == "Darwin" else 1024
     return {
         "target_tokens_per_second": targets / seconds,
         "rows_per_second": ROWS_A_STEP[case] * (len(times) - warm_up) / seconds,
-        "peak_resident_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9,
-        "peak_mlx_gb": mx.get_peak_memory() / 1e9,
-        "mean_loss": statistics.fmean(losses),
+        "peak_resident_gb": peak_resident * unit / 1e9,
+        "peak_mlx_gb": peak_mlx / 1e9,
+        "held_out_loss": held_out_loss(loaded, case),
     }
 
 
-def run(worker: str, case: str, steps: int, *, stock: bool) -> dict[str, Any]:
+def run(worker: str, case: str, steps: int, *, python: str, stock: bool) -> dict[str, Any]:
     """One training in a fresh process."""
-    command = [sys.executable, __file__, "--worker", worker, "--case", case, "--steps", str(steps)]
+    command = [python, __file__, "--worker", worker, "--case", case, "--steps", str(steps)]
     command += ["--stock"] if stock and worker == "mlx_lm" else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{worker} failed:\n{done.stderr[-3000:]}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
+
+
+WORKERS = {"macft": train_macft, "mlx_lm": train_mlx_lm, "unsloth": train_unsloth}
 
 
 def main() -> None:
@@ -193,7 +275,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--stock", action="store_true", help="mlx_lm with the BLAS of MLX's own wheel")
-    parser.add_argument("--worker", choices=["macft", "mlx_lm"], help=argparse.SUPPRESS)
+    parser.add_argument("--unsloth", metavar="PYTHON", help="also run Unsloth's trainer, with this Python")
+    parser.add_argument("--worker", choices=sorted(WORKERS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     case = arguments.case
     if arguments.worker:
@@ -201,19 +284,27 @@ def main() -> None:
             import mlx.core as mx  # before macft, so that OpenBLAS doesn't get in
 
             mx.eval(mx.zeros(1))
-        worker = train_macft if arguments.worker == "macft" else train_mlx_lm
-        print(json.dumps(worker(case, arguments.steps)))
+        print(json.dumps(WORKERS[arguments.worker](case, arguments.steps)))
         return
-    found: dict[str, list[dict[str, Any]]] = {"macft": [], "mlx_lm": []}
+    pythons = {"macft": sys.executable, "mlx_lm": sys.executable}
+    if arguments.unsloth:
+        pythons["unsloth"] = arguments.unsloth
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}
     for number in range(arguments.runs):
-        for name in ("macft", "mlx_lm") if number % 2 == 0 else ("mlx_lm", "macft"):
-            found[name].append(run(name, case, arguments.steps, stock=arguments.stock))
+        for name in list(pythons) if number % 2 == 0 else reversed(pythons):
+            found[name].append(run(name, case, arguments.steps, python=pythons[name], stock=arguments.stock))
             print(f"run {number + 1} {name}: {found[name][-1]}", file=sys.stderr)
-    print(f"{'median of ' + str(arguments.runs):26}{'macft':>12}{'mlx_lm':>12}{'ratio':>9}")
+    peers = list(pythons)[1:]
+    heads = "".join(f"{peer:>12}{'ratio':>8}" for peer in peers)
+    print(f"{'median of ' + str(arguments.runs):26}{'macft':>12}{heads}")
     for key in found["macft"][0]:
-        ours, theirs = ([item[key] for item in found[name]] for name in ("macft", "mlx_lm"))
-        ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-        print(f"{key:26}{statistics.median(ours):12.3f}{statistics.median(theirs):12.3f}{ratio:9.2f}")
+        ours = [item[key] for item in found["macft"]]
+        line = f"{key:26}{statistics.median(ours):12.3f}"
+        for peer in peers:
+            theirs = [item[key] for item in found[peer]]
+            ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+            line += f"{statistics.median(theirs):12.3f}{ratio:8.2f}"
+        print(line)
 
 
 if __name__ == "__main__":
