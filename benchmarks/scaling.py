@@ -33,6 +33,7 @@ LENGTH = 128
 
 def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal: bool) -> dict[str, Any]:
     """One rank's training; medians of a step's parts, in seconds."""
+    from macft.checkpoint.saver import CheckpointSaver
     from macft.checkpoint.snapshot import Progress
     from macft.checkpoint.store import CheckpointStore
     from macft.collective.ring import Ring
@@ -80,7 +81,7 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
             total_steps=steps,
             config=TrainingConfig(batch_size=batch_size, steps=steps, eval_every=0, save_every=0),
             optimizer_config=optimizer,
-            store=CheckpointStore(Path(folder), keep=1),
+            saver=CheckpointSaver(CheckpointStore(Path(folder), keep_last=1)),
             reporter=Clock(),
             progress=Progress(),
             stop=StopRequest(),

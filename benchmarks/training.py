@@ -88,6 +88,7 @@ def held_out_loss(loaded: Any, case: str) -> float:
 
 def train_macft(case: str, steps: int) -> dict[str, Any]:
     """macft's own loop, without reports, checkpoints and evaluation."""
+    from macft.checkpoint.saver import CheckpointSaver
     from macft.checkpoint.snapshot import Progress
     from macft.checkpoint.store import CheckpointStore
     from macft.collective.solo import Solo
@@ -128,7 +129,7 @@ def train_macft(case: str, steps: int) -> dict[str, Any]:
                 batch_size=ROWS_A_STEP[case], steps=steps, eval_every=0, save_every=0, max_grad_norm=0.0
             ),
             optimizer_config=optimizer_config,
-            store=CheckpointStore(Path(folder), keep=1),
+            saver=CheckpointSaver(CheckpointStore(Path(folder), keep_last=1)),
             reporter=Clock(),
             progress=Progress(),
             stop=StopRequest(),

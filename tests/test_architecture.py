@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,9 @@ def test_the_trainer_sees_interfaces_only(library: str) -> None:
             node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
         }
         assert not any(name.split(".")[0] == library for name in names), path
+
+
+def test_a_command_line_is_checked_without_what_only_a_run_needs() -> None:
+    script = "import sys, macft.train; print({'mlx', 'mlx_lm', 'transformers', 'asyncssh', 'zmq'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "set()"

@@ -36,7 +36,7 @@ def advance(model: nn.Module, optimizer: optim.Optimizer, step: int) -> None:
 
 
 def store_with(folder: Path, steps: list[int], *, keep: int = 3, best: int | None = None) -> CheckpointStore:
-    store = CheckpointStore(folder, keep=keep)
+    store = CheckpointStore(folder, keep_last=keep)
     model, optimizer = trained(1)
     for step in steps:
         store.save(capture(model, optimizer, Progress(step=step, best_step=best)))
@@ -45,7 +45,7 @@ def store_with(folder: Path, steps: list[int], *, keep: int = 3, best: int | Non
 
 def test_a_restored_run_continues_bit_for_bit(tmp_path: Path) -> None:
     model, optimizer = trained(3)
-    store = CheckpointStore(tmp_path, keep=1)
+    store = CheckpointStore(tmp_path, keep_last=1)
     store.save(capture(model, optimizer, Progress(step=3, target_tokens=77, best_valid_loss=0.1 + 0.2)))
     snapshot, notes = store.newest_valid()
     assert snapshot is not None

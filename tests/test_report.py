@@ -127,7 +127,7 @@ def tell(reporter: Reporter, folder: Path, *, first: int = 0, until: int = TOTAL
         if number % 10 == 0:
             reporter.phase_progress(PhaseProgress("validation", 1, 2))
             reporter.evaluated(Evaluated(number, 3.5 - number / 10, 900, 1.0, True))
-            reporter.checkpoint_saved(CheckpointSaved(number, folder / f"step-{number}", True, 0.1))
+            reporter.checkpoint_saved(CheckpointSaved(number, folder / f"step-{number}", True, 0.1, 0.01))
     if until == TOTAL:
         reporter.noted(Noted("the disk is nearly full", "warning"))
         reporter.metric_scored(MetricScored(TOTAL, "sql_execution", "test", "after", 0.75, 64, 2.0))
@@ -326,6 +326,8 @@ def test_tensorboard_reads_back_every_scalar(tmp_path: Path) -> None:
         "collective/residual_norm": 0.25,
         "memory/peak_gb": 2.0,
         "memory/active_gb": 1.0,
+        "checkpoint/seconds": 0.1,
+        "checkpoint/waited": 0.01,
         "epoch": TOTAL / 300,
         "metric/sql_execution": 0.75,
         **{f"final/{name}": value for name, value in FINAL.items()},

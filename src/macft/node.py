@@ -11,6 +11,7 @@ from typing import Any
 import mlx.optimizers as optim
 import numpy as np
 
+from macft.checkpoint.saver import CheckpointSaver
 from macft.checkpoint.snapshot import Progress, Snapshot, capture, digest, restore, restore_adapter
 from macft.checkpoint.store import CheckpointStore
 from macft.collective.base import Collective
@@ -19,7 +20,7 @@ from macft.config.validate import to_plain
 from macft.config.yaml import to_yaml
 from macft.data.load import LoadedData, read, tokenize_all
 from macft.data.order import RowOrder
-from macft.errors import DataError, MacftError
+from macft.errors import CheckpointError, DataError, MacftError, ModelError
 from macft.evaluation.answers import Scored, score_answers
 from macft.evaluation.metrics import metric
 from macft.evaluation.record import expected_text, question_text
@@ -93,14 +94,15 @@ def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resum
         if reason == "interrupted":
             detail = f"go on with: python -m macft.train +resume={folder}"
             return _end(run, reason, started, {}, detail)
-        _choose_final_adapter(run)
+        loss = _choose_final_adapter(run)
         adapter_folder = _save_adapter(run)
-        final = _score_after(run, before)
+        final = _score_after(run, before, loss)
         return _end(run, reason, started, final, "", adapter_folder)
     except MacftError as error:
         _end(run, "failed", started, {}, str(error))
         raise
     finally:
+        run.trainer.saver.close()
         if run.guard is not None:
             run.guard.close()
         run.reporter.close()
@@ -134,7 +136,9 @@ def _prepare(
         packing=config.training.packing,
         loss_chunk=config.training.loss_chunk,
     )
-    store = CheckpointStore(folder.checkpoints, keep=config.training.keep)
+    store = CheckpointStore(folder.checkpoints, keep_last=config.training.keep_last)
+    has_own_disk = config.topology.kind in ("hosts", "ssh")
+    saver = CheckpointSaver(store, writers=config.training.replicas if has_own_disk else 1)
     exchange = GradientExchange(collective, config.collective.codec, config.collective.powersgd_rank)
     progress, notes, outer = _agree_on_state(config.training, loaded, optimizer, exchange, store, resume=resume)
     reporter = fan_out.build(
@@ -159,7 +163,7 @@ def _prepare(
         total_steps=steps_for(config.training, order),
         config=config.training,
         optimizer_config=config.optimizer,
-        store=store,
+        saver=saver,
         reporter=reporter,
         progress=progress,
         stop=stop,
@@ -183,18 +187,21 @@ def _agree_on_state(
     *,
     resume: bool,
 ) -> tuple[Progress, list[str], OuterOptimizer | None]:
-    """Every rank begins with rank 0's adapter, optimizer and progress: fresh, or those of the newest checkpoint."""
-    snapshot: Snapshot | None = None
-    notes: list[str] = []
-    payload = b""
+    """Every rank begins with the same state: rank 0's fresh one, or that of the newest checkpoint."""
     collective = exchange.collective
-    if collective.rank == 0:
-        if resume:
-            snapshot, notes = store.newest_valid()
-            if snapshot is None:
-                notes.append("no checkpoint was saved before the run stopped; it starts from the beginning")
-        payload = (snapshot or capture(loaded.model, optimizer, Progress())).pack()
-    snapshot = Snapshot.unpack(collective.broadcast(payload))
+    found, notes = store.newest_valid() if resume else (None, [])
+    # Any node may hold the newest one that is whole; the first of them gives it to all.
+    steps = [int(step) for step in collective.all_gather(str(found.progress.step if found else 0).encode())]
+    source = steps.index(max(steps))
+    if source:
+        notes.append(f"the newest checkpoint that can be used, of step {max(steps)}, is on node {source}'s disk")
+    elif resume and not max(steps):
+        why = "none of its checkpoints can be used" if notes else "no checkpoint was saved before the run stopped"
+        notes.append(f"{why}; it starts from the beginning")
+    payload = b""
+    if collective.rank == source:
+        payload = (found or capture(loaded.model, optimizer, Progress())).pack()
+    snapshot = Snapshot.unpack(collective.broadcast(payload, source))
     progress = Progress()
     if snapshot.progress.step == 0:
         restore_adapter(snapshot, loaded.model)
@@ -283,13 +290,12 @@ def _score_before(run: _Run) -> Mapping[str, Any]:
     return progress.before
 
 
-def _score_after(run: _Run, before: Mapping[str, Any]) -> dict[str, float]:
+def _score_after(run: _Run, before: Mapping[str, Any], loss: float | None) -> dict[str, float]:
+    """The results of the adapter chosen, whose validation loss is ``loss``."""
     progress = run.trainer.progress
     final: dict[str, float] = {}
-    if progress.first_valid_loss is not None and progress.best_valid_loss is not None:
-        exports_best = run.config.training.export == "best" and progress.best_step
-        chosen = progress.best_valid_loss if exports_best else progress.valid_loss
-        final |= {"valid_loss_before": progress.first_valid_loss, "valid_loss": chosen or 0.0}
+    if progress.first_valid_loss is not None and loss is not None:
+        final |= {"valid_loss_before": progress.first_valid_loss, "valid_loss": loss}
     scored = _score(run, "after")
     if scored is None:
         return final
@@ -313,18 +319,28 @@ def _score_after(run: _Run, before: Mapping[str, Any]) -> dict[str, float]:
     return final
 
 
-def _choose_final_adapter(run: _Run) -> None:
-    """Puts the best checkpoint's adapter into the model where the run is to export the best."""
-    progress = run.trainer.progress
+def _choose_final_adapter(run: _Run) -> float | None:
+    """Puts the best checkpoint's adapter into the model where that is to be exported; returns its validation loss."""
+    progress, saver, collective = run.trainer.progress, run.trainer.saver, run.collective
     if run.config.training.export != "best" or progress.best_step in (None, progress.step):
-        return
+        return progress.valid_loss
     if progress.best_step == 0:
         run.reporter.noted(Noted("no validation was better than before training; the last adapter is kept", "warning"))
-        return
-    payload = b""
-    if run.collective.rank == 0:
-        payload = run.trainer.store.load(int(progress.best_step or 0)).pack()
-    restore_adapter(Snapshot.unpack(run.collective.broadcast(payload)), run.loaded.model)
+        return progress.valid_loss
+    stored = b""
+    if collective.rank < saver.writers:
+        try:
+            stored = saver.store.load(int(progress.best_step or 0)).pack()
+        except CheckpointError as error:
+            run.reporter.noted(Noted(str(error), "warning"))
+    holders = [rank for rank, has in enumerate(collective.all_gather(b"1" if stored else b"")) if has]
+    if not holders:
+        run.reporter.noted(
+            Noted(f"the best adapter, of step {progress.best_step}, was not saved; the last one is kept")
+        )
+        return progress.valid_loss
+    restore_adapter(Snapshot.unpack(collective.broadcast(stored, holders[0])), run.loaded.model)
+    return progress.best_valid_loss
 
 
 def _save_adapter(run: _Run) -> Path | None:
@@ -332,10 +348,16 @@ def _save_adapter(run: _Run) -> Path | None:
         return None
     loaded, folder = run.loaded, run.folder.adapters
     source = str(loaded.path) if run.config.model.path != str(loaded.path) else run.config.model.path
-    save_adapter(folder, loaded.model, run.adaptation.mlx_lm_config, model_name=source)
-    if run.config.adapter.type == "full" and loaded.was_quantized:
-        # The tuned weights don't fit the quantised checkpoint they came from, so the whole model goes along.
-        save_model(run.folder.path / "model", loaded)
+    try:
+        save_adapter(folder, loaded.model, run.adaptation.mlx_lm_config, model_name=source)
+        if run.config.adapter.type == "full" and loaded.was_quantized:
+            # The tuned weights don't fit the quantised checkpoint they came from, so the whole model goes along.
+            save_model(run.folder.path / "model", loaded)
+    except OSError as error:
+        raise ModelError(
+            f"the adapter can't be written to {folder} ({error.strerror or error}); make room there, then go on with: "
+            f"python -m macft.train +resume={run.folder.path}"
+        ) from error
     return folder
 
 
@@ -343,6 +365,8 @@ def _end(
     run: _Run, reason: str, started: float, final: Mapping[str, float], detail: str, adapter_folder: Path | None = None
 ) -> Outcome:
     trainer = run.trainer
+    trainer.tell_saves(wait=True)
+    trouble = trainer.saver.trouble
     outcome = Outcome(reason, digest(run.loaded.model).hex())
     run.reporter.run_ended(
         RunEnded(
@@ -354,6 +378,7 @@ def _end(
             adapter_sha256=outcome.adapter_sha256,
             detail=detail,
             energy=summarize(trainer.nodes, run.config.thermal, tokens=trainer.tokens),
+            warnings=[trouble] if trouble else [],
         )
     )
     return outcome

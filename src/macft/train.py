@@ -1,35 +1,32 @@
-"""``python -m macft.train``: Hydra in, one readable run out."""
+"""``python -m macft.train``: Hydra in, one readable run out.
+
+What a run needs is imported when there is one to start: ``--help`` and a wrong key don't wait for MLX and transformers,
+nor does the launcher of a local run, whose ranks are processes of their own.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from macft.cluster.connect import connect
-from macft.cluster.hosts import own_rank
-from macft.cluster.keys import Keyring, keyring_for
-from macft.cluster.local import launch
-from macft.cluster.rendezvous import RendezvousServer
 from macft.cluster.settings import host_paths, split_host
-from macft.collective.mlx_group import join_launched, launched
-from macft.collective.solo import Solo
 from macft.config.command_line import prepare
 from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_typed
 from macft.config.yaml import fingerprint, to_yaml
 from macft.errors import ConfigError
-from macft.model.resolve import resolve
-from macft.node import run_node
-from macft.over_ssh import run_over_ssh
 from macft.status import exit_status
 from macft.stop import StopRequest
+
+if TYPE_CHECKING:
+    from macft.cluster.keys import Keyring
 
 
 def main() -> None:
@@ -59,11 +56,17 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
     if config.topology.kind == "local" and config.topology.nodes > 1:
         return _run_local(config, folder, resume=resume)
     if config.topology.kind == "ssh":
+        from macft.over_ssh import run_over_ssh
+
         return _ended(run_over_ssh(config, folder, resume=resume))
     stop = StopRequest()
     with stop.listening():
         if config.topology.kind == "hosts":
             return run_on_hosts(config, folder, resume=resume, stop=stop)
+        from macft.collective.mlx_group import join_launched, launched
+        from macft.collective.solo import Solo
+        from macft.node import run_node
+
         if config.collective.backend == "mlx" and launched():
             with join_launched(config.collective) as group:
                 return run_node(config, group, folder, resume=resume, stop=stop).reason
@@ -72,6 +75,10 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
 
 
 def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
+    from macft.cluster.keys import keyring_for
+    from macft.cluster.local import launch
+    from macft.model.resolve import resolve
+
     keyring = keyring_for(config.topology, config.collective)
     resolve(config.model)  # fetched once, here, where its progress can be seen
     status = launch(
@@ -98,6 +105,12 @@ def run_on_hosts(
     config: TrainConfig, folder: Path, *, resume: bool, stop: StopRequest, keyring: Keyring | None = None
 ) -> str:
     """Runs this machine's rank of a run on several hosts; returns why it ended. ``keyring``: if not this machine's."""
+    from macft.cluster.connect import connect
+    from macft.cluster.hosts import own_rank
+    from macft.cluster.keys import keyring_for
+    from macft.cluster.rendezvous import RendezvousServer
+    from macft.node import run_node
+
     topology = config.topology
     rank, world_size = own_rank(topology), len(topology.hosts)
     keyring = keyring or keyring_for(topology, config.collective)

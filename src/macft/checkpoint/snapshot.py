@@ -86,7 +86,7 @@ class Snapshot:
         """The inverse of :meth:`pack`; raises CheckpointError for anything else."""
         files = msgpack.unpackb(payload, max_bin_len=len(payload))
         if not isinstance(files, dict) or not {ADAPTER, OPTIMIZER, PROGRESS} <= files.keys():
-            raise CheckpointError("the snapshot sent by rank 0 is incomplete; do all nodes run the same macft?")
+            raise CheckpointError("the snapshot sent is incomplete; do all nodes run the same macft?")
         return cls(files)
 
 

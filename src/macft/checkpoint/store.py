@@ -2,32 +2,43 @@
 
 A checkpoint is a folder ``step-00000050`` with the snapshot's files and a ``manifest.json`` that holds the size and
 SHA-256 of each. It is written under a temporary name, synced, then renamed: a kill at any instant leaves either
-the whole checkpoint or a leftover that the next save removes.
+the whole checkpoint or a leftover that the next save removes. Several processes may save into one folder.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from macft.checkpoint.snapshot import Snapshot
+from macft.checkpoint.snapshot import ADAPTER, CODEC, OPTIMIZER, OUTER, PROGRESS, Snapshot
 from macft.errors import CheckpointError
 
 _FOLDER = re.compile(r"step-(\d{8})")
+_LEFTOVER = re.compile(r"\.partial-\d{8}-(?P<process>\d+)@(?P<host>.*?)(\.old)?")
 _MANIFEST = "manifest.json"
+_NEEDED = {ADAPTER, OPTIMIZER, PROGRESS}
+_FILES = _NEEDED | {CODEC, OUTER}
+_DAY = 86400.0
+# macOS answers fsync before the drive has written; this asks the drive too.
+_FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
 
 
 class CheckpointStore:
-    """The checkpoints of one run under ``folder``; keeps the ``keep`` newest and the best."""
+    """The checkpoints of one run under ``folder``; keeps the ``keep_last`` newest and the best."""
 
-    def __init__(self, folder: Path, *, keep: int):
+    def __init__(self, folder: Path, *, keep_last: int):
         self._folder = folder
-        self._keep = keep
+        self._keep_last = keep_last
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of ``step`` stands, or would stand."""
@@ -41,17 +52,16 @@ class CheckpointStore:
         """
         progress = snapshot.progress
         target = self.path(progress.step)
-        partial = self._folder / f".partial-{progress.step:08d}"
+        partial = self._folder / f".partial-{progress.step:08d}-{os.getpid()}@{platform.node()}"
         try:
-            self._remove_partial()
-            partial.mkdir(parents=True)
-            manifest = {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in snapshot.files.items()}
-            for name, data in {**snapshot.files, _MANIFEST: json.dumps(manifest, indent=2).encode()}.items():
-                _write_durably(partial / name, data)
-            _sync_folder(partial)
-            if target.exists():
-                shutil.rmtree(target)
-            partial.rename(target)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+            partial.mkdir()
+            try:
+                _write_all(partial, snapshot.files)
+                _put(partial, target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
             _sync_folder(self._folder)
         except OSError as error:
             raise CheckpointError(f"checkpoint {target} can't be written: {error.strerror or error}") from error
@@ -67,10 +77,14 @@ class CheckpointStore:
         folder = self.path(step)
         try:
             manifest = json.loads((folder / _MANIFEST).read_bytes())
+            if not _NEEDED <= manifest.keys() <= _FILES:
+                raise CheckpointError(f"checkpoint {folder}: {_MANIFEST} doesn't list the files of a checkpoint")
             files = {str(name): (folder / str(name)).read_bytes() for name in manifest}
             for name, data in files.items():
-                if len(data) != manifest[name]["bytes"] or _sha256(data) != manifest[name]["sha256"]:
-                    raise CheckpointError(f"checkpoint {folder}: {name} is damaged (size or SHA-256 differ)")
+                if _entry(data) != manifest[name]:
+                    raise CheckpointError(
+                        f"checkpoint {folder}: {name} is damaged: its {_difference(data, manifest[name])}"
+                    )
             snapshot = Snapshot(files)
             snapshot.progress  # noqa: B018  (parses it)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -84,7 +98,7 @@ class CheckpointStore:
             try:
                 return self.load(step), passed_over
             except CheckpointError as error:
-                passed_over.append(f"{error}; trying an older one")
+                passed_over.append(f"{error}; skipped, an older one is looked for")
         return None, passed_over
 
     def steps(self) -> list[int]:
@@ -100,30 +114,81 @@ class CheckpointStore:
     def _prune(self, *, newest: int, best: int | None) -> None:
         # A checkpoint beyond `newest` is of a history that a resume has left behind.
         steps = [step for step in self.steps() if step <= newest]
-        needed = {*steps[: self._keep], best}
+        needed = {*steps[: self._keep_last], best}
         for step, path in list(self._folders()):
             if step not in needed:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _remove_partial(self) -> None:
+    def _remove_leftovers(self) -> None:
         for leftover in self._folder.glob(".partial-*"):
-            shutil.rmtree(leftover)
+            if not _is_being_written(leftover):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _is_being_written(partial: Path) -> bool:
+    """Whether another process, here or with this folder on a shared disk, may still be at it."""
+    match = _LEFTOVER.fullmatch(partial.name)
+    if match is None or int(match["process"]) == os.getpid():
+        return False
+    if match["host"] != platform.node():
+        try:
+            return time.time() - partial.stat().st_mtime < _DAY
+        except OSError:
+            return False
+    try:
+        os.kill(int(match["process"]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _write_all(folder: Path, files: dict[str, bytes]) -> None:
+    manifest = {name: _entry(data) for name, data in files.items()}
+    for name, data in {**files, _MANIFEST: json.dumps(manifest, indent=2).encode()}.items():
+        with (folder / name).open("wb") as file:
+            file.write(data)
+            file.flush()
+            _sync(file.fileno())
+    _sync_folder(folder)
+
+
+def _put(partial: Path, target: Path) -> None:
+    """Renames ``partial`` to ``target``; one that stands there, damaged or of an earlier run, makes way."""
+    old = partial.with_name(f"{partial.name}.old")
+    with contextlib.suppress(FileNotFoundError):
+        target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError as error:
+        # Another node of this run, with the same folder, has put its own there in between: it holds the same.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _entry(data: bytes) -> dict[str, int | str]:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _difference(data: bytes, entry: dict[str, int | str]) -> str:
+    if len(data) != entry["bytes"]:
+        return f"size is {len(data)} bytes where {entry['bytes']} were written"
+    return "SHA-256 is not that of what was written"
+
+
+def _sync(descriptor: int) -> None:
+    if _FULL_SYNC is not None:
+        with contextlib.suppress(OSError):  # not every file system knows it
+            fcntl.fcntl(descriptor, _FULL_SYNC)
+            return
+    os.fsync(descriptor)
 
 
 def _sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _sync(descriptor)
     finally:
         os.close(descriptor)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hydra.core.config_store import ConfigStore
-
 from macft.cluster.settings import TopologyConfig
 from macft.collective.settings import CollectiveConfig
 from macft.data.settings import DatasetConfig
@@ -41,4 +39,6 @@ class TrainConfig:
 
 def register_schema() -> None:
     """Makes the schema known to Hydra, which then checks every key and type as it composes."""
+    from hydra.core.config_store import ConfigStore  # Hydra is slow to import, and only a command line needs it
+
     ConfigStore.instance().store(name=SCHEMA_NAME, node=TrainConfig)

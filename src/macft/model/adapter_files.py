@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,9 +27,10 @@ def save_adapter(folder: Path, model: nn.Module, settings: Mapping[str, Any], *,
     partial = folder / ".adapter_config.json"
     partial.write_text(json.dumps(config, indent=4) + "\n")
     partial.replace(folder / "adapter_config.json")
-    weights = dict(tree_flatten(model.trainable_parameters()))
+    weights = io.BytesIO()
+    mx.save_safetensors(weights, dict(tree_flatten(model.trainable_parameters())))
     partial = folder / ".adapters.safetensors"
-    mx.save_safetensors(str(partial), weights)
+    partial.write_bytes(weights.getbuffer())  # unlike MLX's own writing, this notices a full disk
     partial.replace(folder / "adapters.safetensors")
 
 

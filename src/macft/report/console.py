@@ -161,6 +161,8 @@ class ConsoleReporter(SilentReporter):
         if event.adapter_folder is not None:
             rows.append(("adapter", _short(event.adapter_folder), ""))
         self._block(title, rows, colour)
+        for warning in event.warnings:
+            self.noted(Noted(warning, "warning"))
         if event.detail:
             self._line(_printable(event.detail), colour)
         if event.adapter_folder is not None:

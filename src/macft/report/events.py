@@ -114,12 +114,13 @@ class SamplesShown:
 
 @dataclass(frozen=True)
 class CheckpointSaved:
-    """A checkpoint is safely on disk."""
+    """A checkpoint is safely on disk; it took ``seconds``, of which training stood still for ``waited``."""
 
     step: int
     path: Path
     is_best: bool
     seconds: float
+    waited: float
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ class RunEnded:
 
     ``final`` holds results by name; that of ``NAME`` before training is ``NAME_before``. Names that end in
     ``loss`` are losses in nats, all others fractions from 0 to 1. ``detail``: what went wrong, how to go on.
+    ``warnings``: what the user has to know although the run went on, a line each.
     """
 
     reason: str
@@ -155,6 +157,7 @@ class RunEnded:
     adapter_sha256: str = ""
     detail: str = ""
     energy: Energy | None = None
+    warnings: list[str] = field(default_factory=list)
 
 
 class Reporter(Protocol):

@@ -90,10 +90,20 @@ class FanOut(Reporter):
                 _complain(type(reporter).__name__, error)
 
 
+class WarningReporter(SilentReporter):
+    """Says on stderr what the user of this very node has to know, and nothing else."""
+
+    def noted(self, event: Noted) -> None:
+        """A warning or an error: one line."""
+        if event.level != "info":
+            with contextlib.suppress(OSError):
+                print(f"{event.level}: {event.text}", file=sys.stderr)
+
+
 def build(
     config: ReportConfig, folder: RunFolder, *, hparams: Mapping[str, Any], is_main: bool, first_step: int
 ) -> Reporter:
-    """The reporters ``config`` asks for; on ranks other than 0 (``is_main`` false) one that says nothing.
+    """The reporters ``config`` asks for; on ranks other than 0 (``is_main`` false) one that only warns.
 
     ``hparams`` is the whole configuration as nested plain values; ``first_step`` counts the updates made
     before this start, 0 unless the run resumes. A reporter that can't be set up is left out with one line on
@@ -103,7 +113,7 @@ def build(
         OSError: the run's folder can't be made.
     """
     if not is_main:
-        return SilentReporter()
+        return WarningReporter()
     folder.create()
     makers: list[tuple[bool, str, Callable[[], Reporter]]] = [
         (True, SummaryWriter.__name__, lambda: SummaryWriter(folder)),

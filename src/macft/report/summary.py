@@ -57,6 +57,7 @@ class SummaryWriter(SilentReporter):
             {
                 "reason": event.reason,
                 "detail": event.detail,
+                "warnings": event.warnings,
                 "steps": event.steps,
                 "seconds": round(event.seconds, 3),
                 "results": event.final,
@@ -98,7 +99,8 @@ def _markdown(values: Mapping[str, Any]) -> str:
     for name, value in values.items():
         if value not in (None, "") and not isinstance(value, dict | list):
             lines.append(f"| {_words(name)} | {_cell(value)} |")
-    lines += ["", *(f"- {_cell(note)}" for note in values.get("notes", []))]
+    lines += ["", *(f"- warning: {_cell(warning)}" for warning in values["warnings"])]
+    lines += [f"- {_cell(note)}" for note in values.get("notes", [])]
     versions = ", ".join(f"{name} {version}" for name, version in values["versions"].items())
     return "\n".join([*lines, "", f"Versions: {versions}", ""])
 

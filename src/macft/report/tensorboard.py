@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from macft.report.events import (
+    CheckpointSaved,
     Evaluated,
     MetricScored,
     Noted,
@@ -98,6 +99,10 @@ class TensorBoard(SilentReporter):
             ]
             rows.append(f"| {' | '.join(cells)} |")
         self._text("samples", "\n".join(rows), event.step)
+
+    def checkpoint_saved(self, event: CheckpointSaved) -> None:
+        """How long it took to write, and how long training stood still for it (s)."""
+        self._scalars({"checkpoint/seconds": event.seconds, "checkpoint/waited": event.waited}, event.step)
 
     def noted(self, event: Noted) -> None:
         """Added to the notes."""

@@ -12,8 +12,8 @@ import mlx.optimizers as optim
 import numpy as np
 from numpy.typing import NDArray
 
+from macft.checkpoint.saver import CheckpointSaver
 from macft.checkpoint.snapshot import Progress, capture, digest
-from macft.checkpoint.store import CheckpointStore
 from macft.collective.base import Collective
 from macft.collective.solo import Solo
 from macft.data.batch import Batch, micro_batches
@@ -51,7 +51,7 @@ class Trainer:
     total_steps: int
     config: TrainingConfig
     optimizer_config: OptimizerConfig
-    store: CheckpointStore
+    saver: CheckpointSaver
     reporter: Reporter
     progress: Progress
     stop: StopRequest
@@ -107,6 +107,7 @@ class Trainer:
                 self._save()
                 return "interrupted"
         self._save()
+        self.tell_saves(wait=True)
         return "early_stopped" if self._out_of_patience else "finished"
 
     @property
@@ -205,6 +206,7 @@ class Trainer:
             self.reporter.noted(Noted(line))
 
     def _evaluate_and_save_when_due(self) -> None:
+        self.tell_saves()
         step, config = self.progress.step, self.config
         last = step == self.total_steps
         improved = False
@@ -240,7 +242,7 @@ class Trainer:
         return is_best and progress.step > 0
 
     def _save(self) -> None:
-        """Rank 0 writes a checkpoint, after all ranks have shown that they hold the same adapter."""
+        """Has a checkpoint written, after all ranks have shown that they hold the same adapter."""
         if self._saved_step == self.progress.step:
             return
         started = time.perf_counter()
@@ -248,12 +250,21 @@ class Trainer:
         self._saved_step = self.progress.step
         codec = self._exchange.capture()
         outer = self.outer.capture(self.optimizer, self._exchange) if self.outer else []
-        if self.collective.rank == 0:
-            path = self.store.save(capture(self.model, self.optimizer, self.progress, codec=codec, outer=outer))
-            is_best = self.progress.best_step == self.progress.step
-            self.reporter.checkpoint_saved(
-                CheckpointSaved(self.progress.step, path, is_best, time.perf_counter() - started)
-            )
+        if self.collective.rank < self.saver.writers:
+            snapshot = capture(self.model, self.optimizer, self.progress, codec=codec, outer=outer)
+            self.saver.begin(snapshot, since=started)
+
+    def tell_saves(self, *, wait: bool = False) -> None:
+        """Reports the checkpoints that have been written, or could not be, since the last call."""
+        if wait:
+            self.saver.wait()
+        for save in self.saver.news():
+            if save.error:
+                self.reporter.noted(Noted(f"{save.error}; training goes on", "warning"))
+            else:
+                self.reporter.checkpoint_saved(
+                    CheckpointSaved(save.step, save.path, save.is_best, save.seconds, save.waited)
+                )
 
     def _require_equal_ranks(self) -> None:
         digests = self.collective.all_gather(digest(self.model)) if self.collective.world_size > 1 else []
@@ -265,8 +276,10 @@ class Trainer:
             )
 
     def _last_checkpoint(self) -> str:
-        steps = self.store.steps() if self.collective.rank == 0 else []
-        return f"the last good checkpoint is {self.store.path(steps[0])}" if steps else "no checkpoint was saved yet"
+        self.saver.wait()
+        store = self.saver.store
+        steps = store.steps() if self.collective.rank < self.saver.writers else []
+        return f"the last good checkpoint is {store.path(steps[0])}" if steps else "no checkpoint was saved yet"
 
 
 def steps_for(config: TrainingConfig, order: RowOrder) -> int:

@@ -71,7 +71,10 @@ class TrainingConfig:
     # Save a checkpoint every so many steps, and at the end; 0 means at the end only.
     save_every: int = 50
     # Checkpoints to keep, the newest ones; the best one is kept besides.
-    keep: int = 2
+    keep_last: int = 2
+    # With topology=hosts or ssh, nodes that keep the checkpoints, each on its own disk. (With topology=local all nodes
+    # have one disk, and one copy.)
+    replicas: int = 2
     # The adapter folder gets the adapter of the lowest validation loss (best) or of the last step (last).
     export: str = "best"
     # Stop after so many validations in a row without a lower loss; 0 means never.
@@ -110,8 +113,12 @@ def _training_problems(config: TrainingConfig) -> list[str]:
             found.append(f"training.{key}: {value} must be -1 (all) or more")
     if config.metric_max_tokens < 1:
         found.append(f"training.metric_max_tokens: {config.metric_max_tokens} must be 1 or more")
-    if config.keep < 1:
-        found.append(f"training.keep: {config.keep} must be 1 or more, a run needs a checkpoint to resume from")
+    if config.keep_last < 1:
+        found.append(
+            f"training.keep_last: {config.keep_last} must be 1 or more, a run needs a checkpoint to resume from"
+        )
+    if config.replicas < 1:
+        found.append(f"training.replicas: {config.replicas} must be 1 (this run's first node alone) or more")
     if config.export not in ("best", "last"):
         found.append(f"training.export: '{config.export}' is not best or last")
     if config.patience and not config.eval_every:
