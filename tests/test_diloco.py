@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from macft.checkpoint.snapshot import digest
 from macft.collective.listener import Listener
@@ -158,3 +162,28 @@ def test_two_processes_meet_with_the_thermal_room_on(tmp_path: Path, tiny_model_
     # The last step is a meeting too.
     assert [step["step"] for step in steps if step["bytes_sent"] > 0] == [2, 4, 6, 7]
     assert all("sync" in step["parts"] for step in steps)
+
+
+@pytest.mark.slow
+def test_one_nodes_loss_that_is_not_finite_is_told_by_all(tmp_path: Path, tiny_model_folder: Path) -> None:
+    model, data = tmp_path / "model", uneven_dataset(tmp_path / "data")
+    shutil.copytree(tiny_model_folder, model)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": False}))
+    weights = dict(mx.load(str(model / "model.safetensors")))
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    broken = np.array(weights["model.embed_tokens.weight"])
+    broken[Tokenizer.from_file(str(model / "tokenizer.json")).encode("ß").ids] = np.nan
+    weights["model.embed_tokens.weight"] = mx.array(broken)
+    mx.save_safetensors(str(model / "model.safetensors"), weights, metadata={"format": "mlx"})
+    rows = (data / "train.jsonl").read_text().splitlines()
+    rows[3] = json.dumps({"prompt": "ß", "completion": "one row, so one node meets it"})
+    (data / "train.jsonl").write_text("\n".join(rows))
+    options = [f"model={model}", f"dataset={data}", "training.batch_size=4", "training.steps=10"]
+    options += ["training.sync=diloco", "training.inner_steps=5", "training.eval_every=5", "training.save_every=5"]
+    options += ["topology=local", "report.console=false"]
+    done = train(*options, f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert done.status == 1
+    assert re.search(r"error: rank [01], step \d+: the loss is nan", done.errors), done.errors
+    assert "is gone" not in done.errors
+    assert "Traceback" not in done.errors

@@ -63,6 +63,7 @@ class Trainer:
     tokens: int = field(default=0, init=False)
     _saved_step: int | None = field(default=None, init=False)
     _stop_agreed: bool = field(default=False, init=False)
+    _unsound: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         self._exchange = self.exchange or GradientExchange(self.collective)
@@ -126,27 +127,35 @@ class Trainer:
         """Applies the global gradient, or nothing at all where it isn't finite; returns (seconds, learning rate)."""
         started = time.perf_counter()
         if not result.finite:
-            raise NonFiniteLoss(
-                f"step {self.progress.step + 1}: the loss is {result.loss} and the gradient norm {result.norm}; "
-                f"no update was made and {self._last_checkpoint()}. A lower optimizer.learning_rate or a smaller "
-                "adapter.scale usually helps"
-            )
+            found = f"step {self.progress.step + 1}: the loss is {result.loss} and the gradient norm {result.norm}"
+            if not self.outer:
+                raise self._not_finite(found)
+            self._unsound = self._unsound or found  # this node's own affair until the nodes meet
         rate = learning_rate(self.optimizer_config, self.progress.step, self.total_steps)
         factor = clip_factor(result.norm, self.config.max_grad_norm)
         if factor != 1.0:
             scale(result.gradient, factor)
-        if result.target_tokens or not self.outer:
+        if not self._unsound and (result.target_tokens or not self.outer):
             apply_gradient(self.model, self.optimizer, result.gradient, rate)
         self._stop_agreed = result.stop_requested
         self.progress.step += 1
         self.progress.target_tokens += result.target_tokens
         return time.perf_counter() - started, rate
 
+    def _not_finite(self, found: str) -> NonFiniteLoss:
+        return NonFiniteLoss(
+            f"{found}; no update was made and {self._last_checkpoint()}. A lower optimizer.learning_rate or a smaller "
+            "adapter.scale usually helps"
+        )
+
     def _meet(self, outer: OuterOptimizer, result: GlobalGradient) -> bool:
         """With DiLoCo, whether the nodes have met after this step; they then have one adapter again."""
         outer.target_tokens += result.target_tokens
         if self.progress.step % self.config.inner_steps and self.progress.step < self.total_steps:
             return False
+        for rank, found in enumerate(self.collective.all_gather(self._unsound.encode())):
+            if found:
+                raise self._not_finite(f"rank {rank}, {found.decode()}")
         own = outer.target_tokens
         self.progress.target_tokens += outer.step(self.model, self._exchange) - own
         told = [float(self.stop.requested), *result.nodes[0].numbers()]
