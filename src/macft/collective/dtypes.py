@@ -34,12 +34,15 @@ def view(array: Any) -> tuple[NDArray[Any], str]:
     return found.reshape(-1), dtype
 
 
-def add(into: NDArray[Any], other: NDArray[Any], dtype: str) -> None:
-    """``into += other``, in the type the wire calls ``dtype``; bfloat16 is added in float32 and rounded to even."""
+def add(into: NDArray[Any], first: NDArray[Any], second: NDArray[Any], dtype: str) -> None:
+    """``into[:] = first + second``, in the type the wire calls ``dtype``; ``into`` may be one of them.
+
+    bfloat16 is added in float32 and rounded to even.
+    """
     if dtype == BFLOAT16:
-        into[:] = to_bfloat16(from_bfloat16(into) + from_bfloat16(other))
+        into[:] = to_bfloat16(from_bfloat16(first) + from_bfloat16(second))
     else:
-        np.add(into, other, out=into)
+        np.add(first, second, out=into)
 
 
 def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:

@@ -92,13 +92,11 @@ class Exchange:
         """Puts the sums into the buffers."""
         start = 0
         for buffer in self._buffers:
-            kind, size = buffer.flat.dtype, buffer.flat.size
-            for rank in range(self._ranks):
-                part = np.frombuffer(self._parts[rank], kind, size, start)
-                if rank:
-                    add(buffer.flat, part, buffer.dtype)
-                else:
-                    buffer.flat[:] = part
+            flat = buffer.flat
+            parts = [np.frombuffer(self._parts[rank], flat.dtype, flat.size, start) for rank in range(self._ranks)]
+            add(flat, parts[0], parts[1], buffer.dtype)
+            for part in parts[2:]:
+                add(flat, flat, part, buffer.dtype)
             start += buffer.flat.nbytes
 
     def _has(self, hop: int) -> bool:
@@ -149,7 +147,7 @@ class Reduction:
             # `local` may still be in ZeroMQ's hands, sent without a copy, only where it is overwritten by a
             # total; but that total has in it what the neighbour received from here, so the bytes have long
             # left, and a second copy of them over another path will be ignored.
-            add(local.flat, incoming, local.dtype)
+            add(local.flat, local.flat, incoming, local.dtype)
             onward = local.flat.data
         else:
             np.copyto(local.flat, incoming)
