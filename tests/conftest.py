@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from macft.model.bundled import ensure_bundled
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-TINY_CONFIG = {
+TINY_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 64,
@@ -27,7 +28,8 @@ TINY_CONFIG = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
-    "vocab_size": 49152,
+    # A small one: with the bundled model's 49152 a tiny run would spend nearly all its time on logits.
+    "vocab_size": 4096,
     "eos_token_id": 2,
 }
 
@@ -40,15 +42,30 @@ def bundled_model() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, bundled_model: Path) -> Path:
-    """A random float32 llama of 2 blocks, hidden size 64, with the bundled model's tokenizer. Read only."""
+    """A random float32 llama of 2 blocks, hidden size 64, with the first tokens of the bundled model. Read only."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny-model"), TINY_CONFIG, bundled_model)
+
+
+def make_tiny_model(folder: Path, config: dict[str, Any], bundled_model: Path) -> Path:
+    """Writes a random float32 llama of ``config`` into ``folder``; its tokenizer begins as the bundled model's."""
     from mlx_lm.models.llama import Model, ModelArgs
 
-    folder = tmp_path_factory.mktemp("tiny-model")
     mx.random.seed(0)
-    model = Model(ModelArgs.from_dict(TINY_CONFIG))
+    model = Model(ModelArgs.from_dict(config))
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(TINY_CONFIG))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text(_first_tokens(bundled_model / "tokenizer.json", config["vocab_size"]))
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(bundled_model / name, folder)
     return folder
+
+
+def _first_tokens(tokenizer: Path, count: int) -> str:
+    """A BPE tokenizer with the ``count`` first tokens only, and the merges that lead to them."""
+    content = json.loads(tokenizer.read_text())
+    bpe = content["model"]
+    bpe["vocab"] = {token: number for token, number in bpe["vocab"].items() if number < count}
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in bpe["merges"]]
+    bpe["merges"] = [pair for pair in pairs if {*pair, "".join(pair)} <= bpe["vocab"].keys()]
+    return json.dumps(content)

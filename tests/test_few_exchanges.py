@@ -23,7 +23,7 @@ def basics(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
         f"model={tiny_model_folder}",
         f"dataset={data}",
         "training.batch_size=6",
-        "training.steps=30",
+        "training.steps=20",
         "training.eval_every=10",
         "training.save_every=5",
         "training.export=last",
@@ -82,24 +82,25 @@ def test_killed_and_resumed_is_bit_identical_and_all_ranks_are_alike(
 
 def test_meeting_after_every_step_is_ordinary_training(tmp_path: Path, basics: list[str]) -> None:
     """With plain SGD inside and the mean outside, DiLoCo of one inner step is data-parallel training."""
-    # Few steps: each one magnifies what the order of a floating-point sum leaves.
-    plain = [*basics, "optimizer.name=sgd", "optimizer.learning_rate=0.1", "training.max_grad_norm=0"]
-    plain += ["training.steps=4", "training.eval_every=4", "training.save_every=4"]
+    # A rate at which rounding does not grow: at 0.5 even two runs without DiLoCo, on one node and on two, soon differ.
+    plain = [*basics, "training.steps=6", "training.eval_every=0", "training.save_every=0"]
+    plain += ["optimizer.name=sgd", "optimizer.learning_rate=0.05", "training.max_grad_norm=0"]
     apart = ["training.sync=diloco", "training.inner_steps=1"]
     apart += ["training.outer_learning_rate=1", "training.outer_momentum=0", "topology=local"]
     for name, options in (("together", []), ("apart", apart)):
         done = train(*plain, *options, f"hydra.run.dir={tmp_path / name}", cwd=tmp_path)
         assert done.status == 0, done.errors
     expected, found = adapter(tmp_path / "together"), adapter(tmp_path / "apart")
+    assert max(np.abs(value).max() for name, value in expected.items() if name.endswith("lora_b")) > 0.01
     for key, value in expected.items():
-        np.testing.assert_allclose(np.array(found[key]), np.array(value), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(np.array(found[key]), np.array(value), rtol=1e-4, atol=1e-5)
 
 
 def test_one_node_may_use_diloco_too(tmp_path: Path, basics: list[str]) -> None:
     done = train(*basics, *DILOCO, f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
     assert done.status == 0, done.errors
     curve = losses(tmp_path / "run")
-    assert len(curve) == 30
+    assert len(curve) == 20
     assert np.mean(curve[-5:]) < np.mean(curve[:5])
 
 

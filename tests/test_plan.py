@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import TINY_CONFIG
+from conftest import TINY_CONFIG, make_tiny_model
 from macft.cluster.settings import parse_budget
 from macft.data.formats import Row
 from macft.data.order import RowOrder
@@ -31,10 +31,18 @@ from running import environment, events, train, write_jsonl
 
 FLOAT32 = HeldWeights(None, 64, 4)
 LLAMA_8B = "mlx-community/Meta-Llama-3.1-8B-Instruct-4bit"
+# The logits, which take most of the memory, are those of a model's whole vocabulary.
+WIDE_CONFIG = {**TINY_CONFIG, "vocab_size": 49152}
+
+
+@pytest.fixture(scope="module")
+def wide_model_folder(tmp_path_factory: pytest.TempPathFactory, bundled_model: Path) -> Path:
+    """The tiny model with the bundled one's whole vocabulary."""
+    return make_tiny_model(tmp_path_factory.mktemp("wide-model"), WIDE_CONFIG, bundled_model)
 
 
 def tiny_shape() -> ModelShape:
-    return shape_of(dict(TINY_CONFIG), "config.json")
+    return shape_of(dict(WIDE_CONFIG), "config.json")
 
 
 def fitter(rows: int = 8, length: int = 257, adapter: AdapterConfig | None = None) -> Fitter:
@@ -101,7 +109,7 @@ def test_chunked_logits_and_checkpointing_save_memory() -> None:
     plan = fitter(rows=8, length=513)
     whole = plan.parts(Settings(None, False, loss_chunk=2048)).peak
     assert plan.parts(Settings(None, False, loss_chunk=64)).peak < 0.8 * whole
-    deep = Fitter(shape_of({**TINY_CONFIG, "num_hidden_layers": 24}, "config.json"), *list(vars(plan).values())[1:])
+    deep = Fitter(shape_of({**WIDE_CONFIG, "num_hidden_layers": 24}, "config.json"), *list(vars(plan).values())[1:])
     assert deep.parts(Settings(None, True, 64)).peak < 0.5 * deep.parts(Settings(None, False, 64)).peak
 
 
@@ -225,17 +233,17 @@ def test_the_command_says_what_does_not_fit_and_wrong_words_are_one_line(bundled
 
 
 @pytest.mark.slow
-def test_a_run_that_does_not_fit_is_refused_and_auto_makes_it_fit(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_a_run_that_does_not_fit_is_refused_and_auto_makes_it_fit(wide_model_folder: Path, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     rows = [{"text": " ".join(generator.choice(["red", "river", "north"], 1000))} for _ in range(8)]
     write_jsonl(tmp_path / "data" / "train.jsonl", rows)
     words = [
-        f"model={tiny_model_folder}",
+        f"model={wide_model_folder}",
         f"dataset={tmp_path / 'data'}",
         "dataset.max_seq_length=1000",
         "training.packing=false",
         "training.batch_size=8",
-        "training.steps=2",
+        "training.steps=1",
         "training.eval_every=0",
         "optimizer.warmup_steps=0",
         "topology.memory_budget=350MB",
@@ -254,12 +262,12 @@ def test_a_run_that_does_not_fit_is_refused_and_auto_makes_it_fit(tiny_model_fol
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
 
 
-def test_prediction_is_within_15_percent_of_the_measured_peak(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_prediction_is_within_15_percent_of_the_measured_peak(wide_model_folder: Path, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     rows = [{"text": " ".join(generator.choice(["red", "river", "north"], 300))} for _ in range(8)]
     write_jsonl(tmp_path / "data" / "train.jsonl", rows)
     done = train(
-        f"model={tiny_model_folder}",
+        f"model={wide_model_folder}",
         f"dataset={tmp_path / 'data'}",
         "dataset.max_seq_length=128",
         "training.batch_size=4",
@@ -273,6 +281,6 @@ def test_prediction_is_within_15_percent_of_the_measured_peak(tiny_model_folder:
     found = max(event["peak_memory"] for event in events(tmp_path / "run", "step_done"))
     steps = [StepRows(np.full(4, 128), np.full(4, 127))]
     plan = Fitter(
-        read_shape(tiny_model_folder), FLOAT32, AdapterConfig(), "adamw", steps, validation_rows=0, pack_tokens=512
+        read_shape(wide_model_folder), FLOAT32, AdapterConfig(), "adamw", steps, validation_rows=0, pack_tokens=512
     )
     assert plan.parts(Settings(None, False)).peak == pytest.approx(found, rel=0.15)
