@@ -6,17 +6,13 @@ import itertools
 import json
 import re
 import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from live_hosts import Cluster, Host, cluster
 from macft.cluster import topology_file
 from macft.cluster.link_probe import ProbeServer, measure
 from macft.cluster.links import Link
@@ -182,57 +178,3 @@ def test_a_topology_file_and_a_hostfile_say_the_same(tmp_path: Path, monkeypatch
         hostfile.write_text(text)
         with pytest.raises(ConfigError, match=re.escape(str(hostfile))):
             topology_file.from_hostfile(hostfile)
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("hosts"), 3) as made:
-        yield made
-
-
-def typed(three: Cluster, host: Host, *arguments: str) -> subprocess.Popen[str]:
-    """``python -m macft.cluster`` as typed on ``host``, under a host name of its own."""
-    environment = {
-        **three.environment(),
-        "HOME": str(host.home),
-        "MACFT_CONFIG": str(host.home / "config"),
-        "MACFT_KEYS": str(host.home / "keys"),
-    }
-    script = f"hostname {host.namespace}; exec {sys.executable} -m macft.cluster {' '.join(arguments)}"
-    command = three.inside(host, "unshare", "--uts", "sh", "-c", script)
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.slow
-def test_three_machines_find_each_other_and_form_a_cluster(three: Cluster) -> None:
-    first, *others = three.hosts
-    init = typed(three, first, "init", "desk", "--nodes", "3")
-    assert init.stdout is not None
-    line = init.stdout.readline()
-    found = re.search(r"join (\d{4}-\d{4}) --name desk", line)
-    assert found is not None, line
-    place = re.search(r"--at (\S+)\)", init.stdout.readline())
-    assert place is not None
-    wrong = "1111-2222" if found[1] != "1111-2222" else "1111-2223"
-    stranger = typed(three, others[0], "join", wrong, "--at", place[1])
-    assert "the code is wrong" in stranger.communicate(timeout=60)[1]
-    assert stranger.returncode == 1
-    joining = [
-        typed(three, others[0], "join", found[1], "--name", "desk"),
-        typed(three, others[1], "join", found[1], "--name", "desk", "--at", place[1]),
-    ]
-    for process in (init, *joining):
-        output, errors = process.communicate(timeout=90)
-        assert process.returncode == 0, output + errors
-    files = [(host.home / "config/topology/desk.yaml").read_text() for host in three.hosts]
-    assert files[0] == files[1] == files[2]
-    assert all(host.address in files[0] for host in three.hosts)
-    trusted = [sorted((host.home / "keys/trusted").read_text().split()[::2]) for host in three.hosts]
-    names = [host.namespace for host in three.hosts]
-    assert trusted == [sorted(name for name in names if name != own) for own in names]
-    listed = typed(three, others[1], "list", "desk").communicate(timeout=60)[0]
-    assert len(listed.splitlines()) == 3
-    removed = typed(three, others[1], "remove", "desk", others[0].address)
-    assert removed.wait(60) == 0
-    removed.communicate()
-    assert len(typed(three, others[1], "list", "desk").communicate(timeout=60)[0].splitlines()) == 2
