@@ -181,6 +181,7 @@ def sensing_cost(rounds: int = 40, step_seconds: float = 0.25) -> tuple[float, f
                     matrix @ matrix
                 inner = time.perf_counter() - inner
             status = guard.status(100, time.perf_counter() - started)
+            guard.own_remarks()
             guard.remarks([status], [1.0])
             mine.append(time.perf_counter() - started - inner)
     finally:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 NETWORK = "10.77.{}.{}"
+SECOND_NETWORK = "10.78.{}.{}"
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,11 @@ def why_not() -> str:
 
 
 @contextmanager
-def cluster(folder: Path, count: int) -> Iterator[Cluster]:
-    """``count`` hosts on one switch, with the terminal's machine beside them. Skips where that is not permitted."""
+def cluster(folder: Path, count: int, *, two_cables: bool = False) -> Iterator[Cluster]:
+    """``count`` hosts on one switch, with the terminal's machine beside them. Skips where that is not permitted.
+
+    With ``two_cables`` each host has a second one, ``eth1``, to a switch that nobody else is on.
+    """
     if reason := why_not():
         pytest.skip(reason)
     number = os.getpid() % 200 + 20
@@ -93,6 +97,8 @@ def cluster(folder: Path, count: int) -> Iterator[Cluster]:
         _run("ip", "addr", "add", NETWORK.format(number, 1) + "/24", "dev", bridge)
         _run("ip", "link", "set", bridge, "up")
         hosts = [_host(stack, folder, home, tag, bridge, number, index) for index in range(count)]
+        if two_cables:
+            _second_cables(stack, hosts, tag, number)
         known = [f"{host.address} {(folder / 'host_key.pub').read_text()}" for host in hosts]
         (home / ".ssh/known_hosts").write_text("".join(known))
         yield Cluster(hosts, home)
@@ -138,6 +144,19 @@ def _host(stack: ExitStack, folder: Path, home: Path, tag: str, bridge: str, num
     stack.callback(server.terminate)
     _await_port(address, own / "sshd.log")
     return Host(namespace, address, own)
+
+
+def _second_cables(stack: ExitStack, hosts: list[Host], tag: str, number: int) -> None:
+    bridge = f"mc{tag}"
+    _run("ip", "link", "add", bridge, "type", "bridge")
+    stack.callback(_run, "ip", "link", "del", bridge)
+    _run("ip", "link", "set", bridge, "up")
+    for index, host in enumerate(hosts):
+        outer, address = f"mp{tag}{index}", SECOND_NETWORK.format(number, index + 2)
+        _run("ip", "link", "add", outer, "type", "veth", "peer", "name", "eth1", "netns", host.namespace)
+        _run("ip", "link", "set", outer, "master", bridge, "up")
+        _run("ip", "-n", host.namespace, "addr", "add", f"{address}/24", "dev", "eth1")
+        _run("ip", "-n", host.namespace, "link", "set", "eth1", "up")
 
 
 def _await_port(address: str, log: Path) -> None:

@@ -6,21 +6,17 @@ import itertools
 import json
 import re
 import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from live_hosts import Cluster, Host, cluster
 from macft.cluster import topology_file
 from macft.cluster.link_probe import ProbeServer, measure
 from macft.cluster.links import Link
-from macft.cluster.member import Member, addresses, version_objection
+from macft.cluster.member import Member, networks, topology_of, version_objection
 from macft.cluster.pake import Channel, Exchange, WrongCode, new_code
 from macft.cluster.ring_order import ring_order
 from macft.cluster.settings import TopologyConfig
@@ -123,10 +119,22 @@ def test_thunderbolt_before_ethernet_before_wifi() -> None:
     wired = [Link("en1", "ethernet", f"10.0.0.{n}/24", 1000) for n in (1, 2, 3)]
     bridge = [Link("bridge0", "thunderbolt", f"169.254.3.{n}/16", 40_000) for n in (1, 2)]
     first, second, third = (member("abc"[n], wifi[n], wired[n], *bridge[n : n + 1]) for n in range(3))
-    assert [link.kind for link in addresses([first, second])] == ["thunderbolt"] * 2
-    assert [link.host for link in addresses([first, second, third])] == ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
+    assert [link.kind for link in networks([first, second])[0]] == ["thunderbolt"] * 2
+    assert [link.host for link in networks([first, second, third])[0]] == ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
     with pytest.raises(LaunchError, match="a, d are in no common network"):
-        addresses([first, member("d", Link("en0", "ethernet", "172.16.0.1/24"))])
+        networks([first, member("d", Link("en0", "ethernet", "172.16.0.1/24"))])
+
+
+def test_further_cables_are_further_addresses_and_wifi_and_own_bridges_are_not() -> None:
+    wifi = [Link("en0", "wifi", f"192.168.1.{n}/24", 800) for n in (1, 2)]
+    wired = [Link("en1", "ethernet", f"10.0.0.{n}/24", 1000) for n in (1, 2)]
+    again = [Link("en7", "ethernet", f"10.0.0.{n}/16", 900) for n in (7, 8)]  # the same network, another cable
+    cable = [Link("en2", "thunderbolt", f"10.1.0.{n}/30", 40_000) for n in (1, 2)]
+    own = Link("docker0", "ethernet", "172.17.0.1/16", 10_000)
+    two = [member("ab"[n], wifi[n], wired[n], again[n], own, cable[n]) for n in (0, 1)]
+    assert topology_of(two, networks(two), [0, 1]).hosts == ["10.1.0.1+10.0.0.1", "10.1.0.2+10.0.0.2"]
+    only = [member("ab"[n], wifi[n], own) for n in (0, 1)]
+    assert topology_of(only, networks(only), [1, 0]).hosts == ["192.168.1.2", "192.168.1.1"]
 
 
 def test_a_member_comes_through_as_it_was_and_nonsense_does_not() -> None:
@@ -160,6 +168,9 @@ def test_a_topology_file_and_a_hostfile_say_the_same(tmp_path: Path, monkeypatch
     hostfile.write_text(topology_file.to_hostfile(made))
     assert json.loads(hostfile.read_text())[1] == {"ssh": "me@b", "ips": ["10.0.0.2"]}
     assert topology_file.from_hostfile(hostfile) == made
+    made.hosts = ["10.0.0.1+10.1.0.1", "10.0.0.2+10.1.0.2"]
+    hostfile.write_text(topology_file.to_hostfile(made))
+    assert topology_file.from_hostfile(hostfile) == made
     path.write_text("kind: ssh\nhosts: [a]\nhots: 3\n")
     with pytest.raises(ConfigError, match="hots"):
         topology_file.load_topology("desk")
@@ -167,57 +178,3 @@ def test_a_topology_file_and_a_hostfile_say_the_same(tmp_path: Path, monkeypatch
         hostfile.write_text(text)
         with pytest.raises(ConfigError, match=re.escape(str(hostfile))):
             topology_file.from_hostfile(hostfile)
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("hosts"), 3) as made:
-        yield made
-
-
-def typed(three: Cluster, host: Host, *arguments: str) -> subprocess.Popen[str]:
-    """``python -m macft.cluster`` as typed on ``host``, under a host name of its own."""
-    environment = {
-        **three.environment(),
-        "HOME": str(host.home),
-        "MACFT_CONFIG": str(host.home / "config"),
-        "MACFT_KEYS": str(host.home / "keys"),
-    }
-    script = f"hostname {host.namespace}; exec {sys.executable} -m macft.cluster {' '.join(arguments)}"
-    command = three.inside(host, "unshare", "--uts", "sh", "-c", script)
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.slow
-def test_three_machines_find_each_other_and_form_a_cluster(three: Cluster) -> None:
-    first, *others = three.hosts
-    init = typed(three, first, "init", "desk", "--nodes", "3")
-    assert init.stdout is not None
-    line = init.stdout.readline()
-    found = re.search(r"join (\d{4}-\d{4}) --name desk", line)
-    assert found is not None, line
-    place = re.search(r"--at (\S+)\)", init.stdout.readline())
-    assert place is not None
-    wrong = "1111-2222" if found[1] != "1111-2222" else "1111-2223"
-    stranger = typed(three, others[0], "join", wrong, "--at", place[1])
-    assert "the code is wrong" in stranger.communicate(timeout=60)[1]
-    assert stranger.returncode == 1
-    joining = [
-        typed(three, others[0], "join", found[1], "--name", "desk"),
-        typed(three, others[1], "join", found[1], "--name", "desk", "--at", place[1]),
-    ]
-    for process in (init, *joining):
-        output, errors = process.communicate(timeout=90)
-        assert process.returncode == 0, output + errors
-    files = [(host.home / "config/topology/desk.yaml").read_text() for host in three.hosts]
-    assert files[0] == files[1] == files[2]
-    assert all(host.address in files[0] for host in three.hosts)
-    trusted = [sorted((host.home / "keys/trusted").read_text().split()[::2]) for host in three.hosts]
-    names = [host.namespace for host in three.hosts]
-    assert trusted == [sorted(name for name in names if name != own) for own in names]
-    listed = typed(three, others[1], "list", "desk").communicate(timeout=60)[0]
-    assert len(listed.splitlines()) == 3
-    removed = typed(three, others[1], "remove", "desk", others[0].address)
-    assert removed.wait(60) == 0
-    removed.communicate()
-    assert len(typed(three, others[1], "list", "desk").communicate(timeout=60)[0].splitlines()) == 2

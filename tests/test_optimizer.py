@@ -10,6 +10,7 @@ import mlx.optimizers as optim
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten, tree_unflatten
 
 from macft.errors import ConfigError
 from macft.training.optimizer import apply_gradient, clip_factor, learning_rate, make_optimizer
@@ -63,6 +64,34 @@ def test_adamw_is_mlx_adamw() -> None:
         reference.update(theirs, gradient)
     assert mx.array_equal(ours.weight, theirs.weight)
     assert mx.array_equal(ours.bias, theirs.bias)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_small_parameters_together_are_updated_as_each_by_itself(name: str) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            mx.random.seed(3)
+            self.layers = [nn.Linear(3, 2), nn.Linear(512, 513), nn.Linear(4, 5, bias=False)]
+            self.layers[2].set_dtype(mx.bfloat16)
+
+    ours, theirs = Two(), Two()
+    optimizer = make_optimizer(OptimizerConfig(name=name))
+    reference = make_optimizer(OptimizerConfig(name=name))
+    reference.learning_rate = 1e-2
+    for turn in range(3):
+        gradient = {
+            key: mx.random.normal(value.shape, key=mx.random.key(turn))
+            for key, value in tree_flatten(ours.parameters())
+        }
+        apply_gradient(ours, optimizer, gradient, 1e-2)
+        typed = [(key, gradient[key].astype(value.dtype)) for key, value in tree_flatten(theirs.parameters())]
+        reference.update(theirs, tree_unflatten(typed))
+    for (key, ours_value), (_, value) in zip(
+        tree_flatten(ours.parameters()), tree_flatten(theirs.parameters()), strict=True
+    ):
+        assert ours_value.dtype == value.dtype
+        assert mx.array_equal(ours_value, value), key
 
 
 def test_an_argument_the_optimizer_lacks_is_a_config_error() -> None:

@@ -105,7 +105,7 @@ def test_a_budget_changes_nothing_that_is_learnt(tmp_path: Path, basics: list[st
     }
     curves = {}
     for name, overrides in runs.items():
-        done = train(*basics, *overrides, "training.steps=8", f"hydra.run.dir={tmp_path / name}", cwd=tmp_path)
+        done = train(*basics, *overrides, "training.steps=6", f"hydra.run.dir={tmp_path / name}", cwd=tmp_path)
         assert done.status == 0, done.errors
         curves[name] = losses(tmp_path / name)
     for name in runs:

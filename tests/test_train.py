@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,15 @@ def basics(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
     ]
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Path:
+    """The folder of such a run after its end. Read only: copy it to go on from it."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = train(*basics, f"hydra.run.dir={folder}", cwd=folder)
+    assert done.status == 0, done.errors
+    return folder
+
+
 def test_a_run_leaves_everything_in_its_folder(tmp_path: Path, basics: list[str]) -> None:
     folder = tmp_path / "run"
     more = ["dataset.metric=exact_match", "training.metric_rows=3", "training.metric_max_tokens=4", "report.samples=2"]
@@ -68,9 +78,8 @@ def test_a_run_leaves_everything_in_its_folder(tmp_path: Path, basics: list[str]
     assert [event.step for event in read.Scalars("loss/train")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_resuming_with_the_shown_command_repeats_nothing(tmp_path: Path, basics: list[str]) -> None:
-    done = train(*basics, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
-    assert done.status == 0, done.errors
+def test_resuming_with_the_shown_command_repeats_nothing(tmp_path: Path, finished: Path) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     before = adapter(tmp_path)
     done = train(f"+resume={tmp_path}", cwd=tmp_path)
     assert done.status == 0, done.errors
@@ -82,14 +91,12 @@ def test_resuming_with_the_shown_command_repeats_nothing(tmp_path: Path, basics:
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_a_run_may_start_from_an_adapter(tmp_path: Path, basics: list[str], nodes: int) -> None:
-    done = train(*basics, f"hydra.run.dir={tmp_path / 'first'}", cwd=tmp_path)
-    assert done.status == 0, done.errors
-    start = [f"adapter.init_from={tmp_path / 'first' / 'adapters'}", "training.steps=1"]
+def test_a_run_may_start_from_an_adapter(tmp_path: Path, basics: list[str], finished: Path, nodes: int) -> None:
+    start = [f"adapter.init_from={finished / 'adapters'}", "training.steps=1"]
     topology = ["topology=local", f"topology.nodes={nodes}"] if nodes > 1 else []
-    done = train(*basics, *start, *topology, f"hydra.run.dir={tmp_path / 'second'}", cwd=tmp_path)
+    done = train(*basics, *start, *topology, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
     assert done.status == 0, done.errors
-    last, first = events(tmp_path / "first", "evaluated")[-1], events(tmp_path / "second", "evaluated")[0]
+    last, first = events(finished, "evaluated")[-1], events(tmp_path, "evaluated")[0]
     assert first["loss"] == pytest.approx(last["loss"], rel=1e-5)
 
 

@@ -63,13 +63,16 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
     with stop.listening():
         if config.topology.kind == "hosts":
             return run_on_hosts(config, folder, resume=resume, stop=stop)
-        from macft.collective.mlx_group import join_launched, launched
-        from macft.collective.solo import Solo
         from macft.node import run_node
 
-        if config.collective.backend == "mlx" and launched():
-            with join_launched(config.collective) as group:
-                return run_node(config, group, folder, resume=resume, stop=stop).reason
+        if config.collective.backend == "mlx":
+            from macft.collective.mlx_group import join_launched, launched
+
+            if launched():
+                with join_launched(config.collective) as group:
+                    return run_node(config, group, folder, resume=resume, stop=stop).reason
+        from macft.collective.solo import Solo
+
         with Solo() as alone:
             return run_node(config, alone, folder, resume=resume, stop=stop).reason
 

@@ -102,11 +102,11 @@ def _remove(arguments: argparse.Namespace) -> None:
         print(f"removed {arguments.name}; `python -m macft.keys forget` makes its machines strangers again")
         return
     topology = topology_file.load_topology(arguments.name)
-    if arguments.host not in topology.hosts:
+    rank = next((rank for rank, host in enumerate(topology.hosts) if arguments.host in (host, *host.split("+"))), None)
+    if rank is None:
         raise LaunchError(f"'{arguments.host}' is not in {arguments.name}: {', '.join(topology.hosts)}")
     if len(topology.hosts) <= 2:
         raise LaunchError(f"{arguments.name} would have one machine left; remove the cluster: leave the host out")
-    rank = topology.hosts.index(arguments.host)
     for values in (topology.hosts, topology.ssh, topology.python if len(topology.python) > 1 else []):
         if values:
             del values[rank]

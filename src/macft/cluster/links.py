@@ -46,6 +46,11 @@ class Link:
         own = ipaddress.ip_interface(self.address).network
         return own.prefixlen < own.max_prefixlen and ipaddress.ip_interface(other.address).ip in own
 
+    def overlaps(self, other: Link) -> bool:
+        """Whether their subnets have addresses in common."""
+        own, theirs = (ipaddress.ip_interface(link.address).network for link in (self, other))
+        return own.overlaps(theirs)
+
 
 def discover() -> tuple[Link, ...]:
     """All links but loopback, Thunderbolt first, Wi-Fi last, the faster first within a kind."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from macft.cluster import keys, links
 from macft.cluster.checks import software
-from macft.cluster.settings import TopologyConfig
+from macft.cluster.settings import MAX_PATHS, TopologyConfig
 from macft.errors import LaunchError
 
 _MAX_LINKS = 64
@@ -84,8 +84,11 @@ def version_objection(member: Member) -> str:
     return ""
 
 
-def addresses(members: Sequence[Member]) -> list[links.Link]:
-    """One link of each member, all in one network: Thunderbolt before Ethernet before Wi-Fi.
+def networks(members: Sequence[Member]) -> list[list[links.Link]]:
+    """One link of each member for every network that has all of them: Thunderbolt before Ethernet before Wi-Fi.
+
+    The first network is the one to use; the others are further cables. Wi-Fi and tunnels are no further cables: what
+    they add to a cable is little, and they would hold it up.
 
     Raises:
         LaunchError: no network has all of them.
@@ -99,22 +102,30 @@ def addresses(members: Sequence[Member]) -> list[links.Link]:
                 break
             chosen.append(same[0])
         else:
-            candidates.append((max(links.order(link) for link in chosen), chosen))
+            if len({link.host for link in chosen}) == len(chosen):  # every machine has the same one in its own bridges
+                candidates.append((max(links.order(link) for link in chosen), chosen))
     if not candidates:
         names = ", ".join(member.name for member in members)
         raise LaunchError(
             f"{names} are in no common network; connect them to one switch or Wi-Fi, or, with cables from Mac to Mac, "
             "turn on Thunderbolt Bridge (System Settings > Network) on all of them"
         )
-    return min(candidates)[1]
+    found: list[list[links.Link]] = []
+    for _, chosen in sorted(candidates, key=lambda candidate: candidate[0]):
+        is_cable = all(link.kind in ("thunderbolt", "ethernet") for link in chosen)
+        if not found or (is_cable and not any(chosen[0].overlaps(other[0]) for other in found)):
+            found.append(chosen)
+    return found[:MAX_PATHS]
 
 
-def topology_of(members: Sequence[Member], chosen: Sequence[links.Link], order: Sequence[int]) -> TopologyConfig:
-    """The cluster as a topology, in ring order."""
+def topology_of(
+    members: Sequence[Member], chosen: Sequence[Sequence[links.Link]], order: Sequence[int]
+) -> TopologyConfig:
+    """The cluster as a topology, in ring order; ``chosen`` as of :func:`networks`."""
     pythons = [members[index].python for index in order]
     return TopologyConfig(
         kind="ssh",
-        hosts=[chosen[index].host for index in order],
-        ssh=[f"{members[index].user}@{chosen[index].host}" for index in order],
+        hosts=["+".join(network[index].host for network in chosen) for index in order],
+        ssh=[f"{members[index].user}@{chosen[0][index].host}" for index in order],
         python=pythons[:1] if len(set(pythons)) == 1 else pythons,
     )

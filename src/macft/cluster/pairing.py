@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from macft.cluster import keys
-from macft.cluster.link_probe import TOKEN_BYTES, ProbeServer, measure
-from macft.cluster.member import Member, addresses, this_machine, topology_of, version_objection
+from macft.cluster.link_probe import TOKEN_BYTES, Measured, ProbeServer, measure
+from macft.cluster.links import Link
+from macft.cluster.member import Member, networks, this_machine, topology_of, version_objection
 from macft.cluster.pake import Channel, WrongCode
 from macft.cluster.ring_order import ring_order
 from macft.cluster.settings import TopologyConfig, problems
@@ -116,21 +117,16 @@ class Host:
 
     def _conclude(self, guests: list[_Guest]) -> TopologyConfig:
         members = [self._own, *(guest.member for guest in guests)]
-        chosen = addresses(members)
-        cost = [[0.0] * len(members) for _ in members]
-        for first, second in itertools.combinations(range(len(members)), 2):
-            address, port = chosen[second].host, members[second].probe_port
-            if first == 0:
-                found = measure(address, port, self._token)
-                latency, bandwidth, seconds = found.latency, found.bandwidth, found.cost
+        best, *others = networks(members)
+        cost = self._measure(best, members, guests)
+        chosen = [best]
+        for network in others:
+            try:
+                self._measure(network, members, guests)
+            except LaunchError as error:
+                self._show(f"left out, one more cable between all: {error}")
             else:
-                answer = _ask(guests[first - 1], {"measure": {"address": address, "port": port}})
-                latency, bandwidth, seconds = (float(answer[key]) for key in ("latency", "bandwidth", "cost"))
-            cost[first][second] = cost[second][first] = seconds
-            self._show(
-                f"{members[first].name} to {members[second].name}: {chosen[second].kind}, "
-                f"{bandwidth * 8e-9:.2f} Gbit/s, {latency * 1e6:.0f} us"
-            )
+                chosen.append(network)
         topology = topology_of(members, chosen, ring_order(cost))
         everybody = {member.name: member.key for member in members}
         for guest in guests:
@@ -139,6 +135,21 @@ class Host:
             )
         trust_all(everybody)
         return topology
+
+    def _measure(
+        self, network: Sequence[Link], members: Sequence[Member], guests: Sequence[_Guest]
+    ) -> list[list[float]]:
+        """Measures the links of one network; returns the seconds to pass on a piece between each two members."""
+        cost = [[0.0] * len(members) for _ in members]
+        for first, second in itertools.combinations(range(len(members)), 2):
+            address, port = network[second].host, members[second].probe_port
+            found = measure(address, port, self._token) if first == 0 else _ask(guests[first - 1], address, port)
+            cost[first][second] = cost[second][first] = found.cost
+            self._show(
+                f"{members[first].name} to {members[second].name}: {network[second].kind}, "
+                f"{found.bandwidth * 8e-9:.2f} Gbit/s, {found.latency * 1e6:.0f} us"
+            )
+        return cost
 
 
 class _NotAdmitted(LaunchError):
@@ -171,8 +182,7 @@ def join(address: str, port: int, code: str, show: Callable[[str], None]) -> Top
                 message = _checked(channel.receive(_FORM_SECONDS))
                 if "measure" not in message:
                     break
-                found = measure(str(message["measure"]["address"]), int(message["measure"]["port"]), token)
-                channel.send({"latency": found.latency, "bandwidth": found.bandwidth, "cost": found.cost})
+                channel.send(_answer(message["measure"], token))
         except (KeyError, TypeError, ValueError):
             raise LaunchError("pairing: the other side does not follow the protocol") from None
         finally:
@@ -183,6 +193,14 @@ def join(address: str, port: int, code: str, show: Callable[[str], None]) -> Top
         raise LaunchError(f"pairing: the other side sent no proper cluster: {found_wrong[0]}")
     trust_all({str(name): str(key) for name, key in message.get("keys", {}).items()})
     return topology
+
+
+def _answer(request: Any, token: bytes) -> dict[str, Any]:
+    try:
+        found = measure(str(request["address"]), int(request["port"]), token)
+    except LaunchError as error:
+        return {"failed": str(error)}
+    return {"latency": found.latency, "bandwidth": found.bandwidth}
 
 
 def trust_all(everybody: dict[str, str]) -> None:
@@ -196,9 +214,18 @@ def trust_all(everybody: dict[str, str]) -> None:
             keys.trust(folder, name, key)
 
 
-def _ask(guest: _Guest, question: dict[str, Any]) -> dict[str, Any]:
-    guest.channel.send(question)
-    return _checked(guest.channel.receive(_MEASURE_SECONDS))
+def _ask(guest: _Guest, address: str, port: int) -> Measured:
+    guest.channel.send({"measure": {"address": address, "port": port}})
+    answer = _checked(guest.channel.receive(_MEASURE_SECONDS))
+    if "failed" in answer:
+        raise LaunchError(f"{guest.member.name}: {str(answer['failed'])[:1000]}")
+    try:
+        found = Measured(float(answer["latency"]), float(answer["bandwidth"]))
+    except (KeyError, TypeError, ValueError):
+        raise LaunchError("pairing: the other side does not follow the protocol") from None
+    if not (found.latency > 0 and found.bandwidth > 0):
+        raise LaunchError("pairing: the other side does not follow the protocol")
+    return found
 
 
 def _checked(message: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import asyncssh
 
 from macft.cluster.settings import split_destination
@@ -17,6 +19,7 @@ async def connect(destination: str) -> asyncssh.SSHClientConnection:
     Raises:
         LaunchError: one line that says what stands in the way, and what mends it.
     """
+    asyncssh.set_log_level(logging.WARNING)  # Hydra shows everybody's log of level INFO
     user, name, port = split_destination(destination)
     plain = f"{user}@{name}" if user else name
     mended = f"{'-p ' + str(port) + ' ' if port else ''}{plain}"

@@ -116,7 +116,8 @@ def from_hostfile(path: Path) -> TopologyConfig:
         if not isinstance(destination, str):
             raise ConfigError(f'{path}: each host is written {{"ssh": "NAME", "ips": ["ADDRESS"]}}')
         ssh.append(destination)
-        hosts.append(str(addresses[0]) if isinstance(addresses, list) and addresses else destination.split("@")[-1])
+        several = [str(item) for item in addresses] if isinstance(addresses, list) else []
+        hosts.append("+".join(several) or destination.split("@")[-1])
     config = TopologyConfig(kind="ssh", nodes=1, hosts=hosts, ssh=ssh)
     if found := problems(config):
         raise ConfigError("\n".join(f"{path}: {line}" for line in found))

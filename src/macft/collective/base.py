@@ -48,6 +48,11 @@ class Collective(Protocol):
         """Bytes of data this rank has sent so far, as far as it knows."""
         ...
 
+    @property
+    def lost_paths(self) -> list[str]:
+        """Cables to the next rank, as ``host:port``, that are out of use while another one carries on."""
+        ...
+
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:
         """Returns ``root``'s ``payload`` on every rank; the other ranks' argument is ignored."""
         ...

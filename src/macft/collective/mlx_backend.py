@@ -128,6 +128,11 @@ class MlxCollective:
         """What a ring sends for the all-reduces so far; MLX does not tell."""
         return self._bytes_sent
 
+    @property
+    def lost_paths(self) -> list[str]:
+        """None: of several cables MLX uses the first."""
+        return []
+
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:
         """Returns ``root``'s ``payload`` on every rank; raises as :meth:`all_reduce` does."""
         if not 0 <= root < self.world_size:

@@ -36,6 +36,11 @@ class Solo:
         """Always 0."""
         return 0
 
+    @property
+    def lost_paths(self) -> list[str]:
+        """None."""
+        return []
+
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:
         """Returns ``payload``. Raises ValueError for a ``root`` other than 0."""
         if root != 0:

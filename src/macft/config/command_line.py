@@ -65,12 +65,12 @@ def prepare(argv: list[str]) -> CommandLine:
         flags += ["--config-path", str(resume), "--config-name", "config"]
         rest = [f"hydra.run.dir='{resume}'", _search(folders), "hydra/job_logging=stdout", *rest]
     else:
-        if own and not any(override.key_or_group == "hydra.searchpath" for override in others):
-            rest = [_search([*own]), *rest]
-        if arguments.config_dir:
-            rest_for_check = [*rest, _search([Path(arguments.config_dir).absolute(), *own])]
-            _check_jobs(primary, name, rest_for_check)
-            return CommandLine(flags + rest, resume)
+        own = [] if any(override.key_or_group == "hydra.searchpath" for override in others) else own
+        search = [_search(own)] if own else []
+        if arguments.config_dir:  # a flag, which only Hydra's own entry knows
+            _check_jobs(primary, name, [*rest, _search([Path(arguments.config_dir).absolute(), *own])])
+            return CommandLine([*flags, *search, *rest], resume)
+        rest = [*search, *rest]
     _check_jobs(primary, name, rest)
     return CommandLine(flags + rest, resume)
 

@@ -19,7 +19,7 @@ class NodeStatus:
 
     ``duty`` is the part of the time the node may compute, ``paused`` says that it wants no rows at all. Temperature in
     C, ``state`` 0 to 4, watts now and at most, ``joules`` since the first step of this process, metered over
-    ``metered_seconds``; ``estimated`` marks power that comes from a model.
+    ``metered_seconds``; ``estimated`` marks power that comes from a model. ``remarks``: lines it has to tell.
     """
 
     tokens: int = 0
@@ -34,8 +34,9 @@ class NodeStatus:
     joules: float | None = None
     metered_seconds: float = 0.0
     estimated: bool = False
+    remarks: int = 0
 
-    SIZE = 12
+    SIZE = 13
 
     def numbers(self) -> NDArray[np.float64]:
         """The status as float64, (SIZE,); NaN for None."""
@@ -52,6 +53,7 @@ class NodeStatus:
             self.joules,
             self.metered_seconds,
             self.estimated,
+            self.remarks,
         ]
         return np.array([math.nan if value is None else float(value) for value in values], dtype=np.float64)
 
@@ -73,4 +75,5 @@ class NodeStatus:
             joules=values[9],
             metered_seconds=values[10] or 0.0,
             estimated=bool(values[11]),
+            remarks=int(values[12] or 0),
         )

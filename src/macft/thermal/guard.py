@@ -105,10 +105,11 @@ class ThermalGuard:
         )
 
     def remarks(self, nodes: Sequence[NodeStatus], shares: Sequence[float]) -> list[str]:
-        """What the sensors have to say, once, and what the governors of all nodes do, and why."""
-        return self._about_sensors() + self._notices.lines(nodes, shares)
+        """What the governors of all nodes do, and why."""
+        return self._notices.lines(nodes, shares)
 
-    def _about_sensors(self) -> list[str]:
+    def own_remarks(self) -> list[str]:
+        """What this node's sensors have to say, once."""
         if self._has_told_blind_spots:
             return self._sampler.notes()
         waited = time.monotonic() - self._started

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import mlx.core as mx
@@ -32,6 +32,7 @@ from macft.training.optimizer import apply_gradient, clip_factor, learning_rate
 from macft.training.outer import OuterOptimizer
 from macft.training.pace import FullSpeed, Pace
 from macft.training.reduce import GlobalGradient, reduce_gradient, scale
+from macft.training.remarks import Remarks
 from macft.training.settings import OptimizerConfig, TrainingConfig
 
 _EVALUATION_ROWS_AT_ONCE = 8
@@ -70,6 +71,7 @@ class Trainer:
         # With DiLoCo a step is each node's own.
         self._exchange_of_step = GradientExchange(Solo()) if self.outer else self._exchange
         self._balance = self.balance or Balance("equal", self.collective.world_size, every=1)
+        self._remarks = Remarks(self.collective, self.pace.own_remarks)
 
     def train(self) -> str:
         """Trains to the last step; returns why it ended: finished, early_stopped or interrupted.
@@ -93,7 +95,7 @@ class Trainer:
                 local,
                 stop=self.stop.requested,
                 computed=paced.close,  # the last micro-batch is computed
-                status=partial(self.pace.status, local.tokens),
+                status=partial(self._status, local.tokens),
             )
             update_seconds, rate = self._update(result)
             meeting = time.perf_counter()
@@ -122,6 +124,9 @@ class Trainer:
         places = assign(lengths, self.collective.world_size, self._balance.shares)
         mine: NDArray[np.int64] = ids[places[self.collective.rank]]
         return micro_batches([self.train_rows[i] for i in mine], mine, self.config.micro_batch_size)
+
+    def _status(self, tokens: int, seconds: float) -> NodeStatus:
+        return replace(self.pace.status(tokens, seconds), remarks=self._remarks.collect())
 
     def _update(self, result: GlobalGradient) -> tuple[float, float]:
         """Applies the global gradient, or nothing at all where it isn't finite; returns (seconds, learning rate)."""
@@ -211,7 +216,8 @@ class Trainer:
         """Shares of the next steps, the same on every rank, out of what all nodes have told with this one."""
         if not self.outer:  # with it, shares that follow the speed would change what is learnt
             self._balance.observe(self.nodes)
-        for line in self.pace.remarks(self.nodes, self._balance.shares):
+        about_all = self.pace.remarks(self.nodes, self._balance.shares)
+        for line in [*self._remarks.exchange(self.nodes), *about_all]:
             self.reporter.noted(Noted(line))
 
     def _evaluate_and_save_when_due(self) -> None:

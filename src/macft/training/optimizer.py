@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from macft.errors import ConfigError
@@ -25,6 +26,10 @@ _CLASSES = {
     "rmsprop": optim.RMSprop,
     "adagrad": optim.Adagrad,
 }
+
+_ELEMENT_BY_ELEMENT = (optim.Adam, optim.Adamax, optim.Lion, optim.SGD, optim.RMSprop, optim.Adagrad)
+"""Optimizers that know nothing of a parameter's shape; AdamW is an Adam here."""
+_LARGE = 1 << 18
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -68,9 +73,42 @@ def clip_factor(norm: float, max_norm: float) -> float:
 
 
 def apply_gradient(model: nn.Module, optimizer: optim.Optimizer, gradient: Mapping[str, Any], rate: float) -> None:
-    """One update of ``model``'s trainable parameters; ``gradient`` maps their names to float32 arrays."""
+    """One update of ``model``'s trainable parameters; ``gradient`` maps their names to float32 arrays.
+
+    Where the optimizer treats each element by itself, small parameters are updated as one long array: the same result
+    from a hundredth of the operations. The optimizer's state is then that of the long array.
+    """
     parameters = dict(tree_flatten(model.trainable_parameters()))
-    typed = [(name, gradient[name].astype(parameter.dtype)) for name, parameter in parameters.items()]
+    groups = (
+        _groups(parameters) if isinstance(optimizer, _ELEMENT_BY_ELEMENT) else {name: [name] for name in parameters}
+    )
+    typed = {name: gradient[name].astype(parameter.dtype) for name, parameter in parameters.items()}
     optimizer.learning_rate = rate
-    optimizer.update(model, tree_unflatten(typed))
+    updated = dict(
+        tree_flatten(
+            optimizer.apply_gradients(
+                tree_unflatten([(key, _joined(typed, names)) for key, names in groups.items()]),
+                tree_unflatten([(key, _joined(parameters, names)) for key, names in groups.items()]),
+            )
+        )
+    )
+    for key, names in groups.items():
+        if names != [key]:
+            ends = np.cumsum([parameters[name].size for name in names])[:-1].tolist()
+            for name, part in zip(names, mx.split(updated.pop(key), ends), strict=True):
+                updated[name] = part.reshape(parameters[name].shape)
+    model.update(tree_unflatten(list(updated.items())))
     mx.eval(model.trainable_parameters(), optimizer.state)
+
+
+def _groups(parameters: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Names of parameters to update together, by a name for the whole; a large one is left by itself."""
+    groups: dict[str, list[str]] = {}
+    for name, parameter in parameters.items():
+        kind = str(parameter.dtype).removeprefix("mlx.core.")
+        groups.setdefault(name if parameter.size >= _LARGE else f"small-{kind}", []).append(name)
+    return groups
+
+
+def _joined(arrays: Mapping[str, Any], names: list[str]) -> Any:
+    return arrays[names[0]] if len(names) == 1 else mx.concatenate([arrays[name].reshape(-1) for name in names])

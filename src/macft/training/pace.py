@@ -26,7 +26,11 @@ class Pace(Protocol):
         ...
 
     def remarks(self, nodes: Sequence[NodeStatus], shares: Sequence[float]) -> list[str]:
-        """Lines worth telling now that all nodes' statuses are known."""
+        """Lines worth telling now that all nodes' statuses are known; the same on every node."""
+        ...
+
+    def own_remarks(self) -> list[str]:
+        """New lines about this node alone, each of them once."""
         ...
 
 
@@ -46,5 +50,9 @@ class FullSpeed:
         return NodeStatus(tokens=tokens, busy_seconds=seconds)
 
     def remarks(self, nodes: Sequence[NodeStatus], shares: Sequence[float]) -> list[str]:  # noqa: ARG002
+        """Nothing to say."""
+        return []
+
+    def own_remarks(self) -> list[str]:
         """Nothing to say."""
         return []
