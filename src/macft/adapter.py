@@ -57,7 +57,10 @@ def _import(source: Path, target: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m macft.adapter", description="Adapters to and from the format of Hugging Face's PEFT."
+        prog="python -m macft.adapter",
+        description="Adapters to and from the format of Hugging Face's PEFT.",
+        epilog="export RUN_FOLDER|--adapter-path FOLDER --save-path FOLDER [--format peft] [--model NAME]; "
+        "import PEFT_FOLDER --save-path FOLDER",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="export|import")
     out = commands.add_parser(
