@@ -203,7 +203,8 @@ def test_the_end_tells_before_and_after_and_how_to_use_the_adapter(log: Console,
     assert "sql execution    12.5% → 75.0%" in text
     # The base model as mlx-lm knows it, paths quoted, on one line to be copied.
     expected = f"mlx_lm.generate --model /models/base --adapter-path '{folder}/adapters' --prompt \"...\""
-    assert f"try it: {expected}\n" in text
+    assert f"with mlx-lm: {expected}\n" in text
+    assert f"try it: python -m macft.generate '{folder}'\n" in text
     assert f"curves: tensorboard --logdir '{folder}'\n" in text
 
 
@@ -224,7 +225,7 @@ def test_a_wholly_saved_model_needs_no_adapter_path(log: Console, tmp_path: Path
     tell(ConsoleReporter(every=100, console=log), tmp_path)
     log.file.flush()
     text = (tmp_path / "log.txt").read_text(encoding="utf-8")
-    assert f'try it: mlx_lm.generate --model {tmp_path}/model --prompt "..."\n' in text
+    assert f'with mlx-lm: mlx_lm.generate --model {tmp_path}/model --prompt "..."\n' in text
 
 
 def test_a_failed_run_says_why(log: Console, tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def test_a_run_leaves_everything_in_its_folder(tmp_path: Path, basics: list[str]
     done = train(*basics, *more, f"hydra.run.dir={folder}", cwd=tmp_path)
     assert done.status == 0, done.errors
     assert "step 6/6" in done.output
-    assert "mlx_lm.generate" in done.output
+    assert f"try it: python -m macft.generate {folder.name}\n" in done.output
+    assert "with mlx-lm: mlx_lm.generate" in done.output
     assert "\x1b[" not in done.output
     assert len(losses(folder)) == 6
     assert [event["step"] for event in events(folder, "evaluated")] == [0, 3, 6]

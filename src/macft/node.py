@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.optimizers as optim
-import numpy as np
 
 from macft.checkpoint.saver import CheckpointSaver
 from macft.checkpoint.snapshot import Progress, Snapshot, capture, digest, restore, restore_adapter
@@ -18,7 +17,7 @@ from macft.collective.base import Collective
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain
 from macft.config.yaml import to_yaml
-from macft.data.load import LoadedData, read, tokenize_all
+from macft.data.load import LoadedData, chosen_rows, read, tokenize_all
 from macft.data.order import RowOrder
 from macft.errors import CheckpointError, DataError, MacftError, ModelError
 from macft.evaluation.answers import Scored, score_answers
@@ -148,7 +147,7 @@ def _prepare(
         is_main=collective.rank == 0,
         first_step=progress.step,
     )
-    valid_rows = _chosen_rows(len(data.valid.rows), config.training.eval_rows, config.seed)
+    valid_rows = chosen_rows(len(data.valid.rows), config.training.eval_rows, config.seed)
     guard: ThermalGuard | None = None
     if config.thermal.enabled:
         guard = ThermalGuard(config.thermal, rank=collective.rank, stop=lambda: stop.requested)
@@ -245,19 +244,12 @@ def _announce(run: _Run) -> None:
     )
 
 
-def _chosen_rows(count: int, wanted: int, seed: int) -> list[int]:
-    """``wanted`` row numbers out of ``count``, the same ones for the same seed; all of them for -1."""
-    if wanted < 0 or wanted >= count:
-        return list(range(count))
-    return sorted(int(i) for i in np.random.default_rng(seed).permutation(count)[:wanted])
-
-
 def _is_scored(config: TrainConfig) -> bool:
     return config.dataset.metric is not None and config.training.metric_rows != 0
 
 
 def _records(run: _Run) -> list[dict[str, Any]]:
-    rows = _chosen_rows(len(run.data.test.records), run.config.training.metric_rows, run.config.seed)
+    rows = chosen_rows(len(run.data.test.records), run.config.training.metric_rows, run.config.seed)
     return [run.data.test.records[i] for i in rows]
 
 

@@ -63,22 +63,10 @@ def tokenize_all(
         DataError: a row doesn't fit any format; the message names the split, the row and the field.
     """
     data = LoadedData(Split(), Split(), Split(), [])
-    several = len(sources) > 1
-    for source, raw in sources:
-        for name in SPLITS if need_test else SPLITS[:2]:
-            split: Split = getattr(data, name)
-            before = len(split.rows)
-            cut, dropped = _add(split, raw[name], f"{source.path}, {name} row", dict(source.columns), config, tokenizer)
-            where = f"{source.path}, {name}" if several else name
-            if cut:
-                data.notes.append(f"{where}: {cut} of {len(raw[name])} rows cut to {config.max_seq_length} tokens")
-            if dropped:
-                data.notes.append(
-                    f"{where}: {dropped} of {len(raw[name])} rows dropped, no target token was left in them"
-                )
-            if len(split.rows) > before:
-                split.source_sizes.append(len(split.rows) - before)
-                split.source_weights.append(source.weight)
+    for name in SPLITS if need_test else SPLITS[:2]:
+        split, notes = tokenize_split(sources, config, tokenizer, name)
+        setattr(data, name, split)
+        data.notes += notes
     if not data.train.rows:
         raise DataError("dataset.max_seq_length: no training row has a target left after cutting; raise it")
     if not data.valid.rows:
@@ -86,6 +74,36 @@ def tokenize_all(
             "no validation rows: training goes without validation (dataset.valid_fraction splits some off)"
         )
     return data
+
+
+def tokenize_split(
+    sources: list[tuple[SourceConfig, dict[str, list[Record]]]], config: DatasetConfig, tokenizer: Any, name: str
+) -> tuple[Split, list[str]]:
+    """One split of what :func:`read` returned, and lines for the user.
+
+    Raises:
+        DataError: a row doesn't fit any format; the message names the split, the row and the field.
+    """
+    split, notes = Split(), []
+    for source, raw in sources:
+        before = len(split.rows)
+        cut, dropped = _add(split, raw[name], f"{source.path}, {name} row", dict(source.columns), config, tokenizer)
+        where = f"{source.path}, {name}" if len(sources) > 1 else name
+        if cut:
+            notes.append(f"{where}: {cut} of {len(raw[name])} rows cut to {config.max_seq_length} tokens")
+        if dropped:
+            notes.append(f"{where}: {dropped} of {len(raw[name])} rows dropped, no target token was left in them")
+        if len(split.rows) > before:
+            split.source_sizes.append(len(split.rows) - before)
+            split.source_weights.append(source.weight)
+    return split, notes
+
+
+def chosen_rows(count: int, wanted: int, seed: int) -> list[int]:
+    """``wanted`` row numbers out of ``count``, the same ones for the same seed; all of them for -1."""
+    if wanted < 0 or wanted >= count:
+        return list(range(count))
+    return sorted(int(i) for i in np.random.default_rng(seed).permutation(count)[:wanted])
 
 
 def _add(

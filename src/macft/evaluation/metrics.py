@@ -19,7 +19,7 @@ class Metric(Protocol):
         ...
 
 
-_METRICS: dict[str, type[Metric]] = {"exact_match": ExactMatch, "sql_execution": SqlExecution}
+METRICS: dict[str, type[Metric]] = {"exact_match": ExactMatch, "sql_execution": SqlExecution}
 
 
 def metric(name: str) -> Metric:
@@ -28,8 +28,8 @@ def metric(name: str) -> Metric:
     Raises:
         ConfigError: there is none.
     """
-    if name not in _METRICS:
-        near = difflib.get_close_matches(name, _METRICS, 1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(_METRICS)}"
+    if name not in METRICS:
+        near = difflib.get_close_matches(name, METRICS, 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(METRICS)}"
         raise ConfigError(f"dataset.metric: no metric '{name}'; {hint}")
-    return _METRICS[name]()
+    return METRICS[name]()

@@ -48,10 +48,7 @@ def load_adapter_weights(path: Path, model: nn.Module) -> None:
     file = path / "adapters.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise ModelError(f"no adapter at {file}: expected an mlx-lm adapter folder or its adapters.safetensors")
-    try:
-        weights: dict[str, Any] = _read(file)
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"adapter {file} can't be read: {error}") from error
+    weights = read_tensors(file)
     expected = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
     if {name: value.shape for name, value in weights.items()} != expected:
         raise ModelError(
@@ -61,7 +58,11 @@ def load_adapter_weights(path: Path, model: nn.Module) -> None:
     mx.eval(model.parameters())
 
 
-def _read(file: Path) -> dict[str, Any]:
-    tensors = mx.load(str(file), format="safetensors")
+def read_tensors(file: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file, by name; raises ModelError if it can't be read."""
+    try:
+        tensors = mx.load(str(file), format="safetensors")
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"adapter {file} can't be read: {' '.join(str(error).split())}") from error
     assert isinstance(tensors, dict)
     return tensors

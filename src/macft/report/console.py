@@ -166,7 +166,8 @@ class ConsoleReporter(SilentReporter):
         if event.detail:
             self._line(_printable(event.detail), colour)
         if event.adapter_folder is not None:
-            self._line(f"try it: {self._generate(event.adapter_folder)}")
+            self._line(f"try it: {_command(['python', '-m', 'macft.generate', _short(self._folder.path)])}")
+            self._line(f"with mlx-lm: {self._generate(event.adapter_folder)}")
         if self._folder.tensorboard.is_dir():
             self._line(f"curves: {_command(['tensorboard', '--logdir', _short(self._folder.path)])}")
 

@@ -1,0 +1,78 @@
+"""``python -m macft.adapter export|import``: adapters to and from the format of Hugging Face's PEFT."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from macft.config.yaml import read
+from macft.errors import ConfigError
+from macft.tuned import Parser, command, finished_adapter, run_folder
+
+
+def main(argv: Sequence[str]) -> None:
+    """Converts one adapter.
+
+    Raises:
+        MacftError: anything the user can mend, in one line.
+    """
+    arguments = _parser().parse_args(argv)
+    target: Path = arguments.save_path
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"--save-path: {target} exists already; choose another, or remove it")
+    if arguments.command == "export":
+        _export(arguments, target)
+    else:
+        _import(arguments.peft_folder, target)
+
+
+def _export(arguments: argparse.Namespace, target: Path) -> None:
+    alpha, rslora, model = None, False, arguments.model
+    if arguments.adapter_path is not None:
+        source: Path = arguments.adapter_path
+    elif arguments.run_folder is not None:
+        folder = run_folder(arguments.run_folder)
+        config = read(folder.config)
+        source = finished_adapter(folder)
+        alpha, rslora, model = config.adapter.alpha, config.adapter.rslora, model or config.model.path
+    else:
+        raise ConfigError("RUN_FOLDER: name a run's folder, or an adapter by --adapter-path")
+
+    from macft.model.attach import read_adapter_config
+    from macft.model.peft import export_peft
+
+    model = model or str(read_adapter_config(source).get("model", ""))
+    what = export_peft(source, target, base_model=model, alpha=alpha, rslora=rslora)
+    print(f"{target}: {what}, in PEFT's format, for {model or 'a model it does not name (--model names it)'}")
+
+
+def _import(source: Path, target: Path) -> None:
+    from macft.model.peft import import_peft
+
+    print(f"{target}: {import_peft(source, target)}, in mlx-lm's format")
+    print(f'try it: python -m macft.generate --adapter-path {target} --prompt "..."')
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m macft.adapter", description="Adapters to and from the format of Hugging Face's PEFT."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="export|import")
+    out = commands.add_parser(
+        "export", help="write a run's adapter for PEFT", description="Writes an adapter for PEFT."
+    )
+    out.add_argument("run_folder", nargs="?", type=Path, help="a run's folder: its adapter is taken")
+    out.add_argument("--adapter-path", type=Path, help="an adapter's folder, in mlx-lm's format, instead")
+    out.add_argument("--model", help="the base model's name to write down, a Hugging Face id for instance")
+    out.add_argument("--format", choices=["peft"], default="peft", help="the format to write")
+    back = commands.add_parser("import", help="read PEFT's", description="Writes a PEFT adapter in mlx-lm's format.")
+    back.add_argument("peft_folder", type=Path, help="a folder with adapter_config.json and adapter_model.safetensors")
+    for each in (out, back):
+        each.add_argument("--save-path", type=Path, required=True, help="the folder to write")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(command(main, sys.argv[1:]))

@@ -1,0 +1,196 @@
+"""``python -m macft.evaluate RUN_FOLDER``: what the tuning brought: base model against tuned, on held-out rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+
+from macft.data.load import chosen_rows, tokenize_split
+from macft.data.load import read as read_dataset
+from macft.data.settings import DatasetConfig, SourceConfig
+from macft.data.settings import problems as dataset_problems
+from macft.data.sources import SPLITS, Record
+from macft.errors import ConfigError, DataError
+from macft.evaluation.metrics import METRICS, metric
+from macft.report.run_folder import write_atomically
+from macft.training.settings import TrainingConfig
+from macft.tuned import Parser, Tuned, add_arguments, command, named
+
+_ROWS_AT_ONCE = 8
+
+
+def main(argv: Sequence[str]) -> None:
+    """Evaluates both models and shows the table.
+
+    Raises:
+        MacftError: anything the user can mend, in one line.
+    """
+    arguments = _parser().parse_args(argv)
+    if arguments.rows == 0 or arguments.rows < -1:
+        raise ConfigError(f"--rows: {arguments.rows} must be 1 or more, or -1 for all")
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise ConfigError(f"--json: the folder {arguments.json.parent} does not exist")
+    tuned = named(arguments)
+    if tuned.adapter is None and tuned.whole is None:
+        raise ConfigError("--adapter-path: nothing to compare; name an adapter beside --model")
+    dataset = _dataset(arguments, tuned)
+    training = tuned.run.training if tuned.run else TrainingConfig()
+    seed = tuned.run.seed if tuned.run else 0
+    # Whatever can go wrong without a model goes wrong before one is loaded.
+    sources = read_dataset(dataset, seed=seed)
+    split = _split(sources, arguments.split, dataset)
+
+    from macft.evaluation.compare import Result, agreement, answers, evaluate
+    from macft.model.attach import attach
+    from macft.model.device import prepare_device
+
+    judge = metric(dataset.metric) if dataset.metric else None
+    console = Console(highlight=False)
+    prepare_device()
+    loaded = tuned.load(tuned=False)
+    data, notes = tokenize_split(sources, dataset, loaded.tokenizer, split)
+    if not data.rows:
+        raise DataError(f"--split: no {split} row has a target token left")
+    chosen = chosen_rows(len(data.rows), arguments.rows, seed)
+    rows, records = [data.rows[i] for i in chosen], [data.records[i] for i in chosen]
+
+    with console.status("") as status:
+
+        def measure(which: str) -> Result:
+            return evaluate(
+                loaded.model,
+                loaded.tokenizer,
+                rows,
+                records,
+                judge,
+                max_tokens=arguments.max_tokens or training.metric_max_tokens,
+                rows_at_once=training.micro_batch_size or _ROWS_AT_ONCE,
+                progress=lambda what, done, total: _show(status, f"{which}, {what}: {done}/{total}"),
+            )
+
+        base = measure("base")
+        if tuned.adapter is not None:
+            attach(loaded.model, tuned.adapter)
+        else:
+            loaded = tuned.load()
+        after = measure("tuned")
+    for note in notes:
+        console.print(note, markup=False)
+    both = agreement(base, after)
+    console.print(_table(base.numbers(), after.numbers(), dataset.metric or "metric"))
+    where = dataset.path or ", ".join(source.path for source in dataset.sources)
+    console.print(f"{len(rows)} {split} rows of {where}, {base.target_tokens:,} target tokens", markup=False)
+    if both:
+        words = "right in both {both}, only tuned {only_tuned}, only base {only_base}, neither {neither}"
+        console.print(words.format(**both), markup=False)
+    if arguments.json is not None:
+        report = {
+            "model": tuned.model.path,
+            "adapter": str(tuned.adapter or tuned.whole),
+            "dataset": where,
+            "split": split,
+            "rows": len(rows),
+            "target_tokens": base.target_tokens,
+            "metric": dataset.metric,
+            "base": _finite(base.numbers()),
+            "tuned": _finite(after.numbers()),
+            "agreement": both,
+            "answers": answers(records, base, after),
+        }
+        _write(arguments.json, report)
+
+
+def _dataset(arguments: argparse.Namespace, tuned: Tuned) -> DatasetConfig:
+    dataset = tuned.run.dataset if tuned.run else DatasetConfig()
+    if arguments.dataset is not None:
+        # Another place, read as the run's: length and masking stay, what describes the run's own files goes.
+        dataset = replace(dataset, **vars(SourceConfig(path=arguments.dataset)), sources=[], valid_fraction=0.0)
+    elif tuned.run is None:
+        raise ConfigError("--dataset: say on what to evaluate: a folder, a file, a Hugging Face id or builtin:sql")
+    if arguments.mask_prompt is not None:
+        dataset = replace(dataset, mask_prompt=arguments.mask_prompt)
+    if arguments.metric is not None:
+        dataset = replace(dataset, metric=None if arguments.metric == "none" else arguments.metric)
+    if arguments.max_tokens is not None and arguments.max_tokens < 1:
+        raise ConfigError(f"--max-tokens: {arguments.max_tokens} must be 1 or more")
+    if found := dataset_problems(dataset):
+        raise ConfigError("\n".join(found))
+    return dataset
+
+
+def _split(
+    sources: list[tuple[SourceConfig, dict[str, list[Record]]]], wanted: str | None, dataset: DatasetConfig
+) -> str:
+    """The split asked for, or the first of test, valid and train that has rows."""
+    counts = {name: sum(len(raw[name]) for _, raw in sources) for name in SPLITS}
+    if wanted is None:
+        return next(name for name in reversed(SPLITS) if counts[name])
+    if not counts[wanted]:
+        there = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+        raise DataError(f"--split: {dataset.path or 'the dataset'} has no {wanted} rows; it has {there}")
+    return wanted
+
+
+def _table(base: dict[str, float], tuned: dict[str, float], metric: str) -> Table:
+    table = Table("", "base", "tuned", "change")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, before in base.items():
+        after = tuned[name]
+        if name == "metric":
+            shown = f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f} points"
+        else:
+            digits = 3 if name == "loss" else 2
+            shown = f"{before:,.{digits}f}", f"{after:,.{digits}f}", f"{after - before:+,.{digits}f}"
+        table.add_row(metric.replace("_", " ") if name == "metric" else name, *shown)
+    return table
+
+
+def _show(status: Status, text: str) -> None:
+    status.update(text)
+
+
+def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
+    """JSON knows no infinity."""
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    try:
+        write_atomically(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--json: {path} can't be written ({error.strerror or error})") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m macft.evaluate",
+        description="Loss, perplexity and the dataset's metric of the base model and of the tuned one.",
+    )
+    add_arguments(parser)
+    parser.add_argument("--dataset", help="evaluate on this instead of the run's: a folder, a file or a hub id")
+    parser.add_argument("--split", choices=SPLITS, help="default: test, else valid, else train, whichever has rows")
+    parser.add_argument("--rows", type=int, default=-1, help="so many rows, always the same ones (default -1: all)")
+    parser.add_argument("--metric", choices=[*METRICS, "none"], help="how answers are judged (default: the dataset's)")
+    parser.add_argument("--max-tokens", "-m", type=int, help="longest answer for the metric (default: the run's)")
+    parser.add_argument(
+        "--mask-prompt",
+        action=argparse.BooleanOptionalAction,
+        help="the loss of the answers only (default: as the run did)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers and all answers there")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(command(main, sys.argv[1:]))

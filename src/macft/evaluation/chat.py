@@ -1,0 +1,166 @@
+"""A conversation with a model, answered token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import stream_generate
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+
+from macft.errors import DataError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: the options of ``mlx_lm.generate``, with its names and defaults."""
+
+    max_tokens: int = 256
+    temp: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+    min_tokens_to_keep: int = 1
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    max_kv_size: int | None = None
+
+    def problems(self) -> list[str]:
+        """One line for each value that can't be right."""
+        found = []
+        if self.max_tokens < 1 and self.max_tokens != -1:
+            found.append(f"--max-tokens: {self.max_tokens} must be 1 or more, or -1 for no limit")
+        if not self.temp >= 0.0:
+            found.append(f"--temp: {self.temp} must be 0 (always the likeliest token) or more")
+        for name in ("top_p", "min_p", "xtc_probability"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                found.append(f"--{name.replace('_', '-')}: {getattr(self, name)} is not in [0, 1]")
+        if not 0.0 <= self.xtc_threshold <= 0.5:
+            found.append(f"--xtc-threshold: {self.xtc_threshold} is not in [0, 0.5]")
+        if self.top_k < 0:
+            found.append(f"--top-k: {self.top_k} must be 0 (off) or more")
+        if self.min_tokens_to_keep < 1:
+            found.append(f"--min-tokens-to-keep: {self.min_tokens_to_keep} must be 1 or more")
+        if self.max_kv_size is not None and self.max_kv_size < 16:
+            found.append(f"--max-kv-size: {self.max_kv_size} must be 16 or more")
+        return found
+
+    def sampler(self, tokenizer: Any) -> Callable[[Any], Any]:
+        """mlx-lm's sampler of these options."""
+        return make_sampler(  # type: ignore[no-any-return]
+            self.temp,
+            self.top_p,
+            self.min_p,
+            self.min_tokens_to_keep,
+            top_k=self.top_k,
+            xtc_probability=self.xtc_probability,
+            xtc_threshold=self.xtc_threshold,
+            xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+        )
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens of the last prompt and answer, and their rates in tokens a second."""
+
+    prompt_tokens: int
+    prompt_rate: float
+    answer_tokens: int
+    answer_rate: float
+
+
+class Chat:
+    """Keeps the conversation and, between turns, what the model has computed of it.
+
+    ``template=False`` gives the model the bare text, for models that were tuned on text rows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        sampling: Sampling,
+        *,
+        system_prompt: str | None = None,
+        template: bool = True,
+    ):
+        self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
+        self._sampler = sampling.sampler(tokenizer)
+        self._template = template and tokenizer.has_chat_template
+        self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        self.speed: Speed | None = None
+        self._held: list[int] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the conversation."""
+        self._messages = list(self._system)
+        self._text = ""
+        self._forget()
+
+    def say(self, text: str) -> Iterator[str]:
+        """Streams the answer to ``text``; the caller may stop listening at any point.
+
+        Raises:
+            DataError: the model's chat template refuses the conversation.
+        """
+        prompt = self._tokens_with(text)
+        answer, generated = "", []
+        try:
+            for part in stream_generate(
+                self._model,
+                self._tokenizer,
+                mx.array(self._not_in_cache(prompt)),
+                max_tokens=self._sampling.max_tokens,
+                sampler=self._sampler,
+                prompt_cache=self._cache,
+            ):
+                generated.append(int(part.token))
+                answer += part.text
+                self.speed = Speed(part.prompt_tokens, part.prompt_tps, part.generation_tokens, part.generation_tps)
+                yield part.text
+        finally:
+            # The newest token was sampled but not yet fed, or was fed ahead: the cache knows how many it holds.
+            held = prompt + generated
+            fed = getattr(self._cache[0], "offset", len(held) + 1)
+            if fed <= len(held) and can_trim_prompt_cache(self._cache):
+                self._held = held[:fed]
+            else:
+                self._forget()
+            self._messages.append({"role": "assistant", "content": answer})
+            self._text += answer
+
+    def _tokens_with(self, text: str) -> list[int]:
+        if not self._template:
+            self._text += text
+            return [int(token) for token in self._tokenizer.encode(self._text)]
+        messages = [*self._messages, {"role": "user", "content": text}]
+        try:
+            tokens = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # templates are the model's own code and raise what they like
+            raise DataError(f"the model's chat template refuses it: {' '.join(str(error).split())}") from error
+        self._messages = messages
+        return [int(token) for token in tokens]
+
+    def _not_in_cache(self, prompt: list[int]) -> list[int]:
+        """The end of ``prompt`` that the model hasn't seen; at least its last token."""
+        same = 0
+        for old, new in zip(self._held, prompt[:-1], strict=False):
+            if old != new:
+                break
+            same += 1
+        if same < len(self._held):
+            if can_trim_prompt_cache(self._cache):
+                trim_prompt_cache(self._cache, len(self._held) - same)
+            else:
+                self._forget()
+                return prompt
+        return prompt[same:]
+
+    def _forget(self) -> None:
+        self._cache = make_prompt_cache(self._model, self._sampling.max_kv_size)
+        self._held = []

@@ -1,0 +1,109 @@
+"""One model's results on rows of a dataset, and two models' side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.nn as nn
+
+from macft.collective.solo import Solo
+from macft.data.formats import Row
+from macft.data.sources import Record
+from macft.evaluation.answers import Scored, score_answers
+from macft.evaluation.metrics import Metric
+from macft.evaluation.record import expected_text, question_text
+from macft.training.evaluate import validation_loss
+from macft.training.loss import TokenLoss
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """``loss`` is the mean cross-entropy per target token, in nats; ``scored`` is None without a metric."""
+
+    loss: float
+    target_tokens: int
+    scored: Scored | None
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the loss; infinite where that is too large for a float."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def numbers(self) -> dict[str, float]:
+        """Loss, perplexity and, if there is a metric, the share of right answers."""
+        found = {"loss": self.loss, "perplexity": self.perplexity}
+        return found | ({"metric": self.scored.value} if self.scored else {})
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    records: Sequence[Record],
+    metric: Metric | None,
+    *,
+    max_tokens: int,
+    rows_at_once: int,
+    progress: Progress,
+) -> Result:
+    """Loss over ``rows``, and with a ``metric`` the score of greedy answers to their ``records``.
+
+    ``progress`` is told (what, done, total).
+    """
+    with Solo() as alone:
+        validation = validation_loss(
+            model,
+            TokenLoss(model),
+            rows,
+            alone,
+            rows_at_once=rows_at_once,
+            shares=[1.0],
+            progress=lambda done, total: progress("loss", done, total),
+        )
+        scored = None
+        if metric is not None:
+            scored = score_answers(
+                model,
+                tokenizer,
+                records,
+                metric,
+                alone,
+                max_tokens=max_tokens,
+                progress=lambda done, total: progress("answers", done, total),
+            )
+    return Result(validation.loss, validation.target_tokens, scored)
+
+
+def answers(records: Sequence[Record], base: Result, tuned: Result) -> list[dict[str, Any]]:
+    """Question, right answer and both models' answers, record by record; empty without a metric."""
+    if base.scored is None or tuned.scored is None:
+        return []
+    return [
+        {
+            "question": question_text(record),
+            "expected": expected_text(record),
+            "base": base.scored.answers[i],
+            "base_right": base.scored.right[i],
+            "tuned": tuned.scored.answers[i],
+            "tuned_right": tuned.scored.right[i],
+        }
+        for i, record in enumerate(records)
+    ]
+
+
+def agreement(base: Result, tuned: Result) -> dict[str, int]:
+    """How many questions both, only one, or neither answers rightly; empty without a metric."""
+    if base.scored is None or tuned.scored is None:
+        return {}
+    pairs = list(zip(base.scored.right, tuned.scored.right, strict=True))
+    return {
+        "both": pairs.count((True, True)),
+        "only_tuned": pairs.count((False, True)),
+        "only_base": pairs.count((True, False)),
+        "neither": pairs.count((False, False)),
+    }

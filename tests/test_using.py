@@ -1,0 +1,433 @@
+"""After a run: generate, evaluate, fuse and PEFT's format, as commands on one tiny run."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import macft.evaluate
+import macft.fuse
+import macft.generate
+import macft.tuned
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm import generate as mlx_lm_generate
+from mlx_lm import load as mlx_lm_load
+
+from macft import adapter as adapter_command
+from macft.errors import ConfigError, DataError, MacftError, ModelError
+from macft.evaluation.chat import Chat, Sampling
+from macft.model.adapt import adapt
+from macft.model.adapter_files import read_tensors, save_adapter
+from macft.model.adapter_settings import AdapterConfig
+from macft.model.attach import attach
+from macft.model.peft import export_peft, import_peft
+from running import Finished, environment, events, train, uneven_dataset
+
+pytestmark = pytest.mark.slow
+
+
+def call(module: str, *words: object, stdin: str = "", cwd: Path) -> Finished:
+    """Runs ``python -m macft.<module>`` to its end."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"macft.{module}", *map(str, words)],
+        cwd=cwd,
+        env=environment(),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
+    """A finished run: rsLoRA, so that scale is neither mlx-lm's default nor alpha / rank."""
+    folder = tmp_path_factory.mktemp("using")
+    data = uneven_dataset(folder / "data")
+    done = train(
+        f"model={tiny_model_folder}",
+        f"dataset={data}",
+        "dataset.mask_prompt=true",
+        "dataset.metric=exact_match",
+        "adapter=rslora",
+        "adapter.rank=4",
+        "adapter.alpha=16",
+        "training.batch_size=4",
+        "training.steps=4",
+        "training.eval_every=4",
+        "training.save_every=0",
+        "training.metric_max_tokens=6",
+        "optimizer.learning_rate=2e-3",
+        f"hydra.run.dir={folder / 'run'}",
+        cwd=folder,
+    )
+    assert done.status == 0, done.errors
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def tuned(run: Path, tiny_model_folder: Path) -> tuple[nn.Module, Any]:
+    """The tuned model as mlx-lm loads it, and its tokenizer."""
+    model, tokenizer = mlx_lm_load(str(tiny_model_folder), adapter_path=str(run / "adapters"))[:2]
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's adapter in PEFT's format."""
+    folder = tmp_path_factory.mktemp("peft") / "adapter"
+    done = call("adapter", "export", run, "--format", "peft", "--save-path", folder, cwd=run)
+    assert done.status == 0, done.errors
+    assert done.output.startswith(f"{folder}: LoRA rank 4, 14 modules, in PEFT's format")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fused(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's adapter fused into its model, and as GGUF."""
+    folder = tmp_path_factory.mktemp("fused") / "model"
+    done = call("fuse", run, "--save-path", folder, "--export-gguf", cwd=run)
+    assert done.status == 0, done.errors
+    assert f"{folder}: 14 layers fused; float32" in done.output
+    return folder
+
+
+def mlx_lm_answer(model: nn.Module, tokenizer: Any, messages: list[dict[str, str]], max_tokens: int) -> str:
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return str(mlx_lm_generate(model, tokenizer, prompt, max_tokens=max_tokens))
+
+
+def test_generate_answers_as_mlx_lm_does(run: Path, tuned: tuple[nn.Module, Any]) -> None:
+    expected = mlx_lm_answer(*tuned, [{"role": "user", "content": "Repeat: red"}], 8)
+    done = call("generate", run, "--prompt", "-", "--max-tokens", 8, stdin="Repeat: red", cwd=run)
+    assert done.status == 0, done.errors
+    assert done.output == expected + "\n"
+    assert "answer 8 tokens" in done.errors
+
+
+def test_a_chat_remembers_until_it_is_told_to_begin_anew(run: Path, tuned: tuple[nn.Module, Any]) -> None:
+    first = [{"role": "user", "content": "seven lamps"}]
+    answer = mlx_lm_answer(*tuned, first, 5)
+    for question in (
+        "and glass",
+        "red",
+        "what is north?",
+        "1 2 3",
+        "quiet",
+        "cloud",
+        "stone paper",
+        "then",
+        "why",
+        "so",
+    ):
+        alone = [{"role": "user", "content": question}]
+        remembered = mlx_lm_answer(*tuned, [*first, {"role": "assistant", "content": answer}, *alone], 5)
+        if remembered != (forgotten := mlx_lm_answer(*tuned, alone, 5)):
+            break
+    assert remembered != forgotten  # a random model often answers the same to all
+    stdin = f"seven lamps\n\n{question}\nr\n{question}\nq\nnever read\n"
+    done = call("generate", run, "-m", 5, "--verbose", "False", stdin=stdin, cwd=run)
+    assert done.status == 0, done.errors
+    assert done.output == f"{answer}\n{remembered}\n{forgotten}\n"
+    assert done.errors == ""
+
+
+def test_an_answer_cut_short_leaves_the_conversation_whole(tuned: tuple[nn.Module, Any]) -> None:
+    chat = Chat(*tuned, Sampling(max_tokens=12), system_prompt="Be brief.")
+    parts = chat.say("river stone")
+    heard = next(parts) + next(parts) + next(parts)
+    parts.close()
+    conversation = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "river stone"},
+        {"role": "assistant", "content": heard},
+        {"role": "user", "content": "quiet"},
+    ]
+    assert "".join(chat.say("quiet")) == mlx_lm_answer(*tuned, conversation, 12)
+
+
+def test_sampling_is_repeatable_and_uses_its_options(
+    tuned: tuple[nn.Module, Any], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(*words: str) -> str:
+        macft.generate.main([str(run), "-p", "Repeat: red", "-m", "10", "--verbose", "False", *words])
+        return capsys.readouterr().out
+
+    greedy, hot = answer(), answer("--temp", "1.5", "--seed", "3")
+    assert answer("--temp", "1.5", "--seed", "3") == hot
+    assert answer("--temp", "1.5", "--seed", "4") != hot
+    assert answer("--temp", "1.5", "--seed", "3", "--top-k", "1") == greedy != hot
+    assert answer("--base") != greedy
+    bare = tuned[1].encode("Repeat: red")
+    assert answer("--ignore-chat-template") == mlx_lm_generate(*tuned, bare, max_tokens=10) + "\n"
+
+
+def test_evaluate_compares_base_and_tuned(run: Path) -> None:
+    file = run / "evaluation.json"
+    done = call("evaluate", run, "--rows", 4, "--json", file, cwd=run)
+    assert done.status == 0, done.errors
+    report = json.loads(file.read_text())
+    assert (report["split"], report["rows"], report["metric"]) == ("test", 4, "exact_match")
+    for which in ("base", "tuned"):
+        assert report[which]["perplexity"] == pytest.approx(math.exp(report[which]["loss"]))
+    assert report["tuned"]["loss"] < report["base"]["loss"]
+    assert sum(report["agreement"].values()) == len(report["answers"]) == 4
+    assert f"{report['tuned']['loss']:.3f}" in done.output
+    for word in ("base", "tuned", "perplexity", "exact match", "4 test rows"):
+        assert word in done.output
+
+
+def test_evaluate_finds_the_losses_the_run_found(run: Path, tmp_path: Path) -> None:
+    validated = [event["loss"] for event in events(run, "evaluated")]
+    macft.evaluate.main([str(run), "--split", "valid", "--metric", "none", "--json", str(tmp_path / "e.json")])
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert [report["base"]["loss"], report["tuned"]["loss"]] == pytest.approx([validated[0], validated[-1]], rel=1e-5)
+    assert report["answers"] == []
+
+
+def test_evaluate_takes_another_dataset_and_an_adapter_alone(run: Path, tmp_path: Path) -> None:
+    other = uneven_dataset(tmp_path / "other") / "test.jsonl"
+    words = ["--adapter-path", str(run / "adapters"), "--dataset", str(other), "--json", str(tmp_path / "e.json")]
+    macft.evaluate.main(words)
+    masked = [*words, "--mask-prompt"]
+    whole = json.loads((tmp_path / "e.json").read_text())
+    macft.evaluate.main(masked)
+    answers_only = json.loads((tmp_path / "e.json").read_text())
+    assert whole["rows"] == answers_only["rows"] == 6
+    assert answers_only["target_tokens"] < whole["target_tokens"]
+
+
+def test_a_fused_model_answers_like_the_tuned_one(fused: Path, run: Path, tuned: tuple[nn.Module, Any]) -> None:
+    model, tokenizer = mlx_lm_load(str(fused))[:2]
+    assert not any("lora" in name for name, _ in tree_flatten(model.parameters()))
+    tokens = mx.array([tokenizer.encode("Repeat: seven red lamps")])
+    np.testing.assert_allclose(np.array(model(tokens)), np.array(tuned[0](tokens)), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match="exists already; choose another, or remove it"):
+        macft.fuse.main([str(run), "--save-path", str(fused)])
+
+
+def test_the_gguf_file_holds_the_fused_weights(fused: Path) -> None:
+    weights, metadata = mx.load(str(fused / "ggml-model-f16.gguf"), return_metadata=True)
+    assert metadata["general.architecture"] == "llama"
+    ours = read_tensors(fused / "model.safetensors")
+    theirs, expected = weights["blk.1.ffn_down.weight"], ours["model.layers.1.mlp.down_proj.weight"]
+    np.testing.assert_allclose(np.array(theirs), np.array(expected), rtol=1e-3, atol=1e-5)
+
+
+def test_fusing_a_quantised_base_keeps_its_bits_or_drops_them(
+    tmp_path: Path, tiny_model_folder: Path, run: Path
+) -> None:
+    from mlx_lm.utils import quantize_model, save
+
+    model, tokenizer, config = mlx_lm_load(str(tiny_model_folder), return_config=True)
+    model, config = quantize_model(model, config, 32, 8)
+    save(tmp_path / "base", tiny_model_folder, model, tokenizer, config)
+    words = ["--model", str(tmp_path / "base"), "--adapter-path", str(run / "adapters"), "--save-path"]
+    macft.fuse.main([*words, str(tmp_path / "kept")])
+    macft.fuse.main([*words, str(tmp_path / "dropped"), "--dequantize"])
+    kept, dropped = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("kept", "dropped"))
+    assert kept["quantization"]["bits"] == 8
+    assert "quantization" not in dropped
+    tokens = mx.array([tokenizer.encode("Repeat: seven red lamps")])
+    quantised, exact = (mlx_lm_load(str(tmp_path / name))[0](tokens) for name in ("kept", "dropped"))
+    model = mlx_lm_load(str(tmp_path / "base"), adapter_path=str(run / "adapters"))[0]
+    np.testing.assert_allclose(np.array(exact), np.array(model(tokens)), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(np.array(quantised), np.array(exact), atol=0.2)
+    with pytest.raises(ConfigError, match="add --dequantize"):
+        macft.fuse.main([*words, str(tmp_path / "gguf"), "--export-gguf"])
+
+
+def test_peft_files_are_what_the_format_says(exported: Path, fused: Path, tiny_model_folder: Path) -> None:
+    config = json.loads((exported / "adapter_config.json").read_text())
+    wanted = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "use_rslora": True, "use_dora": False, "bias": "none"}
+    assert wanted.items() <= config.items()
+    assert set(config["target_modules"]) == set("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
+    assert config["layers_to_transform"] == [0, 1]
+    assert config["base_model_name_or_path"] == str(tiny_model_folder)
+    tensors = {name: np.array(value) for name, value in read_tensors(exported / "adapter_model.safetensors").items()}
+    base = read_tensors(tiny_model_folder / "model.safetensors")
+    tuned_weights = read_tensors(fused / "model.safetensors")
+    scale = config["lora_alpha"] / math.sqrt(config["r"])
+    assert len(tensors) == 2 * 14
+    for name in (name for name in base if name.endswith("_proj.weight")):
+        prefix = "base_model.model." + name.removesuffix("weight")
+        change = scale * tensors[prefix + "lora_B.weight"] @ tensors[prefix + "lora_A.weight"]
+        assert np.abs(change).max() > 1e-4
+        np.testing.assert_allclose(np.array(base[name]) + change, np.array(tuned_weights[name]), atol=1e-5)
+
+
+def test_an_exported_adapter_comes_back_and_answers_the_same(
+    exported: Path, run: Path, tmp_path: Path, tuned: tuple[nn.Module, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = call("adapter", "import", exported, "--save-path", tmp_path / "back", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    before, after = (
+        read_tensors(run / "adapters/adapters.safetensors"),
+        read_tensors(tmp_path / "back/adapters.safetensors"),
+    )
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(np.array(before[name]), np.array(after[name])) for name in before)
+    # Only the adapter is named: the model's name came through both formats.
+    expected = mlx_lm_answer(*tuned, [{"role": "user", "content": "Repeat: red"}], 6)
+    macft.generate.main(["--adapter-path", str(tmp_path / "back"), "-p", "Repeat: red", "-m", "6"])
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def random_adapter(folder: Path, base: Path, config: AdapterConfig) -> nn.Module:
+    """Saves a random adapter of the model in ``base``; returns the model with it."""
+    model = mlx_lm_load(str(base))[0]
+    settings = adapt(model, config, seed=1).mlx_lm_config
+    model.update(
+        nn.utils.tree_map(lambda value: value + 0.1 * mx.random.normal(value.shape), model.trainable_parameters())
+    )
+    save_adapter(folder, model, settings, model_name=str(base))
+    model.eval()
+    return model
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_some_layers_and_dora_survive_both_ways(tmp_path: Path, tiny_model_folder: Path, kind: str) -> None:
+    config = AdapterConfig(type=kind, rank=3, scale=2.5, layers=[0], targets=["q_proj", "down_proj"])
+    model = random_adapter(tmp_path / "ours", tiny_model_folder, config)
+    export_peft(tmp_path / "ours", tmp_path / "peft", base_model="tiny")
+    written = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert (written["lora_alpha"], written["layers_to_transform"]) == (7.5, [0])
+    assert sorted(written["target_modules"]) == ["down_proj", "q_proj"]
+    import_peft(tmp_path / "peft", tmp_path / "back")
+    other = mlx_lm_load(str(tiny_model_folder))[0]
+    attach(other, tmp_path / "back")
+    tokens = mx.array([[5, 60, 700, 8]])
+    np.testing.assert_allclose(np.array(other(tokens)), np.array(model(tokens)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+@pytest.mark.filterwarnings("ignore")
+def test_peft_itself_computes_the_same(tmp_path: Path, tiny_model_folder: Path, kind: str) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    transformers = pytest.importorskip("transformers")
+    alpha, rslora = (8.0, True) if kind == "rslora" else (None, False)
+    config = AdapterConfig(type="dora" if kind == "dora" else "lora", rank=4, scale=2.0, alpha=alpha, rslora=rslora)
+    model = random_adapter(tmp_path / "ours", tiny_model_folder, config)
+    export_peft(tmp_path / "ours", tmp_path / "peft", base_model=str(tiny_model_folder), alpha=alpha, rslora=rslora)
+    tokens = np.array([[5, 60, 700, 8, 90, 1000]])
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+    with torch.no_grad():
+        plain = base(torch.tensor(tokens)).logits.numpy()
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+        logits = theirs(torch.tensor(tokens)).logits.numpy()
+    ours = np.array(model(mx.array(tokens)))
+    assert np.abs(logits - plain).max() > 0.1
+    np.testing.assert_allclose(logits, ours, rtol=1e-3, atol=1e-3)
+    # And what PEFT saves comes back.
+    theirs.save_pretrained(tmp_path / "saved")
+    import_peft(tmp_path / "saved", tmp_path / "back")
+    other = mlx_lm_load(str(tiny_model_folder))[0]
+    attach(other, tmp_path / "back")
+    np.testing.assert_allclose(np.array(other(mx.array(tokens))), ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type LOHA has no equivalent"),
+        ({"modules_to_save": ["lm_head"]}, 'modules_to_save=["lm_head"] has no equivalent'),
+        ({"rank_pattern": {"q_proj": 2}}, 'rank_pattern={"q_proj": 2} has no equivalent'),
+        ({"bias": "all"}, "bias=all has no equivalent"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa changed the base model"),
+        ({"r": 7}, "is not of rank 7"),
+        ({"r": "8"}, "r must be a whole number"),
+        ({"use_dora": True}, "must have lora_a, lora_b, m, not lora_a, lora_b"),
+    ],
+)
+def test_what_has_no_equivalent_is_refused(
+    exported: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    source = tmp_path / "peft"
+    source.mkdir()
+    config = json.loads((exported / "adapter_config.json").read_text()) | change
+    (source / "adapter_config.json").write_text(json.dumps(config))
+    (source / "adapter_model.safetensors").symlink_to(exported / "adapter_model.safetensors")
+    with pytest.raises((ConfigError, ModelError)) as refused:
+        adapter_command.main(["import", str(source), "--save-path", str(tmp_path / "out")])
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickled_and_torn_adapters_are_refused(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text((exported / "adapter_config.json").read_text())
+    (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ModelError, match="is a pickle, which macft doesn't read"):
+        import_peft(tmp_path, tmp_path / "out")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(ModelError, match="can't be read"):
+        import_peft(tmp_path, tmp_path / "out")
+
+
+def test_full_fine_tuning_has_no_peft_form(tmp_path: Path, tiny_model_folder: Path) -> None:
+    random_adapter(tmp_path / "ours", tiny_model_folder, AdapterConfig(type="full", num_layers=1))
+    words = ["export", "--adapter-path", str(tmp_path / "ours"), "--save-path", str(tmp_path / "out")]
+    with pytest.raises(ConfigError, match="no equivalent of full fine-tuning; use python"):
+        adapter_command.main(words)
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "error", "message"),
+    [
+        (macft.generate.main, [], ConfigError, "RUN_FOLDER: name a run's folder"),
+        (macft.generate.main, ["/nowhere"], ConfigError, "RUN_FOLDER: /nowhere does not exist"),
+        (macft.generate.main, ["{run}/adapters"], ConfigError, "name it by --adapter-path"),
+        (macft.generate.main, ["{run}", "-p", "x", "--top-p", "7"], ConfigError, "--top-p: 7.0 is not in [0, 1]"),
+        (macft.generate.main, ["{run}", "--temp", "hot"], ConfigError, "--temp: invalid float value: 'hot'"),
+        (macft.generate.main, ["--adapter-path", "{run}"], ModelError, "it has no adapter_config.json"),
+        (macft.evaluate.main, ["{run}", "--rows", "0"], ConfigError, "--rows: 0 must be 1 or more"),
+        (macft.evaluate.main, ["{run}", "--json", "/no/e.json"], ConfigError, "--json: the folder /no does not exist"),
+        (macft.evaluate.main, ["{run}", "--dataset", "/no.jsonl"], DataError, "/no.jsonl does not exist"),
+        (macft.evaluate.main, ["--model", "x"], ConfigError, "nothing to compare"),
+        (macft.fuse.main, ["{run}", "--gguf-path", "../x"], ConfigError, "--gguf-path: ../x must be a file's name"),
+        (adapter_command.main, ["export", "{run}"], ConfigError, "required: --save-path"),
+        (adapter_command.main, ["import", "{run}", "--save-path", "{run}/x"], ModelError, "not a PEFT adapter"),
+    ],
+)
+def test_a_mistake_is_one_line_before_a_model_loads(
+    run: Path, main: Callable[[list[str]], None], words: list[str], error: type[MacftError], message: str
+) -> None:
+    with pytest.raises(error) as raised:
+        main([word.format(run=run) for word in words])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unfinished_run_says_how_to_end_it(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
+    with pytest.raises(ConfigError, match=r"has no adapter yet.*train \+resume="):
+        macft.generate.main([str(tmp_path), "-p", "x"])
+
+
+@pytest.mark.parametrize("module", ["generate", "evaluate", "fuse", "adapter"])
+def test_help_needs_no_model(module: str) -> None:
+    code = (
+        f"import sys, runpy; sys.argv[1:] = ['--help']\n"
+        f"try: runpy.run_module('macft.{module}', run_name='__main__')\n"
+        f"except SystemExit as end: print(end.code, sorted({{'mlx', 'mlx_lm', 'transformers'}} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60, check=True
+    )
+    assert f"usage: python -m macft.{module}" in done.stdout
+    assert done.stdout.endswith("0 []\n")
