@@ -74,7 +74,7 @@ def assert_equal_up_to_rounding(folder: Path, reference: Path) -> None:
 
 
 def test_two_nodes_equal_one(whole_run: Path, whole_run_on_two: Path) -> None:
-    assert len(losses(whole_run)) == 50
+    assert len(losses(whole_run)) == 30
     assert_equal_up_to_rounding(whole_run_on_two, whole_run)
     assert len(list((whole_run_on_two / "logs").glob("rank-*.log"))) == 1
     assert len(adapter_digests(whole_run_on_two)) == 1

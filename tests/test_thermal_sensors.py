@@ -258,7 +258,8 @@ def test_the_first_of_a_kind_counts() -> None:
 
 def test_what_nobody_sees_is_one_line() -> None:
     config = ThermalConfig(temperature_limit=90, state_limit="moderate")
-    lines = blind_spots(config, Conditions(0.0, state=0), ["thermal: no temperature from RAPL: it is not there"])
+    reasons = ["thermal: no temperature from RAPL: it is not there", "thermal: no watts from RAPL: it is not there"]
+    lines = blind_spots(config, Conditions(0.0, state=0), reasons)
     assert lines == [
         "thermal: no reading of temperature here, so those limits do nothing "
         "(no temperature from RAPL: it is not there)"

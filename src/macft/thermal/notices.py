@@ -67,7 +67,10 @@ def blind_spots(config: ThermalConfig, conditions: Conditions, reasons: Sequence
     unseen = [name for name, is_unseen in wanted if is_unseen]
     if not unseen or config.sensor == "none":
         return []
-    because = "; ".join(dict.fromkeys(reason.removeprefix("thermal: ") for reason in reasons))
+    told = [reason.removeprefix("thermal: ") for reason in reasons]
+    if "power" not in unseen:  # nobody asked for it
+        told = [reason for reason in told if not reason.startswith("no watts ")]
+    because = "; ".join(dict.fromkeys(told))
     why = f" ({because})" if because else ""
     return [f"thermal: no reading of {', '.join(unseen)} here, so those limits do nothing{why}"]
 
