@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -155,17 +156,26 @@ class Lane:
         deadline = time.monotonic() + self._limit
         server.settimeout(0.2)
         while len(by_rank) < self.ranks:
-            if time.monotonic() > deadline or any(process.poll() for process in self._processes):
-                raise LaneFailed(f"{self.name}: did not start{self._last_words()}")
             try:
                 control, _ = server.accept()
             except TimeoutError:
+                if time.monotonic() > deadline or any(process.poll() for process in self._processes):
+                    self._raise_what_was_told(by_rank)
+                    raise LaneFailed(f"{self.name}: did not start{self._last_words()}") from None
                 continue
             self._controls.append(control)
             control.settimeout(self._limit)
             by_rank[self._line(len(self._controls) - 1)["rank"]] = control
-        self._buffers = [b""] * self.ranks
+        self._buffers = [self._buffers[self._controls.index(by_rank[rank])] for rank in range(self.ranks)]
         return [by_rank[rank] for rank in range(self.ranks)]
+
+    def _raise_what_was_told(self, by_rank: Mapping[int, socket.socket]) -> None:
+        """A rank may have told its error, and gone, before the others were even there."""
+        for rank, control in by_rank.items():
+            if select.select([control], [], [], 0)[0]:
+                answer = self._line(self._controls.index(control))
+                if "error" in answer:
+                    raise LaneFailed(f"{self.name}: rank {rank}: {answer['error']}")
 
     def _answers(self) -> list[dict[str, Any]]:
         answers = [self._line(place) for place in range(len(self._controls))]
