@@ -166,7 +166,7 @@ def no_call(_: Ring) -> None:
 
 def differ(first: Work, second: Work, world_size: int = 2) -> list[Exception]:
     """Rank 0 does ``first``, the others ``second``."""
-    return in_threads(world_size, lambda ring: (first if ring.rank == 0 else second)(ring), QUICK)
+    return in_threads(world_size, lambda ring: (first if ring.rank == 0 else second)(ring))
 
 
 @pytest.mark.parametrize(
