@@ -11,6 +11,7 @@
     ├── CollectiveError         communication between ranks
     │   ├── PeerTimeout         a named peer stayed silent longer than the time allowed
     │   ├── PeerLost            the connection to a named peer broke
+    │   ├── MembershipChanged   a peer was lost or wants to join; the others can go on in a new ring
     │   ├── ProtocolError       a frame or message that breaks the protocol
     │   └── RendezvousError     the ranks could not find or agree with each other
     └── TrainingError           training can't go on
@@ -59,6 +60,10 @@ class PeerTimeout(CollectiveError):
 
 class PeerLost(CollectiveError):
     """The connection to a named peer broke."""
+
+
+class MembershipChanged(CollectiveError):
+    """A peer was lost, or one wants to join: the ring has ended, and those who are left can form a new one."""
 
 
 class ProtocolError(CollectiveError):

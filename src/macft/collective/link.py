@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import zmq
@@ -65,8 +65,10 @@ class Links:
         *,
         ring_id: str,
         generation: int,
+        abandon: Callable[[], str],
     ):
         self.rank, self.generation = rank, generation
+        self._abandon = abandon
         self.left, self.right = (rank - 1) % len(addresses), (rank + 1) % len(addresses)
         self.failure: CollectiveError | None = None
         self._addresses, self._ring_id = addresses, ring_id
@@ -264,6 +266,8 @@ class Links:
             state = self._connect()
             if time.monotonic() > deadline:
                 self._fail_to_join(state)
+            if reason := self._abandon():
+                self.fail(PeerLost, self.right, f"the ring can't come together: {reason}")
             if self._is_joined(any):
                 grace = min(grace, time.monotonic() + _GRACE_SECONDS)
             greeted = all(path.peer for path in self._inward)

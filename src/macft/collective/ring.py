@@ -51,7 +51,8 @@ class Ring:
         listener, which the ring then owns. Without one it listens at ``addresses[rank]``. settings: Waits and
         piece size, the same on all ranks; those of ``listener`` if one is given. names: Of the ranks, for
         messages. ring_id: Known to the ranks of this run only; a connection that does not know it is not let
-        in. generation: Tells this ring from earlier ones of the same run.
+        in. generation: Tells this ring from earlier ones of the same run. abandon: Asked while the ring comes
+        together; what it answers is the reason not to wait any longer.
 
     Raises:
         CollectiveError: the ring did not come together; names the peer.
@@ -68,6 +69,7 @@ class Ring:
         names: Sequence[str] = (),
         ring_id: str = "",
         generation: int = 0,
+        abandon: Callable[[], str] = str,
     ):
         if world_size < 2 or len(addresses) != world_size or not 0 <= rank < world_size:
             raise ValueError(f"a ring of {world_size} ranks with {len(addresses)} addresses has no rank {rank}")
@@ -77,7 +79,9 @@ class Ring:
         self._listener = listener or Listener(addresses[rank], settings or CollectiveConfig())
         self._settings = self._listener.settings
         try:
-            self._links = Links(self._listener, rank, addresses, names, ring_id=ring_id, generation=generation)
+            self._links = Links(
+                self._listener, rank, addresses, names, ring_id=ring_id, generation=generation, abandon=abandon
+            )
         except BaseException:
             self._listener.close()
             raise

@@ -1,0 +1,219 @@
+"""Membership services and teams with real sockets and threads: loss, return, fencing, strangers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from macft.cluster import beats
+from macft.cluster.agreement import Ballot, Beat, Seat, View, Vote
+from macft.cluster.keys import Keyring
+from macft.cluster.membership import Membership, hello
+from macft.cluster.team import Team
+from macft.collective.listener import Listener
+from macft.collective.security import KeyPair
+from macft.collective.settings import CollectiveConfig
+from macft.collective.solo import Solo
+from macft.errors import MembershipChanged
+
+SETTINGS = CollectiveConfig(timeout=3.0, heartbeat=0.2)
+
+
+class Node:
+    """A member in this process, with a thread for its calls."""
+
+    def __init__(self, name: str, keyring: Keyring | None):
+        self.keyring = keyring
+        self.membership = Membership("127.0.0.1:0", name=name, settings=SETTINGS, keyring=keyring, fingerprint="same")
+        self.team: Team | None = None
+        self.thread = ThreadPoolExecutor(1)
+
+    def listener(self) -> Listener:
+        return Listener("127.0.0.1:0", SETTINGS, encrypted=self.keyring is not None)
+
+    def enter(self, view: View, secret: bytes) -> None:
+        self.team = Team(self.membership, Solo(), view, secret=secret, open_listener=self.listener)
+
+    def regroup(self) -> Any:
+        assert self.team is not None
+        return self.thread.submit(self.team.regroup, lambda _: True)
+
+    def close(self) -> None:
+        self.thread.shutdown()
+        if self.team is not None:
+            self.team.close()
+        else:
+            self.membership.close()
+
+
+@pytest.fixture(params=["plain", "encrypted"])
+def nodes(request: pytest.FixtureRequest) -> Iterator[list[Node]]:
+    """Three nodes in the ring of generation 1."""
+    pair = KeyPair.new()
+    found = [Node(f"n{rank}", Keyring(pair, {}) if request.param == "encrypted" else None) for rank in range(3)]
+    with ExitStack() as stack:
+        for node in found:
+            stack.callback(node.close)
+        view = View(0, tuple(node.membership.seat for node in found))
+        for node in found:
+            node.enter(view, b"secret of this run")
+        for change in [node.regroup() for node in found]:
+            assert change.result(30).generation == 1
+        yield found
+
+
+def sums(nodes: list[Node]) -> list[float]:
+    """Everyone adds 1 + its rank."""
+
+    def add(team: Team) -> float:
+        array = np.full(5, 1.0 + team.rank)
+        team.all_reduce([array])
+        return float(array[0])
+
+    return [future.result(30) for future in [node.thread.submit(add, node.team) for node in nodes]]
+
+
+def test_a_node_that_leaves_is_named_and_the_others_make_a_new_ring(nodes: list[Node]) -> None:
+    assert sums(nodes) == [6.0, 6.0, 6.0]
+    nodes[0].close()
+    waiting = [node.thread.submit(node.team.barrier) for node in nodes[1:]]
+    for call in waiting:
+        with pytest.raises(MembershipChanged):
+            call.result(30)
+    changes = [call.result(30) for call in [node.regroup() for node in nodes[1:]]]
+    assert [change.names for change in changes] == [("n1", "n2")] * 2
+    assert changes[0].left == {"n0": "its process ended"}
+    assert changes[0].old_ranks == (1, 2)
+    assert sums(nodes[1:]) == [3.0, 3.0]
+
+
+def test_a_newcomer_is_let_in_when_all_stop_for_it(nodes: list[Node]) -> None:
+    newcomer = Node("n3", nodes[0].keyring)
+    try:
+        team = nodes[1].team
+        assert team is not None
+        newcomer.enter(nodes[1].membership.view, b"secret of this run")
+        assert newcomer.team is not None
+        assert (newcomer.team.is_member, newcomer.team.expected_size) == (False, 4)
+        entry = newcomer.regroup()
+        wait_until(lambda: all(node.team is not None and node.team.wants_change for node in nodes))
+        assert sums(nodes) == [6.0, 6.0, 6.0]  # nothing happens before they stop
+        changes = [call.result(30) for call in [*[node.regroup() for node in nodes], entry]]
+        assert changes[0].joined == ("n3",)
+        assert changes[0].old_ranks == (0, 1, 2, None)
+        assert sums([*nodes, newcomer]) == [10.0] * 4
+    finally:
+        newcomer.close()
+
+
+def test_one_that_was_dropped_learns_it_and_comes_back_as_the_last(nodes: list[Node]) -> None:
+    """The first loses its ring alone, as a node does that wakes from sleep: the others are in another generation."""
+    for node in nodes:
+        assert node.team is not None
+    stale = nodes[0]
+    stale.membership._stop.set()  # asleep: neither beats nor listens to beats
+    stale.membership._thread.join()
+    changes = [call.result(30) for call in [node.regroup() for node in nodes[1:]]]
+    assert changes[0].left == {"n0": "silent for 3 s"}
+    stale.membership._stop.clear()
+    stale.membership._thread = threading.Thread(target=stale.membership._serve, daemon=True)
+    stale.membership._thread.start()
+    wait_until(lambda: "went on without it" in stale.membership.disturbed)
+    with pytest.raises(MembershipChanged, match="went on without it"):
+        stale.team.check()  # type: ignore[union-attr]
+    assert sums(nodes[1:]) == [3.0, 3.0]
+    entry = stale.regroup()
+    wait_until(lambda: all(node.team is not None and node.team.wants_change for node in nodes[1:]))
+    changes = [call.result(30) for call in [*[node.regroup() for node in nodes[1:]], entry]]
+    assert [change.names for change in changes] == [("n1", "n2", "n0")] * 3
+    assert sums([nodes[1], nodes[2], nodes[0]]) == [6.0] * 3
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    done = threading.Event()
+    for _ in range(600):
+        if condition():
+            return
+        done.wait(0.05)
+    raise AssertionError("it did not come about")
+
+
+def test_strangers_learn_and_change_nothing() -> None:
+    node = Node("n0", None)
+    node.enter(View(0, (node.membership.seat,)), b"secret of this run")
+    try:
+        foreign = Seat("f" * 16, "foreign", "127.0.0.1:1")
+        higher = View(9, (foreign,))
+        with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
+            sock.linger = 0
+            sock.connect(f"tcp://{node.membership.seat.address}")
+            sock.send(beats.encode(Beat(foreign, higher, ready=True), b"another secret"))
+            sock.send(b"\xc1 not msgpack")
+            sock.send(msgpack.packb({"join": 1}))
+            sock.send(hello("other"))
+            assert sock.poll(10_000)
+            assert "another configuration" in msgpack.unpackb(sock.recv())["refused"]
+            sock.send(hello("same"))
+            assert sock.poll(10_000)
+            answer = msgpack.unpackb(sock.recv())
+            assert (answer["secret"], beats.to_view(answer["view"])) == (b"secret of this run", node.membership.view)
+            assert not sock.poll(100)
+        assert node.membership.view.generation == 0
+        assert not node.membership.candidates
+    finally:
+        node.close()
+
+
+texts = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)
+seats = st.builds(
+    Seat,
+    texts,
+    texts,
+    st.just("host:1+other:2"),
+    st.sampled_from([b"", b"k" * 32]),
+    st.sampled_from(["", "h:3"]),
+    st.just(b""),
+)
+views = st.builds(View, st.integers(0, 1 << 40), st.lists(seats, min_size=1, max_size=4, unique_by=lambda s: s.id).map(tuple))
+ballots = st.builds(Ballot, st.integers(0, 1 << 40), texts)
+votes = st.builds(Vote, ballots, views)
+
+
+@given(
+    st.builds(
+        Beat,
+        seats,
+        views,
+        st.lists(texts, max_size=4).map(tuple),
+        st.booleans(),
+        st.none() | ballots,
+        st.none() | votes,
+        st.none() | ballots,
+        st.none() | votes,
+    )
+)
+def test_a_beat_comes_back_as_it_was(beat: Beat) -> None:
+    assert beats.decode(beats.encode(beat, b"s"), b"s") == beat
+    assert beats.decode(beats.encode(beat, b"s"), b"t") is None
+
+
+parts = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 1 << 63) | texts | st.binary(max_size=33),
+    lambda inner: st.lists(inner, max_size=9),
+    max_leaves=20,
+)
+
+
+@given(st.binary(max_size=300) | st.lists(parts, max_size=10).map(lambda rest: msgpack.packb([beats.mark(b"s"), *rest])))
+def test_what_is_no_beat_is_nothing(data: bytes) -> None:
+    assert beats.decode(data, b"s") is None
