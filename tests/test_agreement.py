@@ -1,4 +1,4 @@
-"""The members' agreement on a simulated network: loss, delay, partitions, pauses, kills; never two views, always progress."""
+"""The members' agreement on a simulated network with loss, delay, partitions, pauses and kills: never two sides."""
 
 from __future__ import annotations
 

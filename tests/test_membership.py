@@ -184,7 +184,9 @@ seats = st.builds(
     st.sampled_from(["", "h:3"]),
     st.just(b""),
 )
-views = st.builds(View, st.integers(0, 1 << 40), st.lists(seats, min_size=1, max_size=4, unique_by=lambda s: s.id).map(tuple))
+views = st.builds(
+    View, st.integers(0, 1 << 40), st.lists(seats, min_size=1, max_size=4, unique_by=lambda s: s.id).map(tuple)
+)
 ballots = st.builds(Ballot, st.integers(0, 1 << 40), texts)
 votes = st.builds(Vote, ballots, views)
 
@@ -214,6 +216,8 @@ parts = st.recursive(
 )
 
 
-@given(st.binary(max_size=300) | st.lists(parts, max_size=10).map(lambda rest: msgpack.packb([beats.mark(b"s"), *rest])))
+@given(
+    st.binary(max_size=300) | st.lists(parts, max_size=10).map(lambda rest: msgpack.packb([beats.mark(b"s"), *rest]))
+)
 def test_what_is_no_beat_is_nothing(data: bytes) -> None:
     assert beats.decode(data, b"s") is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,12 +16,13 @@ from macft.checkpoint.saver import CheckpointSaver
 from macft.checkpoint.snapshot import Progress, Snapshot, capture, digest, restore, restore_adapter
 from macft.checkpoint.store import CheckpointStore
 from macft.collective.base import Collective
+from macft.collective.elastic import ElasticCollective
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain
 from macft.config.yaml import to_yaml
 from macft.data.load import LoadedData, chosen_rows, read, tokenize_all
 from macft.data.order import RowOrder
-from macft.errors import CheckpointError, DataError, MacftError, ModelError
+from macft.errors import CheckpointError, DataError, MacftError, MembershipChanged, ModelError
 from macft.evaluation.answers import Scored, score_answers
 from macft.evaluation.metrics import metric
 from macft.evaluation.record import expected_text, question_text
@@ -41,7 +44,7 @@ from macft.report.events import (
     Sample,
     SamplesShown,
 )
-from macft.report.run_folder import RunFolder
+from macft.report.run_folder import RunFolder, write_atomically
 from macft.stop import StopRequest
 from macft.thermal.energy import summarize
 from macft.thermal.guard import ThermalGuard
@@ -86,17 +89,20 @@ def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resum
     """
     started = time.perf_counter()
     run = _prepare(config, collective, RunFolder(folder), resume=resume, stop=stop)
+    elastic = run.trainer.elastic
     try:
         _announce(run)
-        before = _score_before(run)
-        reason = run.trainer.train()
-        if reason == "interrupted":
-            detail = f"go on with: python -m macft.train +resume={folder}"
-            return _end(run, reason, started, {}, detail)
-        loss = _choose_final_adapter(run)
-        adapter_folder = _save_adapter(run)
-        final = _score_after(run, before, loss)
-        return _end(run, reason, started, final, "", adapter_folder)
+        _show_members(run)
+        together = elastic is None or elastic.is_member or run.trainer.regroup()
+        while together:
+            try:
+                return _train(run, started)
+            except MembershipChanged:
+                if elastic is None:
+                    raise
+                together = run.trainer.regroup()
+                _show_members(run)
+        return _interrupted(run, started)
     except MacftError as error:
         _end(run, "failed", started, {}, str(error))
         raise
@@ -105,6 +111,22 @@ def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resum
         if run.guard is not None:
             run.guard.close()
         run.reporter.close()
+
+
+def _train(run: _Run, started: float) -> Outcome:
+    """From wherever the run is to its end."""
+    before = _score_before(run)
+    reason = run.trainer.train()
+    if reason == "interrupted":
+        return _interrupted(run, started)
+    loss = _choose_final_adapter(run)
+    adapter_folder = _save_adapter(run)
+    final = _score_after(run, before, loss)
+    return _end(run, reason, started, final, "", adapter_folder)
+
+
+def _interrupted(run: _Run, started: float) -> Outcome:
+    return _end(run, "interrupted", started, {}, f"go on with: python -m macft.train +resume={run.folder.path}")
 
 
 def _prepare(
@@ -120,7 +142,10 @@ def _prepare(
         data.train.source_sizes, data.train.source_weights, batch_size=config.training.batch_size, seed=config.seed
     )
     device = prepare_device()
-    training, plan_notes = settle(config, model_folder, data.train.rows, order, collective)
+    elastic = collective if isinstance(collective, ElasticCollective) else None
+    world_size = collective.world_size if elastic is None or elastic.is_member else len(elastic.members.ids) + 1
+    is_newcomer = world_size != collective.world_size
+    training, plan_notes = settle(config, model_folder, data.train.rows, order, collective, world_size=world_size)
     config = replace(config, training=training)
     loaded = load(config.model, model_folder, tokenizer)
     adaptation = adapt(loaded.model, config.adapter, seed=config.seed)
@@ -144,7 +169,7 @@ def _prepare(
         config.report,
         folder,
         hparams=to_plain(config),
-        is_main=collective.rank == 0,
+        is_main=collective.rank == 0 and not is_newcomer,
         first_step=progress.step,
     )
     valid_rows = chosen_rows(len(data.valid.rows), config.training.eval_rows, config.seed)
@@ -170,6 +195,7 @@ def _prepare(
         outer=outer,
         balance=Balance(config.topology.shares, collective.world_size, every=config.topology.rebalance_every),
         pace=guard or FullSpeed(),
+        elastic=elastic,
     )
     run = _Run(config, collective, folder, loaded, data, adaptation, optimizer, trainer, reporter, guard)
     run.data.notes[:0] = [device, *loaded.notes, *plan_notes]
@@ -217,6 +243,17 @@ def _agree_on_state(
     notes.append(f"training.sync=diloco: the nodes meet every {training.inner_steps} steps; between two meetings the")
     notes[-1] += " loss and tokens/s shown are rank 0's own"
     return progress, notes, outer
+
+
+def _show_members(run: _Run) -> None:
+    """Writes down whom a newcomer can ask; its own affair where that fails."""
+    elastic = run.trainer.elastic
+    if elastic is None or not elastic.is_member or elastic.rank != 0:
+        return
+    now = elastic.members
+    members = [{"name": name, "address": at} for name, at in zip(now.names, now.addresses, strict=True)]
+    with contextlib.suppress(OSError):
+        write_atomically(run.folder.members, json.dumps({"members": members}, indent=2) + "\n")
 
 
 def _announce(run: _Run) -> None:
@@ -320,7 +357,7 @@ def _choose_final_adapter(run: _Run) -> float | None:
         run.reporter.noted(Noted("no validation was better than before training; the last adapter is kept", "warning"))
         return progress.valid_loss
     stored = b""
-    if collective.rank < saver.writers:
+    if progress.best_step in saver.store.steps():
         try:
             stored = saver.store.load(int(progress.best_step or 0)).pack()
         except CheckpointError as error:
@@ -369,7 +406,7 @@ def _end(
             adapter_folder=adapter_folder,
             adapter_sha256=outcome.adapter_sha256,
             detail=detail,
-            energy=summarize(trainer.nodes, run.config.thermal, tokens=trainer.tokens),
+            energy=summarize([*trainer.nodes, *trainer.departed], run.config.thermal, tokens=trainer.tokens),
             warnings=[trouble] if trouble else [],
         )
     )

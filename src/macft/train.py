@@ -6,8 +6,9 @@ nor does the launcher of a local run, whose ranks are processes of their own.
 
 from __future__ import annotations
 
+import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from macft.cluster.settings import host_paths, split_host
 from macft.config.command_line import prepare
 from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig
-from macft.config.validate import to_typed
+from macft.config.validate import is_elastic, to_typed
 from macft.config.yaml import fingerprint, to_yaml
 from macft.errors import ConfigError
 from macft.status import exit_status
@@ -53,6 +54,8 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
     """Runs one job in ``folder`` on the nodes of its topology; returns why it ended."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config))
+    if config.topology.join is not None:
+        return _join(config, folder, config.topology.join)
     if config.topology.kind == "local" and config.topology.nodes > 1:
         return _run_local(config, folder, resume=resume)
     if config.topology.kind == "ssh":
@@ -92,8 +95,41 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
         start_timeout=config.topology.start_timeout,
         resume=resume,
         keyring=keyring,
+        elastic=is_elastic(config),
+        restart=config.topology.restart,
     )
     return _ended(status)
+
+
+def _join(config: TrainConfig, folder: Path, target: str) -> str:
+    from macft.cluster.form_team import Place, address_towards, doors_of, join_team
+    from macft.cluster.hosts import own_rank
+    from macft.cluster.keys import keyring_for
+    from macft.node import run_node
+
+    topology = config.topology
+    doors = doors_of(target, topology.port)
+    is_listed = bool(topology.hosts)
+    own = topology.hosts[own_rank(topology)] if is_listed else address_towards(doors[0])
+    is_local = own in ("127.0.0.1", "[::1]")
+    paths = [(own, 0)] if is_local and not is_listed else host_paths(own, topology.port)
+    stop = StopRequest()
+    with stop.listening():
+        place = Place(
+            bind=_ports(paths, 2),
+            ring_bind=_ports(paths, 1),
+            name=own if is_listed else platform.node() or own,
+            settings=config.collective,
+            keyring=keyring_for(topology, config.collective),
+            fingerprint=fingerprint(config, of_newcomer=True),
+        )
+        with join_team(doors, place, timeout=topology.start_timeout) as team:
+            return run_node(config, team, folder, resume=False, stop=stop).reason
+
+
+def _ports(paths: Sequence[tuple[str, int]], after: int) -> str:
+    """``host:port`` of each cable, ``after`` ports further; 0 stays 0."""
+    return "+".join(f"{name}:{port and port + after}" for name, port in paths)
 
 
 def _ended(status: int) -> str:
@@ -109,6 +145,7 @@ def run_on_hosts(
 ) -> str:
     """Runs this machine's rank of a run on several hosts; returns why it ended. ``keyring``: if not this machine's."""
     from macft.cluster.connect import connect
+    from macft.cluster.form_team import Place, form_team
     from macft.cluster.hosts import own_rank
     from macft.cluster.keys import keyring_for
     from macft.cluster.rendezvous import RendezvousServer
@@ -119,6 +156,7 @@ def run_on_hosts(
     keyring = keyring or keyring_for(topology, config.collective)
     addresses = [split_host(host, topology.port) for host in topology.hosts]
     host, port = addresses[rank]
+    paths = host_paths(topology.hosts[rank], port)
     run_id = f"{config.name}:{','.join(topology.hosts)}"
     server: RendezvousServer | None = None
     try:
@@ -142,10 +180,21 @@ def run_on_hosts(
             name=topology.hosts[rank],
             settings=config.collective,
             start_timeout=topology.start_timeout,
-            bind="+".join(f"{name}:{path_port + 1}" for name, path_port in host_paths(topology.hosts[rank], port)),
+            bind=_ports(paths, 1),
             keyring=keyring,
         ) as ring:
-            return run_node(config, ring, folder, resume=resume, stop=stop).reason
+            if not is_elastic(config):
+                return run_node(config, ring, folder, resume=resume, stop=stop).reason
+            place = Place(
+                bind=_ports(paths, 2),
+                ring_bind=_ports(paths, 1),
+                name=topology.hosts[rank],
+                settings=config.collective,
+                keyring=keyring,
+                fingerprint=fingerprint(config, of_newcomer=True),
+            )
+            with form_team(ring, place) as team:
+                return run_node(config, team, folder, resume=resume, stop=stop).reason
     finally:
         if server is not None:
             server.close()

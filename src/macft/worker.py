@@ -1,15 +1,21 @@
-"""A rank's process, started by the launcher: ``python -m macft.worker FOLDER RANK RENDEZVOUS RUN_ID [--resume]``."""
+"""A rank's process, started by the launcher: ``python -m macft.worker FOLDER RANK RENDEZVOUS RUN_ID [--resume]``.
+
+With ``--join`` it takes part in the run that goes on in FOLDER.
+"""
 
 from __future__ import annotations
 
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 from macft.cluster.connect import connect
+from macft.cluster.form_team import Place, doors_of, form_team, join_team
 from macft.cluster.keys import keyring_for
 from macft.cluster.local import watch_launcher
-from macft.config.validate import world_size
+from macft.collective.base import Collective
+from macft.config.validate import is_elastic, world_size
 from macft.config.yaml import fingerprint, read
 from macft.node import run_node
 from macft.status import exit_status
@@ -25,18 +31,36 @@ def main(argv: list[str]) -> int:
 
     def run() -> str:
         config = read(folder / "config.yaml")
-        with connect(
-            rendezvous,
-            rank=rank,
-            world_size=world_size(config),
-            run_id=run_id,
-            fingerprint=fingerprint(config),
+        keyring = keyring_for(config.topology, config.collective)
+        place = Place(
+            bind="127.0.0.1:0",
+            ring_bind="127.0.0.1:0",
             name=f"local-{rank}",
             settings=config.collective,
-            start_timeout=config.topology.start_timeout,
-            keyring=keyring_for(config.topology, config.collective),
-        ) as ring:
-            outcome = run_node(config, ring, folder, resume="--resume" in argv, stop=stop)
+            keyring=keyring,
+            fingerprint=fingerprint(config, of_newcomer=True),
+        )
+        with ExitStack() as stack:
+            collective: Collective
+            if "--join" in argv:
+                doors = doors_of(str(folder), config.topology.port)
+                collective = join_team(doors, place, timeout=config.topology.start_timeout)
+            else:
+                ring = connect(
+                    rendezvous,
+                    rank=rank,
+                    world_size=world_size(config),
+                    run_id=run_id,
+                    fingerprint=fingerprint(config),
+                    name=f"local-{rank}",
+                    settings=config.collective,
+                    start_timeout=config.topology.start_timeout,
+                    keyring=keyring,
+                )
+                stack.enter_context(ring)
+                collective = form_team(ring, place) if is_elastic(config) else ring
+            stack.enter_context(collective)
+            outcome = run_node(config, collective, folder, resume="--resume" in argv, stop=stop)
         if rank:
             print(f"{outcome.reason}; adapter sha256 {outcome.adapter_sha256}")
         return outcome.reason

@@ -33,6 +33,8 @@ class Progress:
     seconds: float = 0.0
     first_valid_loss: float | None = None
     valid_loss: float | None = None
+    # The step whose adapter was validated last.
+    evaluated_step: int | None = None
     best_valid_loss: float | None = None
     best_step: int | None = None
     # Validations in a row that brought no lower loss.

@@ -59,8 +59,8 @@ class Vote(NamedTuple):
 class Beat:
     """What a node tells all others, again and again.
 
-    ``view`` is the newest it knows, ``hears`` whom it has heard lately. ``ready``: it has left the ring of this view, its
-    next ring listens at ``sender.ring``, and it waits for the next view. The rest is about the view after this one:
+    ``view`` is the newest it knows, ``hears`` whom it has heard lately. ``ready``: it has left the ring of this view,
+    its next ring listens at ``sender.ring``, and it waits for the next view. The rest is about the view after this one:
     the ballot it proposes, what it proposes there, the ballot it has promised to, and what it has accepted.
     """
 
@@ -91,7 +91,9 @@ class Agreement:
         self._ended: set[str] = set()
         self.why: dict[str, str] = {}
         """Why members of the view before are no longer in this one, by id."""
-        self._install(view, now)
+        self.view = view
+        self._ready = False
+        self._begin(view, now)
 
     @property
     def is_member(self) -> bool:
@@ -197,15 +199,14 @@ class Agreement:
         return f"{', '.join(late)} to finish a step" if late else "the others to agree"
 
     def _install(self, view: View, now: float) -> None:
-        if hasattr(self, "view"):
-            self.why = {
-                member: self._loss(member, now) or "it left" for member in self.view.ids if member not in view.ids
-            }
-            stays_ready = self._ready and self.own.id not in view.ids  # waits on, to be let in again
-        else:
-            stays_ready = False
+        gone = [member for member in self.view.ids if member not in view.ids]
+        self.why = {member: self._loss(member, now) or "it left" for member in gone}
+        self._ready = self._ready and self.own.id not in view.ids  # one that was left out waits on, to be let in again
+        self._begin(view, now)
+
+    def _begin(self, view: View, now: float) -> None:
         self.view = view
-        self._ready, self._ready_since = stays_ready, now
+        self._ready_since = now
         self._ballot: Ballot | None = None
         self._proposed: Vote | None = None
         self._promised: Ballot | None = None
@@ -335,4 +336,3 @@ class Agreement:
 
     def _name(self, member: str) -> str:
         return self.view.seats[self.view.ids.index(member)].name
-

@@ -39,11 +39,16 @@ def launch(
     start_timeout: float,
     resume: bool,
     keyring: Keyring | None = None,
+    elastic: bool = False,
+    restart: bool = False,
 ) -> int:
     """Runs ``world_size`` ranks of the run in ``folder`` and waits for them; returns rank 0's exit status.
 
     Rank 0 has this terminal; the others write to ``folder/logs/rank-N.log``. SIGINT and SIGTERM are passed on once to
     rank 0, which ends the whole run in order. The ranks watch their standard input: if this process dies, they stop.
+
+    ``elastic``: the others go on without a rank that dies; the one that then leads is shown here, and takes the
+    signals. ``restart``: a rank that was killed is started again, and joins.
 
     Raises:
         RankFailed: a rank other than 0 failed; the message holds the last lines of its log.
@@ -62,8 +67,10 @@ def launch(
     processes: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
-        if processes and processes[0].poll() is None:
-            processes[0].send_signal(number)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)  # the others learn of it from this one
+                return
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -71,7 +78,8 @@ def launch(
         for rank in range(world_size):
             command = [sys.executable, "-m", "macft.worker", str(folder), str(rank), server.address, run_id]
             processes.append(_start([*command, *(["--resume"] if resume else [])], rank, logs, threads))
-        return _wait(processes, logs)
+        again = _Again(folder, logs, threads) if restart else None
+        return _wait_elastic(processes, logs, again) if elastic else _wait(processes, logs)
     finally:
         for process in processes:
             _end(process)
@@ -107,6 +115,60 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
     code = processes[failed].returncode
     how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
     raise RankFailed(f"rank {failed} {how}; {_tail(logs / f'rank-{failed}.log')}", 1)
+
+
+class _Again:
+    """Starts ranks again."""
+
+    def __init__(self, folder: Path, logs: Path, threads: int):
+        self._folder, self._logs, self._threads = folder, logs, threads
+
+    def __call__(self, rank: int) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "macft.worker", str(self._folder), str(rank), "-", "-", "--join"]
+        return _start(command, rank, self._logs, self._threads)
+
+
+def _wait_elastic(processes: list[subprocess.Popen[bytes]], logs: Path, again: _Again | None) -> int:
+    """Waits for all ranks, and shows the log of the one that leads once rank 0 is gone; returns how the run ended."""
+    shown: dict[int, int] = {}
+    ended: dict[int, int] = {}
+    while any(process.poll() is None for process in processes):
+        for rank, process in enumerate(processes):
+            if rank in ended or (code := process.poll()) is None:
+                continue
+            if again is not None and code < 0 and any(other.poll() is None for other in processes):
+                processes[rank] = again(rank)
+            else:
+                ended[rank] = code
+        leader = next((rank for rank, process in enumerate(processes) if process.poll() is None), 0)
+        _show(logs, leader, shown)
+        time.sleep(0.05)
+    codes = [process.returncode for process in processes]
+    for rank in shown:
+        _show(logs, rank, shown)
+    for code in (0, 130):
+        if code in codes:
+            return code
+    failed = next((rank for rank, code in enumerate(codes) if code > 0), 0)
+    if failed == 0:
+        return codes[0] if codes[0] >= 0 else 128 - codes[0]
+    raise RankFailed(f"rank {failed} ended with status {codes[failed]}; {_tail(logs / f'rank-{failed}.log')}", 1)
+
+
+def _show(logs: Path, rank: int, shown: dict[int, int]) -> None:
+    """Prints what has come to a rank's log since it leads."""
+    log = logs / f"rank-{rank}.log"
+    if rank == 0 or not log.exists():
+        return
+    if rank not in shown:
+        shown[rank] = log.stat().st_size
+    with log.open("rb") as file:
+        file.seek(shown[rank])
+        text = file.read()
+        shown[rank] = file.tell()
+    if text:
+        sys.stdout.write(text.decode(errors="replace"))
+        sys.stdout.flush()
 
 
 def _tail(log: Path) -> str:

@@ -6,10 +6,12 @@ is :mod:`~macft.cluster.agreement`'s business; here are the sockets. Beats go ov
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
@@ -37,9 +39,10 @@ class Membership:
 
     Args:
         address: Where to listen: ``host:port``, port 0 for a free one; several paths with ``+``.
-        name: For people. settings: ``timeout`` is the silence after which a node is lost, ``heartbeat`` the time between
-        two beats, ``patience`` how long the others wait for one that lives but doesn't come. keyring: Of this machine:
-        only its members are heard, encrypted. None: no encryption. fingerprint: Of what a newcomer must have alike.
+        name: For people. settings: ``timeout`` is the silence after which a node is lost, ``heartbeat`` the longest
+        time between two beats, ``patience`` how long the others wait for one that lives but doesn't come. keyring: Of
+        this machine: only its members are heard, encrypted. None: no encryption. fingerprint: Of what a newcomer must
+        have alike.
 
     Raises:
         CollectiveError: the address can't be listened on.
@@ -90,9 +93,7 @@ class Membership:
         self._publish(now)
         self._thread.start()
 
-    def next_view(
-        self, ring: str, ring_key: bytes, *, after: int, waiting: Callable[[str], bool]
-    ) -> View | None:
+    def next_view(self, ring: str, ring_key: bytes, *, after: int, waiting: Callable[[str], bool]) -> View | None:
         """Waits for a view beyond generation ``after`` with this node in it, whose next ring listens at ``ring``.
 
         A node that has been dropped is let in again this way, and a newcomer for the first time. ``waiting`` is asked
@@ -192,7 +193,8 @@ class Membership:
             if agreement.view.generation != self.view.generation:
                 self.why = dict(agreement.why)
             self.view = agreement.view
-            self.disturbed = agreement.disturbed(now) or ("" if agreement.is_member else "the others went on without it")
+            left_out = "" if agreement.is_member else "the others went on without it"
+            self.disturbed = agreement.disturbed(now) or left_out
             self.candidates = tuple(seat.name for seat in agreement.candidates(now)) if agreement.is_member else ()
             self.waits_for = agreement.waits_for(now)
             self._news.notify_all()
@@ -206,13 +208,19 @@ class Membership:
         self._context.term()
 
 
+@dataclass
+class _Line:
+    sock: zmq.Socket[Any]
+    monitor: zmq.Socket[Any]
+    stands: bool = True
+
+
 class _Link:
     """The way to another node: a DEALER over each of its cables; what can't be sent at once is not sent."""
 
     def __init__(self, context: zmq.Context[Any], seat: Seat, keyring: Keyring | None, settings: CollectiveConfig):
         self.seat, self.paths = seat, split_paths(seat.address)
-        self._lines = []
-        self._broken = False
+        self._lines: list[_Line] = []
         for path in self.paths:
             sock: zmq.Socket[Any] = context.socket(zmq.DEALER)
             sock.linger, sock.immediate, sock.sndhwm = 0, True, _MAX_WAITING
@@ -226,35 +234,30 @@ class _Link:
             monitor: zmq.Socket[Any] = context.socket(zmq.PAIR)
             monitor.linger = 0
             monitor.connect(where)
-            try:
+            with contextlib.suppress(CollectiveError):  # a name that is unknown here: the other paths will do
                 sock.connect(set_endpoint(sock, path))
-            except CollectiveError:  # a name that is unknown here: the other paths will do
-                pass
-            self._lines.append([sock, monitor, True])
+            self._lines.append(_Line(sock, monitor))
 
     def send(self, data: bytes) -> None:
         """Over every path that stands."""
-        for sock, _, _ in self._lines:
-            try:
-                sock.send(data, zmq.NOBLOCK)
-            except zmq.Again:
-                continue
+        for line in self._lines:
+            with contextlib.suppress(zmq.Again):
+                line.sock.send(data, zmq.NOBLOCK)
 
     def is_broken(self) -> bool:
         """Whether no path stands."""
         for line in self._lines:
-            while line[1].poll(0):
-                event = recv_monitor_message(line[1])
-                line[2] = event["event"] == zmq.EVENT_CONNECTED
-        return not any(stands for _, _, stands in self._lines)
+            while line.monitor.poll(0):
+                line.stands = recv_monitor_message(line.monitor)["event"] == zmq.EVENT_CONNECTED
+        return not any(line.stands for line in self._lines)
 
     def close(self) -> None:
         """Safe to call twice."""
-        for sock, monitor, _ in self._lines:
-            if not sock.closed:
-                sock.disable_monitor()
-            sock.close()
-            monitor.close()
+        for line in self._lines:
+            if not line.sock.closed:
+                line.sock.disable_monitor()
+            line.sock.close()
+            line.monitor.close()
 
 
 _REFUSALS = {

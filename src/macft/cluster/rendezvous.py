@@ -153,7 +153,10 @@ class RendezvousServer:
         if hello is None or "fingerprint" not in hello or "rank" not in hello:
             return  # a stranger
         if self._ended.is_set():  # one that comes late hears how it ended, rather than nothing
-            self._send(parts[0], {"refused": self._reason or "all ranks have met already"})
+            self._send(
+                parts[0],
+                {"refused": self._reason or "all ranks have met already; one that comes back adds topology.join=HOST"},
+            )
             return
         if self._agreed["fingerprint"] is None:
             self._agreed["fingerprint"] = hello["fingerprint"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MAX_PATHS = 8
+MAX_PORT = 65533
 KINDS = ("single", "local", "hosts", "ssh")
 SHARES = ("auto", "equal")
 BATCHES = ("fixed", "auto")
@@ -35,13 +36,21 @@ class TopologyConfig:
     hosts: list[str] = field(default_factory=list)
     # This machine's place in `hosts`, from 0. Null: found by comparing `hosts` with this machine's own addresses.
     rank: int | None = None
-    # Default port in `hosts`. Each node also uses the next port, for the ring.
+    # Default port in `hosts`. Each node also uses the next two ports, for the ring and for the membership service.
     port: int = 7070
     # How the rows of a batch are divided. auto: by measured speed. equal: evenly. Or one number for each node: [2, 1].
     # On top of that a node that has to save heat or power gets fewer rows.
     shares: Any = "equal"
     # Steps between two looks at the shares.
     rebalance_every: int = 4
+    # Whether the run goes on without a node that is lost, and lets nodes join. With collective=mlx, with
+    # training.sync=diloco and on a single node it can't.
+    elastic: bool = True
+    # Joins a run that goes on: a host that takes part in it (192.168.0.1 or 192.168.0.1:7070, as in `hosts`), or the
+    # folder of a local run. `hosts` and the other keys of the topology are then not needed.
+    join: str | None = None
+    # With topology=local, starts a node again that has died.
+    restart: bool = False
     # Seconds to wait for all nodes to report at the start.
     start_timeout: float = 120.0
     # fixed: micro-batch and checkpointing as `training` says. auto: each node picks them so that they use its memory
@@ -87,8 +96,8 @@ def host_paths(host: str, default_port: int) -> list[tuple[str, int]]:
         if match is None:
             raise ValueError(f"'{host}' is not a host name or address with an optional :port")
         port = int(match["port"]) if match["port"] else (found[0][1] if found else default_port)
-        if not 1 <= port <= 65534:
-            raise ValueError(f"'{host}': port {port} is not from 1 to 65534")
+        if not 1 <= port <= MAX_PORT:
+            raise ValueError(f"'{host}': port {port} is not from 1 to {MAX_PORT}")
         found.append((match["name"], port))
     if len(found) > MAX_PATHS:
         raise ValueError(f"'{host}' has {len(found)} addresses; {MAX_PATHS} are the most")
@@ -104,7 +113,7 @@ def problems(config: TopologyConfig) -> list[str]:
         found.append(f"topology.nodes: {config.nodes} must be 1 or more")
     if config.kind == "single" and config.nodes != 1:
         found.append(f"topology.nodes: topology=single has 1 node, not {config.nodes}; did you mean topology=local?")
-    if config.kind in ("hosts", "ssh"):
+    if config.kind in ("hosts", "ssh") and config.join is None:
         if len(config.hosts) < 2:
             found.append("topology.hosts: list two or more addresses, for instance [192.168.0.1,192.168.0.2]")
         if config.rank is not None and not 0 <= config.rank < len(config.hosts):
@@ -121,8 +130,10 @@ def problems(config: TopologyConfig) -> list[str]:
             split_host(host, config.port)
         except ValueError as error:
             found.append(f"topology.hosts: {error}")
-    if not 1 <= config.port <= 65534:
-        found.append(f"topology.port: {config.port} is not from 1 to 65534")
+    if not 1 <= config.port <= MAX_PORT:
+        found.append(f"topology.port: {config.port} is not from 1 to {MAX_PORT}")
+    if config.restart and config.kind != "local":
+        found.append(f"topology.restart: only topology=local starts nodes again, this is topology={config.kind}")
     if not config.start_timeout > 0:
         found.append(f"topology.start_timeout: {config.start_timeout} must be greater than 0")
     if config.batch not in BATCHES:

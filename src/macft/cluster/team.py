@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,6 +18,7 @@ from macft.cluster.agreement import View
 from macft.cluster.membership import Membership
 from macft.collective.base import Collective
 from macft.collective.codecs.wire_codec import WireCodec
+from macft.collective.elastic import ElasticCollective, Members
 from macft.collective.listener import Listener
 from macft.collective.ring import Ring
 from macft.collective.solo import Solo
@@ -28,23 +28,8 @@ _MOST_TRIES = 10
 """Rings of the same nodes that may fail one after the other before they are given up."""
 
 
-@dataclass(frozen=True)
-class Change:
-    """What :meth:`Team.regroup` has brought.
-
-    ``left`` maps names to reasons. ``old_ranks`` holds, by new rank, the rank that this node knew for it; None for one
-    that is new to it.
-    """
-
-    generation: int
-    names: tuple[str, ...]
-    left: Mapping[str, str]
-    joined: tuple[str, ...]
-    old_ranks: tuple[int | None, ...]
-
-
-class Team(Collective):
-    """The :class:`~macft.collective.base.Collective` of the members that there are just now.
+class Team(ElasticCollective):
+    """The :class:`~macft.collective.elastic.ElasticCollective` of the members that there are just now.
 
     When the ring breaks, or the nodes have agreed to let one in, calls raise MembershipChanged, and :meth:`regroup`
     makes the next ring. Rank and world size are then others.
@@ -80,24 +65,16 @@ class Team(Collective):
         return cls(membership, ring, View(0, seats), secret=secret, open_listener=open_listener)
 
     @property
-    def generation(self) -> int:
-        """Counts the rings of the run from 0."""
-        return self._view.generation
+    def members(self) -> Members:
+        """Who takes part now; the generation counts the rings of the run from 0."""
+        names = tuple(seat.name for seat in self._view.seats)
+        addresses = tuple(seat.address for seat in self._view.seats)
+        return Members(self._view.generation, self._view.ids, names, addresses, dict(self._membership.why))
 
     @property
     def is_member(self) -> bool:
         """False for a newcomer that has not regrouped yet."""
         return self._membership.seat.id in self._view.ids
-
-    @property
-    def expected_size(self) -> int:
-        """How many nodes there will be with this one."""
-        return len(self._view.seats) + (not self.is_member)
-
-    @property
-    def addresses(self) -> list[str]:
-        """Where the members' services listen, by rank: any of them lets a newcomer in."""
-        return [seat.address for seat in self._view.seats]
 
     @property
     def wants_change(self) -> bool:
@@ -109,16 +86,8 @@ class Team(Collective):
         if reason := self._membership.disturbed:
             raise MembershipChanged(reason)
 
-    def regroup(self, waiting: Callable[[str], bool]) -> Change | None:
-        """Leaves the ring and joins the next one, with those who are there.
-
-        ``waiting`` is told ten times a second whom this node waits for, and returns whether to go on; None if it does
-        not.
-
-        Raises:
-            CollectiveError: the nodes hear each other, but no ring comes together.
-        """
-        before = self._view
+    def regroup(self, waiting: Callable[[str], bool]) -> bool:
+        """Leaves the ring and joins the next one, with those who are there."""
         self._sent += self._ring.bytes_sent
         self._ring.close()
         self._ring = Solo()
@@ -132,14 +101,14 @@ class Team(Collective):
                 raise
             if view is None:
                 listener.close()
-                return None
+                return False
             self._view = view
             try:
                 self._ring = self._join(view, listener)
             except CollectiveError as error:
                 failure = error
                 continue
-            return self._change(before)
+            return True
         raise failure
 
     def _join(self, view: View, listener: Listener) -> Collective:
@@ -165,18 +134,6 @@ class Team(Collective):
             ring.close()
             raise
         return ring
-
-    def _change(self, before: View) -> Change:
-        after = self._view
-        names = {seat.id: seat.name for seat in (*before.seats, *after.seats)}
-        why = self._membership.why
-        return Change(
-            generation=after.generation,
-            names=tuple(seat.name for seat in after.seats),
-            left={names[member]: why.get(member, "it was lost") for member in before.ids if member not in after.ids},
-            joined=tuple(names[member] for member in after.ids if member not in before.ids),
-            old_ranks=tuple(before.ids.index(member) if member in before.ids else None for member in after.ids),
-        )
 
     @property
     def rank(self) -> int:

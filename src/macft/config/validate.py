@@ -66,6 +66,12 @@ def world_size(config: TrainConfig) -> int:
     return len(config.topology.hosts) if config.topology.kind in ("hosts", "ssh") else config.topology.nodes
 
 
+def is_elastic(config: TrainConfig) -> bool:
+    """Whether the run goes on without a lost node; see ``topology.elastic``."""
+    can = config.collective.backend == "ring" and config.training.sync != "diloco"
+    return config.topology.elastic and can and (world_size(config) > 1 or config.topology.join is not None)
+
+
 def _combinations(config: TrainConfig) -> list[str]:
     found = []
     if config.seed < 0:

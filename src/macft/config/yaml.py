@@ -25,8 +25,11 @@ def read(path: Path) -> TrainConfig:
     return to_typed(config)
 
 
-def fingerprint(config: TrainConfig) -> str:
-    """SHA-256 over all that must be equal on every node; what may differ, such as reporting, is left out."""
+def fingerprint(config: TrainConfig, *, of_newcomer: bool = False) -> str:
+    """SHA-256 over all that must be equal on every node; what may differ, such as reporting, is left out.
+
+    ``of_newcomer``: of what one that joins later must have alike; the topology has grown or shrunk meanwhile.
+    """
     plain = to_plain(config)
     plain.pop("report")
     plain.pop("plan")
@@ -36,5 +39,8 @@ def fingerprint(config: TrainConfig) -> str:
         "nodes": max(topology.nodes, len(topology.hosts)),
         "shares": topology.shares,
         "rebalance_every": topology.rebalance_every,
+        "elastic": topology.elastic,
     }
+    if of_newcomer:
+        plain.pop("topology")
     return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.create(plain), sort_keys=True).encode()).hexdigest()

@@ -6,7 +6,8 @@ float64, which are the same bits on every machine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from macft.plan.node_status import NodeStatus
 
@@ -39,6 +40,35 @@ class Balance:
         self._steps = 0
         self.shares = _normalized(base)
 
+    def plain(self) -> dict[str, Any]:
+        """All it knows, in types that travel."""
+        return {
+            "auto": self._is_auto,
+            "every": self._every,
+            "base": self._base,
+            "speeds": self._speeds,
+            "measurements": self._measurements,
+            "steps": self._steps,
+        }
+
+    @classmethod
+    def reseated(cls, plain: Mapping[str, Any], old_ranks: Sequence[int | None]) -> Balance:
+        """What :meth:`plain` gave, for other nodes: by rank the one it knew it by, None for a newcomer.
+
+        A newcomer counts as the mean of the others until it has been measured.
+        """
+        stayed = [float(plain["base"][old]) for old in old_ranks if old is not None]
+        mean = sum(stayed) / len(stayed) if sum(stayed) > 0 else 1.0
+        base = [mean if old is None else float(plain["base"][old]) for old in old_ranks]
+        balance = cls(base if sum(base) > 0 else [1.0] * len(base), len(base), every=plain["every"])
+        balance._is_auto, balance._steps = plain["auto"], plain["steps"]
+        balance._speeds = [None if old is None else plain["speeds"][old] for old in old_ranks]
+        # The newcomer's first step warms up, and so does the first one after a change: its shapes are new.
+        balance._measurements = [0 if old is None else plain["measurements"][old] for old in old_ranks]
+        if balance._is_auto:
+            balance.shares = _normalized(balance._known_speeds())
+        return balance
+
     def observe(self, statuses: Sequence[NodeStatus]) -> bool:
         """Takes the statuses of a step, by rank; returns whether the shares have changed."""
         self._steps += 1
@@ -67,6 +97,11 @@ class Balance:
         weights = [0.0 if node.paused else part * node.duty for part, node in zip(base, statuses, strict=True)]
         return _normalized(weights if sum(weights) > 0 else base)
 
+    def _known_speeds(self) -> list[float]:
+        known = [speed for speed in self._speeds if speed is not None]
+        mean = sum(known) / len(known) if known else 1.0
+        return [mean if speed is None else speed for speed in self._speeds]
+
     def _measured_speeds(self, statuses: Sequence[NodeStatus]) -> list[float]:
         known = [speed for speed in self._speeds if speed is not None]
         mean = sum(known) / len(known) if known else 1.0
@@ -74,7 +109,7 @@ class Balance:
             speed = self._speeds[rank]
             if speed is not None and status.tokens <= 0 and not status.paused and speed < mean:
                 self._speeds[rank] = speed + _DRIFT * (mean - speed)
-        return [mean if speed is None else speed for speed in self._speeds]
+        return self._known_speeds()
 
     @staticmethod
     def _differs(new: float, old: float) -> bool:

@@ -27,18 +27,28 @@ _LONGEST_VERDICT = 2000
 
 
 def settle(
-    config: TrainConfig, model_folder: Path, rows: Sequence[Row], order: RowOrder, collective: Collective
+    config: TrainConfig,
+    model_folder: Path,
+    rows: Sequence[Row],
+    order: RowOrder,
+    collective: Collective,
+    *,
+    world_size: int | None = None,
 ) -> tuple[TrainingConfig, list[str]]:
     """This node's training settings, ``topology.batch=auto`` made out, and lines for the user.
 
-    All nodes tell each other whether they can, so that all end with the same message if one can't.
+    All nodes tell each other whether they can, so that all end with the same message if one can't. ``world_size``: the
+    number of nodes that there will be, if it isn't that of ``collective`` yet.
 
     Raises:
         ConfigError: the run doesn't fit a node's memory; the message names settings with which it would.
     """
     steps = steps_of(rows, order, steps_for(config.training, order))
     shares = config.topology.shares if isinstance(config.topology.shares, list) else None
-    mine = [step.of_rank(collective.rank, collective.world_size, shares) for step in steps]
+    if world_size is None or world_size == collective.world_size:
+        mine = [step.of_rank(collective.rank, collective.world_size, shares) for step in steps]
+    else:
+        mine = [step.of_rank(world_size - 1, world_size, None) for step in steps]
     training, notes, refusal = _settle_here(config, model_folder, mine)
     verdicts = collective.all_gather(json.dumps(refusal).encode()[:_LONGEST_VERDICT])
     for rank, verdict in enumerate(verdicts):

@@ -17,6 +17,7 @@ from rich.text import Text
 from macft.report.events import (
     Evaluated,
     MetricScored,
+    NodesChanged,
     Noted,
     PhaseProgress,
     RunEnded,
@@ -25,6 +26,7 @@ from macft.report.events import (
     SamplesShown,
     SilentReporter,
     StepDone,
+    change_line,
 )
 from macft.report.run_folder import RunFolder
 
@@ -133,6 +135,11 @@ class ConsoleReporter(SilentReporter):
         self._end_phase()
         for number, sample in enumerate(event.samples, 1):
             self._block(f"sample {number} of {len(event.samples)}", _sample_rows(sample), "dim")
+
+    def nodes_changed(self, event: NodesChanged) -> None:
+        """One line: who, why, and how the rows are shared now."""
+        self._end_phase()
+        self._line(_printable(f"{self._place(event.step)}  {change_line(event)}"), "yellow")
 
     def noted(self, event: Noted) -> None:
         """One line."""

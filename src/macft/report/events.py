@@ -66,6 +66,25 @@ class StepDone:
     active_memory: int
     nodes: list[NodeStatus] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
+    # Counts the changes of the nodes that take part.
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class NodesChanged:
+    """Nodes were lost (``left``: names and reasons) or joined; ``names`` and ``shares`` by rank are those from now on.
+
+    ``step`` updates have been made; the next one is computed with the new nodes, ``seconds`` after the change was
+    found.
+    """
+
+    step: int
+    generation: int
+    names: list[str]
+    left: Mapping[str, str]
+    joined: list[str]
+    shares: list[float]
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -160,6 +179,16 @@ class RunEnded:
     warnings: list[str] = field(default_factory=list)
 
 
+def change_line(event: NodesChanged) -> str:
+    """A change of the nodes in a line for people."""
+    parts = [f"{name} is lost ({why})" for name, why in event.left.items()]
+    parts += [f"{name} joins" for name in event.joined]
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in zip(event.names, event.shares, strict=True))
+    count = f"{len(event.names)} node{'s' if len(event.names) > 1 else ''}"
+    what = "; ".join(parts) or "the ring broke, all nodes are there"
+    return f"{what}; {count} in generation {event.generation}, shares: {shares}; back after {event.seconds:.1f} s"
+
+
 class Reporter(Protocol):
     """Receives a run's events, in order, all from one thread.
 
@@ -174,6 +203,8 @@ class Reporter(Protocol):
     def checkpoint_saved(self, event: CheckpointSaved) -> None: ...
     def noted(self, event: Noted) -> None: ...
     def phase_progress(self, event: PhaseProgress) -> None: ...
+    def nodes_changed(self, event: NodesChanged) -> None: ...
+    def lead(self, *, is_main: bool, step: int) -> None: ...
     def run_ended(self, event: RunEnded) -> None: ...
     def close(self) -> None: ...
 
@@ -204,6 +235,12 @@ class SilentReporter:
 
     def phase_progress(self, event: PhaseProgress) -> None:
         """Ignored."""
+
+    def nodes_changed(self, event: NodesChanged) -> None:
+        """Ignored."""
+
+    def lead(self, *, is_main: bool, step: int) -> None:
+        """Whether this node speaks for the run from now on, after ``step`` updates. Ignored."""
 
     def run_ended(self, event: RunEnded) -> None:
         """Ignored."""

@@ -12,20 +12,21 @@ from macft.report.events import (
     CheckpointSaved,
     Evaluated,
     MetricScored,
+    NodesChanged,
     Noted,
     PhaseProgress,
     Reporter,
     RunEnded,
     RunStarted,
     SamplesShown,
-    SilentReporter,
     StepDone,
 )
-from macft.report.metrics_file import MetricsFile
+from macft.report.metrics_file import MetricsFile, last_step
 from macft.report.run_folder import RunFolder
 from macft.report.settings import ReportConfig
 from macft.report.summary import SummaryWriter
 from macft.report.tensorboard import TensorBoard
+from macft.report.understudy import Understudy
 
 
 class FanOut(Reporter):
@@ -70,6 +71,14 @@ class FanOut(Reporter):
         """To all."""
         self._send(lambda reporter: reporter.phase_progress(event))
 
+    def nodes_changed(self, event: NodesChanged) -> None:
+        """To all."""
+        self._send(lambda reporter: reporter.nodes_changed(event))
+
+    def lead(self, *, is_main: bool, step: int) -> None:
+        """To all."""
+        self._send(lambda reporter: reporter.lead(is_main=is_main, step=step))
+
     def run_ended(self, event: RunEnded) -> None:
         """To all."""
         self._send(lambda reporter: reporter.run_ended(event))
@@ -90,16 +99,6 @@ class FanOut(Reporter):
                 _complain(type(reporter).__name__, error)
 
 
-class WarningReporter(SilentReporter):
-    """Says on stderr what the user of this very node has to know, and nothing else."""
-
-    def noted(self, event: Noted) -> None:
-        """A warning or an error: one line."""
-        if event.level != "info":
-            with contextlib.suppress(OSError):
-                print(f"{event.level}: {event.text}", file=sys.stderr)
-
-
 def build(
     config: ReportConfig, folder: RunFolder, *, hparams: Mapping[str, Any], is_main: bool, first_step: int
 ) -> Reporter:
@@ -112,8 +111,15 @@ def build(
     Raises:
         OSError: the run's folder can't be made.
     """
-    if not is_main:
-        return WarningReporter()
+
+    def speak(step: int) -> FanOut:
+        return _all(config, folder, hparams=hparams, first_step=step)
+
+    speaker = speak(first_step) if is_main else None
+    return Understudy(speak, last_reported=lambda: last_step(folder.metrics), speaker=speaker)
+
+
+def _all(config: ReportConfig, folder: RunFolder, *, hparams: Mapping[str, Any], first_step: int) -> FanOut:
     folder.create()
     makers: list[tuple[bool, str, Callable[[], Reporter]]] = [
         (True, SummaryWriter.__name__, lambda: SummaryWriter(folder)),

@@ -15,6 +15,7 @@ from macft.report.events import (
     CheckpointSaved,
     Evaluated,
     MetricScored,
+    NodesChanged,
     Noted,
     RunEnded,
     RunStarted,
@@ -71,6 +72,10 @@ class MetricsFile(SilentReporter):
         """Written."""
         self._write("noted", _fields(event))
 
+    def nodes_changed(self, event: NodesChanged) -> None:
+        """Written."""
+        self._write("nodes_changed", _fields(event))
+
     def run_ended(self, event: RunEnded) -> None:
         """Written."""
         self._write("run_ended", _fields(event))
@@ -83,6 +88,21 @@ class MetricsFile(SilentReporter):
         line = json.dumps(plain({"type": kind, "time": time.time(), **fields}), allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
+
+
+def last_step(path: Path) -> int:
+    """The last step that ``path`` tells of; 0 where there is none."""
+    if not path.exists():
+        return 0
+    found = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            event = json.loads(line)
+        except ValueError:  # torn by a kill
+            continue
+        if isinstance(event, dict) and event.get("type") == "step_done" and isinstance(event.get("step"), int):
+            found = max(found, event["step"])
+    return found
 
 
 def plain(value: Any) -> Any:

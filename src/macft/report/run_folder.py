@@ -54,6 +54,11 @@ class RunFolder:
         return self.path / "summary.md"
 
     @property
+    def members(self) -> Path:
+        """Where the nodes that take part just now can be reached."""
+        return self.path / "members.json"
+
+    @property
     def logs(self) -> Path:
         """The output of ranks that have no terminal."""
         return self.path / "logs"

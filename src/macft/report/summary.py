@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from macft import __version__
-from macft.report.events import RunEnded, RunStarted, SilentReporter, StepDone
+from macft.report.events import NodesChanged, RunEnded, RunStarted, SilentReporter, StepDone, change_line
 from macft.report.metrics_file import plain
 from macft.report.run_folder import RunFolder, write_atomically
 
@@ -27,6 +27,7 @@ class SummaryWriter(SilentReporter):
         self._facts: dict[str, Any] = {}
         self._tokens, self._seconds, self._peak_memory = 0, 0.0, 0
         self._last_loss: float | None = None
+        self._changes: list[str] = []
 
     def run_started(self, event: RunStarted) -> None:
         """Remembers what is trained on what."""
@@ -51,6 +52,11 @@ class SummaryWriter(SilentReporter):
         self._peak_memory = max(self._peak_memory, event.peak_memory)
         self._last_loss = event.loss
 
+    def nodes_changed(self, event: NodesChanged) -> None:
+        """Keeps the line."""
+        self._changes.append(f"after step {event.step}: {change_line(event)}")
+        self._facts["nodes_at_the_end"] = len(event.names)
+
     def run_ended(self, event: RunEnded) -> None:
         """Writes both files. Raises OSError where that fails."""
         values: dict[str, Any] = plain(
@@ -69,6 +75,7 @@ class SummaryWriter(SilentReporter):
                 "adapter_folder": event.adapter_folder,
                 "adapter_sha256": event.adapter_sha256,
                 **self._facts,
+                "membership_changes": self._changes,
                 "versions": _versions(),
             }
         )
@@ -100,6 +107,7 @@ def _markdown(values: Mapping[str, Any]) -> str:
         if value not in (None, "") and not isinstance(value, dict | list):
             lines.append(f"| {_words(name)} | {_cell(value)} |")
     lines += ["", *(f"- warning: {_cell(warning)}" for warning in values["warnings"])]
+    lines += [f"- {_cell(change)}" for change in values["membership_changes"]]
     lines += [f"- {_cell(note)}" for note in values.get("notes", [])]
     versions = ", ".join(f"{name} {version}" for name, version in values["versions"].items())
     return "\n".join([*lines, "", f"Versions: {versions}", ""])

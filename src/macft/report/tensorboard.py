@@ -12,12 +12,14 @@ from macft.report.events import (
     CheckpointSaved,
     Evaluated,
     MetricScored,
+    NodesChanged,
     Noted,
     RunEnded,
     RunStarted,
     SamplesShown,
     SilentReporter,
     StepDone,
+    change_line,
 )
 
 # Events reach the disk at least this often, in seconds, so that the curves can be watched.
@@ -109,6 +111,11 @@ class TensorBoard(SilentReporter):
         self._notes.append(event.text if event.level == "info" else f"{event.level}: {event.text}")
         self._write_notes()
 
+    def nodes_changed(self, event: NodesChanged) -> None:
+        """Added to the notes; the curves of world size, generation and shares show it too."""
+        self._notes.append(f"after step {event.step}: {change_line(event)}")
+        self._write_notes()
+
     def run_ended(self, event: RunEnded) -> None:
         """The results, and the end of the session for the HPARAMS tab."""
         results = {**event.final, "seconds": event.seconds, "steps": float(event.steps)}
@@ -184,7 +191,8 @@ class TensorBoard(SilentReporter):
 def _of_nodes(event: StepDone) -> dict[str, float]:
     """Temperature (C), power (W), duty and share of each node; the hottest state; power of all. Unknown is left out."""
     values: dict[str, float] = {}
-    if len(event.nodes) > 1:
+    if len(event.nodes) > 1 or event.generation:
+        values |= {"cluster/world_size": float(len(event.nodes)), "cluster/generation": float(event.generation)}
         values |= {f"plan/share_rank{rank}": share for rank, share in enumerate(event.shares)}
     for rank, node in enumerate(event.nodes):
         if node.temperature is not None:

@@ -63,6 +63,14 @@ class GradientExchange:
         self._codec = make(name, self._powersgd_rank)
         return f"collective.codec=auto: {reason}"
 
+    def agreed(self) -> tuple[str, bool]:
+        """What all ranks have alike: the codec's name, and whether ``auto`` has still to choose."""
+        return self._codec.name, self._is_open
+
+    def start_anew(self, name: str, *, is_open: bool) -> None:
+        """Begins with the codec ``name`` and no memory, as the ranks are others now, or a sum was left half-way."""
+        self._codec, self._is_open, self._seen = make(name, self._powersgd_rank), is_open, []
+
     def capture(self) -> list[bytes]:
         """Every rank's memory, for a checkpoint; empty where there is none. A call of all ranks."""
         if self.codec == "none" and not self._is_open:

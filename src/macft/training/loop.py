@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,17 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft.checkpoint.saver import CheckpointSaver
-from macft.checkpoint.snapshot import Progress, capture, digest
+from macft.checkpoint.snapshot import Progress, Snapshot, capture, digest, restore, restore_adapter
 from macft.collective.base import Collective
+from macft.collective.elastic import ElasticCollective, Members
 from macft.collective.solo import Solo
 from macft.data.batch import Batch, micro_batches
 from macft.data.formats import Row
 from macft.data.order import RowOrder
-from macft.errors import NonFiniteLoss, RanksDiverged
+from macft.errors import MembershipChanged, NonFiniteLoss, RanksDiverged
 from macft.plan.balance import Balance
 from macft.plan.node_status import NodeStatus
 from macft.plan.shares import assign
-from macft.report.events import CheckpointSaved, Evaluated, Noted, PhaseProgress, Reporter, StepDone
+from macft.report.events import CheckpointSaved, Evaluated, NodesChanged, Noted, PhaseProgress, Reporter, StepDone
 from macft.stop import StopRequest
 from macft.training.evaluate import validation_loss
 from macft.training.exchange import GradientExchange
@@ -32,6 +35,7 @@ from macft.training.optimizer import apply_gradient, clip_factor, learning_rate
 from macft.training.outer import OuterOptimizer
 from macft.training.pace import FullSpeed, Pace
 from macft.training.reduce import GlobalGradient, reduce_gradient, scale
+from macft.training.regroup import PauseNotice, Position, Seating, newest
 from macft.training.remarks import Remarks
 from macft.training.settings import OptimizerConfig, TrainingConfig
 
@@ -60,11 +64,14 @@ class Trainer:
     outer: OuterOptimizer | None = None
     balance: Balance | None = None
     pace: Pace = field(default_factory=FullSpeed)
+    elastic: ElasticCollective | None = None
     nodes: list[NodeStatus] = field(default_factory=list, init=False)
     tokens: int = field(default=0, init=False)
     _saved_step: int | None = field(default=None, init=False)
     _stop_agreed: bool = field(default=False, init=False)
+    _change_agreed: bool = field(default=False, init=False)
     _unsound: str = field(default="", init=False)
+    _ended: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         self._exchange = self.exchange or GradientExchange(self.collective)
@@ -72,6 +79,8 @@ class Trainer:
         self._exchange_of_step = GradientExchange(Solo()) if self.outer else self._exchange
         self._balance = self.balance or Balance("equal", self.collective.world_size, every=1)
         self._remarks = Remarks(self.collective, self.pace.own_remarks)
+        self._saved_step = self.progress.step or None
+        self._seating = Seating(self.elastic) if self.elastic is not None else None
 
     def train(self) -> str:
         """Trains to the last step; returns why it ended: finished, early_stopped or interrupted.
@@ -79,21 +88,23 @@ class Trainer:
         Raises:
             NonFiniteLoss: loss or gradient of a step is NaN or infinite; no update was made with it.
             RanksDiverged: the ranks no longer hold the same adapter.
+            MembershipChanged: a peer is gone, silent or wants to join; call :meth:`regroup`, then this again.
             CollectiveError: a peer is gone or silent.
         """
-        self._saved_step = self.progress.step or None
-        if self.progress.step == 0:
-            self._evaluate()
+        if self._ended:
+            return self._ended
+        self._evaluate_and_save_when_due()
         while self.progress.step < self.total_steps and not self._out_of_patience:
             started, sent = time.perf_counter(), self.collective.bytes_sent
             batches = self._my_batches(self.progress.step)
             data_seconds = time.perf_counter() - started
             paced = self.pace.paced(batches)
-            local = self.compute(self.progress.step, paced, len(batches))
+            local = self.compute(self.progress.step, self._while_together(paced), len(batches))
             result = reduce_gradient(
                 self._exchange_of_step,
                 local,
                 stop=self.stop.requested,
+                change=self.elastic is not None and self.elastic.wants_change,
                 computed=paced.close,  # the last micro-batch is computed
                 status=partial(self._status, local.tokens),
             )
@@ -109,9 +120,78 @@ class Trainer:
             if self._stop_agreed and self.progress.step < self.total_steps:
                 self._save()
                 return "interrupted"
+            if self._change_agreed:
+                raise MembershipChanged("a node wants to join")
         self._save()
         self.tell_saves(wait=True)
-        return "early_stopped" if self._out_of_patience else "finished"
+        self._ended = "early_stopped" if self._out_of_patience else "finished"
+        return self._ended
+
+    def regroup(self) -> bool:
+        """Goes on with the nodes that there are now, from the newest state that one of them has.
+
+        The step that was interrupted is computed anew. Returns False if the end was asked for while this node waited
+        for others. Raises CollectiveError if the nodes can't come together.
+        """
+        assert self.elastic is not None
+        assert self._seating is not None
+        started = time.monotonic()
+        pause = PauseNotice(self.stop, self.reporter)
+        while self.elastic.regroup(pause):
+            try:
+                change = self._catch_up(self._seating, self.elastic.members)
+            except MembershipChanged:
+                continue
+            self.reporter.lead(is_main=self.collective.rank == 0, step=self.progress.step)
+            self.reporter.nodes_changed(replace(change, seconds=time.monotonic() - started))
+            return True
+        return False
+
+    def _catch_up(self, seating: Seating, members: Members) -> NodesChanged:
+        progress = self.progress
+        evaluated = -1 if progress.evaluated_step is None else progress.evaluated_step
+        position = Position(seating.generation, bool(progress.before), progress.step, evaluated, bool(self._ended))
+        told, is_behind = newest(self.collective, position, partial(self._describe, seating, members))
+        if is_behind:
+            snapshot = Snapshot.unpack(told["state"])
+            self.progress = snapshot.progress
+            if self.progress.step:
+                restore(snapshot, self.model, self.optimizer)
+            else:
+                restore_adapter(snapshot, self.model)
+        self._ended, self._saved_step = told["ended"], None
+        self._stop_agreed = self._change_agreed = False
+        self._balance = Balance.reseated(told["balance"], told["old_ranks"])
+        self._exchange.start_anew(told["codec"], is_open=told["codec_is_open"])
+        left, joined = seating.move(members, self.nodes)
+        self.nodes = []
+        return NodesChanged(
+            self.progress.step, members.generation, list(members.names), left, joined, list(self._balance.shares)
+        )
+
+    def _describe(self, seating: Seating, members: Members, is_needed: bool) -> dict[str, Any]:
+        """What all must have alike; the state itself only where somebody needs it."""
+        codec, is_open = self._exchange.agreed()
+        return {
+            "state": capture(self.model, self.optimizer, self.progress).pack() if is_needed else b"",
+            "ended": self._ended,
+            "balance": self._balance.plain(),
+            "old_ranks": seating.old_ranks(members),
+            "codec": codec,
+            "codec_is_open": is_open,
+        }
+
+    def _while_together(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Computes nothing more for a step that can't be finished."""
+        for batch in batches:
+            if self.elastic is not None:
+                self.elastic.check()
+            yield batch
+
+    @property
+    def departed(self) -> list[NodeStatus]:
+        """The last statuses of nodes that are gone."""
+        return list(self._seating.departed.values()) if self._seating is not None else []
 
     @property
     def _out_of_patience(self) -> bool:
@@ -142,7 +222,7 @@ class Trainer:
             scale(result.gradient, factor)
         if not self._unsound and (result.target_tokens or not self.outer):
             apply_gradient(self.model, self.optimizer, result.gradient, rate)
-        self._stop_agreed = result.stop_requested
+        self._stop_agreed, self._change_agreed = result.stop_requested, result.change_requested
         self.progress.step += 1
         self.progress.target_tokens += result.target_tokens
         return time.perf_counter() - started, rate
@@ -209,6 +289,7 @@ class Trainer:
                 active_memory=mx.get_active_memory(),
                 nodes=result.nodes,
                 shares=list(self._balance.shares),
+                generation=0 if self._seating is None else self._seating.generation,
             )
         )
 
@@ -223,17 +304,15 @@ class Trainer:
     def _evaluate_and_save_when_due(self) -> None:
         self.tell_saves()
         step, config = self.progress.step, self.config
-        last = step == self.total_steps
-        improved = False
-        if config.eval_every and (last or step % config.eval_every == 0):
-            improved = self._evaluate()
-        if improved or (config.save_every and step % config.save_every == 0):
+        is_due = config.eval_every and (step == self.total_steps or step % config.eval_every == 0)
+        if is_due and self.valid_rows and self.progress.evaluated_step != step:
+            self._evaluate()
+        is_best = step == self.progress.best_step
+        if step > 0 and (is_best or (config.save_every and step % config.save_every == 0)):
             self._save()
 
-    def _evaluate(self) -> bool:
-        """Validates and keeps account of the best loss; returns whether this one is the best so far."""
-        if not self.valid_rows or not self.config.eval_every:
-            return False
+    def _evaluate(self) -> None:
+        """Validates and keeps account of the best loss."""
         with self.pace.working():
             result = validation_loss(
                 self.model,
@@ -245,7 +324,7 @@ class Trainer:
                 progress=lambda done, total: self.reporter.phase_progress(PhaseProgress("validation", done, total)),
             )
         progress = self.progress
-        progress.valid_loss = result.loss
+        progress.valid_loss, progress.evaluated_step = result.loss, progress.step
         if progress.first_valid_loss is None:
             progress.first_valid_loss = result.loss
         is_best = progress.best_valid_loss is None or result.loss < progress.best_valid_loss
@@ -254,7 +333,6 @@ class Trainer:
         else:
             progress.stale_evaluations += 1
         self.reporter.evaluated(Evaluated(progress.step, result.loss, result.target_tokens, result.seconds, is_best))
-        return is_best and progress.step > 0
 
     def _save(self) -> None:
         """Has a checkpoint written, after all ranks have shown that they hold the same adapter."""

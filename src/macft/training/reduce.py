@@ -33,6 +33,7 @@ class GlobalGradient:
     target_tokens: int
     tokens: int
     stop_requested: bool
+    change_requested: bool
     nodes: list[NodeStatus]
     seconds: Mapping[str, float]
 
@@ -47,15 +48,16 @@ def reduce_gradient(
     local: LocalGradient,
     *,
     stop: bool,
+    change: bool,
     computed: Callable[[], None],
     status: Callable[[float], NodeStatus],
 ) -> GlobalGradient:
     """Sums gradients, losses and counts over all ranks and divides once by the global count of target tokens.
 
     Nodes with more target tokens weigh more, exactly as if one machine had computed the batch. ``stop`` is this
-    rank's wish to end after this step; one rank's wish is enough. ``computed`` is called once this rank's gradient
-    is there and only the others' are waited for. ``status`` is asked after that, with the seconds it took; the answer
-    travels along in a slot of its own, which the other ranks leave at 0.
+    rank's wish to end after this step, ``change`` that to let a node in; one rank's wish is enough. ``computed`` is
+    called once this rank's gradient is there and only the others' are waited for. ``status`` is asked after that, with
+    the seconds it took; the answer travels along in a slot of its own, which the other ranks leave at 0.
 
     Gradients are summed in MLX's own memory, a bucket at a time: while one is on the wire MLX computes the next.
     """
@@ -65,10 +67,10 @@ def reduce_gradient(
     slots = np.zeros((collective.world_size, NodeStatus.SIZE))
     slots[collective.rank] = status(seconds["compute"]).numbers()
     # float64 holds token counts exactly and costs nothing at this size.
-    counts = np.array([local.loss_sum, local.target_tokens, local.tokens, float(stop)])
+    counts = np.array([local.loss_sum, local.target_tokens, local.tokens, float(stop), float(change)])
     sums = np.concatenate([counts, slots.ravel()])
     collective.all_reduce([sums])
-    loss_sum, target_tokens, tokens, stops = (float(value) for value in sums[: len(counts)])
+    loss_sum, target_tokens, tokens, stops, changes = (float(value) for value in sums[: len(counts)])
     scale(local.gradient, 1.0 / max(target_tokens, 1.0))
     seconds["all_reduce"] += time.perf_counter() - ready
     return GlobalGradient(
@@ -78,6 +80,7 @@ def reduce_gradient(
         target_tokens=int(target_tokens),
         tokens=int(tokens),
         stop_requested=stops > 0,
+        change_requested=changes > 0,
         nodes=[NodeStatus.of_numbers(slot.tolist()) for slot in sums[len(counts) :].reshape(slots.shape)],
         seconds=seconds,
     )

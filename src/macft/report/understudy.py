@@ -1,0 +1,127 @@
+"""Who speaks for a run: rank 0, whichever node that is just now."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+from macft.report.events import (
+    CheckpointSaved,
+    Evaluated,
+    MetricScored,
+    NodesChanged,
+    Noted,
+    PhaseProgress,
+    Reporter,
+    RunEnded,
+    RunStarted,
+    SamplesShown,
+    SilentReporter,
+    StepDone,
+)
+
+_MOST_REMEMBERED = 100_000
+
+
+class WarningReporter(SilentReporter):
+    """Says on stderr what the user of this very node has to know, and nothing else."""
+
+    def noted(self, event: Noted) -> None:
+        """A warning or an error: one line."""
+        if event.level != "info":
+            with contextlib.suppress(OSError):
+                print(f"{event.level}: {event.text}", file=sys.stderr)
+
+
+class Understudy(Reporter):
+    """Lets its ``speaker`` report while this node is rank 0; remembers what there was to tell while another one is.
+
+    When this node becomes rank 0, ``speak`` makes the speaker, given the updates made so far, and it is told what has
+    happened and has not been reported: nothing is lost with the node that spoke before. ``last_reported``: the last
+    step that stands in this node's run folder, which with ``topology=local`` is that of all.
+    """
+
+    def __init__(self, speak: Callable[[int], Reporter], *, last_reported: Callable[[], int], speaker: Reporter | None):
+        self._speak, self._last_reported, self._speaker = speak, last_reported, speaker
+        self._warnings = WarningReporter()
+        self._started: RunStarted | None = None
+        self._missed: deque[tuple[int, Callable[[Reporter], None]]] = deque(maxlen=_MOST_REMEMBERED)
+
+    def run_started(self, event: RunStarted) -> None:
+        """Kept for a speaker to come."""
+        self._started = event
+        if self._speaker is not None:
+            self._speaker.run_started(event)
+
+    def step_done(self, event: StepDone) -> None:
+        """Told or remembered."""
+        self._tell(event.step, lambda reporter: reporter.step_done(event))
+
+    def evaluated(self, event: Evaluated) -> None:
+        """Told or remembered."""
+        self._tell(event.step, lambda reporter: reporter.evaluated(event))
+
+    def metric_scored(self, event: MetricScored) -> None:
+        """Told or remembered."""
+        self._tell(event.step, lambda reporter: reporter.metric_scored(event))
+
+    def nodes_changed(self, event: NodesChanged) -> None:
+        """Told or remembered."""
+        self._tell(event.step, lambda reporter: reporter.nodes_changed(event))
+
+    def samples_shown(self, event: SamplesShown) -> None:
+        """Told."""
+        if self._speaker is not None:
+            self._speaker.samples_shown(event)
+
+    def checkpoint_saved(self, event: CheckpointSaved) -> None:
+        """Told."""
+        if self._speaker is not None:
+            self._speaker.checkpoint_saved(event)
+
+    def noted(self, event: Noted) -> None:
+        """Told; a warning is this node's own business and is told anyway."""
+        (self._speaker or self._warnings).noted(event)
+
+    def phase_progress(self, event: PhaseProgress) -> None:
+        """Told."""
+        if self._speaker is not None:
+            self._speaker.phase_progress(event)
+
+    def run_ended(self, event: RunEnded) -> None:
+        """Told."""
+        if self._speaker is not None:
+            self._speaker.run_ended(event)
+
+    def lead(self, *, is_main: bool, step: int) -> None:
+        """Begins or ends to speak."""
+        if not is_main:
+            self.close()
+        elif self._speaker is None:
+            reported = min(self._last_reported(), step)
+            try:
+                self._speaker = self._speak(step)
+            except OSError as error:  # telling about a run must never end it
+                self._warnings.noted(Noted(f"this node can't report the run: {error}", "warning"))
+                return
+            if self._started is not None:
+                self._speaker.run_started(replace(self._started, first_step=step))
+            for at, tell in self._missed:
+                if at > reported:
+                    tell(self._speaker)
+            self._missed.clear()
+
+    def close(self) -> None:
+        """The speaker's. Safe to call twice."""
+        if self._speaker is not None:
+            self._speaker.close()
+            self._speaker = None
+
+    def _tell(self, step: int, tell: Callable[[Reporter], None]) -> None:
+        if self._speaker is not None:
+            tell(self._speaker)
+        else:
+            self._missed.append((step, tell))

@@ -1,0 +1,160 @@
+"""Nodes die, sleep and join in the middle of a run, and the result is that of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from running import adapter, events, losses, start, train, uneven_dataset
+
+pytestmark = pytest.mark.slow
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def basics(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> list[str]:
+    """Overrides for a run of a tiny model that is long enough to be disturbed."""
+    data = uneven_dataset(tmp_path_factory.mktemp("data"))
+    return [
+        f"model={tiny_model_folder}",
+        f"dataset={data}",
+        "training.batch_size=8",
+        "training.micro_batch_size=1",
+        f"training.steps={STEPS}",
+        "training.eval_every=20",
+        "training.save_every=20",
+        "training.export=last",
+        "optimizer.learning_rate=1e-3",
+        "adapter.dropout=0.1",
+        "collective.timeout=4",
+        "collective.heartbeat=0.5",
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Path:
+    """The run on one node that nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = train(*basics, f"hydra.run.dir={folder}", cwd=folder)
+    assert done.status == 0, done.errors
+    return folder
+
+
+def assert_as_if_undisturbed(folder: Path, undisturbed: Path) -> dict[str, Any]:
+    """Every step stands once and has the loss it has without the faults; so has the adapter. Returns the summary."""
+    np.testing.assert_allclose(losses(folder), losses(undisturbed), rtol=2e-4)
+    expected, found = adapter(undisturbed), adapter(folder)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=2e-2, atol=5e-4, err_msg=name)
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    for log in (folder / "logs").glob("rank-*.log"):
+        for line in log.read_text().splitlines():
+            assert "adapter sha256" not in line or line.split()[-1] == summary["adapter_sha256"]
+    return summary
+
+
+def ranks(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """The nodes' processes by the rank that they began with."""
+    children = psutil.Process(process.pid).children()
+    return {int(child.cmdline()[4]): child for child in children if "macft.worker" in child.cmdline()}
+
+
+def wait_for(process: subprocess.Popen[str], folder: Path, kind: str, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(events(folder, kind)) < count:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, [log.read_text() for log in (folder / "logs").glob("*")]
+        time.sleep(0.01)
+
+
+def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+    wait_for(process, folder, "step_done", step)
+
+
+def finish(process: subprocess.Popen[str], nodes: list[psutil.Process]) -> None:
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert not psutil.wait_procs(nodes, timeout=5)[1]
+
+
+def test_killed_one_by_one_the_leader_first_down_to_one(tmp_path: Path, basics: list[str], undisturbed: Path) -> None:
+    process = start(*basics, "topology=local", "topology.nodes=3", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    wait_for_step(process, tmp_path, 7)
+    nodes = ranks(process)
+    nodes[0].kill()
+    wait_for(process, tmp_path, "nodes_changed", 1)
+    wait_for_step(process, tmp_path, 27)
+    nodes[2].kill()
+    finish(process, list(nodes.values()))
+    summary = assert_as_if_undisturbed(tmp_path, undisturbed)
+    first, second = events(tmp_path, "nodes_changed")
+    assert (first["left"], first["names"]) == ({"local-0": "its process ended"}, ["local-1", "local-2"])
+    assert (second["left"], second["names"]) == ({"local-2": "its process ended"}, ["local-1"])
+    assert sorted(event["step"] for event in events(tmp_path, "evaluated")) == [0, 20, 40, 60]
+    assert (summary["nodes"], summary["nodes_at_the_end"], len(summary["membership_changes"])) == (3, 1, 2)
+    # Step by step the curves show how many took part.
+    sizes = [len(event["nodes"]) for event in events(tmp_path, "step_done")]
+    assert sizes == sorted(sizes, reverse=True)
+    assert {*sizes} == {1, 2, 3}
+
+
+def test_a_leader_that_sleeps_is_left_out_and_comes_back(tmp_path: Path, basics: list[str], undisturbed: Path) -> None:
+    process = start(*basics, "topology=local", "topology.nodes=3", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    wait_for_step(process, tmp_path, 5)
+    nodes = ranks(process)
+    nodes[0].send_signal(signal.SIGSTOP)
+    wait_for(process, tmp_path, "nodes_changed", 1)
+    nodes[0].send_signal(signal.SIGCONT)
+    wait_for(process, tmp_path, "nodes_changed", 2)
+    finish(process, list(nodes.values()))
+    assert_as_if_undisturbed(tmp_path, undisturbed)
+    out, back = events(tmp_path, "nodes_changed")
+    assert out["left"] == {"local-0": "silent for 4 s"}
+    assert (back["joined"], back["names"]) == (["local-0"], ["local-1", "local-2", "local-0"])
+
+
+def test_a_killed_node_is_started_again_and_another_one_joins(
+    tmp_path: Path, basics: list[str], undisturbed: Path
+) -> None:
+    folder, guest = tmp_path / "run", tmp_path / "guest"
+    local = ["topology=local", "topology.restart=true", f"hydra.run.dir={folder}"]
+    process = start(*basics, *local, cwd=tmp_path)
+    wait_for_step(process, folder, 3)
+    newcomer = start(*basics, f"topology.join={folder}", f"hydra.run.dir={guest}", cwd=tmp_path)
+    wait_for(process, folder, "nodes_changed", 1)
+    ranks(process)[0].kill()
+    wait_for(process, folder, "nodes_changed", 3)
+    finish(process, [])
+    _, errors = newcomer.communicate(timeout=60)
+    assert newcomer.returncode == 0, errors
+    assert_as_if_undisturbed(folder, undisturbed)
+    joined, lost, again = events(folder, "nodes_changed")
+    assert (len(joined["joined"]), joined["names"][:2]) == (1, ["local-0", "local-1"])
+    assert lost["left"] == {"local-0": "its process ended"}
+    assert (again["joined"], len(again["names"])) == (["local-0"], 3)
+
+
+def test_a_newcomer_with_another_configuration_is_told_so(tmp_path: Path, basics: list[str]) -> None:
+    process = start(*basics, "topology=local", f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    wait_for_step(process, tmp_path / "run", 1)
+    newcomer = train(*basics, "seed=5", f"topology.join={tmp_path / 'run'}", cwd=tmp_path)
+    assert newcomer.status == 1
+    assert "does not let this node in: it has another configuration than the run" in newcomer.errors
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    nobody = train(*basics, "topology.join=127.0.0.1:9", "topology.start_timeout=1", cwd=tmp_path)
+    assert nobody.status == 1
+    assert "nobody answers at 127.0.0.1:11" in nobody.errors
+    nowhere = train(*basics, "topology.join=no such folder", cwd=tmp_path)
+    assert "nor the folder of a run that goes on" in nowhere.errors
