@@ -101,14 +101,15 @@ def uneven_dataset(folder: Path) -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, each with a free one after it."""
+    """Ports that nobody listens on, each with two free ones after it."""
     found: list[int] = []
     while len(found) < count:
-        with socket.socket() as first, socket.socket() as second:
+        with socket.socket() as first, socket.socket() as second, socket.socket() as third:
             first.bind(("127.0.0.1", 0))
             port = first.getsockname()[1]
             try:
                 second.bind(("127.0.0.1", port + 1))
+                third.bind(("127.0.0.1", port + 2))
             except OSError:
                 continue
             found.append(port)

@@ -221,7 +221,7 @@ def test_the_config_reference_is_new_and_whole() -> None:
     for row in (
         "| `collective.codec` | str | `none` | none, bfloat16, int8, powersgd, auto |",
         "| `training.micro_batch_size` | int or null | `null` | 1 or more, or null |",
-        "| `topology.port` | int | `7070` | from 1 to 65534 |",
+        "| `topology.port` | int | `7070` | from 1 to 65533 |",
     ):
         assert row in page
 

@@ -13,6 +13,7 @@ from macft.cluster.ssh_launch import Launch, launch, show
 from macft.collective.security import KeyPair
 from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig
+from macft.config.validate import is_elastic
 from macft.config.yaml import to_yaml
 from macft.errors import ConfigError
 from macft.model.resolve import resolve
@@ -34,6 +35,7 @@ def run_over_ssh(config: TrainConfig, folder: Path, *, resume: bool) -> int:
             has_code="code" in config.topology.ship,
             resume=resume,
             show=show,
+            elastic=is_elastic(config),
             secret=KeyPair.new().secret if needs_keys(config.topology, config.collective) else b"",
         )
     )

@@ -113,8 +113,8 @@ def problems(config: TopologyConfig) -> list[str]:
         found.append(f"topology.nodes: {config.nodes} must be 1 or more")
     if config.kind == "single" and config.nodes != 1:
         found.append(f"topology.nodes: topology=single has 1 node, not {config.nodes}; did you mean topology=local?")
-    if config.kind in ("hosts", "ssh") and config.join is None:
-        if len(config.hosts) < 2:
+    if config.kind in ("hosts", "ssh"):
+        if len(config.hosts) < 2 and config.join is None:
             found.append("topology.hosts: list two or more addresses, for instance [192.168.0.1,192.168.0.2]")
         if config.rank is not None and not 0 <= config.rank < len(config.hosts):
             found.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import posixpath
 import shlex
@@ -61,6 +62,7 @@ class Launch:
         has_code: Whether macft itself is among them, in ``code`` below ``topology.folder``.
         show: Prints a line.
         secret: Key of this run, for the agents; empty where it is not encrypted.
+        elastic: Whether the others go on without a host that is lost.
     """
 
     topology: TopologyConfig
@@ -72,6 +74,7 @@ class Launch:
     resume: bool
     show: Callable[[str], None]
     secret: bytes = field(default=b"", repr=False)
+    elastic: bool = False
 
 
 def launch(plan: Launch) -> int:
@@ -91,13 +94,25 @@ async def _launch(plan: Launch) -> int:
         hosts = await _connect_all(plan.topology, stack)
         await _prepare_all(plan, hosts)
         await asyncio.gather(*(_start(plan, host) for host in hosts))
-        status = await _run(plan, hosts)
+        status, completed = await _run(plan, hosts)
+        remote = posixpath.join(plan.topology.folder, plan.run_folder)
+        source = await _holder_of_results(completed, remote)
         try:
-            remote = posixpath.join(plan.topology.folder, plan.run_folder)
-            await fetch(hosts[0].connection, remote, plan.folder)
+            await fetch(source.connection, remote, plan.folder)
         except LaunchError as error:
-            plan.show(f"note: the results stay on {hosts[0].name}: {error}")
+            plan.show(f"note: the results stay on {source.name}: {error}")
         return status
+
+
+async def _holder_of_results(hosts: list[Host], remote: str) -> Host:
+    """The host that led at the end: it has written the newest summary."""
+    written = []
+    for host in hosts[: None if len(hosts) > 1 else 0]:
+        with contextlib.suppress(asyncssh.Error, OSError):
+            async with host.connection.start_sftp_client() as sftp:
+                found = await sftp.stat(posixpath.join(remote, "summary.json"))
+                written.append((found.mtime or 0, host))
+    return max(written, key=lambda item: item[0], default=(0, hosts[0]))[1]
 
 
 async def _connect_all(topology: TopologyConfig, stack: AsyncExitStack) -> list[Host]:
@@ -171,7 +186,7 @@ async def _prepare_all(plan: Launch, hosts: list[Host]) -> None:
 async def _prepare(plan: Launch, host: Host) -> None:
     _, port = split_host(plan.topology.hosts[host.rank], plan.topology.port)
     paths = [shipment.destination for shipment in plan.shipments]
-    ports = [port, port + 1] if host.rank == 0 else [port + 1]
+    ports = [port, port + 1, port + 2] if host.rank == 0 else [port + 1, port + 2]
     answer = await probe(host, plan.topology, paths, ports)
     if objection := _objection(plan, answer):
         raise LaunchError(f"{host.destination}: {objection}")
@@ -237,14 +252,15 @@ async def _start(plan: Launch, host: Host) -> None:
         host.process.stdin.write(f"key {plan.secret.hex()}\n")
 
 
-async def _run(plan: Launch, hosts: list[Host]) -> int:
+async def _run(plan: Launch, hosts: list[Host]) -> tuple[int, list[Host]]:
     asked = 0
 
     def stop() -> None:
         nonlocal asked
         asked += 1
-        first = hosts[0].process
-        if asked == 1 and first is not None and not first.stdin.is_closing():
+        running = [host.process for host in hosts if host.process is not None and host.process.exit_status is None]
+        first = next((process for process in running if not process.stdin.is_closing()), None)
+        if asked == 1 and first is not None:
             plan.show("stopping: the run ends after this step, with a checkpoint; Ctrl-C again to cut it off")
             first.stdin.write("stop\n")
         else:
@@ -260,27 +276,34 @@ async def _run(plan: Launch, hosts: list[Host]) -> int:
             loop.remove_signal_handler(number)
 
 
-async def _wait(plan: Launch, hosts: list[Host]) -> int:
+async def _wait(plan: Launch, hosts: list[Host]) -> tuple[int, list[Host]]:
+    """How the run ended, and the hosts on which it ended so."""
     tasks = {asyncio.create_task(_follow(plan, host)): host for host in hosts}
     waiting = set(tasks)
     failed: tuple[Host, int] | None = None
     while waiting:
         done, waiting = await asyncio.wait(
             waiting,
-            timeout=None if failed is None else _GRACE_SECONDS,
+            timeout=None if failed is None or plan.elastic else _GRACE_SECONDS,
             return_when=asyncio.FIRST_COMPLETED,
         )
         if not done:
             _cut_off(hosts)
         for task in done:
-            if failed is None and task.result() not in (0, 130):
-                failed = tasks[task], task.result()
-    statuses = {tasks[task].rank: task.result() for task in tasks}
-    if failed is None:
-        return statuses[0]
-    host, status = failed
-    how = "lost its connection" if status < 0 else f"ended with status {status}"
+            if task.result() not in (0, 130):
+                failed = failed or (tasks[task], task.result())
+                if plan.elastic and waiting:
+                    plan.show(f"note: {tasks[task].name} {_how(task.result())}")
+    for status in (0, 130):
+        if (failed is None or plan.elastic) and any(task.result() == status for task in tasks):
+            return status, [host for task, host in tasks.items() if task.result() == status]
+    assert failed is not None
+    host, how = failed[0], _how(failed[1])
     raise LaunchError(f"{host.name} {how}; it said last: {' | '.join(host.last_lines) or 'nothing'}")
+
+
+def _how(status: int) -> str:
+    return "lost its connection" if status < 0 else f"ended with status {status}"
 
 
 async def _follow(plan: Launch, host: Host) -> int:

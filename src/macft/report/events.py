@@ -75,7 +75,7 @@ class NodesChanged:
     """Nodes were lost (``left``: names and reasons) or joined; ``names`` and ``shares`` by rank are those from now on.
 
     ``step`` updates have been made; the next one is computed with the new nodes, ``seconds`` after the change was
-    found.
+    found. ``recomputed``: this node had begun it before.
     """
 
     step: int
@@ -84,6 +84,7 @@ class NodesChanged:
     left: Mapping[str, str]
     joined: list[str]
     shares: list[float]
+    recomputed: bool
     seconds: float = 0.0
 
 
@@ -186,7 +187,8 @@ def change_line(event: NodesChanged) -> str:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in zip(event.names, event.shares, strict=True))
     count = f"{len(event.names)} node{'s' if len(event.names) > 1 else ''}"
     what = "; ".join(parts) or "the ring broke, all nodes are there"
-    return f"{what}; {count} in generation {event.generation}, shares: {shares}; back after {event.seconds:.1f} s"
+    again = f"step {event.step + 1} is computed again" if event.recomputed else "no step was lost"
+    return f"{what}; {count} in generation {event.generation}: {shares}; {again}, {event.seconds:.1f} s"
 
 
 class Reporter(Protocol):

@@ -72,6 +72,7 @@ class Trainer:
     _change_agreed: bool = field(default=False, init=False)
     _unsound: str = field(default="", init=False)
     _ended: str = field(default="", init=False)
+    _begun: int = field(default=-1, init=False)
 
     def __post_init__(self) -> None:
         self._exchange = self.exchange or GradientExchange(self.collective)
@@ -96,6 +97,7 @@ class Trainer:
         self._evaluate_and_save_when_due()
         while self.progress.step < self.total_steps and not self._out_of_patience:
             started, sent = time.perf_counter(), self.collective.bytes_sent
+            self._begun = self.progress.step
             batches = self._my_batches(self.progress.step)
             data_seconds = time.perf_counter() - started
             paced = self.pace.paced(batches)
@@ -166,7 +168,13 @@ class Trainer:
         left, joined = seating.move(members, self.nodes)
         self.nodes = []
         return NodesChanged(
-            self.progress.step, members.generation, list(members.names), left, joined, list(self._balance.shares)
+            step=self.progress.step,
+            generation=members.generation,
+            names=list(members.names),
+            left=left,
+            joined=joined,
+            shares=list(self._balance.shares),
+            recomputed=self._begun == self.progress.step,
         )
 
     def _describe(self, seating: Seating, members: Members, is_needed: bool) -> dict[str, Any]:

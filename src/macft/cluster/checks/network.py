@@ -42,9 +42,9 @@ def describe(link: links.Link) -> str:
 
 
 def port_findings(port: int) -> list[Finding]:
-    """Whether ``port`` (where the ranks meet) and the next one (the ring) can be listened on."""
+    """Whether ``port`` (where the ranks meet) and the next two (the ring, the membership) can be listened on."""
     findings = []
-    for number in (port, port + 1):
+    for number in (port, port + 1, port + 2):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -53,7 +53,7 @@ def port_findings(port: int) -> list[Finding]:
                 text = f"port {number} can't be listened on: {error.strerror}"
                 mend = f"lsof -nP -iTCP:{number} -sTCP:LISTEN   # or set topology.port"
                 findings.append(Finding("ports", "problem", text, mend))
-    return findings or [Finding("ports", "ok", f"{port} and {port + 1} are free")]
+    return findings or [Finding("ports", "ok", f"{port} to {port + 2} are free")]
 
 
 def _thunderbolt() -> list[Finding]:
