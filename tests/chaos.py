@@ -241,14 +241,16 @@ def _await(world: Nodes, condition: Any, what: str) -> None:
 
 def _judge(world: Nodes, reference: Path, outcome: Outcome) -> None:
     """Every step is there, with the loss and the final adapter of the run without faults."""
-    expected = {event["step"]: event["loss"] for event in events(reference, "step_done")}
+    expected = {event["step"]: event for event in events(reference, "step_done")}
     told = world.events("step_done")
     for rank, steps in told.items():
         numbers = [event["step"] for event in steps]
         assert len(set(numbers)) == len(numbers), f"node {rank} tells of a step twice"
-    found = {event["step"]: event["loss"] for steps in told.values() for event in steps}
+    found = {event["step"]: event for steps in told.values() for event in steps}
     assert found.keys() == expected.keys()
-    outcome.worst_loss = max(abs(found[step] - loss) / loss for step, loss in expected.items())
+    for step, event in expected.items():  # a row that is lost or doubled would change the counts
+        assert [found[step][key] for key in ("tokens", "target_tokens")] == [event["tokens"], event["target_tokens"]]
+    outcome.worst_loss = max(abs(found[step]["loss"] - event["loss"]) / event["loss"] for step, event in expected.items())
     led = [rank for rank in told if (world.folder / str(rank) / "adapters").is_dir()]
     assert len(led) == 1, led
     ours, theirs = adapter(world.folder / str(led[0])), adapter(reference)

@@ -85,8 +85,13 @@ def agents(folder: str) -> list[psutil.Process]:
 
 def await_step(process: subprocess.Popen[str], folder: Path) -> None:
     """Waits until rank 0 has made a step in its ``folder``."""
+    await_event(process, folder, "step_done")
+
+
+def await_event(process: subprocess.Popen[str], folder: Path, kind: str) -> None:
+    """Waits until a node tells of an event of this kind."""
     deadline = time.monotonic() + 120
-    while not events(folder, "step_done"):
+    while not events(folder, kind):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -122,6 +127,25 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_run_goes_on(three: Cluster, basic
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, output + errors
     assert len(losses(tmp_path / "runs/b/1")) == made + 2
+
+
+def test_the_host_that_leads_dies_and_the_results_come_from_another(
+    three: Cluster, basics: list[str], tmp_path: Path
+) -> None:
+    longer = [*basics, "topology=desk", "training.steps=100000", "collective.encryption=on", "hydra.run.dir=runs/e/1"]
+    process = start(three, tmp_path, *longer)
+    await_step(process, three.hosts[0].home / "macft/runs/e/1")
+    (leader,) = [agent for agent in agents("runs/e/1") if agent.cmdline()[-1] == "0"]
+    leader.kill()
+    await_event(process, three.hosts[1].home / "macft/runs/e/1", "nodes_changed")
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, output + errors
+    assert f"note: {three.hosts[0].address} " in output
+    assert f"{three.hosts[0].address} is lost (its process ended); 2 nodes in generation 1" in output
+    assert losses(tmp_path / "runs/e/1")  # each step from the first one on, though another one has told of those
+    assert json.loads((tmp_path / "runs/e/1/summary.json").read_text())["nodes_at_the_end"] == 2
+    assert not agents("runs/e/1")
 
 
 def test_no_process_outlives_the_terminal(three: Cluster, basics: list[str], tmp_path: Path) -> None:

@@ -351,6 +351,8 @@ def _score_after(run: _Run, before: Mapping[str, Any], loss: float | None) -> di
 def _choose_final_adapter(run: _Run) -> float | None:
     """Puts the best checkpoint's adapter into the model where that is to be exported; returns its validation loss."""
     progress, saver, collective = run.trainer.progress, run.trainer.saver, run.collective
+    if run.trainer.has_final_adapter:
+        return progress.best_valid_loss
     if run.config.training.export != "best" or progress.best_step in (None, progress.step):
         return progress.valid_loss
     if progress.best_step == 0:
@@ -369,6 +371,7 @@ def _choose_final_adapter(run: _Run) -> float | None:
         )
         return progress.valid_loss
     restore_adapter(Snapshot.unpack(collective.broadcast(stored, holders[0])), run.loaded.model)
+    run.trainer.has_final_adapter = True
     return progress.best_valid_loss
 
 

@@ -67,6 +67,8 @@ class Trainer:
     elastic: ElasticCollective | None = None
     nodes: list[NodeStatus] = field(default_factory=list, init=False)
     tokens: int = field(default=0, init=False)
+    # Whether the adapter to be exported has taken the last one's place in the model.
+    has_final_adapter: bool = field(default=False, init=False)
     _saved_step: int | None = field(default=None, init=False)
     _stop_agreed: bool = field(default=False, init=False)
     _change_agreed: bool = field(default=False, init=False)
@@ -152,7 +154,8 @@ class Trainer:
     def _catch_up(self, seating: Seating, members: Members) -> NodesChanged:
         progress = self.progress
         evaluated = -1 if progress.evaluated_step is None else progress.evaluated_step
-        position = Position(seating.generation, bool(progress.before), progress.step, evaluated, bool(self._ended))
+        ended = bool(self._ended) + self.has_final_adapter
+        position = Position(seating.generation, bool(progress.before), progress.step, evaluated, ended)
         told, is_behind = newest(self.collective, position, partial(self._describe, seating, members))
         if is_behind:
             snapshot = Snapshot.unpack(told["state"])
@@ -161,7 +164,7 @@ class Trainer:
                 restore(snapshot, self.model, self.optimizer)
             else:
                 restore_adapter(snapshot, self.model)
-        self._ended, self._saved_step = told["ended"], None
+        self._ended, self.has_final_adapter, self._saved_step = told["ended"], told["has_final_adapter"], None
         self._stop_agreed = self._change_agreed = False
         self._balance = Balance.reseated(told["balance"], told["old_ranks"])
         self._exchange.start_anew(told["codec"], is_open=told["codec_is_open"])
@@ -183,6 +186,7 @@ class Trainer:
         return {
             "state": capture(self.model, self.optimizer, self.progress).pack() if is_needed else b"",
             "ended": self._ended,
+            "has_final_adapter": self.has_final_adapter,
             "balance": self._balance.plain(),
             "old_ranks": seating.old_ranks(members),
             "codec": codec,
