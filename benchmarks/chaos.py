@@ -21,9 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from chaos import KINDS, TIMEOUT, Outcome, schedule, unleash, why_not
 from conftest import TINY_CONFIG, make_tiny_model
-from running import train, uneven_dataset
-
 from macft.model.bundled import ensure_bundled
+from running import train, uneven_dataset
 
 
 def main() -> None:
@@ -83,7 +82,10 @@ def show(outcome: Outcome, options: argparse.Namespace, seconds: float) -> None:
         ("a node is lost after a silence of (`collective.timeout`)", f"{TIMEOUT:g} s"),
         ("largest difference of a step's loss", f"{outcome.worst_loss:.1e} of it"),
         ("largest difference of a final weight", f"{outcome.worst_weight:.1e}"),
-        ("open files of a node that lived through it, after the start and at the end", "{} and {}".format(*outcome.files)),
+        (
+            "open files of a node that was never killed, at first and at the end",
+            "{} and {}".format(*outcome.files),
+        ),
         ("its threads", "{} and {}".format(*outcome.threads)),
         ("its memory (MB)", "{:.0f} and {:.0f}".format(*outcome.megabytes)),
         ("time (s)", f"{seconds:.0f}"),

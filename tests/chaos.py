@@ -232,9 +232,9 @@ def _await(world: Nodes, condition: Any, what: str) -> None:
     """Until ``condition`` of (step, generation, nodes) holds."""
     deadline = time.monotonic() + _LONGEST
     while not condition(world.newest()):
-        dead = [rank for rank, process in enumerate(world.processes) if process.poll() not in (None, 0, -signal.SIGKILL)]
-        assert not dead, _errors(world)
-        assert any(process.poll() is None for process in world.processes), f"the run ended before {what}"
+        codes = [process.poll() for process in world.processes]
+        assert {*codes} <= {None, 0, -signal.SIGKILL}, _errors(world)
+        assert None in codes, f"the run ended before {what}"
         assert time.monotonic() < deadline, f"{what}: {world.newest()}\n{_errors(world)}"
         time.sleep(0.02)
 
@@ -250,7 +250,8 @@ def _judge(world: Nodes, reference: Path, outcome: Outcome) -> None:
     assert found.keys() == expected.keys()
     for step, event in expected.items():  # a row that is lost or doubled would change the counts
         assert [found[step][key] for key in ("tokens", "target_tokens")] == [event["tokens"], event["target_tokens"]]
-    outcome.worst_loss = max(abs(found[step]["loss"] - event["loss"]) / event["loss"] for step, event in expected.items())
+        difference = abs(found[step]["loss"] - event["loss"]) / event["loss"]
+        outcome.worst_loss = max(outcome.worst_loss, difference)
     led = [rank for rank in told if (world.folder / str(rank) / "adapters").is_dir()]
     assert len(led) == 1, led
     ours, theirs = adapter(world.folder / str(led[0])), adapter(reference)

@@ -11,7 +11,7 @@ from running import train, uneven_dataset
 
 pytestmark = pytest.mark.slow
 
-STEPS = 300
+STEPS = 160
 
 
 def test_nothing_is_lost_doubled_or_left_behind(tmp_path: Path, tiny_model_folder: Path) -> None:
@@ -34,13 +34,13 @@ def test_nothing_is_lost_doubled_or_left_behind(tmp_path: Path, tiny_model_folde
     done = train(*overrides, f"hydra.run.dir={reference}", cwd=tmp_path)
     assert done.status == 0, done.errors
     outcome = unleash(
-        tmp_path / "chaos", reference=reference, overrides=overrides, nodes=3, faults=schedule(4, 3), every=5, seed=3
+        tmp_path / "chaos", reference=reference, overrides=overrides, nodes=3, faults=schedule(4, 3), every=3, seed=3
     )
     assert set(outcome.injected.values()) == {1}
     assert outcome.steps == STEPS
     assert outcome.changes >= 2
     assert outcome.recomputed <= outcome.changes
-    assert outcome.worst_loss < 1e-3
-    assert outcome.worst_weight < 1e-3
+    assert outcome.worst_loss < 1e-2
+    assert outcome.worst_weight < 1e-2
     before, after = outcome.files
     assert after <= before + 3

@@ -28,7 +28,7 @@ def basics(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
         f"model={tiny_model_folder}",
         f"dataset={data}",
         "training.batch_size=8",
-        "training.micro_batch_size=1",
+        "training.micro_batch_size=4",
         f"training.steps={STEPS}",
         "training.eval_every=20",
         "training.save_every=20",

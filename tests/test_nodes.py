@@ -151,7 +151,8 @@ def test_ctrl_c_saves_and_a_resume_on_other_nodes_goes_on(
 
 
 def test_a_rank_that_dies_is_named_and_nothing_is_left_behind(tmp_path: Path, basics: list[str]) -> None:
-    process = start(*basics, "topology=local", "topology.nodes=3", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    stiff = ["topology=local", "topology.nodes=3", "topology.elastic=false"]
+    process = start(*basics, *stiff, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
     wait_for_step(process, tmp_path, 3)
     ranks = children(process)
     victim = next(rank for rank in ranks if rank.cmdline()[4] == "2")
