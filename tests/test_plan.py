@@ -89,12 +89,13 @@ def test_quantised_weights_are_counted_as_such() -> None:
     tokens=st.integers(2, 2048),
     checkpoint=st.booleans(),
     kind=st.sampled_from(["lora", "dora", "full"]),
+    eager=st.booleans(),
 )
-def test_memory_grows_with_rows_and_length(rows: int, tokens: int, checkpoint: bool, kind: str) -> None:
+def test_memory_grows_with_rows_and_length(rows: int, tokens: int, checkpoint: bool, kind: str, eager: bool) -> None:
     shape, adapter = tiny_shape(), AdapterConfig(type=kind)
 
     def peak(rows: int, tokens: int) -> float:
-        work = Work(rows, tokens, tokens - 1, checkpoint_blocks=checkpoint)
+        work = Work(rows, tokens, tokens - 1, checkpoint_blocks=checkpoint, eager=eager)
         parts = predict(shape, FLOAT32, adapter, "adamw", work)
         assert min(parts.weights, parts.activations, parts.gradients) > 0
         assert min(parts.logits, parts.overhead, parts.adapter) >= 0
@@ -246,7 +247,7 @@ def test_a_run_that_does_not_fit_is_refused_and_auto_makes_it_fit(wide_model_fol
         "training.steps=1",
         "training.eval_every=0",
         "optimizer.warmup_steps=0",
-        "topology.memory_budget=350MB",
+        "topology.memory_budget=150MB",
         f"hydra.run.dir={tmp_path / 'run'}",
     ]
     refused = train(*words, cwd=tmp_path)
@@ -257,8 +258,8 @@ def test_a_run_that_does_not_fit_is_refused_and_auto_makes_it_fit(wide_model_fol
     assert not events(tmp_path / "run", "run_started")
     made = train(*words, "topology.batch=auto", cwd=tmp_path)
     assert made.status == 0, made.errors
-    assert "topology.batch=auto chose training.micro_batch_size=2" in made.output
-    assert max(event["peak_memory"] for event in events(tmp_path / "run", "step_done")) < 350e6
+    assert "topology.batch=auto chose training.micro_batch_size=" in made.output
+    assert max(event["peak_memory"] for event in events(tmp_path / "run", "step_done")) < 150e6
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
 
 
@@ -280,7 +281,6 @@ def test_prediction_is_within_15_percent_of_the_measured_peak(wide_model_folder:
     assert done.status == 0, done.errors
     found = max(event["peak_memory"] for event in events(tmp_path / "run", "step_done"))
     steps = [StepRows(np.full(4, 128), np.full(4, 127))]
-    plan = Fitter(
-        read_shape(wide_model_folder), FLOAT32, AdapterConfig(), "adamw", steps, validation_rows=0, pack_tokens=512
-    )
+    shape, eager = read_shape(wide_model_folder), {"pack_tokens": 512, "eager": True}
+    plan = Fitter(shape, FLOAT32, AdapterConfig(), "adamw", steps, validation_rows=0, **eager)
     assert plan.parts(Settings(None, False)).peak == pytest.approx(found, rel=0.15)

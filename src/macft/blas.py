@@ -39,6 +39,11 @@ def preload() -> None:
         _problem = f"OpenBLAS could not be loaded ({error}); MLX uses its slow reference BLAS"
 
 
+def library() -> ctypes.CDLL | None:
+    """The OpenBLAS that was loaded, if any."""
+    return _library
+
+
 def set_threads(count: int) -> None:
     """Limits BLAS to ``count`` threads. Does nothing where no OpenBLAS was loaded."""
     if _library is not None:

@@ -1,55 +1,118 @@
-"""A faster SwiGLU for MLX's CPU backend.
+"""Exponentials for MLX's CPU backend.
 
-MLX's CPU wheel computes ``exp`` at about 20 ns an element, 40 times the cost of a multiplication, and a model's
-activation function with it: SwiGLU takes a third of a training step. Here ``exp`` is 2**n * 2**f with a polynomial for
-2**f (Cody and Waite 1980), made of operations that are cheap on the CPU. Its error is that of MLX's own ``exp``, about
-1e-6 relative.
+MLX's CPU wheel computes ``exp`` at about 20 ns an element, 40 times the cost of a multiplication, and with it a model's
+activation function and its loss. NumPy's takes half a nanosecond (SIMD). Here it runs over blocks that stay in the
+processor's cache, on all cores, as MLX builds the graph; on a CPU that makes no difference.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
 
-_LOG2_E = 1.4426950408889634
-# Taylor coefficients of 2**f, enough of them for |f| <= 1/2 in float32.
-_COEFFICIENTS = (
-    1.0,
-    0.6931471805599453,
-    0.24022650695910072,
-    0.05550410866482158,
-    0.009618129107628477,
-    0.0013333558146428443,
-    0.00015403530393381608,
-)
+from macft.blas import available_cores
 
+_BLOCK = 32_768
+"""Elements at once: several arrays of them fit a core's cache."""
+_WORTH_A_THREAD = 262_144
 
-def fast_exp(x: Any) -> Any:
-    """exp(x) for float32 ``x`` of any shape, kept to the range in which float32 has normal values. No gradient."""
-    z = mx.clip(x * _LOG2_E, -126.0, 127.0)
-    whole = mx.round(z)
-    fraction = z - whole
-    value = mx.full((), _COEFFICIENTS[-1])
-    for coefficient in reversed(_COEFFICIENTS[:-1]):
-        value = value * fraction + coefficient
-    return value * mx.view((whole.astype(mx.int32) + 127) << 23, mx.float32)
+Values = NDArray[np.float32]
 
 
 @mx.custom_function
 def swiglu(gate: Any, x: Any) -> Any:
     """silu(gate) * x, float32, as mlx_lm.models.activations.swiglu."""
-    return x * (gate / (1.0 + fast_exp(-gate)))
+    return mx.array(_computed(_swiglu, 1, np.asarray(gate), np.asarray(x))[0])
 
 
 @swiglu.vjp
 def _swiglu_vjp(primals: tuple[Any, Any], cotangent: Any, _output: Any) -> tuple[Any, Any]:
     gate, x = primals
-    sigmoid = 1.0 / (1.0 + fast_exp(-gate))
+    by_gate, by_x = _computed(_swiglu_gradients, 2, np.asarray(gate), np.asarray(x), np.asarray(cotangent))
+    return mx.array(by_gate), mx.array(by_x)
+
+
+def _swiglu(gate: Values, x: Values, out: Values) -> None:
+    np.negative(gate, out=out)
+    np.exp(out, out=out)
+    out += 1.0
+    np.divide(gate, out, out=out)
+    out *= x
+
+
+def _swiglu_gradients(gate: Values, x: Values, cotangent: Values, by_gate: Values, by_x: Values) -> None:
+    sigmoid = np.negative(gate)
+    np.exp(sigmoid, out=sigmoid)
+    sigmoid += 1.0
+    np.reciprocal(sigmoid, out=sigmoid)
     silu = gate * sigmoid
-    return cotangent * x * (sigmoid + silu * (1.0 - sigmoid)), cotangent * silu
+    np.multiply(cotangent, silu, out=by_x)
+    # silu' = sigmoid + silu * (1 - sigmoid)
+    np.subtract(1.0, sigmoid, out=by_gate)
+    by_gate *= silu
+    by_gate += sigmoid
+    by_gate *= cotangent
+    by_gate *= x
+
+
+def softmax_parts(logits: Any) -> tuple[Any, Any]:
+    """exp(logits - their highest), and the sums of those, of float32 ``logits`` (n, vocabulary). No gradient."""
+    values = np.asarray(logits)
+    powers = np.empty(values.shape, np.float32)
+    sums = np.empty((len(values), 1), np.float32)
+
+    def work(rows: slice) -> None:
+        for row in range(*rows.indices(len(values))):
+            np.subtract(values[row], values[row].max(), out=powers[row])
+            np.exp(powers[row], out=powers[row])
+            sums[row] = powers[row].sum()
+
+    _share(work, len(values), values.size)
+    return mx.array(powers), mx.array(sums)
+
+
+def _computed(kernel: Callable[..., None], results: int, *inputs: Values) -> list[Values]:
+    """``kernel(*blocks of inputs, *blocks of results)`` over arrays of equal shapes."""
+    flat = [np.ascontiguousarray(values).reshape(-1) for values in inputs]
+    found = [np.empty(inputs[0].shape, np.float32) for _ in range(results)]
+    flat += [values.reshape(-1) for values in found]
+    size = flat[0].size
+
+    def work(blocks: slice) -> None:
+        with np.errstate(over="ignore"):  # exp of a very negative gate; its silu is 0
+            for block in range(*blocks.indices(-(-size // _BLOCK))):
+                kernel(*(values[block * _BLOCK : (block + 1) * _BLOCK] for values in flat))
+
+    _share(work, -(-size // _BLOCK), size)
+    return found
+
+
+def _share(work: Callable[[slice], None], count: int, elements: int) -> None:
+    """Gives ``count`` pieces of work to the cores."""
+    cores = available_cores() if elements >= _WORTH_A_THREAD else 1
+    if cores == 1:
+        return work(slice(0, count))
+    ends = [count * core // cores for core in range(cores + 1)]
+    parts = [slice(a, b) for a, b in itertools.pairwise(ends)]
+    others = [_threads(cores).submit(work, part) for part in parts[1:]]
+    work(parts[0])
+    for other in others:
+        other.result()
+    return None
+
+
+@lru_cache(1)
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="cpu")
 
 
 def use_fast_activations(model: nn.Module) -> bool:

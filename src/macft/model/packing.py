@@ -17,6 +17,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from macft.model import cpu_attention
+
 _ATTENTION = "scaled_dot_product_attention"
 
 
@@ -81,6 +83,8 @@ class RowAttention:
         lengths = row_lengths()
         plain = cache is None and isinstance(mask, str) and mask == "causal" and not any(rest.values())
         if lengths is None or len(lengths) == 1:
+            if plain and cpu_attention.suits(queries, keys):
+                return cpu_attention.causal_attention(queries, keys, values, scale)
             return self._original(queries, keys, values, cache=cache, scale=scale, mask=mask, **rest)
         if not plain:
             raise ValueError("this model's attention has a mask of its own, so its rows can't be packed")
@@ -89,7 +93,7 @@ class RowAttention:
             return mx.concatenate([self(q, k, v, scale=scale, mask="causal") for q, k, v in rows], axis=2)
 
 
-def _use_row_attention(model: nn.Module) -> bool:
+def use_row_attention(model: nn.Module) -> bool:
     """Lets ``model``'s architecture attend row by row from now on; returns whether its attention can be replaced."""
     architecture = vars(sys.modules[type(model).__module__])
     original = architecture.get(_ATTENTION)
@@ -108,7 +112,7 @@ def enable_packing(model: nn.Module) -> bool:
     """
     blocks = [getattr(layer, "self_attn", None) for layer in getattr(model, "layers", [])]
     ropes = [block is not None and isinstance(getattr(block, "rope", None), nn.Module) for block in blocks]
-    if not blocks or not all(ropes) or not _use_row_attention(model):
+    if not blocks or not all(ropes) or not use_row_attention(model):
         return False
     arguments = getattr(model, "args", None)
     if getattr(arguments, "sliding_window", None) or getattr(arguments, "use_sliding_window", False):

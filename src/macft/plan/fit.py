@@ -35,7 +35,8 @@ class Fitter:
     """Predicts the peak of a node's part of a run under different settings.
 
     ``steps`` hold this node's rows, ``validation_rows`` is the size of the validation set (0: no validation).
-    ``pack_tokens``: the most tokens the trainer computes at once, None for a whole micro-batch.
+    ``pack_tokens``: the most tokens the trainer computes at once, None for a whole micro-batch. ``eager``: layer by
+    layer, as on a CPU in float32.
     """
 
     shape: ModelShape
@@ -45,6 +46,7 @@ class Fitter:
     steps: Sequence[StepRows]
     validation_rows: int
     pack_tokens: int | None = None
+    eager: bool = False
 
     @property
     def rows(self) -> int:
@@ -71,6 +73,7 @@ class Fitter:
                         validation_rows=min(size or _EVALUATION_ROWS, self.validation_rows),
                         checkpoint_blocks=settings.grad_checkpoint,
                         loss_chunk=chunk_size(self.shape.vocabulary, settings.loss_chunk or None),
+                        eager=self.eager,
                     )
                 )
         return works or {Work(1, 2, 1)}
@@ -101,7 +104,7 @@ class Fitter:
         longest = max((int(step.lengths.max()) for step in self.steps if len(step.lengths)), default=0)
         while longest >= _SHORTEST_HINT:
             longest //= 2
-            work = Work(1, longest, longest, True, min(1, self.validation_rows), True, chunk)
+            work = Work(1, longest, longest, True, min(1, self.validation_rows), True, chunk, self.eager)
             if self._predict(work).peak <= budget:
                 return longest
         return None

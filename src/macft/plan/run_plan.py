@@ -121,7 +121,7 @@ def _plan_node(
     # A node far slower than the others may be left without a row; it still holds the model.
     mine = mine or [StepRows(steps[0].lengths[:1], steps[0].targets[:1])]
     held = held_weights(shape, config.model, cpu=cpu)
-    fitter = fitter_for(config, shape=shape, held=held, steps=mine)
+    fitter = fitter_for(config, shape=shape, held=held, steps=mine, cpu=cpu)
     shared = config.topology.nodes if mac is None and config.topology.kind == "local" else 1
     budget = parse_budget(config.topology.memory_budget, (mac.usable_bytes if mac else usable_bytes()) / shared)
     auto, start = config.topology.batch == "auto", current_settings(config.training)

@@ -70,7 +70,8 @@ def _settle_here(
     except ModelError as error:
         # mlx-lm may still know the model by code of its own; the run goes on without a prediction.
         return training, [f"no memory plan: {error}"], None
-    fitter = fitter_for(config, shape=shape, held=held_weights(shape, config.model, cpu=on_cpu()), steps=steps)
+    cpu = on_cpu()
+    fitter = fitter_for(config, shape=shape, held=held_weights(shape, config.model, cpu=cpu), steps=steps, cpu=cpu)
     on_this_machine = topology.nodes if topology.kind == "local" else 1
     budget = parse_budget(topology.memory_budget, usable_bytes() / on_this_machine)
     start = current_settings(training)
@@ -85,8 +86,10 @@ def _settle_here(
     return apply_settings(training, chosen), [note], None
 
 
-def fitter_for(config: TrainConfig, *, shape: ModelShape, held: HeldWeights, steps: Sequence[StepRows]) -> Fitter:
-    """The prediction for ``config`` on a node that has ``steps``' rows."""
+def fitter_for(
+    config: TrainConfig, *, shape: ModelShape, held: HeldWeights, steps: Sequence[StepRows], cpu: bool
+) -> Fitter:
+    """The prediction for ``config`` on a node that has ``steps``' rows, and computes on a CPU or not."""
     return Fitter(
         shape=shape,
         held=held,
@@ -94,7 +97,8 @@ def fitter_for(config: TrainConfig, *, shape: ModelShape, held: HeldWeights, ste
         optimizer=config.optimizer.name,
         steps=steps,
         validation_rows=_validation_rows(config.training),
-        pack_tokens=TOKENS_AT_ONCE if on_cpu() and config.training.packing.lower() != "false" else None,
+        pack_tokens=TOKENS_AT_ONCE if cpu and config.training.packing.lower() != "false" else None,
+        eager=cpu and held.bits is None and held.float_bytes == 4,
     )
 
 

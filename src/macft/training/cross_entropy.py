@@ -14,7 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from macft.model.cpu_activations import fast_exp
+from macft.model.cpu_activations import softmax_parts
+from macft.model.cpu_eager import plain
 from macft.model.device import on_cpu
 
 _ELEMENTS_ON_CPU = 2**21
@@ -32,14 +33,21 @@ def chunk_size(vocabulary: int, wanted: int | None) -> int:
 def _forward(logits: Any, targets: Any, weights: Any) -> tuple[Any, Any]:
     """Summed loss of ``logits`` (n, vocabulary) and its gradient with respect to them, in their dtype."""
     dtype, logits = logits.dtype, logits.astype(mx.float32)
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    powers = fast_exp(shifted) if on_cpu() else mx.exp(shifted)
-    total = powers.sum(axis=-1, keepdims=True)
-    right = mx.take_along_axis(shifted, targets[:, None], axis=-1)
+    highest = logits.max(axis=-1, keepdims=True)
+    if on_cpu():
+        powers, total = softmax_parts(logits)
+    else:
+        powers = mx.exp(logits - highest)
+        total = powers.sum(axis=-1, keepdims=True)
+    right = mx.take_along_axis(logits, targets[:, None], axis=-1) - highest
     loss = ((mx.log(total) - right)[:, 0] * weights).sum()
     gradient = powers * (weights[:, None] / total)
     at_target = mx.take_along_axis(gradient, targets[:, None], axis=-1) - weights[:, None]
     return loss, mx.put_along_axis(gradient, targets[:, None], at_target, axis=-1).astype(dtype)
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def chunked_cross_entropy(
@@ -55,6 +63,9 @@ def chunked_cross_entropy(
 
     @mx.custom_function
     def loss_and_gradient(hidden: Any) -> tuple[Any, Any]:
+        # On a CPU logits are computed at once, and what leads to a result would be held as long as the graph.
+        cut = plain if on_cpu() else _same
+        hidden = cut(hidden)
         value = loss = mx.zeros(())
         parts: list[Any] = []
         for start in range(0, hidden.shape[0], size):
@@ -63,7 +74,8 @@ def chunked_cross_entropy(
                 part = mx.depends([part], [parts[-1], value])[0]
             end = start + size
             value, by_logit = _forward(head(part[None])[0], targets[start:end], weights[start:end])
-            parts.append(mx.vjp(lambda part: head(part[None])[0], [part], [by_logit])[1][0])
+            parts.append(cut(mx.vjp(lambda part: head(part[None])[0], [part], [by_logit])[1][0]))
+            value = cut(value)
             loss = loss + value
         return loss, mx.concatenate(parts, axis=0)
 

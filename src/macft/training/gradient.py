@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from macft.data.batch import Batch, pack
 from macft.errors import ConfigError
+from macft.model import cpu_eager
 from macft.model.device import on_cpu
 from macft.model.dropout import DropoutKeys
 from macft.model.packing import enable_packing, packed
@@ -79,7 +81,8 @@ class GradientComputer:
         self.packs = packing.lower() != "false" and enable_packing(model)
         if packing.lower() == "true" and not self.packs:
             raise ConfigError("training.packing: this model's attention can't take packed rows; use auto or false")
-        if checkpoint_blocks:
+        self._eager = cpu_eager.prepare(model, checkpoint_blocks=checkpoint_blocks)
+        if checkpoint_blocks and self._eager is None:
             grad_checkpoint(model.layers[0])
         self.loss = TokenLoss(model, chunk=loss_chunk)
         self._shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
@@ -141,10 +144,14 @@ class GradientComputer:
         row_ids: NDArray[np.int64],
     ) -> _Part:
         keys = DropoutKeys.for_rows(self._seed, step, row_ids) if self._keys.in_use else np.zeros(1, np.uint32)
-        loss, gradient = self._loss_and_gradient(
-            mx.array(inputs), mx.array(positions), mx.array(targets), mx.array(weights), mx.array(keys)
-        )
-        return loss, {name: value.astype(mx.float32) for name, value in tree_flatten(gradient)}, int(weights.sum())
+        with cpu_eager.eager(self._eager) if self._eager is not None else nullcontext():
+            loss, gradient = self._loss_and_gradient(
+                mx.array(inputs), mx.array(positions), mx.array(targets), mx.array(weights), mx.array(keys)
+            )
+        flat = {name: value.astype(mx.float32) for name, value in tree_flatten(gradient)}
+        if self._eager is not None:  # evaluated while the graph was built, they would hold all of it
+            loss, flat = cpu_eager.plain(loss), {name: cpu_eager.plain(value) for name, value in flat.items()}
+        return loss, flat, int(weights.sum())
 
 
 def _buckets(shapes: dict[str, tuple[int, ...]], bucket_bytes: int) -> list[list[str]]:

@@ -1,0 +1,143 @@
+"""Training on MLX's CPU backend operation by operation, without holding what the backward pass doesn't need.
+
+The fast attention and exponentials of the CPU (:mod:`~macft.model.cpu_attention`,
+:mod:`~macft.model.cpu_activations`) need their inputs while MLX still builds the graph of a gradient, and as long as it
+does, MLX holds all that has led to an evaluated array. So here each linear layer, norm and rotary embedding is one
+operation to MLX: it gets its inputs as plain arrays, outside of the graph, and its gradient is taken by itself. Held
+are inputs and outputs of the layers only, and nothing is computed twice but a low-rank product.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.lora import LoRALinear
+
+from macft.model.device import on_cpu
+from macft.model.packing import PackedRope, use_row_attention
+
+_KINDS = (nn.Linear, LoRALinear, DoRALinear, nn.RMSNorm, nn.LayerNorm, nn.RoPE, PackedRope)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ids of blocks: those that no gradient reaches, and those that are computed anew in the backward pass."""
+
+    frozen: frozenset[int]
+    checkpointed: frozenset[int]
+
+
+class _State(threading.local):
+    """Whether this thread builds the graph of a gradient, outside of any layer."""
+
+    is_building = False
+    plan = Plan(frozenset(), frozenset())
+
+
+_state = _State()
+
+
+@contextmanager
+def eager(plan: Plan) -> Iterator[None]:
+    """Inside, this thread's layers are computed one by one, as described above; ``plan`` is what ``prepare`` gave."""
+    _state.is_building, _state.plan = True, plan
+    try:
+        yield
+    finally:
+        _state.is_building = False
+
+
+def prepare(model: nn.Module, *, checkpoint_blocks: bool) -> Plan | None:
+    """Prepares ``model`` to be trained this way; None where it can't be: only on a CPU, in float32.
+
+    Of blocks below all that is trained nothing is held, and with ``checkpoint_blocks`` of the others their input only.
+    """
+    dtypes = {value.dtype for _, value in tree_flatten(model.parameters())}
+    if not on_cpu() or dtypes != {mx.float32}:
+        return None
+    use_row_attention(model)
+    blocks = list(getattr(model, "layers", []))
+    for kind in (*_KINDS, *{type(block) for block in blocks}):
+        if not isinstance(kind.__call__, _Layer):
+            kind.__call__ = _Layer(kind.__call__)
+    trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    below = list(itertools.takewhile(lambda block: not tree_flatten(block.trainable_parameters()), blocks))
+    if any(".layers." not in name for name in trained):
+        below = []  # an embedding perhaps
+    others = blocks[len(below) :] if checkpoint_blocks else []
+    return Plan(frozenset(map(id, below)), frozenset(map(id, others)))
+
+
+class _Layer:
+    """Takes the place of a layer's ``__call__``."""
+
+    def __init__(self, call: Callable[..., Any]):
+        self._call = call
+
+    def __get__(self, layer: Any, _kind: type | None = None) -> Any:
+        return self if layer is None else lambda *arguments, **named: self(layer, *arguments, **named)
+
+    def __call__(self, layer: nn.Module, x: Any, *rest: Any, **named: Any) -> Any:
+        if not _state.is_building:
+            return self._call(layer, x, *rest, **named)
+        if id(layer) in _state.plan.frozen:
+            return plain(self._call(layer, plain(x), *rest, **named))
+        is_block = id(layer) in _state.plan.checkpointed
+        if not is_block and not isinstance(layer, _KINDS):
+            return self._call(layer, x, *rest, **named)
+        trained = tree_flatten(layer.trainable_parameters())
+        names = [name for name, _ in trained]
+
+        def plainly(x: Any, *values: Any) -> Any:
+            _set(layer, names, values)
+            return self._call(layer, x, *rest, **named)
+
+        @mx.custom_function
+        def whole(x: Any, *values: Any) -> Any:
+            with _building(is_block):
+                return plain(plainly(plain(x), *map(plain, values)))
+
+        @whole.vjp
+        def _whole_vjp(primals: Any, cotangent: Any, _output: Any) -> Any:
+            inputs = [plain(value) for value in (primals if isinstance(primals, list | tuple) else [primals])]
+            with _building(is_block):
+                _, gradients = mx.vjp(plainly, inputs, [plain(cotangent)])
+                mx.eval(gradients)  # all at once: they have parts in common
+                found = tuple(map(plain, gradients))
+            return found if len(found) > 1 else found[0]
+
+        try:
+            return whole(x, *(value for _, value in trained))
+        finally:
+            _set(layer, names, [value for _, value in trained])
+
+
+@contextmanager
+def _building(is_building: bool) -> Iterator[None]:
+    before, _state.is_building = _state.is_building, is_building
+    try:
+        yield
+    finally:
+        _state.is_building = before
+
+
+def _set(layer: nn.Module, names: list[str], values: Any) -> None:
+    if names:
+        layer.update(tree_unflatten(list(zip(names, values, strict=True))))
+
+
+def plain(value: Any) -> Any:
+    """The same numbers, of the same type, in an array that no graph leads to."""
+    if value.dtype == mx.float32:
+        return mx.array(np.asarray(value))
+    return mx.array(np.asarray(value.astype(mx.float32))).astype(value.dtype)
