@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from running import adapter, events, losses, start, train, uneven_dataset
 
@@ -106,6 +107,10 @@ def test_killed_one_by_one_the_leader_first_down_to_one(tmp_path: Path, basics: 
     sizes = [len(event["nodes"]) for event in events(tmp_path, "step_done")]
     assert sizes == sorted(sizes, reverse=True)
     assert {*sizes} == {1, 2, 3}
+    curves = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
+    shown = {tag: {e.step: e.value for e in curves.Scalars(f"cluster/{tag}")} for tag in ("world_size", "generation")}
+    assert list(shown["world_size"].values()) == sizes
+    assert sorted(set(shown["generation"].values())) == [0, 1, 2]
 
 
 def test_a_leader_that_sleeps_is_left_out_and_comes_back(tmp_path: Path, basics: list[str], undisturbed: Path) -> None:

@@ -27,7 +27,8 @@ _VALIDATION_FLOATS_PER_LOGIT = 3.45
 # Layer by layer: floats a token that each block holds (hidden, queries, keys, feed-forward), that exist for a moment
 # (hidden, feed-forward), that each logit and each trained parameter takes; the same with checkpointed blocks, where it
 # is hidden alone that is held, and (hidden, queries, feed-forward) for a moment.
-_EAGER_HELD, _EAGER_MOMENT, _EAGER_LOGIT, _EAGER_TRAINED = (6.05, 5.23, 2.34, 5.5), (9.46, 4.65), 5.0, 2.0
+_EAGER_HELD, _EAGER_MOMENT, _EAGER_LOGIT, _EAGER_TRAINED = (5.7, 4.9, 2.2, 5.2), (9.46, 4.65), 5.0, 2.0
+_EAGER_VALIDATION_LOGIT = 3.2
 _EAGER_AGAIN_HELD, _EAGER_AGAIN_MOMENT, _EAGER_AGAIN = 0.46, (15.65, 13.29, 7.86), 1.2
 _PAD_TO = 16
 _TARGETS_PAD_TO = 32
@@ -223,9 +224,10 @@ def _moment_of_block(shape: ModelShape, held: HeldWeights, rows: int, length: in
 def _validation(shape: ModelShape, held: HeldWeights, work: Work, length: int) -> float:
     if not work.validation_rows:
         return 0.0
-    logits = _VALIDATION_FLOATS_PER_LOGIT * 4 * work.validation_rows * work.targets * shape.vocabulary
+    per_logit = _EAGER_VALIDATION_LOGIT if work.eager else _VALIDATION_FLOATS_PER_LOGIT
+    logits = per_logit * 4 * work.validation_rows * work.targets * shape.vocabulary
     if work.eager:
-        moment = 4 * work.validation_rows * length * _dot(_EAGER_MOMENT, (shape.hidden, shape.intermediate))
+        moment = 0.6 * 4 * work.validation_rows * length * _dot(_EAGER_MOMENT, (shape.hidden, shape.intermediate))
         return max(logits, moment)
     return max(logits, 0.5 * _moment_of_block(shape, held, work.validation_rows, length))
 
