@@ -32,6 +32,8 @@ _LOOK_SECONDS = 0.1
 _KNOCK_SECONDS = 0.3
 _KNOCK_EVERY = 0.5
 _MAX_WAITING = 64
+# A clock that goes on while a laptop sleeps; on macOS CLOCK_MONOTONIC does.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class Membership:
@@ -86,7 +88,7 @@ class Membership:
     def begin(self, view: View, secret: bytes) -> None:
         """Takes part from now on. ``secret`` is known to the members of this run only."""
         self._secret = secret
-        now = time.monotonic()
+        now = _now()
         self._agreement = Agreement(
             self.seat, view, silence=self._settings.timeout, patience=self._settings.patience, now=now
         )
@@ -125,7 +127,7 @@ class Membership:
         told: object = None
         while not self._stop.is_set():
             poller.poll(int(_LOOK_SECONDS * 1000) if self._orders.empty() else 0)
-            now = time.monotonic()
+            now = _now()
             self._read(now)
             while not self._orders.empty():
                 self._orders.get()(now)
@@ -172,7 +174,7 @@ class Membership:
 
     def _keep_links(self) -> None:
         """A link to every member, and to every one that would like to be."""
-        wanted = {seat.id: seat for seat in (*self._agreement.view.seats, *self._agreement.newcomers(time.monotonic()))}
+        wanted = {seat.id: seat for seat in (*self._agreement.view.seats, *self._agreement.newcomers(_now()))}
         wanted.pop(self.seat.id, None)
         for name in [name for name, link in self._links.items() if wanted.get(name) != link.seat]:
             if name not in wanted or wanted[name].address != self._links[name].seat.address:
@@ -185,7 +187,7 @@ class Membership:
         """Tells a process that has ended from a machine that is silent: a port without a listener refuses."""
         for name, link in self._links.items():
             if link.is_broken() and all(knock(path, _KNOCK_SECONDS) == "ended" for path in link.paths):
-                self._agreement.ended(name, time.monotonic())
+                self._agreement.ended(name, _now())
 
     def _publish(self, now: float) -> None:
         with self._news:
@@ -206,6 +208,10 @@ class Membership:
         if self._gate is not None:
             self._gate.close()
         self._context.term()
+
+
+def _now() -> float:
+    return time.clock_gettime(_CLOCK)
 
 
 @dataclass

@@ -42,7 +42,7 @@ _CAUSES: dict[int, _Failure] = {
     Cause.PROTOCOL: ProtocolError,
 }
 _KNOCK_SECONDS = 0.5
-_QUIET_MS = 100
+_QUIET_MS = 300
 _GRACE_SECONDS = 2.0
 """How much later than the first path of a link the others may come up."""
 _STALL_SECONDS = 1.0
