@@ -104,12 +104,12 @@ def test_killed_one_by_one_the_leader_first_down_to_one(tmp_path: Path, basics: 
     assert sorted(event["step"] for event in events(tmp_path, "evaluated")) == [0, 20, 40, 60]
     assert (summary["nodes"], summary["nodes_at_the_end"], len(summary["membership_changes"])) == (3, 1, 2)
     # Step by step the curves show how many took part.
-    sizes = [len(event["nodes"]) for event in events(tmp_path, "step_done")]
-    assert sizes == sorted(sizes, reverse=True)
-    assert {*sizes} == {1, 2, 3}
+    sizes = {event["step"]: len(event["nodes"]) for event in events(tmp_path, "step_done")}
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+    assert {*sizes.values()} == {1, 2, 3}
     curves = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
     shown = {tag: {e.step: e.value for e in curves.Scalars(f"cluster/{tag}")} for tag in ("world_size", "generation")}
-    assert list(shown["world_size"].values()) == sizes
+    assert shown["world_size"] == sizes
     assert sorted(set(shown["generation"].values())) == [0, 1, 2]
 
 
@@ -128,14 +128,34 @@ def test_a_leader_that_sleeps_is_left_out_and_comes_back(tmp_path: Path, basics:
     assert (back["joined"], back["names"]) == (["local-0"], ["local-1", "local-2", "local-0"])
 
 
+def test_a_node_that_sleeps_through_the_end_does_not_wait_for_ever(
+    tmp_path: Path, basics: list[str], undisturbed: Path
+) -> None:
+    process = start(*basics, "topology=local", "topology.nodes=3", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    wait_for_step(process, tmp_path, 30)
+    nodes = ranks(process)
+    nodes[0].send_signal(signal.SIGSTOP)
+    wait_for(process, tmp_path, "run_ended", 1)
+    assert not psutil.wait_procs([nodes[1], nodes[2]], timeout=30)[1]
+    nodes[0].send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "all other nodes have ended: the run is over" in errors
+    # It was the leader, and what it had to say no longer counts.
+    assert assert_as_if_undisturbed(tmp_path, undisturbed)["reason"] == "finished"
+    assert [event["reason"] for event in events(tmp_path, "run_ended")] == ["finished"]
+
+
 def test_a_killed_node_is_started_again_and_another_one_joins(
     tmp_path: Path, basics: list[str], undisturbed: Path
 ) -> None:
     folder, guest = tmp_path / "run", tmp_path / "guest"
+    # Quiet all day: a run that is still going on when a new process has loaded its model.
+    quiet = ["thermal.quiet_hours=0:00-23:59", "thermal.quiet_duty=0.15"]
     local = ["topology=local", "topology.restart=true", f"hydra.run.dir={folder}"]
-    process = start(*basics, *local, cwd=tmp_path)
+    process = start(*basics, *quiet, *local, cwd=tmp_path)
     wait_for_step(process, folder, 3)
-    newcomer = start(*basics, f"topology.join={folder}", f"hydra.run.dir={guest}", cwd=tmp_path)
+    newcomer = start(*basics, *quiet, f"topology.join={folder}", f"hydra.run.dir={guest}", cwd=tmp_path)
     wait_for(process, folder, "nodes_changed", 1)
     ranks(process)[0].kill()
     wait_for(process, folder, "nodes_changed", 3)

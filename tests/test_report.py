@@ -9,6 +9,7 @@ import pty
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -615,6 +616,37 @@ def test_other_ranks_say_and_write_nothing(tmp_path: Path, capsys: pytest.Captur
     tell(fan_out.build(ReportConfig(), folder, hparams={}, is_main=False, first_step=0), folder.path)
     assert not folder.path.exists()
     assert capsys.readouterr().out == ""
+
+
+@given(lost=st.integers(1, TOTAL), is_validation_told=st.booleans(), behind=st.booleans())
+@settings(deadline=None, max_examples=20)
+def test_who_takes_over_tells_what_the_lost_node_could_not(lost: int, is_validation_told: bool, behind: bool) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = RunFolder(Path(name))
+        config = ReportConfig(console=False)
+        first, second = (
+            fan_out.build(config, folder, hparams=HPARAMS, is_main=is_main, first_step=0) for is_main in (True, False)
+        )
+        done = lost - behind  # the one that takes over may not have come as far
+        for reporter, until in ((first, lost), (second, done)):
+            reporter.run_started(started(folder.path))
+            reporter.evaluated(Evaluated(0, 3.5, 900, 1.0, True))
+            for number in range(1, until + 1):
+                reporter.step_done(step(number))
+                if reporter is second or number < lost or is_validation_told:
+                    reporter.evaluated(Evaluated(number, 3.0, 900, 1.0, True))
+        # The first one is not closed: it was killed.
+        second.lead(is_main=True, step=done)
+        for number in range(done + 1, TOTAL + 1):
+            second.step_done(step(number))
+            second.evaluated(Evaluated(number, 3.0, 900, 1.0, True))
+        second.close()
+        assert [event["step"] for event in lines(folder.metrics, "step_done")] == list(range(1, TOTAL + 1))
+        assert [event["step"] for event in lines(folder.metrics, "evaluated")] == list(range(TOTAL + 1))
+        curves = accumulated(folder.tensorboard)
+        assert list(scalars(curves, "loss/train")) == list(range(1, TOTAL + 1))
+        assert list(scalars(curves, "loss/valid")) == list(range(TOTAL + 1))
+        first.close()
 
 
 def test_a_reporter_that_cannot_be_set_up_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

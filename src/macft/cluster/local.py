@@ -136,7 +136,8 @@ def _wait_elastic(processes: list[subprocess.Popen[bytes]], logs: Path, again: _
         for rank, process in enumerate(processes):
             if rank in ended or (code := process.poll()) is None:
                 continue
-            if again is not None and code < 0 and any(other.poll() is None for other in processes):
+            goes_on = 0 not in ended.values() and any(other.poll() is None for other in processes)
+            if again is not None and code < 0 and goes_on:
                 processes[rank] = again(rank)
             else:
                 ended[rank] = code

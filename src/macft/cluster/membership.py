@@ -84,6 +84,7 @@ class Membership:
         """Why members of the view before are gone, by id."""
         self.waits_for = ""
         self._secret = b""
+        self._deserted_since: float | None = None
 
     def begin(self, view: View, secret: bytes) -> None:
         """Takes part from now on. ``secret`` is known to the members of this run only."""
@@ -100,6 +101,9 @@ class Membership:
 
         A node that has been dropped is let in again this way, and a newcomer for the first time. ``waiting`` is asked
         about every tenth of a second, and told whom this node waits for; None once it answers not to wait any longer.
+
+        Raises:
+            PeerLost: nobody is left who could let it in; has been so for the time after which a node is lost.
         """
         self._orders.put(lambda now: self._agreement.ready(ring, ring_key, now))
         while True:
@@ -109,7 +113,9 @@ class Membership:
                     raise PeerLost("this node's membership service has ended")
                 if self.view.generation > after and self.seat.id in self.view.ids:
                     return self.view
-                text = self.waits_for
+                text, deserted_since = self.waits_for, self._deserted_since
+            if deserted_since is not None and _now() - deserted_since > self._settings.timeout:
+                raise PeerLost("all other nodes have ended: the run is over, or can't go on, without this one")
             if not waiting(text):
                 return None
 
@@ -185,9 +191,13 @@ class Membership:
 
     def _look_for_the_dead(self) -> None:
         """Tells a process that has ended from a machine that is silent: a port without a listener refuses."""
+        is_anyone_there = not self._links
         for name, link in self._links.items():
             if link.is_broken() and all(knock(path, _KNOCK_SECONDS) == "ended" for path in link.paths):
                 self._agreement.ended(name, _now())
+            else:
+                is_anyone_there = True
+        self._deserted_since = None if is_anyone_there else self._deserted_since or _now()
 
     def _publish(self, now: float) -> None:
         with self._news:

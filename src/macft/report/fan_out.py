@@ -124,14 +124,15 @@ def _all(config: ReportConfig, folder: RunFolder, *, hparams: Mapping[str, Any],
     makers: list[tuple[bool, str, Callable[[], Reporter]]] = [
         (True, SummaryWriter.__name__, lambda: SummaryWriter(folder)),
         (
-            config.metrics_file,
-            MetricsFile.__name__,
-            lambda: MetricsFile(folder.metrics, first_step=first_step),
-        ),
-        (
             config.tensorboard,
             TensorBoard.__name__,
             lambda: TensorBoard(folder.tensorboard, hparams=hparams, first_step=first_step),
+        ),
+        # After TensorBoard: a step that stands here has been told to both, should this node be killed.
+        (
+            config.metrics_file,
+            MetricsFile.__name__,
+            lambda: MetricsFile(folder.metrics, first_step=first_step),
         ),
         (config.console, ConsoleReporter.__name__, lambda: ConsoleReporter(every=config.every)),
     ]

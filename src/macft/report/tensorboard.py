@@ -22,8 +22,6 @@ from macft.report.events import (
     change_line,
 )
 
-# Events reach the disk at least this often, in seconds, so that the curves can be watched.
-_FLUSH_SECONDS = 5
 # What the HPARAMS tab compares runs by; the rest changes how a run is carried out, not what it learns.
 _COMPARED = ("model.", "dataset.", "adapter.", "optimizer.", "training.", "topology.nodes", "seed")
 
@@ -42,7 +40,7 @@ class TensorBoard(SilentReporter):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._writer = EventFileWriter(str(folder), flush_secs=_FLUSH_SECONDS)
+        self._writer = EventFileWriter(str(folder))
         self._event = Event
         self._hparams = _compared(hparams)
         self._notes: list[str] = []
@@ -80,6 +78,7 @@ class TensorBoard(SilentReporter):
         }
         values |= {f"time/{name}": part for name, part in event.parts.items()}
         self._scalars(values | _of_nodes(event), event.step)
+        self._writer.flush()  # a node may be killed at any time, and the next one tells only what isn't told yet
 
     def evaluated(self, event: Evaluated) -> None:
         """The validation loss."""

@@ -39,8 +39,8 @@ class WarningReporter(SilentReporter):
 class Understudy(Reporter):
     """Lets its ``speaker`` report while this node is rank 0; remembers what there was to tell while another one is.
 
-    When this node becomes rank 0, ``speak`` makes the speaker, given the updates made so far, and it is told what has
-    happened and has not been reported: nothing is lost with the node that spoke before. ``last_reported``: the last
+    When this node becomes rank 0, ``speak`` makes the speaker, given the last step that stands reported, and it is told
+    what has happened since: nothing is lost with the node that spoke before. ``last_reported``: the last
     step that stands in this node's run folder, which with ``topology=local`` is that of all.
     """
 
@@ -49,6 +49,7 @@ class Understudy(Reporter):
         self._warnings = WarningReporter()
         self._started: RunStarted | None = None
         self._missed: deque[tuple[int, Callable[[Reporter], None]]] = deque(maxlen=_MOST_REMEMBERED)
+        self._missed_steps: deque[int] = deque(maxlen=_MOST_REMEMBERED // 2)
 
     def run_started(self, event: RunStarted) -> None:
         """Kept for a speaker to come."""
@@ -58,6 +59,8 @@ class Understudy(Reporter):
 
     def step_done(self, event: StepDone) -> None:
         """Told or remembered."""
+        if self._speaker is None:
+            self._missed_steps.append(event.step)
         self._tell(event.step, lambda reporter: reporter.step_done(event))
 
     def evaluated(self, event: Evaluated) -> None:
@@ -101,18 +104,26 @@ class Understudy(Reporter):
         if not is_main:
             self.close()
         elif self._speaker is None:
-            reported = min(self._last_reported(), step)
+            told = self._told_until(step)
             try:
-                self._speaker = self._speak(step)
+                self._speaker = self._speak(max(told, 0))
             except OSError as error:  # telling about a run must never end it
                 self._warnings.noted(Noted(f"this node can't report the run: {error}", "warning"))
                 return
             if self._started is not None:
                 self._speaker.run_started(replace(self._started, first_step=step))
             for at, tell in self._missed:
-                if at > reported:
+                if at > told:
                     tell(self._speaker)
             self._missed.clear()
+            self._missed_steps.clear()
+
+    def _told_until(self, step: int) -> int:
+        """The last step of which everything has surely been reported, -1 for not even the start."""
+        reported = min(self._last_reported(), step)
+        if reported in self._missed_steps:
+            reported -= 1  # the one who spoke may have been lost before it told of that step's validation
+        return reported or -1
 
     def close(self) -> None:
         """The speaker's. Safe to call twice."""

@@ -22,7 +22,7 @@ from macft.collective.solo import Solo
 from macft.data.batch import Batch, micro_batches
 from macft.data.formats import Row
 from macft.data.order import RowOrder
-from macft.errors import MembershipChanged, NonFiniteLoss, RanksDiverged
+from macft.errors import MembershipChanged, NonFiniteLoss, PeerLost, RanksDiverged
 from macft.plan.balance import Balance
 from macft.plan.node_status import NodeStatus
 from macft.plan.shares import assign
@@ -135,13 +135,13 @@ class Trainer:
         """Goes on with the nodes that there are now, from the newest state that one of them has.
 
         The step that was interrupted is computed anew. Returns False if the end was asked for while this node waited
-        for others. Raises CollectiveError if the nodes can't come together.
+        for others. Raises CollectiveError if the nodes can't come together, or all others have ended.
         """
         assert self.elastic is not None
         assert self._seating is not None
         started = time.monotonic()
         pause = PauseNotice(self.stop, self.reporter)
-        while self.elastic.regroup(pause):
+        while self._is_let_in(pause):
             try:
                 change = self._catch_up(self._seating, self.elastic.members)
             except MembershipChanged:
@@ -150,6 +150,14 @@ class Trainer:
             self.reporter.nodes_changed(replace(change, seconds=time.monotonic() - started))
             return True
         return False
+
+    def _is_let_in(self, pause: PauseNotice) -> bool:
+        assert self.elastic is not None
+        try:
+            return self.elastic.regroup(pause)
+        except PeerLost:  # the others went on and have ended: what is to be told of the run, they have told
+            self.reporter.lead(is_main=False, step=self.progress.step)
+            raise
 
     def _catch_up(self, seating: Seating, members: Members) -> NodesChanged:
         progress = self.progress
