@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+
+from macft.benchmarking.ports import free_addresses
 
 
 @dataclass
@@ -102,15 +103,4 @@ def uneven_dataset(folder: Path) -> Path:
 
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on, each with two free ones after it."""
-    found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as first, socket.socket() as second, socket.socket() as third:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-                third.bind(("127.0.0.1", port + 2))
-            except OSError:
-                continue
-            found.append(port)
-    return found
+    return [int(address.rpartition(":")[2]) for address in free_addresses(count, in_a_row=3)]

@@ -108,7 +108,7 @@ def test_local_ranks_with_peers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", ["ring", "mlx"])
 def test_the_ranks_of_hosts_measure_together(tmp_path: Path, backend: str) -> None:
     # Each rank uses its port and the three after it.
-    hosts = ",".join(free_addresses(2))
+    hosts = ",".join(free_addresses(2, in_a_row=4))
     ranks = []
     for rank in range(2):
         arguments = ["topology=hosts", f"topology.hosts=[{hosts}]", f"topology.rank={rank}", f"collective={backend}"]

@@ -43,7 +43,7 @@ from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_typed
 from macft.config.yaml import fingerprint
-from macft.errors import ConfigError, MacftError
+from macft.errors import CollectiveError, ConfigError, MacftError
 
 SIZES = "4K,16K,64K,256K,1M,4M,16M,64M"
 PEERS = ("mlx", "gloo", "mpi", "tcp")
@@ -192,7 +192,11 @@ def _measure_hosts(options: argparse.Namespace, config: TrainConfig) -> tuple[li
         Console().print(f"rank {rank} of {count} ({topology.hosts[rank]}), collective={config.collective.backend}")
         sides: dict[str, Side] = {"macft": Joined(collective)}
         if "tcp" in options.peers:
-            sides["tcp"] = RawTcp(rank, [f"{name}:{number + _TCP_PORTS_ON}" for name, number in places])
+            addresses = [f"{name}:{number + _TCP_PORTS_ON}" for name, number in places]
+            try:
+                sides["tcp"] = RawTcp(rank, addresses)
+            except OSError as error:
+                raise CollectiveError(f"--peers=tcp: rank {rank} of {', '.join(addresses)}: {error}") from None
             stack.callback(sides["tcp"].close)
         with Console().status("measuring") as status:
             found = measure_here(sides, collective, options.sizes, options.turns, lambda row: status.update(_done(row)))
