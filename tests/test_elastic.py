@@ -113,6 +113,28 @@ def test_killed_one_by_one_the_leader_first_down_to_one(tmp_path: Path, basics: 
     assert sorted(set(shown["generation"].values())) == [0, 1, 2]
 
 
+def test_killed_before_the_first_step(tmp_path: Path, basics: list[str], undisturbed: Path) -> None:
+    process = start(*basics, "topology=local", "topology.nodes=3", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    nodes: dict[int, psutil.Process] = {}
+    deadline = time.monotonic() + 120
+    # Each in touch with both others, in the ring and beside it; none has loaded the model.
+    while len(nodes) < 3 or any(_connections(node) < 6 for node in nodes.values()):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        nodes = ranks(process)
+        time.sleep(0.005)
+    nodes[0].kill()
+    assert not events(tmp_path, "run_started")
+    finish(process, list(nodes.values()))
+    summary = assert_as_if_undisturbed(tmp_path, undisturbed)
+    assert (summary["nodes_at_the_end"], events(tmp_path, "nodes_changed")[0]["step"]) == (2, 0)
+    assert (tmp_path / "members.json").exists()
+
+
+def _connections(node: psutil.Process) -> int:
+    return sum(found.status == psutil.CONN_ESTABLISHED for found in node.net_connections("tcp"))
+
+
 def test_a_leader_that_sleeps_is_left_out_and_comes_back(tmp_path: Path, basics: list[str], undisturbed: Path) -> None:
     process = start(*basics, "topology=local", "topology.nodes=3", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
     wait_for_step(process, tmp_path, 5)

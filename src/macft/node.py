@@ -88,20 +88,24 @@ def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resum
         MacftError: whatever went wrong, in one line; rank 0 has reported it before.
     """
     started = time.perf_counter()
-    run = _prepare(config, collective, RunFolder(folder), resume=resume, stop=stop)
-    elastic = run.trainer.elastic
+    elastic = collective if isinstance(collective, ElasticCollective) else None
+    try:
+        run = _prepare(config, collective, RunFolder(folder), resume=resume, stop=stop)
+    except MembershipChanged:
+        if elastic is None:
+            raise
+        # Before all were ready a node was lost: this one gets ready by itself, then meets those who are left.
+        elastic.step_out()
+        run = _prepare(config, collective, RunFolder(folder), resume=resume, stop=stop)
     try:
         _announce(run)
-        _show_members(run)
         together = elastic is None or elastic.is_member or run.trainer.regroup()
         while together:
+            _show_members(run)
             try:
                 return _train(run, started)
             except MembershipChanged:
-                if elastic is None:
-                    raise
                 together = run.trainer.regroup()
-                _show_members(run)
         return _interrupted(run, started)
     except MacftError as error:
         _end(run, "failed", started, {}, str(error))
@@ -143,8 +147,8 @@ def _prepare(
     )
     device = prepare_device()
     elastic = collective if isinstance(collective, ElasticCollective) else None
-    world_size = collective.world_size if elastic is None or elastic.is_member else len(elastic.members.ids) + 1
-    is_newcomer = world_size != collective.world_size
+    is_newcomer = elastic is not None and not elastic.is_member
+    world_size = _world_size(collective)
     training, plan_notes = settle(config, model_folder, data.train.rows, order, collective, world_size=world_size)
     config = replace(config, training=training)
     loaded = load(config.model, model_folder, tokenizer)
@@ -193,7 +197,7 @@ def _prepare(
         stop=stop,
         exchange=exchange,
         outer=outer,
-        balance=Balance(config.topology.shares, collective.world_size, every=config.topology.rebalance_every),
+        balance=Balance(_shares(config, world_size), world_size, every=config.topology.rebalance_every),
         pace=guard or FullSpeed(),
         elastic=elastic,
     )
@@ -201,6 +205,17 @@ def _prepare(
     run.data.notes[:0] = [device, *loaded.notes, *plan_notes]
     run.data.notes += notes
     return run
+
+
+def _world_size(collective: Collective) -> int:
+    """How many nodes the run has, as far as a newcomer knows yet."""
+    return len(collective.members.ids) if isinstance(collective, ElasticCollective) else collective.world_size
+
+
+def _shares(config: TrainConfig, world_size: int) -> str | list[float]:
+    """As configured; a newcomer, which is told them, may come to another number of nodes."""
+    shares = config.topology.shares
+    return "equal" if isinstance(shares, list) and len(shares) != world_size else shares
 
 
 def _agree_on_state(
@@ -273,7 +288,7 @@ def _announce(run: _Run) -> None:
             total_steps=run.trainer.total_steps,
             first_step=run.trainer.progress.step,
             rank=run.collective.rank,
-            world_size=run.collective.world_size,
+            world_size=_world_size(run.collective),
             shares=str(config.topology.shares),
             config_yaml=to_yaml(config),
             notes=data.notes[1:],

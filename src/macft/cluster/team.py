@@ -53,6 +53,7 @@ class Team(ElasticCollective):
         self._membership, self._ring, self._view = membership, ring, view
         self._secret, self._open = secret, open_listener
         self._sent = 0
+        self._is_in = membership.seat.id in view.ids
         membership.begin(view, secret)
 
     @classmethod
@@ -73,8 +74,8 @@ class Team(ElasticCollective):
 
     @property
     def is_member(self) -> bool:
-        """False for a newcomer that has not regrouped yet."""
-        return self._membership.seat.id in self._view.ids
+        """False for a newcomer that has not regrouped yet, or one that has stepped out."""
+        return self._is_in
 
     @property
     def wants_change(self) -> bool:
@@ -88,9 +89,7 @@ class Team(ElasticCollective):
 
     def regroup(self, waiting: Callable[[str], bool]) -> bool:
         """Leaves the ring and joins the next one, with those who are there."""
-        self._sent += self._ring.bytes_sent
-        self._ring.close()
-        self._ring = Solo()
+        self.step_out()
         for _ in range(_MOST_TRIES):
             listener = self._open()
             key = b"" if listener.security is None else listener.security.public_key
@@ -108,8 +107,15 @@ class Team(ElasticCollective):
             except CollectiveError as error:
                 failure = error
                 continue
+            self._is_in = True
             return True
         raise failure
+
+    def step_out(self) -> None:
+        """Leaves the ring. Until it has regrouped this node is by itself, like a newcomer."""
+        self._sent += self._ring.bytes_sent
+        self._ring.close()
+        self._ring, self._is_in = Solo(), False
 
     def _join(self, view: View, listener: Listener) -> Collective:
         rank = view.ids.index(self._membership.seat.id)

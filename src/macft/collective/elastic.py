@@ -34,7 +34,7 @@ class ElasticCollective(Collective, Protocol):
 
     @property
     def is_member(self) -> bool:
-        """False for a newcomer that has not regrouped yet."""
+        """False for a newcomer that has not regrouped yet, or one that has stepped out."""
         ...
 
     @property
@@ -44,6 +44,10 @@ class ElasticCollective(Collective, Protocol):
 
     def check(self) -> None:
         """Costs nothing; raises MembershipChanged where this collective is known not to go on."""
+        ...
+
+    def step_out(self) -> None:
+        """Leaves the others. Until it has regrouped this node is by itself, like a newcomer."""
         ...
 
     def regroup(self, waiting: Callable[[str], bool]) -> bool:

@@ -20,8 +20,8 @@ _PATIENT_SECONDS = 3.0
 class Position(NamedTuple):
     """How far a node is. Nodes of one ring are at most one call apart, and of equal positions they hold equal bits.
 
-    ``generation`` is the last one in which this node came to one state with the others, -1 for a newcomer: what a node
-    has that was left out meanwhile is of another history, however far it is.
+    ``generation`` is the last one in which this node came to one state with the others: what a node has that was left
+    out meanwhile is of another history, however far it is. -1 for a newcomer, which has a state of its own.
     """
 
     generation: int
@@ -40,12 +40,14 @@ def newest(
     collective does.
     """
     positions = [Position(*msgpack.unpackb(blob)) for blob in collective.all_gather(msgpack.packb(list(position)))]
-    source = positions.index(max(positions))
+    best = max(positions)
+    source = positions.index(best)
+    behind = [rank != source and (other != best or best.generation < 0) for rank, other in enumerate(positions)]
     payload = b""
     if collective.rank == source:
-        payload = msgpack.packb(describe(any(other != position for other in positions)))
+        payload = msgpack.packb(describe(any(behind)))
     payload = collective.broadcast(payload, source)
-    return msgpack.unpackb(payload, max_bin_len=len(payload)), positions[collective.rank] != positions[source]
+    return msgpack.unpackb(payload, max_bin_len=len(payload)), behind[collective.rank]
 
 
 class Seating:
