@@ -18,10 +18,10 @@ SIZES = (3, 1_000, 100_000)
 
 
 class LiveRing:
-    """The ranks' addresses and keys, and what became of their sums. ``via`` replaces the address of rank 1."""
+    """The ranks' addresses and keys, and what became of their sums."""
 
-    def __init__(self, world_size: int, *, encrypted: bool):
-        config = CollectiveConfig(timeout=20.0, heartbeat=0.5)
+    def __init__(self, world_size: int, *, encrypted: bool, streams: bool = True):
+        config = CollectiveConfig(timeout=20.0, heartbeat=0.5, streams=streams)
         self.listeners = [Listener("127.0.0.1:0", config, encrypted=encrypted) for _ in range(world_size)]
         self.addresses = [listener.address for listener in self.listeners]
         self.keys = [listener.security.public_key if listener.security else b"" for listener in self.listeners]
@@ -62,8 +62,11 @@ class LiveRing:
 
 @contextmanager
 def live_ring(world_size: int = 2, *, encrypted: bool, via: Any = None) -> Iterator[LiveRing]:
-    """A ring at work; at the end of the block all its sums must have been right."""
-    live = LiveRing(world_size, encrypted=encrypted)
+    """A ring at work; at the end of the block all its sums must have been right.
+
+    ``via`` replaces the address of rank 1; all goes that way then, for there are no streams.
+    """
+    live = LiveRing(world_size, encrypted=encrypted, streams=via is None)
     if via is not None:
         live.addresses[1] = via(live.addresses[1])
     with ThreadPoolExecutor(world_size) as pool:

@@ -33,6 +33,7 @@ from macft.errors import CollectiveError, PeerLost, PeerTimeout, ProtocolError
 
 Work = Callable[[Ring], Any]
 QUICK = CollectiveConfig(timeout=1.0, heartbeat=0.2)
+both_ways = pytest.mark.parametrize("streams", [True, False], ids=["streams", "zeromq"])
 
 
 def in_threads(world_size: int, work: Work, config: CollectiveConfig | None = None) -> list[Any]:
@@ -57,7 +58,8 @@ def mine(rank: int, size: int, dtype: str = "f4") -> np.ndarray:
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
-def test_sums_are_right_and_bit_identical(world_size: int, dtype: str) -> None:
+@both_ways
+def test_sums_are_right_and_bit_identical(world_size: int, dtype: str, streams: bool) -> None:
     sizes = [0, 1, world_size - 1, world_size, 1000, 16_384, 100_003, 300_001]
 
     def work(ring: Ring) -> list[np.ndarray]:
@@ -66,7 +68,7 @@ def test_sums_are_right_and_bit_identical(world_size: int, dtype: str) -> None:
             ring.all_reduce([array])
         return arrays
 
-    found = in_threads(world_size, work)
+    found = in_threads(world_size, work, CollectiveConfig(streams=streams))
     for place, size in enumerate(sizes):
         expected = sum(mine(rank, size, dtype).astype("f8") for rank in range(world_size))
         np.testing.assert_allclose(found[0][place], expected, rtol=1e-5, atol=1e-5)
@@ -91,7 +93,8 @@ def test_several_arrays_of_any_sizes_in_one_call(world_size: int, kinds: list[tu
         assert len({arrays[place].tobytes() for arrays in found}) == 1
 
 
-def test_an_array_may_change_as_soon_as_its_sum_is_there() -> None:
+@both_ways
+def test_an_array_may_change_as_soon_as_its_sum_is_there(streams: bool) -> None:
     """Large arrays are sent from the caller's own memory, which the caller overwrites at once."""
 
     def work(ring: Ring) -> bool:
@@ -103,7 +106,7 @@ def test_an_array_may_change_as_soon_as_its_sum_is_there() -> None:
             right = right and bool((array == 3 * turn + 3).all())
         return right
 
-    assert in_threads(3, work, CollectiveConfig(piece_bytes=128 * 1024)) == [True] * 3
+    assert in_threads(3, work, CollectiveConfig(piece_bytes=128 * 1024, streams=streams)) == [True] * 3
 
 
 def test_infinity_and_nan_are_summed_without_a_word() -> None:
@@ -116,7 +119,8 @@ def test_infinity_and_nan_are_summed_without_a_word() -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_blobs_reach_every_rank(world_size: int) -> None:
+@both_ways
+def test_blobs_reach_every_rank(world_size: int, streams: bool) -> None:
     def blob(rank: int) -> bytes:
         return bytes([rank]) * (300_000 * rank)
 
@@ -129,7 +133,7 @@ def test_blobs_reach_every_rank(world_size: int) -> None:
             assert ring.broadcast(bytes([turn]) if ring.rank == 0 else b"") == bytes([turn])
         ring.barrier()
 
-    assert in_threads(world_size, work, CollectiveConfig(piece_bytes=65_536)) == [None] * world_size
+    assert in_threads(world_size, work, CollectiveConfig(piece_bytes=65_536, streams=streams)) == [None] * world_size
 
 
 def test_a_barrier_holds_until_the_last_rank_comes() -> None:
@@ -304,8 +308,9 @@ def heard(rank: subprocess.Popen[str], seconds: float = 20) -> list[str]:
 
 
 @pytest.mark.parametrize(("world_size", "call_bytes"), [(2, 4096), (2, 8 << 20), (4, 4096), (4, 8 << 20)])
-def test_a_killed_rank_is_named_by_all_others(world_size: int, call_bytes: int) -> None:
-    with processes(world_size, call_bytes) as ranks:
+@both_ways
+def test_a_killed_rank_is_named_by_all_others(world_size: int, call_bytes: int, streams: bool) -> None:
+    with processes(world_size, call_bytes, streams=streams) as ranks:
         ranks[1].kill()
         for rank in (0, *range(2, world_size)):
             kind, message = heard(ranks[rank])  # long before `timeout`, which is 30 s
@@ -314,8 +319,9 @@ def test_a_killed_rank_is_named_by_all_others(world_size: int, call_bytes: int) 
             assert "is gone" in message
 
 
-def test_a_stopped_rank_is_named_by_all_others() -> None:
-    with processes(4, 8 << 20, timeout=1.0, heartbeat=0.2) as ranks:
+@both_ways
+def test_a_stopped_rank_is_named_by_all_others(streams: bool) -> None:
+    with processes(4, 8 << 20, timeout=1.0, heartbeat=0.2, streams=streams) as ranks:
         ranks[2].send_signal(signal.SIGSTOP)
         for rank in (0, 1, 3):
             kind, message = heard(ranks[rank])

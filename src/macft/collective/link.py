@@ -20,7 +20,9 @@ from zmq.utils.monitor import recv_monitor_message
 
 from macft.collective.listener import Listener
 from macft.collective.path import WINDOW, Inward, Outward
+from macft.collective.stream import SECRET_BYTES, Room, fresh
 from macft.collective.wire import (
+    CALL_NAMES,
     LINGER_SECONDS,
     MAX_TEXT,
     Cause,
@@ -43,6 +45,8 @@ _CAUSES: dict[int, _Failure] = {
 }
 _KNOCK_SECONDS = 0.5
 _QUIET_MS = 300
+_WORD_SECONDS = 1.0
+"""How long after a stream has ended ZeroMQ may take to say why: goodbyes, and ends of connections, come that way."""
 _GRACE_SECONDS = 2.0
 """How much later than the first path of a link the others may come up."""
 _STALL_SECONDS = 1.0
@@ -77,25 +81,22 @@ class Links:
             for rank, address in enumerate(addresses)
         ]
         self._settings = listener.settings
-        self._inward = [Inward(router, monitor) for router, monitor in listener.routers]
-        self._outward = [Outward(listener, endpoint) for endpoint in split_paths(addresses[self.right])]
+        endpoints = split_paths(addresses[self.right])
+        self._inward = [Inward(listener, number) for number in range(len(listener.routers))]
+        self._outward = [Outward(listener, endpoint, alone=len(endpoints) == 1) for endpoint in endpoints]
         self._again: deque[tuple[Header, Any]] = deque()
         self.has_paths = len(self._outward) > 1 or len(self._inward) > 1
         """Whether frames may come out of order, or twice."""
         self.lost_paths: list[str] = []
         """Endpoints of paths that broke while others carried on."""
-        self.held: list[tuple[Header, zmq.Frame]] = []
+        self.moved = 0
+        """Grows whenever data moves, a part of a frame too."""
+        self.held: list[tuple[Header, Any]] = []
         """Data frames that came while the ring was coming together."""
         self._last: list[tuple[Outward | Inward, zmq.MessageTracker]] = []  # the goodbyes
         self._left_done = self._right_done = False
-        self._right_poller, self._poller = zmq.Poller(), zmq.Poller()
-        for out in self._outward:
-            for sock in (out.sock, out.monitor):
-                self._poller.register(sock, zmq.POLLIN)
-                self._right_poller.register(sock, zmq.POLLIN)
-        for come in self._inward:
-            self._poller.register(come.sock, zmq.POLLIN)
-            self._poller.register(come.monitor, zmq.POLLIN)
+        self._right_sockets = [(sock, zmq.POLLIN) for out in self._outward for sock in (out.sock, out.monitor)]
+        self._left_sockets = [(sock, zmq.POLLIN) for come in self._inward for sock in (come.sock, come.monitor)]
         self._join()
 
     def name(self, rank: int) -> str:
@@ -108,42 +109,59 @@ class Links:
         return (path := self._best_path(0)) is not None and path.has_room
 
     @property
+    def pending(self) -> bool:
+        """Whether a stream still has to send what it was given."""
+        for path in self._outward:
+            if path.stream is not None and path.stream.pending:
+                return True
+        return False
+
+    @property
     def unacknowledged(self) -> int:
-        """Frames that the right neighbour is not known to have taken."""
+        """Frames that the right neighbour is not known to have taken, where that has to be known."""
         if self._right_done:  # it leaves in order, so it has all it needs
             return 0
         return len(self._again) + sum(len(path.sent) for path in self._outward if not path.lost)
 
     def send(self, header: Header, body: Any) -> None:
-        """Hands a frame to ZeroMQ, given ``has_room``. A large ``body`` must not change until credited."""
+        """Sends a frame, given ``has_room``. A large ``body`` must not change while it is ``pending`` or
+        ``unacknowledged``.
+        """
         path = self._best_path(header.length)
         assert path is not None
         path.send(header, body, keep=len(self._outward) > 1)
 
-    def wait(self, doing: str, *, left: bool, right: bool, seconds: float) -> tuple[Header, zmq.Frame] | None:
+    def wait(
+        self, doing: str, *, left: bool, right: bool, seconds: float, room: Room = fresh
+    ) -> tuple[Header, Any] | None:
         """A data frame of the left neighbour; None when there is other news, or nothing within ``seconds``.
 
         ``left``: this rank needs frames from the left, and the left sockets are read only then, for what
         follows belongs to a later call. ``right``: it needs the right neighbour to go on taking. ``doing``
-        names the call.
+        names the call. ``room`` says where the body of a frame is wanted.
         """
         if right and self._right_done:
             self.fail(PeerLost, self.right, f"{self.name(self.right)} left the ring while {doing} went on")
+        if left and (found := self._read_streams(doing, room)) is not None:
+            return found
         right_broken = all(path.lost for path in self._outward) and not self._right_done
         left_broken = all(path.broken or not path.peer for path in self._inward) and any(
             path.peer for path in self._inward
         )
         broken = (right and right_broken) or (left and left_broken)
-        poller = self._poller if left else self._right_poller
-        ready = dict(poller.poll(0 if broken else int(seconds * 1000)))
+        ready = self._poll(left, 0.0 if broken else seconds)
         for out in self._outward:
             if out.sock in ready:
                 self._read_right(out, doing)
+            if out.stream is not None and out.stream.pending:
+                self.moved += out.stream.flush()
         if left:
             for come in self._inward:
                 if come.sock in ready:
                     self._inward.reverse()  # takes turns
                     return self._read_left(come, doing)
+            if ready.keys() & {sock.fileno() for come in self._inward for sock in come.data_sockets}:
+                return self._read_streams(doing, room)
         quiet = True
         for out in self._outward:
             if out.monitor in ready:
@@ -161,6 +179,7 @@ class Links:
             self._send_again()
         elif not ready:
             self._try_out_stalled()
+        self._judge_streams(doing)
         return None
 
     def credit(self) -> None:
@@ -182,6 +201,8 @@ class Links:
             if not out.lost:
                 with contextlib.suppress(zmq.Again):  # not even connected yet
                     self._last.append((out, _tracked(out.sock, [], header)))
+                if out.stream is not None:
+                    out.stream.finish()
         for come in self._inward:
             if come.peer:
                 self._last.append((come, _tracked(come.sock, [come.peer], header)))
@@ -204,7 +225,7 @@ class Links:
             right_over = self._right_done or all(path.lost for path in self._outward)
             if is_sent and right_over and (self._left_done or all(path.broken for path in self._inward)):
                 return
-            ready = dict(self._poller.poll(_QUIET_MS if is_sent else 2))
+            ready = dict(zmq.zmq_poll(self._right_sockets + self._left_sockets, _QUIET_MS if is_sent else 2))
             if is_sent and not ready:
                 return
             for out in self._outward:
@@ -220,6 +241,51 @@ class Links:
                 if come.monitor in ready:
                     come.read_monitor()
 
+    def _poll(self, left: bool, seconds: float) -> dict[Any, int]:
+        """Sockets with news: ZeroMQ's own, and of others their descriptors."""
+        sockets: list[tuple[Any, int]] = [*self._right_sockets]
+        for out in self._outward:
+            if out.stream is not None and out.stream.pending:
+                sockets.append((out.stream.sock, zmq.POLLOUT))
+        if left:
+            sockets += self._left_sockets
+            sockets += [(sock, zmq.POLLIN) for come in self._inward for sock in come.data_sockets]
+        return dict(zmq.zmq_poll(sockets, int(seconds * 1000)))
+
+    def _read_streams(self, doing: str, room: Room) -> tuple[Header, Any] | None:
+        """The next frame that a stream has."""
+        for come in self._inward:
+            stream = come.stream
+            if stream is None:
+                come.accept_stream()
+                continue
+            before = stream.received
+            try:
+                found = stream.read(self._unpack_left, room)
+            except ValueError as error:
+                self.fail(ProtocolError, self.left, f"{self.name(self.left)} sent {error}")
+            self.moved += stream.received - before
+            if found is not None:
+                if len(self._inward) > 1:
+                    self._inward.reverse()
+                    come.taken += 1
+                    come.credit(self.generation, self.rank)
+                return found
+            if stream.ended_at is not None and come.farewell is not None:
+                farewell, come.farewell = come.farewell, None
+                self._left_leaves(come, farewell, doing)
+        return None
+
+    def _judge_streams(self, doing: str) -> None:
+        """Gives up paths whose stream has ended, if it stays unsaid why."""
+        latest = time.monotonic() - _WORD_SECONDS
+        for out in self._outward:
+            if out.stream is not None and out.stream.broken_at is not None and out.stream.broken_at < latest:
+                self._lose(out)
+        for come in self._inward:
+            ended = come.stream.ended_at if come.stream is not None else None
+            come.broken = come.broken or (ended is not None and ended < latest)
+
     def _best_path(self, size: int) -> Outward | None:
         if len(self._outward) == 1:
             return self._outward[0] if self._outward[0].usable else None
@@ -231,6 +297,8 @@ class Links:
         if path.lost:
             return
         path.lost = True
+        if path.stream is not None:
+            path.stream.close()
         if any(other.usable for other in self._outward):
             self.lost_paths.append(path.endpoint)
             self._again.extend((sent.header, sent.body) for sent in path.sent if sent.header is not None)
@@ -313,6 +381,8 @@ class Links:
             if header.cause != Cause.DONE:
                 self._pass_on(header, doing)
             # Otherwise it has all it needs; whether we do shows in what we wait for.
+        elif header.kind == Kind.STREAM and not path.welcome and path.stream is None:
+            self._open_stream(path, header)
         elif header.kind == Kind.CREDIT and not path.welcome and header.frames == WINDOW:
             path.welcome = True
         elif header.kind != Kind.CREDIT or (header.frames > len(path.sent) and not path.lost):
@@ -320,19 +390,31 @@ class Links:
             self.fail(ProtocolError, self.right, text)
         elif header.frames and not path.lost:
             path.credited(header.frames)
+            self.moved += 1
 
-    def _read_left(self, path: Inward, doing: str) -> tuple[Header, zmq.Frame] | None:
+    def _open_stream(self, path: Outward, offer: Header) -> None:
+        try:
+            secret = bytes.fromhex(offer.text)
+        except ValueError:
+            secret = b""
+        if len(secret) != SECRET_BYTES:
+            self.fail(ProtocolError, self.right, f"{self.name(self.right)} offered a stream without a proper secret")
+        if self._settings.streams:
+            path.open_stream(offer.port, secret)
+
+    def _read_left(self, path: Inward, doing: str) -> tuple[Header, Any] | None:
         parts = path.sock.recv_multipart(zmq.NOBLOCK, copy=False)
         if parts[0].bytes != path.peer:
             self._greet(path, parts)
             return None
         header = self._unpack(parts[1].buffer, self.left)
         if header.kind == Kind.GOODBYE:
-            path.broken = True  # nothing follows
-            self._left_done = header.cause != Cause.DONE or all(come.broken or not come.peer for come in self._inward)
-            if self._left_done:
-                self._pass_on(header, doing)
-            return None  # what it sent over another path is still to come
+            if header.cause == Cause.DONE and path.stream is not None and path.stream.ended_at is None:
+                path.farewell = header
+            else:
+                self._left_leaves(path, header, doing)
+            return None
+        path.refuse_stream()
         if len(parts) != 3 or header.sequence == 0 or len(parts[2]) != header.length:
             sizes = [len(part) for part in parts[2:]]
             text = f"{self.name(self.left)} sent a {header.kind.name} frame with bodies of {sizes} bytes"
@@ -341,6 +423,13 @@ class Links:
         if path.taken >= (WINDOW // 2 if len(self._inward) == 1 else 1):  # several paths are to be measured
             path.credit(self.generation, self.rank)
         return header, parts[2]
+
+    def _left_leaves(self, path: Inward, header: Header, doing: str) -> None:
+        """Over this path nothing follows; over another one what was sent before may still come."""
+        path.broken = True
+        self._left_done = header.cause != Cause.DONE or all(come.broken or not come.peer for come in self._inward)
+        if self._left_done:
+            self._pass_on(header, doing)
 
     def _greet(self, path: Inward, parts: list[zmq.Frame]) -> None:
         """Welcomes the left neighbour, tells another macft why it is not welcome, ignores other strangers."""
@@ -357,8 +446,13 @@ class Links:
             refusal = Header(Kind.GOODBYE, self.generation, self.rank, cause=Cause.PROTOCOL, culprit=header.sender)
             path.sock.send_multipart([parts[0].bytes, pack(refusal._replace(text=text[:MAX_TEXT]))], zmq.NOBLOCK)
             return
-        path.welcome(parts[0].bytes, parts[1].get(zmq.SRCFD))
-        path.credit(self.generation, self.rank)
+        path.welcome(parts[0].bytes, parts[1].get(zmq.SRCFD), self.generation, self.rank)
+
+    def _unpack_left(self, data: memoryview) -> Header:
+        header = self._unpack(data, self.left)
+        if header.kind not in CALL_NAMES or header.sequence == 0:
+            self.fail(ProtocolError, self.left, f"{self.name(self.left)} sent a {header.kind.name} frame over a stream")
+        return header
 
     def _unpack(self, data: bytes | memoryview, peer: int) -> Header:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import zmq
 
@@ -12,6 +12,14 @@ from macft.collective.wire import MAX_HEADER_BYTES, bind
 
 COPY_BELOW = 65_536
 """Smaller bodies are copied when sent; larger ones are read from the caller's memory until credited."""
+
+
+class Closable(Protocol):
+    """What is closed with its listener."""
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        ...
 
 
 class Listener:
@@ -32,6 +40,7 @@ class Listener:
         self.context: zmq.Context[Any] = zmq.Context()
         self.security = RingSecurity(self.context) if encrypted else None
         self.sockets: list[zmq.Socket[Any]] = []
+        self._kept: list[Closable] = []
         self.routers: list[tuple[zmq.Socket[Any], zmq.Socket[Any]]] = []
         """Each path's ROUTER and its monitor."""
         bound = []
@@ -78,8 +87,14 @@ class Listener:
         self.sockets.append(monitor)
         return monitor
 
+    def keep(self, other: Closable) -> None:
+        """Closes ``other`` too when this is closed."""
+        self._kept.append(other)
+
     def close(self) -> None:
         """Closes all sockets at once. Safe to call twice."""
+        for other in self._kept:
+            other.close()
         for sock in self.sockets:
             if not sock.closed and sock.type != zmq.PAIR:
                 sock.disable_monitor()

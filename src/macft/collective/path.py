@@ -1,7 +1,12 @@
-"""One cable between two neighbours: the sending end, the receiving end, and how fast it is."""
+"""One cable between two neighbours: the sending end, the receiving end, and how fast it is.
+
+Each has a ZeroMQ connection. Data goes over a stream beside it where there is one (:mod:`~macft.collective.stream`),
+otherwise over that connection too.
+"""
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import deque
 from typing import Any, NamedTuple
@@ -10,7 +15,8 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from macft.collective.listener import COPY_BELOW, Listener
-from macft.collective.wire import Header, Kind, pack
+from macft.collective.stream import StreamIn, StreamOut, StreamPort
+from macft.collective.wire import Header, Kind, pack, split_address
 
 WINDOW = 32
 """Frames a rank may have sent over a path that its neighbour has not taken."""
@@ -30,10 +36,12 @@ class Sent(NamedTuple):
 
 
 class Outward:
-    """The sending end: a DEALER connected to the right neighbour's port."""
+    """The sending end: a DEALER connected to the right neighbour's port. ``alone``: there is no other path to it."""
 
-    def __init__(self, listener: Listener, endpoint: str):
+    def __init__(self, listener: Listener, endpoint: str, *, alone: bool):
         self.endpoint = endpoint
+        self.stream: StreamOut | None = None
+        self._listener, self._alone = listener, alone
         self.sock = listener.open(zmq.DEALER)
         self.monitor = listener.watch(self.sock, zmq.EVENT_DISCONNECTED)
         self.sent: deque[Sent] = deque()
@@ -51,8 +59,15 @@ class Outward:
 
     @property
     def has_room(self) -> bool:
-        """Whether the neighbour lets another frame come."""
-        return len(self.sent) < WINDOW
+        """Whether another frame may go now."""
+        return len(self.sent) < WINDOW and not (self.stream is not None and self.stream.pending)
+
+    def open_stream(self, port: int, secret: bytes) -> None:
+        """Lets data go over a stream to ``port`` of the neighbour, if that can be reached."""
+        encrypted, most_bytes = self._listener.security is not None, self._listener.settings.piece_bytes
+        self.stream = StreamOut.connect(self.endpoint, port, secret, most_bytes, encrypted=encrypted)
+        if self.stream is not None:
+            self._listener.keep(self.stream)
 
     def finish_time(self, size: int) -> float:
         """Seconds until ``size`` more bytes would be across."""
@@ -61,16 +76,26 @@ class Outward:
         return (self.waiting_bytes + size) / (self.rate * (1.0 + idle))
 
     def send(self, header: Header, body: Any, *, keep: bool) -> None:
-        """Hands a frame to ZeroMQ. A large ``body`` must not change until credited; ``keep`` it to send it again."""
+        """Sends a frame, given ``has_room``; ``keep`` it to send it again.
+
+        A large ``body`` must not change until the frame is credited, or where it goes over the only path's stream until
+        that is no longer pending.
+        """
+        if self.stream is not None and self._alone:
+            return self.stream.send(pack(header), body)
         if keep and header.length < COPY_BELOW:
             body = bytes(body)
         now = time.monotonic()
         if not self.sent:
             self._busy_since, self._across = now, 0
-        self.sock.send(pack(header), zmq.SNDMORE)
-        self.sock.send(body, copy=False)
+        if self.stream is not None:
+            self.stream.send(pack(header), body)
+        else:
+            self.sock.send(pack(header), zmq.SNDMORE)
+            self.sock.send(body, copy=False)
         self.sent.append(Sent(header if keep else None, body if keep else None, header.length, now))
         self.waiting_bytes += header.length
+        return None
 
     def credited(self, frames: int) -> None:
         """The neighbour has taken the ``frames`` oldest frames."""
@@ -90,22 +115,54 @@ class Outward:
 class Inward:
     """The receiving end: a bound ROUTER that lets the left neighbour in, and no other."""
 
-    def __init__(self, router: zmq.Socket[Any], monitor: zmq.Socket[Any]):
-        self.sock, self.monitor = router, monitor
+    def __init__(self, listener: Listener, number: int):
+        self.sock, self.monitor = listener.routers[number]
         self.peer = b""
         """ZeroMQ's name of the left neighbour, once it has greeted."""
         self.broken = False
+        self.farewell: Header | None = None
+        """Its goodbye, while what it sent before over the stream is still to come."""
         self.taken = 0
+        self.stream: StreamIn | None = None
+        self._port: StreamPort | None = None
+        self._listener = listener
+        self._host = split_address(listener.address.split("+")[number])[0]
         self._descriptor = -1
         self._accepted: set[int] = set()
 
-    def welcome(self, peer: bytes, descriptor: int) -> None:
+    def welcome(self, peer: bytes, descriptor: int, generation: int, rank: int) -> None:
         """Lets the left neighbour in, whose greeting came over connection number ``descriptor``."""
         self.peer, self._descriptor = peer, descriptor
         while self.monitor.poll(0):  # its own acceptance is among these; older events of the same number are not
             self.read_monitor()
         self.broken = descriptor not in self._accepted
+        if self._listener.settings.streams:
+            self._port = StreamPort(self._host, encrypted=self._listener.security is not None)
+            self._listener.keep(self._port)
+            offer = Header(Kind.STREAM, generation, rank, port=self._port.port, text=self._port.secret.hex())
+            self.sock.send_multipart([peer, pack(offer)], zmq.NOBLOCK)
         self.taken = WINDOW
+        self.credit(generation, rank)
+
+    @property
+    def data_sockets(self) -> list[socket.socket]:
+        """The stream's sockets that may have news."""
+        if self.stream is not None:
+            return [self.stream.sock] if self.stream.ended_at is None else []
+        return self._port.sockets if self._port is not None else []
+
+    def accept_stream(self) -> None:
+        """Takes in the stream, if it has come."""
+        if self._port is not None and self.stream is None:
+            self.stream = self._port.accept(self._listener.settings.piece_bytes)
+            if self.stream is not None:
+                self._listener.keep(self.stream)
+
+    def refuse_stream(self) -> None:
+        """The neighbour sends its data over ZeroMQ."""
+        if self._port is not None:
+            self._port.close()
+            self._port = None
 
     def read_monitor(self) -> None:
         """Takes note of a connection that came or went."""

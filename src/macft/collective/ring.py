@@ -1,4 +1,4 @@
-"""The collective of two or more ranks: a ring over ZeroMQ.
+"""The collective of two or more ranks: a ring over ZeroMQ, and TCP streams beside it.
 
 This file runs the calls; what goes where is in :mod:`~macft.collective.transfer`, the sockets are in
 :mod:`~macft.collective.link`. A ring belongs to the thread that made it.
@@ -10,6 +10,7 @@ import contextlib
 import struct
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,6 +22,7 @@ from macft.collective.link import Links
 from macft.collective.listener import COPY_BELOW, Listener
 from macft.collective.path import WINDOW
 from macft.collective.settings import CollectiveConfig
+from macft.collective.stream import fresh
 from macft.collective.transfer import CodedReduction, Exchange, Reduction, Spread, Transfer, fuse, unfuse
 from macft.collective.wire import (
     CALL_NAMES,
@@ -236,6 +238,7 @@ class Ring:
 
     def _exchange(self, transfer: Transfer) -> None:
         links, doing = self._links, transfer.call.call
+        room = partial(self._room, transfer)
         early, self._early = self._early, []
         for header, body in early:
             self._take(transfer, header, body)
@@ -250,22 +253,29 @@ class Ring:
             if not transfer.missing and took_large:
                 links.credit()  # the left neighbour waits for it, see below
                 took_large = False
-            # The caller may change its arrays once this returns, so uncopied bodies must have left by then;
-            # they have when the neighbour has taken them. Both sides know the sizes, so both know whether a
-            # credit is awaited.
-            needs_right = bool(transfer.outgoing) or (sent_uncopied and links.unacknowledged > 0)
+            # The caller may change its arrays once this returns, so uncopied bodies must have left by then. A
+            # stream knows; ZeroMQ and several paths have them until the neighbour has taken them. Both sides know
+            # the sizes, so both know whether a credit is awaited.
+            needs_right = bool(transfer.outgoing) or links.pending or (sent_uncopied and links.unacknowledged > 0)
             if not transfer.missing and not needs_right:
                 return
-            before = links.unacknowledged
-            frame = links.wait(doing, left=transfer.missing, right=needs_right, seconds=_LOOK_SECONDS)
+            moved = links.moved
+            frame = links.wait(doing, left=transfer.missing, right=needs_right, seconds=_LOOK_SECONDS, room=room)
             if frame is not None:
                 took_large = took_large or _is_lent(frame[0])
                 self._take(transfer, *frame)
             now = time.monotonic()
-            if frame is not None or links.unacknowledged != before:
+            if frame is not None or links.moved != moved:
                 progress = now
             elif now - progress > self._settings.patience:
                 self._give_up(transfer, now - progress)
+
+    def _room(self, transfer: Transfer, header: Header) -> memoryview | None:
+        """Where the body of a frame is to be received."""
+        if not _belongs(header, transfer.call):
+            return fresh(header)
+        # A second copy, over another path, may still come when the call is over and the arrays are the caller's.
+        return transfer.room(header, in_place=not self._links.has_paths)
 
     def _take(self, transfer: Transfer, header: Header, body: Any) -> None:
         call = transfer.call
@@ -275,10 +285,8 @@ class Ring:
                 self._early.append((header, body))
             if links_differ < 0 or self._early:
                 return
-        same = (header.kind, header.sequence) == (call.kind, call.sequence)
-        if not same or (
-            header.kind in (Kind.PIECE, Kind.EXCHANGE) and (header.total, header.layout) != (call.total, call.layout)
-        ):
+        if not _belongs(header, call):
+            same = (header.kind, header.sequence) == (call.kind, call.sequence)
             theirs = f"{self._links.name(header.sender)} is at {header.call}, this rank at {call.call}"
             others = " of other shapes or types" if same and header.total == call.total else ""
             text = f"{theirs}{others}; do all ranks run the same macft, data and configuration?"
@@ -297,8 +305,15 @@ class Ring:
         self._links.fail(PeerTimeout, peer, text)
 
 
+def _belongs(header: Header, call: Header) -> bool:
+    """Whether a frame is part of ``call``, as this rank knows it."""
+    if (header.kind, header.sequence) != (call.kind, call.sequence):
+        return False
+    return header.kind not in (Kind.PIECE, Kind.EXCHANGE) or (header.total, header.layout) == (call.total, call.layout)
+
+
 def _is_lent(header: Header) -> bool:
-    """Whether ZeroMQ reads the body from the caller's arrays; blobs and exchanges are nobody's to change."""
+    """Whether the body is sent from the caller's arrays; blobs and exchanges are nobody's to change."""
     return header.kind == Kind.PIECE and header.length >= COPY_BELOW
 
 

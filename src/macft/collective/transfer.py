@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from macft.collective.codecs.wire_codec import WireCodec
 from macft.collective.dtypes import add, view
+from macft.collective.stream import fresh
 from macft.collective.wire import MAX_BLOB_BYTES, Header
 from macft.errors import ProtocolError
 
@@ -38,6 +39,13 @@ class Transfer(Protocol):
     @property
     def awaited(self) -> int:
         """The rank whose part is due next."""
+        ...
+
+    def room(self, header: Header, *, in_place: bool) -> memoryview | None:
+        """Where the body of a frame of this call is to be received; None where ``take`` is the last to use it.
+
+        ``in_place``: it may be the caller's own memory, as nothing comes twice.
+        """
         ...
 
     def take(self, header: Header, body: Any) -> None:
@@ -79,6 +87,9 @@ class Exchange:
         ranks = self._ranks
         return next((self.call.sender - hop) % ranks for hop in range(1, ranks + 1) if not self._has(hop))
 
+    def room(self, header: Header, *, in_place: bool) -> memoryview | None:  # noqa: ARG002
+        return fresh(header)
+
     def take(self, header: Header, body: Any) -> None:
         if not 1 <= header.hop < self._ranks or header.length != self.call.total or header.piece:
             raise ProtocolError(f"hop {header.hop} of {header.call} with {header.length} bytes is not due")
@@ -116,6 +127,7 @@ class Reduction:
         self._chunks = [list(_pieces(buffers, chunk, world_size, piece_bytes)) for chunk in range(world_size)]
         self._hops = 2 * world_size - 2
         self._due = {(hop, number) for hop in range(1, self._hops + 1) for number in range(len(self._chunk(hop)))}
+        self._in_place = (0, 0)  # the part that is being received where it belongs
         self.outgoing = deque(
             (self._header(1, number, piece), piece.flat.data) for number, piece in enumerate(self._chunks[call.sender])
         )
@@ -130,6 +142,16 @@ class Reduction:
         # Once all have joined in, only the left neighbour can be told.
         return (self.call.sender - (hop if hop < self._ranks else 1)) % self._ranks
 
+    def room(self, header: Header, *, in_place: bool) -> memoryview | None:
+        place = header.hop, header.piece
+        if not in_place or header.hop < self._ranks or place not in self._due:
+            return None
+        local = self._chunk(header.hop)[header.piece]
+        if header.length != local.flat.nbytes:
+            return None
+        self._in_place = place
+        return memoryview(local.flat).cast("B")
+
     def take(self, header: Header, body: Any) -> None:
         hop, number = header.hop, header.piece
         if not 1 <= hop <= self._hops or number >= len(self._chunk(hop)):
@@ -141,18 +163,15 @@ class Reduction:
         if (hop, number) not in self._due:
             return
         self._due.remove((hop, number))
-        incoming = np.frombuffer(body, local.flat.dtype)
-        onward: Any = body  # a total is passed on as it came, from ZeroMQ's own memory
+        # `local` may still be on its way, sent without a copy, only where it is overwritten by a total; but that total
+        # has in it what the neighbour received from here, so the bytes have long left, and a second copy of them over
+        # another path will be ignored.
         if hop < self._ranks:
-            # `local` may still be in ZeroMQ's hands, sent without a copy, only where it is overwritten by a
-            # total; but that total has in it what the neighbour received from here, so the bytes have long
-            # left, and a second copy of them over another path will be ignored.
-            add(local.flat, local.flat, incoming, local.dtype)
-            onward = local.flat.data
-        else:
-            np.copyto(local.flat, incoming)
+            add(local.flat, local.flat, np.frombuffer(body, local.flat.dtype), local.dtype)
+        elif (hop, number) != self._in_place:
+            np.copyto(local.flat, np.frombuffer(body, local.flat.dtype))
         if hop < self._hops:
-            self.outgoing.append((self._header(hop + 1, number, local), onward))
+            self.outgoing.append((self._header(hop + 1, number, local), local.flat.data))
 
     def _chunk(self, hop: int) -> list[Buffer]:
         return self._chunks[(self.call.sender - hop) % self._ranks]
@@ -202,6 +221,9 @@ class CodedReduction:
     def awaited(self) -> int:
         hop = min(self._due)[0] if self._due else 1
         return (self.call.sender - (hop if hop < self._ranks else 1)) % self._ranks
+
+    def room(self, header: Header, *, in_place: bool) -> memoryview | None:  # noqa: ARG002
+        return fresh(header)
 
     def take(self, header: Header, body: Any) -> None:
         hop, number = header.hop, header.piece
@@ -265,6 +287,9 @@ class Spread:
     @property
     def awaited(self) -> int:
         return (self.call.sender - min(self._due, default=1)) % self._ranks
+
+    def room(self, header: Header, *, in_place: bool) -> memoryview | None:  # noqa: ARG002
+        return fresh(header)
 
     def take(self, header: Header, body: Any) -> None:
         hop, number, total = header.hop, header.piece, header.total

@@ -1,8 +1,8 @@
 """What goes over the wire between two neighbours: the header of every frame, and finding the other end.
 
-A frame is one ZeroMQ message: a header (a msgpack array) and, for data, a body of ``length`` bytes. Liveness
-is not the business of frames: ZMTP's own heartbeats (RFC 37) come from ZeroMQ's I/O thread, even while Python
-computes.
+A frame is a header and, for data, a body of ``length`` bytes: one ZeroMQ message, or data so many bytes of a stream.
+Headers of data have a fixed form of ``DATA_HEADER_BYTES`` bytes, all others are msgpack arrays. Liveness is not the
+business of frames: ZMTP's own heartbeats (RFC 37) come from ZeroMQ's I/O thread, even while Python computes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import operator
 import socket
+import struct
 from typing import NamedTuple
 
 import msgpack
@@ -18,7 +19,7 @@ import zmq
 from macft.collective.dtypes import WIRE_TYPES
 from macft.errors import CollectiveError, ProtocolError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_HEADER_BYTES = 1024
 MAX_CALL_BYTES = 1 << 40
 """Most bytes one all-reduce may sum."""
@@ -42,6 +43,7 @@ class Kind(enum.IntEnum):
     GATHER = 6
     BARRIER = 7
     EXCHANGE = 8  # all arrays of a small all-reduce
+    STREAM = 9  # to the left neighbour: data may come over a plain TCP connection
 
 
 class Cause(enum.IntEnum):
@@ -84,8 +86,10 @@ class Header(NamedTuple):
     # GOODBYE: why, and the rank that is to blame.
     cause: int = 0
     culprit: int = 0
-    # HELLO: the ring's id. GOODBYE: the reason in words.
+    # HELLO: the ring's id. GOODBYE: the reason in words. STREAM: the secret in hexadecimal.
     text: str = ""
+    # STREAM: the TCP port.
+    port: int = 0
 
     @property
     def call(self) -> str:
@@ -94,45 +98,42 @@ class Header(NamedTuple):
         return f"{CALL_NAMES[self.kind]} {self.sequence}{size}"
 
 
-_DATA = ("sequence", "total", "layout", "hop", "piece", "dtype", "length")
+# Version, kind, sender, generation, sequence, total, layout, hop, piece, type, length: as in Header.
+_DATA = struct.Struct("!BBHIQQIIIBI")
+DATA_HEADER_BYTES = _DATA.size
+_TYPES = ("", *WIRE_TYPES)
+_TYPE_NUMBERS = {name: number for number, name in enumerate(_TYPES)}
+_DATA_KINDS = {int(kind): kind for kind in CALL_NAMES}
+_MAX_SEQUENCE, _MAX_HOP, _MAX_LENGTH = (1 << 63) - 1, 131_072, 1 << 30
+
 _FIELDS = {
     Kind.HELLO: ("text",),
     Kind.CREDIT: ("frames",),
     Kind.GOODBYE: ("cause", "culprit", "text"),
-    **dict.fromkeys(CALL_NAMES, _DATA),
+    Kind.STREAM: ("port", "text"),
 }
-_U32 = (1 << 32) - 1
+# What each number may be at most.
 _HIGHEST = {
-    "generation": _U32,
+    "generation": (1 << 32) - 1,
     "sender": 65_535,
-    "sequence": (1 << 63) - 1,
-    "layout": _U32,
-    "hop": 131_072,
-    "piece": _U32,
-    "length": 1 << 30,
     "frames": 65_535,
     "cause": int(max(Cause)),
     "culprit": 65_535,
+    "port": 65_535,
 }
-
-
-def _limits(kind: Kind) -> tuple[tuple[str, int | tuple[str, ...]], ...]:
-    """What each field after the kind may be at most, or one of; a text field has its length limited."""
-    special: dict[str, int | tuple[str, ...]] = {
-        "total": MAX_CALL_BYTES if kind in (Kind.PIECE, Kind.EXCHANGE) else MAX_BLOB_BYTES,
-        "dtype": WIRE_TYPES if kind == Kind.PIECE else ("",),
-        "text": MAX_TEXT,
-    }
-    return tuple((name, special.get(name, _HIGHEST.get(name, 0))) for name in ("generation", "sender", *_FIELDS[kind]))
-
-
-_FRAMES = {int(kind): (kind, _limits(kind)) for kind in Kind}
-_GETTERS = {kind: operator.attrgetter("kind", "generation", "sender", *_FIELDS[kind]) for kind in Kind}
+_FRAMES = {int(kind): (kind, ("generation", "sender", *fields)) for kind, fields in _FIELDS.items()}
+_GETTERS = {kind: operator.attrgetter("kind", "generation", "sender", *fields) for kind, fields in _FIELDS.items()}
 
 
 def pack(header: Header) -> bytes:
     """The bytes of a header."""
-    packed: bytes = msgpack.packb((PROTOCOL_VERSION, *_GETTERS[header.kind](header)))
+    kind, generation, sender, sequence, total, layout, hop, piece, dtype, length, *_ = header
+    if kind in _DATA_KINDS:
+        number = _TYPE_NUMBERS[dtype]
+        return _DATA.pack(
+            PROTOCOL_VERSION, kind, sender, generation, sequence, total, layout, hop, piece, number, length
+        )
+    packed: bytes = msgpack.packb((PROTOCOL_VERSION, *_GETTERS[kind](header)))
     return packed
 
 
@@ -142,6 +143,8 @@ def unpack(data: bytes | memoryview, peer: str) -> Header:
     Raises:
         ProtocolError: not a header of this protocol version; names the peer and the fault.
     """
+    if len(data) == DATA_HEADER_BYTES and data[0] == PROTOCOL_VERSION:
+        return _unpack_data(data, peer)
     if len(data) > MAX_HEADER_BYTES:
         raise ProtocolError(f"{peer} sent a header of {len(data)} bytes; {MAX_HEADER_BYTES} are the most")
     try:
@@ -157,21 +160,38 @@ def unpack(data: bytes | memoryview, peer: str) -> Header:
         )
     if type(values[1]) is not int or values[1] not in _FRAMES:
         raise ProtocolError(f"{peer} sent a frame of unknown kind {str(values[1])[:20]}")
-    kind, limits = _FRAMES[values[1]]
-    if len(values) != 2 + len(limits):
-        raise ProtocolError(f"{peer} sent a {kind.name} header of {len(values)} fields, not {2 + len(limits)}")
-    for (name, limit), value in zip(limits, values[2:], strict=True):
-        if type(value) is int and type(limit) is int and name != "text":  # a bool is no number here
-            valid = 0 <= value <= limit
-        elif type(limit) is tuple:
-            valid = type(value) is str and value in limit
+    kind, names = _FRAMES[values[1]]
+    if len(values) != 2 + len(names):
+        raise ProtocolError(f"{peer} sent a {kind.name} header of {len(values)} fields, not {2 + len(names)}")
+    for name, value in zip(names, values[2:], strict=True):
+        if name == "text":
+            valid = type(value) is str and len(value) <= MAX_TEXT
         else:
-            valid = name == "text" and type(value) is str and len(value) <= MAX_TEXT
+            valid = type(value) is int and 0 <= value <= _HIGHEST[name]  # a bool is no number here
         if not valid:
             raise ProtocolError(f"{peer} sent a {kind.name} header whose {name} is {str(value)[:40]!r}")
-    if kind in CALL_NAMES:  # in the order of Header's own fields: the quick way for data
-        return Header(kind, *values[2:])
     return Header(kind, values[2], values[3], **dict(zip(_FIELDS[kind], values[4:], strict=True)))
+
+
+def _unpack_data(data: bytes | memoryview, peer: str) -> Header:
+    _, number, sender, generation, sequence, total, layout, hop, piece, dtype, length = _DATA.unpack(data)
+    kind = _DATA_KINDS.get(number)
+    if kind is None:
+        raise ProtocolError(f"{peer} sent a frame of unknown kind {number}")
+    most_types = len(_TYPES) - 1 if kind is Kind.PIECE else 0
+    if dtype > most_types or (kind is Kind.PIECE and not dtype):
+        raise ProtocolError(f"{peer} sent a {kind.name} header whose dtype is {dtype}")
+    most = MAX_CALL_BYTES if kind in (Kind.PIECE, Kind.EXCHANGE) else MAX_BLOB_BYTES
+    if sequence > _MAX_SEQUENCE or total > most or hop > _MAX_HOP or length > _MAX_LENGTH:
+        for name, value, limit in (
+            ("sequence", sequence, _MAX_SEQUENCE),
+            ("total", total, most),
+            ("hop", hop, _MAX_HOP),
+            ("length", length, _MAX_LENGTH),
+        ):
+            if value > limit:
+                raise ProtocolError(f"{peer} sent a {kind.name} header whose {name} is '{value}'")
+    return Header(kind, generation, sender, sequence, total, layout, hop, piece, _TYPES[dtype], length)
 
 
 def split_address(address: str) -> tuple[str, int]:
