@@ -10,6 +10,8 @@ A goodbye goes both ways round the ring.
 from __future__ import annotations
 
 import contextlib
+import operator
+import select
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -45,6 +47,8 @@ _CAUSES: dict[int, _Failure] = {
 }
 _KNOCK_SECONDS = 0.5
 _QUIET_MS = 300
+_is_pending = operator.attrgetter("pending")
+_MOMENT_MS = 2
 _WORD_SECONDS = 1.0
 """How long after a stream has ended ZeroMQ may take to say why: goodbyes, and ends of connections, come that way."""
 _GRACE_SECONDS = 2.0
@@ -111,10 +115,12 @@ class Links:
     @property
     def pending(self) -> bool:
         """Whether a stream still has to send what it was given."""
-        for path in self._outward:
-            if path.stream is not None and path.stream.pending:
-                return True
-        return False
+        return any(map(_is_pending, self._outward))
+
+    @property
+    def sends_at_once(self) -> bool:
+        """Whether nobody needs a body any more once nothing is ``pending``."""
+        return not self.has_paths and self._outward[0].stream is not None
 
     @property
     def unacknowledged(self) -> int:
@@ -132,29 +138,29 @@ class Links:
         path.send(header, body, keep=len(self._outward) > 1)
 
     def wait(
-        self, doing: str, *, left: bool, right: bool, seconds: float, room: Room = fresh
+        self, doing: object, *, left: bool, right: bool, seconds: float, room: Room = fresh
     ) -> tuple[Header, Any] | None:
         """A data frame of the left neighbour; None when there is other news, or nothing within ``seconds``.
 
         ``left``: this rank needs frames from the left, and the left sockets are read only then, for what
         follows belongs to a later call. ``right``: it needs the right neighbour to go on taking. ``doing``
-        names the call. ``room`` says where the body of a frame is wanted.
+        is the call in words. ``room`` says where the body of a frame is wanted.
         """
         if right and self._right_done:
             self.fail(PeerLost, self.right, f"{self.name(self.right)} left the ring while {doing} went on")
         if left and (found := self._read_streams(doing, room)) is not None:
             return found
-        right_broken = all(path.lost for path in self._outward) and not self._right_done
-        left_broken = all(path.broken or not path.peer for path in self._inward) and any(
-            path.peer for path in self._inward
-        )
-        broken = (right and right_broken) or (left and left_broken)
+        right_broken = right and not self._right_done and all(map(_is_gone, self._outward))
+        left_broken = left and all(map(_is_gone, self._inward)) and any(path.peer for path in self._inward)
+        broken = right_broken or left_broken
+        if not broken and self._have_streams_news(left):
+            self._flush()
+            return self._read_streams(doing, room) if left else None
         ready = self._poll(left, 0.0 if broken else seconds)
         for out in self._outward:
             if out.sock in ready:
                 self._read_right(out, doing)
-            if out.stream is not None and out.stream.pending:
-                self.moved += out.stream.flush()
+        self._flush()
         if left:
             for come in self._inward:
                 if come.sock in ready:
@@ -174,12 +180,12 @@ class Links:
                 quiet = False
         if quiet and broken and not any(out.sock in ready for out in self._outward):
             # All that came before the break has been read: no goodbye explains it.
-            self._diagnose(self.right if right and right_broken else self.left, doing)
+            self._diagnose(self.right if right_broken else self.left, doing)
         if quiet and self._again:
             self._send_again()
         elif not ready:
             self._try_out_stalled()
-        self._judge_streams(doing)
+        self._judge_streams()
         return None
 
     def credit(self) -> None:
@@ -241,18 +247,39 @@ class Links:
                 if come.monitor in ready:
                     come.read_monitor()
 
+    def _flush(self) -> None:
+        for out in self._outward:
+            if out.pending and out.stream is not None:
+                self.moved += out.stream.flush()
+
+    def _have_streams_news(self, left: bool) -> bool:
+        """Waits a moment for the streams alone: nearly all news is theirs, and asking ZeroMQ's sockets takes longer."""
+        if self.has_paths:
+            return False
+        out, come = self._outward[0].stream, self._inward[0].stream
+        poller = select.poll()
+        if left:
+            if come is None or come.ended_at is not None:
+                return False
+            poller.register(come.sock, select.POLLIN)
+        if out is not None and out.pending:
+            poller.register(out.sock, select.POLLOUT)
+        elif not left:
+            return False
+        return bool(poller.poll(_MOMENT_MS))
+
     def _poll(self, left: bool, seconds: float) -> dict[Any, int]:
         """Sockets with news: ZeroMQ's own, and of others their descriptors."""
         sockets: list[tuple[Any, int]] = [*self._right_sockets]
         for out in self._outward:
-            if out.stream is not None and out.stream.pending:
+            if out.pending and out.stream is not None:
                 sockets.append((out.stream.sock, zmq.POLLOUT))
         if left:
             sockets += self._left_sockets
             sockets += [(sock, zmq.POLLIN) for come in self._inward for sock in come.data_sockets]
         return dict(zmq.zmq_poll(sockets, int(seconds * 1000)))
 
-    def _read_streams(self, doing: str, room: Room) -> tuple[Header, Any] | None:
+    def _read_streams(self, doing: object, room: Room) -> tuple[Header, Any] | None:
         """The next frame that a stream has."""
         for come in self._inward:
             stream = come.stream
@@ -261,7 +288,7 @@ class Links:
                 continue
             before = stream.received
             try:
-                found = stream.read(self._unpack_left, room)
+                found = stream.read(self._unpack_data, room)
             except ValueError as error:
                 self.fail(ProtocolError, self.left, f"{self.name(self.left)} sent {error}")
             self.moved += stream.received - before
@@ -276,7 +303,7 @@ class Links:
                 self._left_leaves(come, farewell, doing)
         return None
 
-    def _judge_streams(self, doing: str) -> None:
+    def _judge_streams(self) -> None:
         """Gives up paths whose stream has ended, if it stays unsaid why."""
         latest = time.monotonic() - _WORD_SECONDS
         for out in self._outward:
@@ -373,7 +400,7 @@ class Links:
         peer = self.left if not any(path.peer for path in self._inward) else self.right
         self.fail(PeerTimeout, peer, f"{self.name(peer)} did not join the ring {waited}; does it still run?")
 
-    def _read_right(self, path: Outward, doing: str) -> None:
+    def _read_right(self, path: Outward, doing: object) -> None:
         parts = path.sock.recv_multipart(zmq.NOBLOCK)
         header = self._unpack(parts[0], self.right)
         if header.kind == Kind.GOODBYE:
@@ -402,7 +429,7 @@ class Links:
         if self._settings.streams:
             path.open_stream(offer.port, secret)
 
-    def _read_left(self, path: Inward, doing: str) -> tuple[Header, Any] | None:
+    def _read_left(self, path: Inward, doing: object) -> tuple[Header, Any] | None:
         parts = path.sock.recv_multipart(zmq.NOBLOCK, copy=False)
         if parts[0].bytes != path.peer:
             self._greet(path, parts)
@@ -424,7 +451,7 @@ class Links:
             path.credit(self.generation, self.rank)
         return header, parts[2]
 
-    def _left_leaves(self, path: Inward, header: Header, doing: str) -> None:
+    def _left_leaves(self, path: Inward, header: Header, doing: object) -> None:
         """Over this path nothing follows; over another one what was sent before may still come."""
         path.broken = True
         self._left_done = header.cause != Cause.DONE or all(come.broken or not come.peer for come in self._inward)
@@ -448,7 +475,8 @@ class Links:
             return
         path.welcome(parts[0].bytes, parts[1].get(zmq.SRCFD), self.generation, self.rank)
 
-    def _unpack_left(self, data: memoryview) -> Header:
+    def _unpack_data(self, data: memoryview) -> Header:
+        """The header of a frame on the left neighbour's stream."""
         header = self._unpack(data, self.left)
         if header.kind not in CALL_NAMES or header.sequence == 0:
             self.fail(ProtocolError, self.left, f"{self.name(self.left)} sent a {header.kind.name} frame over a stream")
@@ -465,11 +493,11 @@ class Links:
             self.fail(ProtocolError, peer, f"{text}; this ring has generation {self.generation}")
         return header
 
-    def _pass_on(self, header: Header, doing: str) -> NoReturn:
+    def _pass_on(self, header: Header, doing: object) -> NoReturn:
         text = header.text or f"{self.name(header.sender)} left the ring while {doing} waited"
         self.fail(_CAUSES[header.cause], header.culprit, text)
 
-    def _diagnose(self, peer: int, doing: str) -> NoReturn:
+    def _diagnose(self, peer: int, doing: object) -> NoReturn:
         """Tells a peer that ended from one that is stopped or out of reach: both end the connection."""
         states = [knock(path, _KNOCK_SECONDS) for path in split_paths(self._addresses[peer])]
         state = next((found for found in ("alive", "ended") if found in states), states[0])
@@ -484,7 +512,7 @@ class Links:
 
 
 def _is_gone(path: Outward | Inward) -> bool:
-    return path.lost if isinstance(path, Outward) else path.broken
+    return path.lost if isinstance(path, Outward) else path.broken or not path.peer
 
 
 def _says_goodbye(parts: list[bytes]) -> bool:

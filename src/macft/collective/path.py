@@ -58,9 +58,14 @@ class Outward:
         return self.welcome and not self.lost
 
     @property
+    def pending(self) -> bool:
+        """Whether the stream still has to send what it was given."""
+        return self.stream is not None and self.stream.pending
+
+    @property
     def has_room(self) -> bool:
         """Whether another frame may go now."""
-        return len(self.sent) < WINDOW and not (self.stream is not None and self.stream.pending)
+        return len(self.sent) < WINDOW and not self.pending
 
     def open_stream(self, port: int, secret: bytes) -> None:
         """Lets data go over a stream to ``port`` of the neighbour, if that can be reached."""

@@ -36,7 +36,7 @@ from macft.collective.wire import (
 )
 from macft.errors import CollectiveError, PeerLost, PeerTimeout, ProtocolError
 
-_EXCHANGE_BYTES = 2 * 1024 * 1024
+_EXCHANGE_BYTES = 768 * 1024
 """All-reduces of up to this, over the number of ranks, are exchanged whole, unless :meth:`Ring.tune` knows better."""
 _TUNE_BYTES = 256 * 1024
 _LOOK_SECONDS = 0.5
@@ -129,7 +129,8 @@ class Ring:
         # Infinity and NaN are the trainer's to judge, once it has the sums.
         with np.errstate(over="ignore", invalid="ignore"):
             if total <= self._exchange_bytes:
-                exchange = Exchange(self._next_call(Kind.EXCHANGE), buffers, self._world_size)
+                call = self._next_call(Kind.EXCHANGE)
+                exchange = Exchange(call, buffers, self._world_size, lend=self._links.sends_at_once)
                 self._run(exchange)
                 exchange.finish()
             else:
@@ -232,12 +233,12 @@ class Ring:
         except BaseException:
             # Perhaps between the two parts of a message, so no goodbye: the neighbours see the connection
             # end.
-            reason = f"rank {self.rank} was interrupted in {transfer.call.call}; its ring has ended"
+            reason = f"rank {self.rank} was interrupted in {transfer.call}; its ring has ended"
             self._links.failure = PeerLost(reason)
             raise
 
     def _exchange(self, transfer: Transfer) -> None:
-        links, doing = self._links, transfer.call.call
+        links, call = self._links, transfer.call
         room = partial(self._room, transfer)
         early, self._early = self._early, []
         for header, body in early:
@@ -250,17 +251,18 @@ class Ring:
                 links.send(header, body)
                 self._bytes_sent += header.length
                 sent_uncopied = sent_uncopied or _is_lent(header)
-            if not transfer.missing and took_large:
+            missing = transfer.missing
+            if took_large and not missing:
                 links.credit()  # the left neighbour waits for it, see below
                 took_large = False
             # The caller may change its arrays once this returns, so uncopied bodies must have left by then. A
             # stream knows; ZeroMQ and several paths have them until the neighbour has taken them. Both sides know
             # the sizes, so both know whether a credit is awaited.
             needs_right = bool(transfer.outgoing) or links.pending or (sent_uncopied and links.unacknowledged > 0)
-            if not transfer.missing and not needs_right:
+            if not missing and not needs_right:
                 return
             moved = links.moved
-            frame = links.wait(doing, left=transfer.missing, right=needs_right, seconds=_LOOK_SECONDS, room=room)
+            frame = links.wait(call, left=missing, right=needs_right, seconds=_LOOK_SECONDS, room=room)
             if frame is not None:
                 took_large = took_large or _is_lent(frame[0])
                 self._take(transfer, *frame)
@@ -287,7 +289,7 @@ class Ring:
                 return
         if not _belongs(header, call):
             same = (header.kind, header.sequence) == (call.kind, call.sequence)
-            theirs = f"{self._links.name(header.sender)} is at {header.call}, this rank at {call.call}"
+            theirs = f"{self._links.name(header.sender)} is at {header}, this rank at {call}"
             others = " of other shapes or types" if same and header.total == call.total else ""
             text = f"{theirs}{others}; do all ranks run the same macft, data and configuration?"
             self._links.fail(ProtocolError, header.sender, text)
@@ -299,7 +301,7 @@ class Ring:
     def _give_up(self, transfer: Transfer, seconds: float) -> None:
         peer = transfer.awaited if transfer.missing else self._links.right
         text = (
-            f"{self._links.name(peer)} is alive but did not do its part of {transfer.call.call} "
+            f"{self._links.name(peer)} is alive but did not do its part of {transfer.call} "
             f"for {seconds:.0f} s; it may still compute: collective.patience sets the limit"
         )
         self._links.fail(PeerTimeout, peer, text)

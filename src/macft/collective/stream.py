@@ -43,7 +43,7 @@ Room = Callable[[Header], memoryview | None]
 
 def fresh(header: Header) -> memoryview:
     """Room for the body of a frame in memory of its own."""
-    return memoryview(np.empty(header.length, np.uint8))
+    return np.empty(header.length, np.uint8).data
 
 
 class _Sealer:

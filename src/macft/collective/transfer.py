@@ -10,6 +10,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,15 +69,19 @@ class Exchange:
     """All-reduce of little: every rank's arrays go round whole, and each rank adds all up in the order of ranks.
 
     N - 1 hops, where :class:`Reduction` has 2N - 2, for N / 2 times the bytes: the faster one while latency counts.
-    The arrays are copied before they are sent, so nothing is waited for at the end.
+    Unless ``lend`` the arrays are copied before they are sent, so nothing is waited for at the end.
     """
 
-    def __init__(self, call: Header, buffers: Sequence[Buffer], world_size: int):
+    def __init__(self, call: Header, buffers: Sequence[Buffer], world_size: int, *, lend: bool = False):
         self._buffers, self._ranks = buffers, world_size
-        own = b"".join([buffer.flat.data for buffer in buffers])
-        self.call = call._replace(total=len(own), layout=_layout(buffers), length=len(own))
+        own: Any = b""
+        if lend and len(buffers) == 1:
+            own = buffers[0].flat.data.cast("B")
+        elif buffers:
+            own = b"".join([buffer.flat.data for buffer in buffers])
+        self.call = Header(*call[:4], len(own), _layout(buffers))
         self._parts: dict[int, Any] = {call.sender: own}
-        self.outgoing: deque[tuple[Header, Any]] = deque([(self.call._replace(hop=1), own)])
+        self.outgoing: deque[tuple[Header, Any]] = deque([(self._header(1), own)])
 
     @property
     def missing(self) -> bool:
@@ -92,12 +97,15 @@ class Exchange:
 
     def take(self, header: Header, body: Any) -> None:
         if not 1 <= header.hop < self._ranks or header.length != self.call.total or header.piece:
-            raise ProtocolError(f"hop {header.hop} of {header.call} with {header.length} bytes is not due")
+            raise ProtocolError(f"hop {header.hop} of {header} with {header.length} bytes is not due")
         if self._has(header.hop):
             return
         self._parts[(self.call.sender - header.hop) % self._ranks] = body
         if header.hop + 1 < self._ranks:
-            self.outgoing.append((self.call._replace(hop=header.hop + 1), body))
+            self.outgoing.append((self._header(header.hop + 1), body))
+
+    def _header(self, hop: int) -> Header:
+        return Header(*self.call[:6], hop, 0, "", self.call.total)
 
     def finish(self) -> None:
         """Puts the sums into the buffers."""
@@ -150,16 +158,16 @@ class Reduction:
         if header.length != local.flat.nbytes:
             return None
         self._in_place = place
-        return memoryview(local.flat).cast("B")
+        return local.flat.data.cast("B")
 
     def take(self, header: Header, body: Any) -> None:
         hop, number = header.hop, header.piece
         if not 1 <= hop <= self._hops or number >= len(self._chunk(hop)):
-            raise ProtocolError(f"part {number} of hop {hop} of {header.call} is not due")
+            raise ProtocolError(f"part {number} of hop {hop} of {header} is not due")
         local = self._chunk(hop)[number]
         if header.dtype != local.dtype or header.length != local.flat.nbytes:
             found = f"{header.length} bytes of {header.dtype}, not {local.flat.nbytes} of {local.dtype}"
-            raise ProtocolError(f"part {number} of hop {hop} of {header.call} has {found}")
+            raise ProtocolError(f"part {number} of hop {hop} of {header} has {found}")
         if (hop, number) not in self._due:
             return
         self._due.remove((hop, number))
@@ -177,7 +185,7 @@ class Reduction:
         return self._chunks[(self.call.sender - hop) % self._ranks]
 
     def _header(self, hop: int, number: int, piece: Buffer) -> Header:
-        return self.call._replace(hop=hop, piece=number, dtype=piece.dtype, length=piece.flat.nbytes)
+        return Header(*self.call[:6], hop, number, piece.dtype, piece.flat.nbytes)
 
 
 class CodedReduction:
@@ -229,7 +237,7 @@ class CodedReduction:
         hop, number = header.hop, header.piece
         chunk = self._chunk(hop) if 1 <= hop <= self._hops else []
         if number >= len(chunk) or header.length != self._codec.encoded_bytes(chunk[number][0].size):
-            raise ProtocolError(f"part {number} of hop {hop} of {header.call} with {header.length} bytes is not due")
+            raise ProtocolError(f"part {number} of hop {hop} of {header} with {header.length} bytes is not due")
         if (hop, number) not in self._due:
             return
         self._due.remove((hop, number))
@@ -296,7 +304,7 @@ class Spread:
         length = min(self._piece_bytes, total - number * self._piece_bytes)
         known = self._totals.setdefault(hop, total) == total <= MAX_BLOB_BYTES
         if hop not in self._awaited or not known or number >= self._count(total) or header.length != length:
-            raise ProtocolError(f"part {number} of hop {hop} of {header.call} is not due or of a wrong size")
+            raise ProtocolError(f"part {number} of hop {hop} of {header} is not due or of a wrong size")
         parts = self._parts.setdefault(hop, {})
         if hop not in self._due or number in parts:
             return
@@ -364,4 +372,9 @@ def _pieces(buffers: Sequence[Buffer], chunk: int, chunks: int, piece_bytes: int
 
 def _layout(buffers: Sequence[Buffer]) -> int:
     """Tells apart calls of equal size whose arrays differ; they would be summed wrongly without a word."""
-    return zlib.crc32(",".join(f"{buffer.dtype}{buffer.flat.size}" for buffer in buffers).encode())
+    return _checksum(tuple([(buffer.dtype, buffer.flat.size) for buffer in buffers]))
+
+
+@lru_cache
+def _checksum(layout: tuple[tuple[str, int], ...]) -> int:
+    return zlib.crc32(",".join(f"{dtype}{size}" for dtype, size in layout).encode())

@@ -91,9 +91,8 @@ class Header(NamedTuple):
     # STREAM: the TCP port.
     port: int = 0
 
-    @property
-    def call(self) -> str:
-        """The collective call this frame belongs to, in words: ``all-reduce 5 of 1024 bytes``."""
+    def __str__(self) -> str:
+        """Of data: the collective call this frame belongs to, in words: ``all-reduce 5 of 1024 bytes``."""
         size = f" of {self.total} bytes" if self.kind in (Kind.PIECE, Kind.EXCHANGE) else ""
         return f"{CALL_NAMES[self.kind]} {self.sequence}{size}"
 
