@@ -19,6 +19,7 @@ from macft.data.batch import Batch, coarse_length, coarse_targets, micro_batches
 from macft.data.formats import Row
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
+from macft.plan.workload import StepRows
 from macft.training.gradient import GradientComputer, LocalGradient
 from macft.training.loss import target_positions
 from macft.training.optimizer import apply_gradient, make_optimizer
@@ -36,10 +37,17 @@ def computer(compiling: str, *, checkpoint: bool = False) -> tuple[Any, Gradient
     mx.random.seed(5)
     values = [(name, mx.random.normal(value.shape) * 0.1) for name, value in tree_flatten(model.trainable_parameters())]
     model.load_weights(values, strict=False)
-    keys = adaptation.dropout_keys
-    return model, GradientComputer(
-        model, keys, seed=0, checkpoint_blocks=checkpoint, packing="false", compiling=compiling, loss_chunk=40
+    compute = GradientComputer(
+        model,
+        adaptation.dropout_keys,
+        seed=0,
+        checkpoint_blocks=checkpoint,
+        packing="auto" if compiling == "true" else "false",
+        compiling=compiling,
+        loss_chunk=40,
     )
+    assert compute.compiles == (compiling == "true")
+    return model, compute
 
 
 def batches(seed: int, count: int, *, most: int = 60, micro_batch: int = 2) -> list[Batch]:
@@ -62,8 +70,6 @@ def test_gradients_are_those_of_the_uncompiled_step(checkpoint: bool, monkeypatc
     layer_class = type(make("llama").layers[0])
     monkeypatch.setattr(layer_class, "__call__", layer_class.__call__)  # checkpointing replaces it
     (model, compiled), (other, plain) = (computer(word, checkpoint=checkpoint) for word in ("true", "false"))
-    assert compiled.compiles
-    assert not plain.compiles
     optimizer = OptimizerConfig(name="sgd")
     for step in range(2):
         work = batches(step, 5)
@@ -102,6 +108,15 @@ def test_a_shape_is_compiled_once() -> None:
 def test_many_batches_have_few_shapes(most: int) -> None:
     work = [batch for seed in range(200) for batch in batches(seed, 8, most=most, micro_batch=4)]
     assert len(shapes_of(work, coarse=True)) < min(45, len(shapes_of(work, coarse=False)) / 2)
+
+
+def test_the_plan_counts_what_a_compiled_step_computes() -> None:
+    work = batches(5, 24, most=300, micro_batch=8)
+    for batch in work:
+        targets = np.maximum(batch.lengths - np.maximum(batch.prompt_lengths, 1), 0)
+        (planned,) = StepRows(batch.lengths, targets).micro_batches(None, compiled=True)
+        ((shape, positions),) = shapes_of([batch], coarse=True)
+        assert planned == (*shape, *positions)
 
 
 @given(length=st.integers(1, 100_000), share=st.floats(0, 1), rows=st.integers(1, 64))

@@ -29,8 +29,17 @@ from macft.training.settings import compiles
 TOKENS_AT_ONCE = 512
 """Tokens in a pack on a CPU, where longer ones are no faster and take more memory."""
 
-_Arrays = tuple[NDArray[Any], ...]
-"""Inputs, target positions, targets, weights and ids of some rows."""
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows that are computed at once, padded or, where there are ``lengths``, laid end to end; see Pack."""
+
+    inputs: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    targets: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    row_ids: NDArray[np.int64]
+    lengths: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,11 +120,12 @@ class GradientComputer:
         losses: list[Any] = []
         target_tokens = tokens = 0
         for batch in islice(batches, count):
-            for arrays in self._parts(batch):
+            for part in self._parts(batch):
                 mx.eval(losses, total)  # one at a time: activations are freed before the next begin
-                loss, total = self._with_part(total, step, arrays)
+                with packed(part.lengths):
+                    loss, total = self._with_part(total, step, part)
                 losses.append(loss)
-                target_tokens += int(arrays[3].sum())
+                target_tokens += int(part.weights.sum())
             tokens += int(batch.lengths.sum())
         total = total or self._zeros()
         _start(losses)
@@ -131,22 +141,18 @@ class GradientComputer:
             started=started,
         )
 
-    def _parts(self, batch: Batch) -> Iterator[_Arrays]:
-        """What is computed at once; where rows are packed, only while it is being asked for the next."""
-        if self.compiles:
-            batch = widened(batch)
-        if not self.packs:
-            yield (batch.tokens[:, :-1], *target_positions(batch, coarse=self.compiles), batch.row_ids)
+    def _parts(self, batch: Batch) -> Iterator[_Part]:
+        if self.packs:
+            for item in pack(batch, TOKENS_AT_ONCE if on_cpu() else None):
+                yield _Part(item.inputs, item.positions, item.targets, item.weights, item.row_ids, item.lengths)
             return
-        for item in pack(batch, TOKENS_AT_ONCE if on_cpu() else None):
-            with packed(item.lengths):
-                yield item.inputs, item.positions, item.targets, item.weights, item.row_ids
+        batch = widened(batch) if self.compiles else batch
+        yield _Part(batch.tokens[:, :-1], *target_positions(batch, coarse=self.compiles), batch.row_ids)
 
-    def _with_part(self, total: dict[str, Any], step: int, arrays: _Arrays) -> tuple[Any, dict[str, Any]]:
-        """The summed loss of some rows, and the gradients in ``total``, if any, with theirs added."""
-        *numbers, row_ids = arrays
-        keys = DropoutKeys.for_rows(self._seed, step, row_ids) if self._keys.in_use else np.zeros(1, np.uint32)
-        inputs = [mx.array(values) for values in (*numbers, keys)]
+    def _with_part(self, total: dict[str, Any], step: int, part: _Part) -> tuple[Any, dict[str, Any]]:
+        """The summed loss of ``part``, and the gradients in ``total``, if any, with its own added."""
+        keys = DropoutKeys.for_rows(self._seed, step, part.row_ids) if self._keys.in_use else np.zeros(1, np.uint32)
+        inputs = [mx.array(values) for values in (part.inputs, part.positions, part.targets, part.weights, keys)]
         if self.compiles:
             # Nobody else holds the sums so far, so that MLX adds in their memory.
             return self._compiled(total or self._zeros(), *inputs)
