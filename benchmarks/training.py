@@ -1,6 +1,6 @@
 """macft against mlx_lm.lora, and Unsloth, on one node: the same model, rows, adapter, precision, BLAS, cores, in turn.
 
-    python benchmarks/training.py [--case sql|mixed|long] [--runs 5] [--steps 24] [--unsloth PYTHON]
+    python benchmarks/training.py [--case sql|mixed|long] [--runs 5] [--steps 24] [--compile WORD] [--unsloth PYTHON]
 
 Each run is a process of its own, A B B A ...; it trains one pass over the same rows and reports the time from the end
 of the warm-up to the last step, the losses, and the process's peak memory. The table shows medians and the median of
@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ def held_out_loss(loaded: Any, case: str) -> float:
     ).loss
 
 
-def train_macft(case: str, steps: int) -> tuple[dict[str, Any], Any]:
-    """macft's own loop, without reports, checkpoints and evaluation."""
+def train_macft(case: str, steps: int, compiling: str = "auto") -> tuple[dict[str, Any], Any]:
+    """macft's own loop, without reports, checkpoints and evaluation; ``compiling`` is training.compile."""
     from macft.checkpoint.saver import CheckpointSaver
     from macft.checkpoint.snapshot import Progress
     from macft.checkpoint.store import CheckpointStore
@@ -119,7 +120,9 @@ def train_macft(case: str, steps: int) -> tuple[dict[str, Any], Any]:
         Trainer(
             model=loaded.model,
             optimizer=make_optimizer(optimizer_config),
-            compute=GradientComputer(loaded.model, adaptation.dropout_keys, seed=0, checkpoint_blocks=False),
+            compute=GradientComputer(
+                loaded.model, adaptation.dropout_keys, seed=0, checkpoint_blocks=False, compiling=compiling
+            ),
             collective=Solo(),
             train_rows=rows,
             valid_rows=[],
@@ -254,10 +257,11 @@ def result(case: str, times: list[float], targets: int) -> dict[str, Any]:
     }
 
 
-def run(worker: str, case: str, steps: int, *, python: str, stock: bool) -> dict[str, Any]:
+def run(worker: str, case: str, steps: int, *, python: str, stock: bool, compiling: str) -> dict[str, Any]:
     """One training in a fresh process."""
     command = [python, __file__, "--worker", worker, "--case", case, "--steps", str(steps)]
     command += ["--stock"] if stock and worker == "mlx_lm" else []
+    command += ["--compile", compiling] if worker == "macft" else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{worker} failed:\n{done.stderr[-3000:]}")
@@ -265,7 +269,11 @@ def run(worker: str, case: str, steps: int, *, python: str, stock: bool) -> dict
     return found
 
 
-WORKERS = {"macft": train_macft, "mlx_lm": train_mlx_lm, "unsloth": train_unsloth}
+WORKERS: dict[str, Callable[..., tuple[dict[str, Any], Any]]] = {
+    "macft": train_macft,
+    "mlx_lm": train_mlx_lm,
+    "unsloth": train_unsloth,
+}
 
 
 def main() -> None:
@@ -275,6 +283,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--stock", action="store_true", help="mlx_lm with the BLAS of MLX's own wheel")
+    parser.add_argument("--compile", default="auto", help="macft's training.compile")
     parser.add_argument("--unsloth", metavar="PYTHON", help="also run Unsloth's trainer, with this Python")
     parser.add_argument("--worker", choices=sorted(WORKERS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -284,7 +293,8 @@ def main() -> None:
             import mlx.core as mx  # before macft, so that OpenBLAS doesn't get in
 
             mx.eval(mx.zeros(1))
-        measured, loaded = WORKERS[arguments.worker](case, arguments.steps)
+        more = [arguments.compile] if arguments.worker == "macft" else []
+        measured, loaded = WORKERS[arguments.worker](case, arguments.steps, *more)
         if not arguments.stock:  # it would take longer than the training
             measured["held_out_loss"] = held_out_loss(loaded, case)
         print(json.dumps(measured))
@@ -295,7 +305,8 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}
     for number in range(arguments.runs):
         for name in list(pythons) if number % 2 == 0 else reversed(pythons):
-            found[name].append(run(name, case, arguments.steps, python=pythons[name], stock=arguments.stock))
+            options = {"python": pythons[name], "stock": arguments.stock, "compiling": arguments.compile}
+            found[name].append(run(name, case, arguments.steps, **options))
             print(f"run {number + 1} {name}: {found[name][-1]}", file=sys.stderr)
     peers = list(pythons)[1:]
     heads = "".join(f"{peer:>12}{'ratio':>8}" for peer in peers)

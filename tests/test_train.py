@@ -90,6 +90,18 @@ def test_resuming_with_the_shown_command_repeats_nothing(tmp_path: Path, finishe
     assert len(losses(tmp_path)) == 8
 
 
+def test_a_compiled_run_learns_the_same(
+    tmp_path: Path, basics: list[str], finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # without g++ MLX records steps all the same, and fuses nothing
+    more = ["training.compile=true", "training.micro_batch_size=2"]
+    done = train(*basics, *more, f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-4)
+    for name, value in adapter(finished).items():
+        np.testing.assert_allclose(adapter(tmp_path / "run")[name], value, atol=1e-4)
+
+
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_a_run_may_start_from_an_adapter(tmp_path: Path, basics: list[str], finished: Path, nodes: int) -> None:
     start = [f"adapter.init_from={finished / 'adapters'}", "training.steps=1"]

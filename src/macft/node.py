@@ -162,6 +162,7 @@ def _prepare(
         checkpoint_blocks=config.training.grad_checkpoint,
         bucket_bytes=config.collective.bucket_bytes,
         packing=config.training.packing,
+        compiling=config.training.compile,
         loss_chunk=config.training.loss_chunk,
     )
     store = CheckpointStore(folder.checkpoints, keep_last=config.training.keep_last)

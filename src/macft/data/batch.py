@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,31 @@ class Batch:
     prompt_lengths: NDArray[np.int64]
     lengths: NDArray[np.int64]
     row_ids: NDArray[np.int64]
+
+
+_LEAST = 32
+
+
+def coarse_length(length: int) -> int:
+    """The length of a batch for compiled steps whose longest row has ``length`` tokens.
+
+    One of few, 1 more than a multiple of 32 and at most a quarter longer: four from a power of two to the next.
+    """
+    step = max(_LEAST, (1 << max(length - 2, 0).bit_length()) // 8)
+    return 1 + max(1, -(-(length - 1) // step)) * step
+
+
+def coarse_targets(count: int, positions: int) -> int:
+    """How many target positions a compiled step computes for ``count`` among ``positions``: all, half, a quarter ..."""
+    while positions // 2 >= max(count, _LEAST):
+        positions //= 2
+    return positions
+
+
+def widened(batch: Batch) -> Batch:
+    """``batch`` padded to one of few lengths, so that what is compiled for one batch serves many."""
+    more = coarse_length(int(batch.lengths.max())) - batch.tokens.shape[1]
+    return replace(batch, tokens=np.pad(batch.tokens, ((0, 0), (0, more))))
 
 
 def collate(rows: Sequence[Row], row_ids: NDArray[np.int64]) -> Batch:

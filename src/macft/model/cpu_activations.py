@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft.blas import available_cores
+from macft.model.device import numpy_may_compute
 
 _BLOCK = 32_768
 """Elements at once: several arrays of them fit a core's cache."""
@@ -28,13 +29,17 @@ _WORTH_A_THREAD = 262_144
 Values = NDArray[np.float32]
 
 
-@mx.custom_function
 def swiglu(gate: Any, x: Any) -> Any:
     """silu(gate) * x, float32, as mlx_lm.models.activations.swiglu."""
+    return _swiglu_by_numpy(gate, x) if numpy_may_compute() else nn.silu(gate) * x
+
+
+@mx.custom_function
+def _swiglu_by_numpy(gate: Any, x: Any) -> Any:
     return mx.array(_computed(_swiglu, 1, np.asarray(gate), np.asarray(x))[0])
 
 
-@swiglu.vjp
+@_swiglu_by_numpy.vjp
 def _swiglu_vjp(primals: tuple[Any, Any], cotangent: Any, _output: Any) -> tuple[Any, Any]:
     gate, x = primals
     by_gate, by_x = _computed(_swiglu_gradients, 2, np.asarray(gate), np.asarray(x), np.asarray(cotangent))

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft import blas
-from macft.model.device import on_cpu
+from macft.model.device import numpy_may_compute
 
 SHORTEST = 64
 """Tokens from which on this is faster than MLX's own."""
@@ -33,7 +33,8 @@ def suits(queries: Any, keys: Any) -> bool:
     """Whether this is faster than MLX's own: on a CPU with an OpenBLAS, in float32, for sequences that aren't short."""
     tokens = queries.shape[2]
     is_whole = keys.shape[2] == tokens >= SHORTEST
-    return bool(is_whole and queries.dtype == keys.dtype == mx.float32 and on_cpu() and blas.library() is not None)
+    is_float32 = queries.dtype == keys.dtype == mx.float32
+    return bool(is_whole and is_float32 and numpy_may_compute() and blas.library() is not None)
 
 
 def causal_attention(queries: Any, keys: Any, values: Any, scale: float) -> Any:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import mlx.core as mx
 
 from macft import blas
@@ -12,6 +16,30 @@ _LEAST_CACHE = 256 * 1024 * 1024
 def on_cpu() -> bool:
     """Whether MLX computes on the CPU, where only float32 matrix products are fast."""
     return bool(mx.default_device() == mx.cpu)
+
+
+class _Trace(threading.local):
+    """Whether this thread's operations are being recorded for ``mx.compile``."""
+
+    is_on = False
+
+
+_trace = _Trace()
+
+
+@contextmanager
+def traced() -> Iterator[None]:
+    """To be put around the code of a function that is given to ``mx.compile``: its arrays have no values yet."""
+    before, _trace.is_on = _trace.is_on, True
+    try:
+        yield
+    finally:
+        _trace.is_on = before
+
+
+def numpy_may_compute() -> bool:
+    """Whether NumPy may compute an operation's result while MLX builds the graph: on a CPU, of arrays with values."""
+    return on_cpu() and not _trace.is_on
 
 
 def prepare_device() -> str:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from macft.model.packing import row_lengths
 
+_FEATURE = np.uint32(0x85EBCA77)
+
 
 class DropoutKeys:
     """The keys of the rows in the micro-batch being computed, shared by all dropout layers of a model."""
@@ -59,8 +61,10 @@ class RowDropout(nn.Module):
             owner = np.repeat(np.arange(len(packed_lengths)), packed_lengths)
             keys = _mix(self._keys.value)[mx.array(owner)][None, :, None]
         position = place[:, None] * 0x9E3779B1
-        feature = mx.arange(features, dtype=mx.uint32)[None, :] * 0x85EBCA77 + (self._layer * 0xC2B2AE3D) % 2**32
-        bits = _mix((position + feature)[None] ^ keys)
+        # An array, for a number would become a part of the compiled code, and make it another one for each layer.
+        layer = np.uint32(self._layer * 0xC2B2AE3D % 2**32)
+        feature = mx.array(np.arange(features, dtype=np.uint32) * _FEATURE + layer)
+        bits = _mix((position + feature[None])[None] ^ keys)
         keep = bits >= int(self._p * 2**32)
         return mx.where(keep, x * (1.0 / (1.0 - self._p)), 0.0).astype(x.dtype)
 

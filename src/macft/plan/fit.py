@@ -36,7 +36,7 @@ class Fitter:
 
     ``steps`` hold this node's rows, ``validation_rows`` is the size of the validation set (0: no validation).
     ``pack_tokens``: the most tokens the trainer computes at once, None for a whole micro-batch. ``eager``: layer by
-    layer, as on a CPU in float32.
+    layer, as on a CPU in float32. ``compiled``: with batches padded to few shapes.
     """
 
     shape: ModelShape
@@ -47,6 +47,7 @@ class Fitter:
     validation_rows: int
     pack_tokens: int | None = None
     eager: bool = False
+    compiled: bool = False
 
     @property
     def rows(self) -> int:
@@ -61,7 +62,7 @@ class Fitter:
         size = settings.micro_batch_size
         works = set()
         for step in self.steps:
-            batches = list(step.micro_batches(size))
+            batches = list(step.micro_batches(size, compiled=self.compiled))
             for rows, length, targets in batches:
                 at_once = rows if self.pack_tokens is None else max(1, min(rows, self.pack_tokens // length))
                 works.add(

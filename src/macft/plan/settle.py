@@ -21,7 +21,7 @@ from macft.plan.shape import HeldWeights, ModelShape, held_weights, read_shape
 from macft.plan.workload import StepRows, steps_of
 from macft.training.gradient import TOKENS_AT_ONCE
 from macft.training.loop import steps_for
-from macft.training.settings import TrainingConfig
+from macft.training.settings import TrainingConfig, compiles
 
 _LONGEST_VERDICT = 2000
 
@@ -90,15 +90,19 @@ def fitter_for(
     config: TrainConfig, *, shape: ModelShape, held: HeldWeights, steps: Sequence[StepRows], cpu: bool
 ) -> Fitter:
     """The prediction for ``config`` on a node that has ``steps``' rows, and computes on a CPU or not."""
+    training = config.training
+    # Whether the model can take packs is known once it is loaded; here it is taken for able.
+    compiled = compiles(training.compile, packs=training.packing.lower() != "false", cpu=cpu)
     return Fitter(
         shape=shape,
         held=held,
         adapter=config.adapter,
         optimizer=config.optimizer.name,
         steps=steps,
-        validation_rows=_validation_rows(config.training),
-        pack_tokens=TOKENS_AT_ONCE if cpu and config.training.packing.lower() != "false" else None,
-        eager=cpu and held.bits is None and held.float_bytes == 4,
+        validation_rows=_validation_rows(training),
+        pack_tokens=TOKENS_AT_ONCE if cpu and training.packing.lower() != "false" and not compiled else None,
+        eager=cpu and held.bits is None and held.float_bytes == 4 and not compiled,
+        compiled=compiled,
     )
 
 

@@ -42,7 +42,7 @@ def step_cost(fitter: Fitter, settings: Settings) -> StepCost:
     for step in fitter.steps:
         tokens += float(step.lengths.sum())
         targets += float(step.targets.sum())
-        for rows, length, count in step.micro_batches(settings.micro_batch_size):
+        for rows, length, count in step.micro_batches(settings.micro_batch_size, compiled=fitter.compiled):
             padded = rows * length
             block = 2 * shape.block_parameters * padded + 4 * query * length * padded
             passes = 1 + settings.grad_checkpoint

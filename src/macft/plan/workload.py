@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.data.batch import PAD_TO
+from macft.data.batch import PAD_TO, coarse_length, coarse_targets
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.plan.shares import assign
@@ -28,14 +28,19 @@ class StepRows:
         mine = assign(self.lengths, world_size, shares)[rank]
         return StepRows(self.lengths[mine], self.targets[mine])
 
-    def micro_batches(self, size: int | None) -> Iterable[tuple[int, int, int]]:
+    def micro_batches(self, size: int | None, *, compiled: bool = False) -> Iterable[tuple[int, int, int]]:
         """(rows, padded length, targets) of each micro-batch of at most ``size`` rows, split as the trainer does."""
         order = np.argsort(self.lengths, kind="stable")
         step = size or max(1, len(order))
         for start in range(0, len(order), step):
             group = order[start : start + step]
             longest = int(self.lengths[group].max())
-            yield len(group), 1 + -(-(longest - 1) // PAD_TO) * PAD_TO, int(self.targets[group].sum())
+            targets = int(self.targets[group].sum())
+            if compiled:
+                length = coarse_length(longest)
+                yield len(group), length, coarse_targets(targets, len(group) * (length - 1))
+            else:
+                yield len(group), 1 + -(-(longest - 1) // PAD_TO) * PAD_TO, targets
 
 
 def steps_of(rows: Sequence[Row], order: RowOrder, total_steps: int) -> list[StepRows]:

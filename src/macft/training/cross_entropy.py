@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from macft.model.cpu_activations import softmax_parts
 from macft.model.cpu_eager import plain
-from macft.model.device import on_cpu
+from macft.model.device import numpy_may_compute, on_cpu
 
 _ELEMENTS_ON_CPU = 2**21
 _ELEMENTS_ON_GPU = 2**25
@@ -34,7 +34,7 @@ def _forward(logits: Any, targets: Any, weights: Any) -> tuple[Any, Any]:
     """Summed loss of ``logits`` (n, vocabulary) and its gradient with respect to them, in their dtype."""
     dtype, logits = logits.dtype, logits.astype(mx.float32)
     highest = logits.max(axis=-1, keepdims=True)
-    if on_cpu():
+    if numpy_may_compute():
         powers, total = softmax_parts(logits)
     else:
         powers = mx.exp(logits - highest)
@@ -64,7 +64,7 @@ def chunked_cross_entropy(
     @mx.custom_function
     def loss_and_gradient(hidden: Any) -> tuple[Any, Any]:
         # On a CPU logits are computed at once, and what leads to a result would be held as long as the graph.
-        cut = plain if on_cpu() else _same
+        cut = plain if numpy_may_compute() else _same
         hidden = cut(hidden)
         value = loss = mx.zeros(())
         parts: list[Any] = []

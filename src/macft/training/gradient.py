@@ -13,23 +13,33 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.trainer import grad_checkpoint
 from numpy.typing import NDArray
 
-from macft.data.batch import Batch, pack
+from macft.data.batch import Batch, pack, widened
 from macft.errors import ConfigError
 from macft.model import cpu_eager
-from macft.model.device import on_cpu
+from macft.model.device import on_cpu, traced
 from macft.model.dropout import DropoutKeys
 from macft.model.packing import enable_packing, packed
 from macft.training.loss import TokenLoss, target_positions
+from macft.training.settings import compiles
 
 TOKENS_AT_ONCE = 512
 """Tokens in a pack on a CPU, where longer ones are no faster and take more memory."""
 
-_Part = tuple[Any, dict[str, Any], int]
-"""Summed loss, gradient by parameter name, and number of target tokens, of some rows."""
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows that are computed at once, padded or, where there are ``lengths``, laid end to end; see Pack."""
+
+    inputs: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    targets: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    row_ids: NDArray[np.int64]
+    lengths: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class GradientComputer:
     """Runs micro-batches forward and backward and adds up their gradients.
 
     ``buckets`` lists the trainable parameters' names in the order of the backward pass, last layer first, in groups of
-    about ``bucket_bytes`` bytes. ``packing`` and ``loss_chunk`` are those of TrainingConfig.
+    about ``bucket_bytes`` bytes. ``packing``, ``compiling`` and ``loss_chunk`` are those of TrainingConfig.
 
     Raises:
         ConfigError: ``packing`` is "true" and the model can't take packed rows.
@@ -73,21 +83,26 @@ class GradientComputer:
         checkpoint_blocks: bool,
         bucket_bytes: int = 4 * 1024 * 1024,
         packing: str = "auto",
+        compiling: str = "auto",
         loss_chunk: int | None = None,
     ):
         self._model = model
         self._keys = dropout_keys
         self._seed = seed
-        self.packs = packing.lower() != "false" and enable_packing(model)
+        # Packs have a new shape in nearly every step, and so would have to be compiled each time.
+        self.packs = packing.lower() != "false" and compiling.lower() != "true" and enable_packing(model)
         if packing.lower() == "true" and not self.packs:
             raise ConfigError("training.packing: this model's attention can't take packed rows; use auto or false")
-        self._eager = cpu_eager.prepare(model, checkpoint_blocks=checkpoint_blocks)
+        self.compiles = compiles(compiling, packs=self.packs, cpu=on_cpu())
+        self._eager = None if self.compiles else cpu_eager.prepare(model, checkpoint_blocks=checkpoint_blocks)
         if checkpoint_blocks and self._eager is None:
             grad_checkpoint(model.layers[0])
         self.loss = TokenLoss(model, chunk=loss_chunk)
         self._shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
         self.buckets = _buckets(self._shapes, bucket_bytes)
         self._loss_and_gradient = nn.value_and_grad(model, self._keyed_loss)
+        if self.compiles:
+            self._compiled = mx.compile(self._traced_part, inputs=model.state)
 
     def _keyed_loss(self, inputs: Any, positions: Any, targets: Any, weights: Any, keys: Any) -> Any:
         self._keys.value = keys
@@ -105,14 +120,14 @@ class GradientComputer:
         losses: list[Any] = []
         target_tokens = tokens = 0
         for batch in islice(batches, count):
-            for loss, gradient, targets in self._parts(step, batch):
-                if total:
-                    mx.eval(losses, total)  # one at a time: activations are freed before the next begin
-                total = {name: total[name] + value for name, value in gradient.items()} if total else gradient
+            for part in self._parts(batch):
+                mx.eval(losses, total)  # one at a time: activations are freed before the next begin
+                with packed(part.lengths):
+                    loss, total = self._with_part(total, step, part)
                 losses.append(loss)
-                target_tokens += targets
+                target_tokens += int(part.weights.sum())
             tokens += int(batch.lengths.sum())
-        total = total or {name: mx.zeros(shape) for name, shape in self._shapes.items()}
+        total = total or self._zeros()
         _start(losses)
         for names in self.buckets:
             total |= {name: mx.contiguous(total[name]) for name in names}
@@ -126,32 +141,46 @@ class GradientComputer:
             started=started,
         )
 
-    def _parts(self, step: int, batch: Batch) -> Iterator[_Part]:
-        if not self.packs:
-            yield self._part(step, batch.tokens[:, :-1], *target_positions(batch), batch.row_ids)
+    def _parts(self, batch: Batch) -> Iterator[_Part]:
+        if self.packs:
+            for item in pack(batch, TOKENS_AT_ONCE if on_cpu() else None):
+                yield _Part(item.inputs, item.positions, item.targets, item.weights, item.row_ids, item.lengths)
             return
-        for item in pack(batch, TOKENS_AT_ONCE if on_cpu() else None):
-            with packed(item.lengths):
-                yield self._part(step, item.inputs, item.positions, item.targets, item.weights, item.row_ids)
+        batch = widened(batch) if self.compiles else batch
+        yield _Part(batch.tokens[:, :-1], *target_positions(batch, coarse=self.compiles), batch.row_ids)
 
-    def _part(
-        self,
-        step: int,
-        inputs: NDArray[np.int32],
-        positions: NDArray[np.int32],
-        targets: NDArray[np.int32],
-        weights: NDArray[np.float32],
-        row_ids: NDArray[np.int64],
-    ) -> _Part:
-        keys = DropoutKeys.for_rows(self._seed, step, row_ids) if self._keys.in_use else np.zeros(1, np.uint32)
+    def _with_part(self, total: dict[str, Any], step: int, part: _Part) -> tuple[Any, dict[str, Any]]:
+        """The summed loss of ``part``, and the gradients in ``total``, if any, with its own added."""
+        keys = DropoutKeys.for_rows(self._seed, step, part.row_ids) if self._keys.in_use else np.zeros(1, np.uint32)
+        inputs = [mx.array(values) for values in (part.inputs, part.positions, part.targets, part.weights, keys)]
+        if self.compiles:
+            # Nobody else holds the sums so far, so that MLX adds in their memory.
+            return self._compiled(total or self._zeros(), *inputs)
         with cpu_eager.eager(self._eager) if self._eager is not None else nullcontext():
-            loss, gradient = self._loss_and_gradient(
-                mx.array(inputs), mx.array(positions), mx.array(targets), mx.array(weights), mx.array(keys)
-            )
-        flat = {name: value.astype(mx.float32) for name, value in tree_flatten(gradient)}
+            loss, gradient = self._loss_and_gradient(*inputs)
         if self._eager is not None:  # evaluated while the graph was built, they would hold all of it
-            loss, flat = cpu_eager.plain(loss), {name: cpu_eager.plain(value) for name, value in flat.items()}
-        return loss, flat, int(weights.sum())
+            loss, gradient = cpu_eager.plain(loss), tree_map(cpu_eager.plain, gradient)
+        return loss, _added(total, gradient)
+
+    def _traced_part(self, total: dict[str, Any], *inputs: Any) -> tuple[Any, dict[str, Any]]:
+        """What is compiled, once for each shape of ``inputs``; it leaves the model as it was."""
+        parameters, keys = self._model.trainable_parameters(), self._keys.value
+        try:
+            with traced():
+                loss, gradient = self._loss_and_gradient(*inputs)
+                return loss, _added(total, gradient)
+        finally:
+            self._model.update(parameters)
+            self._keys.value = keys
+
+    def _zeros(self) -> dict[str, Any]:
+        return {name: mx.zeros(shape) for name, shape in self._shapes.items()}
+
+
+def _added(total: dict[str, Any], gradient: dict[str, Any]) -> dict[str, Any]:
+    """Gradients by parameter name, float32, on top of those of ``total`` where it isn't empty."""
+    flat = {name: value.astype(mx.float32) for name, value in tree_flatten(gradient)}
+    return {name: total[name] + value for name, value in flat.items()} if total else flat
 
 
 def _buckets(shapes: dict[str, tuple[int, ...]], bucket_bytes: int) -> list[list[str]]:

@@ -16,11 +16,11 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.data.batch import Batch
+from macft.data.batch import Batch, coarse_targets
 from macft.training.cross_entropy import chunked_cross_entropy, head_is_frozen
 
 _TARGET_MULTIPLE = 32
-"""Target counts are padded to a multiple of this, so that few shapes occur and compiled steps are reused."""
+"""Target counts are padded to a multiple of this, so that few shapes occur and freed buffers are used again."""
 
 Head = Callable[[Any], Any]
 
@@ -60,10 +60,13 @@ def split_head(model: nn.Module) -> tuple[Callable[[Any], Any], Head] | None:
     return (backbone, shell) if same else None
 
 
-def target_positions(batch: Batch) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
+def target_positions(
+    batch: Batch, *, coarse: bool = False
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
     """Where a batch has targets: flat input positions (n,), target tokens (n,) and weights (n,), 1 or, for filling, 0.
 
     The input of a batch (rows, length) is its tokens without the last column; positions count over that, row by row.
+    ``coarse``: n is one of few sizes, for compiled steps.
     """
     rows, length = batch.tokens.shape
     column = np.arange(1, length)[None, :]
@@ -71,6 +74,7 @@ def target_positions(batch: Batch) -> tuple[NDArray[np.int32], NDArray[np.int32]
     positions = np.flatnonzero(is_target).astype(np.int32)
     count = len(positions)
     filled = max(_TARGET_MULTIPLE, -(-count // _TARGET_MULTIPLE) * _TARGET_MULTIPLE)
+    filled = coarse_targets(count, rows * (length - 1)) if coarse else filled
     index = np.zeros(filled, dtype=np.int32)
     index[:count] = positions
     weights = np.zeros(filled, dtype=np.float32)

@@ -58,6 +58,8 @@ class TrainingConfig:
     grad_checkpoint: bool = False
     # Lay rows end to end instead of padding them: auto (where the model can take it), true (or fail), false.
     packing: str = "auto"
+    # Compile the gradient, once for each shape of padded rows: auto (on a GPU, where rows aren't packed), true, false.
+    compile: str = "auto"
     # Target positions whose logits are computed at once; null: as many as are fast and small.
     loss_chunk: int | None = None
     # Validate every so many steps, and before the first and after the last one; 0 means never.
@@ -94,6 +96,13 @@ def _training_problems(config: TrainingConfig) -> list[str]:
         found.append(f"training.micro_batch_size: {config.micro_batch_size} must be 1 or more, or null")
     if config.packing.lower() not in ("auto", "true", "false"):
         found.append(f"training.packing: '{config.packing}' is not auto, true or false")
+    if config.compile.lower() not in ("auto", "true", "false"):
+        found.append(f"training.compile: '{config.compile}' is not auto, true or false")
+    if config.compile.lower() == config.packing.lower() == "true":
+        found.append(
+            "training.compile: true would compile in nearly every step with training.packing=true, as each pack has "
+            "a shape of its own; set training.packing to auto (rows are then padded), or training.compile to auto"
+        )
     if config.loss_chunk is not None and config.loss_chunk < 1:
         found.append(f"training.loss_chunk: {config.loss_chunk} must be 1 or more, or null")
     if (config.steps is None) == (config.epochs is None):
@@ -124,6 +133,11 @@ def _training_problems(config: TrainingConfig) -> list[str]:
     if config.patience and not config.eval_every:
         found.append("training.patience: early stopping needs validations; set training.eval_every")
     return found
+
+
+def compiles(wanted: str, *, packs: bool, cpu: bool) -> bool:
+    """Whether the gradient is compiled, where ``training.compile`` is ``wanted`` and rows are packed or not."""
+    return wanted.lower() == "true" or (wanted.lower() == "auto" and not packs and not cpu)
 
 
 def _sync_problems(config: TrainingConfig) -> list[str]:

@@ -1,0 +1,150 @@
+"""Compiled, a step computes what it computes otherwise, and what is compiled for one batch serves many."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import macft.model.device  # noqa: F401  (loads OpenBLAS before MLX)
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+
+from macft.data.batch import Batch, coarse_length, coarse_targets, micro_batches, widened
+from macft.data.formats import Row
+from macft.model.adapt import adapt
+from macft.model.adapter_settings import AdapterConfig
+from macft.plan.workload import StepRows
+from macft.training.gradient import GradientComputer, LocalGradient
+from macft.training.loss import target_positions
+from macft.training.optimizer import apply_gradient, make_optimizer
+from macft.training.settings import OptimizerConfig, TrainingConfig, compiles, problems
+from test_loss import make, same_gradient
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None and mx.default_device() == mx.cpu, reason="on a CPU MLX compiles with g++"
+)
+
+
+def computer(compiling: str, *, checkpoint: bool = False) -> tuple[Any, GradientComputer]:
+    model = make("llama")
+    adaptation = adapt(model, AdapterConfig(rank=4, dropout=0.3), seed=1)
+    mx.random.seed(5)
+    values = [(name, mx.random.normal(value.shape) * 0.1) for name, value in tree_flatten(model.trainable_parameters())]
+    model.load_weights(values, strict=False)
+    compute = GradientComputer(
+        model,
+        adaptation.dropout_keys,
+        seed=0,
+        checkpoint_blocks=checkpoint,
+        packing="auto" if compiling == "true" else "false",
+        compiling=compiling,
+        loss_chunk=40,
+    )
+    assert compute.compiles == (compiling == "true")
+    return model, compute
+
+
+def batches(seed: int, count: int, *, most: int = 60, micro_batch: int = 2) -> list[Batch]:
+    generator = np.random.default_rng(seed)
+    lengths = [int(length) for length in generator.integers(4, most, count)]
+    rows = [Row(generator.integers(1, 97, n).astype(np.int32), int(generator.integers(0, n - 1))) for n in lengths]
+    return micro_batches(rows, np.arange(count), micro_batch)
+
+
+def same(found: LocalGradient, expected: LocalGradient) -> None:
+    assert found.target_tokens == expected.target_tokens
+    assert found.tokens == expected.tokens
+    assert found.loss_sum == pytest.approx(expected.loss_sum, rel=1e-5)
+    same_gradient(found.gradient, expected.gradient, rtol=2e-4)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_gradients_are_those_of_the_uncompiled_step(checkpoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of several micro-batches, with dropout and chunks of the loss, and an update in between."""
+    layer_class = type(make("llama").layers[0])
+    monkeypatch.setattr(layer_class, "__call__", layer_class.__call__)  # checkpointing replaces it
+    (model, compiled), (other, plain) = (computer(word, checkpoint=checkpoint) for word in ("true", "false"))
+    optimizer = OptimizerConfig(name="sgd")
+    for step in range(2):
+        work = batches(step, 5)
+        found, expected = compiled(step, work, len(work)), plain(step, work, len(work))
+        same(found, expected)
+        assert found.gradient.keys() == dict(tree_flatten(model.trainable_parameters())).keys()
+        for each in (model, other):
+            apply_gradient(each, make_optimizer(optimizer), expected.gradient, 1e-4)
+
+
+def shapes_of(work: list[Batch], *, coarse: bool) -> set[tuple[Any, ...]]:
+    wide = [widened(batch) if coarse else batch for batch in work]
+    return {(batch.tokens.shape, target_positions(batch, coarse=coarse)[0].shape) for batch in wide}
+
+
+def test_a_shape_is_compiled_once() -> None:
+    _, compute = computer("true")
+    traced = []
+    loss = compute.loss
+
+    def recorded(inputs: Any, positions: Any, *rest: Any) -> Any:
+        rows, length = inputs.shape
+        traced.append(((rows, length + 1), positions.shape))
+        return loss(inputs, positions, *rest)
+
+    compute.loss = recorded  # type: ignore[assignment]
+    work = batches(3, 60)
+    for step in range(2):
+        compute(step, work, len(work))
+    assert len(traced) == len(set(traced))
+    assert set(traced) == shapes_of(work, coarse=True)
+    assert len(traced) < len(shapes_of(work, coarse=False))
+
+
+@pytest.mark.parametrize("most", [128, 2048])
+def test_many_batches_have_few_shapes(most: int) -> None:
+    work = [batch for seed in range(200) for batch in batches(seed, 8, most=most, micro_batch=4)]
+    assert len(shapes_of(work, coarse=True)) < min(45, len(shapes_of(work, coarse=False)) / 2)
+
+
+def test_the_plan_counts_what_a_compiled_step_computes() -> None:
+    work = batches(5, 24, most=300, micro_batch=8)
+    for batch in work:
+        targets = np.maximum(batch.lengths - np.maximum(batch.prompt_lengths, 1), 0)
+        (planned,) = StepRows(batch.lengths, targets).micro_batches(None, compiled=True)
+        ((shape, positions),) = shapes_of([batch], coarse=True)
+        assert planned == (*shape, *positions)
+
+
+@given(length=st.integers(1, 100_000), share=st.floats(0, 1), rows=st.integers(1, 64))
+def test_coarse_sizes_waste_little(length: int, share: float, rows: int) -> None:
+    width = coarse_length(length) - 1
+    assert width % 32 == 0
+    assert length - 1 <= width <= max(1.25 * length, length + 31)
+    count = round(share * rows * width)
+    assert count <= coarse_targets(count, rows * width) <= max(2 * count + 1, 64)
+
+
+def test_there_are_few_coarse_sizes() -> None:
+    assert len({coarse_length(length) for length in range(1, 2050)}) == 20
+    assert len({coarse_targets(count, 4 * 1024) for count in range(4097)}) == 8
+
+
+def test_who_compiles() -> None:
+    assert compiles("auto", packs=False, cpu=False)
+    assert not compiles("auto", packs=True, cpu=False)
+    assert not compiles("auto", packs=False, cpu=True)
+    assert compiles("true", packs=False, cpu=True)
+    assert not compiles("false", packs=False, cpu=False)
+
+
+def test_packs_are_not_compiled() -> None:
+    (line,) = problems(TrainingConfig(steps=1, packing="true", compile="True"), OptimizerConfig())
+    assert line.startswith("training.compile: true")
+    assert "training.packing" in line
+    assert problems(TrainingConfig(steps=1, compile="yes"), OptimizerConfig()) == [
+        "training.compile: 'yes' is not auto, true or false"
+    ]
