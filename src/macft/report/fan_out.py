@@ -102,7 +102,7 @@ class FanOut(Reporter):
 def build(
     config: ReportConfig, folder: RunFolder, *, hparams: Mapping[str, Any], is_main: bool, first_step: int
 ) -> Reporter:
-    """The reporters ``config`` asks for; on ranks other than 0 (``is_main`` false) one that only warns.
+    """The reporters ``config`` asks for; on ranks other than 0 (``is_main`` false) one that warns, and ends in a line.
 
     ``hparams`` is the whole configuration as nested plain values; ``first_step`` counts the updates made
     before this start, 0 unless the run resumes. A reporter that can't be set up is left out with one line on
