@@ -21,7 +21,7 @@ from macft.report.events import (
     SamplesShown,
     StepDone,
 )
-from macft.report.metrics_file import MetricsFile, last_step
+from macft.report.metrics_file import MetricsFile, changes_told, last_step
 from macft.report.run_folder import RunFolder
 from macft.report.settings import ReportConfig
 from macft.report.summary import SummaryWriter
@@ -121,8 +121,9 @@ def build(
 
 def _all(config: ReportConfig, folder: RunFolder, *, hparams: Mapping[str, Any], first_step: int) -> FanOut:
     folder.create()
+    changes = changes_told(folder.metrics, first_step) if first_step else []
     makers: list[tuple[bool, str, Callable[[], Reporter]]] = [
-        (True, SummaryWriter.__name__, lambda: SummaryWriter(folder)),
+        (True, SummaryWriter.__name__, lambda: SummaryWriter(folder, changes)),
         (
             config.tensorboard,
             TensorBoard.__name__,
@@ -134,7 +135,7 @@ def _all(config: ReportConfig, folder: RunFolder, *, hparams: Mapping[str, Any],
             MetricsFile.__name__,
             lambda: MetricsFile(folder.metrics, first_step=first_step),
         ),
-        (config.console, ConsoleReporter.__name__, lambda: ConsoleReporter(every=config.every)),
+        (config.console, ConsoleReporter.__name__, lambda: ConsoleReporter(every=config.every, changes=changes)),
     ]
     reporters = []
     for wanted, name, make in makers:
