@@ -167,6 +167,7 @@ def _prepare(
         hparams=to_plain(config),
         is_main=collective.rank == 0 and not is_newcomer,
         first_step=progress.step,
+        is_newcomer=is_newcomer,
     )
     valid_rows = chosen_rows(len(data.valid.rows), config.training.eval_rows, config.seed)
     guard: ThermalGuard | None = None

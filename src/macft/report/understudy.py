@@ -21,19 +21,32 @@ from macft.report.events import (
     SamplesShown,
     SilentReporter,
     StepDone,
+    change_line,
 )
 
 _MOST_REMEMBERED = 100_000
 
 
 class QuietReporter(SilentReporter):
-    """Says what the user of this very node has to know, warnings on stderr, and nothing else."""
+    """Says what the user of this very node has to know, warnings on stderr, and nothing else.
+
+    ``tells_changes`` of the nodes too: whoever has a node join wants to see that it does.
+    """
+
+    def __init__(self, *, tells_changes: bool):
+        self._tells_changes = tells_changes
 
     def noted(self, event: Noted) -> None:
         """A warning or an error: one line."""
         if event.level != "info":
             with contextlib.suppress(OSError):
                 print(f"{event.level}: {event.text}", file=sys.stderr)
+
+    def nodes_changed(self, event: NodesChanged) -> None:
+        """One line."""
+        if self._tells_changes:
+            with contextlib.suppress(OSError):
+                print(f"after step {event.step}: {change_line(event)}", flush=True)
 
     def run_ended(self, event: RunEnded) -> None:
         """How, and with which adapter, so that it can be compared with the others'. An error is told elsewhere."""
@@ -50,9 +63,15 @@ class Understudy(Reporter):
     step that stands in this node's run folder, which with ``topology=local`` is that of all.
     """
 
-    def __init__(self, speak: Callable[[int], Reporter], *, last_reported: Callable[[], int], speaker: Reporter | None):
-        self._speak, self._last_reported, self._speaker = speak, last_reported, speaker
-        self._quiet = QuietReporter()
+    def __init__(
+        self,
+        speak: Callable[[int], Reporter],
+        *,
+        last_reported: Callable[[], int],
+        speaker: Reporter | None,
+        quiet: QuietReporter,
+    ):
+        self._speak, self._last_reported, self._speaker, self._quiet = speak, last_reported, speaker, quiet
         self._started: RunStarted | None = None
         self._missed: deque[tuple[int, Callable[[Reporter], None]]] = deque(maxlen=_MOST_REMEMBERED)
         self._missed_steps: deque[int] = deque(maxlen=_MOST_REMEMBERED // 2)
@@ -79,6 +98,8 @@ class Understudy(Reporter):
 
     def nodes_changed(self, event: NodesChanged) -> None:
         """Told or remembered."""
+        if self._speaker is None:
+            self._quiet.nodes_changed(event)
         self._tell(event.step, lambda reporter: reporter.nodes_changed(event))
 
     def samples_shown(self, event: SamplesShown) -> None:
