@@ -1,11 +1,14 @@
-"""Chaos over hundreds of steps: nodes are killed, stopped, cut off and slowed down, one after the other.
+"""Chaos over hundreds of steps: nodes are killed, stopped, cut off and slowed down.
 
-    sudo python benchmarks/chaos.py [--nodes 4] [--faults 24] [--steps 1200] [--seed 1]
+    sudo python benchmarks/chaos.py [--nodes 4] [--steps 1200] [--seed 1] [--chance 0.01 | --faults 24]
 
 Real nodes in network namespaces (Linux, root), encrypted, on a small random model, so that there are many steps; the
-machinery is that of `tests/test_chaos.py`. It ends with an error if a row is lost or doubled, if the final adapter is
-not that of the undisturbed run, or if a process is left. A killed node is started again and joins; the next fault comes
-when all are together again.
+machinery is that of `tests/test_chaos.py`. --chance: at each step each of the four comes upon a random node with this
+probability, whatever else is going on; only a kill waits until all are together, and what comes after it waits behind
+it. --faults: so many, one by one, each when all are together again. A killed node is started again and joins.
+
+It ends with an error if a row is lost or doubled, if the final adapter is not that of the run without faults or not the
+same on all nodes, if a process is left, or if the files, threads or memory of one have grown.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from chaos import KINDS, TIMEOUT, Outcome, schedule, unleash, why_not
+from chaos import KINDS, TIMEOUT, Outcome, at_any_step, of_each_kind, unleash, why_not
 from conftest import TINY_CONFIG, make_tiny_model
 from macft.model.bundled import ensure_bundled
 from running import train, uneven_dataset
@@ -28,12 +32,19 @@ from running import train, uneven_dataset
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=4)
-    parser.add_argument("--faults", type=int, default=24)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--chance", type=float, default=0.01)
+    parser.add_argument("--faults", type=int)
     options = parser.parse_args()
     if reason := why_not():
         sys.exit(f"no chaos here: {reason}")
+    if options.faults is None:
+        # The rest of the steps are for the last ones to come back.
+        faults = at_any_step(options.chance, nodes=options.nodes, steps=options.steps * 3 // 4, seed=options.seed)
+    else:
+        every = max(1, options.steps // (2 * options.faults))
+        faults = of_each_kind(options.faults, nodes=options.nodes, every=every, seed=options.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = folder / "model"
@@ -60,39 +71,45 @@ def main() -> None:
             reference=folder / "reference",
             overrides=overrides,
             nodes=options.nodes,
-            faults=schedule(options.faults, options.seed),
-            every=max(1, options.steps // (2 * options.faults)),
-            seed=options.seed,
+            faults=faults,
+            one_by_one=options.faults is not None,
         )
     show(outcome, options, time.monotonic() - started)
 
 
 def show(outcome: Outcome, options: argparse.Namespace, seconds: float) -> None:
     """The results as a table."""
-    lost = sorted(outcome.recoveries)
-    middle, most = (statistics.median(lost), lost[-1]) if lost else (0.0, 0.0)
     injected = ", ".join(f"{kind} {outcome.injected[kind]}" for kind in KINDS)
+    silent = outcome.resumed["stop"] + outcome.resumed["cut"]
+    longest = max(outcome.usage.values(), key=len)
+    seen = [longest[0], longest[len(longest) // 2], longest[-1]]
+    files, threads, memory = (", ".join(f"{value:.0f}" for value in values) for values in zip(*seen, strict=True))
     rows = [
         ("nodes, steps, seed", f"{options.nodes}, {outcome.steps}, {options.seed}"),
         ("faults injected", f"{sum(outcome.injected.values())}: {injected}"),
         ("faults survived", f"{sum(outcome.injected.values())}"),
+        ("at once, at most", f"{outcome.at_once}"),
         ("changes of the members", f"{outcome.changes}"),
         ("steps computed again", f"{outcome.recomputed}"),
-        ("from a loss being found to the new ring, median, most", f"{middle:.2f} s, {most:.2f} s"),
+        ("from a loss being found to the new ring, median, most", _median_and_most(outcome.recoveries)),
+        ("from a kill to the others' next step's end, median, most", _median_and_most(outcome.resumed["kill"])),
+        ("from a stop or cut that cost a node its place to the same", _median_and_most(silent)),
         ("a node is lost after a silence of (`collective.timeout`)", f"{TIMEOUT:g} s"),
-        ("largest difference of a step's loss", f"{outcome.worst_loss:.1e} of it"),
-        ("largest difference of a final weight", f"{outcome.worst_weight:.1e}"),
-        (
-            "open files of a node that was never killed, at first and at the end",
-            "{} and {}".format(*outcome.files),
-        ),
-        ("its threads", "{} and {}".format(*outcome.threads)),
-        ("its memory (MB)", "{:.0f} and {:.0f}".format(*outcome.megabytes)),
+        ("largest difference of a step's loss", f"{outcome.apart.loss:.1e} of it"),
+        ("largest difference of a final weight", f"{outcome.apart.weight:.1e}"),
+        ("final adapters of the nodes", "the same bits"),
+        ("open files of the process that lived longest, at first, in the middle, at the end", files),
+        ("its threads", threads),
+        ("its memory (MB)", memory),
         ("time (s)", f"{seconds:.0f}"),
     ]
     print("| | |\n| --- | --- |")
     for label, value in rows:
         print(f"| {label} | {value} |")
+
+
+def _median_and_most(seconds: Sequence[float]) -> str:
+    return f"{statistics.median(seconds):.2f} s, {max(seconds):.2f} s" if seconds else "there was none"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Chaos: real nodes in network namespaces, of which one after the other is killed, stopped, cut off or slowed down.
+"""Chaos: real nodes in network namespaces that are killed, stopped, cut off or slowed down.
 
-What happens when comes from a seed. `tests/test_chaos.py` runs a short form, `benchmarks/chaos.py` a long one.
+What happens to whom, and at which step, comes from a seed. `tests/test_chaos.py` runs a short form,
+`benchmarks/chaos.py` a long one.
 """
 
 from __future__ import annotations
@@ -14,21 +15,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import psutil
 
-from running import adapter, environment, events
+from running import Differences, differences, environment, events
 
 KINDS = ("kill", "stop", "cut", "slow")
 TIMEOUT = 3.0
 _SUBNET = "10.79.{}.{}"
-_LONGEST = 60.0
+_LONGEST = 120.0
+"""Seconds in which something has to happen."""
+_MORE = 5
+"""Files and threads that a node may have more at the end: it may lead now, or be about to reconnect."""
 
 
 def why_not() -> str:
@@ -44,21 +47,70 @@ def why_not() -> str:
     return ""
 
 
+class Fault(NamedTuple):
+    """``kind`` happens to node ``victim`` from ``step`` on; unless it is a kill it lasts ``seconds`` at most."""
+
+    kind: str
+    victim: int
+    step: int
+    seconds: float
+
+
+def of_each_kind(count: int, *, nodes: int, every: int, seed: int) -> list[Fault]:
+    """``count`` faults, each kind as often as the others, one each ``every`` steps."""
+    draw = random.Random(seed)
+    kinds = [KINDS[number % len(KINDS)] for number in range(count)]
+    draw.shuffle(kinds)
+    return [_fault(kind, every * number, nodes, draw) for number, kind in enumerate(kinds, 1)]
+
+
+def at_any_step(chance: float, *, nodes: int, steps: int, seed: int) -> list[Fault]:
+    """At each of the first ``steps`` steps each kind with probability ``chance``."""
+    draw = random.Random(seed)
+    return [_fault(kind, step, nodes, draw) for step in range(3, steps) for kind in KINDS if draw.random() < chance]
+
+
+def _fault(kind: str, step: int, nodes: int, draw: random.Random) -> Fault:
+    # Short stops and cuts are borne, long ones make the others go on without the node.
+    seconds = draw.uniform(0.5, 1.5) if kind == "slow" else draw.choice([0.5, 2.0 * TIMEOUT])
+    return Fault(kind, draw.randrange(nodes), step, seconds)
+
+
+class Usage(NamedTuple):
+    """What a process holds."""
+
+    files: int
+    threads: int
+    megabytes: float
+
+
 @dataclass
 class Outcome:
     """What the chaos came to."""
 
     injected: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    at_once: int = 0
+    """The most faults that there were at a time."""
     steps: int = 0
     recomputed: int = 0
     recoveries: list[float] = field(default_factory=list)
+    """Seconds from a loss being found to the new ring."""
+    resumed: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    """Seconds from a fault that cost a node its place to the end of the next step of the others."""
     changes: int = 0
-    # Of the node that lived longest: after the first steps and at the end.
-    files: tuple[int, int] = (0, 0)
-    threads: tuple[int, int] = (0, 0)
-    megabytes: tuple[float, float] = (0.0, 0.0)
-    worst_loss: float = 0.0
-    worst_weight: float = 0.0
+    usage: dict[int, list[Usage]] = field(default_factory=dict)
+    """Of each process, by its id, whenever all nodes are together and nothing is wrong."""
+    apart: Differences = field(default_factory=lambda: Differences(0.0, 0.0, 0.0))
+    """From the run without faults."""
+
+
+class At(NamedTuple):
+    """How far a run is: its newest step, the generation and the number of nodes of that step, and who is in now."""
+
+    step: int
+    generation: int
+    nodes: int
+    members: tuple[str, ...]
 
 
 class Nodes:
@@ -101,7 +153,7 @@ class Nodes:
 
     def start_again(self, rank: int) -> None:
         """A node that was killed asks any other to be let in."""
-        other = next(r for r, process in enumerate(self.processes) if r != rank and process.poll() is None)
+        other = (rank + 1) % self.count
         self.processes[rank] = self._start(rank, f"topology.join={self.addresses[other]}")
 
     def send(self, rank: int, number: int) -> None:
@@ -124,22 +176,43 @@ class Nodes:
         """Events of one kind, by node."""
         return {rank: events(self.folder / str(rank), kind) for rank in range(self.count)}
 
-    def newest(self) -> tuple[int, int, int]:
-        """The newest step, generation and number of nodes that any node tells of."""
-        found = [event for told in self.events("step_done").values() for event in told[-1:]]
-        newest = max(found, key=lambda event: (event["generation"], event["step"]), default=None)
-        return (0, 0, 0) if newest is None else (newest["step"], newest["generation"], len(newest["nodes"]))
+    def newest(self) -> At:
+        """As far as any node tells."""
+        steps, changes = (
+            [found for rank in range(self.count) if (found := _last(self.folder / str(rank) / "metrics.jsonl", kind))]
+            for kind in ("step_done", "nodes_changed")
+        )
+        step = max(steps, key=lambda event: (event["generation"], event["step"]), default=None)
+        change = max(changes, key=lambda event: event["generation"], default=None)
+        members = tuple(self.addresses if change is None else change["names"])
+        if step is None:
+            return At(0, 0, 0, members)
+        return At(step["step"], step["generation"], len(step["nodes"]), members)
+
+    def left_over(self) -> list[str]:
+        """Processes that are still in a namespace."""
+        return [pid for rank in range(self.count) for pid in _run(f"ip netns pids {self._inside(rank)}").split()]
+
+    def digests(self) -> list[str]:
+        """Of the final adapter, as each node that came to the end tells: one in a summary, the others in a line."""
+        found = []
+        for folder in (self.folder / str(rank) for rank in range(self.count)):
+            if (summary := folder / "summary.json").exists():
+                found.append(json.loads(summary.read_text())["adapter_sha256"])
+            lines = (folder / "output").read_text().splitlines()
+            found += [line.split()[-1] for line in lines if line.startswith("finished; adapter sha256")]
+        return found
 
     def _start(self, rank: int, *more: str) -> subprocess.Popen[str]:
         folder = self.folder / str(rank)
         folder.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "macft.train", *self._overrides, f"topology.rank={rank}", *more]
-        with (folder / "errors").open("a") as errors:
+        with (folder / "output").open("a") as output, (folder / "errors").open("a") as errors:
             return subprocess.Popen(
                 ["ip", "netns", "exec", self._inside(rank), *command, f"hydra.run.dir={folder}"],
                 cwd=folder,
                 env=self._environment(),
-                stdout=subprocess.DEVNULL,
+                stdout=output,
                 stderr=errors,
                 text=True,
                 start_new_session=True,
@@ -162,113 +235,150 @@ class Nodes:
 
 
 def unleash(
-    folder: Path, *, reference: Path, overrides: Sequence[str], nodes: int, faults: Sequence[str], every: int, seed: int
+    folder: Path, *, reference: Path, overrides: Sequence[str], nodes: int, faults: Sequence[Fault], one_by_one: bool
 ) -> Outcome:
-    """Trains on ``nodes`` nodes while ``faults`` happen, one each ``every`` steps or when all are together again.
+    """Trains on ``nodes`` nodes while ``faults`` happen, ``one_by_one`` or also several at once.
 
     ``reference`` is the folder of the same run without faults. Raises AssertionError where anything is lost, doubled,
     different or left behind.
     """
-    moments = random.Random(seed)
     settings = [f"collective.timeout={TIMEOUT}", "collective.heartbeat=0.5", *overrides]
     world = Nodes(folder, nodes, settings)
     outcome = Outcome()
+    steps = len(events(reference, "step_done"))
     with world.wired():
         world.start_all()
-        _await(world, lambda at: at[0] >= 3, "the first steps")
-        watched = {rank: _usage(process) for rank, process in enumerate(world.processes)}
-        lived = set(watched)
-        due = 3
-        for kind in faults:
-            due += every
-            _await(world, lambda at, due=due: at[0] >= due and at[2] == nodes, "all nodes together")
-            victim = moments.randrange(nodes)
-            outcome.injected[kind] += 1
-            _inflict(world, kind, victim, moments)
-            if kind == "kill":
-                lived.discard(victim)
-        _await(world, lambda at: at[2] == nodes, "all nodes together")
-        usage = {rank: _usage(world.processes[rank]) for rank in lived}
+        _await(world, lambda at: at.step >= 3, "the first steps")
+        storm = _Storm(world, faults, outcome, one_by_one=one_by_one)
+        _await(world, storm.is_over, "all faults had happened and all nodes were together again")
+        _await(world, lambda at: at.step == steps, "the last step")
         codes = [process.wait(_LONGEST) for process in world.processes]
         assert codes == [0] * nodes, _errors(world)
-    for rank in sorted(lived)[:1]:
-        pairs = zip(watched[rank], usage[rank], strict=True)
-        outcome.files, outcome.threads, outcome.megabytes = [(before, after) for before, after in pairs]  # type: ignore[assignment]
+        assert not world.left_over()
     _judge(world, reference, outcome)
     return outcome
 
 
-def _inflict(world: Nodes, kind: str, victim: int, moments: random.Random) -> None:
-    """One fault, and its end."""
-    generation = world.newest()[1]
-    if kind == "kill":
-        world.send(victim, signal.SIGKILL)
-        world.processes[victim].wait()
-        _await(world, lambda at: at[1] > generation, "the others to go on")
-        world.start_again(victim)
-    elif kind == "slow":
-        world.slow(victim, slow=True)
-        time.sleep(moments.uniform(0.5, 1.5))
-        world.slow(victim, slow=False)
-    else:
-        # Short ones are borne, long ones make the others go on without the node.
-        seconds = moments.choice([0.5, 2.0 * TIMEOUT])
-        begin, end = (signal.SIGSTOP, signal.SIGCONT) if kind == "stop" else (True, False)
-        _switch(world, kind, victim, begin)
-        ends = time.monotonic() + seconds
-        while time.monotonic() < ends and world.newest()[1] == generation:
-            time.sleep(0.05)
-        _switch(world, kind, victim, end)
+class _UnderWay(NamedTuple):
+    fault: Fault
+    since: float
+    generation: int
 
 
-def _switch(world: Nodes, kind: str, victim: int, how: int | bool) -> None:
-    if kind == "stop":
-        world.send(victim, int(how))
-    else:
-        world.cut(victim, cut=bool(how))
+class _Storm:
+    """Faults in the order in which they come, and who just now suffers from one."""
+
+    def __init__(self, world: Nodes, faults: Sequence[Fault], outcome: Outcome, *, one_by_one: bool):
+        self._world, self._outcome, self._one_by_one = world, outcome, one_by_one
+        self._waiting = list(faults)
+        self._under_way: dict[int, _UnderWay] = {}
+
+    def is_over(self, at: At) -> bool:
+        """Ends faults whose time has come and begins those that are due; whether all is calm again for good."""
+        for under_way in list(self._under_way.values()):
+            self._end_if_due(under_way, at)
+        while self._waiting and self._may_begin(self._waiting[0], at):
+            self._begin(self._waiting.pop(0), at)
+        if is_over := not self._waiting and self._is_calm(at):
+            self._look()
+        return is_over
+
+    def _is_calm(self, at: At) -> bool:
+        return not self._under_way and at.nodes == len(at.members) == self._world.count
+
+    def _may_begin(self, fault: Fault, at: At) -> bool:
+        if fault.step > at.step or fault.victim in self._under_way:
+            return False
+        # Who is out of touch when a node dies can't know that it did. Two who don't would wait for it for ever.
+        return self._is_calm(at) if self._one_by_one or fault.kind == "kill" else True
+
+    def _look(self) -> None:
+        for process in self._world.processes:
+            seen = psutil.Process(process.pid)
+            usage = Usage(seen.num_fds(), seen.num_threads(), seen.memory_info().rss / 1e6)
+            self._outcome.usage.setdefault(process.pid, []).append(usage)
+
+    def _begin(self, fault: Fault, at: At) -> None:
+        if self._is_calm(at):
+            self._look()
+        self._under_way[fault.victim] = _UnderWay(fault, time.monotonic(), at.generation)
+        self._outcome.injected[fault.kind] += 1
+        self._outcome.at_once = max(self._outcome.at_once, len(self._under_way))
+        self._switch(fault, on=True)
+
+    def _end_if_due(self, under_way: _UnderWay, at: At) -> None:
+        fault, seconds = under_way.fault, time.monotonic() - under_way.since
+        is_out = at.generation > under_way.generation and self._world.addresses[fault.victim] not in at.members
+        if is_out:
+            self._outcome.resumed[fault.kind].append(seconds)
+        if is_out or (fault.kind != "kill" and seconds > fault.seconds):
+            del self._under_way[fault.victim]
+            self._switch(fault, on=False)
+
+    def _switch(self, fault: Fault, *, on: bool) -> None:
+        world, victim = self._world, fault.victim
+        if fault.kind == "stop":
+            world.send(victim, signal.SIGSTOP if on else signal.SIGCONT)
+        elif fault.kind == "cut":
+            world.cut(victim, cut=on)
+        elif fault.kind == "slow":
+            world.slow(victim, slow=on)
+        elif on:
+            world.send(victim, signal.SIGKILL)
+            world.processes[victim].wait()
+        else:
+            world.start_again(victim)
 
 
-def _await(world: Nodes, condition: Any, what: str) -> None:
-    """Until ``condition`` of (step, generation, nodes) holds."""
-    deadline = time.monotonic() + _LONGEST
-    while not condition(world.newest()):
+def _await(world: Nodes, condition: Callable[[At], bool], what: str) -> None:
+    """Until ``condition`` holds; the run has to get on meanwhile."""
+    before: At | None = None
+    deadline = 0.0
+    while True:
         codes = [process.poll() for process in world.processes]
+        at = world.newest()
+        if at != before:
+            before, deadline = at, time.monotonic() + _LONGEST
         assert {*codes} <= {None, 0, -signal.SIGKILL}, _errors(world)
+        if condition(at):
+            return
         assert None in codes, f"the run ended before {what}"
-        assert time.monotonic() < deadline, f"{what}: {world.newest()}\n{_errors(world)}"
+        assert time.monotonic() < deadline, f"until {what}: {at}\n{_errors(world)}"
         time.sleep(0.02)
 
 
 def _judge(world: Nodes, reference: Path, outcome: Outcome) -> None:
-    """Every step is there, with the loss and the final adapter of the run without faults."""
-    expected = {event["step"]: event for event in events(reference, "step_done")}
+    """Every step is there, with the loss and the final adapter of the run without faults, and nothing has piled up."""
     told = world.events("step_done")
     for rank, steps in told.items():
         numbers = [event["step"] for event in steps]
         assert len(set(numbers)) == len(numbers), f"node {rank} tells of a step twice"
-    found = {event["step"]: event for steps in told.values() for event in steps}
-    assert found.keys() == expected.keys()
-    for step, event in expected.items():  # a row that is lost or doubled would change the counts
-        assert [found[step][key] for key in ("tokens", "target_tokens")] == [event["tokens"], event["target_tokens"]]
-        difference = abs(found[step]["loss"] - event["loss"]) / event["loss"]
-        outcome.worst_loss = max(outcome.worst_loss, difference)
     led = [rank for rank in told if (world.folder / str(rank) / "adapters").is_dir()]
     assert len(led) == 1, led
-    ours, theirs = adapter(world.folder / str(led[0])), adapter(reference)
-    assert ours.keys() == theirs.keys()
-    outcome.worst_weight = max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours)
-    outcome.steps = len(found)
+    done = [event for steps in told.values() for event in steps]
+    outcome.apart = differences(done, world.folder / str(led[0]), reference)
+    digests = world.digests()
+    assert len(digests) == world.count, digests
+    assert len(set(digests)) == 1, "the nodes hold different adapters"
+    outcome.steps = len({event["step"] for event in done})
     changes: dict[int, dict[str, Any]] = {}
     for list_of_changes in world.events("nodes_changed").values():
         changes |= {event["generation"]: event for event in list_of_changes}
     outcome.changes = len(changes)
     outcome.recomputed = sum(event["recomputed"] for event in changes.values())
     outcome.recoveries = [event["seconds"] for event in changes.values() if event["left"]]
+    assert outcome.recomputed <= outcome.changes
+    for usage in outcome.usage.values():
+        assert usage[-1].files <= usage[0].files + _MORE, usage
+        assert usage[-1].threads <= usage[0].threads + _MORE, usage
+        # The first steps and changes fill caches; what leaks goes on growing.
+        assert usage[-1].megabytes < 1.25 * usage[len(usage) // 2].megabytes, usage
 
 
-def _usage(process: subprocess.Popen[str]) -> tuple[int, int, float]:
-    seen = psutil.Process(process.pid)
-    return seen.num_fds(), seen.num_threads(), seen.memory_info().rss / 1e6
+def _last(path: Path, kind: str) -> dict[str, Any] | None:
+    """The last event of a kind in a metrics.jsonl; an unfinished last line is left out."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return next((json.loads(line) for line in reversed(lines) if line.startswith(f'{{"type": "{kind}"')), None)
 
 
 def _errors(world: Nodes) -> str:
@@ -276,19 +386,8 @@ def _errors(world: Nodes) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(told))
 
 
-def _run(command: str) -> None:
+def _run(command: str) -> str:
     done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{command}: {done.stderr.strip()}")
-
-
-def schedule(count: int, seed: int) -> list[str]:
-    """``count`` faults, each kind as often as the others, in an order that comes from ``seed``."""
-    faults = [KINDS[number % len(KINDS)] for number in range(count)]
-    random.Random(seed).shuffle(faults)
-    return faults
-
-
-def describe(outcome: Outcome) -> str:
-    """For people."""
-    return json.dumps(vars(outcome), indent=1)
+    return done.stdout

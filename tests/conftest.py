@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from macft.model.bundled import ensure_bundled
 
 # isort: split
 import mlx.core as mx
 from mlx.utils import tree_flatten
+
+# No test asserts a timing: on a busy machine an example may take long.
+settings.register_profile("macft", deadline=None)
+settings.load_profile("macft")
 
 TINY_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import psutil
 
 from macft.benchmarking.ports import free_addresses
 
@@ -79,6 +80,42 @@ def adapter(folder: Path) -> dict[str, np.ndarray]:
 def same_bits(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
     """Whether two adapters are equal to the last bit."""
     return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
+
+
+def ranks(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """The nodes' processes of a local run, by the rank that they began with."""
+    children = psutil.Process(process.pid).children()
+    return {int(child.cmdline()[4]): child for child in children if "macft.worker" in child.cmdline()}
+
+
+@dataclass
+class Differences:
+    """The largest ones between two runs of the same steps."""
+
+    loss: float
+    """Of a step's loss, as a part of it."""
+    weight: float
+    """Of a weight of the final adapter."""
+    matrix: float
+    """Of a matrix of the final adapter, as a part of its norm."""
+
+
+def differences(steps: Sequence[dict[str, Any]], folder: Path, reference: Path) -> Differences:
+    """Between the run that told of ``steps``, with its adapter in ``folder``, and the undisturbed one of ``reference``.
+
+    Raises AssertionError if they are not the same steps, or one has a row too few or too many.
+    """
+    found, expected = ({event["step"]: event for event in told} for told in (steps, events(reference, "step_done")))
+    assert found.keys() == expected.keys()
+    for step, event in expected.items():  # a row that is lost or doubled would change the counts
+        assert [found[step][key] for key in ("tokens", "target_tokens")] == [event["tokens"], event["target_tokens"]]
+    ours, theirs = adapter(folder), adapter(reference)
+    assert ours.keys() == theirs.keys()
+    return Differences(
+        loss=max(abs(found[step]["loss"] - event["loss"]) / event["loss"] for step, event in expected.items()),
+        weight=max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours),
+        matrix=max(float(np.linalg.norm(ours[name] - theirs[name]) / np.linalg.norm(theirs[name])) for name in ours),
+    )
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -30,6 +30,7 @@ from macft.report.events import (
     CheckpointSaved,
     Evaluated,
     MetricScored,
+    NodesChanged,
     Noted,
     PhaseProgress,
     Reporter,
@@ -611,11 +612,22 @@ def test_rank_0_writes_what_was_asked_for(tmp_path: Path, capsys: pytest.Capture
     assert (output.out, output.err) == ("", "")
 
 
-def test_other_ranks_say_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_write_nothing_and_say_how_it_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = RunFolder(tmp_path / "run")
     tell(fan_out.build(ReportConfig(), folder, hparams={}, is_main=False, first_step=0), folder.path)
     assert not folder.path.exists()
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == f"finished; adapter sha256 {'ab' * 32}\n"
+
+
+def test_a_newcomer_says_that_it_has_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder(tmp_path / "run")
+    for is_newcomer in (False, True):
+        reporter = fan_out.build(
+            ReportConfig(), folder, hparams={}, is_main=False, first_step=0, is_newcomer=is_newcomer
+        )
+        reporter.nodes_changed(NodesChanged(3, 1, ["air", "pro"], {}, ["pro"], [0.5, 0.5], False, 0.2))
+    line = "after step 3: pro joins; 2 nodes in generation 1: air 50%, pro 50%; no step was lost, 0.2 s\n"
+    assert capsys.readouterr().out == line
 
 
 @given(lost=st.integers(1, TOTAL), is_validation_told=st.booleans(), behind=st.booleans())

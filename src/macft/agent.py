@@ -45,10 +45,7 @@ def main(argv: list[str]) -> int:
         config = read(folder / "config.yaml")
         config.topology.rank = rank
         keyring = _given_keyring(keys) if needs_keys(config.topology, config.collective) else None
-        reason = run_on_hosts(config, folder, resume="--resume" in argv, stop=stop, keyring=keyring)
-        if rank:
-            print(reason)
-        return reason
+        return run_on_hosts(config, folder, resume="--resume" in argv, stop=stop, keyring=keyring)
 
     with stop.listening(gone):
         status = exit_status(run)

@@ -57,14 +57,6 @@ from macft.training.pace import FullSpeed
 from macft.training.settings import TrainingConfig
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended: ``reason`` is finished, early_stopped or interrupted; ``adapter_sha256`` is everyone's."""
-
-    reason: str
-    adapter_sha256: str
-
-
 @dataclass
 class _Run:
     """What the phases of a run share."""
@@ -81,7 +73,7 @@ class _Run:
     guard: ThermalGuard | None
 
 
-def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resume: bool, stop: StopRequest) -> Outcome:
+def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resume: bool, stop: StopRequest) -> str:
     """Trains this rank's part.
 
     Raises:
@@ -117,7 +109,7 @@ def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resum
         run.reporter.close()
 
 
-def _train(run: _Run, started: float) -> Outcome:
+def _train(run: _Run, started: float) -> str:
     """From wherever the run is to its end."""
     before = _score_before(run)
     reason = run.trainer.train()
@@ -129,7 +121,7 @@ def _train(run: _Run, started: float) -> Outcome:
     return _end(run, reason, started, final, "", adapter_folder)
 
 
-def _interrupted(run: _Run, started: float) -> Outcome:
+def _interrupted(run: _Run, started: float) -> str:
     return _end(run, "interrupted", started, {}, f"go on with: python -m macft.train +resume={run.folder.path}")
 
 
@@ -176,6 +168,7 @@ def _prepare(
         hparams=to_plain(config),
         is_main=collective.rank == 0 and not is_newcomer,
         first_step=progress.step,
+        is_newcomer=is_newcomer,
     )
     valid_rows = chosen_rows(len(data.valid.rows), config.training.eval_rows, config.seed)
     guard: ThermalGuard | None = None
@@ -411,11 +404,10 @@ def _save_adapter(run: _Run) -> Path | None:
 
 def _end(
     run: _Run, reason: str, started: float, final: Mapping[str, float], detail: str, adapter_folder: Path | None = None
-) -> Outcome:
+) -> str:
     trainer = run.trainer
     trainer.tell_saves(wait=True)
     trouble = trainer.saver.trouble
-    outcome = Outcome(reason, digest(run.loaded.model).hex())
     run.reporter.run_ended(
         RunEnded(
             reason=reason,
@@ -423,10 +415,10 @@ def _end(
             seconds=time.perf_counter() - started,
             final=final,
             adapter_folder=adapter_folder,
-            adapter_sha256=outcome.adapter_sha256,
+            adapter_sha256=digest(run.loaded.model).hex(),
             detail=detail,
             energy=summarize([*trainer.nodes, *trainer.departed], run.config.thermal, tokens=trainer.tokens),
             warnings=[trouble] if trouble else [],
         )
     )
-    return outcome
+    return reason

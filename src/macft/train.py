@@ -73,11 +73,11 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
 
             if launched():
                 with join_launched(config.collective) as group:
-                    return run_node(config, group, folder, resume=resume, stop=stop).reason
+                    return run_node(config, group, folder, resume=resume, stop=stop)
         from macft.collective.solo import Solo
 
         with Solo() as alone:
-            return run_node(config, alone, folder, resume=resume, stop=stop).reason
+            return run_node(config, alone, folder, resume=resume, stop=stop)
 
 
 def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
@@ -124,7 +124,7 @@ def _join(config: TrainConfig, folder: Path, target: str) -> str:
             fingerprint=fingerprint(config, of_newcomer=True),
         )
         with join_team(doors, place, timeout=topology.start_timeout) as team:
-            return run_node(config, team, folder, resume=False, stop=stop).reason
+            return run_node(config, team, folder, resume=False, stop=stop)
 
 
 def _ports(paths: Sequence[tuple[str, int]], after: int) -> str:
@@ -184,7 +184,7 @@ def run_on_hosts(
             keyring=keyring,
         ) as ring:
             if not is_elastic(config):
-                return run_node(config, ring, folder, resume=resume, stop=stop).reason
+                return run_node(config, ring, folder, resume=resume, stop=stop)
             place = Place(
                 bind=_ports(paths, 2),
                 ring_bind=_ports(paths, 1),
@@ -194,7 +194,7 @@ def run_on_hosts(
                 fingerprint=fingerprint(config, of_newcomer=True),
             )
             with form_team(ring, place) as team:
-                return run_node(config, team, folder, resume=resume, stop=stop).reason
+                return run_node(config, team, folder, resume=resume, stop=stop)
     finally:
         if server is not None:
             server.close()

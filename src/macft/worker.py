@@ -60,10 +60,7 @@ def main(argv: list[str]) -> int:
                 stack.enter_context(ring)
                 collective = form_team(ring, place) if is_elastic(config) else ring
             stack.enter_context(collective)
-            outcome = run_node(config, collective, folder, resume="--resume" in argv, stop=stop)
-        if rank:
-            print(f"{outcome.reason}; adapter sha256 {outcome.adapter_sha256}")
-        return outcome.reason
+            return run_node(config, collective, folder, resume="--resume" in argv, stop=stop)
 
     with stop.listening(launcher_gone):
         return exit_status(run)

@@ -190,7 +190,7 @@ class Agreement:
         """Whom this node, which is ready, waits for, in words."""
         lost = self.lost(now)
         if not self.is_member:
-            return "to be let in again by the others"
+            return "the others to let it in"
         if not self._is_quorum([member for member in self.view.ids if member not in lost]):
             names = ", ".join(f"{self._name(member)} ({why})" for member, why in lost.items())
             have = len(self.view.ids) - len(lost)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
@@ -50,10 +51,11 @@ class ConsoleReporter(SilentReporter):
     """Prints through rich, on stdout.
 
     On a terminal: panels, a live bar, and a permanent line every ``every`` steps. Elsewhere plain lines
-    without control codes, so that logs stay readable. Raises OSError when nobody reads the output any more.
+    without control codes, so that logs stay readable. ``changes`` of the nodes have been told before, by another node.
+    Raises OSError when nobody reads the output any more.
     """
 
-    def __init__(self, *, every: int, console: Console | None = None):
+    def __init__(self, *, every: int, console: Console | None = None, changes: Sequence[NodesChanged] = ()):
         self._console = console or _Output(highlight=False)
         self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._every = every
@@ -64,6 +66,7 @@ class ConsoleReporter(SilentReporter):
         self._model = ""
         self._folder = RunFolder(Path())
         self._total_steps = 0
+        self._changes = list(changes)
 
     def run_started(self, event: RunStarted) -> None:
         """The header."""
@@ -139,7 +142,8 @@ class ConsoleReporter(SilentReporter):
     def nodes_changed(self, event: NodesChanged) -> None:
         """One line: who, why, and how the rows are shared now."""
         self._end_phase()
-        self._line(_printable(f"{self._place(event.step)}  {change_line(event)}"), "yellow")
+        self._changes.append(event)
+        self._line(f"{self._place(event.step)}  {_printable(change_line(event))}", "yellow")
 
     def noted(self, event: Noted) -> None:
         """One line."""
@@ -163,6 +167,9 @@ class ConsoleReporter(SilentReporter):
         if self._speed.total_seconds:
             average = self._speed.total_tokens / self._speed.total_seconds
             rows.append(("speed", f"{average:,.0f} tokens/s on average", ""))
+        if self._changes:
+            lost, joined = (sum(len(getattr(event, what)) for event in self._changes) for what in ("left", "joined"))
+            rows.append(("nodes", f"{lost} lost, {joined} joined, {len(self._changes[-1].names)} at the end", ""))
         if event.energy is not None:
             rows.append(("energy", event.energy.line, ""))
         if event.adapter_folder is not None:

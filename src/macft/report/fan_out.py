@@ -21,12 +21,12 @@ from macft.report.events import (
     SamplesShown,
     StepDone,
 )
-from macft.report.metrics_file import MetricsFile, last_step
+from macft.report.metrics_file import MetricsFile, changes_told, last_step
 from macft.report.run_folder import RunFolder
 from macft.report.settings import ReportConfig
 from macft.report.summary import SummaryWriter
 from macft.report.tensorboard import TensorBoard
-from macft.report.understudy import Understudy
+from macft.report.understudy import QuietReporter, Understudy
 
 
 class FanOut(Reporter):
@@ -100,9 +100,17 @@ class FanOut(Reporter):
 
 
 def build(
-    config: ReportConfig, folder: RunFolder, *, hparams: Mapping[str, Any], is_main: bool, first_step: int
+    config: ReportConfig,
+    folder: RunFolder,
+    *,
+    hparams: Mapping[str, Any],
+    is_main: bool,
+    first_step: int,
+    is_newcomer: bool = False,
 ) -> Reporter:
-    """The reporters ``config`` asks for; on ranks other than 0 (``is_main`` false) one that only warns.
+    """The reporters ``config`` asks for; on ranks other than 0 (``is_main`` false) one that warns, and ends in a line.
+
+    On a newcomer that one tells of changes of the nodes as well.
 
     ``hparams`` is the whole configuration as nested plain values; ``first_step`` counts the updates made
     before this start, 0 unless the run resumes. A reporter that can't be set up is left out with one line on
@@ -116,13 +124,15 @@ def build(
         return _all(config, folder, hparams=hparams, first_step=step)
 
     speaker = speak(first_step) if is_main else None
-    return Understudy(speak, last_reported=lambda: last_step(folder.metrics), speaker=speaker)
+    quiet = QuietReporter(tells_changes=is_newcomer)
+    return Understudy(speak, last_reported=lambda: last_step(folder.metrics), speaker=speaker, quiet=quiet)
 
 
 def _all(config: ReportConfig, folder: RunFolder, *, hparams: Mapping[str, Any], first_step: int) -> FanOut:
     folder.create()
+    changes = changes_told(folder.metrics, first_step) if first_step else []
     makers: list[tuple[bool, str, Callable[[], Reporter]]] = [
-        (True, SummaryWriter.__name__, lambda: SummaryWriter(folder)),
+        (True, SummaryWriter.__name__, lambda: SummaryWriter(folder, changes)),
         (
             config.tensorboard,
             TensorBoard.__name__,
@@ -134,7 +144,7 @@ def _all(config: ReportConfig, folder: RunFolder, *, hparams: Mapping[str, Any],
             MetricsFile.__name__,
             lambda: MetricsFile(folder.metrics, first_step=first_step),
         ),
-        (config.console, ConsoleReporter.__name__, lambda: ConsoleReporter(every=config.every)),
+        (config.console, ConsoleReporter.__name__, lambda: ConsoleReporter(every=config.every, changes=changes)),
     ]
     reporters = []
     for wanted, name, make in makers:

@@ -105,6 +105,15 @@ def last_step(path: Path) -> int:
     return found
 
 
+def changes_told(path: Path, until: int) -> list[NodesChanged]:
+    """The changes of the nodes that ``path`` tells of, up to those after step ``until``."""
+    if not path.exists():
+        return []
+    found = [event for event in map(json.loads, _kept_lines(path, until)) if event.get("type") == "nodes_changed"]
+    names = [item.name for item in dataclasses.fields(NodesChanged)]
+    return [NodesChanged(**{name: event[name] for name in names}) for event in found if event.keys() >= {*names}]
+
+
 def plain(value: Any) -> Any:
     """``value`` in JSON's types. What JSON lacks becomes a string: ``"nan"``, ``"inf"``, a path."""
     if value is None or isinstance(value, bool | str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from macft import __version__
@@ -19,15 +19,16 @@ _PACKAGES = ("mlx", "mlx-lm", "pyzmq", "numpy")
 class SummaryWriter(SilentReporter):
     """Collects what the summary needs and writes it when the run ends, for whatever reason.
 
-    Speed and peak memory (bytes, this node's) are those since the start or the last resume.
+    Speed and peak memory (bytes, this node's) are those since the start or the last resume. ``changes`` of the nodes
+    have been told before, by another node or before a resume.
     """
 
-    def __init__(self, folder: RunFolder):
+    def __init__(self, folder: RunFolder, changes: Sequence[NodesChanged] = ()):
         self._folder = folder
         self._facts: dict[str, Any] = {}
         self._tokens, self._seconds, self._peak_memory = 0, 0.0, 0
         self._last_loss: float | None = None
-        self._changes: list[str] = []
+        self._changes = [_line(event) for event in changes]
 
     def run_started(self, event: RunStarted) -> None:
         """Remembers what is trained on what."""
@@ -54,7 +55,7 @@ class SummaryWriter(SilentReporter):
 
     def nodes_changed(self, event: NodesChanged) -> None:
         """Keeps the line."""
-        self._changes.append(f"after step {event.step}: {change_line(event)}")
+        self._changes.append(_line(event))
         self._facts["nodes_at_the_end"] = len(event.names)
 
     def run_ended(self, event: RunEnded) -> None:
@@ -81,6 +82,10 @@ class SummaryWriter(SilentReporter):
         )
         write_atomically(self._folder.summary, json.dumps(values, indent=2, allow_nan=False) + "\n")
         write_atomically(self._folder.summary_text, _markdown(values))
+
+
+def _line(event: NodesChanged) -> str:
+    return f"after step {event.step}: {change_line(event)}"
 
 
 def _versions() -> dict[str, str]:

@@ -21,19 +21,38 @@ from macft.report.events import (
     SamplesShown,
     SilentReporter,
     StepDone,
+    change_line,
 )
 
 _MOST_REMEMBERED = 100_000
 
 
-class WarningReporter(SilentReporter):
-    """Says on stderr what the user of this very node has to know, and nothing else."""
+class QuietReporter(SilentReporter):
+    """Says what the user of this very node has to know, warnings on stderr, and nothing else.
+
+    ``tells_changes`` of the nodes too: whoever has a node join wants to see that it does.
+    """
+
+    def __init__(self, *, tells_changes: bool):
+        self._tells_changes = tells_changes
 
     def noted(self, event: Noted) -> None:
         """A warning or an error: one line."""
         if event.level != "info":
             with contextlib.suppress(OSError):
                 print(f"{event.level}: {event.text}", file=sys.stderr)
+
+    def nodes_changed(self, event: NodesChanged) -> None:
+        """One line."""
+        if self._tells_changes:
+            with contextlib.suppress(OSError):
+                print(f"after step {event.step}: {change_line(event)}", flush=True)
+
+    def run_ended(self, event: RunEnded) -> None:
+        """How, and with which adapter, so that it can be compared with the others'. An error is told elsewhere."""
+        if event.reason != "failed":
+            with contextlib.suppress(OSError):
+                print(f"{event.reason}; adapter sha256 {event.adapter_sha256}", flush=True)
 
 
 class Understudy(Reporter):
@@ -44,9 +63,15 @@ class Understudy(Reporter):
     step that stands in this node's run folder, which with ``topology=local`` is that of all.
     """
 
-    def __init__(self, speak: Callable[[int], Reporter], *, last_reported: Callable[[], int], speaker: Reporter | None):
-        self._speak, self._last_reported, self._speaker = speak, last_reported, speaker
-        self._warnings = WarningReporter()
+    def __init__(
+        self,
+        speak: Callable[[int], Reporter],
+        *,
+        last_reported: Callable[[], int],
+        speaker: Reporter | None,
+        quiet: QuietReporter,
+    ):
+        self._speak, self._last_reported, self._speaker, self._quiet = speak, last_reported, speaker, quiet
         self._started: RunStarted | None = None
         self._missed: deque[tuple[int, Callable[[Reporter], None]]] = deque(maxlen=_MOST_REMEMBERED)
         self._missed_steps: deque[int] = deque(maxlen=_MOST_REMEMBERED // 2)
@@ -73,6 +98,8 @@ class Understudy(Reporter):
 
     def nodes_changed(self, event: NodesChanged) -> None:
         """Told or remembered."""
+        if self._speaker is None:
+            self._quiet.nodes_changed(event)
         self._tell(event.step, lambda reporter: reporter.nodes_changed(event))
 
     def samples_shown(self, event: SamplesShown) -> None:
@@ -87,7 +114,7 @@ class Understudy(Reporter):
 
     def noted(self, event: Noted) -> None:
         """Told; a warning is this node's own business and is told anyway."""
-        (self._speaker or self._warnings).noted(event)
+        (self._speaker or self._quiet).noted(event)
 
     def phase_progress(self, event: PhaseProgress) -> None:
         """Told."""
@@ -95,9 +122,8 @@ class Understudy(Reporter):
             self._speaker.phase_progress(event)
 
     def run_ended(self, event: RunEnded) -> None:
-        """Told."""
-        if self._speaker is not None:
-            self._speaker.run_ended(event)
+        """Told; in a line where another node speaks."""
+        (self._speaker or self._quiet).run_ended(event)
 
     def lead(self, *, is_main: bool, step: int) -> None:
         """Begins or ends to speak."""
@@ -108,7 +134,7 @@ class Understudy(Reporter):
             try:
                 self._speaker = self._speak(max(told, 0))
             except OSError as error:  # telling about a run must never end it
-                self._warnings.noted(Noted(f"this node can't report the run: {error}", "warning"))
+                self._quiet.noted(Noted(f"this node can't report the run: {error}", "warning"))
                 return
             if self._started is not None:
                 self._speaker.run_started(replace(self._started, first_step=step))
