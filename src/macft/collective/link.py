@@ -49,6 +49,7 @@ _KNOCK_SECONDS = 0.5
 _QUIET_MS = 300
 _is_pending = operator.attrgetter("pending")
 _MOMENT_MS = 2
+_STREAMS_ONLY_SECONDS = 0.1
 _WORD_SECONDS = 1.0
 """How long after a stream has ended ZeroMQ may take to say why: goodbyes, and ends of connections, come that way."""
 _GRACE_SECONDS = 2.0
@@ -99,6 +100,7 @@ class Links:
         """Data frames that came while the ring was coming together."""
         self._last: list[tuple[Outward | Inward, zmq.MessageTracker]] = []  # the goodbyes
         self._left_done = self._right_done = False
+        self._ask_zeromq = 0.0  # when its sockets are to be looked at even if streams have news
         self._right_sockets = [(sock, zmq.POLLIN) for out in self._outward for sock in (out.sock, out.monitor)]
         self._left_sockets = [(sock, zmq.POLLIN) for come in self._inward for sock in (come.sock, come.monitor)]
         self._join()
@@ -153,7 +155,7 @@ class Links:
         right_broken = right and not self._right_done and all(map(_is_gone, self._outward))
         left_broken = left and all(map(_is_gone, self._inward)) and any(path.peer for path in self._inward)
         broken = right_broken or left_broken
-        if not broken and self._have_streams_news(left):
+        if not broken and time.monotonic() < self._ask_zeromq and self._have_streams_news(left):
             self._flush()
             return self._read_streams(doing, room) if left else None
         ready = self._poll(left, 0.0 if broken else seconds)
@@ -178,6 +180,7 @@ class Links:
             if come.monitor in ready:
                 come.read_monitor()
                 quiet = False
+        self._judge_streams(doing)
         if quiet and broken and not any(out.sock in ready for out in self._outward):
             # All that came before the break has been read: no goodbye explains it.
             self._diagnose(self.right if right_broken else self.left, doing)
@@ -185,7 +188,6 @@ class Links:
             self._send_again()
         elif not ready:
             self._try_out_stalled()
-        self._judge_streams()
         return None
 
     def credit(self) -> None:
@@ -277,7 +279,9 @@ class Links:
         if left:
             sockets += self._left_sockets
             sockets += [(sock, zmq.POLLIN) for come in self._inward for sock in come.data_sockets]
-        return dict(zmq.zmq_poll(sockets, int(seconds * 1000)))
+        ready = dict(zmq.zmq_poll(sockets, int(seconds * 1000)))
+        self._ask_zeromq = time.monotonic() + _STREAMS_ONLY_SECONDS
+        return ready
 
     def _read_streams(self, doing: object, room: Room) -> tuple[Header, Any] | None:
         """The next frame that a stream has."""
@@ -299,18 +303,19 @@ class Links:
                     come.credit(self.generation, self.rank)
                 return found
             if stream.ended_at is not None and come.farewell is not None:
-                farewell, come.farewell = come.farewell, None
-                self._left_leaves(come, farewell, doing)
+                self._left_leaves(come, come.farewell[0], doing)
         return None
 
-    def _judge_streams(self) -> None:
-        """Gives up paths whose stream has ended, if it stays unsaid why."""
+    def _judge_streams(self, doing: object) -> None:
+        """Gives up paths whose stream has ended, if it stays unsaid why, and streams that did not come in time."""
         latest = time.monotonic() - _WORD_SECONDS
         for out in self._outward:
             if out.stream is not None and out.stream.broken_at is not None and out.stream.broken_at < latest:
                 self._lose(out)
         for come in self._inward:
             ended = come.stream.ended_at if come.stream is not None else None
+            if come.farewell is not None and come.stream is None and come.farewell[1] < latest:
+                self._left_leaves(come, come.farewell[0], doing)
             come.broken = come.broken or (ended is not None and ended < latest)
 
     def _best_path(self, size: int) -> Outward | None:
@@ -367,7 +372,9 @@ class Links:
                 grace = min(grace, time.monotonic() + _GRACE_SECONDS)
             greeted = all(path.peer for path in self._inward)
             # A neighbour that has joined over one path may already send, while another path is awaited.
-            frame = self.wait("joining the ring", left=not greeted, right=True, seconds=0.05)
+            # A neighbour that has welcomed this rank may leave again before the others have all joined.
+            welcome = any(path.welcome for path in self._outward)
+            frame = self.wait("joining the ring", left=not greeted, right=not welcome, seconds=0.05)
             self.held += [frame] if frame is not None else []
         for path in self._outward:
             if not path.welcome:
@@ -436,8 +443,8 @@ class Links:
             return None
         header = self._unpack(parts[1].buffer, self.left)
         if header.kind == Kind.GOODBYE:
-            if header.cause == Cause.DONE and path.stream is not None and path.stream.ended_at is None:
-                path.farewell = header
+            if header.cause == Cause.DONE and path.may_stream:
+                path.farewell = header, time.monotonic()
             else:
                 self._left_leaves(path, header, doing)
             return None
@@ -453,7 +460,7 @@ class Links:
 
     def _left_leaves(self, path: Inward, header: Header, doing: object) -> None:
         """Over this path nothing follows; over another one what was sent before may still come."""
-        path.broken = True
+        path.broken, path.farewell = True, None
         self._left_done = header.cause != Cause.DONE or all(come.broken or not come.peer for come in self._inward)
         if self._left_done:
             self._pass_on(header, doing)
@@ -512,7 +519,7 @@ class Links:
 
 
 def _is_gone(path: Outward | Inward) -> bool:
-    return path.lost if isinstance(path, Outward) else path.broken or not path.peer
+    return path.lost if isinstance(path, Outward) else not path.peer or (path.broken and path.farewell is None)
 
 
 def _says_goodbye(parts: list[bytes]) -> bool:

@@ -125,8 +125,8 @@ class Inward:
         self.peer = b""
         """ZeroMQ's name of the left neighbour, once it has greeted."""
         self.broken = False
-        self.farewell: Header | None = None
-        """Its goodbye, while what it sent before over the stream is still to come."""
+        self.farewell: tuple[Header, float] | None = None
+        """Its goodbye, and when that came, while what it sent before over the stream is still to come."""
         self.taken = 0
         self.stream: StreamIn | None = None
         self._port: StreamPort | None = None
@@ -148,6 +148,11 @@ class Inward:
             self.sock.send_multipart([peer, pack(offer)], zmq.NOBLOCK)
         self.taken = WINDOW
         self.credit(generation, rank)
+
+    @property
+    def may_stream(self) -> bool:
+        """Whether data may still come over a stream."""
+        return self._port is not None if self.stream is None else self.stream.ended_at is None
 
     @property
     def data_sockets(self) -> list[socket.socket]:

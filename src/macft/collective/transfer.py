@@ -69,13 +69,16 @@ class Exchange:
     """All-reduce of little: every rank's arrays go round whole, and each rank adds all up in the order of ranks.
 
     N - 1 hops, where :class:`Reduction` has 2N - 2, for N / 2 times the bytes: the faster one while latency counts.
-    Unless ``lend`` the arrays are copied before they are sent, so nothing is waited for at the end.
+    The arrays are copied before they are sent, so nothing is waited for at the end. With ``lend`` a single one is not:
+    what is sent is no longer needed when the call is over.
     """
 
     def __init__(self, call: Header, buffers: Sequence[Buffer], world_size: int, *, lend: bool = False):
         self._buffers, self._ranks = buffers, world_size
         own: Any = b""
-        if lend and len(buffers) == 1:
+        if (
+            lend and len(buffers) == 1 and call.sender < 2
+        ):  # of others the sum would overwrite what is still to be added
             own = buffers[0].flat.data.cast("B")
         elif buffers:
             own = b"".join([buffer.flat.data for buffer in buffers])
