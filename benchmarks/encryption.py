@@ -1,4 +1,4 @@
-"""What encryption costs: all-reduces of float32 on two ranks, plain and with CURVE, by turns in the same processes.
+"""What encryption costs: all-reduces of float32 on two ranks, plain and encrypted, by turns in the same processes.
 
 python benchmarks/encryption.py
 sudo python benchmarks/encryption.py --links 1gbit         (Linux: network namespaces, shaped by tc tbf)
@@ -56,7 +56,7 @@ def compare(options: argparse.Namespace, title: str, shaped: ShapedLinks | None)
     keys = [hear(process) for process in ranks]
     for process in ranks:
         tell(process, [lanes, keys])
-    print(f"\n{title}: 2 ranks\n{'bytes':>10} {'plain ms':>10} {'CURVE ms':>10} {'CURVE/plain':>12}", flush=True)
+    print(f"\n{title}: 2 ranks\n{'bytes':>10} {'plain ms':>10} {'encrypted':>10} {'ratio':>12}", flush=True)
     for size in map(int, options.sizes.split(",")):
         plain, curve, ratio = hear(ranks[0])
         print(f"{size:>10} {plain * 1e3:10.3f} {curve * 1e3:10.3f} {ratio:12.2f}", flush=True)

@@ -43,7 +43,7 @@ def why_not() -> str:
     name = f"mt{os.getpid() % 100000}"
     if subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode:
         return "network namespaces are not permitted here"
-    _run(f"ip netns del {name}")
+    run(f"ip netns del {name}")
     return ""
 
 
@@ -131,17 +131,17 @@ class Nodes:
         """All on one switch; afterwards nothing of it is left, and no process."""
         with ExitStack() as stack:
             stack.callback(self._end_all)
-            _run(f"ip link add mc{self._tag} type bridge")
-            stack.callback(_run, f"ip link del mc{self._tag}")
-            _run(f"ip link set mc{self._tag} up")
+            run(f"ip link add mc{self._tag} type bridge")
+            stack.callback(run, f"ip link del mc{self._tag}")
+            run(f"ip link set mc{self._tag} up")
             for rank, address in enumerate(self.addresses):
                 inside = self._inside(rank)
-                _run(f"ip netns add {inside}")
-                stack.callback(_run, f"ip netns del {inside}")
-                _run(f"ip link add {self._card(rank)} type veth peer name eth0 netns {inside}")
-                _run(f"ip link set {self._card(rank)} master mc{self._tag} up")
+                run(f"ip netns add {inside}")
+                stack.callback(run, f"ip netns del {inside}")
+                run(f"ip link add {self._card(rank)} type veth peer name eth0 netns {inside}")
+                run(f"ip link set {self._card(rank)} master mc{self._tag} up")
                 for command in (f"addr add {address}/24 dev eth0", "link set eth0 up", "link set lo up"):
-                    _run(f"ip -n {inside} {command}")
+                    run(f"ip -n {inside} {command}")
             subprocess.run(
                 [sys.executable, "-m", "macft.keys", "make"], env=self._environment(), check=True, capture_output=True
             )
@@ -162,7 +162,7 @@ class Nodes:
 
     def cut(self, rank: int, *, cut: bool) -> None:
         """Pulls a node's cable, or puts it in again."""
-        _run(f"ip link set {self._card(rank)} {'down' if cut else 'up'}")
+        run(f"ip link set {self._card(rank)} {'down' if cut else 'up'}")
 
     def slow(self, rank: int, *, slow: bool) -> None:
         """Makes a node's cable slow in both directions, or as it was."""
@@ -170,7 +170,7 @@ class Nodes:
             prefix = "tc" if place else f"tc -n {self._inside(rank)}"
             where = place or "dev eth0"
             rate = " root tbf rate 5mbit burst 32kb latency 400ms" if slow else " root"
-            _run(f"{prefix} qdisc {'add' if slow else 'del'} {where}{rate}")
+            run(f"{prefix} qdisc {'add' if slow else 'del'} {where}{rate}")
 
     def events(self, kind: str) -> dict[int, list[dict[str, Any]]]:
         """Events of one kind, by node."""
@@ -191,7 +191,7 @@ class Nodes:
 
     def left_over(self) -> list[str]:
         """Processes that are still in a namespace."""
-        return [pid for rank in range(self.count) for pid in _run(f"ip netns pids {self._inside(rank)}").split()]
+        return [pid for rank in range(self.count) for pid in run(f"ip netns pids {self._inside(rank)}").split()]
 
     def digests(self) -> list[str]:
         """Of the final adapter, as each node that came to the end tells: one in a summary, the others in a line."""
@@ -386,7 +386,7 @@ def _errors(world: Nodes) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(told))
 
 
-def _run(command: str) -> str:
+def run(command: str) -> str:
     done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{command}: {done.stderr.strip()}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -56,6 +57,14 @@ def start(*overrides: str, cwd: Path, variables: dict[str, str] | None = None) -
         text=True,
         start_new_session=True,
     )
+
+
+def heard(rank: subprocess.Popen[str], seconds: float = 20) -> list[str]:
+    """The next thing a rank says; fails when it hangs."""
+    assert rank.stdout is not None
+    assert select.select([rank.stdout], [], [], seconds)[0], "a rank hangs"
+    words: list[str] = json.loads(rank.stdout.readline())
+    return words
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:

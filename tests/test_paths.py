@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import select
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chaos import run, why_not
 from macft.collective.listener import Listener
 from macft.collective.ring import Ring
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import split_paths
+from running import heard
 
 PIECE = 64 * 1024
 
@@ -173,3 +179,76 @@ def test_a_cable_that_is_unplugged_from_the_start_is_left_out() -> None:
         cables[0][1].cut()
         assert in_ring(listeners, addresses, reduce_many(3)) == [0, 0]
         assert cables[0][0].carried > 1_000_000
+
+
+RANK = """
+import json, sys
+import numpy as np
+from macft.collective.listener import Listener
+from macft.collective.ring import Ring
+from macft.collective.settings import CollectiveConfig
+
+def say(*words):
+    print(json.dumps(words), flush=True)
+
+rank = int(sys.argv[1])
+listener = Listener(f"10.78.1.{rank + 1}:0+10.78.2.{rank + 1}:0", CollectiveConfig(piece_bytes=65536, timeout=20.0))
+say(listener.address)
+with Ring(rank, 2, json.loads(sys.stdin.readline()), listener) as ring:
+    say(all(path.stream is not None for path in ring._links._outward))
+    wrong = turn = 0
+    over = np.zeros(1)
+    while not over[0]:
+        array = np.full(1_000_000, turn + rank, np.float32)
+        ring.all_reduce([array])
+        wrong += int((array != 2 * turn + 1).any())
+        turn += 1
+        if turn == 20:
+            say("in step")
+        over[0] = bool(ring.lost_paths) and turn > 20
+        ring.all_reduce([over])
+    say(wrong, ring.lost_paths)
+"""
+
+
+@pytest.mark.slow
+def test_a_real_cable_that_is_pulled_costs_no_sum_and_no_run() -> None:
+    """Two machines (network namespaces), two cables between them, a stream on each."""
+    if reason := why_not():
+        pytest.skip(reason)
+    tag = os.getpid() % 100_000
+    names = [f"mp{tag}n{rank}" for rank in (0, 1)]
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            run(f"ip netns add {name}")
+            stack.callback(run, f"ip netns del {name}")
+        for cable in (1, 2):
+            run(f"ip link add c{cable} netns {names[0]} type veth peer name c{cable} netns {names[1]}")
+            for rank, name in enumerate(names):
+                run(f"ip -n {name} addr add 10.78.{cable}.{rank + 1}/24 dev c{cable}")
+                run(f"ip -n {name} link set c{cable} up")
+        ranks = [
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, sys.executable, "-c", RANK, str(rank)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank, name in enumerate(names)
+        ]
+        for rank in ranks:
+            stack.callback(rank.communicate)
+            stack.callback(rank.kill)
+        addresses = [heard(rank)[0] for rank in ranks]
+        for rank in ranks:
+            assert rank.stdin is not None
+            print(json.dumps(addresses), file=rank.stdin, flush=True)
+        assert [heard(rank) for rank in ranks] == [[True]] * 2
+        assert [heard(rank) for rank in ranks] == [["in step"]] * 2
+        run(f"ip -n {names[0]} link set c2 down")
+        told = [heard(rank, 60) for rank in ranks]
+        assert [wrong for wrong, _ in told] == [0, 0]
+        lost = {path for _, paths in told for path in paths}
+        assert lost
+        assert all(path.startswith("10.78.2.") for path in lost)
+        assert [rank.wait(20) for rank in ranks] == [0, 0]

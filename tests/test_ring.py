@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import select
 import signal
 import socket
 import subprocess
@@ -30,6 +29,7 @@ from macft.collective.settings import CollectiveConfig, problems
 from macft.collective.solo import Solo
 from macft.collective.wire import Header, Kind, pack
 from macft.errors import CollectiveError, PeerLost, PeerTimeout, ProtocolError
+from running import heard
 
 Work = Callable[[Ring], Any]
 QUICK = CollectiveConfig(timeout=1.0, heartbeat=0.2)
@@ -297,14 +297,6 @@ def processes(world_size: int, call_bytes: int, **options: float) -> Iterator[li
         for rank in ranks:
             rank.kill()
             rank.communicate()
-
-
-def heard(rank: subprocess.Popen[str], seconds: float = 20) -> list[str]:
-    """The next thing a rank says; fails when it hangs."""
-    assert rank.stdout is not None
-    assert select.select([rank.stdout], [], [], seconds)[0], "a rank hangs"
-    words: list[str] = json.loads(rank.stdout.readline())
-    return words
 
 
 @pytest.mark.parametrize(("world_size", "call_bytes"), [(2, 4096), (2, 8 << 20), (4, 4096), (4, 8 << 20)])

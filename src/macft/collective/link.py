@@ -110,11 +110,6 @@ class Links:
         return self._full_names[rank]
 
     @property
-    def has_room(self) -> bool:
-        """Whether another frame may be sent now."""
-        return (path := self._best_path(0)) is not None and path.has_room
-
-    @property
     def pending(self) -> bool:
         """Whether a stream still has to send what it was given."""
         return any(map(_is_pending, self._outward))
@@ -131,13 +126,16 @@ class Links:
             return 0
         return len(self._again) + sum(len(path.sent) for path in self._outward if not path.lost)
 
-    def send(self, header: Header, body: Any) -> None:
-        """Sends a frame, given ``has_room``. A large ``body`` must not change while it is ``pending`` or
-        ``unacknowledged``.
+    def send(self, header: Header, body: Any) -> bool:
+        """Sends a frame if it may go now, and says whether it did.
+
+        A large ``body`` must not change while it is ``pending`` or ``unacknowledged``.
         """
         path = self._best_path(header.length)
-        assert path is not None
+        if path is None or not path.has_room:
+            return False
         path.send(header, body, keep=len(self._outward) > 1)
+        return True
 
     def wait(
         self, doing: object, *, left: bool, right: bool, seconds: float, room: Room = fresh
@@ -150,12 +148,14 @@ class Links:
         """
         if right and self._right_done:
             self.fail(PeerLost, self.right, f"{self.name(self.right)} left the ring while {doing} went on")
-        if left and (found := self._read_streams(doing, room)) is not None:
+        pending = self.pending
+        is_early = time.monotonic() < self._ask_zeromq and not self.has_paths
+        if left and (found := self._read_streams(doing, room, patient=is_early and not pending)) is not None:
             return found
         right_broken = right and not self._right_done and all(map(_is_gone, self._outward))
         left_broken = left and all(map(_is_gone, self._inward)) and any(path.peer for path in self._inward)
         broken = right_broken or left_broken
-        if not broken and time.monotonic() < self._ask_zeromq and self._have_streams_news(left):
+        if pending and is_early and not broken and self._have_streams_news(left):
             self._flush()
             return self._read_streams(doing, room) if left else None
         ready = self._poll(left, 0.0 if broken else seconds)
@@ -256,18 +256,14 @@ class Links:
 
     def _have_streams_news(self, left: bool) -> bool:
         """Waits a moment for the streams alone: nearly all news is theirs, and asking ZeroMQ's sockets takes longer."""
-        if self.has_paths:
-            return False
         out, come = self._outward[0].stream, self._inward[0].stream
         poller = select.poll()
+        if out is not None:
+            poller.register(out.sock, select.POLLOUT)
         if left:
             if come is None or come.ended_at is not None:
                 return False
             poller.register(come.sock, select.POLLIN)
-        if out is not None and out.pending:
-            poller.register(out.sock, select.POLLOUT)
-        elif not left:
-            return False
         return bool(poller.poll(_MOMENT_MS))
 
     def _poll(self, left: bool, seconds: float) -> dict[Any, int]:
@@ -283,7 +279,7 @@ class Links:
         self._ask_zeromq = time.monotonic() + _STREAMS_ONLY_SECONDS
         return ready
 
-    def _read_streams(self, doing: object, room: Room) -> tuple[Header, Any] | None:
+    def _read_streams(self, doing: object, room: Room, *, patient: bool = False) -> tuple[Header, Any] | None:
         """The next frame that a stream has."""
         for come in self._inward:
             stream = come.stream
@@ -292,7 +288,7 @@ class Links:
                 continue
             before = stream.received
             try:
-                found = stream.read(self._unpack_data, room)
+                found = stream.read(self._unpack_data, room, patient=patient)
             except ValueError as error:
                 self.fail(ProtocolError, self.left, f"{self.name(self.left)} sent {error}")
             self.moved += stream.received - before
@@ -337,8 +333,8 @@ class Links:
             path.sent.clear()
 
     def _send_again(self) -> None:
-        while self._again and self.has_room:
-            self.send(*self._again.popleft())
+        while self._again and self.send(*self._again[0]):
+            self._again.popleft()
 
     def _try_out_stalled(self) -> None:
         """A path that carries nothing while another one does is lost, long before its heartbeats tell."""

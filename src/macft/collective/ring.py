@@ -246,9 +246,8 @@ class Ring:
         sent_uncopied = took_large = False
         progress = time.monotonic()
         while True:
-            while transfer.outgoing and links.has_room:
-                header, body = transfer.outgoing.popleft()
-                links.send(header, body)
+            while transfer.outgoing and links.send(*transfer.outgoing[0]):
+                header, _ = transfer.outgoing.popleft()
                 self._bytes_sent += header.length
                 sent_uncopied = sent_uncopied or _is_lent(header)
             missing = transfer.missing
