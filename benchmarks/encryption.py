@@ -9,11 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from contextlib import ExitStack
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +18,7 @@ from macft.benchmarking.ports import free_addresses
 from macft.collective.listener import Listener
 from macft.collective.ring import Ring
 from macft.collective.settings import CollectiveConfig
+from ranks import hear, start, tell
 from shaped_links import ShapedLinks
 
 SIZES = (4 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 20)
@@ -44,12 +42,8 @@ def main() -> None:
 
 def compare(options: argparse.Namespace, title: str, shaped: ShapedLinks | None) -> None:
     """Starts two ranks, introduces them to each other, prints what the first one measures."""
-    own = [sys.executable, __file__, "--sizes", options.sizes, "--turns", str(options.turns), "--rank"]
-    prefixes = shaped.prefixes if shaped else [[], []]
-    ranks = [
-        subprocess.Popen([*prefix, *own, str(rank)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for rank, prefix in enumerate(prefixes)
-    ]
+    own = [__file__, "--sizes", options.sizes, "--turns", str(options.turns), "--rank"]
+    ranks = start(own, shaped.prefixes if shaped else [[], []])
     lanes = [shaped.addresses(lane) if shaped else free_addresses(2) for lane in ("plain", "curve")]
     for rank, process in enumerate(ranks):
         tell(process, [lane[rank] for lane in lanes])
@@ -62,17 +56,6 @@ def compare(options: argparse.Namespace, title: str, shaped: ShapedLinks | None)
         print(f"{size:>10} {plain * 1e3:10.3f} {curve * 1e3:10.3f} {ratio:12.2f}", flush=True)
     for process in ranks:
         process.communicate()
-
-
-def tell(process: subprocess.Popen[str], what: Any) -> None:
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(what) + "\n")
-    process.stdin.flush()
-
-
-def hear(process: subprocess.Popen[str]) -> Any:
-    assert process.stdout is not None
-    return json.loads(process.stdout.readline())
 
 
 def work(rank: int, sizes: list[int], turns: int) -> None:

@@ -38,7 +38,10 @@ from macft.errors import CollectiveError, PeerLost, PeerTimeout, ProtocolError
 
 _EXCHANGE_BYTES = 768 * 1024
 """All-reduces of up to this, over the number of ranks, are exchanged whole, unless :meth:`Ring.tune` knows better."""
-_TUNE_BYTES = 256 * 1024
+_TUNE_BYTES = 512 * 1024
+_LEAST_PIECE_BYTES = 128 * 1024
+_PIECE_SECONDS = 2e-3
+"""How long a piece should be on its way, or less: then what a frame costs by itself hardly counts."""
 _LOOK_SECONDS = 0.5
 """Longest single wait; connection events and frames end it at once."""
 
@@ -88,6 +91,7 @@ class Ring:
             self._listener.close()
             raise
         self._exchange_bytes = min(_EXCHANGE_BYTES // world_size, self._settings.piece_bytes)
+        self._piece_bytes = self._settings.piece_bytes
         self._early: list[tuple[Header, Any]] = [*self._links.held]  # frames of calls to come
 
     @property
@@ -135,7 +139,7 @@ class Ring:
                 exchange.finish()
             else:
                 call = self._next_call(Kind.PIECE)
-                self._run(Reduction(call, buffers, self._world_size, self._settings.piece_bytes))
+                self._run(Reduction(call, buffers, self._world_size, self._piece_bytes))
         unfuse(copies)
 
     def all_reduce_coded(self, array: NDArray[np.float32], codec: WireCodec, residual: NDArray[np.float32]) -> None:
@@ -144,7 +148,7 @@ class Ring:
         ``residual``, of the same size, is what this rank rounded away before, and then what it rounds away now. Raises
         as :meth:`all_reduce` does.
         """
-        call, piece = self._next_call(Kind.PIECE), self._settings.piece_bytes
+        call, piece = self._next_call(Kind.PIECE), self._piece_bytes
         with np.errstate(over="ignore", invalid="ignore"):
             self._run(CodedReduction(call, array, codec, residual, self._world_size, piece))
 
@@ -154,19 +158,23 @@ class Ring:
         return self._bytes_sent
 
     def tune(self) -> None:
-        """Measures the links and sets up to which size all-reduces are exchanged whole. A call: all ranks make it.
+        """Measures the links and sets what depends on them. A call: all ranks make it.
 
-        An exchange takes n - 1 hops of all bytes, a ring 2n - 2 of an n-th: equal where bytes = latency * speed *
-        n / (n - 2). Of two ranks both send the same bytes, so there an exchange is right at any speed.
+        Up to which size all-reduces are exchanged whole: an exchange takes n - 1 hops of all bytes, a ring 2n - 2 of an
+        n-th, equal where bytes = latency * speed * n / (n - 2); of two ranks both send the same bytes, so there an
+        exchange is right at any speed. And the size of pieces: while one is added the wire may have nothing to do, so
+        on a slow link they are smaller.
         """
         ranks = self._world_size
-        if ranks == 2:
-            return
         latency = min(_seconds(self.barrier) for _ in range(4)) / (ranks - 1)
         hop = min(_seconds(lambda: self.all_gather(bytes(_TUNE_BYTES))) for _ in range(2)) / (ranks - 1)
-        crossover = latency * _TUNE_BYTES / max(hop - latency, 1e-6) * ranks / (ranks - 2)
-        found = [struct.unpack("<d", blob)[0] for blob in self.all_gather(struct.pack("<d", crossover))]
-        self._exchange_bytes = int(min(*found, self._exchange_bytes))
+        found = self.all_gather(struct.pack("<dd", latency, _TUNE_BYTES / max(hop - latency, 1e-6)))
+        latencies, speeds = zip(*(struct.unpack("<dd", blob) for blob in found), strict=True)
+        if ranks > 2:
+            crossover = min(latencies) * min(speeds) * ranks / (ranks - 2)
+            self._exchange_bytes = int(min(crossover, self._exchange_bytes))
+        piece = max(_LEAST_PIECE_BYTES, int(min(speeds) * _PIECE_SECONDS)) & ~7
+        self._piece_bytes = min(piece, self._settings.piece_bytes)
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:
         """Returns ``root``'s ``payload`` on every rank; raises as :meth:`all_reduce` does."""
