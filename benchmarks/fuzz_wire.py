@@ -9,13 +9,17 @@ would be packed otherwise than it came. A failure is printed with its input, and
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import atheris
 
 with atheris.instrument_imports(include=["macft.collective"]):
+    from macft.collective.stream import StreamIn, fresh
     from macft.collective.transfer import Exchange, Reduction, Spread, Transfer, fuse
     from macft.collective.wire import Header, Kind, pack, unpack
 
@@ -40,31 +44,66 @@ def transfers() -> list[Transfer]:
 
 
 def take(data: bytes) -> None:
-    """``data``: which call, then headers, each after a byte with its length; bodies are as long as they say."""
+    """``data``: which call, and how: headers, each after a byte with its length, or the bytes of a stream."""
     transfer = transfers()[data[0] % 4]
-    rest = data[1:]
+    take_stream(transfer, data[1:]) if data[0] & 128 else take_headers(transfer, data[1:])
+    assert isinstance(transfer.missing, bool)
+    assert 0 <= transfer.awaited < RANKS
+
+
+def take_headers(transfer: Transfer, rest: bytes) -> None:
+    """Frames whose bodies are as long as they say."""
     while rest:
-        complaint = "none"
         header, rest = rest[1 : 1 + rest[0]], rest[1 + rest[0] :]
-        try:
+        with complaint():
             read = unpack(header, "a neighbour")
             assert unpack(pack(read), "a neighbour") == read
             if read.kind == transfer.call.kind and read.length <= LONGEST_BODY:
                 transfer.take(read, bytes(read.length))
-        except ProtocolError as error:
-            complaint = str(error)
-        assert len(complaint.splitlines()) == 1
-        assert len(complaint) < 500
-    assert isinstance(transfer.missing, bool)
-    assert 0 <= transfer.awaited < RANKS
+
+
+def take_stream(transfer: Transfer, data: bytes) -> None:
+    """Frames as a stream has them, received where the call wants them."""
+
+    def room(header: Header) -> memoryview | None:
+        same = header.kind == transfer.call.kind and header.total == transfer.call.total
+        return transfer.room(header, in_place=True) if same else fresh(header)
+
+    def next_frame() -> tuple[Header, memoryview] | None:
+        try:
+            return stream.read(lambda packed: unpack(packed, "a neighbour"), room)
+        except ValueError as error:  # a stream's own; anywhere else it would be a fault
+            raise ProtocolError(str(error)) from None
+
+    near, far = socket.socketpair()
+    with near, far, complaint():
+        near.sendall(data)
+        stream = StreamIn(far, PIECE_BYTES, None)
+        while (frame := next_frame()) is not None:
+            if frame[0].kind == transfer.call.kind:
+                transfer.take(*frame)
+
+
+@contextlib.contextmanager
+def complaint() -> Iterator[None]:
+    """What is refused is refused in one short line."""
+    text = "none"
+    try:
+        yield
+    except ProtocolError as error:
+        text = str(error)
+    assert len(text.splitlines()) == 1
+    assert len(text) < 500
 
 
 def seeds() -> list[bytes]:
     """Good frames of each call, from which the fuzzer starts."""
     found = []
     for number, transfer in enumerate(transfers()):
-        headers = [header._replace(sender=0) for header, _ in list(transfer.outgoing)[:2]] or [transfer.call]
-        found.append(bytes([number]) + b"".join(bytes([len(pack(header))]) + pack(header) for header in headers))
+        frames = [(header._replace(sender=0), body) for header, body in list(transfer.outgoing)[:2]]
+        headers = [pack(header) for header, _ in frames or [(transfer.call, b"")]]
+        found.append(bytes([number]) + b"".join(bytes([len(header)]) + header for header in headers))
+        found.append(bytes([number | 128]) + b"".join(pack(header) + bytes(body) for header, body in frames))
     return found
 
 
@@ -73,7 +112,7 @@ def main() -> None:
     for number, seed in enumerate(seeds()):
         take(seed)
         (corpus / f"seed-{number}").write_bytes(seed)
-    atheris.Setup([*sys.argv, "-max_len=1000", str(corpus)], lambda data: take(data) if data else None)
+    atheris.Setup([*sys.argv, "-max_len=10000", str(corpus)], lambda data: take(data) if data else None)
     atheris.Fuzz()
 
 

@@ -1,19 +1,18 @@
 """A rank's two links: paths to its right neighbour, and paths from its left one.
 
-Data flows to the right under credits: at most ``WINDOW`` frames are on their way over a path that the neighbour has
-not taken, so sending never blocks and a rank that computes holds little for others. A frame takes the path that would
-have it across soonest, by measured speed; what a path that breaks had not delivered goes again over another one.
+Data goes to the right over streams, which hold up who sends more than the neighbour takes. Over ZeroMQ, and where there
+are several paths, it goes under credits: at most ``WINDOW`` frames are on their way over a path that the neighbour has
+not taken. So sending never blocks, and a rank that computes holds little for others.
+
 Liveness is ZeroMQ's own business (ZMTP heartbeats, from its I/O thread); a socket monitor says when a connection ends.
-A goodbye goes both ways round the ring.
+A goodbye goes both ways round the ring. What happens to a stream counts only when ZeroMQ has had time to say why.
 """
 
 from __future__ import annotations
 
 import contextlib
-import operator
 import select
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -21,6 +20,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from macft.collective.listener import Listener
+from macft.collective.outgoing import Outgoing
 from macft.collective.path import WINDOW, Inward, Outward
 from macft.collective.stream import SECRET_BYTES, Room, fresh
 from macft.collective.wire import (
@@ -47,15 +47,12 @@ _CAUSES: dict[int, _Failure] = {
 }
 _KNOCK_SECONDS = 0.5
 _QUIET_MS = 300
-_is_pending = operator.attrgetter("pending")
 _MOMENT_MS = 2
 _STREAMS_ONLY_SECONDS = 0.1
 _WORD_SECONDS = 1.0
 """How long after a stream has ended ZeroMQ may take to say why: goodbyes, and ends of connections, come that way."""
 _GRACE_SECONDS = 2.0
 """How much later than the first path of a link the others may come up."""
-_STALL_SECONDS = 1.0
-"""A path whose oldest frame is this late is tried out: the same frame goes over another path."""
 
 
 class Links:
@@ -88,12 +85,10 @@ class Links:
         self._settings = listener.settings
         endpoints = split_paths(addresses[self.right])
         self._inward = [Inward(listener, number) for number in range(len(listener.routers))]
-        self._outward = [Outward(listener, endpoint, alone=len(endpoints) == 1) for endpoint in endpoints]
-        self._again: deque[tuple[Header, Any]] = deque()
+        self.out = Outgoing(listener, endpoints)
+        self._outward = self.out.paths
         self.has_paths = len(self._outward) > 1 or len(self._inward) > 1
         """Whether frames may come out of order, or twice."""
-        self.lost_paths: list[str] = []
-        """Endpoints of paths that broke while others carried on."""
         self.moved = 0
         """Grows whenever data moves, a part of a frame too."""
         self.held: list[tuple[Header, Any]] = []
@@ -110,13 +105,8 @@ class Links:
         return self._full_names[rank]
 
     @property
-    def pending(self) -> bool:
-        """Whether a stream still has to send what it was given."""
-        return any(map(_is_pending, self._outward))
-
-    @property
     def sends_at_once(self) -> bool:
-        """Whether nobody needs a body any more once nothing is ``pending``."""
+        """Whether nobody needs a body any more once it is not pending."""
         return not self.has_paths and self._outward[0].stream is not None
 
     @property
@@ -124,18 +114,7 @@ class Links:
         """Frames that the right neighbour is not known to have taken, where that has to be known."""
         if self._right_done:  # it leaves in order, so it has all it needs
             return 0
-        return len(self._again) + sum(len(path.sent) for path in self._outward if not path.lost)
-
-    def send(self, header: Header, body: Any) -> bool:
-        """Sends a frame if it may go now, and says whether it did.
-
-        A large ``body`` must not change while it is ``pending`` or ``unacknowledged``.
-        """
-        path = self._best_path(header.length)
-        if path is None or not path.has_room:
-            return False
-        path.send(header, body, keep=len(self._outward) > 1)
-        return True
+        return self.out.unacknowledged
 
     def wait(
         self, doing: object, *, left: bool, right: bool, seconds: float, room: Room = fresh
@@ -148,7 +127,7 @@ class Links:
         """
         if right and self._right_done:
             self.fail(PeerLost, self.right, f"{self.name(self.right)} left the ring while {doing} went on")
-        pending = self.pending
+        pending = self.out.pending
         is_early = time.monotonic() < self._ask_zeromq and not self.has_paths
         if left and (found := self._read_streams(doing, room, patient=is_early and not pending)) is not None:
             return found
@@ -156,13 +135,13 @@ class Links:
         left_broken = left and all(map(_is_gone, self._inward)) and any(path.peer for path in self._inward)
         broken = right_broken or left_broken
         if pending and is_early and not broken and self._have_streams_news(left):
-            self._flush()
+            self.moved += self.out.flush()
             return self._read_streams(doing, room) if left else None
         ready = self._poll(left, 0.0 if broken else seconds)
         for out in self._outward:
             if out.sock in ready:
                 self._read_right(out, doing)
-        self._flush()
+        self.moved += self.out.flush()
         if left:
             for come in self._inward:
                 if come.sock in ready:
@@ -174,7 +153,7 @@ class Links:
         for out in self._outward:
             if out.monitor in ready:
                 recv_monitor_message(out.monitor)
-                self._lose(out)
+                self.out.lose(out)
                 quiet = False
         for come in self._inward:
             if come.monitor in ready:
@@ -184,10 +163,8 @@ class Links:
         if quiet and broken and not any(out.sock in ready for out in self._outward):
             # All that came before the break has been read: no goodbye explains it.
             self._diagnose(self.right if right_broken else self.left, doing)
-        if quiet and self._again:
-            self._send_again()
-        elif not ready:
-            self._try_out_stalled()
+        if not (quiet and self.out.send_again()) and not ready:
+            self.out.try_out_stalled()
         return None
 
     def credit(self) -> None:
@@ -249,11 +226,6 @@ class Links:
                 if come.monitor in ready:
                     come.read_monitor()
 
-    def _flush(self) -> None:
-        for out in self._outward:
-            if out.pending and out.stream is not None:
-                self.moved += out.stream.flush()
-
     def _have_streams_news(self, left: bool) -> bool:
         """Waits a moment for the streams alone: nearly all news is theirs, and asking ZeroMQ's sockets takes longer."""
         out, come = self._outward[0].stream, self._inward[0].stream
@@ -305,51 +277,12 @@ class Links:
     def _judge_streams(self, doing: object) -> None:
         """Gives up paths whose stream has ended, if it stays unsaid why, and streams that did not come in time."""
         latest = time.monotonic() - _WORD_SECONDS
-        for out in self._outward:
-            if out.stream is not None and out.stream.broken_at is not None and out.stream.broken_at < latest:
-                self._lose(out)
+        self.out.lose_broken(latest)
         for come in self._inward:
             ended = come.stream.ended_at if come.stream is not None else None
             if come.farewell is not None and come.stream is None and come.farewell[1] < latest:
                 self._left_leaves(come, come.farewell[0], doing)
             come.broken = come.broken or (ended is not None and ended < latest)
-
-    def _best_path(self, size: int) -> Outward | None:
-        if len(self._outward) == 1:
-            return self._outward[0] if self._outward[0].usable else None
-        usable = [path for path in self._outward if path.usable]
-        return min(usable, key=lambda path: path.finish_time(size), default=None)
-
-    def _lose(self, path: Outward) -> None:
-        """Gives up a path; what it has not delivered goes another way, if there is one."""
-        if path.lost:
-            return
-        path.lost = True
-        if path.stream is not None:
-            path.stream.close()
-        if any(other.usable for other in self._outward):
-            self.lost_paths.append(path.endpoint)
-            self._again.extend((sent.header, sent.body) for sent in path.sent if sent.header is not None)
-            path.sent.clear()
-
-    def _send_again(self) -> None:
-        while self._again and self.send(*self._again[0]):
-            self._again.popleft()
-
-    def _try_out_stalled(self) -> None:
-        """A path that carries nothing while another one does is lost, long before its heartbeats tell."""
-        now = time.monotonic()
-        for path in self._outward:
-            others = [other for other in self._outward if other is not path and other.usable]
-            if not others or not path.sent or path.lost or now - path.sent[0].at < _STALL_SECONDS:
-                continue
-            if path.probed and any(other.last_credit > path.sent[0].at + _STALL_SECONDS for other in others):
-                self._lose(path)
-            elif not path.probed and (free := [other for other in others if other.has_room]):
-                oldest = path.sent[0]
-                assert oldest.header is not None
-                free[0].send(oldest.header, oldest.body, keep=True)
-                path.probed = True
 
     def _join(self) -> None:
         """Greets the right neighbour; waits for the left one's greeting and the right one's first credit.
@@ -375,7 +308,7 @@ class Links:
         for path in self._outward:
             if not path.welcome:
                 path.lost = True
-                self.lost_paths.append(path.endpoint)
+                self.out.lost.append(path.endpoint)
 
     def _is_joined(self, enough: Any) -> bool:
         greeted = enough(bool(path.peer) for path in self._inward)

@@ -112,7 +112,7 @@ class Ring:
     @property
     def lost_paths(self) -> list[str]:
         """Cables to the right neighbour, as ``host:port``, that are out of use while another one carries on."""
-        return list(self._links.lost_paths)
+        return list(self._links.out.lost)
 
     def all_reduce(self, arrays: Sequence[Any]) -> None:
         """Sums each array over all ranks, in place; every rank ends with the same bits.
@@ -254,7 +254,7 @@ class Ring:
         sent_uncopied = took_large = False
         progress = time.monotonic()
         while True:
-            while transfer.outgoing and links.send(*transfer.outgoing[0]):
+            while transfer.outgoing and links.out.send(*transfer.outgoing[0]):
                 header, _ = transfer.outgoing.popleft()
                 self._bytes_sent += header.length
                 sent_uncopied = sent_uncopied or _is_lent(header)
@@ -265,7 +265,7 @@ class Ring:
             # The caller may change its arrays once this returns, so uncopied bodies must have left by then. A
             # stream knows; ZeroMQ and several paths have them until the neighbour has taken them. Both sides know
             # the sizes, so both know whether a credit is awaited.
-            needs_right = bool(transfer.outgoing) or links.pending or (sent_uncopied and links.unacknowledged > 0)
+            needs_right = bool(transfer.outgoing) or links.out.pending or (sent_uncopied and links.unacknowledged > 0)
             if not missing and not needs_right:
                 return
             moved = links.moved

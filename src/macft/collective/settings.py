@@ -43,8 +43,8 @@ class CollectiveConfig:
     patience: float = 600.0
     # Seconds between two heartbeats to each neighbour.
     heartbeat: float = 1.0
-    # Most bytes of one message; larger arrays go in several, so that sending, receiving and adding overlap. On a slow link
-    # they are smaller by themselves.
+    # Most bytes of one message; larger arrays go in several, so that sending, receiving and adding overlap. On a slow
+    # link they are smaller by themselves.
     piece_bytes: int = 2 * 1024 * 1024
     # Bytes of gradient that leave together, last layer first; while a bucket is on the wire the next one is computed.
     bucket_bytes: int = 4 * 1024 * 1024
