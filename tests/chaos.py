@@ -369,9 +369,10 @@ def _judge(world: Nodes, reference: Path, outcome: Outcome) -> None:
     outcome.recoveries = [event["seconds"] for event in changes.values() if event["left"]]
     assert outcome.recomputed <= outcome.changes
     for usage in outcome.usage.values():
-        assert usage[-1].files <= usage[0].files + _MORE, usage
-        assert usage[-1].threads <= usage[0].threads + _MORE, usage
-        # The first steps and changes fill caches; what leaks goes on growing.
+        # The first steps and changes fill caches, and start a thread of pyzmq's with sockets of its own that stays (it
+        # frees what was sent uncopied, such as a ring's goodbye); what leaks goes on growing.
+        assert usage[-1].files <= usage[len(usage) // 2].files + _MORE, usage
+        assert usage[-1].threads <= usage[len(usage) // 2].threads + _MORE, usage
         assert usage[-1].megabytes < 1.25 * usage[len(usage) // 2].megabytes, usage
 
 
