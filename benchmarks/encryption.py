@@ -44,7 +44,7 @@ def compare(options: argparse.Namespace, title: str, shaped: ShapedLinks | None)
     """Starts two ranks, introduces them to each other, prints what the first one measures."""
     own = [__file__, "--sizes", options.sizes, "--turns", str(options.turns), "--rank"]
     ranks = start(own, shaped.prefixes if shaped else [[], []])
-    lanes = [shaped.addresses(lane) if shaped else free_addresses(2) for lane in ("plain", "curve")]
+    lanes = [shaped.addresses(lane) if shaped else free_addresses(2) for lane in ("plain", "encrypted")]
     for rank, process in enumerate(ranks):
         tell(process, [lane[rank] for lane in lanes])
     keys = [hear(process) for process in ranks]
@@ -52,8 +52,8 @@ def compare(options: argparse.Namespace, title: str, shaped: ShapedLinks | None)
         tell(process, [lanes, keys])
     print(f"\n{title}: 2 ranks\n{'bytes':>10} {'plain ms':>10} {'encrypted':>10} {'ratio':>12}", flush=True)
     for size in map(int, options.sizes.split(",")):
-        plain, curve, ratio = hear(ranks[0])
-        print(f"{size:>10} {plain * 1e3:10.3f} {curve * 1e3:10.3f} {ratio:12.2f}", flush=True)
+        plain, encrypted, ratio = hear(ranks[0])
+        print(f"{size:>10} {plain * 1e3:10.3f} {encrypted * 1e3:10.3f} {ratio:12.2f}", flush=True)
     for process in ranks:
         process.communicate()
 
@@ -80,7 +80,7 @@ def work(rank: int, sizes: list[int], turns: int) -> None:
                     for _ in range(repeats):
                         rings[which].all_reduce([array])
                     seconds[which] += [(time.perf_counter() - begin) / repeats] if turn else []
-            ratio = statistics.median(curve / plain for plain, curve in zip(*seconds, strict=True))
+            ratio = statistics.median(encrypted / plain for plain, encrypted in zip(*seconds, strict=True))
             if rank == 0:
                 print(json.dumps([*map(statistics.median, seconds), ratio]), flush=True)
         for ring in rings:

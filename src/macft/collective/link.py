@@ -22,7 +22,7 @@ from zmq.utils.monitor import recv_monitor_message
 from macft.collective.listener import Listener
 from macft.collective.outgoing import Outgoing
 from macft.collective.path import WINDOW, Inward, Outward
-from macft.collective.stream import SECRET_BYTES, Room, fresh
+from macft.collective.stream import MOMENT_MS, SECRET_BYTES, Room, fresh
 from macft.collective.wire import (
     CALL_NAMES,
     LINGER_SECONDS,
@@ -47,7 +47,6 @@ _CAUSES: dict[int, _Failure] = {
 }
 _KNOCK_SECONDS = 0.5
 _QUIET_MS = 300
-_MOMENT_MS = 2
 _STREAMS_ONLY_SECONDS = 0.1
 _WORD_SECONDS = 1.0
 """How long after a stream has ended ZeroMQ may take to say why: goodbyes, and ends of connections, come that way."""
@@ -236,7 +235,7 @@ class Links:
             if come is None or come.ended_at is not None:
                 return False
             poller.register(come.sock, select.POLLIN)
-        return bool(poller.poll(_MOMENT_MS))
+        return bool(poller.poll(MOMENT_MS))
 
     def _poll(self, left: bool, seconds: float) -> dict[Any, int]:
         """Sockets with news: ZeroMQ's own, and of others their descriptors."""

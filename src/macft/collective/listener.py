@@ -87,6 +87,11 @@ class Listener:
         self.sockets.append(monitor)
         return monitor
 
+    @property
+    def encrypted(self) -> bool:
+        """Whether the ring is encrypted, its streams too."""
+        return self.security is not None
+
     def keep(self, other: Closable) -> None:
         """Closes ``other`` too when this is closed."""
         self._kept.append(other)

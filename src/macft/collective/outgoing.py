@@ -44,7 +44,7 @@ class Outgoing:
         path = self._best(header.length)
         if path is None or not path.has_room:
             return False
-        path.send(header, body, keep=len(self.paths) > 1)
+        path.send(header, body)
         return True
 
     def flush(self) -> int:
@@ -89,7 +89,7 @@ class Outgoing:
             elif not path.probed and (free := [other for other in others if other.has_room]):
                 oldest = path.sent[0]
                 assert oldest.header is not None
-                free[0].send(oldest.header, oldest.body, keep=True)
+                free[0].send(oldest.header, oldest.body)
                 path.probed = True
 
     def _best(self, size: int) -> Outward | None:

@@ -69,7 +69,7 @@ class Outward:
 
     def open_stream(self, port: int, secret: bytes) -> None:
         """Lets data go over a stream to ``port`` of the neighbour, if that can be reached."""
-        encrypted, most_bytes = self._listener.security is not None, self._listener.settings.piece_bytes
+        most_bytes, encrypted = self._listener.settings.piece_bytes, self._listener.encrypted
         self.stream = StreamOut.connect(self.endpoint, port, secret, most_bytes, encrypted=encrypted)
         if self.stream is not None:
             self._listener.keep(self.stream)
@@ -80,27 +80,27 @@ class Outward:
         idle = 0.0 if self.sent else time.monotonic() - self.last_credit
         return (self.waiting_bytes + size) / (self.rate * (1.0 + idle))
 
-    def send(self, header: Header, body: Any, *, keep: bool) -> None:
-        """Sends a frame, given ``has_room``; ``keep`` it to send it again.
+    def send(self, header: Header, body: Any) -> None:
+        """Sends a frame, given ``has_room``; where there are other paths it is kept, to go again if this one is lost.
 
         A large ``body`` must not change until the frame is credited, or where it goes over the only path's stream until
         that is no longer pending.
         """
-        if self.stream is not None and self._alone:
-            return self.stream.send(pack(header), body)
+        keep = not self._alone
         if keep and header.length < COPY_BELOW:
             body = bytes(body)
         now = time.monotonic()
-        if not self.sent:
-            self._busy_since, self._across = now, 0
         if self.stream is not None:
             self.stream.send(pack(header), body)
+            if self._alone:
+                return
         else:
             self.sock.send(pack(header), zmq.SNDMORE)
             self.sock.send(body, copy=False)
+        if not self.sent:
+            self._busy_since, self._across = now, 0
         self.sent.append(Sent(header if keep else None, body if keep else None, header.length, now))
         self.waiting_bytes += header.length
-        return None
 
     def credited(self, frames: int) -> None:
         """The neighbour has taken the ``frames`` oldest frames."""
@@ -142,7 +142,7 @@ class Inward:
             self.read_monitor()
         self.broken = descriptor not in self._accepted
         if self._listener.settings.streams:
-            self._port = StreamPort(self._host, encrypted=self._listener.security is not None)
+            self._port = StreamPort(self._host, encrypted=self._listener.encrypted)
             self._listener.keep(self._port)
             offer = Header(Kind.STREAM, generation, rank, port=self._port.port, text=self._port.secret.hex())
             self.sock.send_multipart([peer, pack(offer)], zmq.NOBLOCK)

@@ -35,7 +35,8 @@ _AT_ONCE = 16 * 1024
 """Bytes received with a header: small frames whole, in one call."""
 _CONNECT_SECONDS = 1.0
 _MAX_STRANGERS = 8
-_PATIENCE_MICROSECONDS = 2_000
+MOMENT_MS = 2
+"""How long a patient reader waits."""
 
 _NOTHING = memoryview(b"")
 
@@ -224,7 +225,7 @@ class StreamIn:
     def __init__(self, sock: socket.socket, most_bytes: int, secret: bytes | None):
         # With MSG_DONTWAIT a call does not wait, without it for a moment: one call then, instead of three.
         sock.setblocking(True)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, _PATIENCE_MICROSECONDS))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 1000 * MOMENT_MS))
         self.sock = sock
         self.ended_at: float | None = None
         """When the connection was found to have ended."""
@@ -245,7 +246,7 @@ class StreamIn:
     def read(
         self, unpack: Callable[[memoryview], Header], room: Room, *, patient: bool = False
     ) -> tuple[Header, memoryview] | None:
-        """The next frame; None if it is not there, for a ``patient`` reader after two milliseconds.
+        """The next frame; None if it is not there, for a ``patient`` reader after ``MOMENT_MS``.
 
         ``unpack`` reads headers and may raise.
 

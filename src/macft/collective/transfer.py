@@ -42,12 +42,12 @@ class Transfer(Protocol):
         """The rank whose part is due next."""
         ...
 
-    def room(self, header: Header, *, in_place: bool) -> memoryview | None:
+    def room(self, header: Header, *, in_place: bool) -> memoryview | None:  # noqa: ARG002
         """Where the body of a frame of this call is to be received; None where ``take`` is the last to use it.
 
         ``in_place``: it may be the caller's own memory, as nothing comes twice.
         """
-        ...
+        return fresh(header)
 
     def take(self, header: Header, body: Any) -> None:
         """Takes in a frame from the left; adds to ``outgoing`` what goes on.
@@ -65,7 +65,7 @@ class Buffer:
     dtype: str
 
 
-class Exchange:
+class Exchange(Transfer):
     """All-reduce of little: every rank's arrays go round whole, and each rank adds all up in the order of ranks.
 
     N - 1 hops, where :class:`Reduction` has 2N - 2, for N / 2 times the bytes: the faster one while latency counts.
@@ -95,9 +95,6 @@ class Exchange:
         ranks = self._ranks
         return next((self.call.sender - hop) % ranks for hop in range(1, ranks + 1) if not self._has(hop))
 
-    def room(self, header: Header, *, in_place: bool) -> memoryview | None:  # noqa: ARG002
-        return fresh(header)
-
     def take(self, header: Header, body: Any) -> None:
         if not 1 <= header.hop < self._ranks or header.length != self.call.total or header.piece:
             raise ProtocolError(f"hop {header.hop} of {header} with {header.length} bytes is not due")
@@ -125,7 +122,7 @@ class Exchange:
         return (self.call.sender - hop) % self._ranks in self._parts
 
 
-class Reduction:
+class Reduction(Transfer):
     """Ring all-reduce (Patarasuk and Yuan 2009): N - 1 hops add up a chunk, N - 1 more carry its total round.
 
     Chunk ``c`` starts at rank ``c``. Every element is summed along one path and then copied, hence the same
@@ -191,7 +188,7 @@ class Reduction:
         return Header(*self.call[:6], hop, number, piece.dtype, piece.flat.nbytes)
 
 
-class CodedReduction:
+class CodedReduction(Transfer):
     """Ring all-reduce of one flat float32 array whose parts travel encoded, with error feedback.
 
     A rank encodes each part once: what it has added up so far, or the total where it is the last to add. The total's
@@ -233,9 +230,6 @@ class CodedReduction:
         hop = min(self._due)[0] if self._due else 1
         return (self.call.sender - (hop if hop < self._ranks else 1)) % self._ranks
 
-    def room(self, header: Header, *, in_place: bool) -> memoryview | None:  # noqa: ARG002
-        return fresh(header)
-
     def take(self, header: Header, body: Any) -> None:
         hop, number = header.hop, header.piece
         chunk = self._chunk(hop) if 1 <= hop <= self._hops else []
@@ -271,7 +265,7 @@ class CodedReduction:
         return self._chunks[(self.call.sender - hop) % self._ranks]
 
 
-class Spread:
+class Spread(Transfer):
     """Carries the blobs of ``origins`` to every rank: a broadcast from one, a gathering from all."""
 
     def __init__(self, call: Header, payload: bytes, world_size: int, origins: Sequence[int], piece_bytes: int):
@@ -298,9 +292,6 @@ class Spread:
     @property
     def awaited(self) -> int:
         return (self.call.sender - min(self._due, default=1)) % self._ranks
-
-    def room(self, header: Header, *, in_place: bool) -> memoryview | None:  # noqa: ARG002
-        return fresh(header)
 
     def take(self, header: Header, body: Any) -> None:
         hop, number, total = header.hop, header.piece, header.total
