@@ -91,6 +91,7 @@ def test_well_formed_msgpack_is_a_header_or_a_protocol_error(fields: list[object
         (0, 9, "speaks protocol version 9, this rank 3"),
         (1, 99, "unknown kind 99"),
         (1, True, "unknown kind True"),
+        (1, "two\nlines", r"unknown kind 'two\nlines'"),
         (3, -1, "sender"),
         (4, 2**63, "cause"),
         (4, 1.0, "cause"),

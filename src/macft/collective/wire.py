@@ -154,11 +154,11 @@ def unpack(data: bytes | memoryview, peer: str) -> Header:
         raise ProtocolError(f"{peer} sent a header that is not an array of four or more fields")
     if values[0] != PROTOCOL_VERSION or type(values[0]) is not int:
         raise ProtocolError(
-            f"{peer} speaks protocol version {str(values[0])[:20]}, this rank {PROTOCOL_VERSION}; "
+            f"{peer} speaks protocol version {repr(values[0])[:20]}, this rank {PROTOCOL_VERSION}; "
             "install the same macft on all nodes"
         )
     if type(values[1]) is not int or values[1] not in _FRAMES:
-        raise ProtocolError(f"{peer} sent a frame of unknown kind {str(values[1])[:20]}")
+        raise ProtocolError(f"{peer} sent a frame of unknown kind {repr(values[1])[:20]}")
     kind, names = _FRAMES[values[1]]
     if len(values) != 2 + len(names):
         raise ProtocolError(f"{peer} sent a {kind.name} header of {len(values)} fields, not {2 + len(names)}")
