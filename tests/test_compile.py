@@ -31,9 +31,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def computer(compiling: str, *, checkpoint: bool = False) -> tuple[Any, GradientComputer]:
+def computer(
+    compiling: str, *, checkpoint: bool = False, packing: str = "false", dropout: float = 0.3
+) -> tuple[Any, GradientComputer]:
     model = make("llama")
-    adaptation = adapt(model, AdapterConfig(rank=4, dropout=0.3), seed=1)
+    adaptation = adapt(model, AdapterConfig(rank=4, dropout=dropout), seed=1)
     mx.random.seed(5)
     values = [(name, mx.random.normal(value.shape) * 0.1) for name, value in tree_flatten(model.trainable_parameters())]
     model.load_weights(values, strict=False)
@@ -42,7 +44,7 @@ def computer(compiling: str, *, checkpoint: bool = False) -> tuple[Any, Gradient
         adaptation.dropout_keys,
         seed=0,
         checkpoint_blocks=checkpoint,
-        packing="auto" if compiling == "true" else "false",
+        packing=packing,
         compiling=compiling,
         loss_chunk=40,
     )
@@ -64,12 +66,18 @@ def same(found: LocalGradient, expected: LocalGradient) -> None:
     same_gradient(found.gradient, expected.gradient, rtol=2e-4)
 
 
+@pytest.mark.parametrize(("packing", "dropout"), [("false", 0.3), ("true", 0.3), ("true", 0.0)])
 @pytest.mark.parametrize("checkpoint", [False, True])
-def test_gradients_are_those_of_the_uncompiled_step(checkpoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps of several micro-batches, with dropout and chunks of the loss, and an update in between."""
+def test_gradients_are_those_of_the_uncompiled_step(
+    checkpoint: bool, packing: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of several micro-batches, packed or padded, chunks of the loss, and an update in between."""
     layer_class = type(make("llama").layers[0])
     monkeypatch.setattr(layer_class, "__call__", layer_class.__call__)  # checkpointing replaces it
-    (model, compiled), (other, plain) = (computer(word, checkpoint=checkpoint) for word in ("true", "false"))
+    (model, compiled), (other, plain) = (
+        computer(word, checkpoint=checkpoint, packing=kind, dropout=dropout)
+        for word, kind in (("true", packing), ("false", "false"))
+    )
     optimizer = OptimizerConfig(name="sgd")
     for step in range(2):
         work = batches(step, 5)
@@ -134,17 +142,13 @@ def test_there_are_few_coarse_sizes() -> None:
 
 
 def test_who_compiles() -> None:
-    assert compiles("auto", packs=False, cpu=False)
-    assert not compiles("auto", packs=True, cpu=False)
-    assert not compiles("auto", packs=False, cpu=True)
-    assert compiles("true", packs=False, cpu=True)
-    assert not compiles("false", packs=False, cpu=False)
+    assert compiles("auto", cpu=False)
+    assert not compiles("auto", cpu=True)
+    assert compiles("true", cpu=True)
+    assert not compiles("false", cpu=False)
 
 
-def test_packs_are_not_compiled() -> None:
-    (line,) = problems(TrainingConfig(steps=1, packing="true", compile="True"), OptimizerConfig())
-    assert line.startswith("training.compile: true")
-    assert "training.packing" in line
+def test_a_word_that_is_none_is_named() -> None:
     assert problems(TrainingConfig(steps=1, compile="yes"), OptimizerConfig()) == [
         "training.compile: 'yes' is not auto, true or false"
     ]

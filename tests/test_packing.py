@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import mlx.core as mx
@@ -12,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from macft.data.batch import collate, pack
+from macft.data.batch import collate, pack, widened_pack
 from macft.data.formats import Row
 from macft.errors import ConfigError
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
-from macft.model.packing import enable_packing, packed
+from macft.model.cpu_attention import blocks_of
+from macft.model.packing import Layout, enable_packing, packed
 from macft.training.cross_entropy import chunked_cross_entropy
 from macft.training.gradient import GradientComputer, LocalGradient
 from macft.training.settings import OptimizerConfig, TrainingConfig, problems
@@ -50,19 +52,50 @@ def test_packed_rows_have_the_gradient_of_padded_ones(family: str) -> None:
     same(together, gradient_of(family, "false", data, dropout=0.3)[1])
 
 
+def beginning_alike(seed: int, *, masked: bool) -> list[Row]:
+    """Rows of which most begin as another does, two are the same, and one is the beginning of another."""
+    generator = np.random.default_rng(seed)
+    start, longer = (generator.integers(1, 97, n) for n in (30, 14))
+    bodies = [[], longer, longer, longer[:5], generator.integers(1, 97, 3)]
+    tokens = [np.concatenate([start, body, generator.integers(1, 97, 9)]) for body in bodies]
+    tokens += [tokens[1], tokens[2][:-4], generator.integers(1, 97, 21)]
+    return [Row(row.astype(np.int32), int(generator.integers(0, len(row) - 2)) if masked else 0) for row in tokens]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
+def test_what_rows_have_in_common_is_computed_once(family: str, masked: bool) -> None:
+    """With the gradient of the rows one by one; what is shared may have targets."""
+    data = beginning_alike(4, masked=masked)
+    (item,) = pack(collate(data, np.arange(len(data))), None, shared=True)
+    assert item.inputs.shape[1] < 0.6 * sum(item.lengths)
+    packs, together = gradient_of(family, "auto", data)
+    assert packs
+    same(together, gradient_of(family, "false", data)[1])
+
+
+def pack_of(model: nn.Module, *tokens: list[int]) -> np.ndarray:
+    data = [Row(np.array(row, np.int32), 0) for row in tokens]
+    (item,) = pack(collate(data, np.arange(len(data))), None, shared=True)
+    layout = Layout(*map(mx.array, (item.paths, item.owners, item.depths)), item.lengths)
+    with packed(layout):
+        hidden = np.array(model(mx.array(item.inputs)))[0]
+    return np.stack([hidden[path] for path in item.paths])
+
+
 def test_no_row_sees_its_neighbour() -> None:
-    """In one pack, what stands in one row changes nothing in the others' hidden states."""
+    """In one pack, what stands in one row changes nothing in the others' logits."""
     model = make("llama")
     assert enable_packing(model)
-    first, second, other = (
-        mx.array(np.random.default_rng(i).integers(1, 97, (1, n))) for i, n in ((0, 7), (1, 9), (2, 7))
-    )
-    with packed((7, 9)):
-        one = np.array(model(mx.concatenate([first, second], axis=1)))
-        two = np.array(model(mx.concatenate([other, second], axis=1)))
-    np.testing.assert_array_equal(one[:, 7:], two[:, 7:])
-    assert np.abs(one[:, :7] - two[:, :7]).max() > 0.01
-    np.testing.assert_allclose(one[:, 7:], np.array(model(second)), rtol=1e-4, atol=1e-5)
+    generator = np.random.default_rng(0)
+    first, second, other = (generator.integers(1 + 30 * i, 30 + 30 * i, 90).tolist() for i in range(3))
+    begun = first[:50]
+    one = pack_of(model, begun + first, begun + second)
+    two = pack_of(model, begun + first, begun + other)
+    alone = np.array(model(mx.array([begun + first])[:, :-1]))[0]
+    np.testing.assert_array_equal(one[0], two[0])
+    assert np.abs(one[1, 50:] - two[1, 50:]).max() > 0.01
+    np.testing.assert_allclose(one[0], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_a_sliding_window_is_padded_instead() -> None:
@@ -72,23 +105,63 @@ def test_a_sliding_window_is_padded_instead() -> None:
         gradient_of("gemma3_text", "true", data)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=12),
+    data=st.lists(
+        st.tuples(st.lists(st.integers(1, 3), min_size=2, max_size=20), st.integers(0, 20)), min_size=1, max_size=12
+    ),
     most=st.one_of(st.none(), st.integers(1, 60)),
+    shared=st.booleans(),
+    wide=st.booleans(),
 )
-def test_a_pack_holds_every_row_once(lengths: list[int], most: int | None) -> None:
-    data = [Row(np.arange(100 * i, 100 * i + n, dtype=np.int32), prompt_length=n // 2) for i, n in enumerate(lengths)]
-    packs = pack(collate(data, np.arange(len(data))), most)
-    assert sorted(int(row) for item in packs for row in item.row_ids) == list(range(len(data)))
+def test_a_pack_holds_every_row_once(
+    data: list[tuple[list[int], int]], most: int | None, shared: bool, wide: bool
+) -> None:
+    rows = [Row(np.array(tokens, np.int32), prompt) for tokens, prompt in data]
+    wanted = {i: row.tokens for i, row in enumerate(rows) if len(row.tokens) > max(row.prompt_length, 1)}
+    packs = pack(collate(rows, np.arange(len(rows))), most, shared=shared)
+    assert sorted(int(row) for item in packs for row in item.row_ids) == list(wanted)
     for item in packs:
-        assert most is None or len(item.lengths) == 1 or item.inputs.shape[1] <= most
-        start = 0
-        for row, length in zip(item.row_ids, item.lengths, strict=True):
-            np.testing.assert_array_equal(item.inputs[0, start : start + length], data[row].tokens[:-1])
-            start += length
-        np.testing.assert_array_equal(item.inputs[0, item.positions] + 1, item.targets)
-    assert sum(len(item.targets) for item in packs) == sum(n - max(n // 2, 1) for n in lengths)
+        count, tokens = len(item.lengths), item.inputs.shape[1]
+        assert most is None or count == 1 or tokens <= most
+        assert shared or tokens == sum(item.lengths)
+        item = widened_pack(item) if wide else item
+        for path, length, row in zip(item.paths, item.lengths, item.row_ids, strict=False):
+            np.testing.assert_array_equal(item.inputs[0, path[:length]], wanted[int(row)][:-1])
+            assert shared or set(item.owners[path[:length]]) <= {list(item.row_ids).index(row)}
+        where = [item.paths[owner, depth] for owner, depth in zip(item.owners, item.depths, strict=True)]
+        np.testing.assert_array_equal(where[:tokens], np.arange(tokens))
+        found = Counter(
+            (tuple(item.inputs[0, item.paths[owner, : depth + 1]]), int(target))
+            for owner, depth, target, weight in zip(
+                item.owners[item.positions], item.depths[item.positions], item.targets, item.weights, strict=True
+            )
+            if weight
+        )
+        ends = ((rows[int(row)], end) for row in item.row_ids[:count] for end in range(1, len(rows[int(row)].tokens)))
+        assert found == Counter(
+            (tuple(row.tokens[:end]), int(row.tokens[end])) for row, end in ends if end >= row.prompt_length
+        )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(1, 2), min_size=2, max_size=200), min_size=1, max_size=5),
+    most=st.integers(1, 300),
+)
+def test_the_cpu_attends_to_what_a_row_has(rows: list[list[int]], most: int) -> None:
+    """Each block of queries lists the keys of its tokens' rows up to them, and hides the others."""
+    data = [Row(np.array(row, np.int32), 0) for row in rows]
+    for item in pack(collate(data, np.arange(len(data))), most, shared=True):
+        tokens = item.inputs.shape[1]
+        seen = np.zeros((tokens, tokens), bool)
+        for block in blocks_of([path[:length] for path, length in zip(item.paths, item.lengths, strict=True)]):
+            columns = np.arange(tokens)[block.columns]
+            assert block.count == len(columns) == len(set(columns))
+            visible = np.concatenate([np.ones((block.end - block.start, block.seen), bool), ~block.hidden], axis=1)
+            seen[block.start : block.end, columns] = visible
+        for token, (owner, depth) in enumerate(zip(item.owners, item.depths, strict=True)):
+            assert set(np.flatnonzero(seen[token])) == set(item.paths[owner, : depth + 1])
 
 
 @settings(max_examples=15, deadline=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,13 +32,18 @@ class Batch:
 _LEAST = 32
 
 
-def coarse_length(length: int) -> int:
-    """The length of a batch for compiled steps whose longest row has ``length`` tokens.
+def coarse(count: int, least: int = 1) -> int:
+    """``count``, 1 or more, rounded up to one of few sizes: multiples of ``least``, four from a power of 2 to the next.
 
-    One of few, 1 more than a multiple of 32 and at most a quarter longer: four from a power of two to the next.
+    At most a quarter more, or ``least - 1``.
     """
-    step = max(_LEAST, (1 << max(length - 2, 0).bit_length()) // 8)
-    return 1 + max(1, -(-(length - 1) // step)) * step
+    step = max(least, (1 << (count - 1).bit_length()) // 8)
+    return -(-count // step) * step
+
+
+def coarse_length(length: int) -> int:
+    """The length of a batch for compiled steps whose longest row has ``length`` tokens: 1 more than a coarse size."""
+    return 1 + coarse(max(1, length - 1), _LEAST)
 
 
 def coarse_targets(count: int, positions: int) -> int:
@@ -74,55 +80,106 @@ def micro_batches(rows: Sequence[Row], row_ids: NDArray[np.int64], micro_batch_s
 
 @dataclass(frozen=True)
 class Pack:
-    """Rows laid end to end without padding, shifted for next-token prediction.
+    """Rows laid end to end without padding, shifted for next-token prediction; a common beginning stands there once.
 
-    ``inputs`` (1, tokens) int32, the rows' tokens but the last of each; ``lengths``, how many of them each row has;
-    ``positions`` (n,) where in ``inputs`` there is a target, ``targets`` (n,) int32, ``weights`` (n,) all 1;
-    ``row_ids`` (rows,).
+    ``inputs`` (1, tokens) int32: the rows' tokens but the last of each, and of those that are the same as in the row
+    before, up to the first other one, none. ``paths`` (rows, longest) int32: where in ``inputs`` a row's tokens are,
+    filled with 0; ``lengths``: how many. ``owners`` and ``depths`` (tokens,) int32: the first row that has the token,
+    and the token's place in it. ``positions`` (n,) where in ``inputs`` there is a target, ``targets`` (n,) int32 and
+    ``weights`` (n,), 1 or, for filling, 0; ``row_ids`` (rows,).
     """
 
     inputs: NDArray[np.int32]
+    paths: NDArray[np.int32]
     lengths: tuple[int, ...]
+    owners: NDArray[np.int32]
+    depths: NDArray[np.int32]
     positions: NDArray[np.int32]
     targets: NDArray[np.int32]
     weights: NDArray[np.float32]
     row_ids: NDArray[np.int64]
 
 
-def pack(batch: Batch, most_tokens: int | None) -> list[Pack]:
-    """The rows of ``batch`` that have a target, longest first, in packs.
+def pack(batch: Batch, most_tokens: int | None, *, shared: bool) -> list[Pack]:
+    """The rows of ``batch`` that have a target in packs.
 
-    A pack has at most ``most_tokens`` tokens (None: no limit), or one row that is longer. Which rows go where depends
-    on their lengths only.
+    A pack has at most ``most_tokens`` tokens (None: no limit), or one row that is longer. ``shared``: rows that begin
+    alike are put side by side, and what they have in common is in a pack once; without, the longest rows come first.
     """
-    has_target = batch.lengths > np.maximum(batch.prompt_lengths, 1)
-    rows = sorted(np.flatnonzero(has_target).tolist(), key=lambda row: (-int(batch.lengths[row]), row))
-    return [_lay_out(batch, group) for group in _cut(batch, rows, most_tokens)]
-
-
-def _cut(batch: Batch, rows: list[int], most_tokens: int | None) -> list[list[int]]:
-    groups: list[list[int]] = [[]] if rows else []
+    rows = np.flatnonzero(batch.lengths > np.maximum(batch.prompt_lengths, 1)).tolist()
+    inputs = {row: batch.tokens[row, : int(batch.lengths[row]) - 1] for row in rows}
+    if shared:
+        rows.sort(key=lambda row: inputs[row].astype(">u4").tobytes())
+    else:
+        rows.sort(key=lambda row: (-len(inputs[row]), row))
+    groups: list[list[tuple[int, int]]] = []
     tokens = 0
-    for row in rows:
-        length = int(batch.lengths[row])
-        if groups[-1] and most_tokens is not None and tokens + length > most_tokens:
-            groups.append([])
-            tokens = 0
-        groups[-1].append(row)
-        tokens += length
-    return groups
+    for place, row in enumerate(rows):
+        common = _in_common(inputs[rows[place - 1]], inputs[row]) if shared and place else 0
+        if groups and (most_tokens is None or tokens + len(inputs[row]) - common <= most_tokens):
+            groups[-1].append((row, common))
+            tokens += len(inputs[row]) - common
+        else:
+            groups.append([(row, 0)])
+            tokens = len(inputs[row])
+    return [_lay_out(batch, group) for group in groups]
 
 
-def _lay_out(batch: Batch, rows: list[int]) -> Pack:
-    lengths = tuple(int(batch.lengths[row]) - 1 for row in rows)
-    inputs = np.concatenate([batch.tokens[row, :length] for row, length in zip(rows, lengths, strict=True)])
-    following = np.concatenate([batch.tokens[row, 1 : length + 1] for row, length in zip(rows, lengths, strict=True)])
-    is_target = np.concatenate(
-        [
-            np.arange(1, length + 1) >= max(int(batch.prompt_lengths[row]), 1)
-            for row, length in zip(rows, lengths, strict=True)
-        ]
+def _in_common(one: NDArray[np.int32], other: NDArray[np.int32]) -> int:
+    """How many tokens both begin with."""
+    least = min(len(one), len(other))
+    different = np.flatnonzero(one[:least] != other[:least])
+    return int(different[0]) if len(different) else least
+
+
+def _lay_out(batch: Batch, group: list[tuple[int, int]]) -> Pack:
+    """Rows with the number of tokens that each has in common with the row before."""
+    inputs, owners, depths = [], [], []
+    positions, targets = [], []
+    lengths = tuple(int(batch.lengths[row]) - 1 for row, _ in group)
+    paths = np.zeros((len(group), max(lengths)), np.int32)
+    start = 0
+    for place, ((row, common), length) in enumerate(zip(group, lengths, strict=True)):
+        end = start + length - common
+        paths[place, :common] = paths[place - 1, :common]
+        paths[place, common:length] = np.arange(start, end)
+        inputs.append(batch.tokens[row, common:length])
+        owners.append(np.full(end - start, place))
+        depths.append(np.arange(common, length))
+        first = max(int(batch.prompt_lengths[row]), 1)
+        positions.append(paths[place, first - 1 : length])
+        targets.append(batch.tokens[row, first : length + 1])
+        start = end
+    where = np.concatenate(positions)
+    return Pack(
+        inputs=np.concatenate(inputs)[None],
+        paths=paths,
+        lengths=lengths,
+        owners=np.concatenate(owners).astype(np.int32),
+        depths=np.concatenate(depths).astype(np.int32),
+        positions=where,
+        targets=np.concatenate(targets),
+        weights=np.ones(len(where), np.float32),
+        row_ids=batch.row_ids[[row for row, _ in group]],
     )
-    positions = np.flatnonzero(is_target).astype(np.int32)
-    weights = np.ones(len(positions), dtype=np.float32)
-    return Pack(inputs[None], lengths, positions, following[positions], weights, batch.row_ids[rows])
+
+
+def widened_pack(item: Pack) -> Pack:
+    """``item`` with filling, so that what is compiled for one pack serves many."""
+
+    def filled(values: Any, *sizes: int) -> Any:
+        return np.pad(values, [(0, size - old) for size, old in zip(sizes, values.shape, strict=True)])
+
+    tokens, targets = coarse(item.inputs.shape[1], _LEAST), coarse(len(item.positions), _LEAST)
+    rows, longest = coarse(len(item.lengths)), coarse(item.paths.shape[1], _LEAST)
+    return replace(
+        item,
+        inputs=filled(item.inputs, 1, tokens),
+        paths=filled(item.paths, rows, longest),
+        owners=filled(item.owners, tokens),
+        depths=filled(item.depths, tokens),
+        positions=filled(item.positions, targets),
+        targets=filled(item.targets, targets),
+        weights=filled(item.weights, targets),
+        row_ids=filled(item.row_ids, rows),
+    )

@@ -15,7 +15,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from numpy.typing import NDArray
 
-from macft.model.packing import row_lengths
+from macft.model.packing import layout_of_pack
 
 _FEATURE = np.uint32(0x85EBCA77)
 
@@ -53,13 +53,13 @@ class RowDropout(nn.Module):
         if not self.training:
             return x
         rows, length, features = x.shape
-        packed_lengths = row_lengths()
-        place = mx.arange(length, dtype=mx.uint32)
-        keys = _mix(self._keys.value)[:rows, None, None]
-        if packed_lengths is not None:
-            place = mx.concatenate([mx.arange(row, dtype=mx.uint32) for row in packed_lengths])
-            owner = np.repeat(np.arange(len(packed_lengths)), packed_lengths)
-            keys = _mix(self._keys.value)[mx.array(owner)][None, :, None]
+        layout = layout_of_pack()
+        if layout is None:
+            place = mx.arange(length, dtype=mx.uint32)
+            keys = _mix(self._keys.value)[:rows, None, None]
+        else:
+            place = layout.depths.astype(mx.uint32)
+            keys = _mix(self._keys.value)[layout.owners][None, :, None]
         position = place[:, None] * 0x9E3779B1
         # An array, for a number would become a part of the compiled code, and make it another one for each layer.
         layer = np.uint32(self._layer * 0xC2B2AE3D % 2**32)

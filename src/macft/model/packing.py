@@ -1,71 +1,92 @@
-"""Rows laid end to end: no padding, and no attention or position that crosses from one row into another.
+"""Rows laid end to end: no padding, no attention or position that crosses from one row into another.
 
-A pack is one sequence (1, tokens of all rows). Linear layers, norms and activations work on each token alone and need
-no change. Rotary positions begin anew in each row, and attention runs row by row: exactly the products a block-diagonal
-mask would leave, without computing the others.
+A pack is one sequence (1, tokens). Linear layers, norms and activations work on each token alone and need no change.
+Each token has the rotary position it has in its row, and attends to the tokens before it in its row. Rows that begin
+alike share these tokens, as requests to a server share a cache (RadixAttention, Zheng et al. 2024): what a token
+computes depends on the tokens before it only, so it is the same for all rows, and their gradients add up in it.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
 
 from macft.model import cpu_attention
 
 _ATTENTION = "scaled_dot_product_attention"
 
 
-class _Pack(threading.local):
-    """Lengths of the rows in the sequence that this thread computes; None where rows aren't packed."""
+class Layout:
+    """Where the rows of a pack are; see :class:`macft.data.batch.Pack`.
 
-    lengths: tuple[int, ...] | None = None
+    ``paths`` (rows, longest), ``owners`` (tokens,) and ``depths`` (tokens,) are integer MLX arrays, and may have no
+    values yet where they are inputs of a compiled function. ``lengths`` of the rows are for the CPU's attention only.
+    """
+
+    def __init__(self, paths: Any, owners: Any, depths: Any, lengths: Sequence[int] = ()):
+        self.paths = paths
+        self.owners = owners
+        self.depths = depths
+        self._lengths = lengths
+
+    @property
+    def slots(self) -> Any:
+        """Where each token is found among the rows' (rows * longest) places."""
+        return self.owners * self.paths.shape[1] + self.depths
+
+    @cached_property
+    def blocks(self) -> list[cpu_attention.Block]:
+        """The CPU's plan of attention."""
+        paths: NDArray[np.int32] = np.asarray(self.paths)
+        return cpu_attention.blocks_of([path[:length] for path, length in zip(paths, self._lengths, strict=True)])
+
+
+class _Pack(threading.local):
+    """Layout of the sequence that this thread computes; None where rows aren't packed."""
+
+    layout: Layout | None = None
 
 
 _pack = _Pack()
 
 
 @contextmanager
-def packed(lengths: tuple[int, ...] | None) -> Iterator[None]:
-    """Inside, this thread's sequences are rows of ``lengths`` tokens laid end to end; None: they are not packed."""
-    before, _pack.lengths = _pack.lengths, lengths
+def packed(layout: Layout | None) -> Iterator[None]:
+    """Inside, this thread's sequences are packs with this layout; None: they are not packed."""
+    before, _pack.layout = _pack.layout, layout
     try:
         yield
     finally:
-        _pack.lengths = before
+        _pack.layout = before
 
 
-def row_lengths() -> tuple[int, ...] | None:
-    """The lengths given to ``packed``."""
-    return _pack.lengths
-
-
-def _rows_of(x: Any, lengths: tuple[int, ...]) -> list[Any]:
-    """``x`` (1, heads, tokens, d) cut into its rows."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    return [x[:, :, a:b] for a, b in pairwise(starts)]
+def layout_of_pack() -> Layout | None:
+    """The layout given to ``packed``."""
+    return _pack.layout
 
 
 class PackedRope(nn.Module):
-    """A model's own rotary embedding, beginning anew at position 0 in each row of a pack."""
+    """A model's own rotary embedding, with the positions that the tokens of a pack have in their rows."""
 
     def __init__(self, rope: nn.Module):
         super().__init__()
         self._rope = rope
 
     def __call__(self, x: Any, offset: Any = 0) -> Any:
-        lengths = row_lengths()
-        if lengths is None:
+        layout = layout_of_pack()
+        if layout is None:
             return self._rope(x, offset=offset)
-        return mx.concatenate([self._rope(row) for row in _rows_of(x, lengths)], axis=2)
+        # Each token as a sequence of its own, for offsets go by sequence.
+        return self._rope(x.transpose(2, 1, 0, 3), offset=layout.depths).transpose(2, 1, 0, 3)
 
 
 class RowAttention:
@@ -80,17 +101,25 @@ class RowAttention:
     def __call__(
         self, queries: Any, keys: Any, values: Any, cache: Any = None, scale: float = 1.0, mask: Any = None, **rest: Any
     ) -> Any:
-        lengths = row_lengths()
-        plain = cache is None and isinstance(mask, str) and mask == "causal" and not any(rest.values())
-        if lengths is None or len(lengths) == 1:
-            if plain and cpu_attention.suits(queries, keys):
-                return cpu_attention.causal_attention(queries, keys, values, scale)
+        layout = layout_of_pack()
+        is_causal = mask is None if queries.shape[2] == 1 else isinstance(mask, str) and mask == "causal"
+        plain = cache is None and is_causal and not any(rest.values())
+        if plain and cpu_attention.suits(queries, keys):
+            blocks = None if layout is None else layout.blocks
+            return cpu_attention.causal_attention(queries, keys, values, scale, blocks)
+        if layout is None:
             return self._original(queries, keys, values, cache=cache, scale=scale, mask=mask, **rest)
         if not plain:
             raise ValueError("this model's attention has a mask of its own, so its rows can't be packed")
-        rows = zip(_rows_of(queries, lengths), _rows_of(keys, lengths), _rows_of(values, lengths), strict=True)
-        with packed(None):
-            return mx.concatenate([self(q, k, v, scale=scale, mask="causal") for q, k, v in rows], axis=2)
+        return self._by_rows(queries, keys, values, scale, layout)
+
+    def _by_rows(self, queries: Any, keys: Any, values: Any, scale: float, layout: Layout) -> Any:
+        """The tokens of a pack as rows again, with filling behind, where none of their tokens sees it."""
+        rows, longest = layout.paths.shape
+        heads = queries.shape[1]
+        q, k, v = (x[0][:, layout.paths].swapaxes(0, 1) for x in (queries, keys, values))
+        out = self._original(q, k, v, cache=None, scale=scale, mask="causal")
+        return out.swapaxes(0, 1).reshape(heads, rows * longest, -1)[:, layout.slots][None]
 
 
 def use_row_attention(model: nn.Module) -> bool:
@@ -107,8 +136,9 @@ def use_row_attention(model: nn.Module) -> bool:
 def enable_packing(model: nn.Module) -> bool:
     """Prepares ``model`` for packed rows in place; returns whether it can take them.
 
-    It can where every block attends with a rotary embedding to all tokens before, and where a trial pack of two rows
-    comes out as the rows do alone. Other models (sliding windows, state spaces, learned positions) are padded instead.
+    It can where every block attends with a rotary embedding to all tokens before, and where a trial pack of two rows,
+    with what they have in common there once, comes out as the rows do alone. Other models (sliding windows, state
+    spaces, learned positions) are padded instead.
     """
     blocks = [getattr(layer, "self_attn", None) for layer in getattr(model, "layers", [])]
     ropes = [block is not None and isinstance(getattr(block, "rope", None), nn.Module) for block in blocks]
@@ -130,13 +160,19 @@ def enable_packing(model: nn.Module) -> bool:
 
 
 def _trial(model: nn.Module) -> bool:
-    first, second = mx.arange(1, 6)[None], mx.arange(3, 10)[None]
+    first, second = mx.array([[1, 2, 3, 4, 5]]), mx.array([[1, 2, 6, 7, 8, 9, 10]])
+    layout = Layout(
+        paths=mx.array([[0, 1, 2, 3, 4, 0, 0], [0, 1, 5, 6, 7, 8, 9]]),
+        owners=mx.array([0] * 5 + [1] * 5),
+        depths=mx.array([0, 1, 2, 3, 4, 2, 3, 4, 5, 6]),
+        lengths=(5, 7),
+    )
     was_training = model.training
     model.eval()
     try:
-        alone = mx.concatenate([model(first), model(second)], axis=1)
-        with packed((5, 7)):
-            together = model(mx.concatenate([first, second], axis=1))
+        alone = mx.concatenate([model(first), model(second)[:, 2:]], axis=1)
+        with packed(layout):
+            together = model(mx.concatenate([first, second[:, 2:]], axis=1))
         return alone.shape == together.shape and bool(mx.allclose(alone, together, rtol=1e-2, atol=1e-2).item())
     except (TypeError, ValueError, AttributeError, RuntimeError):
         return False

@@ -91,8 +91,7 @@ def fitter_for(
 ) -> Fitter:
     """The prediction for ``config`` on a node that has ``steps``' rows, and computes on a CPU or not."""
     training = config.training
-    # Whether the model can take packs is known once it is loaded; here it is taken for able.
-    compiled = compiles(training.compile, packs=training.packing.lower() != "false", cpu=cpu)
+    compiled = compiles(training.compile, cpu=cpu)
     return Fitter(
         shape=shape,
         held=held,
@@ -100,7 +99,7 @@ def fitter_for(
         optimizer=config.optimizer.name,
         steps=steps,
         validation_rows=_validation_rows(training),
-        pack_tokens=TOKENS_AT_ONCE if cpu and training.packing.lower() != "false" and not compiled else None,
+        pack_tokens=TOKENS_AT_ONCE if cpu and training.packing.lower() != "false" else None,
         eager=cpu and held.bits is None and held.float_bytes == 4 and not compiled,
         compiled=compiled,
     )

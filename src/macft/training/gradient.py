@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,12 +17,12 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.trainer import grad_checkpoint
 from numpy.typing import NDArray
 
-from macft.data.batch import Batch, pack, widened
+from macft.data.batch import Batch, Pack, pack, widened, widened_pack
 from macft.errors import ConfigError
 from macft.model import cpu_eager
 from macft.model.device import on_cpu, traced
 from macft.model.dropout import DropoutKeys
-from macft.model.packing import enable_packing, packed
+from macft.model.packing import Layout, enable_packing, packed
 from macft.training.loss import TokenLoss, target_positions
 from macft.training.settings import compiles
 
@@ -32,14 +32,18 @@ TOKENS_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows that are computed at once, padded or, where there are ``lengths``, laid end to end; see Pack."""
+    """Rows that are computed at once, padded or, where there is ``pack``, laid end to end."""
 
     inputs: NDArray[np.int32]
     positions: NDArray[np.int32]
     targets: NDArray[np.int32]
     weights: NDArray[np.float32]
     row_ids: NDArray[np.int64]
-    lengths: tuple[int, ...] | None = None
+    pack: Pack | None = None
+
+    def layout(self) -> tuple[Any, ...]:
+        """The arrays of a pack's Layout, nothing for padded rows."""
+        return () if self.pack is None else (self.pack.paths, self.pack.owners, self.pack.depths)
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,10 @@ class GradientComputer:
         self._model = model
         self._keys = dropout_keys
         self._seed = seed
-        # Packs have a new shape in nearly every step, and so would have to be compiled each time.
-        self.packs = packing.lower() != "false" and compiling.lower() != "true" and enable_packing(model)
+        self.packs = packing.lower() != "false" and enable_packing(model)
         if packing.lower() == "true" and not self.packs:
             raise ConfigError("training.packing: this model's attention can't take packed rows; use auto or false")
-        self.compiles = compiles(compiling, packs=self.packs, cpu=on_cpu())
+        self.compiles = compiles(compiling, cpu=on_cpu())
         self._eager = None if self.compiles else cpu_eager.prepare(model, checkpoint_blocks=checkpoint_blocks)
         if checkpoint_blocks and self._eager is None:
             grad_checkpoint(model.layers[0])
@@ -122,8 +125,7 @@ class GradientComputer:
         for batch in islice(batches, count):
             for part in self._parts(batch):
                 mx.eval(losses, total)  # one at a time: activations are freed before the next begin
-                with packed(part.lengths):
-                    loss, total = self._with_part(total, step, part)
+                loss, total = self._with_part(total, step, part)
                 losses.append(loss)
                 target_tokens += int(part.weights.sum())
             tokens += int(batch.lengths.sum())
@@ -143,8 +145,10 @@ class GradientComputer:
 
     def _parts(self, batch: Batch) -> Iterator[_Part]:
         if self.packs:
-            for item in pack(batch, TOKENS_AT_ONCE if on_cpu() else None):
-                yield _Part(item.inputs, item.positions, item.targets, item.weights, item.row_ids, item.lengths)
+            # A dropout mask is the row's own, so nothing of it can be shared.
+            for item in pack(batch, TOKENS_AT_ONCE if on_cpu() else None, shared=not self._keys.in_use):
+                wide = widened_pack(item) if self.compiles else item
+                yield _Part(wide.inputs, wide.positions, wide.targets, wide.weights, wide.row_ids, wide)
             return
         batch = widened(batch) if self.compiles else batch
         yield _Part(batch.tokens[:, :-1], *target_positions(batch, coarse=self.compiles), batch.row_ids)
@@ -153,20 +157,22 @@ class GradientComputer:
         """The summed loss of ``part``, and the gradients in ``total``, if any, with its own added."""
         keys = DropoutKeys.for_rows(self._seed, step, part.row_ids) if self._keys.in_use else np.zeros(1, np.uint32)
         inputs = [mx.array(values) for values in (part.inputs, part.positions, part.targets, part.weights, keys)]
+        layout = [mx.array(values) for values in part.layout()]
         if self.compiles:
             # Nobody else holds the sums so far, so that MLX adds in their memory.
-            return self._compiled(total or self._zeros(), *inputs)
-        with cpu_eager.eager(self._eager) if self._eager is not None else nullcontext():
+            return self._compiled(total or self._zeros(), layout, *inputs)
+        lengths = part.pack.lengths if part.pack else ()
+        with _packed(layout, lengths), cpu_eager.eager(self._eager) if self._eager is not None else nullcontext():
             loss, gradient = self._loss_and_gradient(*inputs)
         if self._eager is not None:  # evaluated while the graph was built, they would hold all of it
             loss, gradient = cpu_eager.plain(loss), tree_map(cpu_eager.plain, gradient)
         return loss, _added(total, gradient)
 
-    def _traced_part(self, total: dict[str, Any], *inputs: Any) -> tuple[Any, dict[str, Any]]:
+    def _traced_part(self, total: dict[str, Any], layout: list[Any], *inputs: Any) -> tuple[Any, dict[str, Any]]:
         """What is compiled, once for each shape of ``inputs``; it leaves the model as it was."""
         parameters, keys = self._model.trainable_parameters(), self._keys.value
         try:
-            with traced():
+            with traced(), _packed(layout):
                 loss, gradient = self._loss_and_gradient(*inputs)
                 return loss, _added(total, gradient)
         finally:
@@ -175,6 +181,13 @@ class GradientComputer:
 
     def _zeros(self) -> dict[str, Any]:
         return {name: mx.zeros(shape) for name, shape in self._shapes.items()}
+
+
+def _packed(layout: list[Any], lengths: tuple[int, ...] = ()) -> AbstractContextManager[None]:
+    if not layout:
+        return packed(None)
+    paths, owners, depths = layout
+    return packed(Layout(paths, owners, depths, lengths))
 
 
 def _added(total: dict[str, Any], gradient: dict[str, Any]) -> dict[str, Any]:

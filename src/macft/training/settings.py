@@ -98,11 +98,6 @@ def _training_problems(config: TrainingConfig) -> list[str]:
         found.append(f"training.packing: '{config.packing}' is not auto, true or false")
     if config.compile.lower() not in ("auto", "true", "false"):
         found.append(f"training.compile: '{config.compile}' is not auto, true or false")
-    if config.compile.lower() == config.packing.lower() == "true":
-        found.append(
-            "training.compile: true would compile in nearly every step with training.packing=true, as each pack has "
-            "a shape of its own; set training.packing to auto (rows are then padded), or training.compile to auto"
-        )
     if config.loss_chunk is not None and config.loss_chunk < 1:
         found.append(f"training.loss_chunk: {config.loss_chunk} must be 1 or more, or null")
     if (config.steps is None) == (config.epochs is None):
@@ -135,9 +130,9 @@ def _training_problems(config: TrainingConfig) -> list[str]:
     return found
 
 
-def compiles(wanted: str, *, packs: bool, cpu: bool) -> bool:
-    """Whether the gradient is compiled, where ``training.compile`` is ``wanted`` and rows are packed or not."""
-    return wanted.lower() == "true" or (wanted.lower() == "auto" and not packs and not cpu)
+def compiles(wanted: str, *, cpu: bool) -> bool:
+    """Whether the gradient is compiled, where ``training.compile`` is ``wanted``."""
+    return wanted.lower() == "true" or (wanted.lower() == "auto" and not cpu)
 
 
 def _sync_problems(config: TrainingConfig) -> list[str]:
