@@ -1,12 +1,16 @@
 """macft against mlx_lm.lora, and Unsloth, on one node: the same model, rows, adapter, precision, BLAS, cores, in turn.
 
-    python benchmarks/training.py [--case sql|mixed|long] [--runs 5] [--steps 24] [--compile WORD] [--unsloth PYTHON]
+    python benchmarks/training.py [--case sql|mixed|long] [--runs 5] [--steps 24] [--compile WORD] [--packing WORD]
+        [--random MODEL [--bits 4]] [--unsloth PYTHON]
 
 Each run is a process of its own, A B B A ...; it trains one pass over the same rows and reports the time from the end
 of the warm-up to the last step, the losses, and the process's peak memory. The table shows medians and the median of
 the pairwise ratios; ``held_out_loss`` is that of the trained model on other rows, measured by the same code for all.
 Cases: ``sql``, the SQL dataset with masked prompts; ``mixed``, unmasked text of 16 to 384 tokens; and ``long``,
 unmasked text of 1,000 tokens and more, two rows a step.
+
+``--random`` takes random weights in the shape of another model, such as Llama-3.2-1B, in bfloat16 or quantised to
+``--bits``: for a GPU, where speed depends on the shape alone and not on what the weights are.
 
 mlx_lm gets macft's OpenBLAS and the model already dequantised to float32, without which it would be many times slower
 on a CPU; ``--stock`` leaves it MLX's own BLAS. ``--unsloth`` adds Unsloth's MLX trainer; PYTHON is that of an
@@ -28,6 +32,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +44,51 @@ RANK, SCALE = 8, 20.0
 LEARNING_RATE = 1e-4
 
 
-def load_everything(case: str, steps: int) -> tuple[Any, list[dict[str, Any]]]:
-    """Model and records, the same for both."""
+def load_everything(options: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+    """Model and records, the same for all."""
     from macft.data.settings import SourceConfig
     from macft.data.sources import read_source
-    from macft.model.load import load
+    from macft.model.device import prepare_device
+    from macft.model.load import load, load_tokenizer
     from macft.model.resolve import resolve
     from macft.model.settings import ModelConfig
 
-    config = ModelConfig()
-    loaded = load(config, resolve(config))
+    case, config = options.case, ModelConfig()
+    prepare_device()
+    folder = Path(options.folder) if options.folder else resolve(config)
+    if options.random:
+        model = random_model(options.random, options.bits)
+        loaded = types.SimpleNamespace(model=model, tokenizer=load_tokenizer(config, folder))
+    else:
+        loaded = load(config, folder)  # type: ignore[assignment]
     records = read_source(SourceConfig(path="builtin:sql"))["train"]
-    count = ROWS_A_STEP[case] * steps
+    count = ROWS_A_STEP[case] * options.steps
     return loaded, records[:count] if case == "sql" else texts(records, loaded.tokenizer, *TOKENS[case], count)
+
+
+def random_model(name: str, bits: int | None) -> Any:
+    """A frozen model of the shape that ``name`` has in macft's list of models, the same weights each time."""
+    from macft.plan.run_plan import known_models
+
+    # isort: split
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_map
+    from mlx_lm.utils import _get_classes
+
+    (config,) = [known for path, known in known_models().items() if f"/{name}-" in path]
+    del config["quantization"]
+    mx.random.seed(1)
+    model_class, arguments = _get_classes(config)
+    model = model_class(arguments.from_dict(config))
+    model.update(tree_map(lambda value: value.astype(mx.bfloat16), model.parameters()))
+    if bits:
+        nn.quantize(model, group_size=64, bits=bits)
+    for block in [*model.layers, model]:  # one at a time, for they are made in float32
+        mx.eval(block.parameters())
+    mx.clear_cache()
+    model.freeze()
+    return model
 
 
 def texts(records: list[dict[str, Any]], tokenizer: Any, least: int, most: int, count: int) -> list[dict[str, Any]]:
@@ -87,8 +124,8 @@ def held_out_loss(loaded: Any, case: str) -> float:
     ).loss
 
 
-def train_macft(case: str, steps: int, compiling: str = "auto") -> tuple[dict[str, Any], Any]:
-    """macft's own loop, without reports, checkpoints and evaluation; ``compiling`` is training.compile."""
+def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """macft's own loop, without reports, checkpoints and evaluation."""
     from macft.checkpoint.saver import CheckpointSaver
     from macft.checkpoint.snapshot import Progress
     from macft.checkpoint.store import CheckpointStore
@@ -112,7 +149,8 @@ def train_macft(case: str, steps: int, compiling: str = "auto") -> tuple[dict[st
             times.append(time.perf_counter())
             targets.append(event.target_tokens)
 
-    loaded, records = load_everything(case, steps)
+    case, steps = options.case, options.steps
+    loaded, records = load_everything(options)
     rows = [tokenize(record, loaded.tokenizer, mask_prompt=case == "sql") for record in records]
     adaptation = adapt(loaded.model, AdapterConfig(rank=RANK, scale=SCALE, num_layers=NUM_LAYERS), seed=0)
     optimizer_config = OptimizerConfig(name="adam", learning_rate=LEARNING_RATE, schedule="constant")
@@ -121,7 +159,12 @@ def train_macft(case: str, steps: int, compiling: str = "auto") -> tuple[dict[st
             model=loaded.model,
             optimizer=make_optimizer(optimizer_config),
             compute=GradientComputer(
-                loaded.model, adaptation.dropout_keys, seed=0, checkpoint_blocks=False, compiling=compiling
+                loaded.model,
+                adaptation.dropout_keys,
+                seed=0,
+                checkpoint_blocks=False,
+                compiling=options.compile,
+                packing=options.packing,
             ),
             collective=Solo(),
             train_rows=rows,
@@ -137,12 +180,13 @@ def train_macft(case: str, steps: int, compiling: str = "auto") -> tuple[dict[st
             progress=Progress(),
             stop=StopRequest(),
         ).train()
-    return result(case, times, sum(targets[WARM_UP_STEPS[case] :])), loaded
+    return result(options, times, sum(targets[options.warm_up :])), loaded
 
 
-def train_mlx_lm(case: str, steps: int) -> tuple[dict[str, Any], Any]:
+def train_mlx_lm(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """mlx-lm's own tuner, as mlx_lm.lora calls it."""
-    loaded, records = load_everything(case, steps)  # imports macft, and so OpenBLAS, before MLX
+    case, steps = options.case, options.steps
+    loaded, records = load_everything(options)  # imports macft, and so OpenBLAS, before MLX
 
     import mlx.core as mx
     import mlx.optimizers as optim
@@ -178,16 +222,17 @@ def train_mlx_lm(case: str, steps: int) -> tuple[dict[str, Any], Any]:
         optimizer = optim.Adam(LEARNING_RATE, bias_correction=True)
         train(loaded.model, optimizer, data, None, settings, training_callback=Callback())
     # mlx-lm counts one padding token a row as a target; only the rows' own targets are compared.
-    padding = ROWS_A_STEP[case] * (steps - WARM_UP_STEPS[case])
-    return result(case, times, trained[-1] - trained[WARM_UP_STEPS[case] - 1] - padding), loaded
+    padding = ROWS_A_STEP[case] * (steps - options.warm_up)
+    return result(options, times, trained[-1] - trained[options.warm_up - 1] - padding), loaded
 
 
-def train_unsloth(case: str, steps: int) -> tuple[dict[str, Any], Any]:
+def train_unsloth(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """Unsloth's MLX trainer, as its own examples call it, on the same padded batches; blocks are not recomputed.
 
     Its package asks for torch and, but for an Apple machine, a GPU; only its MLX part is loaded.
     """
-    loaded, records = load_everything(case, steps)
+    case, steps = options.case, options.steps
+    loaded, records = load_everything(options)
 
     import importlib.util
 
@@ -237,32 +282,33 @@ def train_unsloth(case: str, steps: int) -> tuple[dict[str, Any], Any]:
 
         trainer.add_step_callback(clock)
         trainer.train()
-    return result(case, times, trained[-1] - trained[WARM_UP_STEPS[case] - 1]), loaded
+    return result(options, times, trained[-1] - trained[options.warm_up - 1]), loaded
 
 
-def result(case: str, times: list[float], targets: int) -> dict[str, Any]:
+def result(options: argparse.Namespace, times: list[float], targets: int) -> dict[str, Any]:
     """Speed and memory of a training that has just ended."""
     import mlx.core as mx
 
-    warm_up = WARM_UP_STEPS[case]
+    warm_up = options.warm_up
     seconds = times[-1] - times[warm_up - 1]
     peak_resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak_mlx = mx.get_peak_memory()
     unit = 1 if platform.system() == "Darwin" else 1024
     return {
         "target_tokens_per_second": targets / seconds,
-        "rows_per_second": ROWS_A_STEP[case] * (len(times) - warm_up) / seconds,
+        # Without what a shape of batch costs when it comes first, as compiling does.
+        "median_step_ms": 1000 * statistics.median(b - a for a, b in pairwise(times[warm_up - 1 :])),
+        "rows_per_second": ROWS_A_STEP[options.case] * (len(times) - warm_up) / seconds,
         "peak_resident_gb": peak_resident * unit / 1e9,
         "peak_mlx_gb": peak_mlx / 1e9,
     }
 
 
-def run(worker: str, case: str, steps: int, *, python: str, stock: bool, compiling: str) -> dict[str, Any]:
-    """One training in a fresh process."""
-    command = [python, __file__, "--worker", worker, "--case", case, "--steps", str(steps)]
-    command += ["--stock"] if stock and worker == "mlx_lm" else []
-    command += ["--compile", compiling] if worker == "macft" else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run(worker: str, python: str, arguments: list[str]) -> dict[str, Any]:
+    """One training in a fresh process, with this script's own ``arguments``."""
+    done = subprocess.run(
+        [python, __file__, "--worker", worker, *arguments], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         sys.exit(f"{worker} failed:\n{done.stderr[-3000:]}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -282,21 +328,25 @@ def main() -> None:
     parser.add_argument("--case", choices=sorted(ROWS_A_STEP), default="sql")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--warm-up", type=int, help="steps before the time is taken")
     parser.add_argument("--stock", action="store_true", help="mlx_lm with the BLAS of MLX's own wheel")
     parser.add_argument("--compile", default="auto", help="macft's training.compile")
+    parser.add_argument("--packing", default="auto", help="macft's training.packing")
+    parser.add_argument("--random", metavar="MODEL", help="random weights in the shape of this model")
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="quantise them")
+    parser.add_argument("--folder", help="where the model, or with --random the tokenizer, is taken from")
     parser.add_argument("--unsloth", metavar="PYTHON", help="also run Unsloth's trainer, with this Python")
     parser.add_argument("--worker", choices=sorted(WORKERS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    case = arguments.case
+    arguments.warm_up = arguments.warm_up or WARM_UP_STEPS[arguments.case]
     if arguments.worker:
-        if arguments.stock:
+        if arguments.stock and arguments.worker != "macft":
             import mlx.core as mx  # before macft, so that OpenBLAS doesn't get in
 
             mx.eval(mx.zeros(1))
-        more = [arguments.compile] if arguments.worker == "macft" else []
-        measured, loaded = WORKERS[arguments.worker](case, arguments.steps, *more)
+        measured, loaded = WORKERS[arguments.worker](arguments)
         if not arguments.stock:  # it would take longer than the training
-            measured["held_out_loss"] = held_out_loss(loaded, case)
+            measured["held_out_loss"] = held_out_loss(loaded, arguments.case)
         print(json.dumps(measured))
         return
     pythons = {"macft": sys.executable, "mlx_lm": sys.executable}
@@ -305,8 +355,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}
     for number in range(arguments.runs):
         for name in list(pythons) if number % 2 == 0 else reversed(pythons):
-            options = {"python": pythons[name], "stock": arguments.stock, "compiling": arguments.compile}
-            found[name].append(run(name, case, arguments.steps, **options))
+            found[name].append(run(name, pythons[name], sys.argv[1:]))
             print(f"run {number + 1} {name}: {found[name][-1]}", file=sys.stderr)
     peers = list(pythons)[1:]
     heads = "".join(f"{peer:>12}{'ratio':>8}" for peer in peers)
