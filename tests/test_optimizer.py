@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_unflatten
 
 from macft.errors import ConfigError
-from macft.training.optimizer import apply_gradient, clip_factor, learning_rate, make_optimizer
+from macft.training.optimizer import Update, clip_factor, learning_rate, make_optimizer
 from macft.training.settings import OPTIMIZERS, OptimizerConfig
 
 
@@ -49,7 +49,7 @@ def test_every_optimizer_lowers_a_quadratic(name: str) -> None:
     model.weight = mx.ones((4, 6))
     optimizer = make_optimizer(OptimizerConfig(name=name))
     for _ in range(20):
-        apply_gradient(model, optimizer, {"weight": mx.array(model.weight)}, 0.02)
+        Update(model, optimizer)({"weight": mx.array(model.weight)}, 0.02)
     assert float(mx.square(model.weight).sum()) < 0.97 * 24
 
 
@@ -60,7 +60,7 @@ def test_adamw_is_mlx_adamw() -> None:
     reference = optim.AdamW(learning_rate=1e-2, betas=[0.9, 0.95], weight_decay=0.1, bias_correction=True)
     gradient = {"weight": mx.arange(6, dtype=mx.float32).reshape(2, 3), "bias": mx.array([1.0, -1.0])}
     for _ in range(3):
-        apply_gradient(ours, optimizer, gradient, 1e-2)
+        Update(ours, optimizer)(gradient, 1e-2)
         reference.update(theirs, gradient)
     assert mx.array_equal(ours.weight, theirs.weight)
     assert mx.array_equal(ours.bias, theirs.bias)
@@ -84,7 +84,7 @@ def test_small_parameters_together_are_updated_as_each_by_itself(name: str) -> N
             key: mx.random.normal(value.shape, key=mx.random.key(turn))
             for key, value in tree_flatten(ours.parameters())
         }
-        apply_gradient(ours, optimizer, gradient, 1e-2)
+        Update(ours, optimizer)(gradient, 1e-2)
         typed = [(key, gradient[key].astype(value.dtype)) for key, value in tree_flatten(theirs.parameters())]
         reference.update(theirs, tree_unflatten(typed))
     for (key, ours_value), (_, value) in zip(

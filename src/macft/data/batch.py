@@ -47,7 +47,12 @@ def coarse_length(length: int) -> int:
 
 
 def coarse_targets(count: int, positions: int) -> int:
-    """How many target positions a compiled step computes for ``count`` among ``positions``: all, half, a quarter ..."""
+    """How many target positions a compiled step computes for ``count`` among ``positions``: all, half, a quarter ...
+
+    A pack can have more targets than positions, and then it is the double, the fourfold ...
+    """
+    while positions < count:
+        positions *= 2
     while positions // 2 >= max(count, _LEAST):
         positions //= 2
     return positions
@@ -170,8 +175,10 @@ def widened_pack(item: Pack) -> Pack:
     def filled(values: Any, *sizes: int) -> Any:
         return np.pad(values, [(0, size - old) for size, old in zip(sizes, values.shape, strict=True)])
 
-    tokens, targets = coarse(item.inputs.shape[1], _LEAST), coarse(len(item.positions), _LEAST)
-    rows, longest = coarse(len(item.lengths)), coarse(item.paths.shape[1], _LEAST)
+    tokens = coarse(item.inputs.shape[1], _LEAST)
+    targets = coarse_targets(len(item.positions), tokens)
+    # Attention is the smaller part, so that few shapes are worth more here than little filling.
+    rows, longest = coarse(len(item.lengths)), max(_LEAST, 1 << (item.paths.shape[1] - 1).bit_length())
     return replace(
         item,
         inputs=filled(item.inputs, 1, tokens),

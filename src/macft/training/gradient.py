@@ -160,7 +160,7 @@ class GradientComputer:
         layout = [mx.array(values) for values in part.layout()]
         if self.compiles:
             # Nobody else holds the sums so far, so that MLX adds in their memory.
-            return self._compiled(total or self._zeros(), layout, *inputs)
+            return self._compiled(total, layout, *inputs)
         lengths = part.pack.lengths if part.pack else ()
         with _packed(layout, lengths), cpu_eager.eager(self._eager) if self._eager is not None else nullcontext():
             loss, gradient = self._loss_and_gradient(*inputs)
@@ -169,7 +169,7 @@ class GradientComputer:
         return loss, _added(total, gradient)
 
     def _traced_part(self, total: dict[str, Any], layout: list[Any], *inputs: Any) -> tuple[Any, dict[str, Any]]:
-        """What is compiled, once for each shape of ``inputs``; it leaves the model as it was."""
+        """What is compiled for each shape of ``inputs``, with sums so far and without; the model stays as it was."""
         parameters, keys = self._model.trainable_parameters(), self._keys.value
         try:
             with traced(), _packed(layout):

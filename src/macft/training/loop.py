@@ -31,10 +31,10 @@ from macft.stop import StopRequest
 from macft.training.evaluate import validation_loss
 from macft.training.exchange import GradientExchange
 from macft.training.gradient import GradientComputer, LocalGradient
-from macft.training.optimizer import apply_gradient, clip_factor, learning_rate
+from macft.training.optimizer import Update, clip_factor, learning_rate
 from macft.training.outer import OuterOptimizer
 from macft.training.pace import FullSpeed, Pace
-from macft.training.reduce import GlobalGradient, reduce_gradient, scale
+from macft.training.reduce import GlobalGradient, reduce_gradient
 from macft.training.regroup import PauseNotice, Position, Seating, newest
 from macft.training.remarks import Remarks
 from macft.training.settings import OptimizerConfig, TrainingConfig
@@ -77,6 +77,7 @@ class Trainer:
     _begun: int = field(default=-1, init=False)
 
     def __post_init__(self) -> None:
+        self._apply = Update(self.model, self.optimizer, compiled=self.compute.compiles)
         self._exchange = self.exchange or GradientExchange(self.collective)
         # With DiLoCo a step is each node's own.
         self._exchange_of_step = GradientExchange(Solo()) if self.outer else self._exchange
@@ -237,11 +238,9 @@ class Trainer:
                 raise self._not_finite(found)
             self._unsound = self._unsound or found  # this node's own affair until the nodes meet
         rate = learning_rate(self.optimizer_config, self.progress.step, self.total_steps)
-        factor = clip_factor(result.norm, self.config.max_grad_norm)
-        if factor != 1.0:
-            scale(result.gradient, factor)
         if not self._unsound and (result.target_tokens or not self.outer):
-            apply_gradient(self.model, self.optimizer, result.gradient, rate)
+            clip = clip_factor(result.norm, self.config.max_grad_norm)
+            self._apply(result.gradient, rate, result.factor * clip)
         self._stop_agreed, self._change_agreed = result.stop_requested, result.change_requested
         self.progress.step += 1
         self.progress.target_tokens += result.target_tokens

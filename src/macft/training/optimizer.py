@@ -72,33 +72,49 @@ def clip_factor(norm: float, max_norm: float) -> float:
     return max_norm / norm if max_norm and norm > max_norm else 1.0
 
 
-def apply_gradient(model: nn.Module, optimizer: optim.Optimizer, gradient: Mapping[str, Any], rate: float) -> None:
-    """One update of ``model``'s trainable parameters; ``gradient`` maps their names to float32 arrays.
+class Update:
+    """The update of ``model``'s trainable parameters, one call a step.
 
     Where the optimizer treats each element by itself, small parameters are updated as one long array: the same result
     from a hundredth of the operations. The optimizer's state is then that of the long array.
     """
-    parameters = dict(tree_flatten(model.trainable_parameters()))
-    groups = (
-        _groups(parameters) if isinstance(optimizer, _ELEMENT_BY_ELEMENT) else {name: [name] for name in parameters}
-    )
-    typed = {name: gradient[name].astype(parameter.dtype) for name, parameter in parameters.items()}
-    optimizer.learning_rate = rate
-    updated = dict(
-        tree_flatten(
-            optimizer.apply_gradients(
-                tree_unflatten([(key, _joined(typed, names)) for key, names in groups.items()]),
-                tree_unflatten([(key, _joined(parameters, names)) for key, names in groups.items()]),
-            )
+
+    def __init__(self, model: nn.Module, optimizer: optim.Optimizer, *, compiled: bool = False):
+        self._model, self._optimizer = model, optimizer
+        self._step = mx.compile(self._updated) if compiled else self._updated
+
+    def __call__(self, gradient: Mapping[str, Any], rate: float, factor: float = 1.0) -> None:
+        """One update by ``factor`` times ``gradient``, which maps the parameters' names to float32 arrays."""
+        parameters: dict[str, Any] = dict(tree_flatten(self._model.trainable_parameters()))
+        self._optimizer.learning_rate = rate
+        updated, self._optimizer.state = self._step(
+            parameters, {name: gradient[name] for name in parameters}, self._optimizer.state, mx.array(factor)
         )
-    )
-    for key, names in groups.items():
-        if names != [key]:
-            ends = np.cumsum([parameters[name].size for name in names])[:-1].tolist()
-            for name, part in zip(names, mx.split(updated.pop(key), ends), strict=True):
-                updated[name] = part.reshape(parameters[name].shape)
-    model.update(tree_unflatten(list(updated.items())))
-    mx.eval(model.trainable_parameters(), optimizer.state)
+        self._model.update(tree_unflatten(list(updated.items())))
+        mx.eval(self._model.trainable_parameters(), self._optimizer.state)
+
+    def _updated(
+        self, parameters: dict[str, Any], gradient: dict[str, Any], state: dict[str, Any], factor: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The parameters and the optimizer's state after an update."""
+        optimizer = self._optimizer
+        by_element = isinstance(optimizer, _ELEMENT_BY_ELEMENT)
+        groups = _groups(parameters) if by_element else {name: [name] for name in parameters}
+        optimizer.state = state
+        scaled = [
+            (key, (_joined(gradient, names) * factor).astype(parameters[names[0]].dtype))
+            for key, names in groups.items()
+        ]
+        before = [(key, _joined(parameters, names)) for key, names in groups.items()]
+        updated: dict[str, Any] = dict(
+            tree_flatten(optimizer.apply_gradients(tree_unflatten(scaled), tree_unflatten(before)))
+        )
+        for key, names in groups.items():
+            if names != [key]:
+                ends = np.cumsum([parameters[name].size for name in names])[:-1].tolist()
+                for name, part in zip(names, mx.split(updated.pop(key), ends), strict=True):
+                    updated[name] = part.reshape(parameters[name].shape)
+        return updated, optimizer.state
 
 
 def _groups(parameters: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from macft.model.device import on_cpu
 from macft.plan.node_status import NodeStatus
 from macft.training.exchange import GradientExchange
 from macft.training.gradient import LocalGradient
@@ -20,14 +21,16 @@ _STILL_COMPUTING_SECONDS = 2e-4
 
 @dataclass(frozen=True)
 class GlobalGradient:
-    """The same on every rank: gradient of the mean loss over all target tokens of the global batch, and its norm.
+    """The same on every rank: the summed gradient of the global batch, and the L2 norm of the mean loss's gradient.
 
-    ``gradient`` maps parameter names to float32 MLX arrays; ``nodes`` holds every rank's status of the step.
+    ``gradient`` maps parameter names to float32 MLX arrays; times ``factor`` it is that of the mean loss over all
+    target tokens. ``nodes`` holds every rank's status of the step.
     ``seconds`` are this rank's own: ``compute`` until its gradient was there, ``all_reduce`` on top of that, and
     ``all_reduce_hidden``, which is a part of compute.
     """
 
     gradient: dict[str, Any]
+    factor: float
     norm: float
     loss: float
     target_tokens: int
@@ -52,7 +55,7 @@ def reduce_gradient(
     computed: Callable[[], None],
     status: Callable[[float], NodeStatus],
 ) -> GlobalGradient:
-    """Sums gradients, losses and counts over all ranks and divides once by the global count of target tokens.
+    """Sums gradients, losses and counts over all ranks, to be divided once by the global count of target tokens.
 
     Nodes with more target tokens weigh more, exactly as if one machine had computed the batch. ``stop`` is this
     rank's wish to end after this step, ``change`` that to let a node in; one rank's wish is enough. ``computed`` is
@@ -71,11 +74,12 @@ def reduce_gradient(
     sums = np.concatenate([counts, slots.ravel()])
     collective.all_reduce([sums])
     loss_sum, target_tokens, tokens, stops, changes = (float(value) for value in sums[: len(counts)])
-    scale(local.gradient, 1.0 / max(target_tokens, 1.0))
+    factor = 1.0 / max(target_tokens, 1.0)
     seconds["all_reduce"] += time.perf_counter() - ready
     return GlobalGradient(
         gradient=local.gradient,
-        norm=math.sqrt(sum(_sum_of_squares(value) for value in local.gradient.values())),
+        factor=factor,
+        norm=factor * _norm(local.gradient, alone=collective.world_size == 1),
         loss=loss_sum / max(target_tokens, 1.0),
         target_tokens=int(target_tokens),
         tokens=int(tokens),
@@ -84,13 +88,6 @@ def reduce_gradient(
         nodes=[NodeStatus.of_numbers(slot.tolist()) for slot in sums[len(counts) :].reshape(slots.shape)],
         seconds=seconds,
     )
-
-
-def scale(gradient: Mapping[str, Any], factor: float) -> None:
-    """Multiplies evaluated float32 MLX arrays in place."""
-    for value in gradient.values():
-        memory = np.asarray(value)
-        np.multiply(memory, np.float32(factor), out=memory)
 
 
 def _sum_buckets(exchange: GradientExchange, local: LocalGradient, computed: Callable[[], None]) -> dict[str, float]:
@@ -116,6 +113,14 @@ def _sum_buckets(exchange: GradientExchange, local: LocalGradient, computed: Cal
     return {"compute": compute, "all_reduce": exposed + reducing, "all_reduce_hidden": hidden}
 
 
-def _sum_of_squares(value: Any) -> float:
-    flat = np.asarray(value).reshape(-1)
-    return float(np.einsum("i,i->", flat, flat, dtype=np.float64))
+def _norm(gradient: Mapping[str, Any], *, alone: bool) -> float:
+    """L2 norm over all arrays. Ranks get the same bits from the same values, whatever their GPUs are."""
+    if alone and not on_cpu():
+        return float(_norm_on_device(list(gradient.values())).item())
+    flat = (np.asarray(value).reshape(-1) for value in gradient.values())
+    return math.sqrt(sum(float(np.einsum("i,i->", value, value, dtype=np.float64)) for value in flat))
+
+
+@mx.compile
+def _norm_on_device(values: list[Any]) -> Any:
+    return mx.sqrt(sum((mx.square(value).sum() for value in values), mx.array(0.0)))
