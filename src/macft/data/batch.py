@@ -120,7 +120,7 @@ def pack(batch: Batch, most_tokens: int | None, *, shared: bool) -> list[Pack]:
     groups: list[list[tuple[int, int]]] = []
     tokens = 0
     for place, row in enumerate(rows):
-        common = _in_common(inputs[rows[place - 1]], inputs[row]) if shared and place else 0
+        common = in_common(inputs[rows[place - 1]], inputs[row]) if shared and place else 0
         if groups and (most_tokens is None or tokens + len(inputs[row]) - common <= most_tokens):
             groups[-1].append((row, common))
             tokens += len(inputs[row]) - common
@@ -130,11 +130,14 @@ def pack(batch: Batch, most_tokens: int | None, *, shared: bool) -> list[Pack]:
     return [_lay_out(batch, group) for group in groups]
 
 
-def _in_common(one: NDArray[np.int32], other: NDArray[np.int32]) -> int:
-    """How many tokens both begin with."""
-    least = min(len(one), len(other))
-    different = np.flatnonzero(one[:least] != other[:least])
-    return int(different[0]) if len(different) else least
+def in_common(one: NDArray[np.int32], *others: NDArray[np.int32]) -> int:
+    """How many tokens all of them begin with."""
+    common = len(one)
+    for other in others:
+        common = min(common, len(other))
+        different = np.flatnonzero(one[:common] != other[:common])
+        common = int(different[0]) if len(different) else common
+    return common
 
 
 def _lay_out(batch: Batch, group: list[tuple[int, int]]) -> Pack:

@@ -111,6 +111,11 @@ class GradientComputer:
         self._keys.value = keys
         return self.loss(inputs, positions, targets, weights)
 
+    @property
+    def shares(self) -> bool:
+        """Whether rows that begin alike share these tokens: not with dropout, whose masks are each row's own."""
+        return self.packs and not self._keys.in_use
+
     def __call__(self, step: int, batches: Iterable[Batch], count: int) -> LocalGradient:
         """Computes the next ``count`` of ``batches``, this node's micro-batches of ``step``; there may be none.
 
@@ -145,8 +150,7 @@ class GradientComputer:
 
     def _parts(self, batch: Batch) -> Iterator[_Part]:
         if self.packs:
-            # A dropout mask is the row's own, so nothing of it can be shared.
-            for item in pack(batch, TOKENS_AT_ONCE if on_cpu() else None, shared=not self._keys.in_use):
+            for item in pack(batch, TOKENS_AT_ONCE if on_cpu() else None, shared=self.shares):
                 wide = widened_pack(item) if self.compiles else item
                 yield _Part(wide.inputs, wide.positions, wide.targets, wide.weights, wide.row_ids, wide)
             return

@@ -19,7 +19,7 @@ from macft.checkpoint.snapshot import Progress, Snapshot, capture, digest, resto
 from macft.collective.base import Collective
 from macft.collective.elastic import ElasticCollective, Members
 from macft.collective.solo import Solo
-from macft.data.batch import Batch, micro_batches
+from macft.data.batch import Batch, in_common, micro_batches
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.errors import MembershipChanged, NonFiniteLoss, PeerLost, RanksDiverged
@@ -221,7 +221,10 @@ class Trainer:
     def _my_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of the step's global batch."""
         ids = self.order.rows(step)
-        lengths = np.array([len(self.train_rows[i].tokens) for i in ids], dtype=np.int64)
+        tokens = [self.train_rows[i].tokens for i in ids]
+        # What all begin with costs a node the same however many rows it has.
+        shared = in_common(*(row[:-1] for row in tokens)) if self.compute.shares else 0
+        lengths = np.array([len(row) - shared for row in tokens], dtype=np.int64)
         places = assign(lengths, self.collective.world_size, self._balance.shares)
         mine: NDArray[np.int64] = ids[places[self.collective.rank]]
         return micro_batches([self.train_rows[i] for i in mine], mine, self.config.micro_batch_size)
