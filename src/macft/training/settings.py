@@ -56,9 +56,10 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     # Recompute each block's activations in the backward pass: less memory, about a third more time.
     grad_checkpoint: bool = False
-    # Lay rows end to end instead of padding them: auto (where the model can take it), true (or fail), false.
+    # Lay rows end to end instead of padding them, and compute what they begin with in common once: auto (where the
+    # model can take it), true (or fail), false.
     packing: str = "auto"
-    # Compile the gradient, once for each shape of padded rows: auto (on a GPU, where rows aren't packed), true, false.
+    # Compile gradient and update, once for each shape of a micro-batch: auto (on a GPU), true, false.
     compile: str = "auto"
     # Target positions whose logits are computed at once; null: as many as are fast and small.
     loss_chunk: int | None = None
