@@ -60,6 +60,10 @@ def blocks_of(paths: Sequence[NDArray[np.int32]]) -> list[Block]:
 
     Tokens that are in an earlier row's path as well see what they see there: the same.
     """
+    return _one_row(len(paths[0])) if len(paths) == 1 else _blocks_of(paths)
+
+
+def _blocks_of(paths: Sequence[NDArray[np.int32]]) -> list[Block]:
     found = []
     tokens = 1 + max(int(path.max()) for path in paths)
     owned = 0  # tokens before are some earlier row's
@@ -94,7 +98,7 @@ def blocks_of(paths: Sequence[NDArray[np.int32]]) -> list[Block]:
 
 @lru_cache(maxsize=64)
 def _one_row(tokens: int) -> list[Block]:
-    return blocks_of([np.arange(tokens, dtype=np.int32)])
+    return _blocks_of([np.arange(tokens, dtype=np.int32)])
 
 
 def suits(queries: Any, keys: Any) -> bool:
