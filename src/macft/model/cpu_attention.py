@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -48,11 +48,19 @@ class Block:
     columns: slice | NDArray[np.intp]
     seen: int
     hidden: NDArray[np.bool_]
+    _masks: dict[int, tuple[Matrix, Matrix]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def count(self) -> int:
         """Number of keys."""
         return self.seen + int(self.hidden.shape[1])
+
+    def masks(self, group: int) -> tuple[Matrix, Matrix]:
+        """For the ``group`` heads of query after query: what is added to scores; 0 or 1, times weights."""
+        if group not in self._masks:
+            hidden = np.repeat(self.hidden, group, axis=0)
+            self._masks[group] = np.where(hidden, _MASKED, np.float32(0.0)), (~hidden).astype(np.float32)
+        return self._masks[group]
 
 
 def blocks_of(paths: Sequence[NDArray[np.int32]]) -> list[Block]:
@@ -144,7 +152,6 @@ def _forward(queries: Matrix, keys: Matrix, values: Matrix, scale: float, blocks
     group = heads // groups
     output = np.empty((1, heads, tokens, d), np.float32)
     log_sums = np.empty((groups, tokens * group), np.float32)
-    masks = [np.where(np.repeat(block.hidden, group, axis=0), _MASKED, np.float32(0.0)) for block in blocks]
     buffer = np.empty(_largest(blocks) * group, np.float32)
     for number in range(groups):
         q = _by_token(queries, number, group)
@@ -152,11 +159,11 @@ def _forward(queries: Matrix, keys: Matrix, values: Matrix, scale: float, blocks
         k = np.ascontiguousarray(keys[0, number])
         v = _with_column(values[0, number], 1.0)
         sums = np.empty((tokens * group, d + 1), np.float32)
-        for block, mask in zip(blocks, masks, strict=True):
+        for block in blocks:
             rows = slice(block.start * group, block.end * group)
             scores = _part(buffer, (block.end - block.start) * group, block.count)
             _product(q[rows], k[block.columns], scores, transposed=True)
-            scores[:, block.seen :] += mask
+            scores[:, block.seen :] += block.masks(group)[0]
             highest = scores.max(axis=1, keepdims=True)
             scores -= highest
             np.exp(scores, out=scores)
@@ -182,7 +189,6 @@ def _backward(
     groups = keys.shape[1]
     group = heads // groups
     by_queries, by_keys, by_values = (np.empty(value.shape, np.float32) for value in (queries, keys, values))
-    masks = [np.repeat(~block.hidden, group, axis=0) for block in blocks]
     buffers = [np.empty(_largest(blocks) * group, np.float32) for _ in range(2)]
     for number in range(groups):
         # Scores less their log-sums, and the softmax's own correction, come out of the products by a column more.
@@ -193,13 +199,13 @@ def _backward(
         g_less = _with_column(g, -correction)
         q_sums = np.empty((tokens * group, d), np.float32)
         k_sums, v_sums = np.zeros((tokens, d), np.float32), np.zeros((tokens, d), np.float32)
-        for block, mask in zip(blocks, masks, strict=True):
+        for block in blocks:
             rows, columns = slice(block.start * group, block.end * group), block.columns
             k, v = all_k[columns], all_v[columns]
             weights, by_scores = (_part(buffer, (block.end - block.start) * group, block.count) for buffer in buffers)
             _product(q[rows], k, weights, transposed=True)
             np.exp(np.minimum(weights, 0.0, out=weights), out=weights)
-            weights[:, block.seen :] *= mask
+            weights[:, block.seen :] *= block.masks(group)[1]
             _product_added(weights, g[rows], v_sums, columns)
             _product(g_less[rows], v, by_scores, transposed=True)
             by_scores *= weights

@@ -13,7 +13,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -35,6 +35,8 @@ class Plan:
 
     frozen: frozenset[int]
     checkpointed: frozenset[int]
+    # Names of the trained parameters of each layer, by its id.
+    trained: dict[int, list[str]] = field(default_factory=dict)
 
 
 class _State(threading.local):
@@ -75,7 +77,8 @@ def prepare(model: nn.Module, *, checkpoint_blocks: bool) -> Plan | None:
     if any(".layers." not in name for name in trained):
         below = []  # an embedding perhaps
     others = blocks[len(below) :] if checkpoint_blocks else []
-    return Plan(frozenset(map(id, below)), frozenset(map(id, others)))
+    names = {id(layer): [name for name, _ in tree_flatten(layer.trainable_parameters())] for layer in model.modules()}
+    return Plan(frozenset(map(id, below)), frozenset(map(id, others)), names)
 
 
 class _Layer:
@@ -95,8 +98,8 @@ class _Layer:
         is_block = id(layer) in _state.plan.checkpointed
         if not is_block and not isinstance(layer, _KINDS):
             return self._call(layer, x, *rest, **named)
-        trained = tree_flatten(layer.trainable_parameters())
-        names = [name for name, _ in trained]
+        names = _state.plan.trained[id(layer)]
+        trained = _get(layer, names)
 
         def plainly(x: Any, *values: Any) -> Any:
             _set(layer, names, values)
@@ -105,7 +108,9 @@ class _Layer:
         @mx.custom_function
         def whole(x: Any, *values: Any) -> Any:
             with _building(is_block):
-                return plain(plainly(plain(x), *map(plain, values)))
+                found = plainly(plain(x), *map(plain, values))
+                mx.eval(found)  # of plain arrays it depends on none that the gradient's graph holds
+                return found
 
         @whole.vjp
         def _whole_vjp(primals: Any, cotangent: Any, _output: Any) -> Any:
@@ -117,9 +122,9 @@ class _Layer:
             return found if len(found) > 1 else found[0]
 
         try:
-            return whole(x, *(value for _, value in trained))
+            return whole(x, *trained)
         finally:
-            _set(layer, names, [value for _, value in trained])
+            _set(layer, names, trained)
 
 
 @contextmanager
@@ -131,9 +136,19 @@ def _building(is_building: bool) -> Iterator[None]:
         _state.is_building = before
 
 
+def _get(layer: nn.Module, names: list[str]) -> list[Any]:
+    if any("." in name for name in names):
+        values = dict(tree_flatten(layer.trainable_parameters()))
+        return [values[name] for name in names]
+    return [layer[name] for name in names]
+
+
 def _set(layer: nn.Module, names: list[str], values: Any) -> None:
-    if names:
+    if any("." in name for name in names):
         layer.update(tree_unflatten(list(zip(names, values, strict=True))))
+        return
+    for name, value in zip(names, values, strict=True):
+        layer[name] = value
 
 
 def plain(value: Any) -> Any:
