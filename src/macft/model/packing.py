@@ -144,7 +144,7 @@ def _rows_of(x: Any, layout: Layout) -> Any:
     """(1, heads, tokens, d) as (rows, heads, longest, d).
 
     A token's gradient is the sum of its rows'. They all have it at the same place, so that the sum is a small matrix
-    product: the same in each run, and on a GPU faster than rows that add to one another's memory.
+    product: the same in each run, as additions of many rows to the same memory on a GPU are not.
     """
 
     @mx.custom_function
