@@ -16,8 +16,8 @@ from macft.plan.memory import trained_part
 # Share of the peak that LoRA training reaches on Macs: from speeds people report, 0.39 (Mistral-7B, M1 Max), 0.49
 # (Llama-7B, M2 Ultra) and 0.59 (Qwen3-0.6B, M4 Pro) of the FP32 peak.
 MAC_EFFICIENCY = 0.45
-# Share of the matrix-product speed that a step of SmolLM2 reaches on a CPU: with 8 SQL rows 0.64 on one core and 0.5 to 0.6
-# on two, with 4 rows 0.42.
+# Share of the matrix-product speed that a step of SmolLM2 reaches on a CPU: with 8 SQL rows 0.64 on one core and 0.5 to
+# 0.6 on two, with 4 rows 0.42.
 CPU_EFFICIENCY = 0.5
 _PROBE = 1024
 
