@@ -41,6 +41,18 @@ FAMILIES = {
     "gemma2": {"query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
     "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 2, "query_pre_attn_scalar": 8},
     "phi3": {},
+    # Every second block has no positions, and layers are those of another architecture.
+    "smollm3": {"no_rope_layer_interval": 2},
+    "llama-scaled": {
+        "model_type": "llama",
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
     "granite": {
         "logits_scaling": 8.0,
         "attention_multiplier": 0.3,

@@ -44,7 +44,9 @@ def same(one: LocalGradient, other: LocalGradient) -> None:
         np.testing.assert_allclose(np.array(value), expected, rtol=1e-3, atol=2e-4 * max(np.abs(expected).max(), 1e-3))
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-untied", "qwen2", "qwen3", "gemma", "granite"])
+@pytest.mark.parametrize(
+    "family", ["llama", "llama-untied", "llama-scaled", "qwen2", "qwen3", "gemma", "granite", "smollm3"]
+)
 def test_packed_rows_have_the_gradient_of_padded_ones(family: str) -> None:
     data = rows(7, masked=True)
     packs, together = gradient_of(family, "auto", data, dropout=0.3)

@@ -8,7 +8,6 @@ processor's cache, on all cores, as MLX builds the graph; on a CPU that makes no
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft.blas import available_cores
+from macft.model.architecture import namespaces_with
 from macft.model.device import numpy_may_compute
 
 _BLOCK = 32_768
@@ -122,8 +122,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 def use_fast_activations(model: nn.Module) -> bool:
     """Lets ``model``'s architecture use the faster SwiGLU from now on; returns whether it has one to replace."""
-    architecture = vars(sys.modules[type(model).__module__])
-    if "swiglu" not in architecture:
-        return False
-    architecture["swiglu"] = swiglu
-    return True
+    found = namespaces_with(model, "swiglu")
+    for namespace in found:
+        namespace["swiglu"] = swiglu
+    return bool(found)

@@ -8,7 +8,6 @@ computes depends on the tokens before it only, so it is the same for all rows, a
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft.model import cpu_attention
+from macft.model.architecture import namespaces_with
 
 _ATTENTION = "scaled_dot_product_attention"
 
@@ -180,13 +180,11 @@ def _tokens_of(x: Any, layout: Layout) -> Any:
 
 def use_row_attention(model: nn.Module) -> bool:
     """Lets ``model``'s architecture attend row by row from now on; returns whether its attention can be replaced."""
-    architecture = vars(sys.modules[type(model).__module__])
-    original = architecture.get(_ATTENTION)
-    if original is None:
-        return False
-    if not isinstance(original, RowAttention):
-        architecture[_ATTENTION] = RowAttention(original)
-    return True
+    found = namespaces_with(model, _ATTENTION)
+    for namespace in found:
+        if not isinstance(namespace[_ATTENTION], RowAttention):
+            namespace[_ATTENTION] = RowAttention(namespace[_ATTENTION])
+    return bool(found)
 
 
 def enable_packing(model: nn.Module) -> bool:
