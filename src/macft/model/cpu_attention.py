@@ -91,7 +91,7 @@ def _blocks_of(paths: Sequence[NDArray[np.int32]]) -> list[Block]:
         by_all = sees.all(axis=0)
         first_columns, others = np.flatnonzero(by_all), np.flatnonzero(sees.any(axis=0) & ~by_all)
         columns = np.concatenate([first_columns, others])
-        is_run = len(columns) == columns[-1] - columns[0] + 1 and bool(np.all(np.diff(columns) == 1))
+        is_run = bool(np.all(np.diff(columns) == 1))
         found.append(
             Block(
                 start,

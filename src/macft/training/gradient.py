@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.trainer import grad_checkpoint
 from numpy.typing import NDArray
 
-from macft.data.batch import Batch, Pack, pack, widened, widened_pack
+from macft.data.batch import Batch, pack, widened, widened_pack
 from macft.errors import ConfigError
 from macft.model import cpu_eager
 from macft.model.device import on_cpu, traced
@@ -32,18 +32,18 @@ TOKENS_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows that are computed at once, padded or, where there is ``pack``, laid end to end."""
+    """Rows that are computed at once, padded or, where there is a ``layout``, laid end to end.
+
+    ``layout`` holds paths, owners and depths of the pack, ``lengths`` those of its rows; see Pack.
+    """
 
     inputs: NDArray[np.int32]
     positions: NDArray[np.int32]
     targets: NDArray[np.int32]
     weights: NDArray[np.float32]
     row_ids: NDArray[np.int64]
-    pack: Pack | None = None
-
-    def layout(self) -> tuple[Any, ...]:
-        """The arrays of a pack's Layout, nothing for padded rows."""
-        return () if self.pack is None else (self.pack.paths, self.pack.owners, self.pack.depths)
+    layout: tuple[NDArray[np.int32], ...] = ()
+    lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,9 @@ class GradientComputer:
     def _parts(self, batch: Batch) -> Iterator[_Part]:
         if self.packs:
             for item in pack(batch, TOKENS_AT_ONCE if on_cpu() else None, shared=self.shares):
-                wide = widened_pack(item) if self.compiles else item
-                yield _Part(wide.inputs, wide.positions, wide.targets, wide.weights, wide.row_ids, wide)
+                item = widened_pack(item) if self.compiles else item
+                layout = item.paths, item.owners, item.depths
+                yield _Part(item.inputs, item.positions, item.targets, item.weights, item.row_ids, layout, item.lengths)
             return
         batch = widened(batch) if self.compiles else batch
         yield _Part(batch.tokens[:, :-1], *target_positions(batch, coarse=self.compiles), batch.row_ids)
@@ -161,12 +162,11 @@ class GradientComputer:
         """The summed loss of ``part``, and the gradients in ``total``, if any, with its own added."""
         keys = DropoutKeys.for_rows(self._seed, step, part.row_ids) if self._keys.in_use else np.zeros(1, np.uint32)
         inputs = [mx.array(values) for values in (part.inputs, part.positions, part.targets, part.weights, keys)]
-        layout = [mx.array(values) for values in part.layout()]
+        layout = [mx.array(values) for values in part.layout]
         if self.compiles:
             # Nobody else holds the sums so far, so that MLX adds in their memory.
             return self._compiled(total, layout, *inputs)
-        lengths = part.pack.lengths if part.pack else ()
-        with _packed(layout, lengths), cpu_eager.eager(self._eager) if self._eager is not None else nullcontext():
+        with _packed(layout, part.lengths), cpu_eager.eager(self._eager) if self._eager is not None else nullcontext():
             loss, gradient = self._loss_and_gradient(*inputs)
         if self._eager is not None:  # evaluated while the graph was built, they would hold all of it
             loss, gradient = cpu_eager.plain(loss), tree_map(cpu_eager.plain, gradient)
