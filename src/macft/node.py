@@ -50,11 +50,11 @@ from macft.thermal.energy import summarize
 from macft.thermal.guard import ThermalGuard
 from macft.training.exchange import GradientExchange
 from macft.training.gradient import GradientComputer
-from macft.training.loop import Trainer, steps_for
+from macft.training.loop import Trainer
 from macft.training.optimizer import make_optimizer
 from macft.training.outer import OuterOptimizer
 from macft.training.pace import FullSpeed
-from macft.training.settings import TrainingConfig
+from macft.training.settings import TrainingConfig, steps_for
 
 
 @dataclass
@@ -182,7 +182,7 @@ def _prepare(
         train_rows=data.train.rows,
         valid_rows=[data.valid.rows[i] for i in valid_rows],
         order=order,
-        total_steps=steps_for(config.training, order),
+        total_steps=steps_for(config.training, order.steps_per_epoch),
         config=config.training,
         optimizer_config=config.optimizer,
         saver=saver,

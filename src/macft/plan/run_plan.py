@@ -28,7 +28,7 @@ from macft.plan.settle import current_settings, fitter_for
 from macft.plan.shape import ModelShape, held_weights, read_shape, shape_of
 from macft.plan.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops, step_cost
 from macft.plan.workload import StepRows, assumed_steps, steps_of
-from macft.training.loop import steps_for
+from macft.training.settings import steps_for
 
 _GIGABIT_BYTES = 117e6
 
@@ -208,9 +208,9 @@ def _steps(config: TrainConfig, folder: Path | None, notes: list[str]) -> tuple[
         raise
     except (MacftError, json.JSONDecodeError) as error:
         notes.append(f"all rows are taken to have {longest} tokens (dataset.max_seq_length): {error}")
-        return assumed_steps(batch_size, longest), steps_for(config.training, order)
+        return assumed_steps(batch_size, longest), steps_for(config.training, order.steps_per_epoch)
     order = RowOrder(data.train.source_sizes, data.train.source_weights, batch_size=batch_size, seed=config.seed)
-    total = steps_for(config.training, order)
+    total = steps_for(config.training, order.steps_per_epoch)
     return steps_of(data.train.rows, order, total), total
 
 

@@ -20,8 +20,7 @@ from macft.plan.fit import Fitter, Settings
 from macft.plan.shape import HeldWeights, ModelShape, held_weights, read_shape
 from macft.plan.workload import StepRows, steps_of
 from macft.training.gradient import TOKENS_AT_ONCE
-from macft.training.loop import steps_for
-from macft.training.settings import TrainingConfig, compiles
+from macft.training.settings import TrainingConfig, compiles, steps_for
 
 _LONGEST_VERDICT = 2000
 
@@ -43,7 +42,7 @@ def settle(
     Raises:
         ConfigError: the run doesn't fit a node's memory; the message names settings with which it would.
     """
-    steps = steps_of(rows, order, steps_for(config.training, order))
+    steps = steps_of(rows, order, steps_for(config.training, order.steps_per_epoch))
     shares = config.topology.shares if isinstance(config.topology.shares, list) else None
     if world_size is None or world_size == collective.world_size:
         mine = [step.of_rank(collective.rank, collective.world_size, shares) for step in steps]

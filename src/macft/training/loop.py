@@ -395,10 +395,3 @@ class Trainer:
         store = self.saver.store
         steps = store.steps() if self.collective.rank < self.saver.writers else []
         return f"the last good checkpoint is {store.path(steps[0])}" if steps else "no checkpoint was saved yet"
-
-
-def steps_for(config: TrainingConfig, order: RowOrder) -> int:
-    """Total optimizer updates from ``training.steps`` or ``training.epochs``."""
-    if config.steps is not None:
-        return config.steps
-    return max(1, round((config.epochs or 0) * order.steps_per_epoch))

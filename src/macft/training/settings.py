@@ -131,6 +131,13 @@ def _training_problems(config: TrainingConfig) -> list[str]:
     return found
 
 
+def steps_for(config: TrainingConfig, steps_per_epoch: float) -> int:
+    """Total optimizer updates from ``training.steps`` or ``training.epochs``."""
+    if config.steps is not None:
+        return config.steps
+    return max(1, round((config.epochs or 0) * steps_per_epoch))
+
+
 def compiles(wanted: str, *, cpu: bool) -> bool:
     """Whether the gradient is compiled, where ``training.compile`` is ``wanted``."""
     return wanted.lower() == "true" or (wanted.lower() == "auto" and not cpu)
