@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from macft.data.batch import in_common
+
 
 def assign(
     lengths: NDArray[np.int64], world_size: int, shares: Sequence[float] | None = None
@@ -28,3 +30,14 @@ def assign(
         load[rank] += lengths[place]
         places[rank].append(place)
     return [np.array(sorted(mine), dtype=np.int64) for mine in places]
+
+
+def assign_rows(
+    rows: Sequence[NDArray[np.int32]], world_size: int, shares: Sequence[float] | None = None, *, shared: bool
+) -> list[NDArray[np.int64]]:
+    """:func:`assign` for rows of tokens. ``shared``: rows that begin alike share these tokens.
+
+    What all rows begin with costs a node the same however many of them it has, so it doesn't count.
+    """
+    common = in_common(*(row[:-1] for row in rows)) if shared and len(rows) else 0
+    return assign(np.array([len(row) - common for row in rows], dtype=np.int64), world_size, shares)

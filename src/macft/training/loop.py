@@ -19,13 +19,13 @@ from macft.checkpoint.snapshot import Progress, Snapshot, capture, digest, resto
 from macft.collective.base import Collective
 from macft.collective.elastic import ElasticCollective, Members
 from macft.collective.solo import Solo
-from macft.data.batch import Batch, in_common, micro_batches
+from macft.data.batch import Batch, micro_batches
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.errors import MembershipChanged, NonFiniteLoss, PeerLost, RanksDiverged
 from macft.plan.balance import Balance
 from macft.plan.node_status import NodeStatus
-from macft.plan.shares import assign
+from macft.plan.shares import assign_rows
 from macft.report.events import CheckpointSaved, Evaluated, NodesChanged, Noted, PhaseProgress, Reporter, StepDone
 from macft.stop import StopRequest
 from macft.training.evaluate import validation_loss
@@ -222,10 +222,7 @@ class Trainer:
         """This rank's micro-batches of the step's global batch."""
         ids = self.order.rows(step)
         tokens = [self.train_rows[i].tokens for i in ids]
-        # What all begin with costs a node the same however many rows it has.
-        shared = in_common(*(row[:-1] for row in tokens)) if self.compute.shares else 0
-        lengths = np.array([len(row) - shared for row in tokens], dtype=np.int64)
-        places = assign(lengths, self.collective.world_size, self._balance.shares)
+        places = assign_rows(tokens, self.collective.world_size, self._balance.shares, shared=self.compute.shares)
         mine: NDArray[np.int64] = ids[places[self.collective.rank]]
         return micro_batches([self.train_rows[i] for i in mine], mine, self.config.micro_batch_size)
 
