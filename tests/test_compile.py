@@ -81,7 +81,7 @@ def test_gradients_are_those_of_the_uncompiled_step(
     optimizer = OptimizerConfig(name="sgd")
     for step in range(2):
         work = batches(step, 5)
-        found, expected = compiled(step, work, len(work)), plain(step, work, len(work))
+        found, expected = compiled(step, work), plain(step, work)
         same(found, expected)
         assert found.gradient.keys() == dict(tree_flatten(model.trainable_parameters())).keys()
         for each in (model, other):
@@ -106,7 +106,7 @@ def test_a_shape_is_compiled_once() -> None:
     compute.loss = recorded  # type: ignore[assignment]
     work = batches(3, 60)
     for step in range(2):
-        compute(step, work, len(work))
+        compute(step, work)
     # A step's first, which has no sums to add to, and the others.
     assert len(traced) == 1 + len(shapes_of(work[1:], coarse=True))
     assert set(traced) == shapes_of(work, coarse=True)

@@ -117,7 +117,7 @@ def batch() -> Batch:
 def test_layer_by_layer_the_gradient_is_mlx_s(kind: str, blocks: int, checkpoint: bool) -> None:
     model, compute = make(checkpoint=checkpoint, kind=kind, blocks=blocks)
     rows = batch()
-    found = compute(0, [rows], 1)
+    found = compute(0, [rows])
     assert compute._eager is not None
 
     def whole() -> Any:
@@ -141,7 +141,7 @@ def test_nothing_of_a_step_is_held_after_it() -> None:
     rows = batch()
 
     def held() -> int:
-        gradient = compute(0, [rows], 1).gradient
+        gradient = compute(0, [rows]).gradient
         mx.eval(list(gradient.values()))
         del gradient
         return int(mx.get_active_memory())

@@ -140,7 +140,7 @@ def test_loss_and_gradient_are_those_of_mlx_lm(kind: str, masked: bool) -> None:
 
     (mean, count), gradient = nn.value_and_grad(theirs, default_loss)(theirs, mx.array(batch.tokens), lengths)
     compute = GradientComputer(ours, adaptation.dropout_keys, seed=0, checkpoint_blocks=False)
-    local = compute(0, [batch], 1)
+    local = compute(0, [batch])
 
     assert local.target_tokens == int(count.item())
     assert local.loss_sum == pytest.approx(mean.item() * count.item(), rel=1e-5)
@@ -164,8 +164,8 @@ def test_micro_batches_add_up_to_the_batch() -> None:
     model.load_weights(values, strict=False)
     compute = GradientComputer(model, adaptation.dropout_keys, seed=0, checkpoint_blocks=False)
     data, ids = rows(2, masked=True), np.array([4, 8, 15, 16])
-    whole = compute(3, [collate(data, ids)], 1)
-    parts = compute(3, [collate([data[i]], ids[i : i + 1]) for i in (2, 0, 3, 1)], 4)
+    whole = compute(3, [collate(data, ids)])
+    parts = compute(3, [collate([data[i]], ids[i : i + 1]) for i in (2, 0, 3, 1)])
     assert parts.target_tokens == whole.target_tokens
     assert parts.loss_sum == pytest.approx(whole.loss_sum, rel=1e-5)
     same_gradient(parts.gradient, whole.gradient, rtol=1e-4)
@@ -179,7 +179,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         layer_class, plain = type(model.layers[0]), type(model.layers[0]).__call__
         try:
             compute = GradientComputer(model, adaptation.dropout_keys, seed=0, checkpoint_blocks=checkpoint)
-            gradients.append(compute(0, [collate(rows(2, masked=False), np.arange(4))], 1).gradient)
+            gradients.append(compute(0, [collate(rows(2, masked=False), np.arange(4))]).gradient)
         finally:
             layer_class.__call__ = plain
     same_gradient(gradients[0], gradients[1], rtol=1e-5)

@@ -33,7 +33,7 @@ def gradient_of(family: str, packing: str, data: list[Row], *, dropout: float = 
     values = [(name, mx.random.normal(value.shape) * 0.1) for name, value in tree_flatten(model.trainable_parameters())]
     model.load_weights(values, strict=False)
     compute = GradientComputer(model, adaptation.dropout_keys, seed=0, checkpoint_blocks=False, packing=packing)
-    return compute.packs, compute(3, [collate(data, np.arange(len(data)))], 1)
+    return compute.packs, compute(3, [collate(data, np.arange(len(data)))])
 
 
 def same(one: LocalGradient, other: LocalGradient) -> None:

@@ -406,7 +406,7 @@ def _end(
     run: _Run, reason: str, started: float, final: Mapping[str, float], detail: str, adapter_folder: Path | None = None
 ) -> str:
     trainer = run.trainer
-    trainer.tell_saves(wait=True)
+    trainer.saves.tell(wait=True)
     trouble = trainer.saver.trouble
     run.reporter.run_ended(
         RunEnded(

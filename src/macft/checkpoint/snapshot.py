@@ -42,6 +42,18 @@ class Progress:
     # The dataset's metric before training: {"value": 0.05, "answers": [...]}.
     before: dict[str, Any] = field(default_factory=dict)
 
+    def take_validation(self, loss: float) -> bool:
+        """Keeps account of a validation after ``step``; returns whether no other had a lower loss, in nats."""
+        self.valid_loss, self.evaluated_step = loss, self.step
+        if self.first_valid_loss is None:
+            self.first_valid_loss = loss
+        is_best = self.best_valid_loss is None or loss < self.best_valid_loss
+        if is_best:
+            self.best_valid_loss, self.best_step, self.stale_evaluations = loss, self.step, 0
+        else:
+            self.stale_evaluations += 1
+        return is_best
+
     @classmethod
     def from_json(cls, text: bytes) -> Progress:
         """Reads what :func:`capture` wrote; raises ValueError for anything else."""

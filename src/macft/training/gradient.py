@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import mlx.core as mx
@@ -116,35 +115,48 @@ class GradientComputer:
         """Whether rows that begin alike share these tokens: not with dropout, whose masks are each row's own."""
         return self.packs and not self._keys.in_use
 
-    def __call__(self, step: int, batches: Iterable[Batch], count: int) -> LocalGradient:
-        """Computes the next ``count`` of ``batches``, this node's micro-batches of ``step``; there may be none.
+    def __call__(
+        self, step: int, batches: Sequence[Batch], turns: Iterable[object] | None = None, *, in_buckets: bool = True
+    ) -> LocalGradient:
+        """Computes ``batches``, this node's micro-batches of ``step``; there may be none.
 
-        All but the last pack of rows are computed when this returns. The last one is under way, bucket by bucket, so
-        that its first gradients can be sent while MLX computes the others.
+        ``turns`` has an item for each of them, which is taken when all that came before is computed and this one is
+        about to begin. All but the last pack of rows are computed when this returns. The last one is under way, and
+        ``in_buckets`` bucket by bucket, so that its first gradients can be sent while MLX computes the others.
         """
         started = time.perf_counter()
         self._model.train()
+        taken = iter(batches if turns is None else turns)
         total: dict[str, Any] = {}
         losses: list[Any] = []
-        target_tokens = tokens = 0
-        for batch in islice(batches, count):
-            for part in self._parts(batch):
-                mx.eval(losses, total)  # one at a time: activations are freed before the next begin
-                loss, total = self._with_part(total, step, part)
+        target_tokens = 0
+        for batch in batches:
+            for number, part in enumerate(self._parts(batch)):
+                if losses:
+                    _start([losses[-1], *total.values()])
+                if self._eager is None:  # its graph is made while the device is at what comes before
+                    loss, total = self._with_part(total, step, part)
+                mx.synchronize()  # one at a time: activations are freed before the next begin
+                if number == 0:
+                    next(taken)
+                if self._eager is not None:
+                    loss, total = self._with_part(total, step, part)
                 losses.append(loss)
                 target_tokens += int(part.weights.sum())
-            tokens += int(batch.lengths.sum())
         total = total or self._zeros()
-        _start(losses)
-        for names in self.buckets:
-            total |= {name: mx.contiguous(total[name]) for name in names}
-            _start([total[name] for name in names])
+        if in_buckets:
+            _start(losses)
+            for names in self.buckets:
+                total |= {name: mx.contiguous(total[name]) for name in names}
+                _start([total[name] for name in names])
+        else:
+            _start([*losses, *total.values()])
         return LocalGradient(
             gradient=total,
             buckets=self.buckets,
             losses=losses,
             target_tokens=target_tokens,
-            tokens=tokens,
+            tokens=sum(int(batch.lengths.sum()) for batch in batches),
             started=started,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -12,31 +12,32 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from numpy.typing import NDArray
 
 from macft.checkpoint.saver import CheckpointSaver
-from macft.checkpoint.snapshot import Progress, Snapshot, capture, digest, restore, restore_adapter
+from macft.checkpoint.snapshot import Progress, Snapshot, capture, restore, restore_adapter
 from macft.collective.base import Collective
 from macft.collective.elastic import ElasticCollective, Members
 from macft.collective.solo import Solo
-from macft.data.batch import Batch, micro_batches
+from macft.data.batch import Batch
 from macft.data.formats import Row
 from macft.data.order import RowOrder
-from macft.errors import MembershipChanged, NonFiniteLoss, PeerLost, RanksDiverged
+from macft.errors import MembershipChanged, NonFiniteLoss, PeerLost
 from macft.plan.balance import Balance
 from macft.plan.node_status import NodeStatus
-from macft.plan.shares import assign_rows
-from macft.report.events import CheckpointSaved, Evaluated, NodesChanged, Noted, PhaseProgress, Reporter, StepDone
+from macft.report.events import Evaluated, NodesChanged, Noted, PhaseProgress, Reporter, StepDone
 from macft.stop import StopRequest
 from macft.training.evaluate import validation_loss
 from macft.training.exchange import GradientExchange
-from macft.training.gradient import GradientComputer, LocalGradient
+from macft.training.feed import Feed, Seat
+from macft.training.gradient import GradientComputer
+from macft.training.lone import LoneSteps
 from macft.training.optimizer import Update, clip_factor, learning_rate
 from macft.training.outer import OuterOptimizer
 from macft.training.pace import FullSpeed, Pace
-from macft.training.reduce import GlobalGradient, reduce_gradient
+from macft.training.reduce import GlobalGradient, StepMetrics, reduce_gradient
 from macft.training.regroup import PauseNotice, Position, Seating, newest
 from macft.training.remarks import Remarks
+from macft.training.saves import Saves
 from macft.training.settings import OptimizerConfig, TrainingConfig
 
 _EVALUATION_ROWS_AT_ONCE = 8
@@ -69,7 +70,6 @@ class Trainer:
     tokens: int = field(default=0, init=False)
     # Whether the adapter to be exported has taken the last one's place in the model.
     has_final_adapter: bool = field(default=False, init=False)
-    _saved_step: int | None = field(default=None, init=False)
     _stop_agreed: bool = field(default=False, init=False)
     _change_agreed: bool = field(default=False, init=False)
     _unsound: str = field(default="", init=False)
@@ -78,12 +78,23 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._apply = Update(self.model, self.optimizer, compiled=self.compute.compiles)
+        self._lone = LoneSteps(self._apply, self._status)
+        self._feed = Feed(self.train_rows, self.order, self.config.micro_batch_size, shared=self.compute.shares)
         self._exchange = self.exchange or GradientExchange(self.collective)
         # With DiLoCo a step is each node's own.
         self._exchange_of_step = GradientExchange(Solo()) if self.outer else self._exchange
         self._balance = self.balance or Balance("equal", self.collective.world_size, every=1)
         self._remarks = Remarks(self.collective, self.pace.own_remarks)
-        self._saved_step = self.progress.step or None
+        self.saves = Saves(
+            self.model,
+            self.optimizer,
+            self.collective,
+            self._exchange,
+            self.outer,
+            self.saver,
+            self.reporter,
+            self.progress.step or None,
+        )
         self._seating = Seating(self.elastic) if self.elastic is not None else None
 
     def train(self) -> str:
@@ -99,38 +110,84 @@ class Trainer:
             return self._ended
         self._evaluate_and_save_when_due()
         while self.progress.step < self.total_steps and not self._out_of_patience:
-            started, sent = time.perf_counter(), self.collective.bytes_sent
-            self._begun = self.progress.step
-            batches = self._my_batches(self.progress.step)
-            data_seconds = time.perf_counter() - started
-            paced = self.pace.paced(batches)
-            local = self.compute(self.progress.step, self._while_together(paced), len(batches))
-            result = reduce_gradient(
-                self._exchange_of_step,
-                local,
-                stop=self.stop.requested,
-                change=self.elastic is not None and self.elastic.wants_change,
-                computed=paced.close,  # the last micro-batch is computed
-                status=partial(self._status, local.tokens),
-            )
-            update_seconds, rate = self._update(result)
-            meeting = time.perf_counter()
-            met = self.outer is None or self._meet(self.outer, result)
-            sync_seconds = time.perf_counter() - meeting
-            self._report(result, local, rate, started, data_seconds, update_seconds, sync_seconds, sent)
-            if not met:
+            if not (self._train_alone() if self._is_alone else self._train_together()):
                 continue
-            self._rebalance()
             self._evaluate_and_save_when_due()
             if self._stop_agreed and self.progress.step < self.total_steps:
-                self._save()
+                self.saves.save(self.progress)
                 return "interrupted"
             if self._change_agreed:
                 raise MembershipChanged("a node wants to join")
-        self._save()
-        self.tell_saves(wait=True)
+        self.saves.save(self.progress)
+        self.saves.tell(wait=True)
         self._ended = "early_stopped" if self._out_of_patience else "finished"
         return self._ended
+
+    def _train_together(self) -> bool:
+        """One step; returns whether all nodes have one adapter after it, as they always do without DiLoCo."""
+        started, sent = time.perf_counter(), self.collective.bytes_sent
+        step = self._begun = self.progress.step
+        batches = self._feed.batches(step, self._seat)
+        data_seconds = time.perf_counter() - started
+        paced = self.pace.paced(batches)
+        local = self.compute(step, batches, self._turns(paced))
+        self._feed.prepare(step + 1, self._seat)  # while MLX computes
+        result = reduce_gradient(
+            self._exchange_of_step,
+            local,
+            stop=self.stop.requested,
+            change=self._wants_change,
+            computed=paced.close,  # the last micro-batch is computed
+            status=partial(self._status, local.tokens),
+        )
+        update_seconds, rate = self._update(result)
+        meeting = time.perf_counter()
+        met = self.outer is None or self._meet(self.outer, result.metrics)
+        parts = {"data": data_seconds, **result.metrics.seconds, "update": update_seconds}
+        if self.outer:
+            parts["sync"] = time.perf_counter() - meeting
+        seconds = time.perf_counter() - started
+        self._report(self.progress.step, result.metrics, local.tokens, rate, seconds, parts, sent)
+        if met:
+            self._rebalance()
+        return met
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether steps can be queued, since no other node's numbers are needed."""
+        return self.collective.world_size == 1 and self.outer is None and self.compute.compiles
+
+    def _train_alone(self) -> bool:
+        """Begins a step, and reports the one before meanwhile; returns whether something has to be done after it.
+
+        If so, it is computed and reported as well.
+        """
+        step = self._begun = self.progress.step
+        batches = self._feed.batches(step, self._seat)
+        paced = self.pace.paced(batches)
+        local = self.compute(step, batches, self._turns(paced), in_buckets=False)
+        self._report_lone_step()
+        rate = learning_rate(self.optimizer_config, step, self.total_steps)
+        self._lone.queue(step + 1, local, paced, rate, self.config.max_grad_norm)
+        self._stop_agreed, self._change_agreed = self.stop.requested, self._wants_change
+        self.progress.step += 1
+        self.progress.target_tokens += local.target_tokens
+        if not (self._stop_agreed or self._change_agreed or self._is_due(self.progress.step)):
+            return False
+        self._report_lone_step()
+        return True
+
+    def _report_lone_step(self) -> None:
+        if (done := self._lone.take()) is None:
+            return
+        metrics = done.metrics
+        if not metrics.finite:
+            self.progress.step = done.step - 1
+            raise self._not_finite(_found(done.step, metrics))
+        sent = self.collective.bytes_sent
+        self._report(done.step, metrics, metrics.tokens, done.learning_rate, done.seconds, dict(metrics.seconds), sent)
+        self._rebalance()
+        self.saves.tell()
 
     def regroup(self) -> bool:
         """Goes on with the nodes that there are now, from the newest state that one of them has.
@@ -141,6 +198,7 @@ class Trainer:
         assert self.elastic is not None
         assert self._seating is not None
         started = time.monotonic()
+        self._report_lone_step()
         pause = PauseNotice(self.stop, self.reporter)
         while self._is_let_in(pause):
             try:
@@ -173,7 +231,8 @@ class Trainer:
                 restore(snapshot, self.model, self.optimizer)
             else:
                 restore_adapter(snapshot, self.model)
-        self._ended, self.has_final_adapter, self._saved_step = told["ended"], told["has_final_adapter"], None
+        self.saves.saved_step = None
+        self._ended, self.has_final_adapter = told["ended"], told["has_final_adapter"]
         self._stop_agreed = self._change_agreed = False
         self._balance = Balance.reseated(told["balance"], told["old_ranks"])
         self._exchange.start_anew(told["codec"], is_open=told["codec_is_open"])
@@ -202,9 +261,10 @@ class Trainer:
             "codec_is_open": is_open,
         }
 
-    def _while_together(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Computes nothing more for a step that can't be finished."""
-        for batch in batches:
+    def _turns(self, paced: Iterable[Batch]) -> Iterator[Batch]:
+        """When each micro-batch may be computed; none more for a step that can't be finished."""
+        self._lone.begin()
+        for batch in paced:
             if self.elastic is not None:
                 self.elastic.check()
             yield batch
@@ -218,43 +278,43 @@ class Trainer:
     def _out_of_patience(self) -> bool:
         return 0 < self.config.patience <= self.progress.stale_evaluations
 
-    def _my_batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of the step's global batch."""
-        ids = self.order.rows(step)
-        tokens = [self.train_rows[i].tokens for i in ids]
-        places = assign_rows(tokens, self.collective.world_size, self._balance.shares, shared=self.compute.shares)
-        mine: NDArray[np.int64] = ids[places[self.collective.rank]]
-        return micro_batches([self.train_rows[i] for i in mine], mine, self.config.micro_batch_size)
+    @property
+    def _seat(self) -> Seat:
+        return Seat(self.collective.rank, self.collective.world_size, tuple(self._balance.shares))
+
+    @property
+    def _wants_change(self) -> bool:
+        return self.elastic is not None and self.elastic.wants_change
 
     def _status(self, tokens: int, seconds: float) -> NodeStatus:
         return replace(self.pace.status(tokens, seconds), remarks=self._remarks.collect())
 
     def _update(self, result: GlobalGradient) -> tuple[float, float]:
         """Applies the global gradient, or nothing at all where it isn't finite; returns (seconds, learning rate)."""
-        started = time.perf_counter()
-        if not result.finite:
-            found = f"step {self.progress.step + 1}: the loss is {result.loss} and the gradient norm {result.norm}"
+        started, metrics = time.perf_counter(), result.metrics
+        if not metrics.finite:
+            found = _found(self.progress.step + 1, metrics)
             if not self.outer:
                 raise self._not_finite(found)
             self._unsound = self._unsound or found  # this node's own affair until the nodes meet
         rate = learning_rate(self.optimizer_config, self.progress.step, self.total_steps)
-        if not self._unsound and (result.target_tokens or not self.outer):
-            clip = clip_factor(result.norm, self.config.max_grad_norm)
+        if not self._unsound and (metrics.target_tokens or not self.outer):
+            clip = clip_factor(metrics.norm, self.config.max_grad_norm)
             self._apply(result.gradient, rate, result.factor * clip)
         self._stop_agreed, self._change_agreed = result.stop_requested, result.change_requested
         self.progress.step += 1
-        self.progress.target_tokens += result.target_tokens
+        self.progress.target_tokens += metrics.target_tokens
         return time.perf_counter() - started, rate
 
     def _not_finite(self, found: str) -> NonFiniteLoss:
         return NonFiniteLoss(
-            f"{found}; no update was made and {self._last_checkpoint()}. A lower optimizer.learning_rate or a smaller "
+            f"{found}; no update was made and {self.saves.last()}. A lower optimizer.learning_rate or a smaller "
             "adapter.scale usually helps"
         )
 
-    def _meet(self, outer: OuterOptimizer, result: GlobalGradient) -> bool:
+    def _meet(self, outer: OuterOptimizer, metrics: StepMetrics) -> bool:
         """With DiLoCo, whether the nodes have met after this step; they then have one adapter again."""
-        outer.target_tokens += result.target_tokens
+        outer.target_tokens += metrics.target_tokens
         if self.progress.step % self.config.inner_steps and self.progress.step < self.total_steps:
             return False
         for rank, found in enumerate(self.collective.all_gather(self._unsound.encode())):
@@ -262,7 +322,7 @@ class Trainer:
                 raise self._not_finite(f"rank {rank}, {found.decode()}")
         own = outer.target_tokens
         self.progress.target_tokens += outer.step(self.model, self._exchange) - own
-        told = [float(self.stop.requested), *result.nodes[0].numbers()]
+        told = [float(self.stop.requested), *metrics.nodes[0].numbers()]
         answers = [np.frombuffer(answer) for answer in self.collective.all_gather(np.array(told).tobytes())]
         self._stop_agreed = any(answer[0] for answer in answers)
         self.nodes = [NodeStatus.of_numbers(answer[1:].tolist()) for answer in answers]
@@ -270,43 +330,38 @@ class Trainer:
 
     def _report(
         self,
-        result: GlobalGradient,
-        local: LocalGradient,
+        step: int,
+        metrics: StepMetrics,
+        node_tokens: int,
         rate: float,
-        started: float,
-        data_seconds: float,
-        update_seconds: float,
-        sync_seconds: float,
+        seconds: float,
+        parts: Mapping[str, float],
         sent: int,
     ) -> None:
-        seconds = time.perf_counter() - started
         self.progress.seconds += seconds
-        self.tokens += result.tokens
+        self.tokens += metrics.tokens
         if not self.outer:
-            self.nodes = result.nodes
-        parts = {"data": data_seconds, **result.seconds, "update": update_seconds}
-        if self.outer:
-            parts["sync"] = sync_seconds
-        if note := self._exchange.observe(seconds, result.seconds["all_reduce"]):
+            self.nodes = metrics.nodes
+        if note := self._exchange.observe(seconds, parts["all_reduce"]):
             self.reporter.noted(Noted(note))
         self.reporter.step_done(
             StepDone(
-                step=self.progress.step,
+                step=step,
                 total_steps=self.total_steps,
-                epoch=self.order.epoch_of(self.progress.step),
-                loss=result.loss,
+                epoch=self.order.epoch_of(step),
+                loss=metrics.loss,
                 learning_rate=rate,
-                grad_norm=result.norm,
-                target_tokens=result.target_tokens,
-                tokens=result.tokens,
-                node_tokens=local.tokens,
+                grad_norm=metrics.norm,
+                target_tokens=metrics.target_tokens,
+                tokens=metrics.tokens,
+                node_tokens=node_tokens,
                 seconds=seconds,
                 parts=parts,
                 bytes_sent=self.collective.bytes_sent - sent,
                 residual_norm=self._exchange.residual_norm,
                 peak_memory=mx.get_peak_memory(),
                 active_memory=mx.get_active_memory(),
-                nodes=result.nodes,
+                nodes=metrics.nodes,
                 shares=list(self._balance.shares),
                 generation=0 if self._seating is None else self._seating.generation,
             )
@@ -321,14 +376,23 @@ class Trainer:
             self.reporter.noted(Noted(line))
 
     def _evaluate_and_save_when_due(self) -> None:
-        self.tell_saves()
-        step, config = self.progress.step, self.config
-        is_due = config.eval_every and (step == self.total_steps or step % config.eval_every == 0)
-        if is_due and self.valid_rows and self.progress.evaluated_step != step:
+        self.saves.tell()
+        step = self.progress.step
+        if self._is_validated(step) and self.progress.evaluated_step != step:
             self._evaluate()
-        is_best = step == self.progress.best_step
-        if step > 0 and (is_best or (config.save_every and step % config.save_every == 0)):
-            self._save()
+        if step > 0 and (step == self.progress.best_step or self._is_saved(step)):
+            self.saves.save(self.progress)
+
+    def _is_due(self, step: int) -> bool:
+        """Whether anything is to be done after update ``step`` before the next one."""
+        return step == self.total_steps or self._is_validated(step) or self._is_saved(step)
+
+    def _is_validated(self, step: int) -> bool:
+        every = self.config.eval_every
+        return bool(every and self.valid_rows) and (step == self.total_steps or step % every == 0)
+
+    def _is_saved(self, step: int) -> bool:
+        return bool(self.config.save_every) and step % self.config.save_every == 0
 
     def _evaluate(self) -> None:
         """Validates and keeps account of the best loss."""
@@ -342,53 +406,11 @@ class Trainer:
                 shares=self._balance.shares,
                 progress=lambda done, total: self.reporter.phase_progress(PhaseProgress("validation", done, total)),
             )
-        progress = self.progress
-        progress.valid_loss, progress.evaluated_step = result.loss, progress.step
-        if progress.first_valid_loss is None:
-            progress.first_valid_loss = result.loss
-        is_best = progress.best_valid_loss is None or result.loss < progress.best_valid_loss
-        if is_best:
-            progress.best_valid_loss, progress.best_step, progress.stale_evaluations = result.loss, progress.step, 0
-        else:
-            progress.stale_evaluations += 1
-        self.reporter.evaluated(Evaluated(progress.step, result.loss, result.target_tokens, result.seconds, is_best))
+        is_best = self.progress.take_validation(result.loss)
+        self.reporter.evaluated(
+            Evaluated(self.progress.step, result.loss, result.target_tokens, result.seconds, is_best)
+        )
 
-    def _save(self) -> None:
-        """Has a checkpoint written, after all ranks have shown that they hold the same adapter."""
-        if self._saved_step == self.progress.step:
-            return
-        started = time.perf_counter()
-        self._require_equal_ranks()
-        self._saved_step = self.progress.step
-        codec = self._exchange.capture()
-        outer = self.outer.capture(self.optimizer, self._exchange) if self.outer else []
-        if self.collective.rank < self.saver.writers:
-            snapshot = capture(self.model, self.optimizer, self.progress, codec=codec, outer=outer)
-            self.saver.begin(snapshot, since=started)
 
-    def tell_saves(self, *, wait: bool = False) -> None:
-        """Reports the checkpoints that have been written, or could not be, since the last call."""
-        if wait:
-            self.saver.wait()
-        for save in self.saver.news():
-            if save.error:
-                self.reporter.noted(Noted(f"{save.error}; training goes on", "warning"))
-            else:
-                self.reporter.checkpoint_saved(
-                    CheckpointSaved(save.step, save.path, save.is_best, save.seconds, save.waited)
-                )
-
-    def _require_equal_ranks(self) -> None:
-        digests = self.collective.all_gather(digest(self.model)) if self.collective.world_size > 1 else []
-        different = [rank for rank, value in enumerate(digests) if value != digests[0]]
-        if different:
-            raise RanksDiverged(
-                f"step {self.progress.step}: rank {different[0]} holds another adapter than rank 0; "
-                f"{self._last_checkpoint()}. Do all nodes run the same versions of macft and MLX?"
-            )
-
-    def _last_checkpoint(self) -> str:
-        self.saver.wait()
-        store = self.saver.store
-        steps = store.steps() if self.collective.rank < self.saver.writers else []
-        return f"the last good checkpoint is {store.path(steps[0])}" if steps else "no checkpoint was saved yet"
+def _found(step: int, metrics: StepMetrics) -> str:
+    return f"step {step}: the loss is {metrics.loss} and the gradient norm {metrics.norm}"

@@ -82,16 +82,59 @@ class Update:
     def __init__(self, model: nn.Module, optimizer: optim.Optimizer, *, compiled: bool = False):
         self._model, self._optimizer = model, optimizer
         self._step = mx.compile(self._updated) if compiled else self._updated
+        self._step_if_finite = mx.compile(self._updated_if_finite) if compiled else self._updated_if_finite
+        self._is_sound = mx.array(True)
 
     def __call__(self, gradient: Mapping[str, Any], rate: float, factor: float = 1.0) -> None:
         """One update by ``factor`` times ``gradient``, which maps the parameters' names to float32 arrays."""
-        parameters: dict[str, Any] = dict(tree_flatten(self._model.trainable_parameters()))
-        self._optimizer.learning_rate = rate
-        updated, self._optimizer.state = self._step(
-            parameters, {name: gradient[name] for name in parameters}, self._optimizer.state, mx.array(factor)
-        )
+        parameters, state = self._before(rate)
+        ours = {name: gradient[name] for name in parameters}
+        updated, self._optimizer.state = self._step(parameters, ours, state, mx.array(factor))
         self._model.update(tree_unflatten(list(updated.items())))
         mx.eval(self._model.trainable_parameters(), self._optimizer.state)
+
+    def queue(
+        self, gradient: Mapping[str, Any], rate: float, loss_sum: Any, target_tokens: int, max_norm: float
+    ) -> tuple[Any, Any]:
+        """An update that nobody waits for, by the mean of summed ``gradient``, clipped to ``max_norm`` (0: not at all).
+
+        Returns the mean loss and the L2 norm of its gradient, float32 (), on their way as the update is. Where one of
+        them isn't finite, the parameters stay as they are, from then on.
+        """
+        parameters, state = self._before(rate)
+        ours = {name: gradient[name] for name in parameters}
+        factor = mx.array(1.0 / max(target_tokens, 1))
+        updated, self._optimizer.state, loss, norm, self._is_sound = self._step_if_finite(
+            parameters, ours, state, loss_sum, factor, self._is_sound, max_norm
+        )
+        self._model.update(tree_unflatten(list(updated.items())))
+        arrays = [loss, norm, self._is_sound, *updated.values()]
+        arrays += [value for _, value in tree_flatten(self._optimizer.state)]
+        mx.async_eval(arrays)  # type: ignore[no-untyped-call]
+        return loss, norm
+
+    def _before(self, rate: float) -> tuple[dict[str, Any], dict[str, Any]]:
+        self._optimizer.learning_rate = rate
+        return dict(tree_flatten(self._model.trainable_parameters())), self._optimizer.state
+
+    def _updated_if_finite(
+        self,
+        parameters: dict[str, Any],
+        gradient: dict[str, Any],
+        state: dict[str, Any],
+        loss_sum: Any,
+        factor: Any,
+        is_sound: Any,
+        max_norm: float,
+    ) -> tuple[dict[str, Any], dict[str, Any], Any, Any, Any]:
+        loss = loss_sum * factor
+        squares = [mx.square(value).sum() for value in gradient.values()]
+        norm = factor * mx.sqrt(sum(squares, mx.array(0.0)))
+        is_sound = is_sound & mx.isfinite(loss) & mx.isfinite(norm)
+        clip = mx.where(norm > max_norm, max_norm / norm, 1.0) if max_norm else mx.array(1.0)
+        updated, state = self._updated(parameters, gradient, state, factor * clip)
+        kept = {name: mx.where(is_sound, value, parameters[name]) for name, value in updated.items()}
+        return kept, state, loss, norm, is_sound
 
     def _updated(
         self, parameters: dict[str, Any], gradient: dict[str, Any], state: dict[str, Any], factor: Any

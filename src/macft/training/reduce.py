@@ -11,7 +11,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from macft.model.device import on_cpu
 from macft.plan.node_status import NodeStatus
 from macft.training.exchange import GradientExchange
 from macft.training.gradient import LocalGradient
@@ -20,23 +19,18 @@ _STILL_COMPUTING_SECONDS = 2e-4
 
 
 @dataclass(frozen=True)
-class GlobalGradient:
-    """The same on every rank: the summed gradient of the global batch, and the L2 norm of the mean loss's gradient.
+class StepMetrics:
+    """What a step tells of itself, the same on every rank but for ``seconds``.
 
-    ``gradient`` maps parameter names to float32 MLX arrays; times ``factor`` it is that of the mean loss over all
-    target tokens. ``nodes`` holds every rank's status of the step.
-    ``seconds`` are this rank's own: ``compute`` until its gradient was there, ``all_reduce`` on top of that, and
-    ``all_reduce_hidden``, which is a part of compute.
+    ``loss`` is the mean over all target tokens, in nats, and ``norm`` the L2 norm of its gradient. ``nodes`` holds
+    every rank's status of the step. ``seconds`` are this rank's own: ``compute`` until its gradient was there,
+    ``all_reduce`` on top of that, and ``all_reduce_hidden``, which is a part of compute.
     """
 
-    gradient: dict[str, Any]
-    factor: float
-    norm: float
     loss: float
+    norm: float
     target_tokens: int
     tokens: int
-    stop_requested: bool
-    change_requested: bool
     nodes: list[NodeStatus]
     seconds: Mapping[str, float]
 
@@ -44,6 +38,21 @@ class GlobalGradient:
     def finite(self) -> bool:
         """Whether loss and gradient are free of NaN and infinity."""
         return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+
+@dataclass(frozen=True)
+class GlobalGradient:
+    """The same on every rank: the summed gradient of the global batch.
+
+    ``gradient`` maps parameter names to float32 MLX arrays; times ``factor`` it is that of the mean loss over all
+    target tokens.
+    """
+
+    gradient: dict[str, Any]
+    factor: float
+    metrics: StepMetrics
+    stop_requested: bool
+    change_requested: bool
 
 
 def reduce_gradient(
@@ -76,18 +85,15 @@ def reduce_gradient(
     loss_sum, target_tokens, tokens, stops, changes = (float(value) for value in sums[: len(counts)])
     factor = 1.0 / max(target_tokens, 1.0)
     seconds["all_reduce"] += time.perf_counter() - ready
-    return GlobalGradient(
-        gradient=local.gradient,
-        factor=factor,
-        norm=factor * _norm(local.gradient, alone=collective.world_size == 1),
+    metrics = StepMetrics(
         loss=loss_sum / max(target_tokens, 1.0),
+        norm=factor * _norm(local.gradient),
         target_tokens=int(target_tokens),
         tokens=int(tokens),
-        stop_requested=stops > 0,
-        change_requested=changes > 0,
         nodes=[NodeStatus.of_numbers(slot.tolist()) for slot in sums[len(counts) :].reshape(slots.shape)],
         seconds=seconds,
     )
+    return GlobalGradient(local.gradient, factor, metrics, stop_requested=stops > 0, change_requested=changes > 0)
 
 
 def _sum_buckets(exchange: GradientExchange, local: LocalGradient, computed: Callable[[], None]) -> dict[str, float]:
@@ -113,14 +119,7 @@ def _sum_buckets(exchange: GradientExchange, local: LocalGradient, computed: Cal
     return {"compute": compute, "all_reduce": exposed + reducing, "all_reduce_hidden": hidden}
 
 
-def _norm(gradient: Mapping[str, Any], *, alone: bool) -> float:
+def _norm(gradient: Mapping[str, Any]) -> float:
     """L2 norm over all arrays. Ranks get the same bits from the same values, whatever their GPUs are."""
-    if alone and not on_cpu():
-        return float(_norm_on_device(list(gradient.values())).item())
     flat = (np.asarray(value).reshape(-1) for value in gradient.values())
     return math.sqrt(sum(float(np.einsum("i,i->", value, value, dtype=np.float64)) for value in flat))
-
-
-@mx.compile
-def _norm_on_device(values: list[Any]) -> Any:
-    return mx.sqrt(sum((mx.square(value).sum() for value in values), mx.array(0.0)))

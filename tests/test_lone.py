@@ -1,0 +1,199 @@
+"""A node that trains alone computes on while its last step's numbers are read, and learns what it would otherwise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterable
+from pathlib import Path
+from typing import Any
+
+import macft.model.device  # noqa: F401  (loads OpenBLAS before MLX)
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from macft.checkpoint.saver import CheckpointSaver
+from macft.checkpoint.snapshot import Progress
+from macft.checkpoint.store import CheckpointStore
+from macft.collective.solo import Solo
+from macft.data.batch import Batch
+from macft.data.formats import Row
+from macft.data.order import RowOrder
+from macft.errors import NonFiniteLoss
+from macft.model.adapt import adapt
+from macft.model.adapter_settings import AdapterConfig
+from macft.report.events import Evaluated, SilentReporter, StepDone
+from macft.stop import StopRequest
+from macft.training.feed import Feed, Seat
+from macft.training.gradient import GradientComputer
+from macft.training.loop import Trainer
+from macft.training.optimizer import Update, make_optimizer
+from macft.training.pace import FullSpeed
+from macft.training.settings import OptimizerConfig, TrainingConfig
+from test_loss import make, same_gradient
+
+ROWS = 24
+
+
+def rows() -> list[Row]:
+    generator = np.random.default_rng(5)
+    lengths = generator.integers(5, 40, ROWS)
+    return [Row(generator.integers(1, 97, n).astype(np.int32), int(generator.integers(0, n - 2))) for n in lengths]
+
+
+class Diary(SilentReporter, FullSpeed):
+    """Writes down what is reported, and when micro-batches begin and end."""
+
+    def __init__(self) -> None:
+        self.entries: list[str] = []
+        self.steps: list[StepDone] = []
+        self.step = 0
+
+    def paced(self, batches: Iterable[Batch]) -> Generator[Batch]:
+        self.step += 1
+        step = self.step
+        for number, batch in enumerate(batches):
+            self.entries.append(f"begin {step}.{number}")
+            try:
+                yield batch
+            finally:
+                self.entries.append(f"end {step}.{number}")
+
+    def step_done(self, event: StepDone) -> None:
+        self.entries.append(f"told {event.step}")
+        self.steps.append(event)
+
+    def evaluated(self, event: Evaluated) -> None:
+        self.entries.append(f"evaluated {event.step}")
+
+
+def trainer(
+    folder: Path, diary: Diary, *, compiling: str, optimizer: OptimizerConfig | None = None, **config: Any
+) -> Trainer:
+    model = make("llama")
+    adaptation = adapt(model, AdapterConfig(rank=4), seed=1)
+    data = rows()
+    training = TrainingConfig(**{"batch_size": 4, "steps": 6, "eval_every": 3, "save_every": 0, **config})
+    compute = GradientComputer(
+        model, adaptation.dropout_keys, seed=0, checkpoint_blocks=False, compiling=compiling, packing=training.packing
+    )
+    assert compute.compiles == (compiling == "true")
+    optimizer = optimizer or OptimizerConfig(learning_rate=0.01)
+    return Trainer(
+        model=model,
+        optimizer=make_optimizer(optimizer),
+        compute=compute,
+        collective=Solo(),
+        train_rows=data,
+        valid_rows=data[:5],
+        order=RowOrder([ROWS], [1.0], batch_size=training.batch_size, seed=0),
+        total_steps=training.steps or 0,
+        config=training,
+        optimizer_config=optimizer,
+        saver=CheckpointSaver(CheckpointStore(folder, keep_last=2)),
+        reporter=diary,
+        progress=Progress(),
+        stop=StopRequest(),
+        pace=diary,
+    )
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_it_learns_and_tells_what_it_would_otherwise(tmp_path: Path, micro_batch: int | None, packing: str) -> None:
+    diaries, adapters = [], []
+    for word in ("true", "false"):
+        diaries.append(Diary())
+        run = trainer(
+            tmp_path / word,
+            diaries[-1],
+            compiling=word,
+            micro_batch_size=micro_batch,
+            max_grad_norm=0.5,
+            packing=packing,
+        )
+        assert run.train() == "finished"
+        adapters.append(dict(tree_flatten(run.model.trainable_parameters())))
+    queued, plain = (diary.steps for diary in diaries)
+    assert [event.step for event in queued] == [event.step for event in plain] == [1, 2, 3, 4, 5, 6]
+    for found, expected in zip(queued, plain, strict=True):
+        assert found.loss == pytest.approx(expected.loss, rel=1e-4)
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-3)
+        for name in ("epoch", "learning_rate", "tokens", "node_tokens", "target_tokens", "shares", "bytes_sent"):
+            assert getattr(found, name) == getattr(expected, name), name
+        assert found.seconds == pytest.approx(sum(found.parts.values()))
+        assert found.nodes[0].tokens == expected.nodes[0].tokens
+    same_gradient(adapters[0], adapters[1], rtol=1e-3)
+
+
+def test_the_next_step_begins_before_the_last_one_is_told(tmp_path: Path) -> None:
+    diary = Diary()
+    trainer(tmp_path, diary, compiling="true", micro_batch_size=2).train()
+    expected = ["evaluated 0"]
+    for step in range(1, 7):
+        expected += [f"begin {step}.0", f"end {step}.0", f"begin {step}.1"]
+        if step not in (1, 4):  # validation comes before, and waits for the numbers
+            expected += [f"told {step - 1}"]
+        expected += [f"end {step}.1"]
+        if step in (3, 6):
+            expected += [f"told {step}", f"evaluated {step}"]
+    assert diary.entries == expected
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+    """The first update leads far away; the second step's loss is NaN, found out when the third has begun."""
+    diary = Diary()
+    explode = OptimizerConfig(name="sgd", learning_rate=1e30, schedule="constant")
+    run = trainer(tmp_path, diary, compiling="true", optimizer=explode, eval_every=0, max_grad_norm=0.0)
+    with pytest.raises(NonFiniteLoss, match=r"^step 2: the loss is (nan|inf)"):
+        run.train()
+    assert [event.step for event in diary.steps] == [1]
+    assert run.progress.step == 1
+    once = trainer(tmp_path, Diary(), compiling="true", optimizer=explode, eval_every=0, max_grad_norm=0.0, steps=1)
+    once.train()
+    found, expected = (dict(tree_flatten(each.model.trainable_parameters())) for each in (run, once))
+    for name, value in expected.items():
+        np.testing.assert_array_equal(np.array(found[name]), np.array(value))
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.1, 1e6])
+def test_the_queued_update_is_the_other_one(max_norm: float) -> None:
+    found = []
+    for queued in (True, False):
+        model = make("llama")
+        adapt(model, AdapterConfig(rank=4), seed=1)
+        update = Update(model, make_optimizer(OptimizerConfig()), compiled=True)
+        mx.random.seed(2)
+        parameters = tree_flatten(model.trainable_parameters())
+        for step in range(3):
+            gradient = {key: mx.random.normal(value.shape) for key, value in parameters}
+            norm = math.sqrt(sum(float(np.square(np.array(value)).sum()) for value in gradient.values())) / 7
+            if queued:
+                loss, told = update.queue(gradient, 1e-3 * (step + 1), mx.array(14.0), 7, max_norm)
+                assert (loss.item(), told.item()) == (pytest.approx(2.0), pytest.approx(norm, rel=1e-5))
+            else:
+                clip = max_norm / norm if max_norm and norm > max_norm else 1.0
+                update(gradient, 1e-3 * (step + 1), clip / 7)
+        found.append(dict(tree_flatten(model.trainable_parameters())))
+    for key, value in found[0].items():
+        np.testing.assert_allclose(np.array(value), np.array(found[1][key]), rtol=1e-5, atol=1e-7)
+
+
+def test_batches_made_ahead_are_those_asked_for() -> None:
+    """Whatever the shares have become in the meantime."""
+    order = RowOrder([ROWS], [1.0], batch_size=8, seed=0)
+
+    def ids(feed: Feed, step: int, seat: Seat) -> list[list[int]]:
+        return [batch.row_ids.tolist() for batch in feed.batches(step, seat)]
+
+    even, uneven = Seat(1, 2, (0.5, 0.5)), Seat(1, 2, (0.9, 0.1))
+    ahead, fresh = (Feed(rows(), order, 2, shared=True) for _ in range(2))
+    ahead.prepare(3, even)
+    assert ids(ahead, 3, even) == ids(fresh, 3, even)
+    ahead.prepare(4, even)
+    assert ids(ahead, 4, uneven) == ids(fresh, 4, uneven) != ids(fresh, 4, even)
+    ahead.prepare(5, even)
+    assert ids(ahead, 3, even) == ids(fresh, 3, even)
