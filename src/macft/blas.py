@@ -17,8 +17,15 @@ import os
 import platform
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import platformdirs
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Matrix = NDArray[np.float32]
 
 _library: ctypes.CDLL | None = None
 _problem: str | None = None
@@ -42,6 +49,34 @@ def preload() -> None:
 def library() -> ctypes.CDLL | None:
     """The OpenBLAS that was loaded, if any."""
     return _library
+
+
+def product(
+    a: Matrix, b: Matrix, out: Matrix, *, transposed: bool = False, first_transposed: bool = False, add: bool = False
+) -> None:
+    """``out = a @ b`` (``b`` or ``a`` transposed), or ``out += ...``; float32 matrices whose rows are contiguous.
+
+    Only where an OpenBLAS was loaded. (NumPy brings one of its own, whose threads would be in the way of this one's.)
+    """
+    assert _library is not None
+    row_major, plain, turned = 101, 111, 112
+    size = ctypes.c_int
+    _library.cblas_sgemm(
+        size(row_major),
+        size(turned if first_transposed else plain),
+        size(turned if transposed else plain),
+        size(out.shape[0]),
+        size(out.shape[1]),
+        size(a.shape[0] if first_transposed else a.shape[1]),
+        ctypes.c_float(1.0),
+        ctypes.c_void_p(a.ctypes.data),
+        size(a.strides[0] // 4),
+        ctypes.c_void_p(b.ctypes.data),
+        size(b.strides[0] // 4),
+        ctypes.c_float(1.0 if add else 0.0),
+        ctypes.c_void_p(out.ctypes.data),
+        size(out.strides[0] // 4),
+    )
 
 
 def set_threads(count: int) -> None:

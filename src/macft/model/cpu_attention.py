@@ -14,7 +14,6 @@ It runs as MLX builds the graph, which on a CPU makes no difference.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -162,12 +161,12 @@ def _forward(queries: Matrix, keys: Matrix, values: Matrix, scale: float, blocks
         for block in blocks:
             rows = slice(block.start * group, block.end * group)
             scores = _part(buffer, (block.end - block.start) * group, block.count)
-            _product(q[rows], k[block.columns], scores, transposed=True)
+            blas.product(q[rows], k[block.columns], scores, transposed=True)
             scores[:, block.seen :] += block.masks(group)[0]
             highest = scores.max(axis=1, keepdims=True)
             scores -= highest
             np.exp(scores, out=scores)
-            _product(scores, v[block.columns], sums[rows])
+            blas.product(scores, v[block.columns], sums[rows])
             log_sums[number, rows] = highest[:, 0] + np.log(sums[rows, d])
         sums[:, :d] /= sums[:, d:]
         _from_token(output, number, group, sums[:, :d])
@@ -203,13 +202,13 @@ def _backward(
             rows, columns = slice(block.start * group, block.end * group), block.columns
             k, v = all_k[columns], all_v[columns]
             weights, by_scores = (_part(buffer, (block.end - block.start) * group, block.count) for buffer in buffers)
-            _product(q[rows], k, weights, transposed=True)
+            blas.product(q[rows], k, weights, transposed=True)
             np.exp(np.minimum(weights, 0.0, out=weights), out=weights)
             weights[:, block.seen :] *= block.masks(group)[1]
             _product_added(weights, g[rows], v_sums, columns)
-            _product(g_less[rows], v, by_scores, transposed=True)
+            blas.product(g_less[rows], v, by_scores, transposed=True)
             by_scores *= weights
-            _product(by_scores, k[:, :d], q_sums[rows])
+            blas.product(by_scores, k[:, :d], q_sums[rows])
             _product_added(by_scores, q[rows, :d], k_sums, columns)
         q_sums *= np.float32(scale)
         _from_token(by_queries, number, group, q_sums)
@@ -246,34 +245,8 @@ def _part(buffer: Matrix, rows: int, columns: int) -> Matrix:
 def _product_added(a: Matrix, b: Matrix, sums: Matrix, rows: slice | NDArray[np.intp]) -> None:
     """``sums[rows] += a^T @ b``; no row is named twice."""
     if isinstance(rows, slice):
-        _product(a, b, sums[rows], first_transposed=True, add=True)
+        blas.product(a, b, sums[rows], first_transposed=True, add=True)
         return
     product = np.empty((a.shape[1], b.shape[1]), np.float32)
-    _product(a, b, product, first_transposed=True)
+    blas.product(a, b, product, first_transposed=True)
     sums[rows] += product
-
-
-def _product(
-    a: Matrix, b: Matrix, out: Matrix, *, transposed: bool = False, first_transposed: bool = False, add: bool = False
-) -> None:
-    """``out = a @ b`` (``b`` or ``a`` transposed), or ``out += ...``; matrices whose rows are contiguous."""
-    library = blas.library()
-    assert library is not None
-    row_major, plain, turned = 101, 111, 112
-    size = ctypes.c_int
-    library.cblas_sgemm(
-        size(row_major),
-        size(turned if first_transposed else plain),
-        size(turned if transposed else plain),
-        size(out.shape[0]),
-        size(out.shape[1]),
-        size(a.shape[0] if first_transposed else a.shape[1]),
-        ctypes.c_float(1.0),
-        ctypes.c_void_p(a.ctypes.data),
-        size(a.strides[0] // 4),
-        ctypes.c_void_p(b.ctypes.data),
-        size(b.strides[0] // 4),
-        ctypes.c_float(1.0 if add else 0.0),
-        ctypes.c_void_p(out.ctypes.data),
-        size(out.strides[0] // 4),
-    )

@@ -12,11 +12,14 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
+from macft import blas
 from macft.model.cpu_activations import softmax_parts
 from macft.model.cpu_eager import plain
 from macft.model.device import numpy_may_compute, on_cpu
+from macft.training.cpu_cross_entropy import cross_entropy
 
 _ELEMENTS_ON_CPU = 2**21
 _ELEMENTS_ON_GPU = 2**25
@@ -85,6 +88,58 @@ def chunked_cross_entropy(
 
     loss, _ = cast(tuple[Any, Any], loss_and_gradient(hidden))
     return loss
+
+
+def fast_on_cpu(matrix: Any, hidden: Any) -> bool:
+    """Whether :func:`blockwise_cross_entropy` can compute the loss."""
+    return matrix is not None and hidden.dtype == mx.float32 and numpy_may_compute()
+
+
+def blockwise_cross_entropy(
+    matrix: Any, hidden: Any, targets: Any, weights: Any, *, at_once: int | None, with_gradient: bool
+) -> Any:
+    """:func:`chunked_cross_entropy` for a head that is a product with ``matrix`` (vocabulary, d), on a CPU.
+
+    ``at_once``: at most so many positions; None for all. It runs as MLX builds the graph.
+    """
+    by_hidden: list[Any] = []
+
+    @mx.custom_function
+    def summed(hidden: Any) -> Any:
+        values = np.ascontiguousarray(np.asarray(hidden))
+        head, words, counted = np.asarray(matrix), np.asarray(targets), np.asarray(weights)
+        step = at_once or max(1, len(values))
+        parts = [
+            cross_entropy(values[cut], head, words[cut], counted[cut], with_gradient=with_gradient)
+            for cut in (slice(start, start + step) for start in range(0, len(values), step))
+        ]
+        by_hidden[:] = [mx.array(np.concatenate([gradient for _, gradient in parts]))] if with_gradient else []
+        return mx.array(sum(loss for loss, _ in parts), mx.float32)
+
+    @summed.vjp
+    def _summed_vjp(_primal: Any, cotangent: Any, _output: Any) -> Any:
+        return cotangent * by_hidden[0]
+
+    return summed(hidden)
+
+
+def head_matrix(model: nn.Module, head: Callable[[Any], Any]) -> Any:
+    """The weights (vocabulary, d) of a float32 ``model``'s ``head`` where it is a product with them, else None.
+
+    Heads that scale or cap their logits aren't.
+    """
+    if not on_cpu() or blas.library() is None:
+        return None
+    layers = [getattr(model, "lm_head", None), getattr(getattr(model, "model", None), "embed_tokens", None)]
+    for layer in layers:
+        matrix: Any = layer.weight if isinstance(layer, nn.Linear | nn.Embedding) else None
+        if matrix is None or matrix.dtype != mx.float32:
+            continue
+        probe = mx.random.normal((2, matrix.shape[1]), key=mx.random.key(0))
+        found, expected = head(probe[None])[0], probe @ matrix.T
+        if found.shape == expected.shape and mx.allclose(found, expected, rtol=1e-4, atol=1e-4).item():
+            return matrix
+    return None
 
 
 def head_is_frozen(model: nn.Module) -> bool:

@@ -17,7 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft.data.batch import Batch, coarse_targets
-from macft.training.cross_entropy import chunked_cross_entropy, head_is_frozen
+from macft.training.cross_entropy import (
+    blockwise_cross_entropy,
+    chunked_cross_entropy,
+    fast_on_cpu,
+    head_is_frozen,
+    head_matrix,
+)
 
 _TARGET_MULTIPLE = 32
 """Target counts are padded to a multiple of this, so that few shapes occur and freed buffers are used again."""
@@ -90,6 +96,7 @@ class TokenLoss:
         self._parts = split_head(model)
         self._chunk = chunk
         self._chunked = self._parts is not None and head_is_frozen(model)
+        self._matrix = head_matrix(model, self._parts[1]) if self._parts is not None and self._chunked else None
 
     @property
     def head_on_targets_only(self) -> bool:
@@ -101,6 +108,10 @@ class TokenLoss:
             backbone, head = self._parts
             hidden = backbone(inputs)
             hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
+            if fast_on_cpu(self._matrix, hidden):
+                return blockwise_cross_entropy(
+                    self._matrix, hidden, targets, weights, at_once=self._chunk, with_gradient=self._model.training
+                )
             if self._chunked and self._model.training:
                 return chunked_cross_entropy(head, hidden, targets, weights, wanted_chunk=self._chunk)
             logits = head(hidden[None])[0]
