@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from mlx_lm.models.llama import Model, ModelArgs
+from mlx_lm.models.rope_utils import initialize_rope
+from mlx_lm.tuner.lora import LoRALinear
 
 from conftest import TINY_CONFIG
 from macft import blas
@@ -25,6 +27,9 @@ from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.cpu_activations import softmax_parts, swiglu
 from macft.model.cpu_attention import causal_attention
+from macft.model.cpu_layers import kernel_for
+from macft.model.packing import Layout, PackedRope, packed
+from macft.training.cross_entropy import blockwise_cross_entropy
 from macft.training.gradient import GradientComputer
 
 pytestmark = pytest.mark.skipif(blas.library() is None, reason="these are for a Linux CPU with OpenBLAS")
@@ -93,6 +98,123 @@ def test_parts_of_the_softmax() -> None:
     logits = 50 * mx.random.normal((70, 5000))
     powers, sums = softmax_parts(logits)
     close(powers / sums, mx.softmax(logits, axis=-1))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    count=st.integers(1, 700),
+    vocabulary=st.integers(2, 3000),
+    certain=st.sampled_from([0.0, 1.0, 60.0]),
+    at_once=st.sampled_from([None, 100]),
+    seed=st.integers(0, 99),
+)
+def test_cross_entropy_and_its_gradient(
+    count: int, vocabulary: int, certain: float, at_once: int | None, seed: int
+) -> None:
+    """``certain``: how far a target's logit stands out, up to where all else is nothing in float32."""
+    mx.random.seed(seed)
+    hidden, head = mx.random.normal((count, 24)), 0.3 * mx.random.normal((vocabulary, 24))
+    targets = mx.random.randint(0, vocabulary, (count,))
+    hidden = hidden + certain * head[targets]
+    weights = (mx.random.uniform(shape=(count,)) < 0.8).astype(mx.float32)
+
+    def ours(hidden: Any, *, with_gradient: bool = True) -> Any:
+        return blockwise_cross_entropy(head, hidden, targets, weights, at_once=at_once, with_gradient=with_gradient)
+
+    def exact() -> tuple[float, Any]:
+        logits = np.array(hidden, np.float64) @ np.array(head, np.float64).T
+        logits -= logits.max(axis=1, keepdims=True)
+        powers = np.exp(logits)
+        rows, words, counted = np.arange(count), np.array(targets), np.array(weights, np.float64)
+        loss = ((np.log(powers.sum(axis=1)) - logits[rows, words]) * counted).sum()
+        powers /= powers.sum(axis=1, keepdims=True)
+        powers[rows, words] -= 1
+        return float(loss), (powers * counted[:, None]) @ np.array(head, np.float64)
+
+    loss, gradient = mx.value_and_grad(ours)(hidden)
+    expected_loss, expected = exact()
+    assert loss.item() == pytest.approx(expected_loss, rel=2e-5, abs=2e-6 * count)
+    assert ours(hidden, with_gradient=False).item() == loss.item()
+    np.testing.assert_allclose(np.array(gradient), expected, rtol=0, atol=2e-5)
+    close(mx.grad(lambda hidden: 3 * ours(hidden))(hidden), 3 * gradient)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_no_number(bad: float) -> None:
+    hidden = mx.ones((3, 8))
+    hidden[1, 2] = bad
+    value = blockwise_cross_entropy(
+        mx.ones((20, 8)), hidden, mx.array([1, 2, 3]), mx.ones(3), at_once=None, with_gradient=True
+    )
+    assert not np.isfinite(value.item())
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    kind=st.sampled_from(["linear", "bias", "lora", "lora with bias", "norm"]),
+    shape=st.sampled_from([(1, 1), (1, 37), (3, 20)]),
+    seed=st.integers(0, 99),
+)
+def test_layers_and_their_gradients(kind: str, shape: tuple[int, int], seed: int) -> None:
+    mx.random.seed(seed)
+    layer: Any = nn.RMSNorm(24) if kind == "norm" else nn.Linear(24, 40, bias="bias" in kind)
+    layer.weight = mx.random.normal(layer.weight.shape)
+    if "lora" in kind:
+        layer = LoRALinear.from_base(layer, r=4, scale=3.0)
+        layer.lora_b = mx.random.normal(layer.lora_b.shape)
+        layer.linear.freeze()
+    else:
+        layer.freeze()
+    same_layer(layer, mx.random.normal((*shape, 24)))
+
+
+def same_layer(layer: Any, x: Any) -> None:
+    """``layer`` by its kernel and by MLX: values, and gradients by input and trained parameters."""
+    names = [name for name, _ in tree_flatten(layer.trainable_parameters())]
+    kernel = kernel_for(layer, names, x)
+    assert kernel is not None
+    values = [layer[name] for name in names]
+    cotangent = mx.random.normal(layer(x).shape)
+
+    def call(x: Any, *values: Any) -> Any:
+        layer.update(dict(zip(names, values, strict=True)))
+        return layer(x)
+
+    (result,), gradients = mx.vjp(call, [x, *values], [cotangent])
+    close(kernel.forward(x, *values), result)
+    found = kernel.backward(cotangent, x, *values)
+    assert len(found) == len(gradients)
+    for one, other in zip(found, gradients, strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize("rope", ["plain", "llama3", "traditional", "partial"])
+def test_rotary_embeddings_of_a_pack(rope: str) -> None:
+    """Those that pair each element with the one half a width on have a kernel, the others are left to MLX."""
+    inner: Any = nn.RoPE(4 if rope == "partial" else 8, traditional=rope == "traditional", base=100.0)
+    if rope == "llama3":
+        scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3"}
+        inner = initialize_rope(8, 100.0, False, {**scaling, "original_max_position_embeddings": 64}, 128)
+    layer = PackedRope(inner)
+    mx.random.seed(0)
+    x = mx.random.normal((1, 5, 3, 8)).swapaxes(1, 2)
+    layout = Layout(mx.array([[0, 1, 2], [0, 3, 4]]), mx.array([0, 0, 0, 1, 1]), mx.array([0, 1, 2, 1, 2]), (3, 3))
+    with packed(layout):
+        if rope in ("plain", "llama3"):
+            same_layer(layer, x)
+        else:
+            assert kernel_for(layer, [], x) is None
+    assert kernel_for(layer, [], x) is None  # outside of packs
+
+
+def test_layers_that_compute_more_are_left_to_mlx() -> None:
+    x = mx.zeros((1, 4, 64))
+    linear = nn.Linear(64, 64)
+    assert kernel_for(linear, ["weight", "bias"], x) is None
+    assert kernel_for(linear.to_quantized(), [], x) is None
+    assert kernel_for(LoRALinear.from_base(linear, dropout=0.1), ["lora_a", "lora_b"], x) is None
+    assert kernel_for(LoRALinear.from_base(linear.to_quantized()), ["lora_a", "lora_b"], x) is None
+    assert kernel_for(nn.RMSNorm(64), ["weight"], x) is None
 
 
 def make(*, checkpoint: bool, kind: str, blocks: int) -> tuple[nn.Module, GradientComputer]:

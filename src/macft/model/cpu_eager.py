@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
+from macft.model.cpu_layers import Kernel, kernel_for
 from macft.model.device import on_cpu
 from macft.model.packing import PackedRope, use_row_attention
 
@@ -100,6 +101,9 @@ class _Layer:
             return self._call(layer, x, *rest, **named)
         names = _state.plan.trained[id(layer)]
         trained = _get(layer, names)
+        kernel = None if is_block else kernel_for(layer, names, x)
+        if kernel is not None:
+            return _by(kernel)(x, *trained)
 
         def plainly(x: Any, *values: Any) -> Any:
             _set(layer, names, values)
@@ -127,6 +131,18 @@ class _Layer:
             return whole(x, *trained)
         finally:
             _set(layer, names, trained)
+
+
+def _by(kernel: Kernel) -> Callable[..., Any]:
+    """``kernel`` as one operation to MLX."""
+    whole = mx.custom_function(kernel.forward)
+
+    @whole.vjp
+    def _whole_vjp(primals: Any, cotangent: Any, _output: Any) -> Any:
+        found = kernel.backward(cotangent, *(primals if isinstance(primals, list | tuple) else [primals]))
+        return found if len(found) > 1 else found[0]
+
+    return whole
 
 
 @contextmanager

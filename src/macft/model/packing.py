@@ -37,6 +37,8 @@ class Layout:
         self.owners = owners
         self.depths = depths
         self._lengths = lengths
+        # Of rotary embeddings, by their settings; see PackedRope.
+        self.rope_tables: dict[Any, Any] = {}
 
     @cached_property
     def slots(self) -> Any:
@@ -104,10 +106,32 @@ class PackedRope(nn.Module):
 
     def __call__(self, x: Any, offset: Any = 0) -> Any:
         layout = layout_of_pack()
-        if layout is None:
-            return self._rope(x, offset=offset)
+        return self._rope(x, offset=offset) if layout is None else self._by_token(x, layout)
+
+    def _by_token(self, x: Any, layout: Layout) -> Any:
         # Each token as a sequence of its own, for offsets go by sequence.
         return self._rope(x.transpose(2, 1, 0, 3), offset=layout.depths).transpose(2, 1, 0, 3)
+
+    def tables(self, layout: Layout, width: int) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """Cosines and sines, (tokens, width / 2), by which a pack's elements are turned with those half a width on.
+
+        None where this embedding pairs others, or not all of them.
+        """
+        rope: Any = self._rope
+        settings = (rope.dims, rope.traditional, rope.base, rope.scale) if type(rope) is nn.RoPE else id(rope)
+        if (settings, width) not in layout.rope_tables:
+            layout.rope_tables[settings, width] = self._tables(layout, width)
+        found: tuple[NDArray[np.float32], NDArray[np.float32]] | None = layout.rope_tables[settings, width]
+        return found
+
+    def _tables(self, layout: Layout, width: int) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        half = width // 2
+        ones = np.repeat(np.eye(2, dtype=np.float32), half, axis=1)  # in the first half; in the second
+        probe = mx.broadcast_to(mx.array(ones)[None, :, None], (1, 2, layout.depths.shape[0], 2 * half))
+        first, second = np.array(self._by_token(probe, layout))[0]
+        cosines, sines = first[:, :half], first[:, half:]
+        turns = np.array_equal(second[:, half:], cosines) and np.array_equal(second[:, :half], -sines)
+        return (cosines, sines) if turns and width == 2 * half else None
 
 
 class RowAttention:
