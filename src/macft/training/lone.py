@@ -34,10 +34,13 @@ class LoneStep:
 class _UnderWay:
     step: int
     learning_rate: float
-    local: LocalGradient
     paced: Generator[Batch]
     loss: Any
     norm: Any
+    # Of its LocalGradient, whose arrays the update may have.
+    tokens: int
+    target_tokens: int
+    started: float
 
 
 class LoneSteps:
@@ -63,7 +66,9 @@ class LoneSteps:
         """Has the device make the update ``step`` once it has computed ``local``."""
         loss_sum = sum(local.losses, mx.array(0.0))
         loss, norm = self._apply.queue(local.gradient, learning_rate, loss_sum, local.target_tokens, max_norm)
-        self._under_way = _UnderWay(step, learning_rate, local, paced, loss, norm)
+        self._under_way = _UnderWay(
+            step, learning_rate, paced, loss, norm, local.tokens, local.target_tokens, local.started
+        )
 
     def take(self) -> LoneStep | None:
         """The last step that was queued, None if it has been taken already. Waits if it is still being computed."""
@@ -74,17 +79,17 @@ class LoneSteps:
     def _finish(self) -> None:
         if (now := self._under_way) is None:
             return
-        local, self._under_way = now.local, None
+        self._under_way = None
         loss, norm = float(now.loss.item()), float(now.norm.item())
         now.paced.close()
         ended = time.perf_counter()
-        compute, since = ended - self._begun, max(local.started, self._ended)
+        compute, since = ended - self._begun, max(now.started, self._ended)
         metrics = StepMetrics(
             loss=loss,
             norm=norm,
-            target_tokens=local.target_tokens,
-            tokens=local.tokens,
-            nodes=[self._status(local.tokens, compute)],
+            target_tokens=now.target_tokens,
+            tokens=now.tokens,
+            nodes=[self._status(now.tokens, compute)],
             # What the device waited for is the host with its next batch.
             seconds={"data": max(ended - since - compute, 0.0), "compute": compute, "all_reduce": 0.0, "update": 0.0},
         )

@@ -91,6 +91,7 @@ class Update:
         ours = {name: gradient[name] for name in parameters}
         updated, self._optimizer.state = self._step(parameters, ours, state, mx.array(factor))
         self._model.update(tree_unflatten(list(updated.items())))
+        del parameters, ours, state  # MLX may compute in the memory of the old ones
         mx.eval(self._model.trainable_parameters(), self._optimizer.state)
 
     def queue(
@@ -108,6 +109,7 @@ class Update:
             parameters, ours, state, loss_sum, factor, self._is_sound, max_norm
         )
         self._model.update(tree_unflatten(list(updated.items())))
+        del parameters, ours, state  # MLX may compute in the memory of the old ones
         arrays = [loss, norm, self._is_sound, *updated.values()]
         arrays += [value for _, value in tree_flatten(self._optimizer.state)]
         mx.async_eval(arrays)  # type: ignore[no-untyped-call]
