@@ -19,7 +19,7 @@ from macft.plan.budget import usable_bytes
 from macft.plan.fit import Fitter, Settings
 from macft.plan.shape import HeldWeights, ModelShape, held_weights, read_shape
 from macft.plan.workload import StepRows, steps_of
-from macft.training.gradient import TOKENS_AT_ONCE
+from macft.training.parts import TOKENS_AT_ONCE
 from macft.training.settings import TrainingConfig, compiles, steps_for
 
 _LONGEST_VERDICT = 2000

@@ -341,6 +341,7 @@ class Trainer:
                 rows_at_once=self.config.micro_batch_size or _EVALUATION_ROWS_AT_ONCE,
                 shares=self._balance.shares,
                 progress=lambda done, total: self.reporter.phase_progress(PhaseProgress("validation", done, total)),
+                packs=self.compute.packs,
             )
         progress = self.progress
         progress.valid_loss, progress.evaluated_step = result.loss, progress.step
