@@ -14,7 +14,7 @@ from macft.data.batch import Batch, pack, widened, widened_pack
 from macft.model.packing import Layout, packed
 from macft.training.loss import target_positions
 
-TOKENS_AT_ONCE = 512
+_TOKENS_AT_ONCE = 512
 """Tokens in a pack on a CPU, where longer ones are no faster and take more memory."""
 
 
@@ -50,7 +50,7 @@ class Division:
     @property
     def most_tokens(self) -> int | None:
         """Tokens in a part of more than one row at most; None: as many as the micro-batch has."""
-        return TOKENS_AT_ONCE if self.packs and self.cpu else None
+        return _TOKENS_AT_ONCE if self.packs and self.cpu else None
 
     def parts(self, batch: Batch) -> Iterator[Part]:
         """``batch``, part by part; packs have no rows without a target."""
