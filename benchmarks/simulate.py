@@ -32,7 +32,7 @@ from macft.plan.memory import trained_part
 from macft.plan.run_plan import known_models
 from macft.plan.shape import HeldWeights, ModelShape, shape_of
 from macft.plan.speed import MAC_EFFICIENCY, step_cost
-from macft.plan.workload import StepRows
+from macft.plan.workload import unlike_rows
 
 HERE = Path(__file__).parent
 POINTS = HERE / "scaling_measured.json"
@@ -126,7 +126,7 @@ def mac_job(model: str, mac: str, adapter: AdapterConfig, rows: int, length: int
     """What `macft.plan` estimates for ``rows`` x ``length`` tokens a step on a Mac."""
     shape = shape_of(known_models()[model], model)
     held = HeldWeights(shape.bits, shape.group_size, 2)
-    steps = [StepRows(np.full(rows, length), np.full(rows, length // 4))]
+    steps = [unlike_rows(rows, length, length // 4)]
     plan = Fitter(shape, held, adapter, "adamw", steps, validation_rows=0)
     operations = step_cost(plan, Settings(None, False)).operations
     seconds = operations / (find_mac(mac).chip.tflops * 1e12 * MAC_EFFICIENCY)

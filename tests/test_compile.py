@@ -23,6 +23,7 @@ from macft.plan.workload import StepRows
 from macft.training.gradient import GradientComputer, LocalGradient
 from macft.training.loss import target_positions
 from macft.training.optimizer import Update, make_optimizer
+from macft.training.parts import Division
 from macft.training.settings import OptimizerConfig, TrainingConfig, compiles, problems
 from test_loss import make, same_gradient
 
@@ -147,12 +148,13 @@ def test_many_batches_have_few_shapes(most: int) -> None:
 
 
 def test_the_plan_counts_what_a_compiled_step_computes() -> None:
-    work = batches(5, 24, most=300, micro_batch=8)
-    for batch in work:
-        targets = np.maximum(batch.lengths - np.maximum(batch.prompt_lengths, 1), 0)
-        (planned,) = StepRows(batch.lengths, targets).micro_batches(None, compiled=True)
+    generator = np.random.default_rng(5)
+    rows = [Row(np.ones(n, np.int32), int(generator.integers(0, n - 1))) for n in generator.integers(4, 300, 24)]
+    step = StepRows(rows, np.arange(24))
+    planned = step.parts(8, Division(compiled=True))
+    for batch, part in zip(micro_batches(rows, step.ids, 8), planned, strict=True):
         ((shape, positions),) = shapes_of([batch], coarse=True)
-        assert planned == (*shape, *positions)
+        assert ((part.rows, part.length + 1), (part.targets,)) == (shape, positions)
 
 
 @given(length=st.integers(1, 100_000), share=st.floats(0, 1), rows=st.integers(1, 64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
+from macft.collective.solo import Solo
 from macft.data.batch import collate, pack, widened_pack
 from macft.data.formats import Row
 from macft.errors import ConfigError
@@ -21,7 +23,9 @@ from macft.model.adapter_settings import AdapterConfig
 from macft.model.cpu_attention import blocks_of
 from macft.model.packing import Layout, enable_packing, packed
 from macft.training.cross_entropy import chunked_cross_entropy
+from macft.training.evaluate import validation_loss
 from macft.training.gradient import GradientComputer, LocalGradient
+from macft.training.loss import TokenLoss
 from macft.training.settings import OptimizerConfig, TrainingConfig, problems
 from test_loss import make, rows
 
@@ -74,6 +78,47 @@ def test_what_rows_have_in_common_is_computed_once(family: str, masked: bool) ->
     packs, together = gradient_of(family, "auto", data)
     assert packs
     same(together, gradient_of(family, "false", data)[1])
+
+
+class OneOf(Solo):
+    """A rank among others, of which nothing is heard; what it would have added up is in ``sums``."""
+
+    rank = world_size = 0
+    sums = np.zeros(2)
+
+    def __init__(self, rank: int, world_size: int):
+        self.rank, self.world_size = rank, world_size
+
+    def all_reduce(self, arrays: Sequence[Any]) -> None:
+        (self.sums,) = arrays
+
+
+def validated(model: nn.Module, data: list[Row], rank: int, world_size: int, *, packs: bool) -> np.ndarray:
+    """A rank's sums of losses and target tokens, (2,), and how many rows it told as done."""
+    node = OneOf(rank, world_size)
+    told = [(0, 0)]
+    shares = [1.0] * world_size
+    loss = TokenLoss(model)
+    validation_loss(
+        model, loss, data, node, rows_at_once=3, shares=shares, progress=lambda *at: told.append(at), packs=packs
+    )
+    done, total = told[-1]
+    assert done == total
+    return np.append(node.sums, done)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_validation_of_packs_is_that_of_padded_rows(masked: bool, world_size: int) -> None:
+    """Of rows that begin alike and others, and of rows without a target, which fill a whole batch."""
+    model = make("llama")
+    without = [Row(np.arange(1, 9, dtype=np.int32), 8), *[Row(np.arange(1, 90, dtype=np.int32), 200)] * 6]
+    data = [*beginning_alike(4, masked=masked), *without, *rows(2, masked=masked)]
+    padded = sum(validated(model, data, rank, world_size, packs=False) for rank in range(world_size))
+    assert enable_packing(model)
+    together = sum(validated(model, data, rank, world_size, packs=True) for rank in range(world_size))
+    assert together == pytest.approx(padded, rel=1e-5)
+    assert together[1:].tolist() == [sum(row.target_tokens for row in data), len(data)]
 
 
 def pack_of(model: nn.Module, *tokens: list[int]) -> np.ndarray:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,20 +16,32 @@ from hypothesis import strategies as st
 
 from conftest import TINY_CONFIG, make_tiny_model
 from macft.cluster.settings import parse_budget
+from macft.config.schema import TrainConfig
+from macft.data.batch import Batch, micro_batches, pack, widened, widened_pack
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.errors import ConfigError, ModelError
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
+from macft.model.device import on_cpu
 from macft.model.load import load
+from macft.model.packing import enable_packing
 from macft.model.settings import ModelConfig
 from macft.plan.chips import find_mac, known_chips
 from macft.plan.fit import Fitter, Settings
 from macft.plan.memory import Work, predict, trained_part
 from macft.plan.run_plan import known_models
+from macft.plan.settle import division_for
 from macft.plan.shape import HeldWeights, ModelShape, read_shape, shape_of
-from macft.plan.workload import StepRows, steps_of
+from macft.plan.shares import assign_rows
+from macft.plan.speed import step_cost
+from macft.plan.workload import PartSize, StepRows, steps_of, unlike_rows
+from macft.training.gradient import GradientComputer
+from macft.training.loss import target_positions
+from macft.training.parts import Division
+from macft.training.settings import TrainingConfig
 from running import environment, events, train, write_jsonl
+from test_loss import FAMILIES, SMALL, make
 
 FLOAT32 = HeldWeights(None, 64, 4)
 LLAMA_8B = "mlx-community/Meta-Llama-3.1-8B-Instruct-4bit"
@@ -46,7 +60,7 @@ def tiny_shape() -> ModelShape:
 
 
 def fitter(rows: int = 8, length: int = 257, adapter: AdapterConfig | None = None) -> Fitter:
-    steps = [StepRows(np.full(rows, length), np.full(rows, length - 1))]
+    steps = [unlike_rows(rows, length, length - 1)]
     return Fitter(tiny_shape(), FLOAT32, adapter or AdapterConfig(), "adamw", steps, validation_rows=0)
 
 
@@ -95,7 +109,7 @@ def test_memory_grows_with_rows_and_length(rows: int, tokens: int, checkpoint: b
     shape, adapter = tiny_shape(), AdapterConfig(type=kind)
 
     def peak(rows: int, tokens: int) -> float:
-        work = Work(rows, tokens, tokens - 1, checkpoint_blocks=checkpoint, eager=eager)
+        work = Work(rows, tokens, rows * tokens, rows * tokens, checkpoint_blocks=checkpoint, eager=eager)
         parts = predict(shape, FLOAT32, adapter, "adamw", work)
         assert min(parts.weights, parts.activations, parts.gradients) > 0
         assert min(parts.logits, parts.overhead, parts.adapter) >= 0
@@ -110,7 +124,7 @@ def test_chunked_logits_and_checkpointing_save_memory() -> None:
     plan = fitter(rows=8, length=513)
     whole = plan.parts(Settings(None, False, loss_chunk=2048)).peak
     assert plan.parts(Settings(None, False, loss_chunk=64)).peak < 0.8 * whole
-    deep = Fitter(shape_of({**WIDE_CONFIG, "num_hidden_layers": 24}, "config.json"), *list(vars(plan).values())[1:])
+    deep = replace(plan, shape=shape_of({**WIDE_CONFIG, "num_hidden_layers": 24}, "config.json"))
     assert deep.parts(Settings(None, True, 64)).peak < 0.5 * deep.parts(Settings(None, False, 64)).peak
 
 
@@ -144,24 +158,86 @@ def test_a_refusal_names_the_nearest_settings_that_fit() -> None:
     assert "does not split" in str(plan.refusal(start, 1e6, auto=True))
 
 
+def sizes_by_hand(batch: Batch, division: Division) -> list[tuple[int, int, int, int]]:
+    """(rows, length, tokens, targets) of what the trainer computes at once."""
+    if division.packs:
+        packs = pack(batch, 512 if division.cpu else None, shared=division.shares)
+        packs = [widened_pack(item) for item in packs] if division.compiled else packs
+        return [(*item.paths.shape, item.inputs.shape[1], len(item.targets)) for item in packs]
+    batch = widened(batch) if division.compiled else batch
+    rows, length = batch.tokens[:, :-1].shape
+    return [(rows, length, rows * length, len(target_positions(batch, coarse=division.compiled)[0]))]
+
+
 @settings(deadline=None, max_examples=60)
 @given(
-    lengths=st.lists(st.integers(2, 300), min_size=1, max_size=24),
+    data=st.lists(st.tuples(st.integers(0, 2), st.integers(2, 300), st.integers(0, 300)), min_size=1, max_size=24),
     size=st.none() | st.integers(1, 8),
-    world_size=st.integers(1, 4),
+    shares=st.lists(st.floats(0.1, 4), min_size=1, max_size=4),
+    division=st.builds(Division, st.booleans(), st.booleans(), st.booleans(), st.booleans()),
 )
-def test_the_planned_micro_batches_are_the_trainers(lengths: list[int], size: int | None, world_size: int) -> None:
-    from macft.data.batch import micro_batches
-    from macft.plan.shares import assign
-
-    rows = [Row(np.arange(n, dtype=np.int32), 1) for n in lengths]
+def test_the_plan_counts_what_the_trainer_computes(
+    data: list[tuple[int, int, int]], size: int | None, shares: list[float], division: Division
+) -> None:
+    """Rows that are one of three texts up to some place, masked up to another."""
+    rows = [Row(np.arange(start, n + start, dtype=np.int32), prompt) for start, n, prompt in data]
     order = RowOrder([len(rows)], [1.0], batch_size=len(rows), seed=3)
     (step,) = steps_of(rows, order, 1)
     ids = order.rows(0)
-    planned = {rank: list(step.of_rank(rank, world_size).micro_batches(size)) for rank in range(world_size)}
-    for rank, mine in enumerate(assign(np.array([lengths[i] for i in ids]), world_size)):
-        batches = micro_batches([rows[ids[i]] for i in mine], ids[mine], size) if len(mine) else []
-        assert [(b.tokens.shape[0], b.tokens.shape[1], int((b.lengths - 1).sum())) for b in batches] == planned[rank]
+    ranks = assign_rows([rows[i].tokens for i in ids], len(shares), shares, shared=division.shares)
+    for rank, mine in enumerate(ranks):
+        batches = micro_batches([rows[ids[i]] for i in mine], ids[mine], size)
+        expected = [found for batch in batches for found in sizes_by_hand(batch, division)]
+        part = step.of_rank(rank, len(shares), shares, shared=division.shares)
+        planned = Fitter(tiny_shape(), FLOAT32, AdapterConfig(), "adamw", [part], 0, division).step_parts(size)
+        assert [(one.rows, one.length, one.tokens, one.targets) for one in planned[0]] == expected
+
+
+def test_a_token_is_counted_with_those_it_sees() -> None:
+    tokens = [[1, 2, 3, 9], [1, 2, 4, 5, 9]]
+    step = StepRows([Row(np.array(row, np.int32), 0) for row in tokens], np.arange(2))
+    assert step.parts(None, Division(packs=True, shares=True)) == [PartSize(2, 4, 5, 7, 1 + 2 + 3 + 3 + 4)]
+    assert step.parts(None, Division(packs=True)) == [PartSize(2, 4, 7, 7, 6 + 10)]
+    assert step.parts(None, Division()) == [PartSize(2, 16, 32, 32, 2 * 136)]
+
+
+@pytest.mark.parametrize("training", [{}, {"packing": "false"}, {"compile": "true"}])
+@pytest.mark.parametrize("adapter", [{}, {"dropout": 0.1}, {"type": "full", "dropout": 0.1}])
+def test_the_plan_divides_as_the_trainer_does(
+    training: dict[str, str], adapter: dict[str, Any], tiny_model_folder: Path
+) -> None:
+    config = TrainConfig(training=TrainingConfig(**training), adapter=AdapterConfig(**adapter))
+    model = load(ModelConfig(path=str(tiny_model_folder)), tiny_model_folder).model
+    compute = GradientComputer(
+        model,
+        adapt(model, config.adapter, seed=0).dropout_keys,
+        seed=0,
+        checkpoint_blocks=False,
+        packing=config.training.packing,
+        compiling=config.training.compile,
+    )
+    found = division_for(config, read_shape(tiny_model_folder), cpu=on_cpu())
+    assert found == Division(compute.packs, compute.shares, compute.compiles, on_cpu())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_plan_knows_which_models_pack(family: str) -> None:
+    shape = shape_of({**SMALL, "model_type": family, **FAMILIES[family]}, family)
+    assert shape.packs == enable_packing(make(family))
+
+
+def test_what_rows_share_needs_no_memory() -> None:
+    """Nor time; and where nothing is shared, a pack needs what the rows padded to their length do."""
+    same = [Row(np.append(np.arange(200), [300 + i] * 57).astype(np.int32), 220) for i in range(8)]
+    alike, unlike = StepRows(same, np.arange(8)), unlike_rows(8, 257, 37)
+    start, packs = Settings(None, False), Division(packs=True, shares=True)
+    few, many = (replace(fitter(), steps=[step], division=packs, eager=True) for step in (alike, unlike))
+    assert few.parts(start).activations == pytest.approx((200 + 8 * 56) / (8 * 256) * many.parts(start).activations)
+    head = 4 * tiny_shape().embedding_parameters * 8 * 37
+    assert step_cost(few, start).operations - head < 0.4 * (step_cost(many, start).operations - head)
+    assert step_cost(few, start).tokens == step_cost(many, start).tokens == 8 * 257
+    whole = replace(many, eager=False)
+    assert whole.parts(start).activations == replace(whole, division=Division()).parts(start).activations
 
 
 def test_chips_are_found_by_the_names_people_use() -> None:
@@ -280,7 +356,6 @@ def test_prediction_is_within_15_percent_of_the_measured_peak(wide_model_folder:
     )
     assert done.status == 0, done.errors
     found = max(event["peak_memory"] for event in events(tmp_path / "run", "step_done"))
-    steps = [StepRows(np.full(4, 128), np.full(4, 127))]
-    shape, eager = read_shape(wide_model_folder), {"pack_tokens": 512, "eager": True}
-    plan = Fitter(shape, FLOAT32, AdapterConfig(), "adamw", steps, validation_rows=0, **eager)
+    shape, division = read_shape(wide_model_folder), Division(packs=True, shares=True, cpu=True)
+    plan = Fitter(shape, FLOAT32, AdapterConfig(), "adamw", [unlike_rows(4, 128, 127)], 0, division, eager=True)
     assert plan.parts(Settings(None, False)).peak == pytest.approx(found, rel=0.15)

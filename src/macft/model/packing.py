@@ -202,38 +202,40 @@ def _tokens_of(x: Any, layout: Layout) -> Any:
     return join(x)
 
 
-def use_row_attention(model: nn.Module) -> bool:
-    """Lets ``model``'s architecture attend row by row from now on; returns whether its attention can be replaced."""
-    found = namespaces_with(model, _ATTENTION)
-    for namespace in found:
+def use_row_attention(model: nn.Module) -> None:
+    """Lets ``model``'s architecture attend row by row from now on, where its attention can be replaced."""
+    for namespace in namespaces_with(model, _ATTENTION):
         if not isinstance(namespace[_ATTENTION], RowAttention):
             namespace[_ATTENTION] = RowAttention(namespace[_ATTENTION])
-    return bool(found)
+
+
+def may_pack(model: nn.Module) -> bool:
+    """Whether every block of ``model`` attends with a rotary embedding to all tokens before; computes nothing."""
+    blocks = [getattr(layer, "self_attn", None) for layer in getattr(model, "layers", [])]
+    ropes = [isinstance(getattr(block, "rope", None), nn.Module) for block in blocks]
+    arguments = getattr(model, "args", None)
+    slides = getattr(arguments, "sliding_window", None) or getattr(arguments, "use_sliding_window", False)
+    return bool(blocks) and all(ropes) and not slides and bool(namespaces_with(model, _ATTENTION))
 
 
 def enable_packing(model: nn.Module) -> bool:
     """Prepares ``model`` for packed rows in place; returns whether it can take them.
 
-    It can where every block attends with a rotary embedding to all tokens before, and where a trial pack of two rows,
-    with what they have in common there once, comes out as the rows do alone. Other models (sliding windows, state
-    spaces, learned positions) are padded instead.
+    It can where it is built for it, and where a trial pack of two rows, with what they have in common there once, comes
+    out as the rows do alone. Other models (sliding windows, state spaces, learned positions) are padded instead.
     """
-    blocks = [getattr(layer, "self_attn", None) for layer in getattr(model, "layers", [])]
-    ropes = [block is not None and isinstance(getattr(block, "rope", None), nn.Module) for block in blocks]
-    if not blocks or not all(ropes) or not use_row_attention(model):
+    if not may_pack(model):
         return False
-    arguments = getattr(model, "args", None)
-    if getattr(arguments, "sliding_window", None) or getattr(arguments, "use_sliding_window", False):
-        return False
-    before = [block.rope for block in blocks if block is not None]
+    use_row_attention(model)
+    blocks = [layer.self_attn for layer in model.layers]
+    before = [block.rope for block in blocks]
     for block in blocks:
-        if block is not None and not isinstance(block.rope, PackedRope):
+        if not isinstance(block.rope, PackedRope):
             block.rope = PackedRope(block.rope)
     if _trial(model):
         return True
     for block, rope in zip(blocks, before, strict=True):
-        if block is not None:
-            block.rope = rope
+        block.rope = rope
     return False
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from macft.model.adapter_settings import AdapterConfig
 from macft.plan.memory import MemoryParts, Work, predict
 from macft.plan.shape import HeldWeights, ModelShape
-from macft.plan.workload import StepRows
+from macft.plan.workload import PartSize, StepRows
 from macft.training.cross_entropy import chunk_size
+from macft.training.parts import Division
 
 _EVALUATION_ROWS = 8
 _SHORTEST_HINT = 32
@@ -35,8 +37,7 @@ class Fitter:
     """Predicts the peak of a node's part of a run under different settings.
 
     ``steps`` hold this node's rows, ``validation_rows`` is the size of the validation set (0: no validation).
-    ``pack_tokens``: the most tokens the trainer computes at once, None for a whole micro-batch. ``eager``: layer by
-    layer, as on a CPU in float32. ``compiled``: with batches padded to few shapes.
+    ``division`` is that of the trainer's micro-batches. ``eager``: layer by layer, as on a CPU in float32.
     """
 
     shape: ModelShape
@@ -45,9 +46,9 @@ class Fitter:
     optimizer: str
     steps: Sequence[StepRows]
     validation_rows: int
-    pack_tokens: int | None = None
+    division: Division = field(default_factory=Division)
     eager: bool = False
-    compiled: bool = False
+    _step_parts: dict[int, list[list[PartSize]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def rows(self) -> int:
@@ -55,29 +56,40 @@ class Fitter:
         return max((len(step.lengths) for step in self.steps), default=1) or 1
 
     def parts(self, settings: Settings) -> MemoryParts:
-        """The prediction for the micro-batch that takes most."""
+        """The prediction for what takes most of all that is computed at once."""
         return max((self._predict(work) for work in self._works(settings)), key=lambda parts: parts.peak)
+
+    def step_parts(self, micro_batch_size: int | None) -> list[list[PartSize]]:
+        """Of each step, what this node computes one after the other."""
+        size = min(micro_batch_size or self.rows, self.rows)
+        if size not in self._step_parts:
+            self._step_parts[size] = [step.parts(size, self.division) for step in self.steps]
+        return self._step_parts[size]
 
     def _works(self, settings: Settings) -> set[Work]:
         size = settings.micro_batch_size
-        works = set()
-        for step in self.steps:
-            batches = list(step.micro_batches(size, compiled=self.compiled))
-            for rows, length, targets in batches:
-                at_once = rows if self.pack_tokens is None else max(1, min(rows, self.pack_tokens // length))
-                works.add(
-                    Work(
-                        rows=at_once,
-                        tokens=length,
-                        targets=targets / rows,
-                        accumulated=len(batches) > 1 or at_once < rows,
-                        validation_rows=min(size or _EVALUATION_ROWS, self.validation_rows),
-                        checkpoint_blocks=settings.grad_checkpoint,
-                        loss_chunk=chunk_size(self.shape.vocabulary, settings.loss_chunk or None),
-                        eager=self.eager,
-                    )
-                )
-        return works or {Work(1, 2, 1)}
+        validation_rows = min(size or _EVALUATION_ROWS, self.validation_rows)
+        works = {
+            Work(
+                rows=part.rows,
+                length=part.length,
+                tokens=part.tokens,
+                targets=part.targets,
+                accumulated=len(parts) > 1,
+                validation=self._validation(part, validation_rows),
+                checkpoint_blocks=settings.grad_checkpoint,
+                loss_chunk=chunk_size(self.shape.vocabulary, settings.loss_chunk or None),
+                eager=self.eager,
+            )
+            for parts in self.step_parts(size)
+            for part in parts
+        }
+        return works or {Work(1, 1, 1, 1)}
+
+    def _validation(self, part: PartSize, rows: int) -> float:
+        """How many times as much as ``part`` validation computes at once, if its rows are like those of ``part``."""
+        most = self.division.most_tokens
+        return min(rows / part.rows, math.inf if most is None else max(1.0, most / part.tokens))
 
     def _predict(self, work: Work) -> MemoryParts:
         return predict(self.shape, self.held, self.adapter, self.optimizer, work)
@@ -105,7 +117,7 @@ class Fitter:
         longest = max((int(step.lengths.max()) for step in self.steps if len(step.lengths)), default=0)
         while longest >= _SHORTEST_HINT:
             longest //= 2
-            work = Work(1, longest, longest, True, min(1, self.validation_rows), True, chunk, self.eager)
+            work = Work(1, longest, longest, longest, True, min(1, self.validation_rows), True, chunk, self.eager)
             if self._predict(work).peak <= budget:
                 return longest
         return None

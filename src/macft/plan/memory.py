@@ -30,25 +30,25 @@ _VALIDATION_FLOATS_PER_LOGIT = 3.45
 _EAGER_HELD, _EAGER_MOMENT, _EAGER_LOGIT, _EAGER_TRAINED = (5.7, 4.9, 2.2, 5.2), (9.46, 4.65), 5.0, 2.0
 _EAGER_VALIDATION_LOGIT = 3.2
 _EAGER_AGAIN_HELD, _EAGER_AGAIN_MOMENT, _EAGER_AGAIN = 0.46, (15.65, 13.29, 7.86), 1.2
-_PAD_TO = 16
-_TARGETS_PAD_TO = 32
 # Float32 values that an optimizer keeps for each trainable parameter.
 OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "adamax": 2, "lion": 1, "muon": 1, "sgd": 1, "rmsprop": 1, "adagrad": 1}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a node computes at once: ``rows`` of a micro-batch, ``tokens`` each with ``targets`` of them.
+    """What a node computes at once: ``tokens`` of ``rows`` that have up to ``length`` each, and ``targets`` of them.
 
-    ``accumulated``: there is more than one micro-batch a step. ``validation_rows`` are those of a validation batch,
-    0 where there is none. ``loss_chunk`` is the number of target positions whose logits are held at once, 0 for all.
+    See PartSize. ``accumulated``: there is more of it in a step. ``validation``: how many times as much validation
+    computes at once, 0 where there is none. ``loss_chunk`` is the number of target positions whose logits are held at
+    once, 0 for all.
     """
 
     rows: int
+    length: int
     tokens: int
-    targets: float
+    targets: int
     accumulated: bool = False
-    validation_rows: int = 0
+    validation: float = 0.0
     checkpoint_blocks: bool = False
     loss_chunk: int = 0
     # A float32 model on a CPU.
@@ -127,18 +127,17 @@ def predict(shape: ModelShape, held: HeldWeights, adapter: AdapterConfig, optimi
     adapter_bytes = 0.0 if full else 4.0 * trained.parameters
     optimizer_bytes = OPTIMIZER_STATES.get(optimizer, 0.1) * parameter_bytes * trained.parameters
     gradients = 4.0 * trained.parameters * (1.3 if work.accumulated else 0.2)
-    length = -(-max(work.tokens - 1, 1) // _PAD_TO) * _PAD_TO
-    saved = _saved_by_block(shape, adapter, trained, held, work.rows, length)
-    moment = _moment_of_block(shape, held, work.rows, length)
-    scores = shape.heads * work.rows * length**2 * held.float_bytes
-    targets = -(-max(work.rows * work.targets, 1) // _TARGETS_PAD_TO) * _TARGETS_PAD_TO
-    at_once = min(targets, work.loss_chunk) if work.loss_chunk else targets
-    logits = (_FLOATS_PER_LOGIT if at_once == targets else _FLOATS_PER_CHUNKED_LOGIT) * 4 * at_once * shape.vocabulary
+    saved = _saved_by_block(shape, adapter, trained, held, work)
+    moment = _moment_of_block(shape, held, work)
+    scores = shape.heads * work.rows * work.length**2 * held.float_bytes
+    at_once = min(work.targets, work.loss_chunk) if work.loss_chunk else work.targets
+    per_logit = _FLOATS_PER_LOGIT if at_once == work.targets else _FLOATS_PER_CHUNKED_LOGIT
+    logits = per_logit * 4 * at_once * shape.vocabulary
     if work.eager:
-        activations, logits, gradients = _layer_by_layer(shape, trained, work, work.rows * length, at_once)
+        activations, logits, gradients = _layer_by_layer(shape, trained, work, at_once)
     elif work.checkpoint_blocks and trained.depth:
         # A block's forward pass runs a second time inside its backward pass, so that more of it exists at once.
-        inputs = trained.depth * work.rows * length * shape.hidden * held.float_bytes
+        inputs = trained.depth * work.tokens * shape.hidden * held.float_bytes
         of_scores = scores * (1 + _BLOCK_SCORES)
         activations = inputs + _AGAIN * (saved + moment - of_scores) + _AGAIN_SCORES * of_scores
         logits = max(0.0, inputs + logits + _BESIDE_HEAD * (saved + moment) - activations)
@@ -155,16 +154,14 @@ def predict(shape: ModelShape, held: HeldWeights, adapter: AdapterConfig, optimi
         logits=logits,
         other_peak=max(
             _loading(shape, held, weights),
-            resident + _validation(shape, held, work, length),
+            resident + _validation(shape, held, work),
             # New parameters and states beside the old ones, and the gradient.
             resident + parameter_bytes * trained.parameters * 1.4,
         ),
     )
 
 
-def _layer_by_layer(
-    shape: ModelShape, trained: Trained, work: Work, tokens: int, logits: float
-) -> tuple[float, float, float]:
+def _layer_by_layer(shape: ModelShape, trained: Trained, work: Work, logits: int) -> tuple[float, float, float]:
     """Bytes of activations, logits and gradients."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     again = work.checkpoint_blocks and trained.depth > 0
@@ -176,7 +173,7 @@ def _layer_by_layer(
         moment = _dot(_EAGER_MOMENT, (shape.hidden, shape.intermediate))
     margin = _EAGER_AGAIN if again else 1.0
     return (
-        4 * margin * tokens * (trained.depth * held + moment),
+        4 * margin * work.tokens * (trained.depth * held + moment),
         4 * _EAGER_LOGIT * logits * shape.vocabulary,
         4 * trained.parameters * (_EAGER_TRAINED + work.accumulated),
     )
@@ -187,19 +184,21 @@ def _dot(factors: Sequence[float], sizes: Sequence[int]) -> float:
 
 
 def _saved_by_block(
-    shape: ModelShape, adapter: AdapterConfig, trained: Trained, held: HeldWeights, rows: int, length: int
+    shape: ModelShape, adapter: AdapterConfig, trained: Trained, held: HeldWeights, work: Work
 ) -> float:
     """Bytes that one block keeps for its backward pass."""
-    tokens, width = rows * length, held.float_bytes
+    tokens, width = work.tokens, held.float_bytes
+    attended = work.rows * work.length  # queries, keys and values of a pack are laid out as rows
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     names = trained.projections
     known = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     every = not names & known
     reads_first = every or bool(names & {"q_proj", "k_proj", "v_proj"})
     reads_second = every or bool(names & {"gate_proj", "up_proj"})
-    floats = shape.hidden * (2.0 + reads_first + reads_second) + 2 * key + 2 * query + 2 * shape.intermediate
+    floats = shape.hidden * (2.0 + reads_first + reads_second) + 2 * shape.intermediate
     floats += query * (every or "o_proj" in names) + shape.intermediate * (every or "down_proj" in names)
-    saved = tokens * floats * width + shape.heads * rows * length * length * width
+    saved = tokens * floats * width
+    saved += attended * (2 * key + 2 * query + shape.heads * work.length) * width
     if adapter.type == "full":
         return saved
     chosen = [linear for linear in shape.linears if linear.name.rsplit(".", 1)[-1] in names]
@@ -215,21 +214,20 @@ def _saved_by_block(
     return saved
 
 
-def _moment_of_block(shape: ModelShape, held: HeldWeights, rows: int, length: int) -> float:
+def _moment_of_block(shape: ModelShape, held: HeldWeights, work: Work) -> float:
     """Bytes that exist only while one block is computed."""
-    floats = rows * length * (_BLOCK_HIDDEN * shape.hidden + _BLOCK_INTERMEDIATE * shape.intermediate)
-    return held.float_bytes * (floats + _BLOCK_SCORES * rows * shape.heads * length * length)
+    floats = work.tokens * (_BLOCK_HIDDEN * shape.hidden + _BLOCK_INTERMEDIATE * shape.intermediate)
+    return held.float_bytes * (floats + _BLOCK_SCORES * work.rows * shape.heads * work.length**2)
 
 
-def _validation(shape: ModelShape, held: HeldWeights, work: Work, length: int) -> float:
-    if not work.validation_rows:
-        return 0.0
+def _validation(shape: ModelShape, held: HeldWeights, work: Work) -> float:
     per_logit = _EAGER_VALIDATION_LOGIT if work.eager else _VALIDATION_FLOATS_PER_LOGIT
-    logits = per_logit * 4 * work.validation_rows * work.targets * shape.vocabulary
+    logits = per_logit * 4 * work.targets * shape.vocabulary
     if work.eager:
-        moment = 0.6 * 4 * work.validation_rows * length * _dot(_EAGER_MOMENT, (shape.hidden, shape.intermediate))
-        return max(logits, moment)
-    return max(logits, 0.5 * _moment_of_block(shape, held, work.validation_rows, length))
+        moment = 0.6 * 4 * work.tokens * _dot(_EAGER_MOMENT, (shape.hidden, shape.intermediate))
+    else:
+        moment = 0.5 * _moment_of_block(shape, held, work)
+    return work.validation * max(logits, moment)
 
 
 def _loading(shape: ModelShape, held: HeldWeights, weights: float) -> float:

@@ -24,7 +24,7 @@ from macft.plan.budget import usable_bytes
 from macft.plan.chips import Mac, find_mac
 from macft.plan.fit import Settings
 from macft.plan.memory import MemoryParts, trained_part
-from macft.plan.settle import current_settings, fitter_for
+from macft.plan.settle import current_settings, division_for, fitter_for
 from macft.plan.shape import ModelShape, held_weights, read_shape, shape_of
 from macft.plan.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops, step_cost
 from macft.plan.workload import StepRows, assumed_steps, steps_of
@@ -117,11 +117,12 @@ def _plan_node(
 ) -> NodePlan:
     mac = macs[rank] if macs else None
     cpu = mac is None and on_cpu()
-    mine = [part for step in steps if len((part := step.of_rank(rank, len(speeds), speeds)).lengths)]
+    division = division_for(config, shape, cpu=cpu)
+    mine = [step.of_rank(rank, len(speeds), speeds, shared=division.shares) for step in steps]
     # A node far slower than the others may be left without a row; it still holds the model.
-    mine = mine or [StepRows(steps[0].lengths[:1], steps[0].targets[:1])]
+    mine = [step for step in mine if step.rows] or [StepRows(steps[0].rows[:1], steps[0].ids[:1])]
     held = held_weights(shape, config.model, cpu=cpu)
-    fitter = fitter_for(config, shape=shape, held=held, steps=mine, cpu=cpu)
+    fitter = fitter_for(config, shape=shape, held=held, steps=mine, division=division)
     shared = config.topology.nodes if mac is None and config.topology.kind == "local" else 1
     budget = parse_budget(config.topology.memory_budget, (mac.usable_bytes if mac else usable_bytes()) / shared)
     auto, start = config.topology.batch == "auto", current_settings(config.training)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from macft.cluster.settings import parse_budget
 from macft.collective.base import Collective
@@ -19,10 +20,18 @@ from macft.plan.budget import usable_bytes
 from macft.plan.fit import Fitter, Settings
 from macft.plan.shape import HeldWeights, ModelShape, held_weights, read_shape
 from macft.plan.workload import StepRows, steps_of
-from macft.training.gradient import TOKENS_AT_ONCE
+from macft.training.parts import Division
 from macft.training.settings import TrainingConfig, compiles, steps_for
 
 _LONGEST_VERDICT = 2000
+
+
+class _Seat(NamedTuple):
+    """Which rows are a node's: see :func:`~macft.plan.shares.assign`."""
+
+    rank: int
+    world_size: int
+    shares: Sequence[float] | None
 
 
 def settle(
@@ -45,10 +54,10 @@ def settle(
     steps = steps_of(rows, order, steps_for(config.training, order.steps_per_epoch))
     shares = config.topology.shares if isinstance(config.topology.shares, list) else None
     if world_size is None or world_size == collective.world_size:
-        mine = [step.of_rank(collective.rank, collective.world_size, shares) for step in steps]
+        seat = _Seat(collective.rank, collective.world_size, shares)
     else:
-        mine = [step.of_rank(world_size - 1, world_size, None) for step in steps]
-    training, notes, refusal = _settle_here(config, model_folder, mine)
+        seat = _Seat(world_size - 1, world_size, None)
+    training, notes, refusal = _settle_here(config, model_folder, steps, seat)
     verdicts = collective.all_gather(json.dumps(refusal).encode()[:_LONGEST_VERDICT])
     for rank, verdict in enumerate(verdicts):
         reason = json.loads(verdict)
@@ -59,7 +68,7 @@ def settle(
 
 
 def _settle_here(
-    config: TrainConfig, model_folder: Path, steps: Sequence[StepRows]
+    config: TrainConfig, model_folder: Path, steps: Sequence[StepRows], seat: _Seat
 ) -> tuple[TrainingConfig, list[str], str | None]:
     """(settings, notes, refusal) of this node."""
     training, topology = config.training, config.topology
@@ -70,7 +79,10 @@ def _settle_here(
         # mlx-lm may still know the model by code of its own; the run goes on without a prediction.
         return training, [f"no memory plan: {error}"], None
     cpu = on_cpu()
-    fitter = fitter_for(config, shape=shape, held=held_weights(shape, config.model, cpu=cpu), steps=steps, cpu=cpu)
+    division = division_for(config, shape, cpu=cpu)
+    mine = [step.of_rank(seat.rank, seat.world_size, seat.shares, shared=division.shares) for step in steps]
+    held = held_weights(shape, config.model, cpu=cpu)
+    fitter = fitter_for(config, shape=shape, held=held, steps=mine, division=division)
     on_this_machine = topology.nodes if topology.kind == "local" else 1
     budget = parse_budget(topology.memory_budget, usable_bytes() / on_this_machine)
     start = current_settings(training)
@@ -85,22 +97,27 @@ def _settle_here(
     return apply_settings(training, chosen), [note], None
 
 
+def division_for(config: TrainConfig, shape: ModelShape, *, cpu: bool) -> Division:
+    """How the trainer will divide its micro-batches, on a CPU or not."""
+    training, adapter = config.training, config.adapter
+    packs = training.packing.lower() != "false" and shape.packs
+    has_masks = adapter.type != "full" and adapter.dropout > 0
+    return Division(packs, packs and not has_masks, compiles(training.compile, cpu=cpu), cpu)
+
+
 def fitter_for(
-    config: TrainConfig, *, shape: ModelShape, held: HeldWeights, steps: Sequence[StepRows], cpu: bool
+    config: TrainConfig, *, shape: ModelShape, held: HeldWeights, steps: Sequence[StepRows], division: Division
 ) -> Fitter:
-    """The prediction for ``config`` on a node that has ``steps``' rows, and computes on a CPU or not."""
-    training = config.training
-    compiled = compiles(training.compile, cpu=cpu)
+    """The prediction for ``config`` on a node that has ``steps``' rows."""
     return Fitter(
         shape=shape,
         held=held,
         adapter=config.adapter,
         optimizer=config.optimizer.name,
         steps=steps,
-        validation_rows=_validation_rows(training),
-        pack_tokens=TOKENS_AT_ONCE if cpu and training.packing.lower() != "false" else None,
-        eager=cpu and held.bits is None and held.float_bytes == 4 and not compiled,
-        compiled=compiled,
+        validation_rows=_validation_rows(config.training),
+        division=division,
+        eager=division.cpu and held.bits is None and held.float_bytes == 4 and not division.compiled,
     )
 
 

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from macft.errors import ModelError
+from macft.model.packing import may_pack
 from macft.model.settings import ModelConfig
 
 _LARGEST_CONFIG = 4 << 20
@@ -31,7 +32,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder. ``linears`` are those of one block; ``parameters`` counts all blocks, embeddings and head."""
+    """Sizes of a decoder. ``linears`` are those of one block; ``parameters`` counts all blocks, embeddings and head.
+
+    ``packs``: it is built as packed rows need it.
+    """
 
     hidden: int
     blocks: int
@@ -49,6 +53,7 @@ class ModelShape:
     group_size: int
     # Type of the checkpoint's floating-point values.
     dtype: str
+    packs: bool
 
     @property
     def embedding_parameters(self) -> int:
@@ -160,4 +165,5 @@ def shape_of(config: dict[str, Any], source: str) -> ModelShape:
         bits=int(bits) if bits else None,
         group_size=int(quantization.get("group_size", 64)) if bits else 64,
         dtype=dtype if dtype in FLOAT_BYTES else "bfloat16",
+        packs=may_pack(model),
     )

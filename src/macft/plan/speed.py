@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import chain
 
 from macft import blas  # noqa: F401  (a fast BLAS before MLX)
 
@@ -16,15 +17,15 @@ from macft.plan.memory import trained_part
 # Share of the peak that LoRA training reaches on Macs: from speeds people report, 0.39 (Mistral-7B, M1 Max), 0.49
 # (Llama-7B, M2 Ultra) and 0.59 (Qwen3-0.6B, M4 Pro) of the FP32 peak.
 MAC_EFFICIENCY = 0.45
-# Share of the matrix-product speed that a step of SmolLM2 reaches on a CPU: with 8 SQL rows 0.64 on one core and 0.5 to
-# 0.6 on two, with 4 rows 0.42.
-CPU_EFFICIENCY = 0.5
+# Share of the matrix-product speed that a step of SmolLM2 reaches on a CPU: 0.39 to 0.43 on one core with 4 to 16 SQL
+# rows.
+CPU_EFFICIENCY = 0.4
 _PROBE = 1024
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Floating-point operations and tokens (unpadded) of a node's average step."""
+    """Floating-point operations of a node's average step, tokens and targets of all its rows."""
 
     operations: float
     tokens: float
@@ -35,23 +36,24 @@ def step_cost(fitter: Fitter, settings: Settings) -> StepCost:
     """The work of ``fitter``'s node in a step, averaged over the steps looked at.
 
     A matrix product counts 2 operations a weight and token going forward and 2 going back to its input; a frozen
-    weight has no gradient of its own. Attention counts the whole square, as MLX computes it while training.
+    weight has no gradient of its own. Attention counts the whole square, as MLX computes it while training, or layer by
+    layer on a CPU what each token sees, and the scores anew going back.
     """
     shape, trained = fitter.shape, trained_part(fitter.shape, fitter.adapter)
     query = shape.heads * shape.head_dim
     operations = tokens = targets = 0.0
     for step in fitter.steps:
         tokens += float(step.lengths.sum())
-        targets += float(step.targets.sum())
-        for rows, length, count in step.micro_batches(settings.micro_batch_size, compiled=fitter.compiled):
-            padded = rows * length
-            block = 2 * shape.block_parameters * padded + 4 * query * length * padded
-            passes = 1 + settings.grad_checkpoint
-            backward = 2 * shape.block_parameters * padded + 8 * query * length * padded
-            operations += block * (shape.blocks + trained.depth * (passes - 1)) + backward * trained.depth
-            # The low-rank path forward and back, or the gradients of the weights themselves.
-            operations += (2 if fitter.adapter.type == "full" else 6) * trained.parameters * padded
-            operations += 4 * shape.embedding_parameters * count
+        targets += step.targets
+    for part in chain.from_iterable(fitter.step_parts(settings.micro_batch_size)):
+        pairs = part.pairs if fitter.eager else part.rows * part.length**2
+        block = 2 * shape.block_parameters * part.tokens + 4 * query * pairs
+        passes = 1 + settings.grad_checkpoint
+        backward = 2 * shape.block_parameters * part.tokens + (10 if fitter.eager else 8) * query * pairs
+        operations += block * (shape.blocks + trained.depth * (passes - 1)) + backward * trained.depth
+        # The low-rank path forward and back, or the gradients of the weights themselves.
+        operations += (2 if fitter.adapter.type == "full" else 6) * trained.parameters * part.tokens
+        operations += 4 * shape.embedding_parameters * part.targets
     steps = max(1, len(fitter.steps))
     return StepCost(operations / steps, tokens / steps, targets / steps)
 

@@ -1,60 +1,98 @@
-"""The micro-batches that a node's rows of a step become: what its peak memory and its work follow from."""
+"""What a node computes at once of its rows of a step: what its peak memory and its work follow from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.data.batch import PAD_TO, coarse_length, coarse_targets
+from macft.data.batch import micro_batches
 from macft.data.formats import Row
 from macft.data.order import RowOrder
-from macft.plan.shares import assign
+from macft.plan.shares import assign_rows
+from macft.training.parts import Division, Part
 
 _STEPS_LOOKED_AT = 256
+_ROWS_LOOKED_AT = 8192
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """``tokens`` computed at once, of ``rows`` that have up to ``length`` each, and ``targets`` among them.
+
+    Filling counts. Padded rows have rows * length tokens; those of a pack fewer, for what they share is there once.
+    ``pairs`` are those of a token and one that it sees, or itself.
+    """
+
+    rows: int
+    length: int
+    tokens: int
+    targets: int
+    pairs: int
+
+    @classmethod
+    def of(cls, part: Part) -> PartSize:
+        """The size of a part of the trainer's."""
+        if part.layout:
+            paths, _, depths = part.layout
+            (rows, length), tokens, pairs = paths.shape, len(depths), int(depths.sum()) + len(depths)
+        else:
+            rows, length = part.inputs.shape
+            tokens, pairs = rows * length, rows * length * (length + 1) // 2
+        return cls(rows, length, tokens, len(part.targets), pairs)
 
 
 @dataclass(frozen=True)
 class StepRows:
-    """The rows of one global batch: tokens and target tokens of each, (rows,)."""
+    """Rows of one global batch, and their numbers in the dataset (rows,)."""
 
-    lengths: NDArray[np.int64]
-    targets: NDArray[np.int64]
+    rows: Sequence[Row]
+    ids: NDArray[np.int64]
 
-    def of_rank(self, rank: int, world_size: int, shares: Sequence[float] | None = None) -> StepRows:
-        """Those that ``rank`` computes."""
-        mine = assign(self.lengths, world_size, shares)[rank]
-        return StepRows(self.lengths[mine], self.targets[mine])
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row (rows,)."""
+        return np.array([len(row.tokens) for row in self.rows], dtype=np.int64)
 
-    def micro_batches(self, size: int | None, *, compiled: bool = False) -> Iterable[tuple[int, int, int]]:
-        """(rows, padded length, targets) of each micro-batch of at most ``size`` rows, split as the trainer does."""
-        order = np.argsort(self.lengths, kind="stable")
-        step = size or max(1, len(order))
-        for start in range(0, len(order), step):
-            group = order[start : start + step]
-            longest = int(self.lengths[group].max())
-            targets = int(self.targets[group].sum())
-            if compiled:
-                length = coarse_length(longest)
-                yield len(group), length, coarse_targets(targets, len(group) * (length - 1))
-            else:
-                yield len(group), 1 + -(-(longest - 1) // PAD_TO) * PAD_TO, targets
+    @property
+    def targets(self) -> int:
+        """Target tokens of all rows."""
+        return sum(row.target_tokens for row in self.rows)
+
+    def of_rank(
+        self, rank: int, world_size: int, shares: Sequence[float] | None = None, *, shared: bool = False
+    ) -> StepRows:
+        """Those that ``rank`` computes; ``shared``: rows that begin alike share these tokens."""
+        mine = assign_rows([row.tokens for row in self.rows], world_size, shares, shared=shared)[rank]
+        return StepRows([self.rows[place] for place in mine], self.ids[mine])
+
+    def parts(self, micro_batch_size: int | None, division: Division) -> list[PartSize]:
+        """What is computed one after the other, made as the trainer makes it."""
+        batches = micro_batches(self.rows, self.ids, micro_batch_size)
+        return [PartSize.of(part) for batch in batches for part in division.parts(batch)]
 
 
 def steps_of(rows: Sequence[Row], order: RowOrder, total_steps: int) -> list[StepRows]:
-    """The global batches of the first steps of a run, as the trainer will draw them; at most 256 of them."""
-    lengths = np.array([len(row.tokens) for row in rows], dtype=np.int64)
-    prompts = np.array([max(row.prompt_length, 1) for row in rows], dtype=np.int64)
-    targets = np.maximum(lengths - prompts, 0)
-    found = []
+    """The global batches of a run's first steps, as the trainer will draw them; of at most 256, or about 8,192 rows."""
+    found: list[StepRows] = []
+    seen = 0
     for step in range(min(total_steps, _STEPS_LOOKED_AT)):
+        if seen >= _ROWS_LOOKED_AT:
+            break
         ids = order.rows(step)
-        found.append(StepRows(lengths[ids], targets[ids]))
+        found.append(StepRows([rows[place] for place in ids], ids))
+        seen += len(ids)
     return found
+
+
+def unlike_rows(count: int, length: int, targets: int) -> StepRows:
+    """``count`` rows of ``length`` tokens that have nothing in common, each with ``targets`` at its end."""
+    rows = [Row(np.full(length, number, dtype=np.int32), length - targets) for number in range(count)]
+    return StepRows(rows, np.arange(count))
 
 
 def assumed_steps(batch_size: int, length: int) -> list[StepRows]:
     """One step of rows that all have ``length`` tokens: for data that can't be read here."""
-    return [StepRows(np.full(batch_size, length), np.full(batch_size, length - 1))]
+    return [unlike_rows(batch_size, length, length - 1)]

@@ -13,8 +13,10 @@ import numpy as np
 from macft.collective.base import Collective
 from macft.data.batch import micro_batches
 from macft.data.formats import Row
-from macft.plan.shares import assign
-from macft.training.loss import TokenLoss, target_positions
+from macft.model.device import on_cpu
+from macft.plan.shares import assign_rows
+from macft.training.loss import TokenLoss
+from macft.training.parts import Division, laid_out
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,25 @@ def validation_loss(
     rows_at_once: int,
     shares: Sequence[float],
     progress: Callable[[int, int], None],
+    packs: bool = False,
 ) -> Validation:
-    """Evaluates ``rows``, given to the ranks by ``shares``; ``progress`` is told (done, total) rows of this rank."""
+    """Evaluates ``rows``, given to the ranks by ``shares``; ``progress`` is told (done, total) rows of this rank.
+
+    ``packs``: rows are laid end to end, which the model must have been prepared for.
+    """
     started = time.perf_counter()
     model.eval()
-    lengths = np.array([len(row.tokens) for row in rows], dtype=np.int64)
-    mine = assign(lengths, collective.world_size, shares)[collective.rank]
+    # No mask of dropout is a row's own here, so whatever rows begin with in common can be shared.
+    division = Division(packs=packs, shares=packs, cpu=on_cpu())
+    tokens = [row.tokens for row in rows]
+    mine = assign_rows(tokens, collective.world_size, shares, shared=division.shares)[collective.rank]
     loss_sum, target_tokens, done = 0.0, 0, 0
     for batch in micro_batches([rows[i] for i in mine], mine, rows_at_once):
-        positions, targets, weights = target_positions(batch)
-        value = loss(mx.array(batch.tokens[:, :-1]), mx.array(positions), mx.array(targets), mx.array(weights))
-        loss_sum += value.item()
-        target_tokens += int(weights.sum())
+        for part in division.parts(batch):
+            inputs = [mx.array(values) for values in (part.inputs, part.positions, part.targets, part.weights)]
+            with laid_out([mx.array(values) for values in part.layout], part.lengths):
+                loss_sum += loss(*inputs).item()
+            target_tokens += int(part.weights.sum())
         done += len(batch.row_ids)
         progress(done, len(mine))
     sums = np.array([loss_sum, target_tokens], dtype=np.float64)

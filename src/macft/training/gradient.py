@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,35 +14,16 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.trainer import grad_checkpoint
-from numpy.typing import NDArray
 
-from macft.data.batch import Batch, pack, widened, widened_pack
+from macft.data.batch import Batch
 from macft.errors import ConfigError
 from macft.model import cpu_eager
 from macft.model.device import on_cpu, traced
 from macft.model.dropout import DropoutKeys
-from macft.model.packing import Layout, enable_packing, packed
-from macft.training.loss import TokenLoss, target_positions
+from macft.model.packing import enable_packing
+from macft.training.loss import TokenLoss
+from macft.training.parts import Division, Part, laid_out
 from macft.training.settings import compiles
-
-TOKENS_AT_ONCE = 512
-"""Tokens in a pack on a CPU, where longer ones are no faster and take more memory."""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Rows that are computed at once, padded or, where there is a ``layout``, laid end to end.
-
-    ``layout`` holds paths, owners and depths of the pack, ``lengths`` those of its rows; see Pack.
-    """
-
-    inputs: NDArray[np.int32]
-    positions: NDArray[np.int32]
-    targets: NDArray[np.int32]
-    weights: NDArray[np.float32]
-    row_ids: NDArray[np.int64]
-    layout: tuple[NDArray[np.int32], ...] = ()
-    lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,17 +141,10 @@ class GradientComputer:
             started=started,
         )
 
-    def _parts(self, batch: Batch) -> Iterator[_Part]:
-        if self.packs:
-            for item in pack(batch, TOKENS_AT_ONCE if on_cpu() else None, shared=self.shares):
-                item = widened_pack(item) if self.compiles else item
-                layout = item.paths, item.owners, item.depths
-                yield _Part(item.inputs, item.positions, item.targets, item.weights, item.row_ids, layout, item.lengths)
-            return
-        batch = widened(batch) if self.compiles else batch
-        yield _Part(batch.tokens[:, :-1], *target_positions(batch, coarse=self.compiles), batch.row_ids)
+    def _parts(self, batch: Batch) -> Iterator[Part]:
+        return Division(self.packs, self.shares, self.compiles, on_cpu()).parts(batch)
 
-    def _with_part(self, total: dict[str, Any], step: int, part: _Part) -> tuple[Any, dict[str, Any]]:
+    def _with_part(self, total: dict[str, Any], step: int, part: Part) -> tuple[Any, dict[str, Any]]:
         """The summed loss of ``part``, and the gradients in ``total``, if any, with its own added."""
         keys = DropoutKeys.for_rows(self._seed, step, part.row_ids) if self._keys.in_use else np.zeros(1, np.uint32)
         inputs = [mx.array(values) for values in (part.inputs, part.positions, part.targets, part.weights, keys)]
@@ -178,7 +152,7 @@ class GradientComputer:
         if self.compiles:
             # Nobody else holds the sums so far, so that MLX adds in their memory.
             return self._compiled(total, layout, *inputs)
-        with _packed(layout, part.lengths), cpu_eager.eager(self._eager) if self._eager is not None else nullcontext():
+        with laid_out(layout, part.lengths), cpu_eager.eager(self._eager) if self._eager is not None else nullcontext():
             loss, gradient = self._loss_and_gradient(*inputs)
         if self._eager is not None:  # evaluated while the graph was built, they would hold all of it
             loss, gradient = cpu_eager.plain(loss), tree_map(cpu_eager.plain, gradient)
@@ -188,7 +162,7 @@ class GradientComputer:
         """What is compiled for each shape of ``inputs``, with sums so far and without; the model stays as it was."""
         parameters, keys = self._model.trainable_parameters(), self._keys.value
         try:
-            with traced(), _packed(layout):
+            with traced(), laid_out(layout):
                 loss, gradient = self._loss_and_gradient(*inputs)
                 return loss, _added(total, gradient)
         finally:
@@ -197,13 +171,6 @@ class GradientComputer:
 
     def _zeros(self) -> dict[str, Any]:
         return {name: mx.zeros(shape) for name, shape in self._shapes.items()}
-
-
-def _packed(layout: list[Any], lengths: tuple[int, ...] = ()) -> AbstractContextManager[None]:
-    if not layout:
-        return packed(None)
-    paths, owners, depths = layout
-    return packed(Layout(paths, owners, depths, lengths))
 
 
 def _added(total: dict[str, Any], gradient: dict[str, Any]) -> dict[str, Any]:

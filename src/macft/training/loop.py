@@ -405,6 +405,7 @@ class Trainer:
                 rows_at_once=self.config.micro_batch_size or _EVALUATION_ROWS_AT_ONCE,
                 shares=self._balance.shares,
                 progress=lambda done, total: self.reporter.phase_progress(PhaseProgress("validation", done, total)),
+                packs=self.compute.packs,
             )
         is_best = self.progress.take_validation(result.loss)
         self.reporter.evaluated(
