@@ -25,7 +25,7 @@ ALLOWED = {
     "model": {"blas"},
     "data": set(),
     "checkpoint": set(),
-    "evaluation": {"collective", "data", "training"},
+    "evaluation": {"collective", "data", "model", "training"},
     "training": {"checkpoint", "collective", "data", "model", "plan", "report", "stop"},
     "config": {"cluster", "collective", "data", "evaluation", "model", "plan", "report", "thermal", "training"},
 }

@@ -15,6 +15,7 @@ from macft.data.sources import Record
 from macft.evaluation.answers import Scored, score_answers
 from macft.evaluation.metrics import Metric
 from macft.evaluation.record import expected_text, question_text
+from macft.model.packing import enable_packing
 from macft.training.evaluate import validation_loss
 from macft.training.loss import TokenLoss
 
@@ -64,6 +65,7 @@ def evaluate(
             rows_at_once=rows_at_once,
             shares=[1.0],
             progress=lambda done, total: progress("loss", done, total),
+            packs=enable_packing(model),
         )
         scored = None
         if metric is not None:

@@ -29,7 +29,11 @@ _VALIDATION_FLOATS_PER_LOGIT = 3.45
 # is hidden alone that is held, and (hidden, queries, feed-forward) for a moment.
 _EAGER_HELD, _EAGER_MOMENT, _EAGER_LOGIT, _EAGER_TRAINED = (5.7, 4.9, 2.2, 5.2), (9.46, 4.65), 5.0, 2.0
 _EAGER_VALIDATION_LOGIT = 3.2
+# The same where the loss goes through the vocabulary in blocks: floats a target and hidden size, and no logits.
+_EAGER_TARGET = 4.0
 _EAGER_AGAIN_HELD, _EAGER_AGAIN_MOMENT, _EAGER_AGAIN = 0.46, (15.65, 13.29, 7.86), 1.2
+# Before the first step the model is tried with few tokens (head apart, packs), and the logits are compared.
+_TRIAL_TOKENS = 72
 # Float32 values that an optimizer keeps for each trainable parameter.
 OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "adamax": 2, "lion": 1, "muon": 1, "sgd": 1, "rmsprop": 1, "adagrad": 1}
 
@@ -154,6 +158,7 @@ def predict(shape: ModelShape, held: HeldWeights, adapter: AdapterConfig, optimi
         logits=logits,
         other_peak=max(
             _loading(shape, held, weights),
+            weights + adapter_bytes + 4 * _TRIAL_TOKENS * shape.vocabulary,
             resident + _validation(shape, held, work),
             # New parameters and states beside the old ones, and the gradient.
             resident + parameter_bytes * trained.parameters * 1.4,
@@ -174,7 +179,12 @@ def _layer_by_layer(shape: ModelShape, trained: Trained, work: Work, logits: int
     margin = _EAGER_AGAIN if again else 1.0
     return (
         4 * margin * work.tokens * (trained.depth * held + moment),
-        4 * _EAGER_LOGIT * logits * shape.vocabulary,
+        4
+        * (
+            _EAGER_TARGET * work.targets * shape.hidden
+            if shape.plain_head
+            else _EAGER_LOGIT * logits * shape.vocabulary
+        ),
         4 * trained.parameters * (_EAGER_TRAINED + work.accumulated),
     )
 
@@ -221,8 +231,11 @@ def _moment_of_block(shape: ModelShape, held: HeldWeights, work: Work) -> float:
 
 
 def _validation(shape: ModelShape, held: HeldWeights, work: Work) -> float:
-    per_logit = _EAGER_VALIDATION_LOGIT if work.eager else _VALIDATION_FLOATS_PER_LOGIT
-    logits = per_logit * 4 * work.targets * shape.vocabulary
+    if work.eager and shape.plain_head:
+        logits = _EAGER_TARGET * 4 * work.targets * shape.hidden
+    else:
+        per_logit = _EAGER_VALIDATION_LOGIT if work.eager else _VALIDATION_FLOATS_PER_LOGIT
+        logits = per_logit * 4 * work.targets * shape.vocabulary
     if work.eager:
         moment = 0.6 * 4 * work.tokens * _dot(_EAGER_MOMENT, (shape.hidden, shape.intermediate))
     else:

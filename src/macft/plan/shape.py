@@ -18,6 +18,8 @@ from macft.model.packing import may_pack
 from macft.model.settings import ModelConfig
 
 _LARGEST_CONFIG = 4 << 20
+_OF_LOGITS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling")
+"""Keys of a config.json for what some models do with their logits."""
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -34,7 +36,7 @@ class Linear:
 class ModelShape:
     """Sizes of a decoder. ``linears`` are those of one block; ``parameters`` counts all blocks, embeddings and head.
 
-    ``packs``: it is built as packed rows need it.
+    ``packs``: it is built as packed rows need it. ``plain_head``: logits are a product, not scaled or capped.
     """
 
     hidden: int
@@ -54,6 +56,7 @@ class ModelShape:
     # Type of the checkpoint's floating-point values.
     dtype: str
     packs: bool
+    plain_head: bool
 
     @property
     def embedding_parameters(self) -> int:
@@ -166,4 +169,5 @@ def shape_of(config: dict[str, Any], source: str) -> ModelShape:
         group_size=int(quantization.get("group_size", 64)) if bits else 64,
         dtype=dtype if dtype in FLOAT_BYTES else "bfloat16",
         packs=may_pack(model),
+        plain_head=not any(text.get(key) for key in _OF_LOGITS),
     )

@@ -15,11 +15,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from macft import blas
 from macft.model.cpu_activations import softmax_parts
+from macft.model.cpu_cross_entropy import available, cross_entropy
 from macft.model.cpu_eager import plain
 from macft.model.device import numpy_may_compute, on_cpu
-from macft.training.cpu_cross_entropy import cross_entropy
 
 _ELEMENTS_ON_CPU = 2**21
 _ELEMENTS_ON_GPU = 2**25
@@ -128,7 +127,7 @@ def head_matrix(model: nn.Module, head: Callable[[Any], Any]) -> Any:
 
     Heads that scale or cap their logits aren't.
     """
-    if not on_cpu() or blas.library() is None:
+    if not available():
         return None
     layers = [getattr(model, "lm_head", None), getattr(getattr(model, "model", None), "embed_tokens", None)]
     for layer in layers:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft import blas
+from macft.model.device import on_cpu
 
 _LOGITS_AT_ONCE = 2**20
 _BLOCKS = 256, 2048
@@ -19,6 +20,11 @@ _BLOCKS = 256, 2048
 _HIDDEN = np.float32(-1e30)
 
 Matrix = NDArray[np.float32]
+
+
+def available() -> bool:
+    """Whether this machine has what it takes: a CPU's OpenBLAS."""
+    return on_cpu() and blas.library() is not None
 
 
 def cross_entropy(
