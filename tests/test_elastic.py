@@ -82,8 +82,14 @@ def finish(process: subprocess.Popen[str], nodes: list[psutil.Process]) -> None:
     assert not psutil.wait_procs(nodes, timeout=5)[1]
 
 
-def test_killed_one_by_one_whoever_leads_down_to_one(tmp_path: Path, basics: list[str], undisturbed: Path) -> None:
-    process = start(*basics, "topology=local", "topology.nodes=3", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_killed_one_by_one_whoever_leads_down_to_one(
+    tmp_path: Path, basics: list[str], undisturbed: Path, compiled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled, the last one has each step queued before it reads the one before."""
+    monkeypatch.setenv("PATH", str(tmp_path))  # without g++ MLX records steps all the same, and fuses nothing
+    more = ["topology=local", "topology.nodes=3", f"training.compile={compiled}"]
+    process = start(*basics, *more, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
     wait_for_step(process, tmp_path, 7)
     nodes = ranks(process)
     nodes[0].kill()

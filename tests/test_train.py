@@ -90,11 +90,13 @@ def test_resuming_with_the_shown_command_repeats_nothing(tmp_path: Path, finishe
     assert len(losses(tmp_path)) == 8
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
 def test_a_compiled_run_learns_the_same(
-    tmp_path: Path, basics: list[str], finished: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, basics: list[str], finished: Path, nodes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # without g++ MLX records steps all the same, and fuses nothing
     more = ["training.compile=true", "training.micro_batch_size=2"]
+    more += ["topology=local", f"topology.nodes={nodes}"] if nodes > 1 else []
     done = train(*basics, *more, f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
     assert done.status == 0, done.errors
     assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-4)

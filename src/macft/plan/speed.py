@@ -17,9 +17,9 @@ from macft.plan.memory import trained_part
 # Share of the peak that LoRA training reaches on Macs: from speeds people report, 0.39 (Mistral-7B, M1 Max), 0.49
 # (Llama-7B, M2 Ultra) and 0.59 (Qwen3-0.6B, M4 Pro) of the FP32 peak.
 MAC_EFFICIENCY = 0.45
-# Share of the matrix-product speed that a step of SmolLM2 reaches on a CPU: 0.39 to 0.43 on one core with 4 to 16 SQL
-# rows.
-CPU_EFFICIENCY = 0.4
+# Share of the matrix-product speed that a step of SmolLM2 reaches on a CPU, with 4 to 16 SQL rows: 0.46 to 0.54 on one
+# core, 0.34 to 0.44 on two, where all but the large products is one core's work.
+CPU_EFFICIENCY = 0.42
 _PROBE = 1024
 
 
