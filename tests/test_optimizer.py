@@ -7,6 +7,7 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -97,3 +98,21 @@ def test_small_parameters_together_are_updated_as_each_by_itself(name: str) -> N
 def test_an_argument_the_optimizer_lacks_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"optimizer\.arguments: adamw"):
         make_optimizer(OptimizerConfig(arguments={"momentumm": 0.9}))
+
+
+def test_parameters_are_found_wherever_a_model_keeps_them() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scales = [mx.ones(2), mx.ones(3)]
+            self.parts = {"bias": mx.zeros(4), "layer": nn.Linear(2, 2)}
+            self.frozen = nn.Linear(2, 2)
+            self.frozen.freeze()
+
+    model = Odd()
+    before = dict(tree_flatten(model.parameters()))
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    assert {"scales.1", "parts.bias", "parts.layer.weight"} < trained.keys()
+    Update(model, make_optimizer(OptimizerConfig(name="sgd")))({k: mx.ones(v.shape) for k, v in trained.items()}, 0.5)
+    for name, value in tree_flatten(model.parameters()):
+        np.testing.assert_array_equal(np.array(value), np.array(before[name] - (0.5 if name in trained else 0.0)))

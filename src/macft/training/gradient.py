@@ -106,7 +106,8 @@ class GradientComputer:
         ``in_buckets`` bucket by bucket, so that its first gradients can be sent while MLX computes the others.
         """
         started = time.perf_counter()
-        self._model.train()
+        if not self._model.training:
+            self._model.train()
         taken = iter(batches if turns is None else turns)
         total: dict[str, Any] = {}
         losses: list[Any] = []
