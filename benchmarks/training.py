@@ -110,6 +110,7 @@ def held_out_loss(loaded: Any, case: str) -> float:
     from macft.data.formats import tokenize
     from macft.data.settings import SourceConfig
     from macft.data.sources import read_source
+    from macft.plan.shares import Seat
     from macft.training.evaluate import validation_loss
     from macft.training.loss import TokenLoss
 
@@ -120,7 +121,7 @@ def held_out_loss(loaded: Any, case: str) -> float:
     rows = [tokenize(record, loaded.tokenizer, mask_prompt=case == "sql") for record in records]
     model = loaded.model
     return validation_loss(
-        model, TokenLoss(model), rows, Solo(), rows_at_once=4, shares=[1.0], progress=lambda *_: None
+        model, TokenLoss(model), rows, Solo(), rows_at_once=4, seat=Seat(0, 1), progress=lambda *_: None
     ).loss
 
 

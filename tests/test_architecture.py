@@ -25,7 +25,7 @@ ALLOWED = {
     "model": {"blas"},
     "data": set(),
     "checkpoint": set(),
-    "evaluation": {"collective", "data", "model", "training"},
+    "evaluation": {"collective", "data", "model", "plan", "training"},
     "training": {"checkpoint", "collective", "data", "model", "plan", "report", "stop"},
     "config": {"cluster", "collective", "data", "evaluation", "model", "plan", "report", "thermal", "training"},
 }

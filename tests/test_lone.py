@@ -25,9 +25,10 @@ from macft.data.order import RowOrder
 from macft.errors import NonFiniteLoss
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
+from macft.plan.shares import Seat
 from macft.report.events import Evaluated, SilentReporter, StepDone
 from macft.stop import StopRequest
-from macft.training.feed import Feed, Seat
+from macft.training.feed import Feed
 from macft.training.gradient import GradientComputer
 from macft.training.loop import Trainer
 from macft.training.optimizer import Update, make_optimizer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +21,7 @@ from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.cpu_attention import blocks_of
 from macft.model.packing import Layout, enable_packing, packed
+from macft.plan.shares import Seat
 from macft.training.cross_entropy import chunked_cross_entropy
 from macft.training.evaluate import validation_loss
 from macft.training.gradient import GradientComputer, LocalGradient
@@ -80,31 +80,22 @@ def test_what_rows_have_in_common_is_computed_once(family: str, masked: bool) ->
     same(together, gradient_of(family, "false", data)[1])
 
 
-class OneOf(Solo):
-    """A rank among others, of which nothing is heard; what it would have added up is in ``sums``."""
-
-    rank = world_size = 0
-    sums = np.zeros(2)
-
-    def __init__(self, rank: int, world_size: int):
-        self.rank, self.world_size = rank, world_size
-
-    def all_reduce(self, arrays: Sequence[Any]) -> None:
-        (self.sums,) = arrays
-
-
 def validated(model: nn.Module, data: list[Row], rank: int, world_size: int, *, packs: bool) -> np.ndarray:
     """A rank's sums of losses and target tokens, (2,), and how many rows it told as done."""
-    node = OneOf(rank, world_size)
     told = [(0, 0)]
-    shares = [1.0] * world_size
-    loss = TokenLoss(model)
-    validation_loss(
-        model, loss, data, node, rows_at_once=3, shares=shares, progress=lambda *at: told.append(at), packs=packs
+    found = validation_loss(
+        model,
+        TokenLoss(model),
+        data,
+        Solo(),
+        rows_at_once=3,
+        seat=Seat(rank, world_size),
+        progress=lambda *at: told.append(at),
+        packs=packs,
     )
     done, total = told[-1]
     assert done == total
-    return np.append(node.sums, done)
+    return np.array([found.loss * found.target_tokens, found.target_tokens, done])
 
 
 @pytest.mark.parametrize("masked", [False, True])

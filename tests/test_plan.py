@@ -33,7 +33,7 @@ from macft.plan.memory import Work, predict, trained_part
 from macft.plan.run_plan import known_models
 from macft.plan.settle import division_for
 from macft.plan.shape import HeldWeights, ModelShape, read_shape, shape_of
-from macft.plan.shares import assign_rows
+from macft.plan.shares import Seat, rows_at
 from macft.plan.speed import step_cost
 from macft.plan.workload import PartSize, StepRows, steps_of, unlike_rows
 from macft.training.gradient import GradientComputer
@@ -184,11 +184,12 @@ def test_the_plan_counts_what_the_trainer_computes(
     order = RowOrder([len(rows)], [1.0], batch_size=len(rows), seed=3)
     (step,) = steps_of(rows, order, 1)
     ids = order.rows(0)
-    ranks = assign_rows([rows[i].tokens for i in ids], len(shares), shares, shared=division.shares)
-    for rank, mine in enumerate(ranks):
+    for rank in range(len(shares)):
+        seat = Seat(rank, len(shares), tuple(shares))
+        mine = rows_at(seat, [rows[i].tokens for i in ids], shared=division.shares)
         batches = micro_batches([rows[ids[i]] for i in mine], ids[mine], size)
         expected = [found for batch in batches for found in sizes_by_hand(batch, division)]
-        part = step.of_rank(rank, len(shares), shares, shared=division.shares)
+        part = step.at(seat, shared=division.shares)
         planned = Fitter(tiny_shape(), FLOAT32, AdapterConfig(), "adamw", [part], 0, division).step_parts(size)
         assert [(one.rows, one.length, one.tokens, one.targets) for one in planned[0]] == expected
 

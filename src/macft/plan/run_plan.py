@@ -26,6 +26,7 @@ from macft.plan.fit import Settings
 from macft.plan.memory import MemoryParts, trained_part
 from macft.plan.settle import current_settings, division_for, fitter_for
 from macft.plan.shape import ModelShape, held_weights, read_shape, shape_of
+from macft.plan.shares import Seat
 from macft.plan.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops, step_cost
 from macft.plan.workload import StepRows, assumed_steps, steps_of
 from macft.training.settings import steps_for
@@ -118,7 +119,8 @@ def _plan_node(
     mac = macs[rank] if macs else None
     cpu = mac is None and on_cpu()
     division = division_for(config, shape, cpu=cpu)
-    mine = [step.of_rank(rank, len(speeds), speeds, shared=division.shares) for step in steps]
+    seat = Seat(rank, len(speeds), tuple(speeds))
+    mine = [step.at(seat, shared=division.shares) for step in steps]
     # A node far slower than the others may be left without a row; it still holds the model.
     mine = [step for step in mine if step.rows] or [StepRows(steps[0].rows[:1], steps[0].ids[:1])]
     held = held_weights(shape, config.model, cpu=cpu)

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from macft.cluster.settings import parse_budget
 from macft.collective.base import Collective
@@ -19,19 +18,12 @@ from macft.model.device import keep_within, on_cpu
 from macft.plan.budget import usable_bytes
 from macft.plan.fit import Fitter, Settings
 from macft.plan.shape import HeldWeights, ModelShape, held_weights, read_shape
+from macft.plan.shares import Seat
 from macft.plan.workload import StepRows, steps_of
 from macft.training.parts import Division
 from macft.training.settings import TrainingConfig, compiles, steps_for
 
 _LONGEST_VERDICT = 2000
-
-
-class _Seat(NamedTuple):
-    """Which rows are a node's: see :func:`~macft.plan.shares.assign`."""
-
-    rank: int
-    world_size: int
-    shares: Sequence[float] | None
 
 
 def settle(
@@ -52,11 +44,11 @@ def settle(
         ConfigError: the run doesn't fit a node's memory; the message names settings with which it would.
     """
     steps = steps_of(rows, order, steps_for(config.training, order.steps_per_epoch))
-    shares = config.topology.shares if isinstance(config.topology.shares, list) else None
+    shares = tuple(config.topology.shares) if isinstance(config.topology.shares, list) else None
     if world_size is None or world_size == collective.world_size:
-        seat = _Seat(collective.rank, collective.world_size, shares)
+        seat = Seat(collective.rank, collective.world_size, shares)
     else:
-        seat = _Seat(world_size - 1, world_size, None)
+        seat = Seat(world_size - 1, world_size)
     training, notes, refusal = _settle_here(config, model_folder, steps, seat)
     verdicts = collective.all_gather(json.dumps(refusal).encode()[:_LONGEST_VERDICT])
     for rank, verdict in enumerate(verdicts):
@@ -68,7 +60,7 @@ def settle(
 
 
 def _settle_here(
-    config: TrainConfig, model_folder: Path, steps: Sequence[StepRows], seat: _Seat
+    config: TrainConfig, model_folder: Path, steps: Sequence[StepRows], seat: Seat
 ) -> tuple[TrainingConfig, list[str], str | None]:
     """(settings, notes, refusal) of this node."""
     training, topology = config.training, config.topology
@@ -80,7 +72,7 @@ def _settle_here(
         return training, [f"no memory plan: {error}"], None
     cpu = on_cpu()
     division = division_for(config, shape, cpu=cpu)
-    mine = [step.of_rank(seat.rank, seat.world_size, seat.shares, shared=division.shares) for step in steps]
+    mine = [step.at(seat, shared=division.shares) for step in steps]
     held = held_weights(shape, config.model, cpu=cpu)
     fitter = fitter_for(config, shape=shape, held=held, steps=mine, division=division)
     on_this_machine = topology.nodes if topology.kind == "local" else 1

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from macft.data.batch import in_common
+
+
+class Seat(NamedTuple):
+    """What decides which rows of a step are a node's; see :func:`assign`."""
+
+    rank: int
+    world_size: int
+    shares: tuple[float, ...] | None = None
 
 
 def assign(
@@ -32,12 +41,11 @@ def assign(
     return [np.array(sorted(mine), dtype=np.int64) for mine in places]
 
 
-def assign_rows(
-    rows: Sequence[NDArray[np.int32]], world_size: int, shares: Sequence[float] | None = None, *, shared: bool
-) -> list[NDArray[np.int64]]:
-    """:func:`assign` for rows of tokens. ``shared``: rows that begin alike share these tokens.
+def rows_at(seat: Seat, rows: Sequence[NDArray[np.int32]], *, shared: bool) -> NDArray[np.int64]:
+    """Which of ``rows`` of tokens the node at ``seat`` computes. ``shared``: rows that begin alike share these tokens.
 
     What all rows begin with costs a node the same however many of them it has, so it doesn't count.
     """
     common = in_common(*(row[:-1] for row in rows)) if shared and len(rows) else 0
-    return assign(np.array([len(row) - common for row in rows], dtype=np.int64), world_size, shares)
+    lengths = np.array([len(row) - common for row in rows], dtype=np.int64)
+    return assign(lengths, seat.world_size, seat.shares)[seat.rank]

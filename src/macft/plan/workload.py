@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from macft.data.batch import micro_batches
 from macft.data.formats import Row
 from macft.data.order import RowOrder
-from macft.plan.shares import assign_rows
+from macft.plan.shares import Seat, rows_at
 from macft.training.parts import Division, Part
 
 _STEPS_LOOKED_AT = 256
@@ -61,11 +61,9 @@ class StepRows:
         """Target tokens of all rows."""
         return sum(row.target_tokens for row in self.rows)
 
-    def of_rank(
-        self, rank: int, world_size: int, shares: Sequence[float] | None = None, *, shared: bool = False
-    ) -> StepRows:
-        """Those that ``rank`` computes; ``shared``: rows that begin alike share these tokens."""
-        mine = assign_rows([row.tokens for row in self.rows], world_size, shares, shared=shared)[rank]
+    def at(self, seat: Seat, *, shared: bool = False) -> StepRows:
+        """Those that the node at ``seat`` computes; ``shared``: rows that begin alike share these tokens."""
+        mine = rows_at(seat, [row.tokens for row in self.rows], shared=shared)
         return StepRows([self.rows[place] for place in mine], self.ids[mine])
 
     def parts(self, micro_batch_size: int | None, division: Division) -> list[PartSize]:

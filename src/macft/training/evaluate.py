@@ -14,7 +14,7 @@ from macft.collective.base import Collective
 from macft.data.batch import micro_batches
 from macft.data.formats import Row
 from macft.model.device import on_cpu
-from macft.plan.shares import assign_rows
+from macft.plan.shares import Seat, rows_at
 from macft.training.loss import TokenLoss
 from macft.training.parts import Division, laid_out
 
@@ -35,11 +35,11 @@ def validation_loss(
     collective: Collective,
     *,
     rows_at_once: int,
-    shares: Sequence[float],
+    seat: Seat,
     progress: Callable[[int, int], None],
     packs: bool = False,
 ) -> Validation:
-    """Evaluates ``rows``, given to the ranks by ``shares``; ``progress`` is told (done, total) rows of this rank.
+    """Evaluates ``rows``, this node those of its ``seat``; ``progress`` is told (done, total) of them.
 
     ``packs``: rows are laid end to end, which the model must have been prepared for.
     """
@@ -48,7 +48,7 @@ def validation_loss(
     # No mask of dropout is a row's own here, so whatever rows begin with in common can be shared.
     division = Division(packs=packs, shares=packs, cpu=on_cpu())
     tokens = [row.tokens for row in rows]
-    mine = assign_rows(tokens, collective.world_size, shares, shared=division.shares)[collective.rank]
+    mine = rows_at(seat, tokens, shared=division.shares)
     loss_sum, target_tokens, done = 0.0, 0, 0
     for batch in micro_batches([rows[i] for i in mine], mine, rows_at_once):
         for part in division.parts(batch):

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from macft.data.batch import Batch, micro_batches
 from macft.data.formats import Row
 from macft.data.order import RowOrder
-from macft.plan.shares import assign_rows
-
-
-class Seat(NamedTuple):
-    """What decides which rows of a step a node computes."""
-
-    rank: int
-    world_size: int
-    shares: tuple[float, ...]
+from macft.plan.shares import Seat, rows_at
 
 
 class Feed:
@@ -43,5 +34,5 @@ class Feed:
     def _made(self, step: int, seat: Seat) -> list[Batch]:
         ids = self._order.rows(step)
         tokens = [self._rows[i].tokens for i in ids]
-        mine = ids[assign_rows(tokens, seat.world_size, seat.shares, shared=self._shared)[seat.rank]]
+        mine = ids[rows_at(seat, tokens, shared=self._shared)]
         return micro_batches([self._rows[i] for i in mine], mine, self._micro_batch_size)

@@ -24,11 +24,12 @@ from macft.data.order import RowOrder
 from macft.errors import MembershipChanged, NonFiniteLoss, PeerLost
 from macft.plan.balance import Balance
 from macft.plan.node_status import NodeStatus
+from macft.plan.shares import Seat
 from macft.report.events import Evaluated, NodesChanged, Noted, PhaseProgress, Reporter, StepDone
 from macft.stop import StopRequest
 from macft.training.evaluate import validation_loss
 from macft.training.exchange import GradientExchange
-from macft.training.feed import Feed, Seat
+from macft.training.feed import Feed
 from macft.training.gradient import GradientComputer
 from macft.training.lone import LoneSteps
 from macft.training.optimizer import Update, clip_factor, learning_rate
@@ -403,7 +404,7 @@ class Trainer:
                 self.valid_rows,
                 self.collective,
                 rows_at_once=self.config.micro_batch_size or _EVALUATION_ROWS_AT_ONCE,
-                shares=self._balance.shares,
+                seat=self._seat,
                 progress=lambda done, total: self.reporter.phase_progress(PhaseProgress("validation", done, total)),
                 packs=self.compute.packs,
             )
