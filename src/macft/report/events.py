@@ -44,8 +44,8 @@ class StepDone:
 
     ``target_tokens`` and ``tokens`` (prompt included, padding not) count all nodes; ``node_tokens`` this one.
     ``parts`` splits ``seconds`` into data, compute, all_reduce, update and, with DiLoCo, sync;
-    ``all_reduce_hidden`` is a part of compute. A lone node that compiles makes the update within compute, and its data is
-    what the device waited for between two steps.
+    ``all_reduce_hidden`` is a part of compute. A lone node that compiles makes the update within compute, and its data
+    is what the device waited for between two steps.
     ``nodes`` and ``shares`` of this step's rows, 1 in all, are by rank.
     """
 
