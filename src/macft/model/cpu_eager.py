@@ -19,13 +19,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
 from macft.model.cpu_layers import Kernel, kernel_for
 from macft.model.device import on_cpu
 from macft.model.packing import PackedRope, use_row_attention
+from macft.model.places import Places
 
 _KINDS = (nn.Linear, LoRALinear, DoRALinear, nn.RMSNorm, nn.LayerNorm, nn.RoPE, PackedRope)
 
@@ -36,8 +37,8 @@ class Plan:
 
     frozen: frozenset[int]
     checkpointed: frozenset[int]
-    # Names of the trained parameters of each layer, by its id.
-    trained: dict[int, list[str]] = field(default_factory=dict)
+    # The trained parameters of each layer, by its id.
+    trained: dict[int, Places] = field(default_factory=dict)
 
 
 class _State(threading.local):
@@ -78,8 +79,8 @@ def prepare(model: nn.Module, *, checkpoint_blocks: bool) -> Plan | None:
     if any(".layers." not in name for name in trained):
         below = []  # an embedding perhaps
     others = blocks[len(below) :] if checkpoint_blocks else []
-    names = {id(layer): [name for name, _ in tree_flatten(layer.trainable_parameters())] for layer in model.modules()}
-    return Plan(frozenset(map(id, below)), frozenset(map(id, others)), names)
+    places = {id(layer): Places(layer) for layer in model.modules()}
+    return Plan(frozenset(map(id, below)), frozenset(map(id, others)), places)
 
 
 class _Layer:
@@ -99,21 +100,21 @@ class _Layer:
         is_block = id(layer) in _state.plan.checkpointed
         if not is_block and not isinstance(layer, _KINDS):
             return self._call(layer, x, *rest, **named)
-        names = _state.plan.trained[id(layer)]
-        trained = _get(layer, names)
-        kernel = None if is_block else kernel_for(layer, names, x)
+        places = _state.plan.trained[id(layer)]
+        trained = places.get()
+        kernel = None if is_block else kernel_for(layer, places.names, x)
         if kernel is not None:
             return _by(kernel)(x, *trained)
 
         def plainly(x: Any, *values: Any) -> Any:
-            _set(layer, names, values)
+            places.put(values)
             return self._call(layer, x, *rest, **named)
 
         @mx.custom_function
         def whole(x: Any, *values: Any) -> Any:
             with _building(is_block):
                 found = plainly(plain(x), *map(plain, values))
-                if names:  # evaluated alone, DoRA's result was seen to hold what led to it
+                if trained:  # evaluated alone, DoRA's result was seen to hold what led to it
                     return plain(found)
                 mx.eval(found)
                 return found
@@ -130,7 +131,7 @@ class _Layer:
         try:
             return whole(x, *trained)
         finally:
-            _set(layer, names, trained)
+            places.put(trained)
 
 
 def _by(kernel: Kernel) -> Callable[..., Any]:
@@ -152,21 +153,6 @@ def _building(is_building: bool) -> Iterator[None]:
         yield
     finally:
         _state.is_building = before
-
-
-def _get(layer: nn.Module, names: list[str]) -> list[Any]:
-    if any("." in name for name in names):
-        values = dict(tree_flatten(layer.trainable_parameters()))
-        return [values[name] for name in names]
-    return [layer[name] for name in names]
-
-
-def _set(layer: nn.Module, names: list[str], values: Any) -> None:
-    if any("." in name for name in names):
-        layer.update(tree_unflatten(list(zip(names, values, strict=True))))
-        return
-    for name, value in zip(names, values, strict=True):
-        layer[name] = value
 
 
 def plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 
@@ -40,6 +41,11 @@ def traced() -> Iterator[None]:
 def numpy_may_compute() -> bool:
     """Whether NumPy may compute an operation's result while MLX builds the graph: on a CPU, of arrays with values."""
     return on_cpu() and not _trace.is_on
+
+
+def start(arrays: list[Any]) -> None:
+    """Has ``arrays`` computed, and doesn't wait for it."""
+    mx.async_eval(arrays)  # type: ignore[no-untyped-call]
 
 
 def prepare_device() -> str:

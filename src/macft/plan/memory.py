@@ -179,14 +179,16 @@ def _layer_by_layer(shape: ModelShape, trained: Trained, work: Work, logits: int
     margin = _EAGER_AGAIN if again else 1.0
     return (
         4 * margin * work.tokens * (trained.depth * held + moment),
-        4
-        * (
-            _EAGER_TARGET * work.targets * shape.hidden
-            if shape.plain_head
-            else _EAGER_LOGIT * logits * shape.vocabulary
-        ),
+        _eager_loss(shape, work.targets, logits, _EAGER_LOGIT),
         4 * trained.parameters * (_EAGER_TRAINED + work.accumulated),
     )
+
+
+def _eager_loss(shape: ModelShape, targets: int, at_once: int, floats_per_logit: float) -> float:
+    """Bytes that the loss of ``targets`` takes; a head that isn't plain has logits, of ``at_once`` of them."""
+    if shape.plain_head:
+        return 4 * _EAGER_TARGET * targets * shape.hidden
+    return 4 * floats_per_logit * at_once * shape.vocabulary
 
 
 def _dot(factors: Sequence[float], sizes: Sequence[int]) -> float:
@@ -231,14 +233,11 @@ def _moment_of_block(shape: ModelShape, held: HeldWeights, work: Work) -> float:
 
 
 def _validation(shape: ModelShape, held: HeldWeights, work: Work) -> float:
-    if work.eager and shape.plain_head:
-        logits = _EAGER_TARGET * 4 * work.targets * shape.hidden
-    else:
-        per_logit = _EAGER_VALIDATION_LOGIT if work.eager else _VALIDATION_FLOATS_PER_LOGIT
-        logits = per_logit * 4 * work.targets * shape.vocabulary
     if work.eager:
+        logits = _eager_loss(shape, work.targets, work.targets, _EAGER_VALIDATION_LOGIT)
         moment = 0.6 * 4 * work.tokens * _dot(_EAGER_MOMENT, (shape.hidden, shape.intermediate))
     else:
+        logits = _VALIDATION_FLOATS_PER_LOGIT * 4 * work.targets * shape.vocabulary
         moment = 0.5 * _moment_of_block(shape, held, work)
     return work.validation * max(logits, moment)
 

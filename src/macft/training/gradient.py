@@ -18,7 +18,7 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 from macft.data.batch import Batch
 from macft.errors import ConfigError
 from macft.model import cpu_eager
-from macft.model.device import on_cpu, traced
+from macft.model.device import on_cpu, start, traced
 from macft.model.dropout import DropoutKeys
 from macft.model.packing import enable_packing
 from macft.training.loss import TokenLoss
@@ -115,7 +115,7 @@ class GradientComputer:
         for batch in batches:
             for number, part in enumerate(self._parts(batch)):
                 if losses:
-                    _start([losses[-1], *total.values()])
+                    start([losses[-1], *total.values()])
                 if self._eager is None:  # its graph is made while the device is at what comes before
                     loss, total = self._with_part(total, step, part)
                 mx.synchronize()  # one at a time: activations are freed before the next begin
@@ -127,12 +127,12 @@ class GradientComputer:
                 target_tokens += int(part.weights.sum())
         total = total or self._zeros()
         if in_buckets:
-            _start(losses)
+            start(losses)
             for names in self.buckets:
                 total |= {name: mx.contiguous(total[name]) for name in names}
-                _start([total[name] for name in names])
+                start([total[name] for name in names])
         else:
-            _start([*losses, *total.values()])
+            start([*losses, *total.values()])
         return LocalGradient(
             gradient=total,
             buckets=self.buckets,
@@ -191,7 +191,3 @@ def _buckets(shapes: dict[str, tuple[int, ...]], bucket_bytes: int) -> list[list
         buckets[-1].append(name)
         size += 4 * math.prod(shapes[name])
     return buckets
-
-
-def _start(arrays: list[Any]) -> None:
-    mx.async_eval(arrays)  # type: ignore[no-untyped-call]

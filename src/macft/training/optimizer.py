@@ -13,6 +13,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from macft.errors import ConfigError
+from macft.model.device import start
+from macft.model.places import Places
 from macft.training.settings import OptimizerConfig
 
 _CLASSES = {
@@ -72,39 +74,6 @@ def clip_factor(norm: float, max_norm: float) -> float:
     return max_norm / norm if max_norm and norm > max_norm else 1.0
 
 
-class _Places:
-    """Where a model keeps its trainable parameters, found once: a walk through all its modules takes milliseconds."""
-
-    def __init__(self, model: nn.Module):
-        modules = dict(model.named_modules())
-        self._places = []
-        for name, _ in tree_flatten(model.trainable_parameters()):
-            # The module that holds the array, and where in it: in a list, perhaps, which is no module.
-            owner = name
-            while owner not in modules:
-                owner = owner.rpartition(".")[0]
-            self._places.append((name, modules[owner], name[len(owner) :].lstrip(".").split(".")))
-
-    def get(self) -> dict[str, Any]:
-        """The parameters by name."""
-        return {name: _within(module, path)[_key(path[-1])] for name, module, path in self._places}
-
-    def put(self, values: Mapping[str, Any]) -> None:
-        """Sets all of them."""
-        for name, module, path in self._places:
-            _within(module, path)[_key(path[-1])] = values[name]
-
-
-def _within(module: Any, path: list[str]) -> Any:
-    for part in path[:-1]:
-        module = module[_key(part)]
-    return module
-
-
-def _key(part: str) -> str | int:
-    return int(part) if part.isdigit() else part
-
-
 class Update:
     """The update of ``model``'s trainable parameters, one call a step.
 
@@ -113,7 +82,7 @@ class Update:
     """
 
     def __init__(self, model: nn.Module, optimizer: optim.Optimizer, *, compiled: bool = False):
-        self._parameters, self._optimizer = _Places(model), optimizer
+        self._parameters, self._optimizer = Places(model), optimizer
         self._step = mx.compile(self._updated) if compiled else self._updated
         self._step_if_finite = mx.compile(self._updated_if_finite) if compiled else self._updated_if_finite
         self._is_sound = mx.array(True)
@@ -123,7 +92,7 @@ class Update:
         parameters, state = self._before(rate)
         ours = {name: gradient[name] for name in parameters}
         updated, self._optimizer.state = self._step(parameters, ours, state, mx.array(factor))
-        self._parameters.put(updated)
+        self._parameters.put(updated[name] for name in self._parameters.names)
         del parameters, ours, state  # MLX may compute in the memory of the old ones
         mx.eval(updated, self._optimizer.state)
 
@@ -141,16 +110,16 @@ class Update:
         updated, self._optimizer.state, loss, norm, self._is_sound = self._step_if_finite(
             parameters, ours, state, loss_sum, factor, self._is_sound, max_norm
         )
-        self._parameters.put(updated)
+        self._parameters.put(updated[name] for name in self._parameters.names)
         del parameters, ours, state  # MLX may compute in the memory of the old ones
         arrays = [loss, norm, self._is_sound, *updated.values()]
         arrays += [value for _, value in tree_flatten(self._optimizer.state)]
-        mx.async_eval(arrays)  # type: ignore[no-untyped-call]
+        start(arrays)
         return loss, norm
 
     def _before(self, rate: float) -> tuple[dict[str, Any], dict[str, Any]]:
         self._optimizer.learning_rate = rate
-        return self._parameters.get(), self._optimizer.state
+        return dict(zip(self._parameters.names, self._parameters.get(), strict=True)), self._optimizer.state
 
     def _updated_if_finite(
         self,
