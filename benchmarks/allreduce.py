@@ -20,10 +20,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from macft.benchmarking.lane import Lane, LaneFailed
-from macft.benchmarking.ports import free_addresses
-from macft.benchmarking.sizes import read_size, read_speed, size_text
-from macft.benchmarking.turns import Measured, measure
+from macft.collective_bench.lane import Lane, LaneFailed
+from macft.collective_bench.ports import free_addresses
+from macft.collective_bench.sizes import read_size, read_speed, size_text
+from macft.collective_bench.turns import Measured, measure
 from shaped_links import ShapedLinks
 
 SIZES = "4K,16K,64K,256K,1M,4M,16M,64M"

@@ -18,10 +18,10 @@ from itertools import islice
 import numpy as np
 
 from deadlock import LAYERS, RANK
-from macft.benchmarking.ports import free_addresses
 from macft.collective.codecs.choose import make
 from macft.collective.ring import Ring
 from macft.collective.settings import CODECS, CollectiveConfig
+from macft.collective_bench.ports import free_addresses
 from ranks import hear, start, tell
 from shaped_links import ShapedLinks
 

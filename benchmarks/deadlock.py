@@ -14,8 +14,8 @@ import argparse
 import sys
 import time
 
-from macft.benchmarking.lane import Lane, LaneFailed
-from macft.benchmarking.ports import free_addresses
+from macft.collective_bench.lane import Lane, LaneFailed
+from macft.collective_bench.ports import free_addresses
 
 RANK, BLOCKS, WIDTH, KEYS, HIDDEN = 8, 30, 576, 192, 1536
 LAYERS = [

@@ -14,10 +14,10 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from macft.benchmarking.ports import free_addresses
 from macft.collective.listener import Listener
 from macft.collective.ring import Ring
 from macft.collective.settings import CollectiveConfig
+from macft.collective_bench.ports import free_addresses
 from ranks import hear, start, tell
 from shaped_links import ShapedLinks
 

@@ -20,7 +20,7 @@ import atheris
 
 with atheris.instrument_imports(include=["macft.collective"]):
     from macft.collective.stream import StreamIn, fresh
-    from macft.collective.transfer import Exchange, Reduction, Spread, Transfer, fuse
+    from macft.collective.transfer import BlobTransfer, GatherReduce, Reduction, Transfer, fuse
     from macft.collective.wire import Header, Kind, pack, unpack
 
 import numpy as np
@@ -37,9 +37,9 @@ def transfers() -> list[Transfer]:
     small, _ = fuse([np.ones(100, np.float64)])
     return [
         Reduction(Header(Kind.PIECE, 0, RANK, sequence=1), large, RANKS, PIECE_BYTES),
-        Exchange(Header(Kind.EXCHANGE, 0, RANK, sequence=1), small, RANKS),
-        Spread(Header(Kind.GATHER, 0, RANK, sequence=1), b"own", RANKS, range(RANKS), PIECE_BYTES),
-        Spread(Header(Kind.BROADCAST, 0, RANK, sequence=1), b"", RANKS, [0], PIECE_BYTES),
+        GatherReduce(Header(Kind.EXCHANGE, 0, RANK, sequence=1), small, RANKS),
+        BlobTransfer(Header(Kind.GATHER, 0, RANK, sequence=1), b"own", RANKS, range(RANKS), PIECE_BYTES),
+        BlobTransfer(Header(Kind.BROADCAST, 0, RANK, sequence=1), b"", RANKS, [0], PIECE_BYTES),
     ]
 
 

@@ -48,11 +48,11 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
     from macft.model.resolve import resolve
     from macft.model.settings import ModelConfig
     from macft.report.events import SilentReporter, StepDone
-    from macft.stop import StopRequest
     from macft.training.gradient import GradientComputer
     from macft.training.loop import Trainer
     from macft.training.optimizer import make_optimizer
     from macft.training.settings import OptimizerConfig, TrainingConfig
+    from macft.training.stop import StopRequest
 
     done: list[StepDone] = []
 
@@ -103,7 +103,7 @@ def launch(
     ranks: int, batch_size: int, steps: int, *, link: str | None, alone: bool = False, equal: bool = False
 ) -> list[dict[str, Any]]:
     """Runs ``ranks`` processes on cores of their own and returns what each found; `alone`: each on its own."""
-    from macft.benchmarking.ports import free_addresses
+    from macft.collective_bench.ports import free_addresses
 
     try:
         from shaped_links import ShapedLinks

@@ -8,7 +8,7 @@ import subprocess
 from types import TracebackType
 from typing import Self
 
-from macft.benchmarking.sizes import read_speed
+from macft.collective_bench.sizes import read_speed
 
 _numbers = itertools.count()
 _SUBNET = "10.77.77"

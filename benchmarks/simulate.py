@@ -25,14 +25,14 @@ from typing import Any
 
 import numpy as np
 
+from macft.device.chips import find_mac
 from macft.model.adapter_settings import AdapterConfig
-from macft.plan.chips import find_mac
-from macft.plan.fit import Fitter, Settings
-from macft.plan.memory import trained_part
-from macft.plan.run_plan import known_models
-from macft.plan.shape import HeldWeights, ModelShape, shape_of
-from macft.plan.speed import MAC_EFFICIENCY, step_cost
-from macft.plan.workload import unlike_rows
+from macft.model.shape import HeldWeights, ModelShape, shape_of
+from macft.planner.fit import BatchSettings, MemoryPlanner
+from macft.planner.memory import trained_part
+from macft.planner.run_plan import known_models
+from macft.planner.speed import MAC_EFFICIENCY, step_cost
+from macft.planner.workload import unlike_rows
 
 HERE = Path(__file__).parent
 POINTS = HERE / "scaling_measured.json"
@@ -127,8 +127,8 @@ def mac_job(model: str, mac: str, adapter: AdapterConfig, rows: int, length: int
     shape = shape_of(known_models()[model], model)
     held = HeldWeights(shape.bits, shape.group_size, 2)
     steps = [unlike_rows(rows, length, length // 4)]
-    plan = Fitter(shape, held, adapter, "adamw", steps, validation_rows=0)
-    operations = step_cost(plan, Settings(None, False)).operations
+    plan = MemoryPlanner(shape, held, adapter, "adamw", steps, validation_rows=0)
+    operations = step_cost(plan, BatchSettings(None, False)).operations
     seconds = operations / (find_mac(mac).chip.tflops * 1e12 * MAC_EFFICIENCY)
     name = model.split("/")[-1].removesuffix("-4bit").replace("-Instruct", "").replace("Meta-", "")
     kind = "full" if adapter.type == "full" else f"LoRA {adapter.rank}"

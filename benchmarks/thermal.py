@@ -19,14 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from macft.plan.balance import Balance
-from macft.plan.node_status import NodeStatus
+from macft.parallel.balance import ShareBalancer
+from macft.parallel.node_status import NodeStatus
 from macft.thermal.budget import Budget
 from macft.thermal.governor import Decision, Governor
-from macft.thermal.guard import ThermalGuard
 from macft.thermal.readings import Conditions
 from macft.thermal.settings import ThermalConfig
 from macft.thermal.simulated_mac import CHIPS, SimulatedMac
+from macft.thermal.throttle import ThermalThrottle
 
 HOUR = 3600
 STEADY = 600
@@ -110,7 +110,7 @@ def cluster(
 ) -> tuple[float, float]:
     """Macs of (chip, blanket) for an hour of synchronous steps: (tokens, highest temperature)."""
     nodes = [Node(chip, limit, blanket=blanket) for chip, blanket in macs]
-    balance = Balance(policy, len(nodes), every=4)
+    balance = ShareBalancer(policy, len(nodes), every=4)
     elapsed, tokens = 0.0, 0.0
     owed = [0.0] * len(nodes)
     while elapsed < HOUR:
@@ -166,7 +166,7 @@ def sensing_cost(rounds: int = 40, step_seconds: float = 0.25) -> tuple[float, f
     The step is NumPy matrix products of ``step_seconds`` in all; the guard reads every 2 s as in a run. The part that
     the trainer's thread sees is timed directly; what the sampler's threads take is their processor time.
     """
-    guard = ThermalGuard(replace(ThermalConfig(), temperature_limit=98.0), rank=0, stop=lambda: False)
+    guard = ThermalThrottle(replace(ThermalConfig(), temperature_limit=98.0), rank=0, stop=lambda: False)
     matrix = np.ones((256, 256), dtype=np.float32)
     mine: list[float] = []
     begun, used = time.perf_counter(), time.process_time()

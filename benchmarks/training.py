@@ -48,7 +48,7 @@ def load_everything(options: argparse.Namespace) -> tuple[Any, list[dict[str, An
     """Model and records, the same for all."""
     from macft.data.settings import SourceConfig
     from macft.data.sources import read_source
-    from macft.model.device import prepare_device
+    from macft.device.mlx_device import prepare_device
     from macft.model.load import load, load_tokenizer
     from macft.model.resolve import resolve
     from macft.model.settings import ModelConfig
@@ -68,7 +68,7 @@ def load_everything(options: argparse.Namespace) -> tuple[Any, list[dict[str, An
 
 def random_model(name: str, bits: int | None) -> Any:
     """A frozen model of the shape that ``name`` has in macft's list of models, the same weights each time."""
-    from macft.plan.run_plan import known_models
+    from macft.planner.run_plan import known_models
 
     # isort: split
     import mlx.core as mx
@@ -110,9 +110,9 @@ def held_out_loss(loaded: Any, case: str) -> float:
     from macft.data.formats import tokenize
     from macft.data.settings import SourceConfig
     from macft.data.sources import read_source
-    from macft.plan.shares import Seat
-    from macft.training.evaluate import validation_loss
+    from macft.parallel.shares import DataShard
     from macft.training.loss import TokenLoss
+    from macft.training.validation import validation_loss
 
     records = read_source(SourceConfig(path="builtin:sql"))["valid"]
     records = (
@@ -121,7 +121,7 @@ def held_out_loss(loaded: Any, case: str) -> float:
     rows = [tokenize(record, loaded.tokenizer, mask_prompt=case == "sql") for record in records]
     model = loaded.model
     return validation_loss(
-        model, TokenLoss(model), rows, Solo(), rows_at_once=4, seat=Seat(0, 1), progress=lambda *_: None
+        model, TokenLoss(model), rows, Solo(), rows_at_once=4, seat=DataShard(0, 1), progress=lambda *_: None
     ).loss
 
 
@@ -136,11 +136,11 @@ def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from macft.model.adapt import adapt
     from macft.model.adapter_settings import AdapterConfig
     from macft.report.events import SilentReporter, StepDone
-    from macft.stop import StopRequest
     from macft.training.gradient import GradientComputer
     from macft.training.loop import Trainer
     from macft.training.optimizer import make_optimizer
     from macft.training.settings import OptimizerConfig, TrainingConfig
+    from macft.training.stop import StopRequest
 
     times: list[float] = []
     targets: list[int] = []

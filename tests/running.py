@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import psutil
 
-from macft.benchmarking.ports import free_addresses
+from macft.collective_bench.ports import free_addresses
 
 
 @dataclass
@@ -94,7 +94,7 @@ def same_bits(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool
 def ranks(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     """The nodes' processes of a local run, by the rank that they began with."""
     children = psutil.Process(process.pid).children()
-    return {int(child.cmdline()[4]): child for child in children if "macft.worker" in child.cmdline()}
+    return {int(child.cmdline()[4]): child for child in children if "macft.launch.worker" in child.cmdline()}
 
 
 @dataclass

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from macft.cluster.agreement import Agreement, Beat, Seat, View
+from macft.membership.paxos import Heartbeat, MemberRecord, PaxosMembership, View
 
 SILENCE, PATIENCE, BEAT = 2.0, 30.0, 0.25
 
@@ -20,7 +20,7 @@ SILENCE, PATIENCE, BEAT = 2.0, 30.0, 0.25
 class Node:
     """A process: its agreement, and a main thread that leaves its ring some time after the ring has broken."""
 
-    agreement: Agreement
+    agreement: PaxosMembership
     alive: bool = True
     paused: bool = False
     leaves_at: float | None = None
@@ -42,8 +42,8 @@ class World:
         for seat in self.view.seats:
             self._add(seat, self.view)
 
-    def _add(self, seat: Seat, view: View) -> Node:
-        agreement = Agreement(seat, view, silence=SILENCE, patience=PATIENCE, now=self.now)
+    def _add(self, seat: MemberRecord, view: View) -> Node:
+        agreement = PaxosMembership(seat, view, silence=SILENCE, patience=PATIENCE, now=self.now)
         node = self.nodes[seat.id] = Node(agreement, installed=[view])
         self._at(self.random.uniform(0, BEAT), lambda: self._pulse(seat.id))
         return node
@@ -118,7 +118,7 @@ class World:
                     if self.random.random() >= self.loss:
                         self._at(self.random.expovariate(20), lambda other=other: self._deliver(other, beat))
 
-    def _deliver(self, name: str, beat: Beat) -> None:
+    def _deliver(self, name: str, beat: Heartbeat) -> None:
         node = self.nodes[name]
         if not node.alive:
             return
@@ -147,8 +147,8 @@ class World:
                 node.installed.append(view)
 
 
-def _seat(name: str) -> Seat:
-    return Seat(name, name, f"{name}:1")
+def _seat(name: str) -> MemberRecord:
+    return MemberRecord(name, name, f"{name}:1")
 
 
 def settle(world: World, *, within: float = 60.0) -> View:

@@ -1,9 +1,10 @@
-"""The map of rooms holds: imports go one way."""
+"""The packages form a line: each imports only packages before it. CONTRIBUTING.md shows the same order."""
 
 from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,32 +15,57 @@ import macft
 
 ROOT = Path(macft.__file__).parent
 
-# What each room may import besides macft.errors.
-ALLOWED = {
-    "collective": set(),
-    "benchmarking": {"cluster", "collective"},
-    "cluster": {"collective", "blas"},
-    "plan": {"blas", "cluster", "collective", "config", "data", "model", "status", "training"},
-    "report": {"plan"},
-    "thermal": {"plan", "report"},
-    "model": {"blas"},
-    "data": set(),
-    "checkpoint": set(),
-    "evaluation": {"collective", "data", "model", "plan", "training"},
-    "training": {"checkpoint", "collective", "data", "model", "plan", "report", "stop"},
-    "config": {"cluster", "collective", "data", "evaluation", "model", "plan", "report", "thermal", "training"},
+# From the bottom of the line to its top.
+ORDER = (
+    "cli",
+    "device",
+    "topology",
+    "collective",
+    "data",
+    "model",
+    "parallel",
+    "checkpoint",
+    "network",
+    "remote",
+    "rendezvous",
+    "membership",
+    "diagnostics",
+    "pairing",
+    "report",
+    "training",
+    "thermal",
+    "evaluation",
+    "config",
+    "planner",
+    "run",
+    "launch",
+    "collective_bench",
+)
+
+COMMANDS = {
+    "adapter",
+    "bench",
+    "cluster",
+    "doctor",
+    "evaluate",
+    "fuse",
+    "generate",
+    "keys",
+    "monitor",
+    "plan",
+    "train",
 }
 
 
 def imports_of(path: Path) -> set[str]:
-    """Names of macft modules a file imports."""
-    found = set()
+    """Names of the macft modules that a file imports."""
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "macft":
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "macft"}
-    return found
+            modules |= {alias.name for alias in node.names if alias.name.split(".")[0] == "macft"}
+    return modules
 
 
 def module_name(path: Path) -> str:
@@ -50,26 +76,55 @@ def module_name(path: Path) -> str:
 FILES = {module_name(path): path for path in ROOT.rglob("*.py")}
 
 
-@pytest.mark.parametrize("room", ALLOWED)
-def test_a_room_imports_only_what_it_may(room: str) -> None:
+def packages_imported_by(package: str) -> dict[str, set[str]]:
+    """For each package that ``package`` imports, the files that do so."""
+    imported: dict[str, set[str]] = {}
     for name, path in FILES.items():
-        if not name.startswith(f"macft.{room}.") and name != f"macft.{room}":
-            continue
-        rooms = {imported.split(".")[1] for imported in imports_of(path) if imported.count(".")}
-        beyond = rooms - ALLOWED[room] - {room, "errors", "__version__"}
-        assert not beyond, f"{name} imports {beyond}"
+        if name == f"macft.{package}" or name.startswith(f"macft.{package}."):
+            for module in imports_of(path):
+                parts = module.split(".")
+                if len(parts) > 1 and parts[1] not in (package, "errors", "__version__"):
+                    imported.setdefault(parts[1], set()).add(name)
+    return imported
 
 
-def test_there_is_no_import_cycle() -> None:
+@pytest.mark.parametrize("package", ORDER)
+def test_a_package_imports_only_packages_before_it(package: str) -> None:
+    before = set(ORDER[: ORDER.index(package)])
+    beyond = {name: files for name, files in packages_imported_by(package).items() if name not in before}
+    assert not beyond
+
+
+def test_there_is_no_import_cycle_between_packages() -> None:
+    graph = {package: set(packages_imported_by(package)) for package in ORDER}
+    assert set(graphlib.TopologicalSorter(graph).static_order()) == set(ORDER)
+
+
+def test_there_is_no_import_cycle_between_modules() -> None:
     graph = {
         name: {i for i in imports_of(path) if i in FILES and i not in (name, "macft")} for name, path in FILES.items()
     }
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(FILES) - 1
 
 
-def test_every_room_is_on_the_map() -> None:
-    rooms = {path.name for path in ROOT.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
-    assert rooms == set(ALLOWED)
+def test_forecasting_is_a_leaf() -> None:
+    users = {package for package in ORDER if "planner" in packages_imported_by(package)}
+    assert users <= {"run"}
+
+
+def test_the_order_is_complete() -> None:
+    packages = {path.name for path in ROOT.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
+    assert packages == set(ORDER)
+
+
+def test_only_commands_and_errors_are_at_the_top() -> None:
+    modules = {path.stem for path in ROOT.glob("*.py")} - {"__init__", "__main__"}
+    assert modules == COMMANDS | {"errors"}
+
+
+def test_contributing_shows_this_order() -> None:
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    assert tuple(re.findall(r"^\| `(\w+)/` \|", text, re.M)) == ORDER
 
 
 @pytest.mark.parametrize("library", ["zmq", "hydra", "tensorboard", "rich"])
@@ -82,6 +137,15 @@ def test_the_trainer_sees_interfaces_only(library: str) -> None:
             node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
         }
         assert not any(name.split(".")[0] == library for name in names), path
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    owners: dict[str, list[str]] = {}
+    for name, path in FILES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                owners.setdefault(node.name, []).append(name)
+    assert {name: modules for name, modules in owners.items() if len(modules) > 1} == {}
 
 
 def test_a_command_line_is_checked_without_what_only_a_run_needs() -> None:

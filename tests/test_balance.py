@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from macft.plan.balance import Balance
-from macft.plan.node_status import REASONS, NodeStatus
-from macft.plan.shares import assign
+from macft.parallel.balance import ShareBalancer
+from macft.parallel.node_status import REASONS, NodeStatus
+from macft.parallel.shares import assign
 
 numbers = st.none() | st.floats(-1e6, 1e6)
 statuses = st.builds(
@@ -39,7 +39,7 @@ def test_a_status_survives_the_wire(status: NodeStatus) -> None:
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), world_size=st.integers(1, 6), policy=st.sampled_from(["auto", "equal"]))
 def test_somebody_always_works_and_all_ranks_agree(data: st.DataObject, world_size: int, policy: str) -> None:
-    left, right = Balance(policy, world_size, every=3), Balance(policy, world_size, every=3)
+    left, right = ShareBalancer(policy, world_size, every=3), ShareBalancer(policy, world_size, every=3)
     lengths = np.arange(1, 20)
     for _ in range(data.draw(st.integers(1, 6))):
         nodes = [data.draw(statuses) for _ in range(world_size)]
@@ -53,7 +53,7 @@ def test_somebody_always_works_and_all_ranks_agree(data: st.DataObject, world_si
         assert all(not len(mine) for mine, share in zip(places, left.shares, strict=True) if share == 0)
 
 
-def run(balance: Balance, speeds: list[float], steps: int, duties: list[float] | None = None) -> int:
+def run(balance: ShareBalancer, speeds: list[float], steps: int, duties: list[float] | None = None) -> int:
     """Steps of nodes that are so fast; returns how often the shares changed."""
     duties = duties or [1.0] * len(speeds)
     changes = 0
@@ -67,7 +67,7 @@ def run(balance: Balance, speeds: list[float], steps: int, duties: list[float] |
 
 
 def test_auto_follows_measured_speed_and_then_stays() -> None:
-    balance = Balance("auto", 2, every=4)
+    balance = ShareBalancer("auto", 2, every=4)
     assert run(balance, [1000.0, 400.0], 20) == 1
     assert balance.shares == pytest.approx([1000 / 1400, 400 / 1400], rel=0.01)
     assert run(balance, [1020.0, 390.0], 20) == 0  # noise is no reason
@@ -76,7 +76,7 @@ def test_auto_follows_measured_speed_and_then_stays() -> None:
 
 
 def test_a_hot_node_hands_rows_over_and_gets_them_back() -> None:
-    balance = Balance("equal", 3, every=2)
+    balance = ShareBalancer("equal", 3, every=2)
     run(balance, [1.0, 1.0, 1.0], 4, [1.0, 0.5, 1.0])
     assert balance.shares == pytest.approx([0.4, 0.2, 0.4])
     run(balance, [1.0, 1.0, 1.0], 1, [1.0, 0.0, 1.0])  # a pause doesn't wait for the next plan
@@ -86,13 +86,13 @@ def test_a_hot_node_hands_rows_over_and_gets_them_back() -> None:
 
 
 def test_all_nodes_paused_share_as_if_none_were() -> None:
-    balance = Balance([3.0, 1.0], 2, every=1)
+    balance = ShareBalancer([3.0, 1.0], 2, every=1)
     run(balance, [1.0, 1.0], 3, [0.0, 0.0])
     assert balance.shares == [0.75, 0.25]
 
 
 def test_a_node_left_without_rows_is_tried_again() -> None:
-    balance = Balance("auto", 2, every=1)
+    balance = ShareBalancer("auto", 2, every=1)
     for _ in range(6):
         balance.observe([NodeStatus(1000, 1.0), NodeStatus(10, 1.0)])
     small = balance.shares[1]
@@ -104,4 +104,4 @@ def test_a_node_left_without_rows_is_tried_again() -> None:
 @pytest.mark.parametrize("shares", [[1.0], [0.0, 0.0], [1.0, -1.0], [1.0, float("nan")]])
 def test_shares_must_fit(shares: list[float]) -> None:
     with pytest.raises(ValueError, match="one share of 0 or more"):
-        Balance(shares, 2, every=1)
+        ShareBalancer(shares, 2, every=1)

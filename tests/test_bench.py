@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from macft.bench import main
-from macft.benchmarking.lane import Lane, LaneFailed
-from macft.benchmarking.limits import link_speed, memory_copy
-from macft.benchmarking.ports import free_addresses
-from macft.benchmarking.sizes import read_size, read_speed, size_text, time_text
-from macft.benchmarking.turns import Measured, measure
+from macft.collective_bench.lane import Lane, LaneFailed
+from macft.collective_bench.limits import link_speed, memory_copy
+from macft.collective_bench.ports import free_addresses
+from macft.collective_bench.sizes import read_size, read_speed, size_text, time_text
+from macft.collective_bench.turns import Measured, measure
 from running import environment
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -185,7 +185,7 @@ def test_thousands_of_adapter_shaped_calls_do_not_hang() -> None:
 
 def test_a_plot_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from macft.benchmarking.table import PlotFailed, plot
+    from macft.collective_bench.table import PlotFailed, plot
 
     row = [Measured("macft", 4096, 2, [1e-3], [1e-3]), Measured("mlx", 4096, 2, failure="mlx: hung")]
     plot([row], tmp_path / "plot.svg", "title", 1e9)

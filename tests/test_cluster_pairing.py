@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from macft.cluster import topology_file
-from macft.cluster.link_probe import ProbeServer, measure
-from macft.cluster.links import Link
-from macft.cluster.member import Member, networks, topology_of, version_objection
-from macft.cluster.pake import Channel, Exchange, WrongCode, new_code
-from macft.cluster.ring_order import ring_order
-from macft.cluster.settings import TopologyConfig
 from macft.errors import ConfigError, LaunchError
+from macft.network.link_probe import ProbeServer, measure
+from macft.network.links import Link
+from macft.pairing.member import Member, networks, topology_of, version_objection
+from macft.pairing.pake import Channel, PakeExchange, WrongCode, new_code
+from macft.pairing.ring_order import ring_order
+from macft.topology import topology_file
+from macft.topology.settings import TopologyConfig
 
 
 def both_sides(host_code: str, guest_code: str) -> tuple[list[Channel | LaunchError], list[socket.socket]]:
@@ -68,9 +68,9 @@ def test_a_wrong_code_is_told_on_both_sides() -> None:
 
 @pytest.mark.parametrize("value", [0, 1, "P-1", "P", "own", "short"])
 def test_values_that_would_fix_the_secret_are_refused(value: int | str) -> None:
-    from macft.cluster.pake import _PRIME
+    from macft.pairing.pake import _PRIME
 
-    exchange = Exchange("1234-5678", is_host=True)
+    exchange = PakeExchange("1234-5678", is_host=True)
     numbers = {"P-1": _PRIME - 1, "P": _PRIME}
     if value == "own":
         sent = exchange.public

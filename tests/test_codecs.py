@@ -20,7 +20,7 @@ from macft.collective.ring import Ring
 from macft.collective.settings import CollectiveConfig, problems
 from macft.collective.solo import Solo
 from macft.errors import CheckpointError, ProtocolError
-from macft.training.exchange import GradientExchange
+from macft.training.gradient_reducer import GradientReducer
 
 LOSSY = ["bfloat16", "int8", "powersgd"]
 SHAPES = {"layers.1.a": (576, 8), "layers.1.b": (8, 192), "layers.0.a": (576, 8), "layers.0.m": (7,)}
@@ -76,7 +76,7 @@ def test_all_ranks_end_with_the_same_bits_and_nothing_is_lost_for_good(name: str
     exact = {name: sum(gradients(rank)[name] for rank in range(world_size)) for name in SHAPES}
 
     def work(ring: Ring) -> tuple[list[bytes], dict[str, np.ndarray], float]:
-        exchange = GradientExchange(ring, name)
+        exchange = GradientReducer(ring, name)
         bits, mean, first = [], {name: np.zeros(shape, np.float64) for name, shape in SHAPES.items()}, 0.0
         for turn in range(turns):
             arrays = {name: mx.array(value) for name, value in gradients(ring.rank).items()}
@@ -105,7 +105,7 @@ def test_fewer_bytes_are_sent(name: str, share: float) -> None:
         for codec in ("none", name):
             before = ring.bytes_sent
             arrays = [np.ones((576, 64), np.float32) for _ in range(8)]
-            GradientExchange(ring, codec).all_reduce([str(i) for i in range(8)], arrays)
+            GradientReducer(ring, codec).all_reduce([str(i) for i in range(8)], arrays)
             sent.append(ring.bytes_sent - before)
         return sent[0], sent[1]
 
@@ -115,16 +115,16 @@ def test_fewer_bytes_are_sent(name: str, share: float) -> None:
 
 @pytest.mark.parametrize("name", LOSSY)
 def test_memory_survives_a_checkpoint(name: str) -> None:
-    def reduced(exchange: GradientExchange, rank: int, turns: int) -> bytes:
+    def reduced(exchange: GradientReducer, rank: int, turns: int) -> bytes:
         for _ in range(turns):
             arrays = list(gradients(rank).values())
             exchange.all_reduce(list(SHAPES), arrays)
         return b"".join(array.tobytes() for array in arrays)
 
     def work(ring: Ring) -> bool:
-        whole = GradientExchange(ring, name)
+        whole = GradientReducer(ring, name)
         expected = reduced(whole, ring.rank, 5)
-        first, second = GradientExchange(ring, name), GradientExchange(ring, name)
+        first, second = GradientReducer(ring, name), GradientReducer(ring, name)
         reduced(first, ring.rank, 3)
         second.restore(first.capture())
         return reduced(second, ring.rank, 2) == expected
@@ -135,12 +135,12 @@ def test_memory_survives_a_checkpoint(name: str) -> None:
 @pytest.mark.parametrize("name", LOSSY)
 def test_fewer_ranks_go_on_with_what_all_of_them_owed(name: str) -> None:
     def work(ring: Ring) -> tuple[list[bytes], dict[str, np.ndarray]]:
-        exchange = GradientExchange(ring, name)
+        exchange = GradientReducer(ring, name)
         exchange.all_reduce(list(SHAPES), list(gradients(ring.rank).values()))
         return exchange.capture(), exchange._codec.state()
 
     results = in_ring(3, work)
-    alone = GradientExchange(Solo(), name)
+    alone = GradientReducer(Solo(), name)
     alone.restore(results[0][0])
     for key, value in alone._codec.state().items():
         if not key.startswith("q/"):
@@ -150,7 +150,7 @@ def test_fewer_ranks_go_on_with_what_all_of_them_owed(name: str) -> None:
 def test_damaged_memory_is_refused() -> None:
     for blobs in ([b"\xc1"], [b"\x80"], [b"\x01"]):
         with pytest.raises(CheckpointError, match="damaged"):
-            GradientExchange(Solo(), "int8").restore(blobs)
+            GradientReducer(Solo(), "int8").restore(blobs)
 
 
 def test_ranks_with_different_codecs_are_told_so() -> None:
@@ -172,9 +172,9 @@ def test_auto_takes_the_least_lossy_codec_that_is_fast_enough() -> None:
 
 def test_auto_comes_to_the_same_choice_on_all_ranks_and_remembers_it() -> None:
     def work(ring: Ring) -> tuple[str, str, str]:
-        exchange = GradientExchange(ring, "auto")
+        exchange = GradientReducer(ring, "auto")
         notes = [exchange.observe(1.0, 0.08 if ring.rank == 0 else 0.0) for _ in range(8)]
-        later = GradientExchange(ring, "auto")
+        later = GradientReducer(ring, "auto")
         later.restore(exchange.capture())
         assert later.observe(1.0, 0.5) == ""
         return exchange.codec, later.codec, "".join(notes)

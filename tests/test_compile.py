@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-import macft.model.device  # noqa: F401  (loads OpenBLAS before MLX)
+import macft.device.mlx_device  # noqa: F401  (loads OpenBLAS before MLX)
 
 # isort: split
 import mlx.core as mx
@@ -19,11 +19,11 @@ from macft.data.batch import Batch, coarse_length, coarse_targets, micro_batches
 from macft.data.formats import Row
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
-from macft.plan.workload import StepRows
+from macft.planner.workload import StepRows
+from macft.training.batch_layout import BatchLayout
 from macft.training.gradient import GradientComputer, LocalGradient
 from macft.training.loss import target_positions
-from macft.training.optimizer import Update, make_optimizer
-from macft.training.parts import Division
+from macft.training.optimizer import OptimizerStep, make_optimizer
 from macft.training.settings import OptimizerConfig, TrainingConfig, compiles, problems
 from test_loss import make, same_gradient
 
@@ -86,7 +86,7 @@ def test_gradients_are_those_of_the_uncompiled_step(
         same(found, expected)
         assert found.gradient.keys() == dict(tree_flatten(model.trainable_parameters())).keys()
         for each in (model, other):
-            Update(each, make_optimizer(optimizer))(expected.gradient, 1e-4)
+            OptimizerStep(each, make_optimizer(optimizer))(expected.gradient, 1e-4)
 
 
 def shapes_of(work: list[Batch], *, coarse: bool) -> set[tuple[Any, ...]]:
@@ -121,7 +121,7 @@ def test_a_compiled_update_is_the_uncompiled_one(name: str) -> None:
     for compiled in (True, False):
         model = make("llama")
         adapt(model, AdapterConfig(rank=4), seed=1)
-        update = Update(model, make_optimizer(config), compiled=compiled)
+        update = OptimizerStep(model, make_optimizer(config), compiled=compiled)
         mx.random.seed(2)
         parameters = tree_flatten(model.trainable_parameters())
         for step in range(3):
@@ -151,7 +151,7 @@ def test_the_plan_counts_what_a_compiled_step_computes() -> None:
     generator = np.random.default_rng(5)
     rows = [Row(np.ones(n, np.int32), int(generator.integers(0, n - 1))) for n in generator.integers(4, 300, 24)]
     step = StepRows(rows, np.arange(24))
-    planned = step.parts(8, Division(compiled=True))
+    planned = step.parts(8, BatchLayout(compiled=True))
     for batch, part in zip(micro_batches(rows, step.ids, 8), planned, strict=True):
         ((shape, positions),) = shapes_of([batch], coarse=True)
         assert ((part.rows, part.length + 1), (part.targets,)) == (shape, positions)

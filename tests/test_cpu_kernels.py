@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-import macft.model.device  # noqa: F401  (loads OpenBLAS before MLX)
+import macft.device.mlx_device  # noqa: F401  (loads OpenBLAS before MLX)
 
 # isort: split
 import mlx.core as mx
@@ -20,14 +20,14 @@ from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.tuner.lora import LoRALinear
 
 from conftest import TINY_CONFIG
-from macft import blas
 from macft.data.batch import Batch, collate
 from macft.data.formats import Row
+from macft.device import blas
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
-from macft.model.cpu_activations import softmax_parts, swiglu
-from macft.model.cpu_attention import causal_attention
-from macft.model.cpu_layers import kernel_for
+from macft.model.backends.cpu.activations import softmax_parts, swiglu
+from macft.model.backends.cpu.attention import causal_attention
+from macft.model.backends.cpu.layers import kernel_for
 from macft.model.packing import Layout, PackedRope, packed
 from macft.training.cross_entropy import blockwise_cross_entropy
 from macft.training.gradient import GradientComputer

@@ -26,8 +26,8 @@ from macft.collective.settings import CollectiveConfig
 from macft.collective.solo import Solo
 from macft.config.schema import TrainConfig
 from macft.config.validate import problems
-from macft.training.exchange import GradientExchange
-from macft.training.outer import OuterOptimizer
+from macft.training.diloco import OuterOptimizer
+from macft.training.gradient_reducer import GradientReducer
 from macft.training.settings import TrainingConfig
 from running import events, train, uneven_dataset
 
@@ -75,7 +75,7 @@ def test_the_outer_step_is_nesterovs(rate: float, momentum: float, turns: int) -
     for turn in range(turns):
         gradient = -walk(module, 0, turn).astype(np.float64)
         outer.target_tokens = 5
-        assert outer.step(module, GradientExchange(Solo())) == 5
+        assert outer.step(module, GradientReducer(Solo())) == 5
         velocity = momentum * velocity + gradient
         expected -= rate * (gradient + momentum * velocity)
     np.testing.assert_allclose(np.array(module["weight"]), expected, rtol=1e-4, atol=1e-4)
@@ -86,7 +86,7 @@ def test_the_outer_step_is_nesterovs(rate: float, momentum: float, turns: int) -
 def test_nodes_meet_in_the_same_bits_whatever_they_did_before(world_size: int, codec: str) -> None:
     def work(ring: Ring) -> list[bytes]:
         with mx.stream(mx.new_stream(mx.cpu)):
-            module, exchange, found = layer(), GradientExchange(ring, codec), []
+            module, exchange, found = layer(), GradientReducer(ring, codec), []
             outer = OuterOptimizer(module, learning_rate=0.7, momentum=0.9)
             for turn in range(5):
                 walk(module, ring.rank, turn)
@@ -109,7 +109,7 @@ def test_a_node_weighs_as_many_target_tokens_as_it_has_learnt_from() -> None:
             outer = OuterOptimizer(module, learning_rate=1.0, momentum=0.0)
             walk(module, ring.rank, 0)
             outer.target_tokens = tokens[ring.rank]
-            total = outer.step(module, GradientExchange(ring))
+            total = outer.step(module, GradientReducer(ring))
             return np.array(module["weight"]), total
 
     start = np.array(layer()["weight"])
@@ -129,7 +129,7 @@ def test_going_on_from_a_checkpoint_is_bit_identical(dtype: Any) -> None:
             outer.target_tokens = 1
             outer.step(module, exchange)
 
-    exchange, inner = GradientExchange(Solo()), optim.AdamW(learning_rate=0.1)
+    exchange, inner = GradientReducer(Solo()), optim.AdamW(learning_rate=0.1)
     whole = layer(dtype)
     inner.init(whole.trainable_parameters())
     outer = OuterOptimizer(whole, learning_rate=0.7, momentum=0.9)

@@ -19,14 +19,14 @@ import pytest
 import macft
 from doc_commands import NOT_RUN, PAGES, ROOT, Command, blocks, commands
 from macft import errors
-from macft.cluster.settings import TopologyConfig
-from macft.cluster.topology_file import save_topology, to_hostfile
 from macft.config.command_line import prepare
 from macft.config.reference import keys, reference
 from macft.config.schema import TrainConfig
 from macft.config.yaml import to_yaml
 from macft.report.events import Noted
 from macft.report.metrics_file import MetricsFile
+from macft.topology.settings import TopologyConfig
+from macft.topology.topology_file import save_topology, to_hostfile
 from running import environment, uneven_dataset
 
 HOW = ROOT / "docs/how-it-works.md"

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from macft.cluster import mac_network
-from macft.cluster.checks import LEVELS, machine, network, software
-from macft.cluster.links import Link, discover, linux_kind
+from macft.diagnostics import LEVELS, machine, network, software
+from macft.network import macos
+from macft.network.links import Link, discover, linux_kind
 
 PORTS = """
 Hardware Port: Ethernet
@@ -87,7 +87,7 @@ bridge0: flags=8863<UP,BROADCAST,SMART,RUNNING,SIMPLEX,MULTICAST> mtu 1500
 
 
 def test_macos_tells_kinds_and_speeds_of_its_links() -> None:
-    assert mac_network.kinds(PORTS, THUNDERBOLT, IFCONFIG) == {
+    assert macos.kinds(PORTS, THUNDERBOLT, IFCONFIG) == {
         "en0": ("ethernet", 10_000),
         "bridge0": ("thunderbolt", 80_000),
         "en1": ("wifi", None),
@@ -99,12 +99,10 @@ def test_macos_tells_kinds_and_speeds_of_its_links() -> None:
 def test_a_mac_behind_a_dock_is_seen_and_a_drive_is_no_mac() -> None:
     dock = {"_name": "Dock", "_items": [{"_name": "Drive"}, *BUSY["_items"]]}
     text = json.dumps({"SPThunderboltDataType": [{**BUSY, "_items": [dock]}]})
-    ports = mac_network.thunderbolt_ports(text)
-    assert ports == [mac_network.ThunderboltPort("1", 80_000, ("Mac15,14",))]
+    ports = macos.thunderbolt_ports(text)
+    assert ports == [macos.ThunderboltPort("1", 80_000, ("Mac15,14",))]
     assert network.thunderbolt_findings(ports)[0].text == "port 1: Mac15,14 at 80 Gbit/s"
-    assert (
-        network.thunderbolt_findings(mac_network.thunderbolt_ports(json.dumps({"SPThunderboltDataType": [IDLE]}))) == []
-    )
+    assert network.thunderbolt_findings(macos.thunderbolt_ports(json.dumps({"SPThunderboltDataType": [IDLE]}))) == []
 
 
 @settings(deadline=None)
@@ -121,8 +119,8 @@ def test_a_mac_behind_a_dock_is_seen_and_a_drive_is_no_mac() -> None:
     )
 )
 def test_any_json_is_survived(value: object) -> None:
-    assert isinstance(mac_network.thunderbolt_ports(json.dumps({"SPThunderboltDataType": value})), list)
-    assert mac_network.thunderbolt_ports(json.dumps(value)[1:]) == [] or isinstance(value, int | str)
+    assert isinstance(macos.thunderbolt_ports(json.dumps({"SPThunderboltDataType": value})), list)
+    assert macos.thunderbolt_ports(json.dumps(value)[1:]) == [] or isinstance(value, int | str)
 
 
 @pytest.mark.parametrize(

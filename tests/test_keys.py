@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from macft import keys as command
-from macft.cluster import keys
-from macft.cluster.settings import TopologyConfig
 from macft.collective.security import KeyPair
 from macft.collective.settings import CollectiveConfig
 from macft.errors import ConfigError
+from macft.rendezvous import keystore
+from macft.topology.settings import TopologyConfig
 
 OTHER = KeyPair.new().public.hex()
 
@@ -51,20 +51,20 @@ def test_two_machines_are_set_up_by_the_lines_that_show_prints(tmp_path: Path) -
         lines[machine] = found[1].split()
     on("a", "trust", "studio", lines["b"][2])
     on("b", *lines["a"])
-    first, second = keys.load(tmp_path / "a"), keys.load(tmp_path / "b")
+    first, second = keystore.load(tmp_path / "a"), keystore.load(tmp_path / "b")
     assert first.trusted == {"studio": second.own.public}
-    assert second.trusted == {keys.own_name(): first.own.public}
+    assert second.trusted == {keystore.own_name(): first.own.public}
     assert first.members == (first.own.public, second.own.public)
     assert "trusted here: studio" in on("a", "show")
     on("a", "forget", "studio")
-    assert keys.load(tmp_path / "a").trusted == {}
+    assert keystore.load(tmp_path / "a").trusted == {}
 
 
 def test_only_the_owner_can_read_the_files_whatever_the_umask(folder: Path) -> None:
     before = os.umask(0)
     try:
-        keys.make(folder)
-        keys.trust(folder, "studio", OTHER)
+        keystore.make(folder)
+        keystore.trust(folder, "studio", OTHER)
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [folder, *folder.iterdir()]}
@@ -76,8 +76,8 @@ def test_only_the_owner_can_read_the_files_whatever_the_umask(folder: Path) -> N
 def test_files_that_others_may_use_are_refused(
     folder: Path, capsys: pytest.CaptureFixture[str], name: str, more: int
 ) -> None:
-    keys.make(folder)
-    keys.trust(folder, "studio", OTHER)
+    keystore.make(folder)
+    keystore.trust(folder, "studio", OTHER)
     path = folder / name
     right = stat.S_IMODE(path.stat().st_mode)
     path.chmod(right | more)
@@ -103,7 +103,7 @@ def test_a_mistake_is_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str], told: str | None
 ) -> None:
     if argv[0] == "make":
-        keys.make(folder)
+        keystore.make(folder)
         argv = argv[1:]
     if told is None:
         with pytest.raises(SystemExit, match="2"):
@@ -116,13 +116,13 @@ def test_a_mistake_is_one_line(
 
 
 def test_a_name_keeps_its_key_until_it_is_forgotten(folder: Path) -> None:
-    own, _ = keys.make(folder)
-    keys.trust(folder, "studio", OTHER.upper())
-    keys.trust(folder, "studio", OTHER)
+    own, _ = keystore.make(folder)
+    keystore.trust(folder, "studio", OTHER.upper())
+    keystore.trust(folder, "studio", OTHER)
     with pytest.raises(ConfigError, match=r"studio is trusted with another key.*forget studio"):
-        keys.trust(folder, "studio", KeyPair.new().public.hex())
+        keystore.trust(folder, "studio", KeyPair.new().public.hex())
     with pytest.raises(ConfigError, match="this machine's own key"):
-        keys.trust(folder, "here", own.own.public.hex())
+        keystore.trust(folder, "here", own.own.public.hex())
 
 
 @pytest.mark.parametrize(
@@ -136,20 +136,20 @@ def test_a_name_keeps_its_key_until_it_is_forgotten(folder: Path) -> None:
     ],
 )
 def test_malformed_files_are_named(folder: Path, name: str, content: bytes, told: str) -> None:
-    keys.make(folder)
+    keystore.make(folder)
     (folder / name).write_bytes(content)
     (folder / name).chmod(0o600)
     with pytest.raises(ConfigError, match=told) as caught:
-        keys.load(folder)
+        keystore.load(folder)
     assert str(folder / name) in str(caught.value)
 
 
 def test_commands_at_the_same_time_lose_nothing(folder: Path) -> None:
-    keys.make(folder)
+    keystore.make(folder)
     names = [f"mac{i}" for i in range(40)]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: keys.trust(folder, name, KeyPair.new().public.hex()), names))
-    assert sorted(keys.load(folder).trusted) == sorted(names)
+        list(pool.map(lambda name: keystore.trust(folder, name, KeyPair.new().public.hex()), names))
+    assert sorted(keystore.load(folder).trusted) == sorted(names)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_commands_at_the_same_time_lose_nothing(folder: Path) -> None:
 )
 def test_auto_encrypts_beyond_loopback(hosts: list[str], expected: bool) -> None:
     topology = TopologyConfig(kind="hosts", hosts=hosts)
-    assert keys.needs_keys(topology, CollectiveConfig()) == expected
-    assert keys.needs_keys(topology, CollectiveConfig(encryption="on"))
-    assert not keys.needs_keys(topology, CollectiveConfig(encryption="off"))
-    assert not keys.needs_keys(TopologyConfig(kind="local", nodes=3), CollectiveConfig())
+    assert keystore.needs_keys(topology, CollectiveConfig()) == expected
+    assert keystore.needs_keys(topology, CollectiveConfig(encryption="on"))
+    assert not keystore.needs_keys(topology, CollectiveConfig(encryption="off"))
+    assert not keystore.needs_keys(TopologyConfig(kind="local", nodes=3), CollectiveConfig())

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
-import macft.model.device  # noqa: F401  (loads OpenBLAS before MLX)
+import macft.device.mlx_device  # noqa: F401  (loads OpenBLAS before MLX)
 
 # isort: split
 import mlx.core as mx
@@ -25,15 +25,15 @@ from macft.data.order import RowOrder
 from macft.errors import NonFiniteLoss
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
-from macft.plan.shares import Seat
+from macft.parallel.shares import DataShard
 from macft.report.events import Evaluated, SilentReporter, StepDone
-from macft.stop import StopRequest
-from macft.training.feed import Feed
+from macft.training.batch_loader import BatchLoader
 from macft.training.gradient import GradientComputer
 from macft.training.loop import Trainer
-from macft.training.optimizer import Update, make_optimizer
-from macft.training.pace import FullSpeed
+from macft.training.optimizer import OptimizerStep, make_optimizer
 from macft.training.settings import OptimizerConfig, TrainingConfig
+from macft.training.stop import StopRequest
+from macft.training.throttle import NoThrottle
 from test_loss import make, same_gradient
 
 ROWS = 24
@@ -45,7 +45,7 @@ def rows() -> list[Row]:
     return [Row(generator.integers(1, 97, n).astype(np.int32), int(generator.integers(0, n - 2))) for n in lengths]
 
 
-class Diary(SilentReporter, FullSpeed):
+class Diary(SilentReporter, NoThrottle):
     """Writes down what is reported, and when micro-batches begin and end."""
 
     def __init__(self) -> None:
@@ -166,7 +166,7 @@ def test_the_queued_update_is_the_other_one(max_norm: float) -> None:
     for queued in (True, False):
         model = make("llama")
         adapt(model, AdapterConfig(rank=4), seed=1)
-        update = Update(model, make_optimizer(OptimizerConfig()), compiled=True)
+        update = OptimizerStep(model, make_optimizer(OptimizerConfig()), compiled=True)
         mx.random.seed(2)
         parameters = tree_flatten(model.trainable_parameters())
         for step in range(3):
@@ -187,11 +187,11 @@ def test_batches_made_ahead_are_those_asked_for() -> None:
     """Whatever the shares have become in the meantime."""
     order = RowOrder([ROWS], [1.0], batch_size=8, seed=0)
 
-    def ids(feed: Feed, step: int, seat: Seat) -> list[list[int]]:
+    def ids(feed: BatchLoader, step: int, seat: DataShard) -> list[list[int]]:
         return [batch.row_ids.tolist() for batch in feed.batches(step, seat)]
 
-    even, uneven = Seat(1, 2, (0.5, 0.5)), Seat(1, 2, (0.9, 0.1))
-    ahead, fresh = (Feed(rows(), order, 2, shared=True) for _ in range(2))
+    even, uneven = DataShard(1, 2, (0.5, 0.5)), DataShard(1, 2, (0.9, 0.1))
+    ahead, fresh = (BatchLoader(rows(), order, 2, shared=True) for _ in range(2))
     ahead.prepare(3, even)
     assert ids(ahead, 3, even) == ids(fresh, 3, even)
     ahead.prepare(4, even)

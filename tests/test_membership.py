@@ -14,17 +14,17 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from macft.cluster import beats
-from macft.cluster.agreement import Ballot, Beat, Seat, View, Vote
-from macft.cluster.keys import Keyring
-from macft.cluster.membership import Membership, hello
-from macft.cluster.team import Team
-from macft.collective.elastic import Members
+from macft.collective.elastic import MembershipView
 from macft.collective.listener import Listener
 from macft.collective.security import KeyPair
 from macft.collective.settings import CollectiveConfig
 from macft.collective.solo import Solo
 from macft.errors import MembershipChanged
+from macft.membership import heartbeats
+from macft.membership.elastic_ring import ElasticRing
+from macft.membership.paxos import Ballot, Heartbeat, MemberRecord, View, Vote
+from macft.membership.service import MembershipService, hello
+from macft.rendezvous.keystore import Keyring
 
 SETTINGS = CollectiveConfig(timeout=3.0, heartbeat=0.2)
 
@@ -34,17 +34,19 @@ class Node:
 
     def __init__(self, name: str, keyring: Keyring | None):
         self.keyring = keyring
-        self.membership = Membership("127.0.0.1:0", name=name, settings=SETTINGS, keyring=keyring, fingerprint="same")
-        self.team: Team | None = None
+        self.membership = MembershipService(
+            "127.0.0.1:0", name=name, settings=SETTINGS, keyring=keyring, fingerprint="same"
+        )
+        self.team: ElasticRing | None = None
         self.thread = ThreadPoolExecutor(1)
 
     def listener(self) -> Listener:
         return Listener("127.0.0.1:0", SETTINGS, encrypted=self.keyring is not None)
 
     def enter(self, view: View, secret: bytes) -> None:
-        self.team = Team(self.membership, Solo(), view, secret=secret, open_listener=self.listener)
+        self.team = ElasticRing(self.membership, Solo(), view, secret=secret, open_listener=self.listener)
 
-    def regroup(self) -> Future[Members]:
+    def regroup(self) -> Future[MembershipView]:
         assert self.team is not None
         return self.thread.submit(_regroup, self.team)
 
@@ -56,7 +58,7 @@ class Node:
             self.membership.close()
 
 
-def _regroup(team: Team) -> Members:
+def _regroup(team: ElasticRing) -> MembershipView:
     assert team.regroup(lambda _: True)
     return team.members
 
@@ -80,7 +82,7 @@ def nodes(request: pytest.FixtureRequest) -> Iterator[list[Node]]:
 def sums(nodes: list[Node]) -> list[float]:
     """Everyone adds 1 + its rank."""
 
-    def add(team: Team) -> float:
+    def add(team: ElasticRing) -> float:
         array = np.full(5, 1.0 + team.rank)
         team.all_reduce([array])
         return float(array[0])
@@ -154,12 +156,12 @@ def test_strangers_learn_and_change_nothing() -> None:
     node = Node("n0", None)
     node.enter(View(0, (node.membership.seat,)), b"secret of this run")
     try:
-        foreign = Seat("f" * 16, "foreign", "127.0.0.1:1")
+        foreign = MemberRecord("f" * 16, "foreign", "127.0.0.1:1")
         higher = View(9, (foreign,))
         with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
             sock.linger = 0
             sock.connect(f"tcp://{node.membership.seat.address}")
-            sock.send(beats.encode(Beat(foreign, higher, ready=True), b"another secret"))
+            sock.send(heartbeats.encode(Heartbeat(foreign, higher, ready=True), b"another secret"))
             sock.send(b"\xc1 not msgpack")
             sock.send(msgpack.packb({"join": 1}))
             sock.send(hello("other"))
@@ -168,7 +170,10 @@ def test_strangers_learn_and_change_nothing() -> None:
             sock.send(hello("same"))
             assert sock.poll(10_000)
             answer = msgpack.unpackb(sock.recv())
-            assert (answer["secret"], beats.to_view(answer["view"])) == (b"secret of this run", node.membership.view)
+            assert (answer["secret"], heartbeats.to_view(answer["view"])) == (
+                b"secret of this run",
+                node.membership.view,
+            )
             assert not sock.poll(100)
         assert node.membership.view.generation == 0
         assert not node.membership.candidates
@@ -178,7 +183,7 @@ def test_strangers_learn_and_change_nothing() -> None:
 
 texts = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)
 seats = st.builds(
-    Seat,
+    MemberRecord,
     texts,
     texts,
     st.just("host:1+other:2"),
@@ -195,7 +200,7 @@ votes = st.builds(Vote, ballots, views)
 
 @given(
     st.builds(
-        Beat,
+        Heartbeat,
         seats,
         views,
         st.lists(texts, max_size=4).map(tuple),
@@ -206,9 +211,9 @@ votes = st.builds(Vote, ballots, views)
         st.none() | votes,
     )
 )
-def test_a_beat_comes_back_as_it_was(beat: Beat) -> None:
-    assert beats.decode(beats.encode(beat, b"s"), b"s") == beat
-    assert beats.decode(beats.encode(beat, b"s"), b"t") is None
+def test_a_beat_comes_back_as_it_was(beat: Heartbeat) -> None:
+    assert heartbeats.decode(heartbeats.encode(beat, b"s"), b"s") == beat
+    assert heartbeats.decode(heartbeats.encode(beat, b"s"), b"t") is None
 
 
 parts = st.recursive(
@@ -219,7 +224,8 @@ parts = st.recursive(
 
 
 @given(
-    st.binary(max_size=300) | st.lists(parts, max_size=10).map(lambda rest: msgpack.packb([beats.mark(b"s"), *rest]))
+    st.binary(max_size=300)
+    | st.lists(parts, max_size=10).map(lambda rest: msgpack.packb([heartbeats.mark(b"s"), *rest]))
 )
 def test_what_is_no_beat_is_nothing(data: bytes) -> None:
-    assert beats.decode(data, b"s") is None
+    assert heartbeats.decode(data, b"s") is None

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from macft.cluster.rendezvous import RendezvousServer
-from macft.collective.pulse import Pulse, PulseServer, ask
+from macft.collective.health import Health, HealthServer, ask
 from macft.collective.settings import CollectiveConfig, problems
+from macft.rendezvous.rendezvous import RendezvousServer
 from running import environment, losses, train, uneven_dataset
 
 # A rank: SERVER RANK RANKS SETTINGS, then a Python program that has `group` and `np`.
 RANK = """
 import json, sys, time
 import numpy as np
-from macft.cluster.connect import connect
+from macft.rendezvous.connect import connect
 from macft.collective.settings import CollectiveConfig
 from macft.errors import CollectiveError
 
@@ -213,10 +213,10 @@ here.join(0, [here.address, gone.address], names=[], secret="")
 
 
 def test_a_stranger_at_a_pulse_is_not_believed() -> None:
-    server = PulseServer("127.0.0.1:0", lambda: Pulse(rank=1, operation=7))
+    server = HealthServer("127.0.0.1:0", lambda: Health(rank=1, operation=7))
     server.secret = "ours"
     try:
-        assert ask(server.address, "ours") == Pulse(rank=1, operation=7)
+        assert ask(server.address, "ours") == Health(rank=1, operation=7)
         assert ask(server.address, "theirs") == "strange"
     finally:
         server.close()

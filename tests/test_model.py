@@ -177,7 +177,7 @@ def check_refused(folder: Path, words: str) -> None:
 
 
 COMPILED_SUM = """
-from macft.model.device import prepare_device
+from macft.device.mlx_device import prepare_device
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
 print(prepare_device())

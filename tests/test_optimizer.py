@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_unflatten
 
 from macft.errors import ConfigError
-from macft.training.optimizer import Update, clip_factor, learning_rate, make_optimizer
+from macft.training.optimizer import OptimizerStep, clip_factor, learning_rate, make_optimizer
 from macft.training.settings import OPTIMIZERS, OptimizerConfig
 
 
@@ -50,7 +50,7 @@ def test_every_optimizer_lowers_a_quadratic(name: str) -> None:
     model.weight = mx.ones((4, 6))
     optimizer = make_optimizer(OptimizerConfig(name=name))
     for _ in range(20):
-        Update(model, optimizer)({"weight": mx.array(model.weight)}, 0.02)
+        OptimizerStep(model, optimizer)({"weight": mx.array(model.weight)}, 0.02)
     assert float(mx.square(model.weight).sum()) < 0.97 * 24
 
 
@@ -61,7 +61,7 @@ def test_adamw_is_mlx_adamw() -> None:
     reference = optim.AdamW(learning_rate=1e-2, betas=[0.9, 0.95], weight_decay=0.1, bias_correction=True)
     gradient = {"weight": mx.arange(6, dtype=mx.float32).reshape(2, 3), "bias": mx.array([1.0, -1.0])}
     for _ in range(3):
-        Update(ours, optimizer)(gradient, 1e-2)
+        OptimizerStep(ours, optimizer)(gradient, 1e-2)
         reference.update(theirs, gradient)
     assert mx.array_equal(ours.weight, theirs.weight)
     assert mx.array_equal(ours.bias, theirs.bias)
@@ -85,7 +85,7 @@ def test_small_parameters_together_are_updated_as_each_by_itself(name: str) -> N
             key: mx.random.normal(value.shape, key=mx.random.key(turn))
             for key, value in tree_flatten(ours.parameters())
         }
-        Update(ours, optimizer)(gradient, 1e-2)
+        OptimizerStep(ours, optimizer)(gradient, 1e-2)
         typed = [(key, gradient[key].astype(value.dtype)) for key, value in tree_flatten(theirs.parameters())]
         reference.update(theirs, tree_unflatten(typed))
     for (key, ours_value), (_, value) in zip(
@@ -113,6 +113,8 @@ def test_parameters_are_found_wherever_a_model_keeps_them() -> None:
     before = dict(tree_flatten(model.parameters()))
     trained = dict(tree_flatten(model.trainable_parameters()))
     assert {"scales.1", "parts.bias", "parts.layer.weight"} < trained.keys()
-    Update(model, make_optimizer(OptimizerConfig(name="sgd")))({k: mx.ones(v.shape) for k, v in trained.items()}, 0.5)
+    OptimizerStep(model, make_optimizer(OptimizerConfig(name="sgd")))(
+        {k: mx.ones(v.shape) for k, v in trained.items()}, 0.5
+    )
     for name, value in tree_flatten(model.parameters()):
         np.testing.assert_array_equal(np.array(value), np.array(before[name] - (0.5 if name in trained else 0.0)))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from macft.data.batch import PAD_TO, collate, micro_batches
 from macft.data.formats import Row
 from macft.data.order import RowOrder
-from macft.plan.shares import assign
+from macft.parallel.shares import assign
 
 ORDERS = st.tuples(st.lists(st.integers(1, 30), min_size=1, max_size=3), st.integers(1, 12), st.integers(0, 99))
 

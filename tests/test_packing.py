@@ -19,14 +19,14 @@ from macft.data.formats import Row
 from macft.errors import ConfigError
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
-from macft.model.cpu_attention import blocks_of
+from macft.model.backends.cpu.attention import blocks_of
 from macft.model.packing import Layout, enable_packing, packed
-from macft.plan.shares import Seat
+from macft.parallel.shares import DataShard
 from macft.training.cross_entropy import chunked_cross_entropy
-from macft.training.evaluate import validation_loss
 from macft.training.gradient import GradientComputer, LocalGradient
 from macft.training.loss import TokenLoss
 from macft.training.settings import OptimizerConfig, TrainingConfig, problems
+from macft.training.validation import validation_loss
 from test_loss import make, rows
 
 
@@ -89,7 +89,7 @@ def validated(model: nn.Module, data: list[Row], rank: int, world_size: int, *, 
         data,
         Solo(),
         rows_at_once=3,
-        seat=Seat(rank, world_size),
+        seat=DataShard(rank, world_size),
         progress=lambda *at: told.append(at),
         packs=packs,
     )

@@ -15,30 +15,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import TINY_CONFIG, make_tiny_model
-from macft.cluster.settings import parse_budget
 from macft.config.schema import TrainConfig
 from macft.data.batch import Batch, micro_batches, pack, widened, widened_pack
 from macft.data.formats import Row
 from macft.data.order import RowOrder
+from macft.device.chips import find_mac, known_chips
+from macft.device.mlx_device import on_cpu
 from macft.errors import ConfigError, ModelError
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
-from macft.model.device import on_cpu
 from macft.model.load import load
 from macft.model.packing import enable_packing
 from macft.model.settings import ModelConfig
-from macft.plan.chips import find_mac, known_chips
-from macft.plan.fit import Fitter, Settings
-from macft.plan.memory import Work, predict, trained_part
-from macft.plan.run_plan import known_models
-from macft.plan.settle import division_for
-from macft.plan.shape import HeldWeights, ModelShape, read_shape, shape_of
-from macft.plan.shares import Seat, rows_at
-from macft.plan.speed import step_cost
-from macft.plan.workload import PartSize, StepRows, steps_of, unlike_rows
+from macft.model.shape import HeldWeights, ModelShape, read_shape, shape_of
+from macft.parallel.shares import DataShard, rows_of_shard
+from macft.planner.fit import BatchSettings, MemoryPlanner
+from macft.planner.memory import ComputeShape, predict, trained_part
+from macft.planner.preflight import division_for
+from macft.planner.run_plan import known_models
+from macft.planner.speed import step_cost
+from macft.planner.workload import DeviceBatchShape, StepRows, steps_of, unlike_rows
+from macft.topology.settings import parse_budget
+from macft.training.batch_layout import BatchLayout
 from macft.training.gradient import GradientComputer
 from macft.training.loss import target_positions
-from macft.training.parts import Division
 from macft.training.settings import TrainingConfig
 from running import environment, events, train, write_jsonl
 from test_loss import FAMILIES, SMALL, make
@@ -59,9 +59,9 @@ def tiny_shape() -> ModelShape:
     return shape_of(dict(WIDE_CONFIG), "config.json")
 
 
-def fitter(rows: int = 8, length: int = 257, adapter: AdapterConfig | None = None) -> Fitter:
+def fitter(rows: int = 8, length: int = 257, adapter: AdapterConfig | None = None) -> MemoryPlanner:
     steps = [unlike_rows(rows, length, length - 1)]
-    return Fitter(tiny_shape(), FLOAT32, adapter or AdapterConfig(), "adamw", steps, validation_rows=0)
+    return MemoryPlanner(tiny_shape(), FLOAT32, adapter or AdapterConfig(), "adamw", steps, validation_rows=0)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_memory_grows_with_rows_and_length(rows: int, tokens: int, checkpoint: b
     shape, adapter = tiny_shape(), AdapterConfig(type=kind)
 
     def peak(rows: int, tokens: int) -> float:
-        work = Work(rows, tokens, rows * tokens, rows * tokens, checkpoint_blocks=checkpoint, eager=eager)
+        work = ComputeShape(rows, tokens, rows * tokens, rows * tokens, checkpoint_blocks=checkpoint, eager=eager)
         parts = predict(shape, FLOAT32, adapter, "adamw", work)
         assert min(parts.weights, parts.activations, parts.gradients) > 0
         assert min(parts.logits, parts.overhead, parts.adapter) >= 0
@@ -122,21 +122,21 @@ def test_memory_grows_with_rows_and_length(rows: int, tokens: int, checkpoint: b
 
 def test_chunked_logits_and_checkpointing_save_memory() -> None:
     plan = fitter(rows=8, length=513)
-    whole = plan.parts(Settings(None, False, loss_chunk=2048)).peak
-    assert plan.parts(Settings(None, False, loss_chunk=64)).peak < 0.8 * whole
+    whole = plan.parts(BatchSettings(None, False, loss_chunk=2048)).peak
+    assert plan.parts(BatchSettings(None, False, loss_chunk=64)).peak < 0.8 * whole
     deep = replace(plan, shape=shape_of({**WIDE_CONFIG, "num_hidden_layers": 24}, "config.json"))
-    assert deep.parts(Settings(None, True, 64)).peak < 0.5 * deep.parts(Settings(None, False, 64)).peak
+    assert deep.parts(BatchSettings(None, True, 64)).peak < 0.5 * deep.parts(BatchSettings(None, False, 64)).peak
 
 
 @settings(deadline=None, max_examples=40)
 @given(share=st.floats(0.01, 1.5), rows=st.integers(1, 16), asked=st.none() | st.integers(1, 16))
 def test_auto_uses_the_memory_but_never_more(share: float, rows: int, asked: int | None) -> None:
     plan = fitter(rows=rows)
-    start = Settings(asked, False)
+    start = BatchSettings(asked, False)
     budget = share * plan.parts(start).peak
     best = plan.best(start, budget)
     if best is None:
-        assert plan.parts(Settings(1, True)).peak > budget
+        assert plan.parts(BatchSettings(1, True)).peak > budget
         assert plan.refusal(start, budget, auto=True)
         return
     assert plan.parts(best).peak <= budget
@@ -150,15 +150,15 @@ def test_auto_uses_the_memory_but_never_more(share: float, rows: int, asked: int
 
 def test_a_refusal_names_the_nearest_settings_that_fit() -> None:
     plan = fitter()
-    start = Settings(None, False)
-    budget = plan.parts(Settings(2, False)).peak
+    start = BatchSettings(None, False)
+    budget = plan.parts(BatchSettings(2, False)).peak
     assert "training.micro_batch_size=2 would fit" in str(plan.refusal(start, budget, auto=False))
-    longer = str(plan.refusal(start, plan.parts(Settings(1, True)).peak * 0.7, auto=True))
+    longer = str(plan.refusal(start, plan.parts(BatchSettings(1, True)).peak * 0.7, auto=True))
     assert "dataset.max_seq_length=" in longer
     assert "does not split" in str(plan.refusal(start, 1e6, auto=True))
 
 
-def sizes_by_hand(batch: Batch, division: Division) -> list[tuple[int, int, int, int]]:
+def sizes_by_hand(batch: Batch, division: BatchLayout) -> list[tuple[int, int, int, int]]:
     """(rows, length, tokens, targets) of what the trainer computes at once."""
     if division.packs:
         packs = pack(batch, 512 if division.cpu else None, shared=division.shares)
@@ -174,10 +174,10 @@ def sizes_by_hand(batch: Batch, division: Division) -> list[tuple[int, int, int,
     data=st.lists(st.tuples(st.integers(0, 2), st.integers(2, 300), st.integers(0, 300)), min_size=1, max_size=24),
     size=st.none() | st.integers(1, 8),
     shares=st.lists(st.floats(0.1, 4), min_size=1, max_size=4),
-    division=st.builds(Division, st.booleans(), st.booleans(), st.booleans(), st.booleans()),
+    division=st.builds(BatchLayout, st.booleans(), st.booleans(), st.booleans(), st.booleans()),
 )
 def test_the_plan_counts_what_the_trainer_computes(
-    data: list[tuple[int, int, int]], size: int | None, shares: list[float], division: Division
+    data: list[tuple[int, int, int]], size: int | None, shares: list[float], division: BatchLayout
 ) -> None:
     """Rows that are one of three texts up to some place, masked up to another."""
     rows = [Row(np.arange(start, n + start, dtype=np.int32), prompt) for start, n, prompt in data]
@@ -185,21 +185,21 @@ def test_the_plan_counts_what_the_trainer_computes(
     (step,) = steps_of(rows, order, 1)
     ids = order.rows(0)
     for rank in range(len(shares)):
-        seat = Seat(rank, len(shares), tuple(shares))
-        mine = rows_at(seat, [rows[i].tokens for i in ids], shared=division.shares)
+        seat = DataShard(rank, len(shares), tuple(shares))
+        mine = rows_of_shard(seat, [rows[i].tokens for i in ids], shared=division.shares)
         batches = micro_batches([rows[ids[i]] for i in mine], ids[mine], size)
         expected = [found for batch in batches for found in sizes_by_hand(batch, division)]
         part = step.at(seat, shared=division.shares)
-        planned = Fitter(tiny_shape(), FLOAT32, AdapterConfig(), "adamw", [part], 0, division).step_parts(size)
+        planned = MemoryPlanner(tiny_shape(), FLOAT32, AdapterConfig(), "adamw", [part], 0, division).step_parts(size)
         assert [(one.rows, one.length, one.tokens, one.targets) for one in planned[0]] == expected
 
 
 def test_a_token_is_counted_with_those_it_sees() -> None:
     tokens = [[1, 2, 3, 9], [1, 2, 4, 5, 9]]
     step = StepRows([Row(np.array(row, np.int32), 0) for row in tokens], np.arange(2))
-    assert step.parts(None, Division(packs=True, shares=True)) == [PartSize(2, 4, 5, 7, 1 + 2 + 3 + 3 + 4)]
-    assert step.parts(None, Division(packs=True)) == [PartSize(2, 4, 7, 7, 6 + 10)]
-    assert step.parts(None, Division()) == [PartSize(2, 16, 32, 32, 2 * 136)]
+    assert step.parts(None, BatchLayout(packs=True, shares=True)) == [DeviceBatchShape(2, 4, 5, 7, 1 + 2 + 3 + 3 + 4)]
+    assert step.parts(None, BatchLayout(packs=True)) == [DeviceBatchShape(2, 4, 7, 7, 6 + 10)]
+    assert step.parts(None, BatchLayout()) == [DeviceBatchShape(2, 16, 32, 32, 2 * 136)]
 
 
 @pytest.mark.parametrize("training", [{}, {"packing": "false"}, {"compile": "true"}])
@@ -218,7 +218,7 @@ def test_the_plan_divides_as_the_trainer_does(
         compiling=config.training.compile,
     )
     found = division_for(config, read_shape(tiny_model_folder), cpu=on_cpu())
-    assert found == Division(compute.packs, compute.shares, compute.compiles, on_cpu())
+    assert found == BatchLayout(compute.packs, compute.shares, compute.compiles, on_cpu())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -231,14 +231,14 @@ def test_what_rows_share_needs_no_memory() -> None:
     """Nor time; and where nothing is shared, a pack needs what the rows padded to their length do."""
     same = [Row(np.append(np.arange(200), [300 + i] * 57).astype(np.int32), 220) for i in range(8)]
     alike, unlike = StepRows(same, np.arange(8)), unlike_rows(8, 257, 37)
-    start, packs = Settings(None, False), Division(packs=True, shares=True)
+    start, packs = BatchSettings(None, False), BatchLayout(packs=True, shares=True)
     few, many = (replace(fitter(), steps=[step], division=packs, eager=True) for step in (alike, unlike))
     assert few.parts(start).activations == pytest.approx((200 + 8 * 56) / (8 * 256) * many.parts(start).activations)
     head = 4 * tiny_shape().embedding_parameters * 8 * 37
     assert step_cost(few, start).operations - head < 0.4 * (step_cost(many, start).operations - head)
     assert step_cost(few, start).tokens == step_cost(many, start).tokens == 8 * 257
     whole = replace(many, eager=False)
-    assert whole.parts(start).activations == replace(whole, division=Division()).parts(start).activations
+    assert whole.parts(start).activations == replace(whole, division=BatchLayout()).parts(start).activations
 
 
 def test_chips_are_found_by_the_names_people_use() -> None:
@@ -357,6 +357,6 @@ def test_prediction_is_within_15_percent_of_the_measured_peak(wide_model_folder:
     )
     assert done.status == 0, done.errors
     found = max(event["peak_memory"] for event in events(tmp_path / "run", "step_done"))
-    shape, division = read_shape(wide_model_folder), Division(packs=True, shares=True, cpu=True)
-    plan = Fitter(shape, FLOAT32, AdapterConfig(), "adamw", [unlike_rows(4, 128, 127)], 0, division, eager=True)
-    assert plan.parts(Settings(None, False)).peak == pytest.approx(found, rel=0.15)
+    shape, division = read_shape(wide_model_folder), BatchLayout(packs=True, shares=True, cpu=True)
+    plan = MemoryPlanner(shape, FLOAT32, AdapterConfig(), "adamw", [unlike_rows(4, 128, 127)], 0, division, eager=True)
+    assert plan.parts(BatchSettings(None, False)).peak == pytest.approx(found, rel=0.15)

@@ -6,15 +6,15 @@ import numpy as np
 
 from macft.collective.ring import Ring
 from macft.collective.solo import Solo
-from macft.plan.node_status import NodeStatus
-from macft.training.remarks import Remarks
+from macft.parallel.node_status import NodeStatus
+from macft.training.node_messages import NodeMessages
 from test_paths import in_ring, two_cables
 
 
 def told_by(collective: Ring | Solo, lines: list[str], *, steps: int) -> list[list[str]]:
     """What is told after each of ``steps`` steps, in the first of which this node has ``lines`` to tell."""
     waiting = [lines]
-    remarks = Remarks(collective, lambda: waiting.pop() if waiting else [])
+    remarks = NodeMessages(collective, lambda: waiting.pop() if waiting else [])
     told = []
     for _ in range(steps):
         slots = np.zeros((collective.world_size, NodeStatus.SIZE))

@@ -15,9 +15,9 @@ import pytest
 import zmq
 
 import macft
-from macft.cluster.rendezvous import Membership, RendezvousServer, connect_ring, join
 from macft.collective.settings import CollectiveConfig
 from macft.errors import RendezvousError
+from macft.rendezvous.rendezvous import RendezvousServer, Roster, connect_ring, join
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def serve(world_size: int, timeout: float = 20.0, **more: Any) -> RendezvousServ
     return server
 
 
-def report(server: RendezvousServer, rank: int, world_size: int, **changed: Any) -> Membership:
+def report(server: RendezvousServer, rank: int, world_size: int, **changed: Any) -> Roster:
     own: dict[str, Any] = {"run_id": "run", "fingerprint": "f", "timeout": 20.0, "name": f"node{rank}"}
     address = f"127.0.0.1:{7000 + rank}"
     return join(server.address, **{**own, "rank": rank, "world_size": world_size, "ring_address": address, **changed})

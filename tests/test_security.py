@@ -19,10 +19,6 @@ from hydra import compose, initialize_config_dir
 from zmq.utils.monitor import recv_monitor_message
 
 from live_ring import LiveRing, live_ring
-from macft.cluster import keys
-from macft.cluster.keys import Keyring
-from macft.cluster.rendezvous import RendezvousServer, connect_ring
-from macft.cluster.settings import TopologyConfig
 from macft.collective.security import KeyPair, encrypt_to
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import split_address
@@ -31,6 +27,10 @@ from macft.config.paths import config_folder
 from macft.config.validate import to_typed
 from macft.config.yaml import to_yaml
 from macft.errors import CollectiveError, ConfigError, RendezvousError
+from macft.rendezvous import keystore
+from macft.rendezvous.keystore import Keyring
+from macft.rendezvous.rendezvous import RendezvousServer, connect_ring
+from macft.topology.settings import TopologyConfig
 from running import environment, free_ports, losses, start, train, uneven_dataset
 
 QUICK = CollectiveConfig(timeout=3.0, heartbeat=0.5)
@@ -111,7 +111,7 @@ def test_an_unknown_key_is_refused_and_both_sides_say_what_mends_it(pool: Thread
     text = reason(pool.submit(add_up, server, stranger, 1, 2))
     assert text == (
         f"rendezvous at {server.address}: it does not trust this machine's key; run there: "
-        f"python -m macft.keys trust {keys.own_name()} {key}"
+        f"python -m macft.keys trust {keystore.own_name()} {key}"
     )
     # The run waits on for the rank that belongs to it.
     members.append(pool.submit(add_up, server, rings[1], 1, 2))
@@ -250,9 +250,9 @@ def test_a_trusted_machine_that_is_no_member_of_the_run_is_not_let_into_its_ring
 def test_two_machines_train_encrypted_over_hosts(tmp_path: Path, tiny_model_folder: Path) -> None:
     data = uneven_dataset(tmp_path / "data")
     for machine in ("0", "1"):
-        keys.make(tmp_path / machine)
+        keystore.make(tmp_path / machine)
     for machine, other in (("0", "1"), ("1", "0")):
-        keys.trust(tmp_path / machine, "other", keys.load(tmp_path / other).own.public.hex())
+        keystore.trust(tmp_path / machine, "other", keystore.load(tmp_path / other).own.public.hex())
     ports = free_ports(2)
     processes = [
         start(
@@ -314,7 +314,7 @@ def test_nodes_started_over_ssh_get_the_runs_key_from_the_terminal(tmp_path: Pat
         (tmp_path / f"run{rank}" / "config.yaml").write_text(to_yaml(config))
         agents.append(
             subprocess.Popen(
-                [sys.executable, "-m", "macft.agent", str(tmp_path / f"run{rank}"), str(rank)],
+                [sys.executable, "-m", "macft.launch.agent", str(tmp_path / f"run{rank}"), str(rank)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -336,5 +336,5 @@ def test_nodes_started_over_ssh_get_the_runs_key_from_the_terminal(tmp_path: Pat
 def test_mlx_is_not_used_beyond_loopback_without_a_word() -> None:
     topology = TopologyConfig(kind="hosts", hosts=["192.168.0.1", "192.168.0.2"])
     with pytest.raises(ConfigError, match="mlx knows no encryption"):
-        keys.needs_keys(topology, CollectiveConfig(backend="mlx"))
-    assert not keys.needs_keys(topology, CollectiveConfig(backend="mlx", encryption="off"))
+        keystore.needs_keys(topology, CollectiveConfig(backend="mlx"))
+    assert not keystore.needs_keys(topology, CollectiveConfig(backend="mlx", encryption="off"))

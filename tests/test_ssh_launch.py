@@ -78,7 +78,7 @@ def agents(folder: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []
-        if "macft.agent" in line and folder in line:
+        if "macft.launch.agent" in line and folder in line:
             found.append(process)
     return found
 

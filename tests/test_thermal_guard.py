@@ -7,20 +7,20 @@ from collections.abc import Callable
 
 import pytest
 
-from macft.plan.node_status import NodeStatus
+from macft.parallel.node_status import NodeStatus
 from macft.thermal.energy import EnergyMeter, summarize
-from macft.thermal.guard import ThermalGuard
 from macft.thermal.load import Load, LoadMeter
 from macft.thermal.notices import Notices
 from macft.thermal.settings import ThermalConfig
+from macft.thermal.throttle import ThermalThrottle
 
 # Quiet hours all day long: half the time, whatever the sensors say, and there are none.
 HALF = ThermalConfig(sensor="none", interval=0.05, quiet_hours="00:00-23:59", quiet_duty=0.5)
 
 
-def at_half(stop: Callable[[], bool] = lambda: False) -> ThermalGuard:
+def at_half(stop: Callable[[], bool] = lambda: False) -> ThermalThrottle:
     """A guard whose governor has made up its mind."""
-    guard = ThermalGuard(HALF, rank=0, stop=stop)
+    guard = ThermalThrottle(HALF, rank=0, stop=stop)
     deadline = time.monotonic() + 30
     while guard.status(0, 0.0).duty != 0.5:
         assert time.monotonic() < deadline
@@ -34,7 +34,7 @@ def spin(seconds: float) -> None:
         pass
 
 
-def step(guard: ThermalGuard, work: float) -> NodeStatus:
+def step(guard: ThermalThrottle, work: float) -> NodeStatus:
     """A step of two micro-batches, of which the second ends as the trainer tells it."""
     begun = time.perf_counter()
     batches = guard.paced(["first", "second"])

@@ -16,7 +16,7 @@ import pytest
 import macft.evaluate
 import macft.fuse
 import macft.generate
-import macft.tuned
+import macft.run.tuned_model
 
 # isort: split
 import mlx.core as mx

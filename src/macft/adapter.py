@@ -9,7 +9,7 @@ from pathlib import Path
 
 from macft.config.yaml import read
 from macft.errors import ConfigError
-from macft.tuned import Parser, command, finished_adapter, run_folder
+from macft.run.tuned_model import Parser, command, finished_adapter, run_folder
 
 
 def main(argv: Sequence[str]) -> None:

@@ -24,26 +24,26 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from macft.benchmarking.here import measure_here
-from macft.benchmarking.lane import Lane, LaneFailed
-from macft.benchmarking.limits import link_speed, memory_copy
-from macft.benchmarking.ports import free_addresses
-from macft.benchmarking.sides import Joined, Side
-from macft.benchmarking.sizes import read_size, read_speed, size_text, speed_text, time_text
-from macft.benchmarking.table import LATENCY_BYTES, build, plot, summary, to_plain
-from macft.benchmarking.tcp import RawTcp
-from macft.benchmarking.turns import Measured, measure
-from macft.cluster.connect import connect
-from macft.cluster.hosts import own_rank
-from macft.cluster.keys import keyring_for
-from macft.cluster.rendezvous import RendezvousServer
-from macft.cluster.settings import host_paths, split_host
+from macft.collective_bench.here import measure_here
+from macft.collective_bench.lane import Lane, LaneFailed
+from macft.collective_bench.limits import link_speed, memory_copy
+from macft.collective_bench.ports import free_addresses
+from macft.collective_bench.sides import Joined, Side
+from macft.collective_bench.sizes import read_size, read_speed, size_text, speed_text, time_text
+from macft.collective_bench.table import LATENCY_BYTES, build, plot, summary, to_plain
+from macft.collective_bench.tcp import RawTcp
+from macft.collective_bench.turns import Measured, measure
 from macft.config.command_line import prepare
 from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_typed
 from macft.config.yaml import fingerprint
 from macft.errors import CollectiveError, ConfigError, MacftError
+from macft.rendezvous.connect import connect
+from macft.rendezvous.keystore import keyring_for
+from macft.rendezvous.rendezvous import RendezvousServer
+from macft.topology.hosts import own_rank
+from macft.topology.settings import host_paths, split_host
 
 SIZES = "4K,16K,64K,256K,1M,4M,16M,64M"
 PEERS = ("mlx", "gloo", "mpi", "tcp")

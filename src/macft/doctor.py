@@ -11,12 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from macft.cluster import keys
-from macft.cluster.checks import LEVELS, Finding, machine, network, software
-from macft.cluster.checks.hosts import examine_hosts
-from macft.cluster.topology_file import load_topology
+from macft.diagnostics import LEVELS, Finding, machine, network, software
+from macft.diagnostics.hosts import examine_hosts
 from macft.errors import MacftError
-from macft.model.present import where
+from macft.model.local import find_local
+from macft.rendezvous import keystore
+from macft.topology.topology_file import load_topology
 
 _MARKS = dict(zip(LEVELS, (" ok     ", "warning ", "PROBLEM "), strict=True))
 
@@ -53,7 +53,7 @@ def examine(port: int, model: str | None) -> dict[str, Any]:
 
 def _keys() -> Finding:
     try:
-        ring = keys.load(keys.key_folder())
+        ring = keystore.load(keystore.key_folder())
     except MacftError as error:
         return Finding("keys", "warning", str(error), "python -m macft.keys make")
     trusted = ", ".join(ring.trusted) or "nobody yet"
@@ -63,7 +63,7 @@ def _keys() -> Finding:
 def _model(name: str | None) -> Finding:
     if name is None:
         return Finding("model", "ok", "none asked for (--model NAME looks whether it is here)")
-    folder = where(name)
+    folder = find_local(name)
     if folder is None:
         mend = f"hf download {name}   # or topology.ship=[model]"
         return Finding("model", "warning", f"{name} is not on this machine; it is fetched when a run starts", mend)

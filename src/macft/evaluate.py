@@ -23,8 +23,8 @@ from macft.data.sources import SPLITS, Record
 from macft.errors import ConfigError, DataError
 from macft.evaluation.metrics import METRICS, metric
 from macft.report.run_folder import write_atomically
+from macft.run.tuned_model import Parser, TunedModel, add_arguments, command, named
 from macft.training.settings import TrainingConfig
-from macft.tuned import Parser, Tuned, add_arguments, command, named
 
 _ROWS_AT_ONCE = 8
 
@@ -50,9 +50,9 @@ def main(argv: Sequence[str]) -> None:
     sources = read_dataset(dataset, seed=seed)
     split = _split(sources, arguments.split, dataset)
 
+    from macft.device.mlx_device import prepare_device
     from macft.evaluation.compare import Result, agreement, answers, evaluate
     from macft.model.attach import attach
-    from macft.model.device import prepare_device
 
     judge = metric(dataset.metric) if dataset.metric else None
     console = Console(highlight=False)
@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> None:
         _write(arguments.json, report)
 
 
-def _dataset(arguments: argparse.Namespace, tuned: Tuned) -> DatasetConfig:
+def _dataset(arguments: argparse.Namespace, tuned: TunedModel) -> DatasetConfig:
     dataset = tuned.run.dataset if tuned.run else DatasetConfig()
     if arguments.dataset is not None:
         # Another place, read as the run's: length and masking stay, what describes the run's own files goes.

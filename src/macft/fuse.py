@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from macft.errors import ConfigError
-from macft.tuned import Parser, add_arguments, command, named
+from macft.run.tuned_model import Parser, add_arguments, command, named
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,8 +26,8 @@ def main(argv: Sequence[str]) -> None:
     if Path(arguments.gguf_path).name != arguments.gguf_path:
         raise ConfigError(f"--gguf-path: {arguments.gguf_path} must be a file's name; it is written into the save path")
 
-    from macft.model.device import prepare_device
-    from macft.model.fuse import as_checkpoint, check_gguf, fuse, save_fused
+    from macft.device.mlx_device import prepare_device
+    from macft.model.merge import as_checkpoint, check_gguf, fuse, save_fused
     from macft.model.resolve import resolve
 
     source = tuned.whole or resolve(tuned.model)

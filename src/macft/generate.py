@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from macft.errors import ConfigError
-from macft.tuned import Parser, add_arguments, command, named
+from macft.run.tuned_model import Parser, add_arguments, command, named
 
 if TYPE_CHECKING:
     from macft.evaluation.chat import Chat
@@ -31,8 +31,8 @@ def main(argv: Sequence[str]) -> None:
 
     import mlx.core as mx
 
+    from macft.device.mlx_device import prepare_device
     from macft.evaluation.chat import Chat, Sampling
-    from macft.model.device import prepare_device
 
     sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in fields(Sampling)})
     if found := sampling.problems():

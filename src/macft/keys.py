@@ -5,25 +5,25 @@ from __future__ import annotations
 import argparse
 import sys
 
-from macft.cluster import keys
 from macft.errors import ConfigError
+from macft.rendezvous import keystore
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     arguments = _parser().parse_args(argv)
-    folder = keys.key_folder()
+    folder = keystore.key_folder()
     try:
         if arguments.command == "show":
-            _show(keys.load(folder))
+            _show(keystore.load(folder))
         elif arguments.command == "trust":
-            keys.trust(folder, arguments.name, arguments.key)
+            keystore.trust(folder, arguments.name, arguments.key)
             print(f"{arguments.name} may now take part in this machine's runs")
         elif arguments.command == "forget":
-            keys.forget(folder, arguments.name)
+            keystore.forget(folder, arguments.name)
             print(f"{arguments.name} is no longer trusted; runs that have begun go on")
         else:
-            keyring, is_new = keys.make(folder)
+            keyring, is_new = keystore.make(folder)
             print(f"{'a new key' if is_new else 'the key of this machine'} is in {folder}")
             _show(keyring)
     except ConfigError as error:
@@ -32,10 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _show(keyring: keys.Keyring) -> None:
+def _show(keyring: keystore.Keyring) -> None:
     print(f"public key: {keyring.own.public.hex()}")
     print("on each of the other machines, type:")
-    print(f"  python -m macft.keys trust {keys.own_name()} {keyring.own.public.hex()}")
+    print(f"  python -m macft.keys trust {keystore.own_name()} {keyring.own.public.hex()}")
     for name, key in keyring.trusted.items():
         print(f"trusted here: {name} {key.hex()}")
     if not keyring.trusted:

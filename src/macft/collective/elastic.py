@@ -10,7 +10,7 @@ from macft.collective.base import Collective
 
 
 @dataclass(frozen=True)
-class Members:
+class MembershipView:
     """Who takes part in ``generation``: ids, names and doors by rank; ``why`` others no longer do, by id.
 
     A newcomer may knock at any of the ``addresses``.
@@ -28,7 +28,7 @@ class ElasticCollective(Collective, Protocol):
     """A collective whose calls raise MembershipChanged when a rank is lost; the others then regroup and go on."""
 
     @property
-    def members(self) -> Members:
+    def members(self) -> MembershipView:
         """Who takes part now."""
         ...
 

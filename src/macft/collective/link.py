@@ -20,8 +20,8 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from macft.collective.listener import Listener
-from macft.collective.outgoing import Outgoing
-from macft.collective.path import WINDOW, Inward, Outward
+from macft.collective.multipath import MultipathSender
+from macft.collective.path import WINDOW, RecvPath, SendPath
 from macft.collective.stream import MOMENT_MS, SECRET_BYTES, Room, fresh
 from macft.collective.wire import (
     CALL_NAMES,
@@ -83,8 +83,8 @@ class Links:
         ]
         self._settings = listener.settings
         endpoints = split_paths(addresses[self.right])
-        self._inward = [Inward(listener, number) for number in range(len(listener.routers))]
-        self.out = Outgoing(listener, endpoints)
+        self._inward = [RecvPath(listener, number) for number in range(len(listener.routers))]
+        self.out = MultipathSender(listener, endpoints)
         self._outward = self.out.paths
         self.has_paths = len(self._outward) > 1 or len(self._inward) > 1
         """Whether frames may come out of order, or twice."""
@@ -92,7 +92,7 @@ class Links:
         """Grows whenever data moves, a part of a frame too."""
         self.held: list[tuple[Header, Any]] = []
         """Data frames that came while the ring was coming together."""
-        self._last: list[tuple[Outward | Inward, zmq.MessageTracker]] = []  # the goodbyes
+        self._last: list[tuple[SendPath | RecvPath, zmq.MessageTracker]] = []  # the goodbyes
         self._left_done = self._right_done = False
         self._ask_zeromq = 0.0  # when its sockets are to be looked at even if streams have news
         self._right_sockets = [(sock, zmq.POLLIN) for out in self._outward for sock in (out.sock, out.monitor)]
@@ -335,7 +335,7 @@ class Links:
         peer = self.left if not any(path.peer for path in self._inward) else self.right
         self.fail(PeerTimeout, peer, f"{self.name(peer)} did not join the ring {waited}; does it still run?")
 
-    def _read_right(self, path: Outward, doing: object) -> None:
+    def _read_right(self, path: SendPath, doing: object) -> None:
         parts = path.sock.recv_multipart(zmq.NOBLOCK)
         header = self._unpack(parts[0], self.right)
         if header.kind == Kind.GOODBYE:
@@ -354,7 +354,7 @@ class Links:
             path.credited(header.frames)
             self.moved += 1
 
-    def _open_stream(self, path: Outward, offer: Header) -> None:
+    def _open_stream(self, path: SendPath, offer: Header) -> None:
         try:
             secret = bytes.fromhex(offer.text)
         except ValueError:
@@ -364,7 +364,7 @@ class Links:
         if self._settings.streams:
             path.open_stream(offer.port, secret)
 
-    def _read_left(self, path: Inward, doing: object) -> tuple[Header, Any] | None:
+    def _read_left(self, path: RecvPath, doing: object) -> tuple[Header, Any] | None:
         parts = path.sock.recv_multipart(zmq.NOBLOCK, copy=False)
         if parts[0].bytes != path.peer:
             self._greet(path, parts)
@@ -386,14 +386,14 @@ class Links:
             path.credit(self.generation, self.rank)
         return header, parts[2]
 
-    def _left_leaves(self, path: Inward, header: Header, doing: object) -> None:
+    def _left_leaves(self, path: RecvPath, header: Header, doing: object) -> None:
         """Over this path nothing follows; over another one what was sent before may still come."""
         path.broken, path.farewell = True, None
         self._left_done = header.cause != Cause.DONE or all(come.broken or not come.peer for come in self._inward)
         if self._left_done:
             self._pass_on(header, doing)
 
-    def _greet(self, path: Inward, parts: list[zmq.Frame]) -> None:
+    def _greet(self, path: RecvPath, parts: list[zmq.Frame]) -> None:
         """Welcomes the left neighbour, tells another macft why it is not welcome, ignores other strangers."""
         try:
             header = unpack(parts[1].buffer, "a stranger")
@@ -446,8 +446,8 @@ class Links:
         self.fail(PeerLost, peer, f"{self.name(peer)} is gone: {how} while {doing} waited")
 
 
-def _is_gone(path: Outward | Inward) -> bool:
-    return path.lost if isinstance(path, Outward) else not path.peer or (path.broken and path.farewell is None)
+def _is_gone(path: SendPath | RecvPath) -> bool:
+    return path.lost if isinstance(path, SendPath) else not path.peer or (path.broken and path.farewell is None)
 
 
 def _says_goodbye(parts: list[bytes]) -> bool:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from macft.collective.codecs.wire_codec import WireCodec
 from macft.collective.dtypes import BFLOAT16, view
-from macft.collective.pulse import Pulse, PulseServer, ask
+from macft.collective.health import Health, HealthServer, ask
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import MAX_BLOB_BYTES
 from macft.errors import CollectiveError, PeerLost, PeerTimeout, ProtocolError
@@ -57,8 +57,8 @@ class MlxCollective:
     def __init__(
         self,
         initialize: Callable[[], Any],
-        state: Pulse,
-        pulse: PulseServer,
+        state: Health,
+        pulse: HealthServer,
         pulses: Sequence[str] | None,
         settings: CollectiveConfig,
         *,
@@ -295,13 +295,13 @@ class MlxCollective:
         if seconds > self._settings.patience:
             self._fail("timeout", f"{doing} did not end for {seconds:.0f} s; collective.patience sets the limit")
 
-    def _ask_all(self) -> dict[int, Pulse]:
+    def _ask_all(self) -> dict[int, Health]:
         pulses = {}
         for rank, address in enumerate(self._addresses):
             if rank == self.rank:
                 continue
             found = ask(address, self._secret)
-            if isinstance(found, Pulse):
+            if isinstance(found, Health):
                 pulses[rank] = found
                 self._bad.pop(rank, None)
             elif self._bad.get(rank, ("", 0.0))[0] != found:

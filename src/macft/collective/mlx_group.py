@@ -14,8 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from macft.collective.health import Health, HealthServer
 from macft.collective.mlx_backend import MlxCollective
-from macft.collective.pulse import Pulse, PulseServer
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import split_address
 from macft.errors import CollectiveError
@@ -53,7 +53,7 @@ class MlxListener:
         if self.backend == "mpi":
             raise CollectiveError("collective.mlx_backend: mpi's ranks are started by mpirun, with topology=single")
         bind = bind.split("+", 1)[0]
-        self._state = Pulse()
+        self._state = Health()
         self._joined: MlxCollective | None = None
         self._pulse = _two_ports(bind, self._read)
         self.address = self._pulse.address
@@ -81,7 +81,7 @@ class MlxListener:
         """Frees the ports; for a listener that was not joined."""
         self._pulse.close()
 
-    def _read(self) -> Pulse:
+    def _read(self) -> Health:
         self._state.seconds = self._joined.seconds() if self._joined else 0.0
         return self._state
 
@@ -98,14 +98,14 @@ def join_launched(settings: CollectiveConfig) -> MlxCollective:
         CollectiveError: MLX has no such backend here, or its group does not come together.
     """
     backend = check_backend(settings.mlx_backend)
-    state = Pulse()
+    state = Health()
     made: list[MlxCollective] = []
 
-    def read() -> Pulse:
+    def read() -> Health:
         state.seconds = made[0].seconds() if made else 0.0
         return state
 
-    pulse = PulseServer(f"{_own_host()}:0", read)
+    pulse = HealthServer(f"{_own_host()}:0", read)
     made.append(
         MlxCollective(lambda: _guarded(backend, settings.timeout), state, pulse, None, settings, secret="launched")
     )
@@ -148,10 +148,10 @@ def _guarded(backend: str, timeout: float) -> Any:
             guard.stdin.close()
 
 
-def _two_ports(bind: str, read: Callable[[], Pulse]) -> PulseServer:
+def _two_ports(bind: str, read: Callable[[], Health]) -> HealthServer:
     host, port = split_address(bind)
     for _ in range(_TRIES):
-        server = PulseServer(bind, read)
+        server = HealthServer(bind, read)
         try:
             with socket.create_server((host, split_address(server.address)[1] + 1)):
                 return server

@@ -35,7 +35,7 @@ class Sent(NamedTuple):
     at: float
 
 
-class Outward:
+class SendPath:
     """The sending end: a DEALER connected to the right neighbour's port. ``alone``: there is no other path to it."""
 
     def __init__(self, listener: Listener, endpoint: str, *, alone: bool):
@@ -117,7 +117,7 @@ class Outward:
             self._busy_since, self._across = self.last_credit, 0
 
 
-class Inward:
+class RecvPath:
     """The receiving end: a bound ROUTER that lets the left neighbour in, and no other."""
 
     def __init__(self, listener: Listener, number: int):

@@ -23,7 +23,7 @@ from macft.collective.listener import COPY_BELOW, Listener
 from macft.collective.path import WINDOW
 from macft.collective.settings import CollectiveConfig
 from macft.collective.stream import fresh
-from macft.collective.transfer import CodedReduction, Exchange, Reduction, Spread, Transfer, fuse, unfuse
+from macft.collective.transfer import BlobTransfer, CodedReduction, GatherReduce, Reduction, Transfer, fuse, unfuse
 from macft.collective.wire import (
     CALL_NAMES,
     MAX_BLOB_BYTES,
@@ -134,7 +134,7 @@ class Ring:
         with np.errstate(over="ignore", invalid="ignore"):
             if total <= self._exchange_bytes:
                 call = self._next_call(Kind.EXCHANGE)
-                exchange = Exchange(call, buffers, self._world_size, lend=self._links.sends_at_once)
+                exchange = GatherReduce(call, buffers, self._world_size, lend=self._links.sends_at_once)
                 self._run(exchange)
                 exchange.finish()
             else:
@@ -228,7 +228,7 @@ class Ring:
         if len(payload) > MAX_BLOB_BYTES:
             raise ValueError(f"{CALL_NAMES[kind]} of {len(payload)} bytes: {MAX_BLOB_BYTES} are the most")
         call = self._next_call(kind)
-        transfer = Spread(call, payload, self._world_size, origins, self._settings.piece_bytes)
+        transfer = BlobTransfer(call, payload, self._world_size, origins, self._settings.piece_bytes)
         self._run(transfer)
         return transfer.blobs
 

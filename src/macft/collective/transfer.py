@@ -65,7 +65,7 @@ class Buffer:
     dtype: str
 
 
-class Exchange(Transfer):
+class GatherReduce(Transfer):
     """All-reduce of little: every rank's arrays go round whole, and each rank adds all up in the order of ranks.
 
     N - 1 hops, where :class:`Reduction` has 2N - 2, for N / 2 times the bytes: the faster one while latency counts.
@@ -265,7 +265,7 @@ class CodedReduction(Transfer):
         return self._chunks[(self.call.sender - hop) % self._ranks]
 
 
-class Spread(Transfer):
+class BlobTransfer(Transfer):
     """Carries the blobs of ``origins`` to every rank: a broadcast from one, a gathering from all."""
 
     def __init__(self, call: Header, payload: bytes, world_size: int, origins: Sequence[int], piece_bytes: int):

@@ -18,12 +18,12 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
-from macft.cluster.topology_file import user_config_folder
 from macft.config.nearest import schema_keys, unknown_key
 from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig, register_schema
 from macft.config.validate import explain, to_typed
 from macft.errors import ConfigError
+from macft.topology.topology_file import user_config_folder
 
 _FREE_FORM = ("dataset.columns", "optimizer.arguments")
 """Keys below these are the user's own, and new ones need no ``+``."""

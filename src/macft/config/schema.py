@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from macft.cluster.settings import TopologyConfig
 from macft.collective.settings import CollectiveConfig
+from macft.config.plan_settings import PlanConfig
 from macft.data.settings import DatasetConfig
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.settings import ModelConfig
-from macft.plan.settings import PlanConfig
 from macft.report.settings import ReportConfig
 from macft.thermal.settings import ThermalConfig
+from macft.topology.settings import TopologyConfig
 from macft.training.settings import OptimizerConfig, TrainingConfig
 
 SCHEMA_NAME = "macft_schema"

@@ -7,8 +7,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from macft.cluster import settings as topology_settings
 from macft.collective import settings as collective_settings
+from macft.config import plan_settings as plan_settings
 from macft.config.nearest import unknown_key
 from macft.config.schema import TrainConfig
 from macft.data import settings as dataset_settings
@@ -16,9 +16,9 @@ from macft.errors import ConfigError
 from macft.evaluation.metrics import metric
 from macft.model import adapter_settings
 from macft.model import settings as model_settings
-from macft.plan import settings as plan_settings
 from macft.report import settings as report_settings
 from macft.thermal import settings as thermal_settings
+from macft.topology import settings as topology_settings
 from macft.training import settings as training_settings
 
 

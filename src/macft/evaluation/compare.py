@@ -16,9 +16,9 @@ from macft.evaluation.answers import Scored, score_answers
 from macft.evaluation.metrics import Metric
 from macft.evaluation.record import expected_text, question_text
 from macft.model.packing import enable_packing
-from macft.plan.shares import Seat
-from macft.training.evaluate import validation_loss
+from macft.parallel.shares import DataShard
 from macft.training.loss import TokenLoss
+from macft.training.validation import validation_loss
 
 Progress = Callable[[str, int, int], None]
 
@@ -64,7 +64,7 @@ def evaluate(
             rows,
             alone,
             rows_at_once=rows_at_once,
-            seat=Seat(0, 1),
+            seat=DataShard(0, 1),
             progress=lambda done, total: progress("loss", done, total),
             packs=enable_packing(model),
         )

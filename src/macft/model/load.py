@@ -14,9 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from macft.device.mlx_device import on_cpu
 from macft.errors import ConfigError, ModelError
-from macft.model.cpu_activations import use_fast_activations
-from macft.model.device import on_cpu
+from macft.model.backends.cpu.activations import use_fast_activations
 from macft.model.settings import ModelConfig
 
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}

@@ -19,8 +19,8 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.model import cpu_attention
 from macft.model.architecture import namespaces_with
+from macft.model.backends.cpu import attention
 
 _ATTENTION = "scaled_dot_product_attention"
 
@@ -67,10 +67,10 @@ class Layout:
         return self._owners_by_place.T[:, None] == mx.arange(self.paths.shape[0])[:, None]
 
     @cached_property
-    def blocks(self) -> list[cpu_attention.Block]:
+    def blocks(self) -> list[attention.Block]:
         """The CPU's plan of attention."""
         paths: NDArray[np.int32] = np.asarray(self.paths)
-        return cpu_attention.blocks_of([path[:length] for path, length in zip(paths, self._lengths, strict=True)])
+        return attention.blocks_of([path[:length] for path, length in zip(paths, self._lengths, strict=True)])
 
 
 class _Pack(threading.local):
@@ -149,9 +149,9 @@ class RowAttention:
         layout = layout_of_pack()
         is_causal = mask is None if queries.shape[2] == 1 else isinstance(mask, str) and mask == "causal"
         plain = cache is None and is_causal and not any(rest.values())
-        if plain and cpu_attention.suits(queries, keys):
+        if plain and attention.suits(queries, keys):
             blocks = None if layout is None else layout.blocks
-            return cpu_attention.causal_attention(queries, keys, values, scale, blocks)
+            return attention.causal_attention(queries, keys, values, scale, blocks)
         if layout is None:
             return self._original(queries, keys, values, cache=cache, scale=scale, mask=mask, **rest)
         if not plain:

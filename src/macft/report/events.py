@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from macft.plan.node_status import NodeStatus
+from macft.parallel.node_status import NodeStatus
 from macft.report.energy import Energy
 
 
@@ -192,11 +192,34 @@ def change_line(event: NodesChanged) -> str:
     return f"{what}; {count} in generation {event.generation}: {shares}; {again}, {event.seconds:.1f} s"
 
 
+Event = (
+    RunStarted
+    | StepDone
+    | NodesChanged
+    | Evaluated
+    | MetricScored
+    | SamplesShown
+    | CheckpointSaved
+    | Noted
+    | PhaseProgress
+    | RunEnded
+)
+
+
+def _dispatch(reporter: Any, event: Event) -> None:
+    name = "".join("_" + c.lower() if c.isupper() else c for c in type(event).__name__).lstrip("_")
+    getattr(reporter, name)(event)
+
+
 class Reporter(Protocol):
     """Receives a run's events, in order, all from one thread.
 
     A method that can't do its part raises; see :class:`~macft.report.fan_out.FanOut`.
     """
+
+    def handle(self, event: Event) -> None:
+        """Reports ``event``."""
+        _dispatch(self, event)
 
     def run_started(self, event: RunStarted) -> None: ...
     def step_done(self, event: StepDone) -> None: ...
@@ -214,6 +237,10 @@ class Reporter(Protocol):
 
 class SilentReporter:
     """Ignores every event; reporters that care for some events only build on it."""
+
+    def handle(self, event: Event) -> None:
+        """Reports ``event``."""
+        _dispatch(self, event)
 
     def run_started(self, event: RunStarted) -> None:
         """Ignored."""

@@ -21,12 +21,12 @@ from macft.report.events import (
     SamplesShown,
     StepDone,
 )
+from macft.report.failover import FailoverReporter, QuietReporter
 from macft.report.metrics_file import MetricsFile, changes_told, last_step
 from macft.report.run_folder import RunFolder
 from macft.report.settings import ReportConfig
 from macft.report.summary import SummaryWriter
 from macft.report.tensorboard import TensorBoard
-from macft.report.understudy import QuietReporter, Understudy
 
 
 class FanOut(Reporter):
@@ -125,7 +125,7 @@ def build(
 
     speaker = speak(first_step) if is_main else None
     quiet = QuietReporter(tells_changes=is_newcomer)
-    return Understudy(speak, last_reported=lambda: last_step(folder.metrics), speaker=speaker, quiet=quiet)
+    return FailoverReporter(speak, last_reported=lambda: last_step(folder.metrics), speaker=speaker, quiet=quiet)
 
 
 def _all(config: ReportConfig, folder: RunFolder, *, hparams: Mapping[str, Any], first_step: int) -> FanOut:

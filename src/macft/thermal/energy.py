@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from macft.plan.node_status import NodeStatus
+from macft.parallel.node_status import NodeStatus
 from macft.report.energy import Energy
 from macft.thermal.settings import ThermalConfig
 

@@ -25,7 +25,7 @@ _STEP_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Chip:
+class SimulatedChip:
     """Temperatures in C, power in W, resistances in K/W, capacities in J/K; ``speed`` relative to an M2's."""
 
     speed: float
@@ -44,7 +44,7 @@ class Chip:
     clamped_watts: float
 
 
-_PRO_13 = Chip(
+_PRO_13 = SimulatedChip(
     speed=1.0,
     full_watts=29.46,
     idle_watts=2.0,
@@ -61,7 +61,7 @@ _PRO_13 = Chip(
     clamped_watts=7.31,
 )
 
-CHIPS: dict[str, Chip] = {
+CHIPS: dict[str, SimulatedChip] = {
     "macbook-pro-13-m2": _PRO_13,
     "macbook-air-m2": replace(_PRO_13, full_watts=20.0, idle_watts=1.5, case_resistance=3.6, fan_gain=0.0, speed=0.9),
     "macbook-pro-16-m3-max": replace(
@@ -86,7 +86,7 @@ class SimulatedMac:
     ``blanket`` multiplies the resistance between case and room; it may be changed at any time.
     """
 
-    def __init__(self, chip: Chip, *, ambient: float = 25.0, blanket: float = 1.0):
+    def __init__(self, chip: SimulatedChip, *, ambient: float = 25.0, blanket: float = 1.0):
         self.chip, self.ambient, self.blanket = chip, ambient, blanket
         self.die = self.case = ambient
         self.clamped = False

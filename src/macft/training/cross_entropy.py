@@ -15,10 +15,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from macft.model.cpu_activations import softmax_parts
-from macft.model.cpu_cross_entropy import available, cross_entropy
-from macft.model.cpu_eager import plain
-from macft.model.device import numpy_may_compute, on_cpu
+from macft.device.mlx_device import numpy_may_compute, on_cpu
+from macft.model.backends.cpu.activations import softmax_parts
+from macft.model.backends.cpu.cross_entropy import available, cross_entropy
+from macft.model.backends.cpu.eager import plain
 
 _ELEMENTS_ON_CPU = 2**21
 _ELEMENTS_ON_GPU = 2**25

@@ -16,13 +16,13 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.trainer import grad_checkpoint
 
 from macft.data.batch import Batch
+from macft.device.mlx_device import on_cpu, start, traced
 from macft.errors import ConfigError
-from macft.model import cpu_eager
-from macft.model.device import on_cpu, start, traced
+from macft.model.backends.cpu import eager
 from macft.model.dropout import DropoutKeys
 from macft.model.packing import enable_packing
+from macft.training.batch_layout import BatchLayout, DeviceBatch, laid_out
 from macft.training.loss import TokenLoss
-from macft.training.parts import Division, Part, laid_out
 from macft.training.settings import compiles
 
 
@@ -77,7 +77,7 @@ class GradientComputer:
         if packing.lower() == "true" and not self.packs:
             raise ConfigError("training.packing: this model's attention can't take packed rows; use auto or false")
         self.compiles = compiles(compiling, cpu=on_cpu())
-        self._eager = None if self.compiles else cpu_eager.prepare(model, checkpoint_blocks=checkpoint_blocks)
+        self._eager = None if self.compiles else eager.prepare(model, checkpoint_blocks=checkpoint_blocks)
         if checkpoint_blocks and self._eager is None:
             grad_checkpoint(model.layers[0])
         self.loss = TokenLoss(model, chunk=loss_chunk)
@@ -142,10 +142,10 @@ class GradientComputer:
             started=started,
         )
 
-    def _parts(self, batch: Batch) -> Iterator[Part]:
-        return Division(self.packs, self.shares, self.compiles, on_cpu()).parts(batch)
+    def _parts(self, batch: Batch) -> Iterator[DeviceBatch]:
+        return BatchLayout(self.packs, self.shares, self.compiles, on_cpu()).parts(batch)
 
-    def _with_part(self, total: dict[str, Any], step: int, part: Part) -> tuple[Any, dict[str, Any]]:
+    def _with_part(self, total: dict[str, Any], step: int, part: DeviceBatch) -> tuple[Any, dict[str, Any]]:
         """The summed loss of ``part``, and the gradients in ``total``, if any, with its own added."""
         keys = DropoutKeys.for_rows(self._seed, step, part.row_ids) if self._keys.in_use else np.zeros(1, np.uint32)
         inputs = [mx.array(values) for values in (part.inputs, part.positions, part.targets, part.weights, keys)]
@@ -153,10 +153,10 @@ class GradientComputer:
         if self.compiles:
             # Nobody else holds the sums so far, so that MLX adds in their memory.
             return self._compiled(total, layout, *inputs)
-        with laid_out(layout, part.lengths), cpu_eager.eager(self._eager) if self._eager is not None else nullcontext():
+        with laid_out(layout, part.lengths), eager.eager(self._eager) if self._eager is not None else nullcontext():
             loss, gradient = self._loss_and_gradient(*inputs)
         if self._eager is not None:  # evaluated while the graph was built, they would hold all of it
-            loss, gradient = cpu_eager.plain(loss), tree_map(cpu_eager.plain, gradient)
+            loss, gradient = eager.plain(loss), tree_map(eager.plain, gradient)
         return loss, _added(total, gradient)
 
     def _traced_part(self, total: dict[str, Any], layout: list[Any], *inputs: Any) -> tuple[Any, dict[str, Any]]:

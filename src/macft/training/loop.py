@@ -16,30 +16,30 @@ import numpy as np
 from macft.checkpoint.saver import CheckpointSaver
 from macft.checkpoint.snapshot import Progress, Snapshot, capture, restore, restore_adapter
 from macft.collective.base import Collective
-from macft.collective.elastic import ElasticCollective, Members
+from macft.collective.elastic import ElasticCollective, MembershipView
 from macft.collective.solo import Solo
 from macft.data.batch import Batch
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.errors import MembershipChanged, NonFiniteLoss, PeerLost
-from macft.plan.balance import Balance
-from macft.plan.node_status import NodeStatus
-from macft.plan.shares import Seat
+from macft.parallel.balance import ShareBalancer
+from macft.parallel.node_status import NodeStatus
+from macft.parallel.shares import DataShard
 from macft.report.events import Evaluated, NodesChanged, Noted, PhaseProgress, Reporter, StepDone
-from macft.stop import StopRequest
-from macft.training.evaluate import validation_loss
-from macft.training.exchange import GradientExchange
-from macft.training.feed import Feed
+from macft.training.batch_loader import BatchLoader
+from macft.training.checkpoint_policy import CheckpointPolicy
+from macft.training.diloco import OuterOptimizer
 from macft.training.gradient import GradientComputer
-from macft.training.lone import LoneSteps
-from macft.training.optimizer import Update, clip_factor, learning_rate
-from macft.training.outer import OuterOptimizer
-from macft.training.pace import FullSpeed, Pace
+from macft.training.gradient_reducer import GradientReducer
+from macft.training.node_messages import NodeMessages
+from macft.training.optimizer import OptimizerStep, clip_factor, learning_rate
+from macft.training.queued_step import StepQueue
+from macft.training.recovery import MemberTracker, PauseNotice, Position, sync_to_newest
 from macft.training.reduce import GlobalGradient, StepMetrics, reduce_gradient
-from macft.training.regroup import PauseNotice, Position, Seating, newest
-from macft.training.remarks import Remarks
-from macft.training.saves import Saves
 from macft.training.settings import OptimizerConfig, TrainingConfig
+from macft.training.stop import StopRequest
+from macft.training.throttle import NoThrottle, Throttle
+from macft.training.validation import validation_loss
 
 _EVALUATION_ROWS_AT_ONCE = 8
 
@@ -62,10 +62,10 @@ class Trainer:
     reporter: Reporter
     progress: Progress
     stop: StopRequest
-    exchange: GradientExchange | None = None
+    exchange: GradientReducer | None = None
     outer: OuterOptimizer | None = None
-    balance: Balance | None = None
-    pace: Pace = field(default_factory=FullSpeed)
+    balance: ShareBalancer | None = None
+    pace: Throttle = field(default_factory=NoThrottle)
     elastic: ElasticCollective | None = None
     nodes: list[NodeStatus] = field(default_factory=list, init=False)
     tokens: int = field(default=0, init=False)
@@ -78,15 +78,15 @@ class Trainer:
     _begun: int = field(default=-1, init=False)
 
     def __post_init__(self) -> None:
-        self._apply = Update(self.model, self.optimizer, compiled=self.compute.compiles)
-        self._lone = LoneSteps(self._apply, self._status)
-        self._feed = Feed(self.train_rows, self.order, self.config.micro_batch_size, shared=self.compute.shares)
-        self._exchange = self.exchange or GradientExchange(self.collective)
+        self._apply = OptimizerStep(self.model, self.optimizer, compiled=self.compute.compiles)
+        self._lone = StepQueue(self._apply, self._status)
+        self._feed = BatchLoader(self.train_rows, self.order, self.config.micro_batch_size, shared=self.compute.shares)
+        self._exchange = self.exchange or GradientReducer(self.collective)
         # With DiLoCo a step is each node's own.
-        self._exchange_of_step = GradientExchange(Solo()) if self.outer else self._exchange
-        self._balance = self.balance or Balance("equal", self.collective.world_size, every=1)
-        self._remarks = Remarks(self.collective, self.pace.own_remarks)
-        self.saves = Saves(
+        self._exchange_of_step = GradientReducer(Solo()) if self.outer else self._exchange
+        self._balance = self.balance or ShareBalancer("equal", self.collective.world_size, every=1)
+        self._remarks = NodeMessages(self.collective, self.pace.own_remarks)
+        self.saves = CheckpointPolicy(
             self.model,
             self.optimizer,
             self.collective,
@@ -96,7 +96,7 @@ class Trainer:
             self.reporter,
             self.progress.step or None,
         )
-        self._seating = Seating(self.elastic) if self.elastic is not None else None
+        self._seating = MemberTracker(self.elastic) if self.elastic is not None else None
 
     def train(self) -> str:
         """Trains to the last step; returns why it ended: finished, early_stopped or interrupted.
@@ -207,7 +207,7 @@ class Trainer:
             except MembershipChanged:
                 continue
             self.reporter.lead(is_main=self.collective.rank == 0, step=self.progress.step)
-            self.reporter.nodes_changed(replace(change, seconds=time.monotonic() - started))
+            self.reporter.handle(replace(change, seconds=time.monotonic() - started))
             return True
         return False
 
@@ -219,12 +219,12 @@ class Trainer:
             self.reporter.lead(is_main=False, step=self.progress.step)
             raise
 
-    def _catch_up(self, seating: Seating, members: Members) -> NodesChanged:
+    def _catch_up(self, seating: MemberTracker, members: MembershipView) -> NodesChanged:
         progress = self.progress
         evaluated = -1 if progress.evaluated_step is None else progress.evaluated_step
         ended = bool(self._ended) + self.has_final_adapter
         position = Position(seating.generation, bool(progress.before), progress.step, evaluated, ended)
-        told, is_behind = newest(self.collective, position, partial(self._describe, seating, members))
+        told, is_behind = sync_to_newest(self.collective, position, partial(self._describe, seating, members))
         if is_behind:
             snapshot = Snapshot.unpack(told["state"])
             self.progress = snapshot.progress
@@ -235,7 +235,7 @@ class Trainer:
         self.saves.saved_step = None
         self._ended, self.has_final_adapter = told["ended"], told["has_final_adapter"]
         self._stop_agreed = self._change_agreed = False
-        self._balance = Balance.reseated(told["balance"], told["old_ranks"])
+        self._balance = ShareBalancer.reseated(told["balance"], told["old_ranks"])
         self._exchange.start_anew(told["codec"], is_open=told["codec_is_open"])
         left, joined = seating.move(members, self.nodes)
         self.nodes = []
@@ -249,7 +249,7 @@ class Trainer:
             recomputed=self._begun == self.progress.step,
         )
 
-    def _describe(self, seating: Seating, members: Members, is_needed: bool) -> dict[str, Any]:
+    def _describe(self, seating: MemberTracker, members: MembershipView, is_needed: bool) -> dict[str, Any]:
         """What all must have alike; the state itself only where somebody needs it."""
         codec, is_open = self._exchange.agreed()
         return {
@@ -280,8 +280,8 @@ class Trainer:
         return 0 < self.config.patience <= self.progress.stale_evaluations
 
     @property
-    def _seat(self) -> Seat:
-        return Seat(self.collective.rank, self.collective.world_size, tuple(self._balance.shares))
+    def _seat(self) -> DataShard:
+        return DataShard(self.collective.rank, self.collective.world_size, tuple(self._balance.shares))
 
     @property
     def _wants_change(self) -> bool:
@@ -344,8 +344,8 @@ class Trainer:
         if not self.outer:
             self.nodes = metrics.nodes
         if note := self._exchange.observe(seconds, parts["all_reduce"]):
-            self.reporter.noted(Noted(note))
-        self.reporter.step_done(
+            self.reporter.handle(Noted(note))
+        self.reporter.handle(
             StepDone(
                 step=step,
                 total_steps=self.total_steps,
@@ -374,7 +374,7 @@ class Trainer:
             self._balance.observe(self.nodes)
         about_all = self.pace.remarks(self.nodes, self._balance.shares)
         for line in [*self._remarks.exchange(self.nodes), *about_all]:
-            self.reporter.noted(Noted(line))
+            self.reporter.handle(Noted(line))
 
     def _evaluate_and_save_when_due(self) -> None:
         self.saves.tell()
@@ -405,13 +405,11 @@ class Trainer:
                 self.collective,
                 rows_at_once=self.config.micro_batch_size or _EVALUATION_ROWS_AT_ONCE,
                 seat=self._seat,
-                progress=lambda done, total: self.reporter.phase_progress(PhaseProgress("validation", done, total)),
+                progress=lambda done, total: self.reporter.handle(PhaseProgress("validation", done, total)),
                 packs=self.compute.packs,
             )
         is_best = self.progress.take_validation(result.loss)
-        self.reporter.evaluated(
-            Evaluated(self.progress.step, result.loss, result.target_tokens, result.seconds, is_best)
-        )
+        self.reporter.handle(Evaluated(self.progress.step, result.loss, result.target_tokens, result.seconds, is_best))
 
 
 def _found(step: int, metrics: StepMetrics) -> str:

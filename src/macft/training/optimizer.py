@@ -12,9 +12,9 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from macft.device.mlx_device import start
 from macft.errors import ConfigError
-from macft.model.device import start
-from macft.model.places import Places
+from macft.model.parameter_refs import ParameterRefs
 from macft.training.settings import OptimizerConfig
 
 _CLASSES = {
@@ -74,7 +74,7 @@ def clip_factor(norm: float, max_norm: float) -> float:
     return max_norm / norm if max_norm and norm > max_norm else 1.0
 
 
-class Update:
+class OptimizerStep:
     """The update of ``model``'s trainable parameters, one call a step.
 
     Where the optimizer treats each element by itself, small parameters are updated as one long array: the same result
@@ -82,7 +82,7 @@ class Update:
     """
 
     def __init__(self, model: nn.Module, optimizer: optim.Optimizer, *, compiled: bool = False):
-        self._parameters, self._optimizer = Places(model), optimizer
+        self._parameters, self._optimizer = ParameterRefs(model), optimizer
         self._step = mx.compile(self._updated) if compiled else self._updated
         self._step_if_finite = mx.compile(self._updated_if_finite) if compiled else self._updated_if_finite
         self._is_sound = mx.array(True)

@@ -11,9 +11,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from macft.plan.node_status import NodeStatus
-from macft.training.exchange import GradientExchange
+from macft.parallel.node_status import NodeStatus
 from macft.training.gradient import LocalGradient
+from macft.training.gradient_reducer import GradientReducer
 
 _STILL_COMPUTING_SECONDS = 2e-4
 
@@ -56,7 +56,7 @@ class GlobalGradient:
 
 
 def reduce_gradient(
-    exchange: GradientExchange,
+    exchange: GradientReducer,
     local: LocalGradient,
     *,
     stop: bool,
@@ -96,7 +96,7 @@ def reduce_gradient(
     return GlobalGradient(local.gradient, factor, metrics, stop_requested=stops > 0, change_requested=changes > 0)
 
 
-def _sum_buckets(exchange: GradientExchange, local: LocalGradient, computed: Callable[[], None]) -> dict[str, float]:
+def _sum_buckets(exchange: GradientReducer, local: LocalGradient, computed: Callable[[], None]) -> dict[str, float]:
     """Sums bucket after bucket; returns the seconds of computing, and of all-reduce exposed and hidden behind it."""
     begun = time.perf_counter()
     compute = begun - local.started

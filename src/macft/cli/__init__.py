@@ -1,0 +1,1 @@
+"""What all commands share: exit status and one-line errors."""

@@ -1,0 +1,140 @@
+"""``python -m macft.cluster``: forms clusters, and lists and removes them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from macft.errors import LaunchError, MacftError
+from macft.network import links
+from macft.pairing.discovery import offered, seek
+from macft.pairing.pairing import PairingHost, join
+from macft.pairing.pake import new_code
+from macft.topology import topology_file
+from macft.topology.settings import split_host
+
+_SEEK_SECONDS = 10.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        {"init": _init, "join": _join, "list": _list, "remove": _remove}[arguments.command](arguments)
+    except MacftError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("given up", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _show(line: str) -> None:
+    print(line, flush=True)
+
+
+def _init(arguments: argparse.Namespace) -> None:
+    topology_file.path_of(arguments.name)  # refuses a name that can't be one, before anybody waits
+    if arguments.hostfile is not None:
+        topology = topology_file.from_hostfile(arguments.hostfile)
+    else:
+        code = new_code()
+        host = PairingHost(code, arguments.nodes, _show)
+        with offered(arguments.name, host.addresses, host.port):
+            _show(f"on each of the other machines, type: python -m macft.cluster join {code} --name {arguments.name}")
+            _show(f"(if it does not find this machine: add --at {host.addresses[0]}:{host.port})")
+            topology = host.form(arguments.timeout)
+    _done(arguments.name, topology_file.save_topology(arguments.name, topology))
+
+
+def _join(arguments: argparse.Namespace) -> None:
+    name = arguments.name
+    if arguments.at is not None:
+        try:
+            places = [split_host(arguments.at, 0)]
+        except ValueError as error:
+            raise LaunchError(f"--at: {error}; write it as `init` printed it") from None
+    else:
+        own = [link.host for link in links.discover()]
+        if not own:
+            raise LaunchError("this machine has no network; plug in a cable, then look at `python -m macft.doctor`")
+        offers = [offer for offer in seek(own, _SEEK_SECONDS, cluster=name) if name in (None, offer.cluster)]
+        if len(offers) != 1:
+            found = ", ".join(offer.cluster for offer in offers)
+            what = (
+                f"several clusters are being formed ({found}); give --name" if offers else "no cluster is being formed"
+            )
+            raise LaunchError(f"{what}; is `macft.cluster init` running on the same network? Or give --at HOST:PORT")
+        name = offers[0].cluster
+        places = [(address, offers[0].port) for address in offers[0].addresses]
+    name = name or "cluster"
+    topology_file.path_of(name)
+    _done(name, topology_file.save_topology(name, join(*places[0], arguments.code, _show)))
+
+
+def _done(name: str, path: Path) -> None:
+    _show(f"the cluster is in {path}")
+    _show(f"look at it: python -m macft.doctor --topology {name}")
+    _show(f"train on it: python -m macft.train +recipe=llama-lora topology={name}")
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    if arguments.name is not None:
+        topology = topology_file.load_topology(arguments.name)
+        if arguments.hostfile:
+            sys.stdout.write(topology_file.to_hostfile(topology))
+            return
+        for rank, host in enumerate(topology.hosts):
+            print(f"{rank}  {host}  ssh {topology.ssh_of(rank)}  {topology.python_of(rank)}")
+        return
+    for name in topology_file.names():
+        topology = topology_file.load_topology(name)
+        print(f"{name}: {len(topology.hosts)} nodes, {', '.join(topology.hosts)}")
+    if not topology_file.names():
+        print("no cluster yet; make one: python -m macft.cluster init NAME")
+
+
+def _remove(arguments: argparse.Namespace) -> None:
+    if arguments.host is None:
+        topology_file.remove_topology(arguments.name)
+        print(f"removed {arguments.name}; `python -m macft.keys forget` makes its machines strangers again")
+        return
+    topology = topology_file.load_topology(arguments.name)
+    rank = next((rank for rank, host in enumerate(topology.hosts) if arguments.host in (host, *host.split("+"))), None)
+    if rank is None:
+        raise LaunchError(f"'{arguments.host}' is not in {arguments.name}: {', '.join(topology.hosts)}")
+    if len(topology.hosts) <= 2:
+        raise LaunchError(f"{arguments.name} would have one machine left; remove the cluster: leave the host out")
+    for values in (topology.hosts, topology.ssh, topology.python if len(topology.python) > 1 else []):
+        if values:
+            del values[rank]
+    path = topology_file.save_topology(arguments.name, topology)
+    print(f"removed {arguments.host} from {path}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m macft.cluster", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    init = commands.add_parser("init", help="form a cluster with this machine as the first")
+    init.add_argument("name", metavar="NAME", help="of the cluster; then topology=NAME")
+    init.add_argument("--nodes", type=int, default=2, help="number of machines, this one included (default 2)")
+    init.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for each machine (default 600)")
+    init.add_argument("--hostfile", type=Path, help="take the machines from a hostfile of mlx.launch instead")
+    joining = commands.add_parser("join", help="bring this machine into a cluster that is being formed")
+    joining.add_argument("code", metavar="CODE", help="as `init` shows it")
+    joining.add_argument("--name", help="of the cluster, where several are being formed")
+    joining.add_argument("--at", metavar="HOST:PORT", help="where `init` runs, if it is not found by itself")
+    listing = commands.add_parser("list", help="show the clusters, or the machines of one")
+    listing.add_argument("name", metavar="NAME", nargs="?")
+    listing.add_argument("--hostfile", action="store_true", help="as a hostfile for mlx.launch")
+    remove = commands.add_parser("remove", help="remove a cluster, or one machine from it")
+    remove.add_argument("name", metavar="NAME")
+    remove.add_argument("host", metavar="HOST", nargs="?")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

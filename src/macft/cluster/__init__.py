@@ -1,1 +1,0 @@
-"""Finding, starting and joining the nodes of a run."""

@@ -1,0 +1,205 @@
+"""One implementation being measured: its ranks as processes, and a hang of theirs that harms nobody else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import macft
+from macft.errors import MacftError
+
+_MPI = "--allow-run-as-root --oversubscribe --bind-to none --mca pml ob1 --mca btl tcp,self"
+_MAX_ANSWER_BYTES = 16 * 1024 * 1024
+
+
+class LaneFailed(MacftError):
+    """An implementation could not be started, hung or failed; says which and how."""
+
+
+class Lane:
+    """All ranks of implementation ``name``; waiting for orders, they use no processor time.
+
+    Args:
+        name: One of :data:`~macft.collective_bench.sides.NAMES`.
+        addresses: ``host:port`` by rank; on one machine each rank needs a port of its own.
+        settings: macft's ``collective`` group, for ``macft``.
+        python: The interpreter to run the ranks with; it must have the implementation's library and NumPy.
+        prefixes: Words before each rank's command, by rank (``ip netns exec NAME``).
+        interface: The network interface gloo and MPI are to use; empty for their own choice.
+        environment: More variables for the processes.
+        limit: Seconds that any order may take; what takes longer hangs.
+
+    Raises:
+        LaneFailed: the ranks did not come together within ``limit``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        addresses: Sequence[str],
+        *,
+        settings: Mapping[str, Any] | None = None,
+        python: str = sys.executable,
+        prefixes: Sequence[Sequence[str]] = (),
+        interface: str = "",
+        environment: Mapping[str, str] | None = None,
+        limit: float = 60.0,
+    ):
+        self.name, self.ranks, self._limit = name, len(addresses), limit
+        self._environment = dict(environment or {})
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._controls: list[socket.socket] = []
+        self._buffers = [b""] * self.ranks
+        self._folder = tempfile.TemporaryDirectory(prefix="macft-bench-")
+        self._log = (Path(self._folder.name) / "log").open("w+b")
+        specification = json.dumps({"addresses": list(addresses), "settings": dict(settings or {})})
+        try:
+            with socket.socket(socket.AF_UNIX) as server:
+                path = str(Path(self._folder.name) / "control")
+                server.bind(path)
+                server.listen(self.ranks)
+                for command in self._commands(
+                    [python, "-m", "macft.collective_bench.worker", path], specification, prefixes, interface
+                ):
+                    self._processes.append(self._start(command, interface))
+                self._controls = self._accept(server)
+            self._answers()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def process_ids(self) -> list[int]:
+        """Of the commands started, by rank; for MPI that of mpirun alone."""
+        return [process.pid for process in self._processes]
+
+    def order(self, **what: Any) -> list[dict[str, Any]]:
+        """Gives all ranks one order; their answers, by rank. Raises LaneFailed, after which the lane is closed."""
+        line = (json.dumps(what) + "\n").encode()
+        try:
+            for control in self._controls:
+                control.sendall(line)
+            return self._answers()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends all ranks. Safe to call twice."""
+        for control in self._controls:
+            control.close()  # which a rank that is well takes as its leave
+        deadline = time.monotonic() + 2.0
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if not self._log.closed:
+            self._log.close()
+            self._folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _commands(
+        self, worker: list[str], specification: str, prefixes: Sequence[Sequence[str]], interface: str
+    ) -> list[list[str]]:
+        if self.name != "mpi":
+            prefixes = prefixes or [[]] * self.ranks
+            return [[*prefixes[rank], *worker, self.name, str(rank), specification] for rank in range(self.ranks)]
+        if shutil.which("mpirun") is None:
+            raise LaneFailed("mpi: mpirun is not installed")
+        only = ["--mca", "btl_tcp_if_include", interface] if interface else []
+        inside = []
+        if prefixes:
+            cases = [f'{rank}) exec {" ".join(prefix)} "$@";;' for rank, prefix in enumerate(prefixes)]
+            inside = ["sh", "-c", f"case $OMPI_COMM_WORLD_RANK in {' '.join(cases)} esac", "sh"]
+        command = ["mpirun", "-np", str(self.ranks), *_MPI.split(), *only, *inside]
+        return [[*command, *worker, self.name, "mpi", specification]]
+
+    def _start(self, command: list[str], interface: str) -> subprocess.Popen[bytes]:
+        source = str(Path(macft.__file__).parents[1])
+        environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment |= {"OMPI_MCA_mpi_yield_when_idle": "1", **self._environment}
+        if interface:
+            environment["GLOO_SOCKET_IFNAME"] = interface
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,
+        )
+
+    def _accept(self, server: socket.socket) -> list[socket.socket]:
+        by_rank: dict[int, socket.socket] = {}
+        deadline = time.monotonic() + self._limit
+        server.settimeout(0.2)
+        while len(by_rank) < self.ranks:
+            try:
+                control, _ = server.accept()
+            except TimeoutError:
+                if time.monotonic() > deadline or any(process.poll() for process in self._processes):
+                    self._raise_what_was_told(by_rank)
+                    raise LaneFailed(f"{self.name}: did not start{self._last_words()}") from None
+                continue
+            self._controls.append(control)
+            control.settimeout(self._limit)
+            by_rank[self._line(len(self._controls) - 1)["rank"]] = control
+        self._buffers = [self._buffers[self._controls.index(by_rank[rank])] for rank in range(self.ranks)]
+        return [by_rank[rank] for rank in range(self.ranks)]
+
+    def _raise_what_was_told(self, by_rank: Mapping[int, socket.socket]) -> None:
+        """A rank may have told its error, and gone, before the others were even there."""
+        for rank, control in by_rank.items():
+            if select.select([control], [], [], 0)[0]:
+                answer = self._line(self._controls.index(control))
+                if "error" in answer:
+                    raise LaneFailed(f"{self.name}: rank {rank}: {answer['error']}")
+
+    def _answers(self) -> list[dict[str, Any]]:
+        answers = [self._line(place) for place in range(len(self._controls))]
+        for rank, answer in enumerate(answers):
+            if "error" in answer:
+                raise LaneFailed(f"{self.name}: rank {rank}: {answer['error']}")
+        return answers
+
+    def _line(self, place: int) -> dict[str, Any]:
+        """The next line of a rank; the limit holds for each, so for a hang it is met once."""
+        while b"\n" not in self._buffers[place]:
+            try:
+                data = self._controls[place].recv(65_536)
+            except TimeoutError:
+                raise LaneFailed(f"{self.name}: hung for {self._limit:g} s") from None
+            if not data or len(self._buffers[place]) > _MAX_ANSWER_BYTES:
+                raise LaneFailed(f"{self.name}: a rank ended{self._last_words()}")
+            self._buffers[place] += data
+        line, _, self._buffers[place] = self._buffers[place].partition(b"\n")
+        answer = json.loads(line)
+        assert isinstance(answer, dict)
+        return answer
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        lines = self._log.read()[-4000:].decode(errors="replace").strip().splitlines()
+        return f": {lines[-1]}" if lines else ""

@@ -1,0 +1,107 @@
+"""Several implementations measured by turns, so that a machine that changes speed changes all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from macft.collective_bench.lane import Lane, LaneFailed
+
+_TURN_SECONDS = 0.03
+_MOST_CALLS = 40
+_WARM_CALLS = 3
+
+
+@dataclass
+class Measured:
+    """Seconds of all-reduces of one size by one implementation; each the slowest rank's."""
+
+    name: str
+    size: int
+    ranks: int
+    calls: list[float] = field(default_factory=list)
+    # The median of each turn, in the order of the turns, which are the same for all implementations.
+    turns: list[float] = field(default_factory=list)
+    failure: str = ""
+
+    @property
+    def median(self) -> float:
+        """Seconds; NaN if nothing was measured."""
+        return float(np.median(self.calls)) if self.calls else float("nan")
+
+    @property
+    def p95(self) -> float:
+        """Seconds; NaN if nothing was measured."""
+        return float(np.percentile(self.calls, 95)) if self.calls else float("nan")
+
+    @property
+    def algorithm_bandwidth(self) -> float:
+        """Bytes of the array a second."""
+        return self.size / self.median
+
+    @property
+    def bus_bandwidth(self) -> float:
+        """Bytes a second on each link: 2(n-1)/n of the algorithm bandwidth, as in nccl-tests."""
+        return self.algorithm_bandwidth * 2 * (self.ranks - 1) / self.ranks
+
+    def add_turn(self, seconds: Sequence[float]) -> None:
+        """Takes in the calls of one turn."""
+        self.calls += seconds
+        self.turns.append(float(np.median(seconds)))
+
+    def ratio_to(self, other: Measured) -> float:
+        """How many times as long this one takes: the median over the turns both have made."""
+        pairs = list(zip(self.turns, other.turns, strict=False))
+        return float(np.median([mine / theirs for mine, theirs in pairs])) if pairs else float("nan")
+
+
+def measure(
+    lanes: Sequence[Lane], sizes: Sequence[int], turns: int, tell: Callable[[list[Measured]], None]
+) -> list[list[Measured]]:
+    """Times all lanes at all ``sizes`` (bytes, multiples of 4); ``tell`` gets each size's results as they come.
+
+    A lane that fails or hangs is left out from then on; its ``failure`` says why.
+    """
+    failures: dict[str, str] = {}
+    found = []
+    for size in sizes:
+        row = [Measured(lane.name, size, lane.ranks, failure=failures.get(lane.name, "")) for lane in lanes]
+        calls = [0] * len(lanes)
+        for turn in range(turns + 1):
+            for place, (lane, result) in enumerate(zip(lanes, row, strict=True)):
+                if result.failure:
+                    continue
+                try:
+                    if turn == 0:
+                        calls[place] = _warm_up(lane, size)
+                    else:
+                        result.add_turn(_times(lane, calls[place]))
+                except LaneFailed as error:
+                    result.failure = failures[lane.name] = str(error)
+        tell(row)
+        found.append(row)
+    return found
+
+
+def _warm_up(lane: Lane, size: int) -> int:
+    """Checks one sum; returns how many calls make a turn."""
+    lane.order(size=size)
+    expected = lane.ranks * (lane.ranks + 1) / 2
+    sums = [answer["sum"] for answer in lane.order(check=True)]
+    if any(found != expected for found in sums):
+        lane.close()
+        raise LaneFailed(f"{lane.name}: wrong sum at {size} bytes: {sums}, not {expected}")
+    seconds = float(np.median(_times(lane, _WARM_CALLS)))
+    return calls_in_a_turn(seconds)
+
+
+def calls_in_a_turn(seconds: float) -> int:
+    """How many calls of ``seconds`` each make a turn: long enough to measure, short enough to be fair."""
+    return max(1, min(_MOST_CALLS, round(_TURN_SECONDS / max(seconds, 1e-6))))
+
+
+def _times(lane: Lane, calls: int) -> list[float]:
+    answers = lane.order(calls=calls)
+    return [float(value) for value in np.max([answer["seconds"] for answer in answers], axis=0)]

@@ -1,0 +1,74 @@
+"""One rank of a measured implementation: ``python -m macft.collective_bench.worker SOCKET NAME RANK SPECIFICATION``.
+
+It reads orders, one line of JSON each, from the Unix socket of :class:`~macft.collective_bench.lane.Lane` and answers
+each of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from typing import Any
+
+from macft.collective_bench.sides import Joined, Mlx, Side, join
+
+
+def main(arguments: list[str]) -> int:
+    """Joins the group and works until the socket is closed."""
+    path, name, given_rank, specification = arguments
+    rank = int(os.environ["OMPI_COMM_WORLD_RANK"] if given_rank == "mpi" else given_rank)
+    told = json.loads(specification)
+    with socket.socket(socket.AF_UNIX) as control:
+        control.connect(path)
+        orders, answers = control.makefile("r"), control.makefile("w")
+
+        def answer(message: dict[str, Any]) -> None:
+            answers.write(json.dumps(message) + "\n")
+            answers.flush()
+
+        answer({"rank": rank})
+        try:
+            side = join(name, rank, told["addresses"], told["settings"])
+            answer({"joined": True})
+            for line in orders:
+                answer(carry_out(json.loads(line), side))
+            side.close()
+        except Exception as error:
+            answer({"error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
+            return 1
+    return 0
+
+
+def carry_out(order: dict[str, Any], side: Side) -> dict[str, Any]:
+    """``{"size": bytes}`` makes the array, ``{"check": true}`` sums it once, ``{"calls": n}`` times n sums.
+
+    ``{"elements": [...], "calls": n, "fused": bool}`` makes and checks n all-reduces of arrays of these sizes.
+    """
+    if "elements" in order:
+        assert isinstance(side, Joined | Mlx)
+        return {"right": all(side.sums(order["elements"], order["calls"], fused=order["fused"]))}
+    if "size" in order:
+        side.prepare(order["size"])
+        return {"ready": True}
+    side.barrier()
+    if "check" in order:
+        side.reduce()
+        found = side.first()
+        side.clear()
+        return {"sum": found}
+    seconds = []
+    for _ in range(order["calls"]):
+        started = time.perf_counter()
+        side.reduce()
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": seconds}
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    # Without the interpreter's farewell: a peer's threads may hang there (MLX's ring, after its neighbour has gone).
+    os._exit(status)

@@ -1,0 +1,95 @@
+"""Prepares MLX's default device for training and describes it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+
+from macft.device import blas
+
+_LEAST_CACHE = 256 * 1024 * 1024
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on the CPU, where only float32 matrix products are fast."""
+    return bool(mx.default_device() == mx.cpu)
+
+
+class _Trace(threading.local):
+    """Whether this thread's operations are being recorded for ``mx.compile``."""
+
+    is_on = False
+
+
+_trace = _Trace()
+
+
+@contextmanager
+def traced() -> Iterator[None]:
+    """To be put around the code of a function that is given to ``mx.compile``: its arrays have no values yet."""
+    before, _trace.is_on = _trace.is_on, True
+    try:
+        yield
+    finally:
+        _trace.is_on = before
+
+
+def numpy_may_compute() -> bool:
+    """Whether NumPy may compute an operation's result while MLX builds the graph: on a CPU, of arrays with values."""
+    return on_cpu() and not _trace.is_on
+
+
+def start(arrays: list[Any]) -> None:
+    """Has ``arrays`` computed, and doesn't wait for it."""
+    mx.async_eval(arrays)  # type: ignore[no-untyped-call]
+
+
+def prepare_device() -> str:
+    """Sets up MLX's default device, once per process, and returns a line that describes it.
+
+    On Metal the wired limit becomes the recommended size, as in mlx-lm. On the CPU ``mx.compile`` is turned
+    off where its compiler fails.
+    """
+    info = mx.device_info()
+    name = str(info.get("device_name", "unknown device"))
+    if on_cpu():
+        fused = "" if _compiles() else ", mx.compile off (the C++ compiler it needs fails)"
+        return f"{name}, CPU, float32 through {blas.describe()}{fused}"
+    memory = f", {int(info['memory_size']) / 2**30:.0f} GiB" if "memory_size" in info else ""
+    if not mx.metal.is_available():
+        return f"{name}, CUDA{memory}"
+    if limit := info.get("max_recommended_working_set_size"):
+        mx.set_wired_limit(int(limit))
+    return f"{name}, Metal{memory}"
+
+
+def keep_within(budget: float, expected_peak: float) -> None:
+    """Holds MLX's buffer cache to what a run of ``expected_peak`` bytes leaves of its ``budget``, in bytes.
+
+    Packs of rows have many shapes, so freed buffers of odd sizes pile up in the cache unless it has a limit. MLX waits
+    for running work, rather than take more, from the budget on. On a CPU MLX's own limit, 32 MiB, stays: a larger cache
+    made no step faster.
+    """
+    if on_cpu():
+        return
+    mx.set_memory_limit(int(budget))
+    mx.set_cache_limit(max(int(budget - expected_peak), _LEAST_CACHE))
+
+
+def _compiles() -> bool:
+    """Tries ``mx.compile`` on the CPU, and turns it off if it fails.
+
+    MLX itself does without where there is no ``g++``, but raises in the middle of a step where ``g++`` can't
+    compile or the folder for temporary files can't be written. The trial takes half a second the first time;
+    MLX keeps what it compiled.
+    """
+    try:
+        mx.eval(mx.compile(lambda x: mx.exp(x) + 1)(mx.zeros(1)))
+    except RuntimeError:
+        mx.disable_compile()
+        return False
+    return True

@@ -1,0 +1,90 @@
+"""A run of ``topology=ssh``: what goes to the hosts, and where its run folder is there."""
+
+from __future__ import annotations
+
+import posixpath
+from pathlib import Path
+
+import macft
+from macft.collective.security import KeyPair
+from macft.config.paths import config_folder
+from macft.config.schema import TrainConfig
+from macft.config.validate import is_elastic
+from macft.config.yaml import to_yaml
+from macft.errors import ConfigError
+from macft.launch.ssh import LaunchPlan, launch, show
+from macft.model.resolve import resolve
+from macft.remote.shipment import Shipment
+from macft.rendezvous.keystore import needs_keys
+from macft.topology.settings import TopologyConfig
+
+
+def run_over_ssh(config: TrainConfig, folder: Path, *, resume: bool) -> int:
+    """Runs ``config`` on the hosts of its topology, with the results in ``folder``; returns rank 0's exit status.
+
+    Raises:
+        MacftError: a host is not fit, or a rank failed.
+    """
+    return launch(
+        LaunchPlan(
+            topology=config.topology,
+            config=to_yaml(config),
+            folder=folder,
+            run_folder=_run_folder(folder),
+            shipments=shipments(config),
+            has_code="code" in config.topology.ship,
+            resume=resume,
+            show=show,
+            elastic=is_elastic(config),
+            secret=KeyPair.new().secret if needs_keys(config.topology, config.collective) else b"",
+        )
+    )
+
+
+def shipments(config: TrainConfig) -> list[Shipment]:
+    """What ``topology.ship`` asks for.
+
+    Raises:
+        ConfigError: a dataset that is not on this machine.
+        ModelError: the model can't be had here.
+    """
+    topology, found = config.topology, []
+    if "code" in topology.ship:
+        code = posixpath.join(topology.folder, "code", "macft")
+        found += [
+            Shipment(Path(macft.__file__).parent, code),
+            Shipment(config_folder(), posixpath.join(code, "configs")),
+        ]
+    if "data" in topology.ship:
+        for source in config.dataset.all_sources():
+            if source.path.startswith("builtin:"):
+                continue
+            path = Path(source.path).expanduser()
+            if not path.exists():
+                raise ConfigError(f"topology.ship: data can't be sent, for '{source.path}' is not on this machine")
+            found.append(Shipment(path, destination(source.path, topology)))
+    if "model" in topology.ship:
+        here = resolve(config.model).absolute()
+        given = Path(config.model.path).expanduser()
+        found.append(Shipment(here, destination(config.model.path if given.is_dir() else str(here), topology)))
+        reference = here.parents[1] / "refs" / "main"
+        if here.parent.name == "snapshots" and reference.is_file():  # how the Hugging Face cache knows its newest
+            found.append(Shipment(reference, destination(str(reference), topology)))
+    return found
+
+
+def destination(text: str, topology: TopologyConfig) -> str:
+    """Where a path of the configuration is on the hosts: the home folder stands for the home folder there."""
+    path = Path(text).expanduser()
+    if not path.is_absolute():
+        return posixpath.join(topology.folder, path.as_posix())
+    if path.is_relative_to(Path.home()):
+        return path.relative_to(Path.home()).as_posix()
+    return path.as_posix()
+
+
+def _run_folder(folder: Path) -> str:
+    """The run's folder below ``topology.folder``: as it is here below the working folder, or its last two names."""
+    if folder.absolute().is_relative_to(Path.cwd()):
+        return folder.absolute().relative_to(Path.cwd()).as_posix()
+    return posixpath.join("runs", *folder.parts[-2:])

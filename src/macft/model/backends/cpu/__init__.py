@@ -1,0 +1,1 @@
+"""Kernels for MLX's CPU backend on Linux: NumPy and OpenBLAS."""

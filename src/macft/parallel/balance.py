@@ -1,0 +1,121 @@
+"""Shares that follow the nodes: their measured speed, and how much heat and power let them do.
+
+Every rank sees the same statuses (they travel with the gradient) and computes the same shares: only +, -, * and / on
+float64, which are the same bits on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from macft.parallel.node_status import NodeStatus
+
+# Weight of the newest measurement in a node's speed.
+_SMOOTHING = 0.3
+# Shares move only if one of them changes by this part of itself and by this much of the whole.
+_RELATIVE, _ABSOLUTE = 0.08, 0.01
+# A node that got no rows is tried again by and by: its speed drifts to the others' mean by this part at each plan.
+_DRIFT = 0.05
+# A shorter time is no measurement.
+_LEAST_SECONDS = 1e-6
+
+
+class ShareBalancer:
+    """Shares of the ranks, adding up to 1.
+
+    ``policy`` is ``"auto"`` (measured tokens/s), ``"equal"``, or one share for each rank. Under all three a node's
+    share is multiplied by its duty, and is 0 while it is paused, unless all are.
+    """
+
+    def __init__(self, policy: str | Sequence[float], world_size: int, *, every: int):
+        self._world_size, self._every = world_size, max(1, every)
+        self._is_auto = policy == "auto"
+        base = [1.0] * world_size if isinstance(policy, str) else [float(share) for share in policy]
+        if len(base) != world_size or any(not share >= 0 for share in base) or not sum(base) > 0:
+            raise ValueError("there must be one share of 0 or more for each rank, and one above 0")
+        self._base = base
+        self._speeds: list[float | None] = [None] * world_size
+        self._measurements = [0] * world_size
+        self._steps = 0
+        self.shares = _normalized(base)
+
+    def plain(self) -> dict[str, Any]:
+        """All it knows, in types that travel."""
+        return {
+            "auto": self._is_auto,
+            "every": self._every,
+            "base": self._base,
+            "speeds": self._speeds,
+            "measurements": self._measurements,
+            "steps": self._steps,
+        }
+
+    @classmethod
+    def reseated(cls, plain: Mapping[str, Any], old_ranks: Sequence[int | None]) -> ShareBalancer:
+        """What :meth:`plain` gave, for other nodes: by rank the one it knew it by, None for a newcomer.
+
+        A newcomer counts as the mean of the others until it has been measured.
+        """
+        stayed = [float(plain["base"][old]) for old in old_ranks if old is not None]
+        mean = sum(stayed) / len(stayed) if sum(stayed) > 0 else 1.0
+        base = [mean if old is None else float(plain["base"][old]) for old in old_ranks]
+        balance = cls(base if sum(base) > 0 else [1.0] * len(base), len(base), every=plain["every"])
+        balance._is_auto, balance._steps = plain["auto"], plain["steps"]
+        balance._speeds = [None if old is None else plain["speeds"][old] for old in old_ranks]
+        # The newcomer's first step warms up, and so does the first one after a change: its shapes are new.
+        balance._measurements = [0 if old is None else plain["measurements"][old] for old in old_ranks]
+        if balance._is_auto:
+            balance.shares = _normalized(balance._known_speeds())
+        return balance
+
+    def observe(self, statuses: Sequence[NodeStatus]) -> bool:
+        """Takes the statuses of a step, by rank; returns whether the shares have changed."""
+        self._steps += 1
+        for rank, status in enumerate(statuses):
+            self._measure(rank, status)
+        pausing = any(status.paused != (share == 0) for status, share in zip(statuses, self.shares, strict=True))
+        if self._steps % self._every and not pausing:
+            return False
+        target = self._target(statuses)
+        if not any(self._differs(new, old) for new, old in zip(target, self.shares, strict=True)):
+            return False
+        self.shares = target
+        return True
+
+    def _measure(self, rank: int, status: NodeStatus) -> None:
+        if status.tokens <= 0 or status.busy_seconds < _LEAST_SECONDS:
+            return
+        self._measurements[rank] += 1
+        if self._measurements[rank] == 1:
+            return  # the first step compiles and warms up
+        speed, known = status.tokens / status.busy_seconds, self._speeds[rank]
+        self._speeds[rank] = speed if known is None else known + _SMOOTHING * (speed - known)
+
+    def _target(self, statuses: Sequence[NodeStatus]) -> list[float]:
+        base = self._measured_speeds(statuses) if self._is_auto else self._base
+        weights = [0.0 if node.paused else part * node.duty for part, node in zip(base, statuses, strict=True)]
+        return _normalized(weights if sum(weights) > 0 else base)
+
+    def _known_speeds(self) -> list[float]:
+        known = [speed for speed in self._speeds if speed is not None]
+        mean = sum(known) / len(known) if known else 1.0
+        return [mean if speed is None else speed for speed in self._speeds]
+
+    def _measured_speeds(self, statuses: Sequence[NodeStatus]) -> list[float]:
+        known = [speed for speed in self._speeds if speed is not None]
+        mean = sum(known) / len(known) if known else 1.0
+        for rank, status in enumerate(statuses):
+            speed = self._speeds[rank]
+            if speed is not None and status.tokens <= 0 and not status.paused and speed < mean:
+                self._speeds[rank] = speed + _DRIFT * (mean - speed)
+        return self._known_speeds()
+
+    @staticmethod
+    def _differs(new: float, old: float) -> bool:
+        return (new == 0) != (old == 0) or abs(new - old) > max(_RELATIVE * old, _ABSOLUTE)
+
+
+def _normalized(weights: Sequence[float]) -> list[float]:
+    total = sum(weights)
+    return [weight / total for weight in weights]

@@ -1,0 +1,67 @@
+"""How long a step would take on a node, from the operations it needs. An estimate, not a promise."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import chain
+
+# isort: split
+import mlx.core as mx
+
+from macft.planner.fit import BatchSettings, MemoryPlanner
+from macft.planner.memory import trained_part
+
+# Share of the peak that LoRA training reaches on Macs: from speeds people report, 0.39 (Mistral-7B, M1 Max), 0.49
+# (Llama-7B, M2 Ultra) and 0.59 (Qwen3-0.6B, M4 Pro) of the FP32 peak.
+MAC_EFFICIENCY = 0.45
+# Share of the matrix-product speed that a step of SmolLM2 reaches on a CPU, with 4 to 16 SQL rows: 0.46 to 0.54 on one
+# core, 0.34 to 0.44 on two, where all but the large products is one core's work.
+CPU_EFFICIENCY = 0.42
+_PROBE, _PROBE_SECONDS = 1024, 0.3
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Floating-point operations of a node's average step, tokens and targets of all its rows."""
+
+    operations: float
+    tokens: float
+    targets: float
+
+
+def step_cost(fitter: MemoryPlanner, settings: BatchSettings) -> StepCost:
+    """The work of ``fitter``'s node in a step, averaged over the steps looked at.
+
+    A matrix product counts 2 operations a weight and token going forward and 2 going back to its input; a frozen
+    weight has no gradient of its own. Attention counts the whole square, as MLX computes it while training, or layer by
+    layer on a CPU what each token sees, and the scores anew going back.
+    """
+    shape, trained = fitter.shape, trained_part(fitter.shape, fitter.adapter)
+    query = shape.heads * shape.head_dim
+    operations = tokens = targets = 0.0
+    for step in fitter.steps:
+        tokens += float(step.lengths.sum())
+        targets += step.targets
+    for part in chain.from_iterable(fitter.step_parts(settings.micro_batch_size)):
+        pairs = part.pairs if fitter.eager else part.rows * part.length**2
+        block = 2 * shape.block_parameters * part.tokens + 4 * query * pairs
+        passes = 1 + settings.grad_checkpoint
+        backward = 2 * shape.block_parameters * part.tokens + (10 if fitter.eager else 8) * query * pairs
+        operations += block * (shape.blocks + trained.depth * (passes - 1)) + backward * trained.depth
+        # The low-rank path forward and back, or the gradients of the weights themselves.
+        operations += (2 if fitter.adapter.type == "full" else 6) * trained.parameters * part.tokens
+        operations += 4 * shape.embedding_parameters * part.targets
+    steps = max(1, len(fitter.steps))
+    return StepCost(operations / steps, tokens / steps, targets / steps)
+
+
+def measured_flops() -> float:
+    """Float32 matrix-product speed of MLX's default device, operations a second: the best seen within 0.3 s."""
+    matrix = mx.ones((_PROBE, _PROBE))
+    best, begun = 0.0, time.perf_counter()
+    while not best or time.perf_counter() - begun < _PROBE_SECONDS:
+        started = time.perf_counter()
+        mx.eval(matrix @ matrix)
+        best = max(best, 2 * _PROBE**3 / (time.perf_counter() - started))
+    return best

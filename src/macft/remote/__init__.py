@@ -1,0 +1,1 @@
+"""SSH connections to hosts, file transfer, and the probe that runs there."""

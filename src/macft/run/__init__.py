@@ -1,0 +1,1 @@
+"""One rank's run: preparation, training, results."""

@@ -1,0 +1,104 @@
+"""How this run exchanges gradients: the codec, its memory in checkpoints, and the choice of ``codec=auto``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from macft.collective.base import Collective
+from macft.collective.codecs.choose import choose, make
+from macft.errors import CheckpointError
+
+_WARM_STEPS, _MEASURED_STEPS = 2, 3
+
+
+class GradientReducer:
+    """Sums buckets of gradients over the ranks of ``collective`` with the codec ``name``.
+
+    ``name`` is that of ``collective.codec``. With ``auto`` the first steps are exact; then rank 0 chooses by what it
+    has measured, for everyone.
+    """
+
+    def __init__(self, collective: Collective, name: str = "none", powersgd_rank: int = 1):
+        self.collective = collective
+        self._powersgd_rank = powersgd_rank
+        self._codec = make(name, powersgd_rank)
+        self._is_open = name == "auto" and collective.world_size > 1
+        self._seen: list[tuple[float, float]] = []
+
+    @property
+    def codec(self) -> str:
+        """The name of the codec in use."""
+        return self._codec.name
+
+    @property
+    def residual_norm(self) -> float:
+        """L2 norm of what this rank has still to add."""
+        errors = [value for name, value in self._codec.state().items() if not name.startswith("q/")]
+        return math.sqrt(sum(float(np.vdot(error, error)) for error in errors))
+
+    def all_reduce(self, names: Sequence[str], arrays: Sequence[Any]) -> None:
+        """Sums a bucket in place; raises as the collective does."""
+        self._codec.all_reduce(self.collective, names, arrays)
+
+    def observe(self, step_seconds: float, exposed_seconds: float) -> str:
+        """Takes a step's seconds, of which the exchange held up ``exposed_seconds``; says so when it has chosen.
+
+        A call of all ranks: they come to the choice at the same step.
+        """
+        if not self._is_open:
+            return ""
+        self._seen.append((step_seconds, exposed_seconds))
+        if len(self._seen) < _WARM_STEPS + _MEASURED_STEPS:
+            return ""
+        self._is_open = False
+        steps, exposed = np.median(np.array(self._seen[_WARM_STEPS:]), axis=0)
+        name, reason = choose(float(steps), float(exposed))
+        name, reason = self.collective.broadcast(f"{name}\n{reason}".encode()).decode().split("\n", 1)
+        self._codec = make(name, self._powersgd_rank)
+        return f"collective.codec=auto: {reason}"
+
+    def agreed(self) -> tuple[str, bool]:
+        """What all ranks have alike: the codec's name, and whether ``auto`` has still to choose."""
+        return self._codec.name, self._is_open
+
+    def start_anew(self, name: str, *, is_open: bool) -> None:
+        """Begins with the codec ``name`` and no memory, as the ranks are others now, or a sum was left half-way."""
+        self._codec, self._is_open, self._seen = make(name, self._powersgd_rank), is_open, []
+
+    def capture(self) -> list[bytes]:
+        """Every rank's memory, for a checkpoint; empty where there is none. A call of all ranks."""
+        if self.codec == "none" and not self._is_open:
+            return [msgpack.packb({"codec": "none", "open": False, "arrays": {}})]
+        arrays = {name: [list(value.shape), value.tobytes()] for name, value in self._codec.state().items()}
+        own: bytes = msgpack.packb({"codec": self.codec, "open": self._is_open, "arrays": arrays})
+        return self.collective.all_gather(own)
+
+    def restore(self, blobs: Sequence[bytes]) -> None:
+        """Takes back what :meth:`capture` gave, on as many ranks or others.
+
+        Raises:
+            CheckpointError: it is not that.
+        """
+        try:
+            states = [msgpack.unpackb(blob, max_bin_len=len(blob)) for blob in blobs]
+            arrays = [
+                {
+                    name: np.frombuffer(data, np.float32).reshape(shape).copy()
+                    for name, (shape, data) in state["arrays"].items()
+                }
+                for state in states
+            ]
+            name, self._is_open = str(states[0]["codec"]), self._is_open and bool(states[0]["open"])
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, msgpack.UnpackException):
+            raise CheckpointError("the checkpoint's codec memory is damaged") from None
+        self._codec = make(name, self._powersgd_rank)
+        self._load(arrays)
+
+    def _load(self, states: list[dict[str, NDArray[np.float32]]]) -> None:
+        self._codec.load(states, self.collective.rank, self.collective.world_size)

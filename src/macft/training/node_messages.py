@@ -1,0 +1,55 @@
+"""What single nodes have to say, told once by rank 0: a sensor that is missing there, a cable that was lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from macft.collective.base import Collective
+from macft.parallel.node_status import NodeStatus
+
+_MOST_LINES, _LONGEST = 20, 500
+
+
+class NodeMessages:
+    """Lines of all nodes, which travel only when there are any.
+
+    How many lines a node has goes with its :class:`NodeStatus` in every step's all-reduce, so that all nodes know
+    alike when to exchange them, and a step without any costs nothing.
+
+    Args:
+        of_node: This node's new lines, each of them once.
+    """
+
+    def __init__(self, collective: Collective, of_node: Callable[[], Sequence[str]]):
+        self._collective, self._of_node = collective, of_node
+        self._waiting: list[str] = []
+        self._lost: set[str] = set()
+
+    def collect(self) -> int:
+        """Looks for new lines; returns how many of this node's are still to be told."""
+        self._waiting += self._of_node()
+        for path in self._collective.lost_paths:
+            if path not in self._lost:
+                self._lost.add(path)
+                self._waiting.append(f"a cable to the next node is lost ({path}); the others carry on")
+        del self._waiting[_MOST_LINES:]
+        return len(self._waiting)
+
+    def exchange(self, nodes: Sequence[NodeStatus]) -> list[str]:
+        """All nodes' lines, with the numbers of the nodes that say them. A call of all ranks, with equal ``nodes``."""
+        if not any(node.remarks for node in nodes):
+            return []
+        own = "\n".join(" ".join(line.split())[:_LONGEST] for line in self._waiting)
+        self._waiting.clear()
+        said: dict[str, list[int]] = {}
+        for rank, payload in enumerate(self._collective.all_gather(own.encode())):
+            for line in payload.decode(errors="replace").splitlines()[:_MOST_LINES]:
+                said.setdefault("".join(filter(str.isprintable, line))[:_LONGEST], []).append(rank)
+        return [_attributed(line, ranks, self._collective.world_size) for line, ranks in said.items()]
+
+
+def _attributed(line: str, ranks: Sequence[int], count: int) -> str:
+    if len(ranks) == count:
+        return line
+    who = f"node {ranks[0]}" if len(ranks) == 1 else f"nodes {', '.join(map(str, ranks))}"
+    return f"{who}: {line}"
