@@ -15,7 +15,7 @@ from macft.data.sources import Record
 from macft.evaluation.answers import Scored, score_answers
 from macft.evaluation.metrics import Metric
 from macft.evaluation.record import expected_text, question_text
-from macft.model.packing import enable_packing
+from macft.model.backends.choose import execution_of, make_backend
 from macft.parallel.shares import DataShard
 from macft.training.loss import TokenLoss
 from macft.training.validation import validation_loss
@@ -57,16 +57,17 @@ def evaluate(
 
     ``progress`` is told (what, done, total).
     """
-    with Solo() as alone:
+    execution = execution_of(model, micro_batch_size=rows_at_once)
+    backend = make_backend(execution)
+    with Solo() as alone, backend.installed(model):
         validation = validation_loss(
             model,
-            TokenLoss(model),
+            TokenLoss(model, backend),
+            execution,
             rows,
             alone,
-            rows_at_once=rows_at_once,
             seat=DataShard(0, 1),
             progress=lambda done, total: progress("loss", done, total),
-            packs=enable_packing(model),
         )
         scored = None
         if metric is not None:

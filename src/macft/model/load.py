@@ -16,7 +16,6 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from macft.device.mlx_device import on_cpu
 from macft.errors import ConfigError, ModelError
-from macft.model.backends.cpu.activations import use_fast_activations
 from macft.model.settings import ModelConfig
 
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -90,8 +89,6 @@ def load(config: ModelConfig, path: Path, tokenizer: Any = None) -> LoadedModel:
         notes.append("on a CPU every type but float32 is many times slower; model.precision=auto picks it")
     with _readable(path, "weights"):
         mx.eval(model.parameters())
-    if cpu and _float_dtype(model) == mx.float32:
-        use_fast_activations(model)
     model.freeze()
     return LoadedModel(
         model=model,

@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from macft.device.mlx_device import on_cpu
 from macft.model.adapter_settings import AdapterConfig
+from macft.model.backends.mlx.cross_entropy import chunk_size
 from macft.model.shape import HeldWeights, ModelShape
 from macft.planner.memory import ComputeShape, MemoryParts, predict
 from macft.planner.workload import DeviceBatchShape, StepRows
 from macft.training.batch_layout import BatchLayout
-from macft.training.cross_entropy import chunk_size
 
 _EVALUATION_ROWS = 8
 _SHORTEST_HINT = 32
@@ -80,7 +81,7 @@ class MemoryPlanner:
                 accumulated=len(parts) > 1,
                 validation=self._validation(part, validation_rows),
                 checkpoint_blocks=settings.grad_checkpoint,
-                loss_chunk=chunk_size(self.shape.vocabulary, settings.loss_chunk or None),
+                loss_chunk=chunk_size(self.shape.vocabulary, settings.loss_chunk or None, device=_device()),
                 eager=self.eager,
             )
             for parts in self.step_parts(size)
@@ -90,7 +91,7 @@ class MemoryPlanner:
 
     def _validation(self, part: DeviceBatchShape, rows: int) -> float:
         """How many times as much as ``part`` validation computes at once, if its rows are like those of ``part``."""
-        most = self.division.most_tokens
+        most = self.division.max_tokens
         return min(rows / part.rows, math.inf if most is None else max(1.0, most / part.tokens))
 
     def _predict(self, work: ComputeShape) -> MemoryParts:
@@ -115,7 +116,7 @@ class MemoryPlanner:
 
     def longest_that_fits(self, budget: float) -> int | None:
         """The longest rows that fit under the most saving settings, tokens; None if none do."""
-        chunk = chunk_size(self.shape.vocabulary, None)
+        chunk = chunk_size(self.shape.vocabulary, None, device=_device())
         longest = max((int(step.lengths.max()) for step in self.steps if len(step.lengths)), default=0)
         while longest >= _SHORTEST_HINT:
             longest //= 2
@@ -158,3 +159,7 @@ class MemoryPlanner:
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
+
+
+def _device() -> str:
+    return "cpu" if on_cpu() else "metal"

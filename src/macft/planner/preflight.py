@@ -72,7 +72,7 @@ def _settle_here(
         return training, [f"no memory plan: {error}"], None
     cpu = on_cpu()
     division = division_for(config, shape, cpu=cpu)
-    mine = [step.at(seat, shared=division.shares) for step in steps]
+    mine = [step.at(seat, shared=division.shared_prefixes) for step in steps]
     held = held_weights(shape, config.model, cpu=cpu)
     fitter = fitter_for(config, shape=shape, held=held, steps=mine, division=division)
     on_this_machine = topology.nodes if topology.kind == "local" else 1
@@ -94,7 +94,9 @@ def division_for(config: TrainConfig, shape: ModelShape, *, cpu: bool) -> BatchL
     training, adapter = config.training, config.adapter
     packs = training.packing.lower() != "false" and shape.packs
     has_masks = adapter.type != "full" and adapter.dropout > 0
-    return BatchLayout(packs, packs and not has_masks, compiles(training.compile, cpu=cpu), cpu)
+    return BatchLayout(
+        packs, packs and not has_masks, compiles(training.compile, cpu=cpu), 512 if packs and cpu else None
+    )
 
 
 def fitter_for(
@@ -109,7 +111,7 @@ def fitter_for(
         steps=steps,
         validation_rows=_validation_rows(config.training),
         division=division,
-        eager=division.cpu and held.bits is None and held.float_bytes == 4 and not division.compiled,
+        eager=on_cpu() and held.bits is None and held.float_bytes == 4 and not division.compiled,
     )
 
 

@@ -120,7 +120,7 @@ def _plan_node(
     cpu = mac is None and on_cpu()
     division = division_for(config, shape, cpu=cpu)
     seat = DataShard(rank, len(speeds), tuple(speeds))
-    mine = [step.at(seat, shared=division.shares) for step in steps]
+    mine = [step.at(seat, shared=division.shared_prefixes) for step in steps]
     # A node far slower than the others may be left without a row; it still holds the model.
     mine = [step for step in mine if step.rows] or [StepRows(steps[0].rows[:1], steps[0].ids[:1])]
     held = held_weights(shape, config.model, cpu=cpu)

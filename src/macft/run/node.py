@@ -56,6 +56,7 @@ def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resum
         if run.guard is not None:
             run.guard.close()
         run.reporter.close()
+        run.installed.close()
 
 
 def _train(run: Run, started: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,9 +17,12 @@ from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain
 from macft.data.load import LoadedData, chosen_rows, read, tokenize_all
 from macft.data.order import RowOrder
-from macft.device.mlx_device import prepare_device
+from macft.device.mlx_device import on_cpu, prepare_device
+from macft.errors import ConfigError
 from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_files import load_adapter_weights
+from macft.model.backends.choose import execution_of, make_backend
+from macft.model.execution import Execution
 from macft.model.load import LoadedModel, load, load_tokenizer
 from macft.model.resolve import resolve
 from macft.parallel.balance import ShareBalancer
@@ -32,7 +36,7 @@ from macft.training.gradient import GradientComputer
 from macft.training.gradient_reducer import GradientReducer
 from macft.training.loop import Trainer
 from macft.training.optimizer import make_optimizer
-from macft.training.settings import TrainingConfig, steps_for
+from macft.training.settings import TrainingConfig, compiles, steps_for
 from macft.training.stop import StopRequest
 from macft.training.throttle import NoThrottle
 
@@ -51,6 +55,8 @@ class Run:
     trainer: Trainer
     reporter: Reporter
     guard: ThermalThrottle | None
+    # The backend's operations on the model; closing it takes them back.
+    installed: ExitStack
 
 
 def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, resume: bool, stop: StopRequest) -> Run:
@@ -79,15 +85,17 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
     adaptation = adapt(loaded.model, config.adapter, seed=config.seed)
     if config.adapter.init_from is not None and collective.rank == 0:
         load_adapter_weights(Path(config.adapter.init_from).expanduser(), loaded.model)
+    execution = _execution(config.training, loaded, dropout=adaptation.dropout_keys.in_use)
+    backend = make_backend(execution)
+    installed = ExitStack()
+    installed.enter_context(backend.installed(loaded.model))
     compute = GradientComputer(
         loaded.model,
+        backend,
+        execution,
         adaptation.dropout_keys,
         seed=config.seed,
-        checkpoint_blocks=config.training.grad_checkpoint,
         bucket_bytes=config.collective.bucket_bytes,
-        packing=config.training.packing,
-        compiling=config.training.compile,
-        loss_chunk=config.training.loss_chunk,
     )
     store = CheckpointStore(folder.checkpoints, keep_last=config.training.keep_last)
     has_own_disk = config.topology.kind in ("hosts", "ssh")
@@ -127,10 +135,25 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         pace=guard or NoThrottle(),
         elastic=elastic,
     )
-    run = Run(config, collective, folder, loaded, data, adaptation, optimizer, trainer, reporter, guard)
+    run = Run(config, collective, folder, loaded, data, adaptation, optimizer, trainer, reporter, guard, installed)
     run.data.notes[:0] = [device, *loaded.notes, *plan_notes]
     run.data.notes += notes
     return run
+
+
+def _execution(training: TrainingConfig, loaded: LoadedModel, *, dropout: bool) -> Execution:
+    execution = execution_of(
+        loaded.model,
+        packs=training.packing.lower() != "false",
+        dropout=dropout,
+        compiled=compiles(training.compile, cpu=on_cpu()),
+        recompute="blocks" if training.grad_checkpoint else "none",
+        loss_chunk=training.loss_chunk,
+        micro_batch_size=training.micro_batch_size,
+    )
+    if training.packing.lower() == "true" and not execution.packing:
+        raise ConfigError("training.packing: this model's attention can't take packed rows; use auto or false")
+    return execution
 
 
 def planned_world_size(collective: Collective) -> int:

@@ -41,8 +41,6 @@ from macft.training.stop import StopRequest
 from macft.training.throttle import NoThrottle, Throttle
 from macft.training.validation import validation_loss
 
-_EVALUATION_ROWS_AT_ONCE = 8
-
 
 @dataclass
 class Trainer:
@@ -78,9 +76,11 @@ class Trainer:
     _begun: int = field(default=-1, init=False)
 
     def __post_init__(self) -> None:
-        self._apply = OptimizerStep(self.model, self.optimizer, compiled=self.compute.compiles)
+        self._apply = OptimizerStep(self.model, self.optimizer, compiled=self.compute.execution.compiled)
         self._lone = StepQueue(self._apply, self._status)
-        self._feed = BatchLoader(self.train_rows, self.order, self.config.micro_batch_size, shared=self.compute.shares)
+        self._feed = BatchLoader(
+            self.train_rows, self.order, self.config.micro_batch_size, shared=self.compute.execution.shared_prefixes
+        )
         self._exchange = self.exchange or GradientReducer(self.collective)
         # With DiLoCo a step is each node's own.
         self._exchange_of_step = GradientReducer(Solo()) if self.outer else self._exchange
@@ -131,7 +131,7 @@ class Trainer:
         batches = self._feed.batches(step, self._seat)
         data_seconds = time.perf_counter() - started
         paced = self.pace.paced(batches)
-        local = self.compute(step, batches, self._turns(paced))
+        local = self.compute(step, batches, partial(next, self._turns(paced)))
         self._feed.prepare(step + 1, self._seat)  # while MLX computes
         result = reduce_gradient(
             self._exchange_of_step,
@@ -156,7 +156,7 @@ class Trainer:
     @property
     def _is_alone(self) -> bool:
         """Whether steps can be queued, since no other node's numbers are needed."""
-        return self.collective.world_size == 1 and self.outer is None and self.compute.compiles
+        return self.collective.world_size == 1 and self.outer is None and self.compute.execution.compiled
 
     def _train_alone(self) -> bool:
         """Begins a step, and reports the one before meanwhile; returns whether something has to be done after it.
@@ -166,7 +166,7 @@ class Trainer:
         step = self._begun = self.progress.step
         batches = self._feed.batches(step, self._seat)
         paced = self.pace.paced(batches)
-        local = self.compute(step, batches, self._turns(paced), in_buckets=False)
+        local = self.compute(step, batches, partial(next, self._turns(paced)), in_buckets=False)
         self._report_lone_step()
         rate = learning_rate(self.optimizer_config, step, self.total_steps)
         self._lone.queue(step + 1, local, paced, rate, self.config.max_grad_norm)
@@ -401,12 +401,11 @@ class Trainer:
             result = validation_loss(
                 self.model,
                 self.compute.loss,
+                self.compute.execution,
                 self.valid_rows,
                 self.collective,
-                rows_at_once=self.config.micro_batch_size or _EVALUATION_ROWS_AT_ONCE,
                 seat=self._seat,
                 progress=lambda done, total: self.reporter.handle(PhaseProgress("validation", done, total)),
-                packs=self.compute.packs,
             )
         is_best = self.progress.take_validation(result.loss)
         self.reporter.handle(Evaluated(self.progress.step, result.loss, result.target_tokens, result.seconds, is_best))
