@@ -14,13 +14,13 @@ from test_paths import in_ring, two_cables
 def told_by(collective: Ring | Solo, lines: list[str], *, steps: int) -> list[list[str]]:
     """What is told after each of ``steps`` steps, in the first of which this node has ``lines`` to tell."""
     waiting = [lines]
-    remarks = NodeMessages(collective, lambda: waiting.pop() if waiting else [])
+    messages = NodeMessages(collective, lambda: waiting.pop() if waiting else [])
     told = []
     for _ in range(steps):
         slots = np.zeros((collective.world_size, NodeStatus.SIZE))
-        slots[collective.rank] = NodeStatus(remarks=remarks.collect()).numbers()
+        slots[collective.rank] = NodeStatus(messages=messages.collect()).numbers()
         collective.all_reduce([slots])
-        told.append(remarks.exchange([NodeStatus.of_numbers(slot.tolist()) for slot in slots]))
+        told.append(messages.exchange([NodeStatus.of_numbers(slot.tolist()) for slot in slots]))
     return told
 
 
