@@ -200,6 +200,7 @@ def same_losses(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=250, check=False)
 
 
+@pytest.mark.slow
 def test_a_loss_that_differs_by_one_bit_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     done = same_losses("--only", "one-node", "--save", str(path))
