@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.runs import environment
 from macft.bench import main
 from macft.collective_bench.lane import Lane, LaneFailed
 from macft.collective_bench.limits import link_speed, memory_copy
 from macft.collective_bench.ports import free_addresses
 from macft.collective_bench.sizes import read_size, read_speed, size_text, time_text
 from macft.collective_bench.turns import Measured, measure
-from running import environment
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -6,14 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-import macft.device.mlx_device  # noqa: F401  (loads OpenBLAS before MLX)
-
-# isort: split
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from helpers.models import assert_same_gradient, make_model
 from macft.checkpoint.saver import CheckpointSaver
 from macft.checkpoint.snapshot import Progress
 from macft.checkpoint.store import CheckpointStore
@@ -34,7 +32,6 @@ from macft.training.optimizer import OptimizerStep, make_optimizer
 from macft.training.settings import OptimizerConfig, TrainingConfig
 from macft.training.state import TrainState
 from macft.training.throttle import NoThrottle
-from test_loss import make, same_gradient
 
 ROWS = 24
 
@@ -77,7 +74,7 @@ class Recorder(SilentReporter, NoThrottle):
 def trainer(
     folder: Path, recorder: Recorder, *, compiling: str, optimizer: OptimizerConfig | None = None, **config: Any
 ) -> Trainer:
-    model = make("llama")
+    model = make_model("llama")
     adaptation = adapt(model, AdapterConfig(rank=4), seed=1)
     data = rows()
     training = TrainingConfig(**{"batch_size": 4, "steps": 6, "eval_every": 3, "save_every": 0, **config})
@@ -119,7 +116,7 @@ def test_queued_steps_learn_what_synchronous_ones_do(tmp_path: Path, micro_batch
             assert getattr(found, name) == getattr(expected, name), name
         assert found.seconds == pytest.approx(sum(found.parts.values()))
         assert found.nodes[0].tokens == expected.nodes[0].tokens
-    same_gradient(adapters[0], adapters[1], rtol=1e-3)
+    assert_same_gradient(adapters[0], adapters[1], rtol=1e-3)
 
 
 def test_the_next_step_begins_before_the_last_one_is_reported(tmp_path: Path) -> None:
@@ -157,7 +154,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
 def test_the_queued_update_is_the_other_one(max_norm: float) -> None:
     found = []
     for queued in (True, False):
-        model = make("llama")
+        model = make_model("llama")
         adapt(model, AdapterConfig(rank=4), seed=1)
         update = OptimizerStep(model, make_optimizer(OptimizerConfig()), compiled=True)
         mx.random.seed(2)
