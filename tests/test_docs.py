@@ -254,9 +254,10 @@ def test_reasons_stand_right_above_a_block() -> None:
 
 def test_modules_named_in_running_text_exist() -> None:
     for page in PAGES:
-        for name in re.findall(r"python -m (macft[\w.]*\w)", page.read_text()):
-            found = importlib.util.find_spec(name)
-            assert found is not None, f"{page}: {name}"
+        text = page.read_text()
+        scripts = [f"macft.{name}" for name in re.findall(r"`macft (\w+)", text)]
+        for name in [*re.findall(r"python -m (macft[\w.]*\w)", text), *scripts]:
+            assert importlib.util.find_spec(name) is not None, f"{page}: {name}"
 
 
 def _anchors(page: Path) -> set[str]:
