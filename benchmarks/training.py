@@ -110,6 +110,7 @@ def held_out_loss(loaded: Any, case: str) -> float:
     from macft.data.formats import tokenize
     from macft.data.settings import SourceConfig
     from macft.data.sources import read_source
+    from macft.model.backends.choose import execution_of, make_backend
     from macft.parallel.shares import DataShard
     from macft.training.loss import TokenLoss
     from macft.training.validation import validation_loss
@@ -120,9 +121,13 @@ def held_out_loss(loaded: Any, case: str) -> float:
     )
     rows = [tokenize(record, loaded.tokenizer, mask_prompt=case == "sql") for record in records]
     model = loaded.model
-    return validation_loss(
-        model, TokenLoss(model), rows, Solo(), rows_at_once=4, seat=DataShard(0, 1), progress=lambda *_: None
-    ).loss
+    execution = execution_of(model, micro_batch_size=4)
+    backend = make_backend(execution)
+    with backend.installed(model):
+        loss = TokenLoss(model, backend)
+        return validation_loss(
+            model, loss, execution, rows, Solo(), shard=DataShard(0, 1), progress=lambda *_: None
+        ).loss
 
 
 def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
@@ -133,14 +138,17 @@ def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from macft.collective.solo import Solo
     from macft.data.formats import tokenize
     from macft.data.order import RowOrder
+    from macft.device.mlx_device import on_cpu
     from macft.model.adapt import adapt
     from macft.model.adapter_settings import AdapterConfig
+    from macft.model.backends.choose import execution_of, make_backend
     from macft.report.events import SilentReporter, StepDone
+    from macft.training.assembly import make_trainer
     from macft.training.gradient import GradientComputer
-    from macft.training.loop import Trainer
+    from macft.training.gradient_reducer import GradientReducer
     from macft.training.optimizer import make_optimizer
-    from macft.training.settings import OptimizerConfig, TrainingConfig
-    from macft.training.stop import StopRequest
+    from macft.training.settings import OptimizerConfig, TrainingConfig, compiles
+    from macft.training.state import TrainState
 
     times: list[float] = []
     targets: list[int] = []
@@ -155,31 +163,21 @@ def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     rows = [tokenize(record, loaded.tokenizer, mask_prompt=case == "sql") for record in records]
     adaptation = adapt(loaded.model, AdapterConfig(rank=RANK, scale=SCALE, num_layers=NUM_LAYERS), seed=0)
     optimizer_config = OptimizerConfig(name="adam", learning_rate=LEARNING_RATE, schedule="constant")
-    with tempfile.TemporaryDirectory() as folder:
-        Trainer(
-            model=loaded.model,
-            optimizer=make_optimizer(optimizer_config),
-            compute=GradientComputer(
-                loaded.model,
-                adaptation.dropout_keys,
-                seed=0,
-                checkpoint_blocks=False,
-                compiling=options.compile,
-                packing=options.packing,
-            ),
-            collective=Solo(),
-            train_rows=rows,
-            valid_rows=[],
-            order=RowOrder([len(rows)], [1.0], batch_size=ROWS_A_STEP[case], seed=0),
-            total_steps=steps,
-            config=TrainingConfig(
-                batch_size=ROWS_A_STEP[case], steps=steps, eval_every=0, save_every=0, max_grad_norm=0.0
-            ),
-            optimizer_config=optimizer_config,
-            saver=CheckpointSaver(CheckpointStore(Path(folder), keep_last=1)),
-            reporter=Clock(),
-            progress=Progress(),
-            stop=StopRequest(),
+    execution = execution_of(
+        loaded.model, packs=options.packing != "false", compiled=compiles(options.compile, cpu=on_cpu())
+    )
+    backend = make_backend(execution)
+    with tempfile.TemporaryDirectory() as folder, backend.installed(loaded.model):
+        compute = GradientComputer(loaded.model, backend, execution, adaptation.dropout_keys, seed=0)
+        make_trainer(
+            TrainingConfig(batch_size=ROWS_A_STEP[case], steps=steps, eval_every=0, save_every=0, max_grad_norm=0.0),
+            optimizer_config,
+            TrainState(loaded.model, make_optimizer(optimizer_config), Progress(), GradientReducer(Solo())),
+            compute,
+            rows,
+            RowOrder([len(rows)], [1.0], batch_size=ROWS_A_STEP[case], seed=0),
+            CheckpointSaver(CheckpointStore(Path(folder), keep_last=1)),
+            Clock(),
         ).train()
     return result(options, times, sum(targets[options.warm_up :])), loaded
 
@@ -191,13 +189,10 @@ def train_mlx_lm(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
     import mlx.core as mx
     import mlx.optimizers as optim
-    from mlx_lm.models import activations
     from mlx_lm.tuner.datasets import CacheDataset, create_dataset
     from mlx_lm.tuner.trainer import TrainingArgs, train
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    # macft's faster activation is not the peer's: it gets its own back.
-    vars(sys.modules[type(loaded.model).__module__])["swiglu"] = activations.swiglu
     mx.random.seed(0)
     linear_to_lora_layers(loaded.model, NUM_LAYERS, {"rank": RANK, "scale": SCALE, "dropout": 0.0})
     data = CacheDataset(create_dataset(records, loaded.tokenizer, types.SimpleNamespace(mask_prompt=case == "sql")))
@@ -238,7 +233,6 @@ def train_unsloth(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     import importlib.util
 
     import mlx.core as mx
-    from mlx_lm.models import activations
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     found = importlib.util.find_spec("unsloth_zoo")
@@ -248,7 +242,6 @@ def train_unsloth(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     sys.modules["unsloth_zoo"] = package
     from unsloth_zoo.mlx.trainer import MLXTrainer, MLXTrainingConfig
 
-    vars(sys.modules[type(loaded.model).__module__])["swiglu"] = activations.swiglu
     mx.random.seed(0)
     linear_to_lora_layers(loaded.model, NUM_LAYERS, {"rank": RANK, "scale": SCALE, "dropout": 0.0})
     if case == "sql":

@@ -14,7 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import TINY_CONFIG, make_tiny_model
+from harness.runs import environment, events, train, write_jsonl
+from harness.tiny_model import TINY_CONFIG, make_tiny_model
+from helpers.computing import packs
+from helpers.models import FAMILIES, SMALL, make_model
 from macft.config.schema import TrainConfig
 from macft.data.batch import Batch, micro_batches, pack, widened, widened_pack
 from macft.data.formats import Row
@@ -24,8 +27,8 @@ from macft.device.mlx_device import on_cpu
 from macft.errors import ConfigError, ModelError
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
+from macft.model.backends.choose import execution_of
 from macft.model.load import load
-from macft.model.packing import enable_packing
 from macft.model.settings import ModelConfig
 from macft.model.shape import HeldWeights, ModelShape, read_shape, shape_of
 from macft.parallel.shares import DataShard, rows_of_shard
@@ -37,11 +40,8 @@ from macft.planner.speed import step_cost
 from macft.planner.workload import DeviceBatchShape, StepRows, steps_of, unlike_rows
 from macft.topology.settings import parse_budget
 from macft.training.batch_layout import BatchLayout
-from macft.training.gradient import GradientComputer
 from macft.training.loss import target_positions
-from macft.training.settings import TrainingConfig
-from running import environment, events, train, write_jsonl
-from test_loss import FAMILIES, SMALL, make
+from macft.training.settings import TrainingConfig, compiles
 
 FLOAT32 = HeldWeights(None, 64, 4)
 LLAMA_8B = "mlx-community/Meta-Llama-3.1-8B-Instruct-4bit"
@@ -52,7 +52,7 @@ WIDE_CONFIG = {**TINY_CONFIG, "vocab_size": 49152}
 @pytest.fixture(scope="module")
 def wide_model_folder(tmp_path_factory: pytest.TempPathFactory, bundled_model: Path) -> Path:
     """The tiny model with the bundled one's whole vocabulary."""
-    return make_tiny_model(tmp_path_factory.mktemp("wide-model"), WIDE_CONFIG, bundled_model)
+    return make_tiny_model(tmp_path_factory.mktemp("wide-model"), bundled_model, WIDE_CONFIG)
 
 
 def tiny_shape() -> ModelShape:
@@ -160,8 +160,8 @@ def test_a_refusal_names_the_nearest_settings_that_fit() -> None:
 
 def sizes_by_hand(batch: Batch, division: BatchLayout) -> list[tuple[int, int, int, int]]:
     """(rows, length, tokens, targets) of what the trainer computes at once."""
-    if division.packs:
-        packs = pack(batch, 512 if division.cpu else None, shared=division.shares)
+    if division.packing:
+        packs = pack(batch, division.max_tokens, shared=division.shared_prefixes)
         packs = [widened_pack(item) for item in packs] if division.compiled else packs
         return [(*item.paths.shape, item.inputs.shape[1], len(item.targets)) for item in packs]
     batch = widened(batch) if division.compiled else batch
@@ -174,7 +174,7 @@ def sizes_by_hand(batch: Batch, division: BatchLayout) -> list[tuple[int, int, i
     data=st.lists(st.tuples(st.integers(0, 2), st.integers(2, 300), st.integers(0, 300)), min_size=1, max_size=24),
     size=st.none() | st.integers(1, 8),
     shares=st.lists(st.floats(0.1, 4), min_size=1, max_size=4),
-    division=st.builds(BatchLayout, st.booleans(), st.booleans(), st.booleans(), st.booleans()),
+    division=st.builds(BatchLayout, st.booleans(), st.booleans(), st.booleans(), st.sampled_from([None, 512])),
 )
 def test_the_plan_counts_what_the_trainer_computes(
     data: list[tuple[int, int, int]], size: int | None, shares: list[float], division: BatchLayout
@@ -186,10 +186,10 @@ def test_the_plan_counts_what_the_trainer_computes(
     ids = order.rows(0)
     for rank in range(len(shares)):
         seat = DataShard(rank, len(shares), tuple(shares))
-        mine = rows_of_shard(seat, [rows[i].tokens for i in ids], shared=division.shares)
+        mine = rows_of_shard(seat, [rows[i].tokens for i in ids], shared=division.shared_prefixes)
         batches = micro_batches([rows[ids[i]] for i in mine], ids[mine], size)
         expected = [found for batch in batches for found in sizes_by_hand(batch, division)]
-        part = step.at(seat, shared=division.shares)
+        part = step.at(seat, shared=division.shared_prefixes)
         planned = MemoryPlanner(tiny_shape(), FLOAT32, AdapterConfig(), "adamw", [part], 0, division).step_parts(size)
         assert [(one.rows, one.length, one.tokens, one.targets) for one in planned[0]] == expected
 
@@ -197,8 +197,10 @@ def test_the_plan_counts_what_the_trainer_computes(
 def test_a_token_is_counted_with_those_it_sees() -> None:
     tokens = [[1, 2, 3, 9], [1, 2, 4, 5, 9]]
     step = StepRows([Row(np.array(row, np.int32), 0) for row in tokens], np.arange(2))
-    assert step.parts(None, BatchLayout(packs=True, shares=True)) == [DeviceBatchShape(2, 4, 5, 7, 1 + 2 + 3 + 3 + 4)]
-    assert step.parts(None, BatchLayout(packs=True)) == [DeviceBatchShape(2, 4, 7, 7, 6 + 10)]
+    assert step.parts(None, BatchLayout(packing=True, shared_prefixes=True)) == [
+        DeviceBatchShape(2, 4, 5, 7, 1 + 2 + 3 + 3 + 4)
+    ]
+    assert step.parts(None, BatchLayout(packing=True)) == [DeviceBatchShape(2, 4, 7, 7, 6 + 10)]
     assert step.parts(None, BatchLayout()) == [DeviceBatchShape(2, 16, 32, 32, 2 * 136)]
 
 
@@ -209,30 +211,28 @@ def test_the_plan_divides_as_the_trainer_does(
 ) -> None:
     config = TrainConfig(training=TrainingConfig(**training), adapter=AdapterConfig(**adapter))
     model = load(ModelConfig(path=str(tiny_model_folder)), tiny_model_folder).model
-    compute = GradientComputer(
+    execution = execution_of(
         model,
-        adapt(model, config.adapter, seed=0).dropout_keys,
-        seed=0,
-        checkpoint_blocks=False,
-        packing=config.training.packing,
-        compiling=config.training.compile,
+        packs=config.training.packing != "false",
+        dropout=adapt(model, config.adapter, seed=0).dropout_keys.in_use,
+        compiled=compiles(config.training.compile, cpu=on_cpu()),
     )
     found = division_for(config, read_shape(tiny_model_folder), cpu=on_cpu())
-    assert found == BatchLayout(compute.packs, compute.shares, compute.compiles, on_cpu())
+    assert found == BatchLayout.from_execution(execution)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_plan_knows_which_models_pack(family: str) -> None:
     shape = shape_of({**SMALL, "model_type": family, **FAMILIES[family]}, family)
-    assert shape.packs == enable_packing(make(family))
+    assert shape.packs == packs(make_model(family), "mlx")
 
 
 def test_what_rows_share_needs_no_memory() -> None:
     """Nor time; and where nothing is shared, a pack needs what the rows padded to their length do."""
     same = [Row(np.append(np.arange(200), [300 + i] * 57).astype(np.int32), 220) for i in range(8)]
     alike, unlike = StepRows(same, np.arange(8)), unlike_rows(8, 257, 37)
-    start, packs = BatchSettings(None, False), BatchLayout(packs=True, shares=True)
-    few, many = (replace(fitter(), steps=[step], division=packs, eager=True) for step in (alike, unlike))
+    start, packing = BatchSettings(None, False), BatchLayout(packing=True, shared_prefixes=True)
+    few, many = (replace(fitter(), steps=[step], division=packing, eager=True) for step in (alike, unlike))
     assert few.parts(start).activations == pytest.approx((200 + 8 * 56) / (8 * 256) * many.parts(start).activations)
     head = 4 * tiny_shape().embedding_parameters * 8 * 37
     assert step_cost(few, start).operations - head < 0.4 * (step_cost(many, start).operations - head)
@@ -294,6 +294,7 @@ def test_the_command_plans_for_macs_one_does_not_own(bundled_model: Path) -> Non
     assert bundled_model.exists()
 
 
+@pytest.mark.slow
 def test_the_command_says_what_does_not_fit_and_wrong_words_are_one_line(bundled_model: Path) -> None:
     assert bundled_model.exists()
     large = planned(
@@ -340,6 +341,7 @@ def test_a_run_that_does_not_fit_is_refused_and_auto_makes_it_fit(wide_model_fol
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
 
 
+@pytest.mark.slow
 def test_prediction_is_within_15_percent_of_the_measured_peak(wide_model_folder: Path, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     rows = [{"text": " ".join(generator.choice(["red", "river", "north"], 300))} for _ in range(8)]
@@ -357,6 +359,6 @@ def test_prediction_is_within_15_percent_of_the_measured_peak(wide_model_folder:
     )
     assert done.status == 0, done.errors
     found = max(event["peak_memory"] for event in events(tmp_path / "run", "step_done"))
-    shape, division = read_shape(wide_model_folder), BatchLayout(packs=True, shares=True, cpu=True)
+    shape, division = read_shape(wide_model_folder), BatchLayout(packing=True, shared_prefixes=True, cpu=True)
     plan = MemoryPlanner(shape, FLOAT32, AdapterConfig(), "adamw", [unlike_rows(4, 128, 127)], 0, division, eager=True)
     assert plan.parts(BatchSettings(None, False)).peak == pytest.approx(found, rel=0.15)
