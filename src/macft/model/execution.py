@@ -35,3 +35,5 @@ class Execution:
     # Most rows in a forward pass of training (None: all of a node's rows) and of validation.
     micro_batch_size: int | None = None
     evaluation_rows: int = 8
+    # Parts of a micro-batch that are computed at the same time, on a thread each.
+    lanes: int = 1

@@ -103,5 +103,5 @@ def execution_of(
         execution = replace(execution, packing=False, shared_prefixes=False, pack_tokens=None)
     suits_cpu = device == "cpu" and execution.dtype == "float32" and not quantized and not compiled
     if kernels == "cpu" or (kernels == "auto" and suits_cpu and blas.library() is not None):
-        execution = replace(execution, kernels="cpu")
+        execution = replace(execution, kernels="cpu", lanes=blas.available_cores())
     return execution
