@@ -82,9 +82,10 @@ class GradientComputer:
         self._shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
         self.buckets = _buckets(self._shapes, bucket_bytes)
         # The loss is looked up with each call, so that callers may wrap it.
-        self._value_and_grad = [backend.value_and_grad(model, lambda *inputs: self.loss(*inputs))]
-        for lane, replica in enumerate(self.loss.lanes.models[1:], start=1):
-            self._value_and_grad.append(backend.value_and_grad(replica, partial(self.loss, lane=lane)))
+        self._value_and_grad = [
+            backend.value_and_grad(each, partial(self._loss_in_lane, lane))
+            for lane, each in enumerate(self.loss.lanes.models)
+        ]
         if execution.compiled:
             self._compiled = mx.compile(self._trace, inputs=model.state)
 
@@ -143,6 +144,9 @@ class GradientComputer:
             tokens=sum(int(batch.lengths.sum()) for batch in batches),
             started=started,
         )
+
+    def _loss_in_lane(self, lane: int, *inputs: mx.array) -> mx.array:
+        return self.loss(*inputs, lane=lane)
 
     def _add_side_by_side(
         self,

@@ -61,7 +61,7 @@ class CpuBackend:
             for each in models:
                 changes.enter_context(self._one_installed(each))
             if len(models) > 1:
-                self._lanes[id(model)] = changes.enter_context(ThreadLanes(models))
+                self._lanes[id(model)] = ThreadLanes(models)
                 changes.callback(self._lanes.pop, id(model))
             yield
 

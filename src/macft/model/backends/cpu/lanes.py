@@ -14,6 +14,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from itertools import cycle
 from typing import Any
 
@@ -27,7 +28,7 @@ from macft.model.parameter_refs import ParameterRefs
 
 
 class ThreadLanes:
-    """See :class:`~macft.model.backends.base.Lanes`. Use as a context manager, which ends the threads.
+    """See :class:`~macft.model.backends.base.Lanes`.
 
     Lane 0 is the caller's thread, for what is computed alone; each other lane has a thread of its own.
 
@@ -39,16 +40,9 @@ class ThreadLanes:
         self.models = models
         self._refs = [ParameterRefs(model) for model in models]
         # One thread a replica: what MLX has begun to compute in a thread can't be computed in another one.
-        self._threads = [ThreadPoolExecutor(1, thread_name_prefix=f"lane-{lane}") for lane in range(1, len(models))]
+        self._threads = [_thread(lane) for lane in range(1, len(models))]
         self._nothing = mx.zeros(())
         mx.eval(self._nothing)
-
-    def __enter__(self) -> ThreadLanes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for thread in self._threads:
-            thread.shutdown()
 
     def map(self, function: Callable[[int, Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         """See :class:`~macft.model.backends.base.Lanes`. A single item has the caller's thread, and all of BLAS."""
@@ -84,6 +78,12 @@ class ThreadLanes:
         """So that an update can take place in the memory of the old parameters."""
         for refs in self._refs[1:]:
             refs.put([self._nothing] * len(refs.names))
+
+
+@cache
+def _thread(lane: int) -> ThreadPoolExecutor:
+    """The same for every model, for MLX keeps a stream, with a thread of its own, of each thread that ever was."""
+    return ThreadPoolExecutor(1, thread_name_prefix=f"lane-{lane}")
 
 
 def replica_of(model: nn.Module) -> nn.Module:
