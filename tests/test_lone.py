@@ -26,7 +26,7 @@ from macft.errors import NonFiniteLoss
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
 from macft.parallel.shares import DataShard
-from macft.report.events import Evaluated, SilentReporter, StepDone
+from macft.report.events import Evaluated, Event, NullReporter, StepDone
 from macft.training.batch_loader import BatchLoader
 from macft.training.gradient import GradientComputer
 from macft.training.loop import Trainer
@@ -45,7 +45,7 @@ def rows() -> list[Row]:
     return [Row(generator.integers(1, 97, n).astype(np.int32), int(generator.integers(0, n - 2))) for n in lengths]
 
 
-class Diary(SilentReporter, NoThrottle):
+class Diary(NullReporter, NoThrottle):
     """Writes down what is reported, and when micro-batches begin and end."""
 
     def __init__(self) -> None:
@@ -63,12 +63,13 @@ class Diary(SilentReporter, NoThrottle):
             finally:
                 self.entries.append(f"end {step}.{number}")
 
-    def step_done(self, event: StepDone) -> None:
-        self.entries.append(f"told {event.step}")
-        self.steps.append(event)
-
-    def evaluated(self, event: Evaluated) -> None:
-        self.entries.append(f"evaluated {event.step}")
+    def handle(self, event: Event) -> None:
+        match event:
+            case StepDone():
+                self.entries.append(f"told {event.step}")
+                self.steps.append(event)
+            case Evaluated():
+                self.entries.append(f"evaluated {event.step}")
 
 
 def trainer(

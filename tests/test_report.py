@@ -119,24 +119,24 @@ def ended(folder: Path, reason: str = "finished", steps: int = TOTAL) -> RunEnde
 
 def tell(reporter: Reporter, folder: Path, *, first: int = 0, until: int = TOTAL) -> None:
     """A run's events, from its start or from where it resumes, to its end or to where it is interrupted."""
-    reporter.run_started(started(folder, first))
+    reporter.handle(started(folder, first))
     if first == 0:
-        reporter.phase_progress(PhaseProgress("answering, before", 1, 2))
-        reporter.metric_scored(MetricScored(0, "sql_execution", "test", "before", 0.125, 64, 2.0))
-        reporter.evaluated(Evaluated(0, 3.5, 900, 1.0, True))
+        reporter.handle(PhaseProgress("answering, before", 1, 2))
+        reporter.handle(MetricScored(0, "sql_execution", "test", "before", 0.125, 64, 2.0))
+        reporter.handle(Evaluated(0, 3.5, 900, 1.0, True))
     for number in range(first + 1, until + 1):
-        reporter.step_done(step(number))
+        reporter.handle(step(number))
         if number % 10 == 0:
-            reporter.phase_progress(PhaseProgress("validation", 1, 2))
-            reporter.evaluated(Evaluated(number, 3.5 - number / 10, 900, 1.0, True))
-            reporter.checkpoint_saved(CheckpointSaved(number, folder / f"step-{number}", True, 0.1, 0.01))
+            reporter.handle(PhaseProgress("validation", 1, 2))
+            reporter.handle(Evaluated(number, 3.5 - number / 10, 900, 1.0, True))
+            reporter.handle(CheckpointSaved(number, folder / f"step-{number}", True, 0.1, 0.01))
     if until == TOTAL:
-        reporter.noted(Noted("the disk is nearly full", "warning"))
-        reporter.metric_scored(MetricScored(TOTAL, "sql_execution", "test", "after", 0.75, 64, 2.0))
-        reporter.samples_shown(SamplesShown(TOTAL, [SAMPLE]))
-        reporter.run_ended(ended(folder))
+        reporter.handle(Noted("the disk is nearly full", "warning"))
+        reporter.handle(MetricScored(TOTAL, "sql_execution", "test", "after", 0.75, 64, 2.0))
+        reporter.handle(SamplesShown(TOTAL, [SAMPLE]))
+        reporter.handle(ended(folder))
     else:
-        reporter.run_ended(ended(folder, "interrupted", until))
+        reporter.handle(ended(folder, "interrupted", until))
     reporter.close()
 
 
@@ -159,9 +159,10 @@ def test_the_yaml_lists_the_schemas_keys_and_defaults() -> None:
 
 def test_settings_that_cannot_be_right_are_named() -> None:
     assert problems(ReportConfig()) == []
-    assert [line.split(":")[0] for line in problems(ReportConfig(every=0, samples=-1))] == [
+    assert [line.split(":")[0] for line in problems(ReportConfig(every=0, samples=-1, log_level="all"))] == [
         "report.every",
         "report.samples",
+        "report.log_level",
     ]
 
 
@@ -232,7 +233,7 @@ def test_a_wholly_saved_model_needs_no_adapter_path(log: Console, tmp_path: Path
 
 def test_a_failed_run_says_why(log: Console, tmp_path: Path) -> None:
     reporter = ConsoleReporter(every=10, console=log)
-    reporter.run_ended(RunEnded("failed", 3, 1.0, detail="the loss became [NaN] at step 3"))
+    reporter.handle(RunEnded("failed", 3, 1.0, detail="the loss became [NaN] at step 3"))
     log.file.flush()
     text = (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert text.startswith("Failed\n")
@@ -432,8 +433,8 @@ def test_the_hparams_tab_tells_success_from_failure(tmp_path: Path) -> None:
     expected = {"failed": api_pb2.STATUS_FAILURE, "early_stopped": api_pb2.STATUS_SUCCESS}
     for reason in expected:
         reporter = TensorBoard(tmp_path / reason, hparams=HPARAMS, first_step=0)
-        reporter.run_started(started(tmp_path))
-        reporter.run_ended(RunEnded(reason, 3, 1.0))
+        reporter.handle(started(tmp_path))
+        reporter.handle(RunEnded(reason, 3, 1.0))
         reporter.close()
     assert {name: group.sessions[0].status for name, group in session_groups(tmp_path).items()} == expected
 
@@ -445,9 +446,9 @@ def test_a_resumed_runs_curves_do_not_double_back(tmp_path: Path) -> None:
     tell(TensorBoard(folder, hparams=HPARAMS, first_step=0), tmp_path, until=17)
     assert session_groups(tmp_path)["run/tensorboard"].sessions[0].status != api_pb2.STATUS_SUCCESS
     reporter = TensorBoard(folder, hparams=HPARAMS, first_step=10)
-    reporter.run_started(started(tmp_path, 10))
-    reporter.step_done(step(11, loss=9.0))
-    reporter.run_ended(ended(tmp_path, steps=11))
+    reporter.handle(started(tmp_path, 10))
+    reporter.handle(step(11, loss=9.0))
+    reporter.handle(ended(tmp_path, steps=11))
     reporter.close()
     assert len(list(folder.iterdir())) == 2
     found = accumulated(folder)
@@ -475,14 +476,14 @@ def test_a_run_that_begins_anew_leaves_nothing_of_the_first_attempt(tmp_path: Pa
 def test_each_event_is_a_line_that_is_there_at_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     reporter = MetricsFile(path, first_step=0)
-    reporter.run_started(started(tmp_path))
-    reporter.step_done(step(1))
+    reporter.handle(started(tmp_path))
+    reporter.handle(step(1))
     first, second = lines(path)
     assert first["type"] == "run_started"
     assert "config_yaml" not in first
     assert first["run_folder"] == str(tmp_path)
     assert {**asdict(step(1)), "type": "step_done", "time": second["time"]} == second
-    reporter.samples_shown(SamplesShown(TOTAL, [SAMPLE]))
+    reporter.handle(SamplesShown(TOTAL, [SAMPLE]))
     assert lines(path, "samples_shown")[0]["samples"] == [asdict(SAMPLE)]
     reporter.close()
 
@@ -491,7 +492,7 @@ def test_a_loss_that_is_no_number_is_still_json(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     reporter = MetricsFile(path, first_step=0)
     for loss in (math.nan, math.inf, -math.inf):
-        reporter.step_done(step(1, loss))
+        reporter.handle(step(1, loss))
     reporter.close()
     assert [event["loss"] for event in lines(path)] == ["nan", "inf", "-inf"]
 
@@ -532,7 +533,7 @@ def test_a_whole_last_line_without_its_newline_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"type": "step_done", "step": 1}\n{"type": "step_done", "step": 2}')
     reporter = MetricsFile(path, first_step=2)
-    reporter.step_done(step(3))
+    reporter.handle(step(3))
     reporter.close()
     assert [event["step"] for event in lines(path)] == [1, 2, 3]
 
@@ -578,7 +579,7 @@ def test_the_summary_tells_what_came_of_it(tmp_path: Path) -> None:
 def test_a_run_that_fails_at_once_with_a_loss_of_nan_has_a_summary(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     reporter = SummaryWriter(folder)
-    reporter.run_ended(RunEnded("failed", 0, 0.1, {"valid_loss": math.nan}, detail="a | b"))
+    reporter.handle(RunEnded("failed", 0, 0.1, {"valid_loss": math.nan}, detail="a | b"))
     summary = json.loads(folder.summary.read_text())
     assert (summary["reason"], summary["detail"], summary["results"]) == (
         "failed",
@@ -625,8 +626,8 @@ def test_a_newcomer_says_that_it_has_joined(tmp_path: Path, capsys: pytest.Captu
         reporter = fan_out.build(
             ReportConfig(), folder, hparams={}, is_main=False, first_step=0, is_newcomer=is_newcomer
         )
-        reporter.nodes_changed(NodesChanged(3, 1, ["air", "pro"], {}, ["pro"], [0.5, 0.5], False, 0.2))
-    line = "after step 3: pro joins; 2 nodes in generation 1: air 50%, pro 50%; no step was lost, 0.2 s\n"
+        reporter.handle(NodesChanged(3, 1, ["air", "pro"], {}, ["pro"], [0.5, 0.5], False, 0.2))
+    line = "after step 3: pro joins; 2 nodes now: air 50%, pro 50%; no step was lost, 0.2 s\n"
     assert capsys.readouterr().out == line
 
 
@@ -641,17 +642,17 @@ def test_who_takes_over_tells_what_the_lost_node_could_not(lost: int, is_validat
         )
         done = lost - behind  # the one that takes over may not have come as far
         for reporter, until in ((first, lost), (second, done)):
-            reporter.run_started(started(folder.path))
-            reporter.evaluated(Evaluated(0, 3.5, 900, 1.0, True))
+            reporter.handle(started(folder.path))
+            reporter.handle(Evaluated(0, 3.5, 900, 1.0, True))
             for number in range(1, until + 1):
-                reporter.step_done(step(number))
+                reporter.handle(step(number))
                 if reporter is second or number < lost or is_validation_told:
-                    reporter.evaluated(Evaluated(number, 3.0, 900, 1.0, True))
+                    reporter.handle(Evaluated(number, 3.0, 900, 1.0, True))
         # The first one is not closed: it was killed.
         second.lead(is_main=True, step=done)
         for number in range(done + 1, TOTAL + 1):
-            second.step_done(step(number))
-            second.evaluated(Evaluated(number, 3.0, 900, 1.0, True))
+            second.handle(step(number))
+            second.handle(Evaluated(number, 3.0, 900, 1.0, True))
         second.close()
         assert [event["step"] for event in lines(folder.metrics, "step_done")] == list(range(1, TOTAL + 1))
         assert [event["step"] for event in lines(folder.metrics, "evaluated")] == list(range(TOTAL + 1))
