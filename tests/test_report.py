@@ -1,4 +1,4 @@
-"""The report room: what a run tells, on a terminal, in a log, to TensorBoard, and in its folder."""
+"""What a run reports: on a terminal, in a log, in TensorBoard and in its folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,21 @@ from macft.config.paths import config_folder
 from macft.report import fan_out
 from macft.report.console import ConsoleReporter
 from macft.report.events import (
+    NOT_RECORDED,
     CheckpointSaved,
     Evaluated,
+    Event,
     MetricScored,
     NodesChanged,
     Noted,
     PhaseProgress,
+    ReplayedEvent,
     Reporter,
     RunEnded,
     RunStarted,
     Sample,
     SamplesShown,
+    Sink,
     StepDone,
 )
 from macft.report.metrics_file import MetricsFile, plain
@@ -117,7 +121,7 @@ def ended(folder: Path, reason: str = "finished", steps: int = TOTAL) -> RunEnde
     return RunEnded(reason, steps, 12.5, final, folder / "adapters" if final else None, "ab" * 32)
 
 
-def tell(reporter: Reporter, folder: Path, *, first: int = 0, until: int = TOTAL) -> None:
+def tell(reporter: Sink, folder: Path, *, first: int = 0, until: int = TOTAL) -> None:
     """A run's events, from its start or from where it resumes, to its end or to where it is interrupted."""
     reporter.handle(started(folder, first))
     if first == 0:
@@ -593,6 +597,50 @@ def test_a_run_that_fails_at_once_with_a_loss_of_nan_has_a_summary(tmp_path: Pat
 # All together
 
 
+@dataclass(frozen=True)
+class WeightsPublished(Event):
+    """An event that no sink has heard of."""
+
+    step: int
+    path: Path
+    token: str = field(metadata=NOT_RECORDED)
+
+
+@dataclass(frozen=True)
+class LossSpiked(ReplayedEvent):
+    """Another one, to be replayed by a rank that takes over."""
+
+    loss: float
+
+
+def test_a_new_event_needs_no_change_of_the_sinks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leader, follower = (
+        fan_out.build(ReportConfig(), RunFolder(tmp_path), hparams=HPARAMS, is_main=is_main, first_step=0)
+        for is_main in (True, False)
+    )
+    leader.handle(WeightsPublished(1, tmp_path, "secret"))
+    for number in (1, 2):
+        for reporter in (leader, follower):
+            reporter.handle(step(number))
+            reporter.handle(LossSpiked(number, 9.0))
+    leader.close()
+    follower.handle(WeightsPublished(3, tmp_path, "secret"))  # only a leader reports it
+    follower.handle(step(3))
+    follower.handle(LossSpiked(3, math.inf))
+    follower.lead(is_main=True, step=3)
+    follower.handle(LossSpiked(4, 8.0))
+    follower.close()
+    events = [event for event in lines(RunFolder(tmp_path).metrics) if event["type"] != "step_done"]
+    assert events[0] == {"type": "weights_published", "time": events[0]["time"], "step": 1, "path": str(tmp_path)}
+    assert [(event["type"], event["step"], event["loss"]) for event in events[1:]] == [
+        ("loss_spiked", 1, 9.0),
+        ("loss_spiked", 2, 9.0),
+        ("loss_spiked", 3, "inf"),
+        ("loss_spiked", 4, 8.0),
+    ]
+    assert capsys.readouterr().err == ""
+
+
 def build(folder: RunFolder, **settings: Any) -> Reporter:
     return fan_out.build(ReportConfig(**settings), folder, hparams=HPARAMS, is_main=True, first_step=0)
 
@@ -708,7 +756,7 @@ def test_a_run_goes_on_when_its_output_is_no_longer_read(tmp_path: Path) -> None
     assert json.loads(folder.summary.read_text())["reason"] == "finished"
 
 
-def test_importing_the_room_loads_neither_tensorboard_nor_torch() -> None:
+def test_importing_the_package_loads_neither_tensorboard_nor_torch() -> None:
     script = "import sys, macft.report.fan_out; print({'tensorboard', 'tensorflow', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "set()"

@@ -69,7 +69,7 @@ def start_log(folder: Path, rank: int | str, level: str) -> Iterator[None]:
 
     Nothing else changes: other libraries' loggers and the root logger stay as they are, and macft's lines do not reach
     the root logger, which Hydra prints. The file is rotated at 5 MB; two older ones are kept. A file that cannot be
-    written costs one line on stderr, not the run.
+    written costs one line on stderr, not the run; without lines there is no file.
     """
     number = logging.getLevelNamesMapping()[level.upper()]
     macft, console_area = logging.getLogger("macft"), logging.getLogger(_CONSOLE_AREA)
@@ -144,7 +144,9 @@ def _open(path: Path, level: int) -> logging.Handler:
     handler: logging.Handler
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = _LogFile(path, maxBytes=_MAX_FILE_BYTES, backupCount=_OLD_FILES, encoding="utf-8", errors="replace")
+        handler = _LogFile(
+            path, maxBytes=_MAX_FILE_BYTES, backupCount=_OLD_FILES, encoding="utf-8", errors="replace", delay=True
+        )
     except OSError as error:
         _complain(path, error)
         return logging.NullHandler()

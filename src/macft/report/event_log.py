@@ -35,7 +35,9 @@ class EventLog:
             case Noted():
                 log.log(logging.getLevelNamesMapping().get(event.level.upper(), logging.INFO), "%s", event.text)
             case RunEnded():
-                log.info("%s after %d steps, %.1f s %s", event.reason, event.steps, event.seconds, event.detail)
+                log.info("%s after %d steps, %.1f s", event.reason, event.steps, event.seconds)
+                if event.detail:
+                    log.info("%s", event.detail)
 
     def close(self) -> None:
         """Has nothing to release."""
