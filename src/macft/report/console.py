@@ -51,7 +51,7 @@ class ConsoleReporter:
 
     On a terminal: panels, a live bar, and a permanent line every ``every`` steps. Elsewhere plain lines without control
     codes, so that logs stay readable. ``changes`` of the nodes are those that another node has already reported.
-    Raises OSError when nobody reads the output any more.
+    Raises OSError when the output is no longer read.
     """
 
     def __init__(self, *, every: int, console: Console | None = None, changes: Sequence[NodesChanged] = ()):
@@ -245,10 +245,10 @@ class ConsoleReporter:
 
 
 class _Output(Console):
-    """Rich ends the process when nobody reads the output any more (``| head``); training has to go on."""
+    """Rich ends the process when the output is no longer read (``| head``); training has to go on."""
 
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError("nobody reads the output any more")
+        raise BrokenPipeError("the output is no longer read")
 
 
 class _Speed:
@@ -350,7 +350,7 @@ def _printable(text: str) -> str:
 
 
 def _shortened(text: str) -> str:
-    """Without its middle where it is very long: a schema stands first, the question itself last."""
+    """Without its middle if it is very long: a schema comes first and the question last."""
     line = _printable(text)
     half = _LONGEST_TEXT // 2
     return line if len(line) <= _LONGEST_TEXT else f"{line[:half]} ... {line[-half:]}"

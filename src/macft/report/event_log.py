@@ -17,7 +17,7 @@ class EventLog:
         """Writes at most one line."""
         match event:
             case RunStarted():
-                log_context.update(rank=event.rank, step=event.first_step)
+                log_context.update(step=event.first_step)
                 log.info("started: %s, %s", event.model, event.adapter)
                 log.info("%d nodes, steps %d to %d", event.world_size, event.first_step + 1, event.total_steps)
                 for note in event.notes:

@@ -20,7 +20,7 @@ class FollowerConsole:
 
     def handle(self, event: Event) -> None:
         """Prints at most one line."""
-        with contextlib.suppress(OSError):  # nobody reads the output any more
+        with contextlib.suppress(OSError):  # the output is no longer read
             match event:
                 case Noted(text, level) if level != "info":
                     print(f"{level}: {text}", file=sys.stderr)

@@ -112,13 +112,15 @@ class Sampler:
             covered = {item.kind for slot in self._slots[:place] for item in self._fresh(slot)}
         return not covered.issuperset(self._slots[place].sensor.kinds)
 
-    def _fail(self, slot: _Slot, why: str) -> None:
+    def _fail(self, slot: _Slot, reason: str) -> None:
         with self._lock:
             slot.asked, slot.failed, slot.readings = None, True, []
+            is_repeated = slot.reported
             if not slot.reported:
                 slot.reported = True
-                self._notes.append(f"thermal: no {' or '.join(slot.sensor.kinds)} from {slot.sensor.name}: {why}")
-        log.info("no %s from %s: %s", " or ".join(slot.sensor.kinds), slot.sensor.name, why)
+                self._notes.append(f"thermal: no {' or '.join(slot.sensor.kinds)} from {slot.sensor.name}: {reason}")
+        level = logging.DEBUG if is_repeated else logging.INFO
+        log.log(level, "no %s from %s: %s", " or ".join(slot.sensor.kinds), slot.sensor.name, reason)
 
     def _tick(self) -> None:
         while not self._stop.wait(self._interval):
