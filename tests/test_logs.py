@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.runs import train
 from macft.logs.run_log import log_context, log_path, start_log
-from running import train, uneven_dataset
 
 LINE = re.compile(
     r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}) (?P<level>[A-Z]+) +(?P<logger>macft\.\w+) "
@@ -98,10 +98,9 @@ def test_a_log_that_cannot_be_written_costs_one_line(tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.slow
-def test_each_rank_of_a_run_has_its_log(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_each_rank_of_a_run_has_its_log(tmp_path: Path, tiny_task: list[str]) -> None:
     settings = [
-        f"model={tiny_model_folder}",
-        f"dataset={uneven_dataset(tmp_path / 'data')}",
+        *tiny_task,
         "training.steps=4",
         "training.batch_size=4",
         "training.save_every=2",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
 
 from macft.parallel.node_status import NodeStatus
 from macft.thermal.budget import Budget
@@ -20,7 +19,6 @@ from macft.thermal.sensors.base import now
 from macft.thermal.sensors.choose import choose
 from macft.thermal.settings import ThermalConfig
 
-Item = TypeVar("Item")
 log = logging.getLogger("macft.thermal")
 
 # At most this many seconds of sleep in a step, so that peers that wait for this node do not time out.
@@ -45,7 +43,9 @@ class ThermalThrottle:
         self._load_meter = LoadMeter(self._load)
         self._governor = Governor(Budget(config))
         self._decision, self._conditions = Decision(), Conditions(time=now())
-        self._owed = self._rested = self._booked = 0.0
+        self._owed = self._rested = self._booked = self._rest_each = 0.0
+        self._micro_batches, self._is_new_step = 0, True
+        self._micro_batch_begun: float | None = None
         self._settled = time.monotonic()
         sensors, missing = choose(config, self._load, rank=rank)
         log.info("sensors: %s", ", ".join(sensor.name for sensor in sensors) or "none")
@@ -66,29 +66,43 @@ class ThermalThrottle:
     @contextmanager
     def working(self) -> Iterator[None]:
         """Counts work outside of steps, such as a validation, as load and as time spent computing."""
+        self._end_micro_batch()  # of a step that a lost node has interrupted
         self._settle(busy=0.0)
         begun = time.monotonic()
         with self._load.busy():
             yield
         self._settle(busy=time.monotonic() - begun)
 
-    def paced(self, batches: Iterable[Item]) -> Generator[Item]:
-        """Yields micro-batches, and sleeps before each for its part of the debt. Close it after the last one."""
-        if not self._is_training:  # energy before the first step does not count
-            self._is_training, self._meter = True, EnergyMeter()
-        items = list(batches)
-        self._settle(busy=0.0)
-        self._rested = self._booked = 0.0
-        part = self._owed / max(len(items), 1)
-        for item in items:
-            self._rest(min(part, self._owed))
-            begun = time.monotonic()
-            try:
-                with self._load.busy():
-                    yield item
-            finally:  # closing the generator ends the last item
-                self._booked += time.monotonic() - begun
-                self._settle(busy=time.monotonic() - begun)
+    def begin_step(self, micro_batches: int) -> None:
+        """Announces a step of so many micro-batches; the step before may still be computing."""
+        self._micro_batches, self._is_new_step = micro_batches, True
+
+    def before_micro_batch(self) -> None:
+        """Sleeps for this micro-batch's part of the debt, then counts time as computing."""
+        self._end_micro_batch()
+        if self._is_new_step:
+            self._is_new_step = False
+            if not self._is_training:  # energy before the first step does not count
+                self._is_training, self._meter = True, EnergyMeter()
+            self._settle(busy=0.0)
+            self._rested = self._booked = 0.0
+            self._rest_each = self._owed / max(self._micro_batches, 1)
+        self._rest(min(self._rest_each, self._owed))
+        self._micro_batch_begun = time.monotonic()
+        self._load.begin()
+
+    def step_computed(self) -> None:
+        """The last micro-batch of the step is computed."""
+        self._end_micro_batch()
+
+    def _end_micro_batch(self) -> None:
+        if self._micro_batch_begun is None:
+            return
+        self._load.end()
+        busy = time.monotonic() - self._micro_batch_begun
+        self._micro_batch_begun = None
+        self._booked += busy
+        self._settle(busy=busy)
 
     def status(self, tokens: int, seconds: float) -> NodeStatus:
         """The node's status after a step of ``tokens`` and ``seconds``, which it adds to the debt."""
@@ -110,11 +124,11 @@ class ThermalThrottle:
             estimated=meter.estimated,
         )
 
-    def remarks(self, nodes: Sequence[NodeStatus], shares: Sequence[float]) -> list[str]:
+    def messages(self, nodes: Sequence[NodeStatus], shares: Sequence[float]) -> list[str]:
         """One line for each node whose governor has clearly changed its decision."""
         return self._notices.lines(nodes, shares)
 
-    def own_remarks(self) -> list[str]:
+    def own_messages(self) -> list[str]:
         """New lines about this node's sensors, each once."""
         if self._has_checked_readings:
             return self._sampler.notes()
