@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from rich.console import Console
 
 from helpers.report_events import FINAL, HPARAMS, PARTS, SAMPLE, TOTAL, build, ended, started, step, tell
 from macft.config.paths import config_folder
+from macft.parallel.node_status import NodeStatus
 from macft.report import fan_out
 from macft.report.console import ConsoleReporter
 from macft.report.events import (
@@ -389,6 +390,17 @@ def test_each_event_is_a_line_that_is_there_at_once(tmp_path: Path) -> None:
     reporter.handle(SamplesShown(TOTAL, [SAMPLE]))
     assert lines(path, "samples_shown")[0]["samples"] == [asdict(SAMPLE)]
     reporter.close()
+
+
+def test_a_nodes_status_keeps_its_keys(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    reporter = MetricsFile(path, first_step=0)
+    reporter.handle(replace(step(1), nodes=[NodeStatus(tokens=3, messages=2)], shares=[1.0]))
+    reporter.close()
+    keys = "tokens busy_seconds duty paused reason temperature state watts peak_watts joules metered_seconds estimated"
+    [node] = lines(path)[0]["nodes"]
+    assert list(node) == [*keys.split(), "remarks"]
+    assert (node["tokens"], node["remarks"]) == (3, 2)
 
 
 def test_a_loss_that_is_no_number_is_still_json(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from typing import ClassVar, Protocol
 from macft.parallel.node_status import NodeStatus
 from macft.report.energy import Energy
 
-NOT_RECORDED = {"is_recorded": False}
-"""Metadata of a field that the metrics file leaves out."""
+NOT_RECORDED = {"recorded_as": None}
+"""Metadata of a field that the metrics file leaves out; with a name in place of None, the field has that name there."""
 
 
 @dataclass(frozen=True)

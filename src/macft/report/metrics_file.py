@@ -83,8 +83,8 @@ def plain(value: object) -> Json:
 
 
 def _fields(instance: DataclassInstance) -> dict[str, object]:
-    recorded = (item.name for item in dataclasses.fields(instance) if item.metadata.get("is_recorded", True))
-    return {name: getattr(instance, name) for name in recorded}
+    keys = {item.name: item.metadata.get("recorded_as", item.name) for item in dataclasses.fields(instance)}
+    return {key: getattr(instance, name) for name, key in keys.items() if key is not None}
 
 
 def _events(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
