@@ -42,7 +42,7 @@ class RunView:
 def main(argv: Sequence[str] | None = None) -> int:
     """Shows the run until it ends or Ctrl-C is pressed; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m macft.monitor", description="Shows a run of macft live.")
-    parser.add_argument("run_folder", type=Path, help="the folder that the run printed as its own")
+    parser.add_argument("run_folder", type=Path, help="the run's folder, runs/NAME/TIME")
     parser.add_argument("--once", action="store_true", help="print the state once and end")
     options = parser.parse_args(argv)
     path = RunFolder(options.run_folder).metrics
