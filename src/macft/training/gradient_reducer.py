@@ -47,7 +47,7 @@ class GradientReducer:
         self._codec.all_reduce(self.collective, names, arrays)
 
     def observe(self, step_seconds: float, exposed_seconds: float) -> str:
-        """Takes a step's seconds, of which communication took ``exposed_seconds``; returns a line once a codec is chosen.
+        """Takes a step's seconds, ``exposed_seconds`` of them for communication; returns a line once a codec is chosen.
 
         A call of all ranks: they choose at the same step.
         """
