@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
+import mlx.core as mx
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +42,7 @@ class GradientReducer:
         errors = [value for name, value in self._codec.state().items() if not name.startswith("q/")]
         return math.sqrt(sum(float(np.vdot(error, error)) for error in errors))
 
-    def all_reduce(self, names: Sequence[str], arrays: Sequence[Any]) -> None:
+    def all_reduce(self, names: Sequence[str], arrays: Sequence[mx.array | NDArray[np.float32]]) -> None:
         """Sums a bucket in place; raises as the collective does."""
         self._codec.all_reduce(self.collective, names, arrays)
 
