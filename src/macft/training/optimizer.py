@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -70,13 +70,13 @@ def make_optimizer(config: OptimizerConfig) -> optim.Optimizer:
         raise ConfigError(f"optimizer.arguments: {config.name} takes no such argument ({error})") from error
 
 
-Scalar = float | mx.array
+Scalar = TypeVar("Scalar", float, mx.array)
 """A number, or an array of shape ()."""
 OptimizerState = dict[str, Any]
 """A tree of arrays, as MLX's optimizers keep it."""
 
 
-class StepScalars(NamedTuple):
+class StepScalars(NamedTuple, Generic[Scalar]):
     """Mean loss in nats, L2 norm of its gradient, and the factor of the summed gradient in the update."""
 
     loss: Scalar
@@ -87,7 +87,7 @@ class StepScalars(NamedTuple):
 
 def mean_and_clip(
     loss_sum: Scalar, norm_of_sum: Scalar, target_tokens: Scalar, max_norm: float, *, xp: ModuleType
-) -> StepScalars:
+) -> StepScalars[Scalar]:
     """From sums over all target tokens to what an update needs: mean, clipping by the global norm, finite or not.
 
     ``norm_of_sum`` is the L2 norm of the summed gradient. The update uses the summed gradient times ``scale``, whose
@@ -157,7 +157,7 @@ class OptimizerStep:
         target_tokens: mx.array,
         is_sound: mx.array,
         max_norm: float,
-    ) -> tuple[dict[str, mx.array], OptimizerState, Scalar, Scalar, mx.array]:
+    ) -> tuple[dict[str, mx.array], OptimizerState, mx.array, mx.array, mx.array]:
         squares = [mx.square(value).sum() for value in gradient.values()]
         norm_of_sum = mx.sqrt(sum(squares, mx.array(0.0)))
         loss, norm, scale, is_finite = mean_and_clip(loss_sum, norm_of_sum, target_tokens, max_norm, xp=mx)
@@ -171,7 +171,7 @@ class OptimizerStep:
         parameters: dict[str, mx.array],
         gradient: dict[str, mx.array],
         state: OptimizerState,
-        scale: Scalar,
+        scale: mx.array,
     ) -> tuple[dict[str, mx.array], OptimizerState]:
         """The parameters and the optimizer's state after an update."""
         optimizer = self._optimizer
