@@ -151,7 +151,7 @@ def test_the_plan_counts_what_a_compiled_step_computes() -> None:
     generator = np.random.default_rng(5)
     rows = [Row(np.ones(n, np.int32), int(generator.integers(0, n - 1))) for n in generator.integers(4, 300, 24)]
     step = StepRows(rows, np.arange(24))
-    planned = step.parts(8, BatchLayout(compiled=True))
+    planned = step.device_batches(8, BatchLayout(compiled=True))
     for batch, part in zip(micro_batches(rows, step.ids, 8), planned, strict=True):
         ((shape, positions),) = shapes_of([batch], coarse=True)
         assert ((part.rows, part.length + 1), (part.targets,)) == (shape, positions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.optimizers as optim
@@ -12,6 +12,7 @@ from macft.checkpoint.snapshot import Progress, Snapshot, capture, restore, rest
 from macft.checkpoint.store import CheckpointStore
 from macft.collective.base import Collective
 from macft.collective.elastic import ElasticCollective
+from macft.config.execution import requires_packing, with_execution
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain
 from macft.data.load import LoadedData, chosen_rows, read, tokenize_all
@@ -19,6 +20,7 @@ from macft.data.order import RowOrder
 from macft.device.mlx_device import prepare_device
 from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_files import load_adapter_weights
+from macft.model.confirm import confirm
 from macft.model.load import LoadedModel, load, load_tokenizer
 from macft.model.resolve import resolve
 from macft.parallel.balance import ShareBalancer
@@ -73,9 +75,10 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
     elastic = collective if isinstance(collective, ElasticCollective) else None
     is_newcomer = elastic is not None and not elastic.is_member
     world_size = planned_world_size(collective)
-    training, plan_notes = preflight(config, model_folder, data.train.rows, order, collective, world_size=world_size)
-    config = replace(config, training=training)
-    loaded = load(config.model, model_folder, tokenizer)
+    execution, plan_notes = preflight(config, model_folder, data.train.rows, order, collective, world_size=world_size)
+    config = with_execution(config, execution)
+    loaded = load(config.model, model_folder, execution, tokenizer)
+    execution, revisions = confirm(execution, loaded, packing_required=requires_packing(config))
     adaptation = adapt(loaded.model, config.adapter, seed=config.seed)
     if config.adapter.init_from is not None and collective.rank == 0:
         load_adapter_weights(Path(config.adapter.init_from).expanduser(), loaded.model)
@@ -83,11 +86,11 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         loaded.model,
         adaptation.dropout_keys,
         seed=config.seed,
-        checkpoint_blocks=config.training.grad_checkpoint,
+        checkpoint_blocks=execution.recompute == "blocks",
         bucket_bytes=config.collective.bucket_bytes,
-        packing=config.training.packing,
-        compiling=config.training.compile,
-        loss_chunk=config.training.loss_chunk,
+        packing=str(execution.packing),
+        compiling=str(execution.compiled),
+        loss_chunk=execution.loss_chunk,
     )
     store = CheckpointStore(folder.checkpoints, keep_last=config.training.keep_last)
     has_own_disk = config.topology.kind in ("hosts", "ssh")
@@ -128,7 +131,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         elastic=elastic,
     )
     run = Run(config, collective, folder, loaded, data, adaptation, optimizer, trainer, reporter, guard)
-    run.data.notes[:0] = [device, *loaded.notes, *plan_notes]
+    run.data.notes[:0] = [device, *loaded.notes, *plan_notes, *revisions]
     run.data.notes += notes
     return run
 

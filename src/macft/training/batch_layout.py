@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft.data.batch import Batch, pack, widened, widened_pack
+from macft.model.execution import Execution
 from macft.model.packing import Layout, packed
 from macft.training.loss import target_positions
 
@@ -46,6 +47,11 @@ class BatchLayout:
     shares: bool = False
     compiled: bool = False
     cpu: bool = False
+
+    @classmethod
+    def from_execution(cls, execution: Execution) -> BatchLayout:
+        """That of the training steps."""
+        return cls(execution.packing, execution.shared_prefixes, execution.compiled, execution.pack_tokens is not None)
 
     @property
     def most_tokens(self) -> int | None:

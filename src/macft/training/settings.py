@@ -8,6 +8,7 @@ from typing import Any
 
 OPTIMIZERS = ("adamw", "adam", "adamax", "lion", "muon", "sgd", "adafactor", "rmsprop", "adagrad")
 SYNCS = ("every_step", "diloco")
+KERNELS = ("auto", "mlx", "cpu")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -61,6 +62,9 @@ class TrainingConfig:
     packing: str = "auto"
     # Compile gradient and update, once for each shape of a micro-batch: auto (on a GPU), true, false.
     compile: str = "auto"
+    # What computes the layers: mlx (MLX operations only, as on a GPU), cpu (NumPy and OpenBLAS, for a float32 model on
+    # a Linux CPU), or auto: cpu where that is possible and the step isn't compiled, else mlx.
+    kernels: str = "auto"
     # Target positions whose logits are computed at once; null: as many as are fast and small.
     loss_chunk: int | None = None
     # Validate every so many steps, and before the first and after the last one; 0 means never.
@@ -99,6 +103,10 @@ def _training_problems(config: TrainingConfig) -> list[str]:
         found.append(f"training.packing: '{config.packing}' is not auto, true or false")
     if config.compile.lower() not in ("auto", "true", "false"):
         found.append(f"training.compile: '{config.compile}' is not auto, true or false")
+    if config.kernels not in KERNELS:
+        found.append(f"training.kernels: '{config.kernels}' is not one of {', '.join(KERNELS)}")
+    if config.kernels == "cpu" and config.compile.lower() == "true":
+        found.append("training.kernels: cpu can't be compiled; use training.compile=auto, or training.kernels=mlx")
     if config.loss_chunk is not None and config.loss_chunk < 1:
         found.append(f"training.loss_chunk: {config.loss_chunk} must be 1 or more, or null")
     if (config.steps is None) == (config.epochs is None):

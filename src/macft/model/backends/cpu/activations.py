@@ -31,7 +31,8 @@ Values = NDArray[np.float32]
 
 def swiglu(gate: Any, x: Any) -> Any:
     """silu(gate) * x, float32, as mlx_lm.models.activations.swiglu."""
-    return _swiglu_by_numpy(gate, x) if numpy_may_compute() else nn.silu(gate) * x
+    by_numpy = numpy_may_compute() and gate.dtype == mx.float32
+    return _swiglu_by_numpy(gate, x) if by_numpy else nn.silu(gate) * x
 
 
 @mx.custom_function
