@@ -216,10 +216,13 @@ def test_the_plan_counts_what_the_trainer_computes(
 def test_a_token_is_counted_with_those_it_sees() -> None:
     tokens = [[1, 2, 3, 9], [1, 2, 4, 5, 9]]
     step = StepRows([Row(np.array(row, np.int32), 0) for row in tokens], np.arange(2))
-    shared = BatchLayout(packs=True, shares=True)
+    shared, packed, padded = (
+        BatchLayout.from_execution(padded_execution(**changes))
+        for changes in ({"packing": True, "shared_prefixes": True}, {"packing": True}, {})
+    )
     assert step.device_batches(None, shared) == [DeviceBatchShape(2, 4, 5, 7, 1 + 2 + 3 + 3 + 4)]
-    assert step.device_batches(None, BatchLayout(packs=True)) == [DeviceBatchShape(2, 4, 7, 7, 6 + 10)]
-    assert step.device_batches(None, BatchLayout()) == [DeviceBatchShape(2, 16, 32, 32, 2 * 136)]
+    assert step.device_batches(None, packed) == [DeviceBatchShape(2, 4, 7, 7, 6 + 10)]
+    assert step.device_batches(None, padded) == [DeviceBatchShape(2, 16, 32, 32, 2 * 136)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
