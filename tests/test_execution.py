@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import macft
-from conftest import TINY_CONFIG
+from harness.tiny_model import TINY_CONFIG
 from macft.config.execution import execution_for, requires_packing, with_execution
 from macft.config.schema import TrainConfig
 from macft.data.batch import micro_batches
