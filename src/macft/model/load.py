@@ -52,7 +52,7 @@ class LoadedModel:
 def load(
     config: ModelConfig, path: Path, execution: Execution | None = None, tokenizer: TokenizerWrapper | None = None
 ) -> LoadedModel:
-    """Loads the model and tokenizer in the folder ``path``, which :func:`~macft.model.resolve.resolve` found.
+    """Loads the model and tokenizer in the folder ``path``, as :func:`~macft.model.resolve.resolve` returns it.
 
     ``execution`` says in which type and quantisation; None: as this device computes it outside of training.
     ``tokenizer`` is one that :func:`load_tokenizer` loaded before, if any.
@@ -131,7 +131,7 @@ def load_tokenizer(config: ModelConfig, path: Path) -> TokenizerWrapper:
 
 @contextlib.contextmanager
 def _readable(path: Path, what: str) -> Iterator[None]:
-    """Turns whatever mlx-lm, MLX or transformers raise over a bad file into one line."""
+    """Turns the errors of mlx-lm, MLX and transformers about a bad file into a ModelError of one line."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:

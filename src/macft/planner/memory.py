@@ -1,14 +1,13 @@
 """Peak memory of a training run, predicted from sizes alone.
 
-The peak is ``mx.get_peak_memory()``: what MLX holds at once, without the Python process (about 0.3 GB) and without what
-the node keeps in NumPy (two flat float32 gradients). What the backward pass needs of a block was counted in mlx-lm's
-code and is exact for blocks of the Llama kind: norm inputs and outputs, q, k, v, the attention's probabilities (MLX
-computes attention unfused while training, on Metal too) and the feed-forward part. What exists only for a moment was
-fitted to runs of 44 random models on MLX's CPU backend (see docs/plan.md): there the fit is within 13%.
+The peak is ``mx.get_peak_memory()``: what MLX holds at once, without the Python process (about 0.3 GB) and without
+NumPy arrays (two flat float32 gradients). What the backward pass needs of a block was counted in mlx-lm's code and is
+exact for blocks of the Llama kind: norm inputs and outputs, q, k, v, the attention's probabilities (MLX computes
+attention unfused while training, on Metal too) and the feed-forward part. Transient memory was fitted to runs of 44
+random models on MLX's CPU backend (see docs/plan.md); the fit is within 13%.
 
-A float32 model on a CPU is trained layer by layer (:mod:`macft.model.backends.cpu.eager`), which holds other things:
-that is fitted to gradients of 104 random models, within 17%, and with checkpointed blocks roughly, with a fifth
-added.
+The CPU's kernels compute layer by layer (:mod:`macft.model.backends.cpu.eager`) and hold other arrays. Their formula is
+fitted to gradients of 104 random models, within 17%. With checkpointed blocks it is rough, and a fifth is added.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from macft.model.adapter_settings import AdapterConfig
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape
 
-# Fitted: floats a token of one block that live only while the block is computed, and floats a logit while the loss is.
+# Fitted: transient floats per token while a block is computed, and floats per logit while the loss is.
 _BLOCK_HIDDEN, _BLOCK_INTERMEDIATE, _BLOCK_SCORES = 4.8, 7.3, 1.6
 _FLOATS_PER_LOGIT, _FLOATS_PER_CHUNKED_LOGIT = 6.6, 14.5
-# With checkpointed blocks: multiples of what a block keeps and needs for a moment, and of its attention scores.
+# With checkpointed blocks: multiples of a block's saved and transient floats, and of its attention scores.
 _AGAIN, _AGAIN_SCORES, _BESIDE_HEAD = 1.6, 0.85, 0.4
 _VALIDATION_FLOATS_PER_LOGIT = 3.45
-# Layer by layer: floats a token that each block holds (hidden, queries, keys, feed-forward), that exist for a moment
-# (hidden, feed-forward), that each logit and each trained parameter takes; the same with checkpointed blocks, where it
-# is hidden alone that is held, and (hidden, queries, feed-forward) for a moment.
-_EAGER_HELD, _EAGER_MOMENT, _EAGER_LOGIT, _EAGER_TRAINED = (5.7, 4.9, 2.2, 5.2), (9.46, 4.65), 5.0, 2.0
+# Layer by layer: floats per token that each block saves (factors of hidden, queries, keys, feed-forward), transient
+# ones (factors of hidden, feed-forward), floats per logit and per trained parameter. With checkpointed blocks the saved
+# ones are a factor of hidden alone, and the transient ones factors of hidden, queries and feed-forward.
+_EAGER_SAVED, _EAGER_TRANSIENT, _EAGER_LOGIT, _EAGER_TRAINED = (5.7, 4.9, 2.2, 5.2), (9.46, 4.65), 5.0, 2.0
 _EAGER_VALIDATION_LOGIT = 3.2
-# The same where the loss goes through the vocabulary in blocks: floats a target and hidden size, and no logits.
+# Where the loss goes through the vocabulary in blocks: floats per target and hidden size, and no logits.
 _EAGER_TARGET = 4.0
-_EAGER_AGAIN_HELD, _EAGER_AGAIN_MOMENT, _EAGER_AGAIN = 0.46, (15.65, 13.29, 7.86), 1.2
+_RECOMPUTED_SAVED, _RECOMPUTED_TRANSIENT, _RECOMPUTED = 0.46, (15.65, 13.29, 7.86), 1.2
 # Before the first step the model is tried with few tokens (head apart, packs), and the logits are compared.
 _TRIAL_TOKENS = 72
 # Float32 values that an optimizer keeps for each trainable parameter.
@@ -167,12 +166,12 @@ def _layer_by_layer(
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     again = execution.recompute == "blocks" and trained.depth > 0
     if again:
-        saved: float = _EAGER_AGAIN_HELD * shape.hidden
-        transient = _dot(_EAGER_AGAIN_MOMENT, (shape.hidden, query, shape.intermediate))
+        saved: float = _RECOMPUTED_SAVED * shape.hidden
+        transient = _dot(_RECOMPUTED_TRANSIENT, (shape.hidden, query, shape.intermediate))
     else:
-        saved = _dot(_EAGER_HELD, (shape.hidden, query, key, shape.intermediate))
-        transient = _dot(_EAGER_MOMENT, (shape.hidden, shape.intermediate))
-    margin = _EAGER_AGAIN if again else 1.0
+        saved = _dot(_EAGER_SAVED, (shape.hidden, query, key, shape.intermediate))
+        transient = _dot(_EAGER_TRANSIENT, (shape.hidden, shape.intermediate))
+    margin = _RECOMPUTED if again else 1.0
     return (
         4 * margin * work.tokens * (trained.depth * saved + transient),
         _eager_loss(shape, work.targets, logits, _EAGER_LOGIT),
@@ -231,7 +230,7 @@ def _transient_of_block(shape: ModelShape, width: int, work: ComputeShape) -> fl
 def _validation(shape: ModelShape, execution: Execution, work: ComputeShape) -> float:
     if execution.kernels == "cpu":
         logits = _eager_loss(shape, work.targets, work.targets, _EAGER_VALIDATION_LOGIT)
-        transient = 0.6 * 4 * work.tokens * _dot(_EAGER_MOMENT, (shape.hidden, shape.intermediate))
+        transient = 0.6 * 4 * work.tokens * _dot(_EAGER_TRANSIENT, (shape.hidden, shape.intermediate))
     else:
         logits = _VALIDATION_FLOATS_PER_LOGIT * 4 * work.targets * shape.vocabulary
         transient = 0.5 * _transient_of_block(shape, execution.weight_format.float_bytes, work)
