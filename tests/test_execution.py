@@ -179,8 +179,6 @@ def test_a_model_of_unknown_architecture_is_confirmed_once_it_is_loaded(tiny_mod
 
 
 DECIDERS = ("model/execution.py", "config/execution.py", "training/settings.py", "device/", "model/backends/")
-# Modules that still ask the device themselves. None may be added.
-PENDING = {"training/cross_entropy.py", "training/gradient.py", "training/validation.py"}
 KEYS = {"packing", "compile", "kernels", "grad_checkpoint", "loss_chunk"}
 
 
@@ -209,7 +207,7 @@ def test_nobody_else_decides() -> None:
         name = path.relative_to(SOURCE).as_posix()
         if not name.startswith(DECIDERS) and (decisions := decisions_in(ast.parse(path.read_text()))):
             found[name] = decisions
-    assert set(found) == PENDING
+    assert found == {}
 
 
 def test_the_check_sees_decisions() -> None:

@@ -13,6 +13,7 @@ from macft.data.sources import Record
 from macft.evaluation.answers import Scored, score_answers
 from macft.evaluation.metrics import Metric
 from macft.evaluation.record import expected_text, question_text
+from macft.model.backends.choose import make_backend
 from macft.model.confirm import confirm
 from macft.model.load import LoadedModel
 from macft.parallel.shares import DataShard
@@ -56,16 +57,16 @@ def evaluate(
     """
     model = loaded.model
     execution, _ = confirm(loaded.execution, loaded)
-    with Solo() as alone:
+    backend = make_backend(execution)
+    with Solo() as alone, backend.installed(model):
         validation = validation_loss(
             model,
-            TokenLoss(model),
+            TokenLoss(model, backend),
+            execution,
             rows,
             alone,
-            rows_at_once=execution.evaluation_rows,
             seat=DataShard(0, 1),
             progress=lambda done, total: progress("loss", done, total),
-            packs=execution.packing,
         )
         scored = None
         if metric is not None:

@@ -8,9 +8,9 @@ from dataclasses import replace
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from macft.model.backends.choose import can_pack
 from macft.model.execution import Execution, cannot_pack
 from macft.model.load import LoadedModel
-from macft.model.packing import enable_packing
 
 
 def confirm(
@@ -29,7 +29,7 @@ def confirm(
     if execution.kernels == "cpu" and types != {mx.float32}:
         execution = replace(execution, kernels="mlx")
         notes.append("the model isn't wholly float32, so MLX's own operations compute it, more slowly")
-    if execution.packing and not enable_packing(loaded.model):
+    if execution.packing and not can_pack(loaded.model, execution):
         if packing_required:
             raise cannot_pack()
         execution = execution.padded()

@@ -16,7 +16,6 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from macft.device.kind import Device
 from macft.errors import ModelError
-from macft.model.backends.cpu.activations import use_fast_activations
 from macft.model.execution import Execution
 from macft.model.execution import resolve as resolve_execution
 from macft.model.settings import ModelConfig
@@ -79,8 +78,6 @@ def load(
         _cast(model, _DTYPES[execution.dtype])
     with _readable(path, "weights"):
         mx.eval(model.parameters())
-    if execution.device == "cpu" and execution.dtype == "float32":
-        use_fast_activations(model)
     model.freeze()
     return LoadedModel(
         model=model,

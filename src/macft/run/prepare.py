@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from macft.data.order import RowOrder
 from macft.device.mlx_device import prepare_device
 from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_files import load_adapter_weights
+from macft.model.backends.choose import make_backend
 from macft.model.confirm import confirm
 from macft.model.load import LoadedModel, load, load_tokenizer
 from macft.model.resolve import resolve
@@ -57,6 +59,8 @@ class Run:
     throttle: ThermalThrottle | None
     reporter: Reporter
     trainer: Trainer
+    # The backend's operations on the model; closing it removes them.
+    installed: ExitStack
     notes: list[str]
 
     @property
@@ -70,6 +74,7 @@ class Run:
         if self.throttle is not None:
             self.throttle.close()
         self.reporter.close()
+        self.installed.close()
 
 
 def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, resume: bool, stop: StopRequest) -> Run:
@@ -134,15 +139,16 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         throttle = ThermalThrottle(config.thermal, rank=collective.rank, stop=lambda: stop.requested)
     has_own_disk = config.topology.kind in ("hosts", "ssh")
     saver = CheckpointSaver(store, writers=training.replicas if has_own_disk else 1)
+    backend = make_backend(execution)
+    installed = ExitStack()
+    installed.enter_context(backend.installed(loaded.model))
     compute = GradientComputer(
         loaded.model,
+        backend,
+        execution,
         adaptation.dropout_keys,
         seed=config.seed,
-        checkpoint_blocks=execution.recompute == "blocks",
         bucket_bytes=config.collective.bucket_bytes,
-        packing=str(execution.packing),
-        compiling=str(execution.compiled),
-        loss_chunk=execution.loss_chunk,
     )
     world_size = planned_world_size(collective)
     valid_rows = [data.valid.rows[i] for i in chosen_rows(len(data.valid.rows), training.eval_rows, config.seed)]
@@ -173,6 +179,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         throttle=throttle,
         reporter=reporter,
         trainer=trainer,
+        installed=installed,
         notes=[*loaded.notes, *plan_notes, *revisions, *data.notes, *state_notes],
     )
 

@@ -146,11 +146,6 @@ def steps_for(config: TrainingConfig, steps_per_epoch: float) -> int:
     return max(1, round((config.epochs or 0) * steps_per_epoch))
 
 
-def compiles(wanted: str, *, cpu: bool) -> bool:
-    """Whether the gradient is compiled, where ``training.compile`` is ``wanted``."""
-    return wanted.lower() == "true" or (wanted.lower() == "auto" and not cpu)
-
-
 def _sync_problems(config: TrainingConfig) -> list[str]:
     lines = []
     if config.sync not in SYNCS:
