@@ -27,9 +27,9 @@ from macft.device.kind import METAL, Device
 from macft.errors import ConfigError, ModelError
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
+from macft.model.backends.choose import can_pack
 from macft.model.execution import Execution, WeightFormat, resolve
 from macft.model.load import load
-from macft.model.packing import enable_packing
 from macft.model.settings import ModelConfig
 from macft.model.shape import ModelShape, read_shape, shape_of
 from macft.parallel.shares import DataShard, rows_of_shard
@@ -228,7 +228,7 @@ def test_a_token_is_counted_with_those_it_sees() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_plan_knows_which_models_pack(family: str) -> None:
     shape = shape_of({**SMALL, "model_type": family, **FAMILIES[family]}, family)
-    assert shape.packs == enable_packing(make_model(family))
+    assert shape.packs == can_pack(make_model(family), padded_execution(packing=True))
 
 
 def test_what_rows_share_needs_no_memory() -> None:
