@@ -78,7 +78,9 @@ def test_steps_follow_device_and_wishes() -> None:
     assert decided({}, FLOATS, CPU, loss_chunk=7).loss_chunk_for(4096) == 7
     assert not decided({}, FLOATS, CPU, dropout=True).shared_prefixes
     assert not decided({}, FLOATS, CPU, can_pack=False).packing
+    assert decided({}, FLOATS, CPU, compile="true").compiled
     assert decided({}, FLOATS, CPU, compile="true").kernels == "mlx"
+    assert not decided({}, FLOATS, METAL, compile="false").compiled
     assert decided({}, FLOATS, CPU, micro_batch_size=3).evaluation_rows == 3
     assert decided({}, FLOATS, CPU, grad_checkpoint=True).recompute == "blocks"
 

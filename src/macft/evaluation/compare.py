@@ -65,7 +65,7 @@ def evaluate(
             execution,
             rows,
             alone,
-            seat=DataShard(0, 1),
+            shard=DataShard(0, 1),
             progress=lambda done, total: progress("loss", done, total),
         )
         scored = None

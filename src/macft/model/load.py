@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from macft.device.kind import Device
 from macft.errors import ModelError
-from macft.model.execution import Execution
+from macft.model.execution import Execution, WeightFormat
 from macft.model.execution import resolve as resolve_execution
 from macft.model.settings import ModelConfig
 from macft.model.shape import read_weight_format
@@ -139,6 +139,15 @@ def _readable(path: Path, what: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             reason = "it runs Python code of its own; read it, then set model.trust_remote_code=true"
         raise ModelError(f"{path} can't be read {what}: {reason}") from error
+
+
+def weight_format_of(model: nn.Module) -> WeightFormat:
+    """How the loaded ``model`` holds its weights."""
+    quantized = [module for module in model.modules() if "scales" in module]
+    dtype = str(_float_dtype(model)).removeprefix("mlx.core.")
+    if not quantized:
+        return WeightFormat(dtype)
+    return WeightFormat(dtype, int(quantized[0].bits), int(quantized[0].group_size))
 
 
 def _is_quantized(model: nn.Module) -> bool:

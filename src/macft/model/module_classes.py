@@ -51,7 +51,8 @@ def replaced_functions(model: nn.Module, make: Mapping[str, Callable[[ModuleCall
     """Inside, the modules of ``model`` call other functions in place of those their architecture's file imports.
 
     ``make`` maps the name of a function in that file to what makes a replacement out of the original. The methods of
-    the modules are the same code, with a namespace in which the names stand for the replacements.
+    the modules are the same code, with a namespace in which the names stand for the replacements. A method that only
+    ``super()`` reaches keeps the original; no architecture of mlx-lm has one that matters.
     """
     with replaced_members(model.modules(), lambda kind: _rebound_methods(kind, make)):
         yield

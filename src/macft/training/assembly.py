@@ -78,7 +78,7 @@ def make_trainer(
             compute.execution,
             valid_rows,
             collective,
-            seat=shard,
+            shard=shard,
             progress=progress,
         )
 

@@ -89,7 +89,7 @@ class GradientComputer:
         self,
         step: int,
         batches: Sequence[Batch],
-        before_micro_batch: Callable[[], object] = lambda: None,
+        before_micro_batch: Callable[[], None] = lambda: None,
         *,
         in_buckets: bool = True,
     ) -> LocalGradient:

@@ -35,10 +35,10 @@ def validation_loss(
     rows: Sequence[Row],
     collective: Collective,
     *,
-    seat: DataShard,
+    shard: DataShard,
     progress: Callable[[int, int], None],
 ) -> ValidationResult:
-    """Evaluates ``rows``, this node those of its ``seat``; ``progress`` is called with (done, total) of them.
+    """Evaluates ``rows``, this rank those of its ``shard``; ``progress`` is called with (done, total) of them.
 
     ``model`` must be installed in the backend of ``execution``.
     """
@@ -46,7 +46,7 @@ def validation_loss(
     model.eval()
     layout = BatchLayout.for_validation(execution)
     tokens = [row.tokens for row in rows]
-    mine = rows_of_shard(seat, tokens, shared=layout.shared_prefixes)
+    mine = rows_of_shard(shard, tokens, shared=layout.shared_prefixes)
     loss_sum, target_tokens, done = 0.0, 0, 0
     for batch in micro_batches([rows[i] for i in mine], mine, execution.evaluation_rows):
         for part in layout.parts(batch):
