@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
+import mlx.core as mx
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
@@ -42,12 +42,12 @@ class GradientReducer:
         errors = [value for name, value in self._codec.state().items() if not name.startswith("q/")]
         return math.sqrt(sum(float(np.vdot(error, error)) for error in errors))
 
-    def all_reduce(self, names: Sequence[str], arrays: Sequence[Any]) -> None:
+    def all_reduce(self, names: Sequence[str], arrays: Sequence[mx.array | NDArray[np.float32]]) -> None:
         """Sums a bucket in place; raises as the collective does."""
         self._codec.all_reduce(self.collective, names, arrays)
 
     def observe(self, step_seconds: float, exposed_seconds: float) -> str:
-        """Takes a step's seconds, of which communication took ``exposed_seconds``; returns a line once a codec is chosen.
+        """Takes a step's seconds, ``exposed_seconds`` of them for communication; returns a line once a codec is chosen.
 
         A call of all ranks: they choose at the same step.
         """

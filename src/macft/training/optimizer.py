@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -69,16 +70,24 @@ def make_optimizer(config: OptimizerConfig) -> optim.Optimizer:
         raise ConfigError(f"optimizer.arguments: {config.name} takes no such argument ({error})") from error
 
 
-class StepScalars(NamedTuple):
+Scalar = TypeVar("Scalar", float, mx.array)
+"""A number, or an array of shape ()."""
+OptimizerState = dict[str, Any]
+"""A tree of arrays, as MLX's optimizers keep it."""
+
+
+class StepScalars(NamedTuple, Generic[Scalar]):
     """Mean loss in nats, L2 norm of its gradient, and the factor of the summed gradient in the update."""
 
-    loss: Any
-    norm: Any
-    scale: Any
-    is_finite: Any
+    loss: Scalar
+    norm: Scalar
+    scale: Scalar
+    is_finite: Scalar
 
 
-def mean_and_clip(loss_sum: Any, norm_of_sum: Any, target_tokens: Any, max_norm: float, *, xp: Any) -> StepScalars:
+def mean_and_clip(
+    loss_sum: Scalar, norm_of_sum: Scalar, target_tokens: Scalar, max_norm: float, *, xp: ModuleType
+) -> StepScalars[Scalar]:
     """From sums over all target tokens to what an update needs: mean, clipping by the global norm, finite or not.
 
     ``norm_of_sum`` is the L2 norm of the summed gradient. The update uses the summed gradient times ``scale``, whose
@@ -135,7 +144,7 @@ class OptimizerStep:
         start(arrays)
         return loss, norm
 
-    def _before(self, rate: float) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    def _before(self, rate: float) -> tuple[dict[str, mx.array], OptimizerState]:
         self._optimizer.learning_rate = rate
         return dict(zip(self._parameters.names, self._parameters.get(), strict=True)), self._optimizer.state
 
@@ -143,12 +152,12 @@ class OptimizerStep:
         self,
         parameters: dict[str, mx.array],
         gradient: dict[str, mx.array],
-        state: dict[str, Any],
+        state: OptimizerState,
         loss_sum: mx.array,
         target_tokens: mx.array,
         is_sound: mx.array,
         max_norm: float,
-    ) -> tuple[dict[str, mx.array], dict[str, Any], mx.array, mx.array, mx.array]:
+    ) -> tuple[dict[str, mx.array], OptimizerState, mx.array, mx.array, mx.array]:
         squares = [mx.square(value).sum() for value in gradient.values()]
         norm_of_sum = mx.sqrt(sum(squares, mx.array(0.0)))
         loss, norm, scale, is_finite = mean_and_clip(loss_sum, norm_of_sum, target_tokens, max_norm, xp=mx)
@@ -161,9 +170,9 @@ class OptimizerStep:
         self,
         parameters: dict[str, mx.array],
         gradient: dict[str, mx.array],
-        state: dict[str, Any],
+        state: OptimizerState,
         scale: mx.array,
-    ) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    ) -> tuple[dict[str, mx.array], OptimizerState]:
         """The parameters and the optimizer's state after an update."""
         optimizer = self._optimizer
         by_element = isinstance(optimizer, _ELEMENT_BY_ELEMENT)

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgpack
 
@@ -186,7 +186,7 @@ class Recovery:
     def _describe(self, members: MembershipView, *, with_state: bool) -> bytes:
         """What all nodes must have alike, as msgpack; ``with_state``: some node needs the whole state."""
         codec, is_open = self._state.reducer.agreed()
-        values: dict[str, Any] = {
+        values = {
             "state": self._state.capture().pack() if with_state else b"",
             "ended": self._state.ended,
             "has_final_adapter": self._state.has_final_adapter,
