@@ -73,13 +73,15 @@ class Steps:
         from macft.data.formats import tokenize
         from macft.data.settings import SourceConfig
         from macft.data.sources import read_source
+        from macft.device.kind import Device
         from macft.device.mlx_device import prepare_device
         from macft.model.adapt import adapt
         from macft.model.adapter_settings import AdapterConfig
-        from macft.model.backends.choose import execution_of
+        from macft.model.execution import resolve as resolve_execution
         from macft.model.load import load
         from macft.model.resolve import resolve
         from macft.model.settings import ModelConfig
+        from macft.model.shape import weight_format_of
 
         print(prepare_device(), flush=True)
         config = ModelConfig()
@@ -88,7 +90,7 @@ class Steps:
         self.rows = [tokenize(record, loaded.tokenizer, mask_prompt=True) for record in records[: 16 * rows_a_step]]
         self.rows_a_step, self.model = rows_a_step, loaded.model
         self.keys = adapt(self.model, AdapterConfig(rank=8, scale=20.0, num_layers=16), seed=0).dropout_keys
-        self.execution = execution_of(self.model)
+        self.execution = resolve_execution(config, weight_format_of(self.model), Device.default(), can_pack=True)
 
     def measure(self, form: str, seconds: float, others: list[psutil.Process]) -> Turn:
         """Steps for at least ``seconds``; one before them is not counted."""

@@ -21,10 +21,14 @@ from macft.collective.solo import Solo
 from macft.data.batch import Batch, collate, micro_batches, pack
 from macft.data.formats import Row
 from macft.device import blas
+from macft.device.kind import METAL, Device
 from macft.device.mlx_device import on_cpu
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
+from macft.model.execution import WeightFormat, resolve
+from macft.model.settings import ModelConfig
 from macft.parallel.shares import DataShard
+from macft.planner.workload import DeviceBatchShape, StepRows
 from macft.training.batch_layout import BatchLayout
 from macft.training.gradient import GradientComputer, LocalGradient
 from macft.training.validation import validation_loss
@@ -202,6 +206,32 @@ def test_packs_for_lanes(data: list[tuple[int, int, int]], lanes: int, shared: b
     assert len(packs) <= rounds * lanes
     if ids:
         assert max(sizes) <= max(max(item.inputs.shape[1] for item in plain), max(max(x.lengths) for x in plain))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_plan_counts_what_lanes_compute_at_the_same_time(packing: bool) -> None:
+    """The parts of a micro-batch, and never those of two."""
+    layout = BatchLayout(packing=packing, pack_tokens=100, lanes=2)
+    step = StepRows(some_rows(), np.arange(7))
+    planned = step.device_batches(5, layout)
+    by_batch = [[DeviceBatchShape.from_batch(part) for part in layout.parts(batch)] for batch in batches()]
+    assert sum(shape.parts for shape in planned) == sum(map(len, by_batch))
+    assert [len(parts) for parts in by_batch] == ([4, 2] if packing else [2, 2])
+    pairs = [parts[start : start + 2] for parts in by_batch for start in range(0, len(parts), 2)]
+    for shape, parts in zip(planned, pairs, strict=True):
+        assert shape.tokens == sum(part.tokens for part in parts)
+        assert shape.targets == sum(part.targets for part in parts)
+        assert shape.length == max(part.length for part in parts)
+
+
+def test_lanes_are_the_cores_of_the_cpu_backend() -> None:
+    def lanes(device: Device, **wishes: str) -> int:
+        return resolve(ModelConfig(), WeightFormat("float32"), device, **wishes).lanes
+
+    cpu = Device("cpu", openblas=True, cores=4)
+    assert lanes(cpu) == 4
+    assert lanes(cpu.shared_by(3)) == lanes(cpu.shared_by(8)) == 1
+    assert lanes(cpu, kernels="mlx") == lanes(METAL) == lanes(Device("cpu", cores=4)) == 1
 
 
 @pytest.mark.parametrize(("lanes", "parts"), [(1, 1), (2, 2), (3, 3), (5, 5), (6, 6), (8, 1)])
