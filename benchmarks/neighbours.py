@@ -78,10 +78,9 @@ class Steps:
         from macft.model.adapt import adapt
         from macft.model.adapter_settings import AdapterConfig
         from macft.model.execution import resolve as resolve_execution
-        from macft.model.load import load
         from macft.model.resolve import resolve
         from macft.model.settings import ModelConfig
-        from macft.model.shape import weight_format_of
+        from macft.model.load import load, weight_format_of
 
         print(prepare_device(), flush=True)
         config = ModelConfig()

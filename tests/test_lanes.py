@@ -216,7 +216,7 @@ def test_the_plan_counts_what_lanes_compute_at_the_same_time(packing: bool) -> N
     planned = step.device_batches(5, layout)
     by_batch = [[DeviceBatchShape.from_batch(part) for part in layout.parts(batch)] for batch in batches()]
     assert sum(shape.parts for shape in planned) == sum(map(len, by_batch))
-    assert [len(parts) for parts in by_batch] == ([4, 2] if packing else [2, 2])
+    assert [len(parts) for parts in by_batch] == ([3, 2] if packing else [2, 2])
     pairs = [parts[start : start + 2] for parts in by_batch for start in range(0, len(parts), 2)]
     for shape, parts in zip(planned, pairs, strict=True):
         assert shape.tokens == sum(part.tokens for part in parts)
