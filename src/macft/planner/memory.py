@@ -175,7 +175,8 @@ def _layer_by_layer(
     return (
         4 * margin * work.tokens * (trained.depth * saved + transient),
         _eager_loss(shape, work.targets, logits, _EAGER_LOGIT),
-        4 * trained.parameters * (_EAGER_TRAINED * work.parts + work.accumulated),
+        # Parts that have ended hold their gradient, while the last one computes.
+        4 * trained.parameters * (_EAGER_TRAINED + work.parts - 1 + work.accumulated),
     )
 
 
