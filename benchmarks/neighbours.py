@@ -8,8 +8,8 @@ never sleeps. All take turns in one process: a round is each number of neighbour
 
 ``fair`` is what the scheduler leaves: with as many threads as cores, and n neighbours, the time alone of the faster
 form times (threads + n) / threads. ``ratio`` is fair / measured; the goal is 0.8. ``cores`` is the processor time that
-this process got a second. ``others`` are the cores that all other processes but the neighbours took meanwhile: on a
-quiet machine it is about 0.
+this process got a second. Steps in which other processes than the neighbours took more than 0.05 cores are
+``disturbed`` and left out; medians of the others.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    for
 
 
 @dataclass
-class Turn:
-    """Of one form, beside some neighbours."""
+class Step:
+    """``cores`` are processor seconds a second; ``others`` those of all other processes but the neighbours."""
 
-    step_seconds: float
+    seconds: float
     cpu_seconds: float
     cores: float
     others: float
@@ -78,9 +78,9 @@ class Steps:
         from macft.model.adapt import adapt
         from macft.model.adapter_settings import AdapterConfig
         from macft.model.execution import resolve as resolve_execution
+        from macft.model.load import load, weight_format_of
         from macft.model.resolve import resolve
         from macft.model.settings import ModelConfig
-        from macft.model.load import load, weight_format_of
 
         print(prepare_device(), flush=True)
         config = ModelConfig()
@@ -91,8 +91,8 @@ class Steps:
         self.keys = adapt(self.model, AdapterConfig(rank=8, scale=20.0, num_layers=16), seed=0).dropout_keys
         self.execution = resolve_execution(config, weight_format_of(self.model), Device.default(), can_pack=True)
 
-    def measure(self, form: str, seconds: float, others: list[psutil.Process]) -> Turn:
-        """Steps for at least ``seconds``; one before them is not counted."""
+    def measure(self, form: str, seconds: float, others: list[psutil.Process]) -> list[Step]:
+        """Steps for at least ``seconds``, and two at least; one before them is not counted."""
         from macft.data.batch import micro_batches
         from macft.model.backends.choose import make_backend
         from macft.training.gradient import GradientComputer
@@ -111,19 +111,14 @@ class Steps:
                 update(gradient, 1e-6)
 
             step(0)
-            me, count = psutil.Process(), 0
-            machine, theirs, mine, started = (
-                machine_seconds(),
-                cpu_seconds(*others),
-                cpu_seconds(me),
-                time.perf_counter(),
-            )
-            while time.perf_counter() - started < seconds or count % 4:
-                count += 1
-                step(count)
-            passed, mine = time.perf_counter() - started, cpu_seconds(me) - mine
-            rest = machine_seconds() - machine - mine - (cpu_seconds(*others) - theirs)
-        return Turn(passed / count, mine / count, mine / passed, rest / passed)
+            me, steps, started = psutil.Process(), list[Step](), time.perf_counter()
+            while time.perf_counter() - started < seconds or len(steps) < 2:
+                before = time.perf_counter(), cpu_seconds(me), cpu_seconds(*others), machine_seconds()
+                step(len(steps) + 1)
+                after = time.perf_counter(), cpu_seconds(me), cpu_seconds(*others), machine_seconds()
+                passed, mine, theirs, machine = (end - begin for begin, end in zip(before, after, strict=True))
+                steps.append(Step(passed, mine, mine / passed, (machine - mine - theirs) / passed))
+        return steps
 
 
 def main() -> None:
@@ -131,35 +126,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=4, help="rows a step")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of a turn, at least; it is four steps at least")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of a turn, at least; it is two steps at least")
+    parser.add_argument("--most-others", type=float, default=0.05, help="cores that others take in a step that counts")
     parser.add_argument("--neighbours", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--forms", nargs="+", default=["lanes", "shared"], choices=["lanes", "shared"])
     options = parser.parse_args()
-    steps = Steps(options.rows)
-    turns: dict[tuple[int, str], list[Turn]] = {}
+    training = Steps(options.rows)
+    steps: dict[tuple[int, str], list[Step]] = {}
     for number in range(options.rounds):
         for count in options.neighbours:
             with neighbours(count) as processes:
                 for form in options.forms if number % 2 == 0 else options.forms[::-1]:
-                    turn = steps.measure(form, options.seconds, processes)
-                    turns.setdefault((count, form), []).append(turn)
-                    print(f"round {number + 1}, {count} neighbours, {form}: {turn}", file=sys.stderr, flush=True)
-    report(turns, len(os.sched_getaffinity(0)))
+                    found = training.measure(form, options.seconds, processes)
+                    steps.setdefault((count, form), []).extend(found)
+                    text = ", ".join(f"{step.seconds:.2f} ({step.others:.2f})" for step in found)
+                    print(f"round {number + 1}, {count} neighbours, {form}: {text}", file=sys.stderr, flush=True)
+    report(steps, len(os.sched_getaffinity(0)), options.most_others)
 
 
-def report(turns: dict[tuple[int, str], list[Turn]], cores: int) -> None:
+def report(steps: dict[tuple[int, str], list[Step]], cores: int, most_others: float) -> None:
     """Prints medians."""
+    quiet = {key: [step for step in found if step.others <= most_others] for key, found in steps.items()}
 
     def median(key: tuple[int, str], field: str) -> float:
-        return statistics.median(getattr(turn, field) for turn in turns[key])
+        return statistics.median([getattr(step, field) for step in quiet[key]] or [float("nan")])
 
-    alone: Any = min((median(key, "step_seconds") for key in turns if key[0] == 0), default=float("nan"))
-    print("| neighbours | form | s/step | fair | ratio | CPU s/step | cores | others |")
-    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for key in sorted(turns):
-        seconds, fair = median(key, "step_seconds"), alone * (cores + key[0]) / cores
-        rest = " | ".join(f"{median(key, field):.2f}" for field in ("cpu_seconds", "cores", "others"))
-        print(f"| {key[0]} | {key[1]} | {seconds:.2f} | {fair:.2f} | {fair / seconds:.2f} | {rest} |")
+    alone: Any = min((median(key, "seconds") for key in steps if key[0] == 0), default=float("nan"))
+    print("| neighbours | form | s/step | fair | ratio | CPU s/step | cores | steps | disturbed |")
+    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for key in sorted(steps):
+        seconds, fair = median(key, "seconds"), alone * (cores + key[0]) / cores
+        rest = " | ".join(f"{median(key, field):.2f}" for field in ("cpu_seconds", "cores"))
+        count = len(quiet[key])
+        print(
+            f"| {key[0]} | {key[1]} | {seconds:.2f} | {fair:.2f} | {fair / seconds:.2f} | {rest} | {count} "
+            f"| {len(steps[key]) - count} |"
+        )
 
 
 if __name__ == "__main__":
