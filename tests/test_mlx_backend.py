@@ -169,7 +169,7 @@ import mlx.core as mx
 def wait():
     mx.eval(mx.distributed.recv((4,), mx.float32, 1 - group.rank, group=group._group, stream=mx.cpu))
 group.barrier()
-group._operate({doing}, wait)
+group._call_mlx({doing}, wait)
 """
 
 
@@ -212,7 +212,7 @@ here.join(0, [here.address, gone.address], names=[], secret="")
     assert "MLX's group did not come together within 3 s" in done.stderr or "MLX can't form its group" in done.stderr
 
 
-def test_a_stranger_at_a_pulse_is_not_believed() -> None:
+def test_a_health_report_of_another_run_is_rejected() -> None:
     server = HealthServer("127.0.0.1:0", lambda: Health(rank=1, operation=7))
     server.secret = "ours"
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import select
 import socket
@@ -23,7 +24,7 @@ from macft.collective.listener import Listener
 from macft.collective.ring import Ring
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import split_paths
-from running import heard
+from running import free_ports, heard
 
 PIECE = 64 * 1024
 
@@ -195,7 +196,7 @@ rank = int(sys.argv[1])
 listener = Listener(f"10.78.1.{rank + 1}:0+10.78.2.{rank + 1}:0", CollectiveConfig(piece_bytes=65536, timeout=20.0))
 say(listener.address)
 with Ring(rank, 2, json.loads(sys.stdin.readline()), listener) as ring:
-    say(all(path.stream is not None for path in ring._links._outward))
+    say(all(path.stream is not None for path in ring._links.send_paths))
     wrong = turn = 0
     over = np.zeros(1)
     while not over[0]:
@@ -252,3 +253,23 @@ def test_a_real_cable_that_is_pulled_costs_no_sum_and_no_run() -> None:
         assert lost
         assert all(path.startswith("10.78.2.") for path in lost)
         assert [rank.wait(20) for rank in ranks] == [0, 0]
+
+
+def test_a_ring_and_its_lost_path_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """The second path of rank 0 is to a port where nothing listens."""
+    caplog.set_level(logging.INFO, "macft")
+    config = CollectiveConfig(timeout=10.0)
+    listeners = [Listener("127.0.0.1:0", config), Listener("127.0.0.1:0", config)]
+    addresses = [listeners[0].address, f"{listeners[1].address}+127.0.0.1:{free_ports(1)[0]}"]
+
+    def run(rank: int) -> list[str]:
+        with Ring(rank, 2, addresses, listeners[rank], ring_id="logged") as ring:
+            ring.barrier()
+            return ring.lost_paths
+
+    with ThreadPoolExecutor(2) as pool:
+        lost, _ = pool.map(run, range(2))
+    messages = [record.getMessage() for record in caplog.records if record.name == "macft.ring"]
+    assert f"path to {lost[0]} did not come up; the ring uses the others" in messages
+    assert sum(message.startswith("ring formed: rank") and addresses[0] in message for message in messages) == 2
+    assert sum(message.startswith("ring of generation 0 closed") for message in messages) == 2

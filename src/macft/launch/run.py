@@ -37,9 +37,9 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
         from macft.run.node import run_node
 
         if config.collective.backend == "mlx":
-            from macft.collective.mlx_group import join_launched, launched
+            from macft.collective.mlx_group import is_launched, join_launched
 
-            if launched():
+            if is_launched():
                 with join_launched(config.collective) as group:
                     return run_node(config, group, folder, resume=resume, stop=stop)
         from macft.collective.solo import Solo

@@ -135,7 +135,7 @@ class ElasticRing(ElasticCollective):
             names=[seat.name for seat in view.seats],
             ring_id=hashlib.sha256(self._secret + b"%d" % view.generation).hexdigest()[:32],
             generation=view.generation,
-            abandon=lambda: self._membership.disturbed if self._membership.view == view else "",
+            stop_reason=lambda: self._membership.disturbed if self._membership.view == view else "",
         )
         try:
             ring.tune()

@@ -22,7 +22,7 @@ from zmq.utils.monitor import recv_monitor_message
 import macft
 from macft.collective.security import Gate, encrypt_to
 from macft.collective.settings import CollectiveConfig
-from macft.collective.wire import PROTOCOL_VERSION, bind, knock, set_endpoint, split_paths
+from macft.collective.wire import PROTOCOL_VERSION, bind, probe, set_endpoint, split_paths
 from macft.errors import CollectiveError, PeerLost
 from macft.membership import heartbeats
 from macft.membership.paxos import MemberRecord, PaxosMembership, View
@@ -193,7 +193,7 @@ class MembershipService:
         """Tells a process that has ended from a machine that is silent: a port without a listener refuses."""
         is_anyone_there = not self._links
         for name, link in self._links.items():
-            if link.is_broken() and all(knock(path, _KNOCK_SECONDS) == "ended" for path in link.paths):
+            if link.is_broken() and all(probe(path, _KNOCK_SECONDS) == "ended" for path in link.paths):
                 self._agreement.ended(name, _now())
             else:
                 is_anyone_there = True

@@ -74,7 +74,7 @@ def needs_keys(topology: TopologyConfig, collective: CollectiveConfig) -> bool:
 
 def run_keyring(secret: bytes) -> Keyring:
     """For a run whose nodes are all given the same ``secret`` (32 bytes), made for it, over a safe way."""
-    return Keyring(KeyPair.of_secret(secret), {})
+    return Keyring(KeyPair.from_secret(secret), {})
 
 
 def _is_loopback(topology: TopologyConfig) -> bool:
@@ -113,7 +113,7 @@ def load(folder: Path) -> Keyring:
         if not _NAME.fullmatch(name) or not _KEY.fullmatch(key):
             raise ConfigError(f"{folder / 'trusted'}: line {number} is not NAME KEY; mend or remove it")
         trusted[name] = bytes.fromhex(key)
-    return Keyring(KeyPair.of_secret(bytes.fromhex(secret)), trusted)
+    return Keyring(KeyPair.from_secret(bytes.fromhex(secret)), trusted)
 
 
 def make(folder: Path) -> tuple[Keyring, bool]:
