@@ -16,22 +16,22 @@ import pytest
 
 from macft.collective.health import Health, HealthServer, ask
 from macft.collective.settings import CollectiveConfig, problems
-from macft.rendezvous.rendezvous import RendezvousServer
+from macft.rendezvous.server import RendezvousServer
 from running import environment, losses, train, uneven_dataset
 
 # A rank: SERVER RANK RANKS SETTINGS, then a Python program that has `group` and `np`.
 RANK = """
 import json, sys, time
 import numpy as np
-from macft.rendezvous.connect import connect
+from macft.rendezvous.connect import RankConfig, connect
 from macft.collective.settings import CollectiveConfig
 from macft.errors import CollectiveError
 
 server, rank, ranks, settings, program = sys.argv[1:]
 try:
     config = CollectiveConfig(backend="mlx", timeout=90.0)
-    with connect(server, rank=int(rank), world_size=int(ranks), run_id="t", fingerprint="f", name=f"node-{rank}",
-                 settings=config, start_timeout=90.0) as group:
+    joining = RankConfig(server, int(rank), int(ranks), run_id="t", fingerprint="f", name=f"node-{rank}", timeout=90.0)
+    with connect(joining, config) as group:
         vars(config).update(json.loads(settings))  # once all are there, which on a busy machine may take long
         exec(program)
 except CollectiveError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ import zmq
 import macft
 from macft.collective.settings import CollectiveConfig
 from macft.errors import RendezvousError
-from macft.rendezvous.rendezvous import RendezvousServer, Roster, connect_ring, join
+from macft.rendezvous.connect import RankConfig, connect_ring, join_rendezvous
+from macft.rendezvous.roster import Roster
+from macft.rendezvous.server import RendezvousServer
 
 
 @pytest.fixture
@@ -34,8 +37,9 @@ def serve(world_size: int, timeout: float = 20.0, **more: Any) -> RendezvousServ
 
 def report(server: RendezvousServer, rank: int, world_size: int, **changed: Any) -> Roster:
     own: dict[str, Any] = {"run_id": "run", "fingerprint": "f", "timeout": 20.0, "name": f"node{rank}"}
-    address = f"127.0.0.1:{7000 + rank}"
-    return join(server.address, **{**own, "rank": rank, "world_size": world_size, "ring_address": address, **changed})
+    own |= {"rank": rank, "world_size": world_size, **changed}
+    ring_address = own.pop("ring_address", f"127.0.0.1:{7000 + rank}")
+    return join_rendezvous(RankConfig(server.address, **own), ring_address)
 
 
 def reason(future: Future[Any]) -> str:
@@ -113,16 +117,7 @@ def test_nobody_answers() -> None:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(RendezvousError, match=f"rendezvous at {address}: nobody answers within 0.1 s; is macft"):
-            join(
-                address,
-                rank=0,
-                world_size=2,
-                run_id="",
-                fingerprint="",
-                ring_address="a:1",
-                name="",
-                timeout=0.1,
-            )
+            join_rendezvous(RankConfig(address, 0, 2, run_id="", fingerprint="", name="", timeout=0.1), "a:1")
 
 
 def test_an_address_in_use_is_named() -> None:
@@ -163,16 +158,8 @@ def ring_of_three(pool: ThreadPoolExecutor) -> list[list[float]]:
 
     def work(rank: int) -> list[float]:
         array = np.full(5, rank + 1.0)
-        with connect_ring(
-            server.address,
-            rank=rank,
-            world_size=3,
-            run_id="run",
-            fingerprint="f",
-            name=f"node{rank}",
-            settings=CollectiveConfig(),
-            start_timeout=20.0,
-        ) as ring:
+        config = RankConfig(server.address, rank, 3, run_id="run", fingerprint="f", name=f"node{rank}", timeout=20.0)
+        with connect_ring(config, CollectiveConfig()) as ring:
             ring.all_reduce([array])
         return array.tolist()
 
@@ -195,18 +182,25 @@ def test_a_refused_rank_frees_its_port() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         bind = f"127.0.0.1:{probe.getsockname()[1]}"
+    config = RankConfig(server.address, 0, 2, run_id="run", fingerprint="other", name="", timeout=20.0)
     with pytest.raises(RendezvousError, match="another configuration"):
-        connect_ring(
-            server.address,
-            rank=0,
-            world_size=2,
-            run_id="run",
-            fingerprint="other",
-            name="",
-            settings=CollectiveConfig(),
-            start_timeout=20.0,
-            bind=bind,
-        )
+        connect_ring(config, CollectiveConfig(), bind=bind)
     server.close()
     with socket.create_server(("127.0.0.1", int(bind.rpartition(":")[2]))):
         pass
+
+
+def test_arrivals_and_refusals_are_logged(pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "macft.rendezvous")
+    server = serve(2)
+    first = pool.submit(report, server, 0, 2)
+    while not server.arrived:
+        threading.Event().wait(0.005)
+    assert "another configuration" in reason(pool.submit(report, server, 1, 2, fingerprint="other"))
+    assert "another configuration" in reason(first)
+    server.close()
+    messages = [record.getMessage() for record in caplog.records]
+    assert "rank 0 (node0, 127.0.0.1:7000) arrived, 1 of 2" in messages
+    assert any(
+        message.startswith("rendezvous failed: rank 1 (node1) has another configuration") for message in messages
+    )

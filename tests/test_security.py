@@ -28,8 +28,9 @@ from macft.config.validate import to_typed
 from macft.config.yaml import to_yaml
 from macft.errors import CollectiveError, ConfigError, RendezvousError
 from macft.rendezvous import keystore
+from macft.rendezvous.connect import RankConfig, connect_ring
 from macft.rendezvous.keystore import Keyring
-from macft.rendezvous.rendezvous import RendezvousServer, connect_ring
+from macft.rendezvous.server import RendezvousServer
 from macft.topology.settings import TopologyConfig
 from running import environment, free_ports, losses, start, train, uneven_dataset
 
@@ -65,17 +66,17 @@ def serve(keyring: Keyring | None, world_size: int, told: list[str], timeout: fl
 
 def add_up(server: RendezvousServer, keyring: Keyring | None, rank: int, world_size: int) -> list[float]:
     """Meets the others, and sums a small and a large array with them."""
-    with connect_ring(
+    config = RankConfig(
         server.address,
-        rank=rank,
-        world_size=world_size,
+        rank,
+        world_size,
         run_id="run",
         fingerprint="f",
         name=f"node{rank}",
-        settings=QUICK,
-        start_timeout=30.0,
+        timeout=30.0,
         keyring=keyring,
-    ) as ring:
+    )
+    with connect_ring(config, QUICK) as ring:
         small, large = np.full(3, rank + 1.0), np.full(1_000_000, rank + 1.0, np.float32)
         ring.all_reduce([small])
         ring.all_reduce([large])

@@ -39,9 +39,9 @@ from macft.config.schema import TrainConfig
 from macft.config.validate import to_typed
 from macft.config.yaml import fingerprint
 from macft.errors import CollectiveError, ConfigError, MacftError
-from macft.rendezvous.connect import connect
+from macft.rendezvous.connect import RankConfig, connect
 from macft.rendezvous.keystore import keyring_for
-from macft.rendezvous.rendezvous import RendezvousServer
+from macft.rendezvous.server import RendezvousServer
 from macft.topology.hosts import own_rank
 from macft.topology.settings import host_paths, split_host
 
@@ -173,22 +173,18 @@ def _measure_hosts(options: argparse.Namespace, config: TrainConfig) -> tuple[li
             )
             stack.callback(server.close)
             server.start()
-        collective = stack.enter_context(
-            connect(
-                f"{places[0][0]}:{places[0][1]}",
-                rank=rank,
-                world_size=count,
-                run_id=run_id,
-                fingerprint=marks,
-                name=topology.hosts[rank],
-                settings=config.collective,
-                start_timeout=topology.start_timeout,
-                bind="+".join(
-                    f"{name}:{number + 1}" for name, number in host_paths(topology.hosts[rank], topology.port)
-                ),
-                keyring=keyring,
-            )
+        rank_config = RankConfig(
+            server=f"{places[0][0]}:{places[0][1]}",
+            rank=rank,
+            world_size=count,
+            run_id=run_id,
+            fingerprint=marks,
+            name=topology.hosts[rank],
+            timeout=topology.start_timeout,
+            keyring=keyring,
         )
+        bind = "+".join(f"{name}:{number + 1}" for name, number in host_paths(topology.hosts[rank], topology.port))
+        collective = stack.enter_context(connect(rank_config, config.collective, bind=bind))
         Console().print(f"rank {rank} of {count} ({topology.hosts[rank]}), collective={config.collective.backend}")
         sides: dict[str, Side] = {"macft": Joined(collective)}
         if "tcp" in options.peers:

@@ -193,9 +193,9 @@ def join(name: str, rank: int, addresses: Sequence[str], settings: Mapping[str, 
 def _own(rank: int, addresses: Sequence[str], settings: Mapping[str, Any]) -> Collective:
     """macft's collective, joined as a run of macft.train joins it; the rendezvous is at the first address."""
     from macft.collective.settings import CollectiveConfig
-    from macft.rendezvous.connect import connect
+    from macft.rendezvous.connect import RankConfig, connect
     from macft.rendezvous.keystore import key_folder, load
-    from macft.rendezvous.rendezvous import RendezvousServer
+    from macft.rendezvous.server import RendezvousServer
 
     config = CollectiveConfig(**settings)
     keyring = load(key_folder()) if config.encryption == "on" else None
@@ -211,19 +211,18 @@ def _own(rank: int, addresses: Sequence[str], settings: Mapping[str, Any]) -> Co
                 keyring=keyring,
             )
             server.start()
-        joined = connect(
-            addresses[0],
+        rank_config = RankConfig(
+            server=addresses[0],
             rank=rank,
             world_size=count,
             run_id="bench",
             fingerprint="bench",
             name=f"rank-{rank}",
-            settings=config,
-            start_timeout=JOIN_SECONDS,
-            bind=f"{host}:0",
+            timeout=JOIN_SECONDS,
             keyring=keyring,
         )
-        joined.barrier()  # all have heard from the server
+        joined = connect(rank_config, config, bind=f"{host}:0")
+        joined.barrier()  # all ranks have their answer from the server
     finally:
         if server is not None:
             server.close()

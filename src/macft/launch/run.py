@@ -1,6 +1,6 @@
 """Runs one job on the nodes of its topology.
 
-What a rank needs is imported where a rank runs in this process: the launcher of a local run starts without MLX.
+Modules that only a rank needs are imported where a rank runs in this process, so that a launcher starts without MLX.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     if config.topology.join is not None:
-        from macft.launch.join import join_run
+        from macft.launch.join_run import join_run
 
         return join_run(config, folder, config.topology.join)
     if config.topology.kind == "local" and config.topology.nodes > 1:
         return _run_local(config, folder, resume=resume)
     if config.topology.kind == "ssh":
-        from macft.launch.ssh_run import run_over_ssh
+        from macft.launch.run_over_ssh import run_over_ssh
 
-        return _ended(run_over_ssh(config, folder, resume=resume))
+        return _how_it_ended(run_over_ssh(config, folder, resume=resume))
     stop = StopRequest()
     with stop.listening():
         if config.topology.kind == "hosts":
-            from macft.launch.hosts import run_on_hosts
+            from macft.launch.run_on_hosts import run_on_hosts
 
             return run_on_hosts(config, folder, resume=resume, stop=stop)
         from macft.run.node import run_node
@@ -44,18 +44,18 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
                     return run_node(config, group, folder, resume=resume, stop=stop)
         from macft.collective.solo import Solo
 
-        with Solo() as alone:
-            return run_node(config, alone, folder, resume=resume, stop=stop)
+        with Solo() as collective:
+            return run_node(config, collective, folder, resume=resume, stop=stop)
 
 
 def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
-    from macft.launch.local import launch
+    from macft.launch.local import launch_local
     from macft.model.resolve import resolve
     from macft.rendezvous.keystore import keyring_for
 
     keyring = keyring_for(config.topology, config.collective)
-    resolve(config.model)  # fetched once, here, where its progress can be seen
-    status = launch(
+    resolve(config.model)  # downloaded once, here, where its progress is visible
+    status = launch_local(
         config.topology.nodes,
         folder,
         run_id=folder.name,
@@ -66,10 +66,10 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
         elastic=is_elastic(config),
         restart=config.topology.restart,
     )
-    return _ended(status)
+    return _how_it_ended(status)
 
 
-def _ended(status: int) -> str:
+def _how_it_ended(status: int) -> str:
     if status == 0:
         return "finished"
     if status == 130:

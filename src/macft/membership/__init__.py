@@ -1,1 +1,1 @@
-"""Elastic runs: heartbeats, agreement on the members, and a ring that is rebuilt when they change."""
+"""Elastic runs: heartbeats, agreement on the members, and a ring that is formed again when they change."""
