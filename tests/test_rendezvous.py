@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -21,12 +20,6 @@ from macft.errors import RendezvousError
 from macft.rendezvous.connect import RankConfig, connect_ring, join_rendezvous
 from macft.rendezvous.roster import Roster
 from macft.rendezvous.server import RendezvousServer
-
-
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as executor:
-        yield executor
 
 
 def serve(world_size: int, timeout: float = 20.0, **more: Any) -> RendezvousServer:
