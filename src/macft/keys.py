@@ -46,11 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m macft.keys", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("make", help="make this machine's key if it has none, and show it (the default)")
-    commands.add_parser("show", help="show the public key, and the line to type on the other machines")
-    trust = commands.add_parser("trust", help="let another machine take part")
-    trust.add_argument("name", metavar="NAME", help="of the other machine; any name you like")
+    commands.add_parser("show", help="show the public key, and the command for the other machines")
+    trust = commands.add_parser("trust", help="trust another machine")
+    trust.add_argument("name", metavar="NAME", help="a name for the other machine")
     trust.add_argument("key", metavar="KEY", help="its public key, as `show` prints it there")
-    forget = commands.add_parser("forget", help="no longer trust a machine")
+    forget = commands.add_parser("forget", help="stop trusting a machine")
     forget.add_argument("name", metavar="NAME")
     return parser
 

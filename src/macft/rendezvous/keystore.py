@@ -180,7 +180,7 @@ def _read(path: Path) -> str:
     with path.open("rb") as file:
         content = file.read(_MAX_FILE_BYTES + 1)
     if len(content) > _MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: larger than {_MAX_FILE_BYTES} bytes, so not a file of keys")
+        raise ConfigError(f"{path}: more than {_MAX_FILE_BYTES} bytes, so not a file of keys")
     return content.decode("ascii", errors="replace")
 
 
