@@ -42,12 +42,15 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
     from macft.data.order import RowOrder
     from macft.data.settings import SourceConfig
     from macft.data.sources import read_source
+    from macft.device.kind import Device
     from macft.model.adapt import adapt
     from macft.model.adapter_settings import AdapterConfig
-    from macft.model.load import load
+    from macft.model.backends.choose import make_backend
+    from macft.model.execution import resolve as resolve_execution
+    from macft.model.load import load, weight_format_of
     from macft.model.resolve import resolve
     from macft.model.settings import ModelConfig
-    from macft.report.events import SilentReporter, StepDone
+    from macft.report.events import Event, NullReporter, StepDone
     from macft.training.assembly import make_trainer
     from macft.training.gradient import GradientComputer
     from macft.training.gradient_reducer import GradientReducer
@@ -57,9 +60,10 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
 
     done: list[StepDone] = []
 
-    class Clock(SilentReporter):
-        def step_done(self, event: StepDone) -> None:
-            done.append(event)
+    class Clock(NullReporter):
+        def handle(self, event: Event) -> None:
+            if isinstance(event, StepDone):
+                done.append(event)
 
     config = ModelConfig()
     loaded = load(config, resolve(config))
@@ -70,12 +74,14 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
     adaptation = adapt(loaded.model, AdapterConfig(rank=RANK, num_layers=NUM_LAYERS), seed=0)
     optimizer = OptimizerConfig(schedule="constant")
     ring = Ring(rank, len(addresses), addresses) if len(addresses) > 1 else Solo()
-    with tempfile.TemporaryDirectory() as folder, ring as collective:
+    execution = resolve_execution(config, weight_format_of(loaded.model), Device.default(), can_pack=True)
+    backend = make_backend(execution)
+    with tempfile.TemporaryDirectory() as folder, ring as collective, backend.installed(loaded.model):
         make_trainer(
             TrainingConfig(batch_size=batch_size, steps=steps, eval_every=0, save_every=0),
             optimizer,
             TrainState(loaded.model, make_optimizer(optimizer), Progress(), GradientReducer(collective)),
-            GradientComputer(loaded.model, adaptation.dropout_keys, seed=0, checkpoint_blocks=False),
+            GradientComputer(loaded.model, backend, execution, adaptation.dropout_keys, seed=0),
             rows,
             RowOrder([len(rows)], [1.0], batch_size=batch_size, seed=0),
             CheckpointSaver(CheckpointStore(Path(folder), keep_last=1)),

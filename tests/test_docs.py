@@ -59,7 +59,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -
         (folder / name).mkdir(parents=True)
         (folder / name / "config.yaml").write_text(to_yaml(config))
         with contextlib.closing(MetricsFile(folder / name / "metrics.jsonl", first_step=0)) as told:
-            told.noted(Noted("the run has begun"))
+            told.handle(Noted("the run has begun"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MACFT_CONFIG", str(folder / "config"))

@@ -1,4 +1,4 @@
-"""``python -m macft.monitor RUN_FOLDER``: a running cluster, live, out of the run's own files."""
+"""``python -m macft.monitor RUN_FOLDER``: shows a run live, from the files in its folder."""
 
 from __future__ import annotations
 
@@ -10,40 +10,39 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from macft.report.run_folder import RunFolder
+from macft.thermal.readings import STATES
 
-_STATES = ("nominal", "moderate", "heavy", "trapping", "sleeping")
-# A run's whole file may be large; what is shown stands in its last lines.
+# A run's whole file may be large; only its beginning and its last lines are needed.
 _HEAD_BYTES, _TAIL_BYTES = 1 << 18, 1 << 18
 _STEPS_AVERAGED = 20
 _REFRESH_SECONDS = 1.0
 _LINES = 4
-# No step for this many step times: something is wrong, or an evaluation runs.
-_LATE_STEPS = 5.0
+# After this many step times without a step, the time since the last one is shown.
+_LATE_AFTER_STEPS = 5.0
 
 
 @dataclass
 class RunView:
-    """What the metrics file tells: the start, the newest steps, validation, the newest remarks, the end."""
+    """What is shown of the metrics file: the start, the newest steps, validation loss and notes, the end."""
 
-    started: Mapping[str, Any] = field(default_factory=dict)
-    steps: list[Mapping[str, Any]] = field(default_factory=list)
+    started: Mapping[str, object] = field(default_factory=dict)
+    steps: list[Mapping[str, object]] = field(default_factory=list)
     valid_loss: float | None = None
-    remarks: list[str] = field(default_factory=list)
-    ended: Mapping[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    ended: Mapping[str, object] = field(default_factory=dict)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Shows the run until it ends or Ctrl-C is pressed; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m macft.monitor", description="Shows a run of macft live.")
-    parser.add_argument("run_folder", type=Path, help="the folder that the run printed as its own")
+    parser.add_argument("run_folder", type=Path, help="the run's folder, runs/NAME/TIME")
     parser.add_argument("--once", action="store_true", help="print the state once and end")
     options = parser.parse_args(argv)
     path = RunFolder(options.run_folder).metrics
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read(path: Path) -> RunView:
-    """Reads the start and the end of a metrics file; lines that are torn or of another kind are passed over."""
+    """Reads the start and the end of a metrics file; torn lines and unknown events are skipped."""
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
         size = file.seek(0, 2)
@@ -80,11 +79,11 @@ def read(path: Path) -> RunView:
         except (ValueError, RecursionError):
             continue
         if isinstance(event, dict):
-            _take(view, event)
+            _add(view, event)
     return view
 
 
-def _take(view: RunView, event: Mapping[str, Any]) -> None:
+def _add(view: RunView, event: Mapping[str, object]) -> None:
     kind = event.get("type")
     if kind == "run_started":
         view.started, view.ended = event, {}
@@ -93,17 +92,17 @@ def _take(view: RunView, event: Mapping[str, Any]) -> None:
     elif kind == "evaluated":
         view.valid_loss = _number(event.get("loss"))
     elif kind == "noted":
-        view.remarks = [*view.remarks[1 - _LINES :], str(event.get("text", ""))[:300]]
+        view.notes = [*view.notes[1 - _LINES :], str(event.get("text", ""))[:300]]
     elif kind == "run_ended":
         view.ended = event
 
 
 def render(view: RunView, *, now: float) -> Group:
-    """The view as something rich can print; ``now`` in seconds since 1970."""
+    """The view as rich prints it; ``now`` is in seconds since 1970."""
     if not view.steps:
         return Group(Text(f"{view.started.get('model', 'The run')}: no step yet"))
-    parts: list[Any] = [Text(_headline(view, now), style="bold"), _nodes(view)]
-    parts += [Text(f"· {remark}", style="dim") for remark in view.remarks]
+    parts: list[RenderableType] = [Text(_headline(view, now), style="bold"), _nodes(view)]
+    parts += [Text(f"· {note}", style="dim") for note in view.notes]
     return Group(*parts)
 
 
@@ -123,9 +122,9 @@ def _headline(view: RunView, now: float) -> str:
         parts.append(str(view.ended.get("reason", "ended")))
         return "  ".join(parts)
     parts.append(f"left {timedelta(seconds=round(mean * (total - step)))}")
-    silent = now - (_number(last.get("time")) or now)
-    if silent > _LATE_STEPS * max(mean, 1.0):
-        parts.append(f"no step for {timedelta(seconds=round(silent))}")
+    since_last = now - (_number(last.get("time")) or now)
+    if since_last > _LATE_AFTER_STEPS * max(mean, 1.0):
+        parts.append(f"no step for {timedelta(seconds=round(since_last))}")
     return "  ".join(parts)
 
 
@@ -136,7 +135,7 @@ def _nodes(view: RunView) -> Table:
         table.add_column(name, no_wrap=True, justify="left" if name in ("node", "state") else "right")
     nodes, shares = _items(last.get("nodes")), _items(last.get("shares"))
     parts = last.get("parts")
-    exchange = _number(parts.get("all_reduce")) if isinstance(parts, Mapping) else None
+    all_reduce = _number(parts.get("all_reduce")) if isinstance(parts, Mapping) else None
     for rank, node in enumerate(node for node in nodes if isinstance(node, Mapping)):
         table.add_row(
             str(rank),
@@ -147,38 +146,38 @@ def _nodes(view: RunView) -> Table:
             _shown(node.get("watts"), "{:.1f} W") + ("~" if node.get("estimated") else ""),
             "paused" if node.get("paused") else _shown(node.get("duty"), "{:.0%}"),
             _shown(node.get("joules"), "{:,.0f} J"),
-            # Each step waits for the exchange as a whole; it is rank 0's clock.
-            _shown(exchange, "{:.2f} s") if rank == 0 and len(nodes) > 1 else "",
+            # The all-reduce of the whole step, on rank 0's clock.
+            _shown(all_reduce, "{:.2f} s") if rank == 0 and len(nodes) > 1 else "",
         )
     return table
 
 
 def _speed(view: RunView, rank: int) -> float | None:
-    """Tokens/s of a node while it computes, over the newest steps."""
+    """A node's tokens/s while it computes, over the newest steps."""
     tokens = seconds = 0.0
     for step in view.steps:
         nodes = _items(step.get("nodes"))
-        if rank < len(nodes) and isinstance(nodes[rank], Mapping):
-            tokens += _number(nodes[rank].get("tokens")) or 0.0
-            seconds += _number(nodes[rank].get("busy_seconds")) or 0.0
+        if rank < len(nodes) and isinstance(node := nodes[rank], Mapping):
+            tokens += _number(node.get("tokens")) or 0.0
+            seconds += _number(node.get("busy_seconds")) or 0.0
     return tokens / seconds if seconds > 0 else None
 
 
-def _state(value: Any) -> str:
+def _state(value: object) -> str:
     number = _number(value)
-    return _STATES[int(number)] if number is not None and 0 <= number < len(_STATES) else "-"
+    return STATES[int(number)] if number is not None and 0 <= number < len(STATES) else "-"
 
 
-def _shown(value: Any, form: str) -> str:
+def _shown(value: object, form: str) -> str:
     number = _number(value)
     return "-" if number is None else form.format(number)
 
 
-def _items(value: Any) -> list[Any]:
+def _items(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
 
-def _number(value: Any) -> float | None:
+def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 

@@ -24,6 +24,7 @@ from macft.cli.status import exit_status
 from macft.config.yaml import read
 from macft.errors import LaunchError
 from macft.launch.run_on_hosts import run_on_hosts
+from macft.logs.run_log import start_log
 from macft.rendezvous.keystore import Keyring, needs_keys, run_keyring
 from macft.training.stop import StopRequest
 
@@ -48,7 +49,8 @@ def main(argv: list[str]) -> int:
         config = read(folder / "config.yaml")
         config.topology.rank = rank
         keyring = _receive_keyring(keys) if needs_keys(config.topology, config.collective) else None
-        return run_on_hosts(config, folder, resume="--resume" in argv, stop=stop, keyring=keyring)
+        with start_log(folder, rank, config.report.log_level):
+            return run_on_hosts(config, folder, resume="--resume" in argv, stop=stop, keyring=keyring)
 
     with stop.listening(must_stop):
         status = exit_status(run)

@@ -125,8 +125,9 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
                 failed, deadline = rank, time.monotonic() + _GRACE_SECONDS
                 _log.warning("rank %d ended with status %d; the others have %g s", rank, process.poll(), _GRACE_SECONDS)
         time.sleep(0.05)
-    for process in processes:
+    for rank, process in enumerate(processes):
         _end(process)
+        _log.info("rank %d ended with status %d", rank, process.returncode)
     first = processes[0].returncode
     if failed is None or failed == 0:
         return first if first >= 0 else 128 - first
@@ -165,6 +166,9 @@ def _wait_elastic(processes: list[subprocess.Popen[bytes]], logs: Path, restarte
         _show(logs, leader, shown)
         time.sleep(0.05)
     codes = [process.returncode for process in processes]
+    for rank, code in enumerate(codes):
+        if rank not in ended:
+            _log.info("rank %d ended with status %d", rank, code)
     for rank in shown:
         _show(logs, rank, shown)
     for code in (0, 130):

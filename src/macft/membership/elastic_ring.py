@@ -21,6 +21,7 @@ from macft.collective.listener import Listener
 from macft.collective.ring import Ring
 from macft.collective.solo import Solo
 from macft.errors import CollectiveError, MembershipChanged, PeerLost, PeerTimeout
+from macft.logs.run_log import log_context
 from macft.membership import heartbeats
 from macft.membership.paxos import View
 from macft.membership.service import MembershipService
@@ -58,6 +59,7 @@ class ElasticRing(ElasticCollective):
         self._secret, self._open_listener = secret, open_listener
         self._bytes_sent_before = 0
         self._is_member = membership.own.id in view.ids
+        self._update_log_context()
         membership.start(view, secret)
 
     @classmethod
@@ -109,6 +111,7 @@ class ElasticRing(ElasticCollective):
                 listener.close()
                 return False
             self._view = view
+            self._update_log_context()
             try:
                 self._ring = self._form_ring(view, listener)
             except CollectiveError as error:
@@ -118,6 +121,10 @@ class ElasticRing(ElasticCollective):
             self._is_member = True
             return True
         raise failure
+
+    def _update_log_context(self) -> None:
+        ids, own = self._view.ids, self._membership.own.id
+        log_context.update(rank=ids.index(own) if own in ids else None, generation=self._view.generation)
 
     def step_out(self) -> None:
         """Leaves the ring. Until it regroups, this node is alone, like a newcomer."""
