@@ -121,7 +121,7 @@ def test_thunderbolt_before_ethernet_before_wifi() -> None:
     first, second, third = (member("abc"[n], wifi[n], wired[n], *bridge[n : n + 1]) for n in range(3))
     assert [link.kind for link in networks([first, second])[0]] == ["thunderbolt"] * 2
     assert [link.host for link in networks([first, second, third])[0]] == ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
-    with pytest.raises(LaunchError, match="a, d are in no common network"):
+    with pytest.raises(LaunchError, match="a, d have no common network"):
         networks([first, member("d", Link("en0", "ethernet", "172.16.0.1/24"))])
 
 

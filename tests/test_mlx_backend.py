@@ -209,7 +209,7 @@ here.join(0, [here.address, gone.address], names=[], secret="")
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=PATIENT, check=False)
     assert done.returncode != 0
-    assert "MLX's group did not come together within 3 s" in done.stderr or "MLX can't form its group" in done.stderr
+    assert "MLX's group did not form within 3 s" in done.stderr or "MLX can't form its group" in done.stderr
 
 
 def test_a_health_report_of_another_run_is_rejected() -> None:

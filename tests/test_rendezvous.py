@@ -60,8 +60,8 @@ def test_every_rank_gets_the_same_table(pool: ThreadPoolExecutor) -> None:
         ({"run_id": "old"}, "rank 1 (node1) belongs to run old, the others to run"),
         ({"rank": 2}, "rank 2 (node1) is not one of ranks 0 to 1"),
         ({"rank": -1}, "rank -1 (node1) is not one of ranks 0 to 1"),
-        ({"rank": 0}, "rank 0 (node1) came twice, from 127.0.0.1:7000 and 127.0.0.1:7001"),
-        ({"ring_address": "nowhere"}, "rank 1 (node1) gave no proper name and address"),
+        ({"rank": 0}, "rank 0 (node1) arrived twice, from 127.0.0.1:7000 and 127.0.0.1:7001"),
+        ({"ring_address": "nowhere"}, "rank 1 (node1) sent no valid name and address"),
     ],
 )
 def test_a_misfit_ends_it(pool: ThreadPoolExecutor, changed: dict[str, Any], told: str) -> None:
@@ -91,7 +91,7 @@ def test_another_version_is_refused(pool: ThreadPoolExecutor, monkeypatch: pytes
 
 def test_the_missing_rank_is_named_on_both_sides(pool: ThreadPoolExecutor) -> None:
     server = serve(3, timeout=0.5, names=("a", "b", "192.168.0.3"))
-    told = "ranks 1 (b), 2 (192.168.0.3) did not come within 0.5 s; is macft running there"
+    told = "ranks 1 (b), 2 (192.168.0.3) did not arrive within 0.5 s; is macft running there"
     assert told in reason(pool.submit(report, server, 0, 3))
     with pytest.raises(RendezvousError) as caught:
         server.wait()
@@ -101,7 +101,7 @@ def test_the_missing_rank_is_named_on_both_sides(pool: ThreadPoolExecutor) -> No
 
 def test_a_rank_that_waits_less_hears_who_is_missing(pool: ThreadPoolExecutor) -> None:
     server = serve(2)
-    assert "rank 1 did not come" in reason(pool.submit(report, server, 0, 2, timeout=0.1))
+    assert "rank 1 did not arrive" in reason(pool.submit(report, server, 0, 2, timeout=0.1))
     server.close()
 
 
@@ -109,7 +109,7 @@ def test_nobody_answers() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(RendezvousError, match=f"rendezvous at {address}: nobody answers within 0.1 s; is macft"):
+        with pytest.raises(RendezvousError, match=f"rendezvous at {address}: no answer within 0.1 s; is macft"):
             join_rendezvous(RankConfig(address, 0, 2, run_id="", fingerprint="", name="", timeout=0.1), "a:1")
 
 
@@ -122,7 +122,7 @@ def test_an_address_in_use_is_named() -> None:
 
 def test_a_rank_that_was_started_again_takes_its_place(pool: ThreadPoolExecutor) -> None:
     server = serve(2)
-    assert "rank 1 did not come" in reason(pool.submit(report, server, 0, 2, timeout=0.1))
+    assert "rank 1 did not arrive" in reason(pool.submit(report, server, 0, 2, timeout=0.1))
     again = pool.submit(report, server, 0, 2, ring_address="127.0.0.1:7099")
     other = pool.submit(report, server, 1, 2)
     assert again.result(20).addresses == other.result(20).addresses == ("127.0.0.1:7099", "127.0.0.1:7001")

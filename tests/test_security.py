@@ -112,7 +112,7 @@ def test_an_unknown_key_is_refused_and_both_sides_say_what_mends_it(pool: Thread
     assert [member.result(60) for member in members] == [[3.0] * 4] * 2
     server.close()
     assert told == [
-        "127.0.0.1 came with a key that is not trusted here; if `python -m macft.keys show` prints "
+        "127.0.0.1 used a key that is not trusted here; if `python -m macft.keys show` prints "
         f"{key} there, run `python -m macft.keys trust NAME {key}` here"
     ]
 
@@ -122,7 +122,7 @@ def test_a_server_that_is_not_trusted_hears_nothing(pool: ThreadPoolExecutor) ->
     impostor = Keyring(KeyPair.new(), rings[0].trusted)
     server = serve(impostor, 2, told)
     text = reason(pool.submit(add_up, server, rings[1], 1, 2))
-    assert "its key is none that is trusted here (mac0); run `python -m macft.keys show` there" in text
+    assert "its key is not trusted here (mac0); run `python -m macft.keys show` there" in text
     assert server.arrived == ()
     server.close()
 
@@ -135,8 +135,8 @@ def test_one_that_encrypts_and_one_that_does_not_tell_each_other(
     server = serve(rings[0] if server_encrypts else None, 2, told, timeout=2.0)
     text = reason(pool.submit(add_up, server, None if server_encrypts else rings[1], 1, 2))
     how = ("it encrypts", "does not") if server_encrypts else ("it does not encrypt", "does")
-    assert f"{how[0]}, this node {how[1]}; set collective.encryption alike" in text
-    with pytest.raises(RendezvousError, match="ranks 0, 1 did not come within 2 s"):
+    assert f"{how[0]}, this node {how[1]}; use the same collective.encryption" in text
+    with pytest.raises(RendezvousError, match="ranks 0, 1 did not arrive within 2 s"):
         server.wait()
     server.close()
     assert server.arrived == ()
@@ -329,6 +329,6 @@ def test_nodes_started_over_ssh_get_the_runs_key_from_the_terminal(tmp_path: Pat
 
 def test_mlx_is_not_used_beyond_loopback_without_a_word() -> None:
     topology = TopologyConfig(kind="hosts", hosts=["192.168.0.1", "192.168.0.2"])
-    with pytest.raises(ConfigError, match="mlx knows no encryption"):
+    with pytest.raises(ConfigError, match="mlx has no encryption"):
         keystore.needs_keys(topology, CollectiveConfig(backend="mlx"))
     assert not keystore.needs_keys(topology, CollectiveConfig(backend="mlx", encryption="off"))

@@ -60,7 +60,7 @@ def _join(arguments: argparse.Namespace) -> None:
     else:
         own = [link.host for link in links.discover()]
         if not own:
-            raise LaunchError("this machine has no network; plug in a cable, then look at `python -m macft.doctor`")
+            raise LaunchError("this machine has no network; plug in a cable, then run `python -m macft.doctor`")
         discovered = discover_offers(own, _SEARCH_SECONDS, cluster=name)
         offers = [offer for offer in discovered if name in (None, offer.cluster)]
         if len(offers) != 1:
@@ -104,7 +104,7 @@ def _list(arguments: argparse.Namespace) -> None:
 def _remove(arguments: argparse.Namespace) -> None:
     if arguments.host is None:
         topology_file.remove_topology(arguments.name)
-        print(f"removed {arguments.name}; `python -m macft.keys forget` makes its machines strangers again")
+        print(f"removed {arguments.name}; `python -m macft.keys forget` stops trusting its machines")
         return
     topology = topology_file.load_topology(arguments.name)
     rank = next((rank for rank, host in enumerate(topology.hosts) if arguments.host in (host, *host.split("+"))), None)

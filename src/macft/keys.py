@@ -18,10 +18,10 @@ def main(argv: list[str] | None = None) -> int:
             _show(keystore.load(folder))
         elif arguments.command == "trust":
             keystore.trust(folder, arguments.name, arguments.key)
-            print(f"{arguments.name} may now take part in this machine's runs")
+            print(f"{arguments.name} can now join this machine's runs")
         elif arguments.command == "forget":
             keystore.forget(folder, arguments.name)
-            print(f"{arguments.name} is no longer trusted; runs that have begun go on")
+            print(f"{arguments.name} is no longer trusted; active runs continue")
         else:
             keyring, is_new = keystore.make(folder)
             print(f"{'a new key' if is_new else 'the key of this machine'} is in {folder}")

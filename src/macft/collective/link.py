@@ -250,7 +250,7 @@ class Links:
             if time.monotonic() > deadline:
                 self.fail(PeerTimeout, *handshake.timed_out(state, timeout))
             if reason := stop_reason():
-                self.fail(PeerLost, self.ring.right, f"the ring can't come together: {reason}")
+                self.fail(PeerLost, self.ring.right, f"the ring can't form: {reason}")
             if handshake.is_complete(any):
                 second_path_deadline = min(second_path_deadline, time.monotonic() + _SECOND_PATH_SECONDS)
             # A neighbour that has joined over one path may already send, while another path is awaited.
@@ -400,7 +400,7 @@ class Links:
     def _open_stream(self, path: SendPath, offer: Header) -> None:
         secret = stream_secret(offer)
         if secret is None:
-            text = f"{self.ring.name(self.ring.right)} offered a stream without a proper secret"
+            text = f"{self.ring.name(self.ring.right)} offered a stream without a valid secret"
             self.fail(ProtocolError, self.ring.right, text)
         if self._settings.streams:
             path.open_stream(offer.port, secret)

@@ -288,7 +288,7 @@ class MlxCollective:
         seconds, timeout = self.seconds(), self._settings.timeout
         if self._health.operation == 1:  # the group has not formed
             if seconds > timeout:
-                self._fail("timeout", f"MLX's group did not come together within {timeout:g} s; do all ranks run?")
+                self._fail("timeout", f"MLX's group did not form within {timeout:g} s; do all ranks run?")
             return
         healths = self._ask_all()
         for rank, (state, since) in self._unhealthy.items():
@@ -304,7 +304,7 @@ class MlxCollective:
         behind = {rank: health for rank, health in healths.items() if health.operation < self._health.operation}
         if behind and seconds > self._settings.patience:
             rank = min(behind, key=lambda rank: behind[rank].operation)
-            text = f"{self._name(rank)} is alive but did not come to {call} for {seconds:.0f} s"
+            text = f"{self._name(rank)} is alive but did not reach {call} for {seconds:.0f} s"
             self._fail("timeout", f"{text}; it may still compute: collective.patience sets the limit")
         all_stuck = all(health.call and health.seconds > timeout for health in healths.values())
         if not behind and not self._unhealthy and seconds > timeout and all_stuck:

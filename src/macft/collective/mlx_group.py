@@ -139,7 +139,7 @@ def _initialize(backend: str, rank: int, addresses: Sequence[str], timeout: floa
 
 def _init_with_watchdog(backend: str, timeout: float) -> mx.distributed.Group:
     """MLX's group. MLX holds the GIL while it waits for the others, so a second process enforces ``timeout``."""
-    text = f"error: MLX's group did not come together within {timeout:g} s; do all ranks run, and reach each other?"
+    text = f"error: MLX's group did not form within {timeout:g} s; do all ranks run, and reach each other?"
     command = [sys.executable, "-S", "-E", "-c", _WATCHDOG, str(os.getpid()), str(timeout), text]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as watchdog:
         try:

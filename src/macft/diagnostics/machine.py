@@ -94,5 +94,5 @@ def wired_limit(text: str) -> list[Finding]:
 def _linux_thermal(root: Path = Path("/sys/class/thermal")) -> Finding:
     count = sum(1 for zone in root.glob("thermal_zone*/temp"))
     if not count:
-        return Finding("thermal", "ok", "this machine shows no thermal sensors; training goes on without them")
+        return Finding("thermal", "ok", "this machine shows no thermal sensors; training runs without them")
     return Finding("thermal", "ok", f"{count} thermal sensors")

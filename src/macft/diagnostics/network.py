@@ -82,4 +82,4 @@ def clock_findings(offsets: Mapping[str, float]) -> list[Finding]:
             text = f"{host}'s clock is {offset:+.0f} s off; logs and TensorBoard will not line up"
             fix = f"ssh {host} sudo sntp -sS time.apple.com"
             findings.append(Finding("clocks", "warning", text, fix))
-    return findings or [Finding("clocks", "ok", "alike")]
+    return findings or [Finding("clocks", "ok", "synchronised")]

@@ -68,5 +68,5 @@ def differences(reports: Mapping[str, Mapping[str, str]]) -> list[Finding]:
                 text = f"{host} has {package} {theirs}, {hosts[0]} has {required}"
                 findings.append(Finding("versions", level, text, fix))
     if len(hosts) > 1 and not findings:
-        findings.append(Finding("versions", "ok", f"alike on {len(hosts)} hosts"))
+        findings.append(Finding("versions", "ok", f"the same on {len(hosts)} hosts"))
     return findings

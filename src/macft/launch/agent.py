@@ -62,7 +62,7 @@ def _receive_keyring(keys: SimpleQueue[bytes]) -> Keyring:
     try:
         return run_keyring(bytes.fromhex(keys.get(timeout=_KEY_SECONDS).decode()))
     except (queue.Empty, ValueError):
-        raise LaunchError("the terminal that started this node gave it no proper key for the run") from None
+        raise LaunchError("the terminal that started this node sent it no valid key for the run") from None
 
 
 def _read_commands(must_stop: threading.Event, keys: SimpleQueue[bytes]) -> None:

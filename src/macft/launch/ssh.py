@@ -182,11 +182,11 @@ async def probe(host: RemoteHost, topology: TopologyConfig, paths: Sequence[str]
     except (IndexError, ValueError):
         reason = (str(completed.stderr or "").strip().splitlines() or [f"status {completed.exit_status}"])[-1]
         raise LaunchError(
-            f"{host.destination}: '{python}' can't look at the host there ({reason[:200]}); set topology.python to the "
+            f"{host.destination}: '{python}' can't examine the host ({reason[:200]}); set topology.python to the "
             "Python that has macft"
         ) from None
     if not isinstance(answer, dict) or not isinstance(answer.get("versions"), dict):
-        raise LaunchError(f"{host.destination}: '{python}' gave no proper answer")
+        raise LaunchError(f"{host.destination}: '{python}' gave no valid answer")
     return cast(HostReport, answer)
 
 
@@ -273,7 +273,7 @@ async def _run(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[Rem
         running = [host.process for host in hosts if host.process is not None and host.process.exit_status is None]
         first = next((process for process in running if not process.stdin.is_closing()), None)
         if signals == 1 and first is not None:
-            plan.show("stopping: the run ends after this step, with a checkpoint; Ctrl-C again to cut it off")
+            plan.show("stopping: the run ends after this step, with a checkpoint; Ctrl-C again to disconnect")
             first.stdin.write("stop\n")
         else:
             _disconnect(hosts)
@@ -312,7 +312,7 @@ async def _wait(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[Re
             return status, [host for task, host in tasks.items() if task.result() == status]
     assert failed is not None
     host, how = failed[0], _how(failed[1])
-    raise LaunchError(f"{host.name} {how}; it said last: {' | '.join(host.last_lines) or 'nothing'}")
+    raise LaunchError(f"{host.name} {how}; its last lines: {' | '.join(host.last_lines) or 'nothing'}")
 
 
 def _how(status: int) -> str:

@@ -106,14 +106,14 @@ def join_elastic_ring(addresses: Sequence[str], config: MemberConfig, *, timeout
                 break
     where = " or ".join(addresses)
     if answer is None:
-        raise RendezvousError(f"topology.join: nobody answers at {where} within {timeout:g} s; does a run go on there?")
+        raise RendezvousError(f"topology.join: no answer from {where} within {timeout:g} s; is a run active there?")
     try:
         reply = msgpack.unpackb(answer)
         if "refused" in reply:
-            raise RendezvousError(f"topology.join: {where} does not let this node in: {reply['refused'][:_MAX_REASON]}")
+            raise RendezvousError(f"topology.join: {where} refuses this node: {reply['refused'][:_MAX_REASON]}")
         view, secret = heartbeats.view_from_plain(reply["view"]), bytes(reply["secret"])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError, msgpack.UnpackException):
-        raise RendezvousError(f"topology.join: what answers at {where} is no run of macft") from None
+        raise RendezvousError(f"topology.join: what answers at {where} is not a run of macft") from None
     _log.info("joining the run at %s, view %d: %s", where, view.generation, ", ".join(view.names))
     return ElasticRing(config.membership(), Solo(), view, secret=secret, open_listener=config.open_listener)
 
@@ -137,7 +137,7 @@ def member_addresses(target: str, default_port: int) -> list[str]:
     try:
         host, port = split_host(target, default_port)
     except ValueError as error:
-        raise RendezvousError(f"topology.join: {error}, nor the folder of a run that goes on") from None
+        raise RendezvousError(f"topology.join: {error}, nor the folder of an active run") from None
     return [f"{host}:{port + MEMBERSHIP_PORT}"]
 
 

@@ -88,7 +88,7 @@ class Member:
         except (KeyError, TypeError, ValueError, AttributeError):
             is_valid = False
         if not is_valid:
-            raise LaunchError("pairing: the other side does not describe itself properly")
+            raise LaunchError("pairing: the other side does not describe itself correctly")
         return member
 
 
@@ -101,7 +101,7 @@ def this_machine(probe_port: int) -> Member:
     """
     own_links = links.discover()
     if not own_links:
-        raise LaunchError("this machine has no network; plug in a cable, then look at `python -m macft.doctor`")
+        raise LaunchError("this machine has no network; plug in a cable, then run `python -m macft.doctor`")
     keyring, _ = keystore.make(keystore.key_folder())
     return Member(
         keystore.own_name(),
@@ -147,7 +147,7 @@ def networks(members: Sequence[Member]) -> list[list[links.Link]]:
     if not candidates:
         names = ", ".join(member.name for member in members)
         raise LaunchError(
-            f"{names} are in no common network; connect them to one switch or Wi-Fi, or, with cables from Mac to Mac, "
+            f"{names} have no common network; connect them to one switch or Wi-Fi, or, with cables from Mac to Mac, "
             "turn on Thunderbolt Bridge (System Settings > Network) on all of them"
         )
     result: list[list[links.Link]] = []

@@ -54,7 +54,7 @@ class PairingHost:
 
     def __init__(self, code: str, count: int, show: Callable[[str], None]):
         if count < _MIN_MACHINES:
-            raise LaunchError(f"--nodes: {count} machines are no cluster; 2 or more")
+            raise LaunchError(f"--nodes: {count} machines are not a cluster; it needs 2 or more")
         self._code, self._count, self._show = code, count, show
         self._token = secrets.token_bytes(TOKEN_BYTES)
         self._probe = ProbeServer(self._token)
@@ -84,9 +84,9 @@ class PairingHost:
                 except WrongCode as error:
                     wrong_codes += 1
                     _log.warning("wrong code, %d of %d", wrong_codes, _MAX_WRONG_CODES)
-                    self._show(f"somebody came with a wrong code ({wrong_codes} of {_MAX_WRONG_CODES} tries)")
+                    self._show(f"a machine used a wrong code ({wrong_codes} of {_MAX_WRONG_CODES} tries)")
                     if wrong_codes == _MAX_WRONG_CODES:
-                        raise LaunchError("pairing: three wrong codes; begin anew, with a new code") from error
+                        raise LaunchError("pairing: three wrong codes; start again, with a new code") from error
                 except _NotAdmitted as error:
                     _log.warning("not admitted: %s", error)
                     self._show(f"not admitted: {error}")
@@ -106,7 +106,7 @@ class PairingHost:
             connection, _ = self._listener.accept()
         except TimeoutError:
             missing = self._count - 1 - len(guests)
-            raise LaunchError(f"pairing: {missing} more machines did not come within {seconds:g} s") from None
+            raise LaunchError(f"pairing: {missing} more machines did not join within {seconds:g} s") from None
         connection.settimeout(_HANDSHAKE_SECONDS)
         try:
             channel = Channel(connection, self._code, is_host=True)
@@ -210,7 +210,7 @@ def join_pairing(address: str, port: int, code: str, show: Callable[[str], None]
     hosts, ssh, python = (_texts(message, key) for key in ("hosts", "ssh", "python"))
     topology = TopologyConfig(kind="ssh", hosts=hosts, ssh=ssh, python=python)
     if lines := problems(topology):
-        raise LaunchError(f"pairing: the other side sent no proper cluster: {lines[0]}")
+        raise LaunchError(f"pairing: the other side sent no valid cluster: {lines[0]}")
     keys = message.get("keys", {})
     if not isinstance(keys, dict):
         raise LaunchError(_PROTOCOL_ERROR)

@@ -114,7 +114,7 @@ def join_rendezvous(config: RankConfig, ring_address: str, ring_key: bytes = b""
     }
     if keyring is not None:
         message["key"] = ring_key
-    problem = no_answer = "nobody answers"
+    problem = no_answer = "no answer"
     deadline = time.monotonic() + config.timeout + _REPLY_SECONDS
     with zmq.Context() as context, RendezvousClient(context, server, keyring, msgpack.packb(message)) as client:
         while (data := client.receive(deadline)) is not None:

@@ -66,7 +66,7 @@ def needs_keys(topology: TopologyConfig, collective: CollectiveConfig) -> bool:
     is_needed = collective.encryption == "on" or (collective.encryption == "auto" and not _is_loopback(topology))
     if is_needed and collective.backend != "ring":
         raise ConfigError(
-            f"collective.backend: {collective.backend} knows no encryption; use collective=ring, or, on cables that "
+            f"collective.backend: {collective.backend} has no encryption; use collective=ring, or, on cables that "
             "nobody else can reach, collective.encryption=off"
         )
     return is_needed
@@ -145,7 +145,7 @@ def trust(folder: Path, name: str, key: str) -> None:
             raise ConfigError(f"{key}: this is this machine's own key; type the line on the other machine")
         if known.trusted.get(name, bytes.fromhex(key)) != bytes.fromhex(key):
             raise ConfigError(
-                f"{name} is trusted with another key; if it has been set up anew, run "
+                f"{name} is trusted with another key; if it has been set up again, run "
                 f"`python -m macft.keys forget {name}` first"
             )
         _write_trusted(folder, {**known.trusted, name: bytes.fromhex(key)})

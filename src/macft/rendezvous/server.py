@@ -112,7 +112,7 @@ class RendezvousServer:
         """Waits until all ranks have met. Raises RendezvousError with the reason if they did not."""
         self._ended.wait()
         if self._roster is None:
-            raise self._error or RendezvousError(f"rendezvous at {self.address}: closed before all ranks came")
+            raise self._error or RendezvousError(f"rendezvous at {self.address}: closed before all ranks arrived")
         return self._roster
 
     def close(self) -> None:
@@ -188,12 +188,12 @@ class RendezvousServer:
         if type(rank) is not int or not 0 <= rank < self._world_size:
             return f"{who} is not one of ranks 0 to {self._world_size - 1}"
         if not (is_text(name) and is_address(address)):
-            return f"{who} gave no proper name and address"
+            return f"{who} sent no valid name and address"
         if self._is_encrypted and not is_key(message.get("key")):
-            return f"{who} gave no proper key of its ring"
+            return f"{who} sent no valid key of its ring"
         if rank in self._arrivals and self._send(self._arrivals[rank].routing_id, {"waiting": ""}):
             other = self._arrivals[rank].address
-            return f"{who} came twice, from {other} and {address}; give each node a rank of its own"
+            return f"{who} arrived twice, from {other} and {address}; give each node a rank of its own"
         return ""
 
     def _missing_ranks(self) -> str:
@@ -203,7 +203,7 @@ class RendezvousServer:
         trusted = ", and is this machine's key trusted there" if self._is_encrypted else ""
         hint = f"is macft running there, {'' if trusted else 'and '}is the port open{trusted}?"
         return (
-            f"{ranks} {', '.join(known)} did not come within {self._timeout:g} s; {'; '.join(self._refusals) or hint}"
+            f"{ranks} {', '.join(known)} did not arrive within {self._timeout:g} s; {'; '.join(self._refusals) or hint}"
         )
 
     def _refuse_all(self, reason: str, routing_id: bytes | None = None) -> None:

@@ -54,13 +54,13 @@ class RendezvousSocket:
         for refused in [] if self._gate is None else list(self._gate.refused):
             key = refused.key.hex()
             lines[refused] = (
-                f"{refused.address} came with a key that is not trusted here; if `python -m macft.keys show` prints "
+                f"{refused.address} used a key that is not trusted here; if `python -m macft.keys show` prints "
                 f"{key} there, run `python -m macft.keys trust NAME {key}` here"
             )
         while self._monitor.poll(0):
             if recv_monitor_message(self._monitor)["value"] == _OTHER_MECHANISM:
                 how = "encrypted" if self._gate is None else "unencrypted"
-                line = f"a node came {how}, unlike this one; is collective.encryption the same on all nodes?"
+                line = f"a node connected {how}, unlike this one; is collective.encryption the same on all nodes?"
                 lines[line] = line
         new_lines = [line for reason, line in lines.items() if reason not in self._reported]
         self._reported |= lines.keys()
@@ -166,11 +166,11 @@ class RendezvousClient:
         self._mechanism = self._mechanism or _mechanism(self._address)
         if self._mechanism == ("CURVE" if keyring is None else "NULL"):
             how = ("encrypts", "does not") if keyring is None else ("does not encrypt", "does")
-            raise self._error(f"it {how[0]}, this node {how[1]}; set collective.encryption alike on all nodes")
+            raise self._error(f"it {how[0]}, this node {how[1]}; use the same collective.encryption on all nodes")
         if keyring is not None and self._mechanism and all(self._failures[c.sock] >= _TRIES for c in self._connections):
             known = ", ".join(keyring.trusted) or "nobody yet"
             fix = "run `python -m macft.keys show` there and type here the line that it prints"
-            raise self._error(f"its key is none that is trusted here ({known}); {fix}")
+            raise self._error(f"its key is not trusted here ({known}); {fix}")
 
     def _error(self, text: str) -> RendezvousError:
         return RendezvousError(f"rendezvous at {self._address}: {text}")

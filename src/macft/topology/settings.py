@@ -118,10 +118,10 @@ def problems(config: TopologyConfig) -> list[str]:
             lines.append("topology.hosts: list two or more addresses, for instance [192.168.0.1,192.168.0.2]")
         if config.rank is not None and not 0 <= config.rank < len(config.hosts):
             lines.append(
-                f"topology.rank: {config.rank} is not a place in topology.hosts (0 to {len(config.hosts) - 1})"
+                f"topology.rank: {config.rank} is not an index of topology.hosts (0 to {len(config.hosts) - 1})"
             )
         if len(set(config.hosts)) != len(config.hosts):
-            lines.append("topology.hosts: an address stands twice")
+            lines.append("topology.hosts: an address is listed twice")
     elif config.hosts:
         lines.append(f"topology.hosts: only topology=hosts and topology=ssh use them, this is topology={config.kind}")
     lines += _share_problems(config)
@@ -194,7 +194,7 @@ def _ssh_problems(config: TopologyConfig) -> list[str]:
         return ["topology.ship: only topology=ssh sends anything"] if config.ship else []
     if config.ssh and len(config.ssh) != len(config.hosts):
         lines.append(
-            f"topology.ssh: {len(config.ssh)} places for {len(config.hosts)} hosts; list one for each, or none"
+            f"topology.ssh: {len(config.ssh)} destinations for {len(config.hosts)} hosts; list one for each, or none"
         )
     if len(config.python) not in (1, len(config.hosts)):
         lines.append(f"topology.python: {len(config.python)} of them; list one for all hosts, or one for each")
