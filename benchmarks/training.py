@@ -104,13 +104,25 @@ def texts(records: list[dict[str, Any]], tokenizer: Any, least: int, most: int, 
     return found
 
 
+def execution_of(model: Any, **training: Any) -> Any:
+    """How this machine computes ``model``; ``training`` are arguments of resolve()."""
+    from macft.device.kind import Device
+    from macft.model.execution import resolve
+    from macft.model.load import weight_format_of
+    from macft.model.packing import may_pack
+    from macft.model.settings import ModelConfig
+
+    config = ModelConfig(precision="checkpoint", quantization="keep")
+    return resolve(config, weight_format_of(model), Device.default(), can_pack=may_pack(model), **training)
+
+
 def held_out_loss(loaded: Any, case: str) -> float:
     """Mean loss of the target tokens of rows that no trainer has seen, in nats."""
     from macft.collective.solo import Solo
     from macft.data.formats import tokenize
     from macft.data.settings import SourceConfig
     from macft.data.sources import read_source
-    from macft.model.backends.choose import execution_of, make_backend
+    from macft.model.backends.choose import make_backend
     from macft.parallel.shares import DataShard
     from macft.training.loss import TokenLoss
     from macft.training.validation import validation_loss
@@ -138,16 +150,15 @@ def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from macft.collective.solo import Solo
     from macft.data.formats import tokenize
     from macft.data.order import RowOrder
-    from macft.device.mlx_device import on_cpu
     from macft.model.adapt import adapt
     from macft.model.adapter_settings import AdapterConfig
-    from macft.model.backends.choose import execution_of, make_backend
+    from macft.model.backends.choose import make_backend
     from macft.report.events import Event, NullReporter, StepDone
     from macft.training.assembly import make_trainer
     from macft.training.gradient import GradientComputer
     from macft.training.gradient_reducer import GradientReducer
     from macft.training.optimizer import make_optimizer
-    from macft.training.settings import OptimizerConfig, TrainingConfig, compiles
+    from macft.training.settings import OptimizerConfig, TrainingConfig
     from macft.training.state import TrainState
 
     times: list[float] = []
@@ -164,9 +175,7 @@ def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     rows = [tokenize(record, loaded.tokenizer, mask_prompt=case == "sql") for record in records]
     adaptation = adapt(loaded.model, AdapterConfig(rank=RANK, scale=SCALE, num_layers=NUM_LAYERS), seed=0)
     optimizer_config = OptimizerConfig(name="adam", learning_rate=LEARNING_RATE, schedule="constant")
-    execution = execution_of(
-        loaded.model, packs=options.packing != "false", compiled=compiles(options.compile, cpu=on_cpu())
-    )
+    execution = execution_of(loaded.model, packing=options.packing, compile=options.compile)
     backend = make_backend(execution)
     with tempfile.TemporaryDirectory() as folder, backend.installed(loaded.model):
         compute = GradientComputer(loaded.model, backend, execution, adaptation.dropout_keys, seed=0)

@@ -28,7 +28,7 @@ from macft.training.batch_layout import BatchLayout
 from macft.training.gradient import GradientComputer, LocalGradient
 from macft.training.loss import target_positions
 from macft.training.optimizer import OptimizerStep, make_optimizer
-from macft.training.settings import OptimizerConfig, TrainingConfig, compiles, problems
+from macft.training.settings import OptimizerConfig, TrainingConfig, problems
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None and mx.default_device() == mx.cpu, reason="on a CPU MLX compiles with g++"
@@ -159,7 +159,7 @@ def test_the_plan_counts_what_a_compiled_step_computes() -> None:
     generator = np.random.default_rng(5)
     rows = [Row(np.ones(n, np.int32), int(generator.integers(0, n - 1))) for n in generator.integers(4, 300, 24)]
     step = StepRows(rows, np.arange(24))
-    planned = step.parts(8, BatchLayout(compiled=True))
+    planned = step.device_batches(8, BatchLayout(compiled=True))
     for batch, part in zip(micro_batches(rows, step.ids, 8), planned, strict=True):
         ((shape, positions),) = shapes_of([batch], coarse=True)
         assert ((part.rows, part.length + 1), (part.targets,)) == (shape, positions)
@@ -177,13 +177,6 @@ def test_coarse_sizes_waste_little(length: int, share: float, rows: int) -> None
 def test_there_are_few_coarse_sizes() -> None:
     assert len({coarse_length(length) for length in range(1, 2050)}) == 20
     assert len({coarse_targets(count, 4 * 1024) for count in range(4097)}) == 8
-
-
-def test_who_compiles() -> None:
-    assert compiles("auto", cpu=False)
-    assert not compiles("auto", cpu=True)
-    assert compiles("true", cpu=True)
-    assert not compiles("false", cpu=False)
 
 
 def test_a_word_that_is_none_is_named() -> None:

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
 
     from macft.device.mlx_device import prepare_device
     from macft.evaluation.chat import Chat, Sampling
-    from macft.model.backends.choose import execution_of, make_backend
+    from macft.model.backends.choose import make_backend
 
     sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in fields(Sampling)})
     if found := sampling.problems():
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
         system_prompt=arguments.system_prompt,
         template=not arguments.ignore_chat_template,
     )
-    with make_backend(execution_of(loaded.model, packs=False)).installed(loaded.model):
+    with make_backend(loaded.execution.padded()).installed(loaded.model):
         if prompt is not None:
             _answer(chat, prompt, verbose=arguments.verbose)
         else:

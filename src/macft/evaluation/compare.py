@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.nn as nn
-
 from macft.collective.solo import Solo
 from macft.data.formats import Row
 from macft.data.sources import Record
 from macft.evaluation.answers import Scored, score_answers
 from macft.evaluation.metrics import Metric
 from macft.evaluation.record import expected_text, question_text
-from macft.model.backends.choose import execution_of, make_backend
+from macft.model.backends.choose import make_backend
+from macft.model.confirm import confirm
+from macft.model.load import LoadedModel
 from macft.parallel.shares import DataShard
 from macft.training.loss import TokenLoss
 from macft.training.validation import validation_loss
@@ -38,26 +38,25 @@ class Result:
 
     def numbers(self) -> dict[str, float]:
         """Loss, perplexity and, if there is a metric, the share of right answers."""
-        found = {"loss": self.loss, "perplexity": self.perplexity}
-        return found | ({"metric": self.scored.value} if self.scored else {})
+        values = {"loss": self.loss, "perplexity": self.perplexity}
+        return values | ({"metric": self.scored.value} if self.scored else {})
 
 
 def evaluate(
-    model: nn.Module,
-    tokenizer: Any,
+    loaded: LoadedModel,
     rows: Sequence[Row],
     records: Sequence[Record],
     metric: Metric | None,
     *,
     max_tokens: int,
-    rows_at_once: int,
     progress: Progress,
 ) -> Result:
     """Loss over ``rows``, and with a ``metric`` the score of greedy answers to their ``records``.
 
-    ``progress`` is told (what, done, total).
+    Computed as ``loaded.execution`` says. ``progress`` is called with (what, done, total).
     """
-    execution = execution_of(model, micro_batch_size=rows_at_once)
+    model = loaded.model
+    execution, _ = confirm(loaded.execution, loaded)
     backend = make_backend(execution)
     with Solo() as alone, backend.installed(model):
         validation = validation_loss(
@@ -73,7 +72,7 @@ def evaluate(
         if metric is not None:
             scored = score_answers(
                 model,
-                tokenizer,
+                loaded.tokenizer,
                 records,
                 metric,
                 alone,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from macft.checkpoint.saver import CheckpointSaver
@@ -13,16 +13,16 @@ from macft.checkpoint.store import CheckpointStore
 from macft.collective.base import Collective
 from macft.collective.elastic import ElasticCollective
 from macft.collective.newest import find_newest
+from macft.config.execution import requires_packing, with_execution
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain
 from macft.data.load import LoadedData, chosen_rows, read, tokenize_all
 from macft.data.order import RowOrder
-from macft.device.mlx_device import on_cpu, prepare_device
-from macft.errors import ConfigError
+from macft.device.mlx_device import prepare_device
 from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_files import load_adapter_weights
-from macft.model.backends.choose import execution_of, make_backend
-from macft.model.execution import Execution
+from macft.model.backends.choose import make_backend
+from macft.model.confirm import confirm
 from macft.model.load import LoadedModel, load, load_tokenizer
 from macft.model.resolve import resolve
 from macft.parallel.balance import ShareBalancer
@@ -37,7 +37,6 @@ from macft.training.gradient import GradientComputer
 from macft.training.gradient_reducer import GradientReducer
 from macft.training.loop import Trainer
 from macft.training.optimizer import make_optimizer
-from macft.training.settings import TrainingConfig, compiles
 from macft.training.state import TrainState
 from macft.training.stop import StopRequest
 
@@ -60,7 +59,7 @@ class Run:
     throttle: ThermalThrottle | None
     reporter: Reporter
     trainer: Trainer
-    # The backend's operations on the model; closing it takes them back.
+    # The backend's operations on the model; closing it removes them.
     installed: ExitStack
     notes: list[str]
 
@@ -102,13 +101,15 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
 
     device = prepare_device()
     log.info("planning memory")
-    training, plan_notes = preflight(
+    execution, plan_notes = preflight(
         config, model_folder, data.train.rows, order, collective, world_size=planned_world_size(collective)
     )
-    config = replace(config, training=training)
+    config = with_execution(config, execution)
+    training = config.training
 
     log.info("loading %s on %s", model_folder, device)
-    loaded = load(config.model, model_folder, tokenizer)
+    loaded = load(config.model, model_folder, execution, tokenizer)
+    execution, revisions = confirm(execution, loaded, packing_required=requires_packing(config))
     adaptation = adapt(loaded.model, config.adapter, seed=config.seed)
     if config.adapter.init_from is not None and collective.rank == 0:
         load_adapter_weights(Path(config.adapter.init_from).expanduser(), loaded.model)
@@ -138,7 +139,6 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         throttle = ThermalThrottle(config.thermal, rank=collective.rank, stop=lambda: stop.requested)
     has_own_disk = config.topology.kind in ("hosts", "ssh")
     saver = CheckpointSaver(store, writers=training.replicas if has_own_disk else 1)
-    execution = _execution(training, loaded, dropout=adaptation.dropout_keys.in_use)
     backend = make_backend(execution)
     installed = ExitStack()
     installed.enter_context(backend.installed(loaded.model))
@@ -180,23 +180,8 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         reporter=reporter,
         trainer=trainer,
         installed=installed,
-        notes=[*loaded.notes, *plan_notes, *data.notes, *state_notes],
+        notes=[*loaded.notes, *plan_notes, *revisions, *data.notes, *state_notes],
     )
-
-
-def _execution(training: TrainingConfig, loaded: LoadedModel, *, dropout: bool) -> Execution:
-    execution = execution_of(
-        loaded.model,
-        packs=training.packing.lower() != "false",
-        dropout=dropout,
-        compiled=compiles(training.compile, cpu=on_cpu()),
-        recompute="blocks" if training.grad_checkpoint else "none",
-        loss_chunk=training.loss_chunk,
-        micro_batch_size=training.micro_batch_size,
-    )
-    if training.packing.lower() == "true" and not execution.packing:
-        raise ConfigError("training.packing: this model's attention can't take packed rows; use auto or false")
-    return execution
 
 
 def planned_world_size(collective: Collective) -> int:

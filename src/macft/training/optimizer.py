@@ -16,22 +16,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from macft.device.mlx_device import start
 from macft.errors import ConfigError
 from macft.model.parameter_refs import ParameterRefs
+from macft.training.optimizer_table import OPTIMIZERS
 from macft.training.settings import OptimizerConfig
 
-_CLASSES = {
-    "adamw": optim.AdamW,
-    "adam": optim.Adam,
-    "adamax": optim.Adamax,
-    "lion": optim.Lion,
-    "muon": optim.Muon,
-    "sgd": optim.SGD,
-    "adafactor": optim.Adafactor,
-    "rmsprop": optim.RMSprop,
-    "adagrad": optim.Adagrad,
-}
-
-_ELEMENT_BY_ELEMENT = (optim.Adam, optim.Adamax, optim.Lion, optim.SGD, optim.RMSprop, optim.Adagrad)
-"""Optimizers that do not depend on a parameter's shape; AdamW is a subclass of Adam."""
+_BY_ELEMENT = {info.mlx_class for info in OPTIMIZERS.values() if info.by_element}
 _LARGE = 1 << 18
 
 
@@ -55,17 +43,13 @@ def make_optimizer(config: OptimizerConfig) -> optim.Optimizer:
     Raises:
         ConfigError: ``optimizer.arguments`` names an argument this optimizer doesn't take.
     """
-    arguments: dict[str, Any] = dict(config.arguments)
-    if config.name in ("adamw", "lion", "muon", "sgd", "adafactor"):
+    info = OPTIMIZERS[config.name]
+    arguments: dict[str, Any] = dict(info.defaults) | dict(config.arguments)
+    if info.weight_decay:
         arguments["weight_decay"] = config.weight_decay
-    if config.name in ("adam", "adamw"):
-        # The papers' bias correction, which MLX leaves off by default: without it the first steps are far too long.
-        arguments.setdefault("bias_correction", True)
-    if config.name == "adafactor":
-        # The learning rate comes from the schedule, as for the others.
-        arguments = {"relative_step": False, "scale_parameter": False} | arguments
     try:
-        return _CLASSES[config.name](learning_rate=config.learning_rate, **arguments)
+        optimizer: optim.Optimizer = getattr(optim, info.mlx_class)(learning_rate=config.learning_rate, **arguments)
+        return optimizer
     except TypeError as error:
         raise ConfigError(f"optimizer.arguments: {config.name} takes no such argument ({error})") from error
 
@@ -175,8 +159,9 @@ class OptimizerStep:
     ) -> tuple[dict[str, mx.array], OptimizerState]:
         """The parameters and the optimizer's state after an update."""
         optimizer = self._optimizer
-        by_element = isinstance(optimizer, _ELEMENT_BY_ELEMENT)
-        groups = _groups(parameters) if by_element else {name: [name] for name in parameters}
+        groups = (
+            _groups(parameters) if type(optimizer).__name__ in _BY_ELEMENT else {name: [name] for name in parameters}
+        )
         optimizer.state = state
         scaled = [
             (key, (_joined(gradient, names) * scale).astype(parameters[names[0]].dtype))

@@ -17,7 +17,7 @@ from macft.model.backends.cpu.attention import fast_attention
 from macft.model.backends.cpu.cross_entropy import blockwise_cross_entropy
 from macft.model.backends.cpu.eager import EagerLayers, detached
 from macft.model.backends.mlx.backend import MlxBackend
-from macft.model.backends.mlx.cross_entropy import chunk_size, chunked_cross_entropy, whole_cross_entropy
+from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy, whole_cross_entropy
 from macft.model.execution import Execution
 from macft.model.head import Head
 from macft.model.module_classes import replaced_functions
@@ -68,18 +68,18 @@ class CpuBackend:
         """See :class:`~macft.model.backends.base.Backend`."""
         is_frozen = head is not None and head.is_frozen
         matrix = head.matrix if head is not None and is_frozen else None
-        wanted = self._execution.loss_chunk
+        execution = self._execution
 
         def loss(hidden: mx.array, targets: mx.array, weights: mx.array, *, with_gradient: bool) -> mx.array:
             if head is None:
                 return whole_cross_entropy(hidden, targets, weights)
             if matrix is not None and hidden.dtype == mx.float32:
                 return blockwise_cross_entropy(
-                    matrix, hidden, targets, weights, chunk=wanted, with_gradient=with_gradient
+                    matrix, hidden, targets, weights, chunk=execution.loss_chunk, with_gradient=with_gradient
                 )
             if not (with_gradient and is_frozen):
                 return whole_cross_entropy(head(hidden[None])[0], targets, weights)
-            chunk = chunk_size(head(hidden[:1][None]).shape[-1], wanted, device="cpu")
+            chunk = execution.loss_chunk_for(head(hidden[:1][None]).shape[-1])
             return chunked_cross_entropy(
                 head, hidden, targets, weights, chunk=chunk, exponentials=softmax_parts, detached=detached
             )

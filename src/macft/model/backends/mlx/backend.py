@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from macft.model.backends.base import CrossEntropy, Loss, LossAndGradient
 from macft.model.backends.mlx.attention import row_attention
 from macft.model.backends.mlx.checkpoint import checkpointed_blocks
-from macft.model.backends.mlx.cross_entropy import chunk_size, chunked_cross_entropy, whole_cross_entropy
+from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy, whole_cross_entropy
 from macft.model.execution import Execution
 from macft.model.head import Head
 from macft.model.module_classes import replaced_functions
@@ -43,7 +43,7 @@ class MlxBackend:
         """See :class:`~macft.model.backends.base.Backend`."""
 
         is_frozen = head is not None and head.is_frozen
-        wanted, device = self._execution.loss_chunk, self._execution.device
+        execution = self._execution
 
         def loss(hidden: mx.array, targets: mx.array, weights: mx.array, *, with_gradient: bool) -> mx.array:
             if head is None:
@@ -51,7 +51,7 @@ class MlxBackend:
             if not (with_gradient and is_frozen):
                 return whole_cross_entropy(head(hidden[None])[0], targets, weights)
             vocabulary = head(hidden[:1][None]).shape[-1]
-            chunk = chunk_size(vocabulary, wanted, device=device)
+            chunk = execution.loss_chunk_for(vocabulary)
             return chunked_cross_entropy(head, hidden, targets, weights, chunk=chunk)
 
         return loss

@@ -17,16 +17,6 @@ from macft.model.backends.operation import operation
 Exponentials = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 """Logits (n, V) float32 and their maxima (n, 1) to exp(logits - maxima) (n, V) and the sums of those (n, 1)."""
 
-_LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**21, 2**25
-"""Most logits in a chunk of automatic size, unless 64 targets have more: MLX holds about 12 arrays of that size."""
-
-
-def chunk_size(vocabulary: int, wanted: int | None, *, device: str) -> int:
-    """Target positions in a chunk: ``wanted``, or for None as many as are fast on ``device``, at least 64."""
-    if wanted is not None:
-        return wanted
-    return max(64, (_LOGITS_ON_CPU if device == "cpu" else _LOGITS_ON_GPU) // vocabulary)
-
 
 def whole_cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
     """``sum(weights * cross_entropy(logits, targets))``, float32, of ``logits`` (N, V)."""
