@@ -1,12 +1,13 @@
-"""``python -m macft.bench``: how fast the ranks of a topology add up arrays, in a table like that of nccl-tests.
+"""``python -m macft.bench``: measures all-reduce between the ranks of a topology, in a table like that of nccl-tests.
 
     python -m macft.bench                                           two processes on this machine
     python -m macft.bench topology=local topology.nodes=4 --peers mlx --limits
-    python -m macft.bench topology=hosts topology.hosts=[192.168.0.1,192.168.0.2] --link 40gbit     typed on each Mac
+    python -m macft.bench topology=hosts topology.hosts=[192.168.0.1,192.168.0.2] --link 40gbit     run on each Mac
     python -m macft.bench collective=mlx                            MLX's own communication instead of macft's ring
 
-Overrides are those of macft.train; topology and collective count here. Sizes are bytes of float32, times those of the
-slowest rank. algbw is size over time; busbw is 2(n-1)/n of it: what each link carries, whatever the number of ranks.
+Overrides are those of macft.train; topology and collective are used here. Sizes are bytes of float32 data, times are
+those of the slowest rank. algbw is size divided by time; busbw is 2(n-1)/n of it, the rate on each link, which does
+not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
+from macft.cli.parser import Parser, program_name
+from macft.cli.run_command import run_command
 from macft.collective_bench.here import measure_here
 from macft.collective_bench.lane import Lane, LaneFailed
 from macft.collective_bench.limits import link_speed, memory_copy
@@ -38,7 +41,7 @@ from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_typed
 from macft.config.yaml import fingerprint
-from macft.errors import CollectiveError, ConfigError, MacftError
+from macft.errors import CollectiveError, ConfigError
 from macft.rendezvous.connect import connect
 from macft.rendezvous.keystore import keyring_for
 from macft.rendezvous.rendezvous import RendezvousServer
@@ -48,42 +51,41 @@ from macft.topology.settings import host_paths, split_host
 SIZES = "4K,16K,64K,256K,1M,4M,16M,64M"
 PEERS = ("mlx", "gloo", "mpi", "tcp")
 _TCP_PORTS_ON = 3
-"""The raw copy's port, counted from the topology's: the ones before are the rendezvous', the ring's and MLX's."""
+"""Offset of the raw copy's port from the topology's; the ports before are used by rendezvous, ring and MLX."""
 
 
-def main() -> int:
-    """Measures and prints; returns the exit status."""
-    try:
-        options = _options(sys.argv[1:])
-        config = _compose(options.overrides)
-        found, rank = (
-            _measure_hosts(options, config) if config.topology.kind == "hosts" else _measure_local(options, config)
-        )
-        if rank == 0:
-            _report(options, config, found)
-    except MacftError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+def main(argv: Sequence[str]) -> None:
+    """Measures, and prints the tables on rank 0.
+
+    Raises:
+        MacftError: The arguments are wrong, or a rank failed.
+    """
+    options = _options(argv)
+    config = _compose(options.overrides)
+    measured, rank = (
+        _measure_hosts(options, config) if config.topology.kind == "hosts" else _measure_local(options, config)
+    )
+    if rank == 0:
+        _report(options, config, measured)
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m macft.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", help="as of macft.train: topology=local topology.nodes=4")
+    parser = Parser(program_name("bench"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="the same as for macft.train: topology=local topology.nodes=4")
     parser.add_argument("--sizes", default=SIZES, help="bytes of the arrays (%(default)s)")
     parser.add_argument("--turns", type=int, default=9, help="turns at each size (%(default)s)")
-    parser.add_argument("--peers", default="", help=f"to compare with, by turns: {', '.join(PEERS)}")
+    parser.add_argument("--peers", default="", help=f"compare with these, taking turns: {', '.join(PEERS)}")
     parser.add_argument(
         "--peer-python", default=sys.executable, help="interpreter that has torch or mpi4py, NumPy, platformdirs"
     )
     parser.add_argument("--limits", action="store_true", help="also measure the bare TCP copy and copying memory")
-    parser.add_argument("--link", default="", help="the links' speed (1gbit); otherwise as the system states it")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds after which a peer hangs (%(default)s)")
+    parser.add_argument("--link", default="", help="speed of the links (1gbit); by default what the system reports")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=60.0,
+        help="seconds without an answer after which a peer has failed (%(default)s)",
+    )
     parser.add_argument("--json", type=Path, help="file for all results")
     parser.add_argument("--plot", type=Path, help="file for a plot: .png, .svg or .pdf (needs matplotlib)")
     options = parser.parse_intermixed_args(arguments)
@@ -110,12 +112,12 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _compose(overrides: Sequence[str]) -> TrainConfig:
-    """The configuration that macft.train would have; by default two local ranks."""
+    """The configuration that macft.train would use; by default of two local ranks."""
     given = list(overrides)
     if not any(text.startswith("topology=") for text in given):
         given.insert(0, "topology=local")
     if not any(text.startswith("training.batch_size=") for text in given):
-        given.append("training.batch_size=4096")  # nothing is trained here, so any number of nodes will do
+        given.append("training.batch_size=4096")  # unused here, and large enough for any number of nodes
     command = prepare(given)
     with initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
         config = to_typed(compose("train", overrides=command.argv))
@@ -141,10 +143,10 @@ def _measure_local(options: argparse.Namespace, config: TrainConfig) -> tuple[li
                 continue
             lanes.append(stack.enter_context(lane))
         with console.status("measuring") as status:
-            found = measure(lanes, options.sizes, options.turns, lambda row: status.update(_done(row)))
-    if found[-1][0].failure:
-        raise LaneFailed(found[-1][0].failure)
-    return found, 0
+            measured = measure(lanes, options.sizes, options.turns, lambda row: status.update(_done(row)))
+    if measured[-1][0].failure:
+        raise LaneFailed(measured[-1][0].failure)
+    return measured, 0
 
 
 def _measure_hosts(options: argparse.Namespace, config: TrainConfig) -> tuple[list[list[Measured]], int]:
@@ -158,7 +160,7 @@ def _measure_hosts(options: argparse.Namespace, config: TrainConfig) -> tuple[li
     host, port = places[rank]
     run_id = f"bench:{','.join(topology.hosts)}"
     keyring = keyring_for(topology, config.collective)
-    # What is to be measured must be alike on all hosts as well.
+    # The measurements, too, must be the same on all hosts.
     marks = json.dumps([fingerprint(config), options.sizes, options.turns, options.peers])
     with ExitStack() as stack:
         if rank == 0:
@@ -199,9 +201,11 @@ def _measure_hosts(options: argparse.Namespace, config: TrainConfig) -> tuple[li
                 raise CollectiveError(f"--peers=tcp: rank {rank} of {', '.join(addresses)}: {error}") from None
             stack.callback(sides["tcp"].close)
         with Console().status("measuring") as status:
-            found = measure_here(sides, collective, options.sizes, options.turns, lambda row: status.update(_done(row)))
+            measured = measure_here(
+                sides, collective, options.sizes, options.turns, lambda row: status.update(_done(row))
+            )
         options.speed = options.speed or _slowest_link(collective.all_gather(json.dumps(link_speed(host)).encode()))
-    return found, rank
+    return measured, rank
 
 
 def _done(row: Sequence[Measured]) -> str:
@@ -214,16 +218,16 @@ def _slowest_link(stated: Sequence[bytes]) -> float | None:
     return min(known) if len(known) == len(speeds) else None
 
 
-def _report(options: argparse.Namespace, config: TrainConfig, found: list[list[Measured]]) -> None:
+def _report(options: argparse.Namespace, config: TrainConfig, measured: list[list[Measured]]) -> None:
     console = Console()
-    for table in build(found, options.speed):
+    for table in build(measured, options.speed):
         console.print(table)
-    lines = summary(found, options.speed)
+    lines = summary(measured, options.speed)
     memory = memory_copy() if options.limits else None
     if memory:
         lines.append(f"memory copy, one thread: {speed_text(memory)} GB/s")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
-    ranks = found[0][0].ranks
+    ranks = measured[0][0].ranks
     if options.json:
         result: dict[str, Any] = {
             "ranks": ranks,
@@ -231,10 +235,10 @@ def _report(options: argparse.Namespace, config: TrainConfig, found: list[list[M
             "link": options.speed,
             "memory_copy": memory,
         }
-        options.json.write_text(json.dumps({**result, "results": to_plain(found)}, indent=1) + "\n")
+        options.json.write_text(json.dumps({**result, "results": to_plain(measured)}, indent=1) + "\n")
     if options.plot:
-        plot(found, options.plot, f"All-reduce, {ranks} ranks, topology={config.topology.kind}", options.speed)
+        plot(measured, options.plot, f"All-reduce, {ranks} ranks, topology={config.topology.kind}", options.speed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

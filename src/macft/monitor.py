@@ -1,8 +1,7 @@
-"""``python -m macft.monitor RUN_FOLDER``: a running cluster, live, out of the run's own files."""
+"""``python -m macft.monitor RUN_FOLDER``: shows a run live, from its metrics file."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -17,57 +16,67 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from macft.cli.parser import Parser, command_parser
+from macft.cli.run_command import run_command
+from macft.errors import ConfigError
 from macft.report.run_folder import RunFolder
 
 _STATES = ("nominal", "moderate", "heavy", "trapping", "sleeping")
-# A run's whole file may be large; what is shown stands in its last lines.
+# Bytes read from each end of the file, which may be large: its first lines describe the run, the last its state.
 _HEAD_BYTES, _TAIL_BYTES = 1 << 18, 1 << 18
 _STEPS_AVERAGED = 20
 _REFRESH_SECONDS = 1.0
 _LINES = 4
-# No step for this many step times: something is wrong, or an evaluation runs.
+# Times the mean duration of a step without a new step, after which the headline says so.
 _LATE_STEPS = 5.0
 
 
 @dataclass
 class RunView:
-    """What the metrics file tells: the start, the newest steps, validation, the newest remarks, the end."""
+    """The state of a run as its metrics file gives it: start, newest steps, validation, newest messages, end."""
 
     started: Mapping[str, Any] = field(default_factory=dict)
     steps: list[Mapping[str, Any]] = field(default_factory=list)
     valid_loss: float | None = None
-    remarks: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
     ended: Mapping[str, Any] = field(default_factory=dict)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Shows the run until it ends or Ctrl-C is pressed; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m macft.monitor", description="Shows a run of macft live.")
-    parser.add_argument("run_folder", type=Path, help="the folder that the run printed as its own")
-    parser.add_argument("--once", action="store_true", help="print the state once and end")
-    options = parser.parse_args(argv)
+def main(argv: Sequence[str]) -> None:
+    """Shows the run until it ends or Ctrl-C is pressed.
+
+    Raises:
+        ConfigError: The arguments are wrong, or the folder has no metrics file.
+    """
+    options = _parser().parse_args(argv)
     path = RunFolder(options.run_folder).metrics
     if not path.is_file():
-        print(f"error: {path} does not exist; give the folder of a run with report.metrics_file=true", file=sys.stderr)
-        return 2
+        raise ConfigError(f"{path} does not exist; give the folder of a run with report.metrics_file=true")
     console = Console(highlight=False)
     if options.once:
         console.print(render(read(path), now=time.time()))
-        return 0
+        return
     try:
         with Live(console=console, auto_refresh=False) as live:
             while True:
                 view = read(path)
                 live.update(render(view, now=time.time()), refresh=True)
                 if view.ended:
-                    return 0
+                    return
                 time.sleep(_REFRESH_SECONDS)
     except KeyboardInterrupt:
-        return 0
+        return  # the usual way to leave it
+
+
+def _parser() -> Parser:
+    parser = command_parser("monitor")
+    parser.add_argument("run_folder", type=Path, help="the folder of the run, as it printed it at its start")
+    parser.add_argument("--once", action="store_true", help="print the state once and exit")
+    return parser
 
 
 def read(path: Path) -> RunView:
-    """Reads the start and the end of a metrics file; lines that are torn or of another kind are passed over."""
+    """Reads the start and the end of a metrics file; incomplete and unknown lines are skipped."""
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
         size = file.seek(0, 2)
@@ -80,11 +89,11 @@ def read(path: Path) -> RunView:
         except (ValueError, RecursionError):
             continue
         if isinstance(event, dict):
-            _take(view, event)
+            _add_event(view, event)
     return view
 
 
-def _take(view: RunView, event: Mapping[str, Any]) -> None:
+def _add_event(view: RunView, event: Mapping[str, Any]) -> None:
     kind = event.get("type")
     if kind == "run_started":
         view.started, view.ended = event, {}
@@ -93,17 +102,17 @@ def _take(view: RunView, event: Mapping[str, Any]) -> None:
     elif kind == "evaluated":
         view.valid_loss = _number(event.get("loss"))
     elif kind == "noted":
-        view.remarks = [*view.remarks[1 - _LINES :], str(event.get("text", ""))[:300]]
+        view.messages = [*view.messages[1 - _LINES :], str(event.get("text", ""))[:300]]
     elif kind == "run_ended":
         view.ended = event
 
 
 def render(view: RunView, *, now: float) -> Group:
-    """The view as something rich can print; ``now`` in seconds since 1970."""
+    """The view as a rich renderable; ``now`` is the time in seconds since 1970."""
     if not view.steps:
         return Group(Text(f"{view.started.get('model', 'The run')}: no step yet"))
     parts: list[Any] = [Text(_headline(view, now), style="bold"), _nodes(view)]
-    parts += [Text(f"· {remark}", style="dim") for remark in view.remarks]
+    parts += [Text(f"· {message}", style="dim") for message in view.messages]
     return Group(*parts)
 
 
@@ -123,9 +132,9 @@ def _headline(view: RunView, now: float) -> str:
         parts.append(str(view.ended.get("reason", "ended")))
         return "  ".join(parts)
     parts.append(f"left {timedelta(seconds=round(mean * (total - step)))}")
-    silent = now - (_number(last.get("time")) or now)
-    if silent > _LATE_STEPS * max(mean, 1.0):
-        parts.append(f"no step for {timedelta(seconds=round(silent))}")
+    seconds_since_step = now - (_number(last.get("time")) or now)
+    if seconds_since_step > _LATE_STEPS * max(mean, 1.0):
+        parts.append(f"no step for {timedelta(seconds=round(seconds_since_step))}")
     return "  ".join(parts)
 
 
@@ -147,7 +156,7 @@ def _nodes(view: RunView) -> Table:
             _shown(node.get("watts"), "{:.1f} W") + ("~" if node.get("estimated") else ""),
             "paused" if node.get("paused") else _shown(node.get("duty"), "{:.0%}"),
             _shown(node.get("joules"), "{:,.0f} J"),
-            # Each step waits for the exchange as a whole; it is rank 0's clock.
+            # Measured by rank 0: a step waits for its all-reduce as a whole.
             _shown(exchange, "{:.2f} s") if rank == 0 and len(nodes) > 1 else "",
         )
     return table
@@ -183,4 +192,4 @@ def _number(value: Any) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))
