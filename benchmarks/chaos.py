@@ -21,12 +21,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-from chaos import KINDS, TIMEOUT, Outcome, at_any_step, of_each_kind, unleash, why_not
-from conftest import TINY_CONFIG, make_tiny_model
+from harness.faults import (
+    KINDS,
+    TIMEOUT,
+    Outcome,
+    faults_at_random_steps,
+    faults_of_each_kind,
+    missing_requirement,
+    train_with_faults,
+)
+from harness.runs import train_to_end, uneven_dataset
+from harness.tiny_model import make_tiny_model
 from macft.model.bundled import ensure_bundled
-from running import train, uneven_dataset
 
 
 def main() -> None:
@@ -37,19 +43,19 @@ def main() -> None:
     parser.add_argument("--chance", type=float, default=0.01)
     parser.add_argument("--faults", type=int)
     options = parser.parse_args()
-    if reason := why_not():
-        sys.exit(f"no chaos here: {reason}")
+    if reason := missing_requirement():
+        sys.exit(reason)
     if options.faults is None:
         # The rest of the steps are for the last ones to come back.
-        faults = at_any_step(options.chance, nodes=options.nodes, steps=options.steps * 3 // 4, seed=options.seed)
+        faults = faults_at_random_steps(
+            options.chance, nodes=options.nodes, steps=options.steps * 3 // 4, seed=options.seed
+        )
     else:
         every = max(1, options.steps // (2 * options.faults))
-        faults = of_each_kind(options.faults, nodes=options.nodes, every=every, seed=options.seed)
+        faults = faults_of_each_kind(options.faults, nodes=options.nodes, every=every, seed=options.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = folder / "model"
-        model.mkdir()
-        make_tiny_model(model, TINY_CONFIG, ensure_bundled())
+        model = make_tiny_model(folder / "model", ensure_bundled())
         overrides = [
             f"model={model}",
             f"dataset={uneven_dataset(folder / 'data')}",
@@ -62,13 +68,11 @@ def main() -> None:
             "report.console=false",
             "report.tensorboard=false",
         ]
-        done = train(*overrides, f"hydra.run.dir={folder / 'reference'}", cwd=folder, timeout=1800)
-        if done.status:
-            sys.exit(done.errors)
+        reference = train_to_end(*overrides, folder=folder / "reference", timeout=1800)
         started = time.monotonic()
-        outcome = unleash(
+        outcome = train_with_faults(
             folder / "chaos",
-            reference=folder / "reference",
+            reference=reference,
             overrides=overrides,
             nodes=options.nodes,
             faults=faults,
@@ -95,8 +99,8 @@ def show(outcome: Outcome, options: argparse.Namespace, seconds: float) -> None:
         ("from a kill to the others' next step's end, median, most", _median_and_most(outcome.resumed["kill"])),
         ("from a stop or cut that cost a node its place to the same", _median_and_most(silent)),
         ("a node is lost after a silence of (`collective.timeout`)", f"{TIMEOUT:g} s"),
-        ("largest difference of a step's loss", f"{outcome.apart.loss:.1e} of it"),
-        ("largest difference of a final weight", f"{outcome.apart.weight:.1e}"),
+        ("largest difference of a step's loss", f"{outcome.differences.loss:.1e} of it"),
+        ("largest difference of a final weight", f"{outcome.differences.weight:.1e}"),
         ("final adapters of the nodes", "the same bits"),
         ("open files of the process that lived longest, at first, in the middle, at the end", files),
         ("its threads", threads),

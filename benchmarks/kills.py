@@ -14,17 +14,14 @@ from __future__ import annotations
 import argparse
 import random
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
 import psutil
 
-from running import Differences, differences, events, ranks, start, train
+from harness.runs import Differences, differences, events, ranks, start, train_to_end
 
 _LONGEST = 1800.0
 
@@ -79,9 +76,7 @@ def main() -> None:
 def undisturbed(overrides: Sequence[str], folder: Path) -> Path:
     """The run that nothing happens to, in ``folder``."""
     if not (folder / "summary.json").exists():
-        done = train(*overrides, f"hydra.run.dir={folder}", cwd=folder.parent, timeout=_LONGEST)
-        if done.status:
-            sys.exit(done.errors)
+        train_to_end(*overrides, folder=folder, cwd=folder.parent, timeout=_LONGEST)
     return folder
 
 

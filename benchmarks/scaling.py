@@ -48,11 +48,12 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
     from macft.model.resolve import resolve
     from macft.model.settings import ModelConfig
     from macft.report.events import SilentReporter, StepDone
+    from macft.training.assembly import make_trainer
     from macft.training.gradient import GradientComputer
-    from macft.training.loop import Trainer
+    from macft.training.gradient_reducer import GradientReducer
     from macft.training.optimizer import make_optimizer
     from macft.training.settings import OptimizerConfig, TrainingConfig
-    from macft.training.stop import StopRequest
+    from macft.training.state import TrainState
 
     done: list[StepDone] = []
 
@@ -70,21 +71,15 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
     optimizer = OptimizerConfig(schedule="constant")
     ring = Ring(rank, len(addresses), addresses) if len(addresses) > 1 else Solo()
     with tempfile.TemporaryDirectory() as folder, ring as collective:
-        Trainer(
-            model=loaded.model,
-            optimizer=make_optimizer(optimizer),
-            compute=GradientComputer(loaded.model, adaptation.dropout_keys, seed=0, checkpoint_blocks=False),
-            collective=collective,
-            train_rows=rows,
-            valid_rows=[],
-            order=RowOrder([len(rows)], [1.0], batch_size=batch_size, seed=0),
-            total_steps=steps,
-            config=TrainingConfig(batch_size=batch_size, steps=steps, eval_every=0, save_every=0),
-            optimizer_config=optimizer,
-            saver=CheckpointSaver(CheckpointStore(Path(folder), keep_last=1)),
-            reporter=Clock(),
-            progress=Progress(),
-            stop=StopRequest(),
+        make_trainer(
+            TrainingConfig(batch_size=batch_size, steps=steps, eval_every=0, save_every=0),
+            optimizer,
+            TrainState(loaded.model, make_optimizer(optimizer), Progress(), GradientReducer(collective)),
+            GradientComputer(loaded.model, adaptation.dropout_keys, seed=0, checkpoint_blocks=False),
+            rows,
+            RowOrder([len(rows)], [1.0], batch_size=batch_size, seed=0),
+            CheckpointSaver(CheckpointStore(Path(folder), keep_last=1)),
+            Clock(),
         ).train()
     kept = done[WARM_UP_STEPS:]
     parts = {name: statistics.median(event.parts[name] for event in kept) for name in kept[0].parts}

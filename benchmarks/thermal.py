@@ -175,14 +175,16 @@ def sensing_cost(rounds: int = 40, step_seconds: float = 0.25) -> tuple[float, f
         for _ in range(rounds):
             started = time.perf_counter()
             inner = 0.0
-            for _item in guard.paced([0]):
-                inner = time.perf_counter()
-                while time.perf_counter() - started < step_seconds:
-                    matrix @ matrix
-                inner = time.perf_counter() - inner
+            guard.begin_step(1)
+            guard.before_micro_batch()
+            inner = time.perf_counter()
+            while time.perf_counter() - started < step_seconds:
+                matrix @ matrix
+            inner = time.perf_counter() - inner
+            guard.step_computed()
             status = guard.status(100, time.perf_counter() - started)
-            guard.own_remarks()
-            guard.remarks([status], [1.0])
+            guard.own_messages()
+            guard.messages([status], [1.0])
             mine.append(time.perf_counter() - started - inner)
     finally:
         guard.close()

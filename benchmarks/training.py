@@ -136,11 +136,12 @@ def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from macft.model.adapt import adapt
     from macft.model.adapter_settings import AdapterConfig
     from macft.report.events import SilentReporter, StepDone
+    from macft.training.assembly import make_trainer
     from macft.training.gradient import GradientComputer
-    from macft.training.loop import Trainer
+    from macft.training.gradient_reducer import GradientReducer
     from macft.training.optimizer import make_optimizer
     from macft.training.settings import OptimizerConfig, TrainingConfig
-    from macft.training.stop import StopRequest
+    from macft.training.state import TrainState
 
     times: list[float] = []
     targets: list[int] = []
@@ -156,30 +157,23 @@ def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     adaptation = adapt(loaded.model, AdapterConfig(rank=RANK, scale=SCALE, num_layers=NUM_LAYERS), seed=0)
     optimizer_config = OptimizerConfig(name="adam", learning_rate=LEARNING_RATE, schedule="constant")
     with tempfile.TemporaryDirectory() as folder:
-        Trainer(
-            model=loaded.model,
-            optimizer=make_optimizer(optimizer_config),
-            compute=GradientComputer(
-                loaded.model,
-                adaptation.dropout_keys,
-                seed=0,
-                checkpoint_blocks=False,
-                compiling=options.compile,
-                packing=options.packing,
-            ),
-            collective=Solo(),
-            train_rows=rows,
-            valid_rows=[],
-            order=RowOrder([len(rows)], [1.0], batch_size=ROWS_A_STEP[case], seed=0),
-            total_steps=steps,
-            config=TrainingConfig(
-                batch_size=ROWS_A_STEP[case], steps=steps, eval_every=0, save_every=0, max_grad_norm=0.0
-            ),
-            optimizer_config=optimizer_config,
-            saver=CheckpointSaver(CheckpointStore(Path(folder), keep_last=1)),
-            reporter=Clock(),
-            progress=Progress(),
-            stop=StopRequest(),
+        compute = GradientComputer(
+            loaded.model,
+            adaptation.dropout_keys,
+            seed=0,
+            checkpoint_blocks=False,
+            compiling=options.compile,
+            packing=options.packing,
+        )
+        make_trainer(
+            TrainingConfig(batch_size=ROWS_A_STEP[case], steps=steps, eval_every=0, save_every=0, max_grad_norm=0.0),
+            optimizer_config,
+            TrainState(loaded.model, make_optimizer(optimizer_config), Progress(), GradientReducer(Solo())),
+            compute,
+            rows,
+            RowOrder([len(rows)], [1.0], batch_size=ROWS_A_STEP[case], seed=0),
+            CheckpointSaver(CheckpointStore(Path(folder), keep_last=1)),
+            Clock(),
         ).train()
     return result(options, times, sum(targets[options.warm_up :])), loaded
 

@@ -1,42 +1,23 @@
-"""Models shared by the tests: the bundled one, and a tiny random one of the same architecture."""
+"""Fixtures shared by the tests."""
 
 from __future__ import annotations
 
-import json
-import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import settings
 
+from harness.runs import uneven_dataset
+from harness.tiny_model import make_tiny_model
 from macft.model.bundled import ensure_bundled
-
-# isort: split
-import mlx.core as mx
-from mlx.utils import tree_flatten
+from macft.model.load import LoadedModel, load
+from macft.model.settings import ModelConfig
 
 # No test asserts a timing: on a busy machine an example may take long.
 settings.register_profile("macft", deadline=None)
 settings.load_profile("macft")
-
-TINY_CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    # A small one: with the bundled model's 49152 a tiny run would spend nearly all its time on logits.
-    "vocab_size": 4096,
-    "eos_token_id": 2,
-}
 
 
 @pytest.fixture(scope="session")
@@ -45,32 +26,26 @@ def bundled_model() -> Path:
     return ensure_bundled()
 
 
+@pytest.fixture(scope="module")
+def loaded(bundled_model: Path) -> LoadedModel:
+    """The bundled model in float32."""
+    return load(ModelConfig(precision="float32", quantization="none"), bundled_model)
+
+
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, bundled_model: Path) -> Path:
     """A random float32 llama of 2 blocks, hidden size 64, with the first tokens of the bundled model. Read only."""
-    return make_tiny_model(tmp_path_factory.mktemp("tiny-model"), TINY_CONFIG, bundled_model)
+    return make_tiny_model(tmp_path_factory.mktemp("tiny-model"), bundled_model)
 
 
-def make_tiny_model(folder: Path, config: dict[str, Any], bundled_model: Path) -> Path:
-    """Writes a random float32 llama of ``config`` into ``folder``; its tokenizer begins as the bundled model's."""
-    from mlx_lm.models.llama import Model, ModelArgs
-
-    mx.random.seed(0)
-    model = Model(ModelArgs.from_dict(config))
-    weights = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text(_first_tokens(bundled_model / "tokenizer.json", config["vocab_size"]))
-    for name in ("tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(bundled_model / name, folder)
-    return folder
+@pytest.fixture(scope="session")
+def tiny_task(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> list[str]:
+    """Overrides for a run: the tiny model, and rows of very different lengths to train it on."""
+    return [f"model={tiny_model_folder}", f"dataset={uneven_dataset(tmp_path_factory.mktemp('data'))}"]
 
 
-def _first_tokens(tokenizer: Path, count: int) -> str:
-    """A BPE tokenizer with the ``count`` first tokens only, and the merges that lead to them."""
-    content = json.loads(tokenizer.read_text())
-    bpe = content["model"]
-    bpe["vocab"] = {token: number for token, number in bpe["vocab"].items() if number < count}
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in bpe["merges"]]
-    bpe["merges"] = [pair for pair in pairs if {*pair, "".join(pair)} <= bpe["vocab"].keys()]
-    return json.dumps(content)
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Eight threads."""
+    with ThreadPoolExecutor(8) as executor:
+        yield executor

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.runs import environment
 from macft.bench import main
 from macft.cli.run_command import run_command
 from macft.collective_bench.lane import Lane, LaneFailed
@@ -21,7 +22,6 @@ from macft.collective_bench.limits import link_speed, memory_copy
 from macft.collective_bench.ports import free_addresses
 from macft.collective_bench.sizes import read_size, read_speed, size_text, time_text
 from macft.collective_bench.turns import Measured, measure
-from running import environment
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -190,3 +190,25 @@ def test_a_plot_is_drawn(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "plot.svg").read_text()
     with pytest.raises(PlotFailed, match="can't be written"):
         plot([row], tmp_path / "plot.nonsense", "title", None)
+
+
+def same_losses(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs benchmarks/same_losses.py."""
+    command = [sys.executable, str(BENCHMARKS / "same_losses.py"), *arguments]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=250, check=False)
+
+
+@pytest.mark.slow
+def test_a_loss_that_differs_by_one_bit_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    done = same_losses("--only", "one-node", "--save", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads(path.read_text())
+    loss = content["configurations"]["one-node"]["figures"]["steps"][-1]["loss"]
+    for changed, status, result in ((loss, 0, "identical"), (math.nextafter(loss, 0), 1, "loss ")):
+        content["configurations"]["one-node"]["figures"]["steps"][-1]["loss"] = changed
+        path.write_text(json.dumps(content))
+        done = same_losses("--only", "one-node", "--against", str(path))
+        row, last = done.stdout.splitlines()[-2:]
+        assert (done.returncode, result in row) == (status, True), done.stdout + done.stderr
+        assert last == f"{1 - status} of 1 configurations are bit-identical"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mlx.core as mx
@@ -13,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from helpers.rings import local_listeners, run_ranks
 from macft.collective.codecs.choose import choose, make
 from macft.collective.codecs.wire_codec import BLOCK, WIRE_CODECS
-from macft.collective.listener import Listener
 from macft.collective.ring import Ring
 from macft.collective.settings import CollectiveConfig, problems
 from macft.collective.solo import Solo
@@ -27,16 +26,7 @@ SHAPES = {"layers.1.a": (576, 8), "layers.1.b": (8, 192), "layers.0.a": (576, 8)
 
 
 def in_ring(world_size: int, work: Callable[[Ring], Any]) -> list[Any]:
-    config = CollectiveConfig(piece_bytes=16 * 1024)
-    listeners = [Listener("127.0.0.1:0", config) for _ in range(world_size)]
-    addresses = [listener.address for listener in listeners]
-
-    def run(rank: int) -> Any:
-        with Ring(rank, world_size, addresses, listeners[rank], ring_id="test") as ring:
-            return work(ring)
-
-    with ThreadPoolExecutor(world_size) as pool:
-        return list(pool.map(run, range(world_size)))
+    return run_ranks(local_listeners(world_size, CollectiveConfig(piece_bytes=16 * 1024)), work)
 
 
 def gradients(rank: int) -> dict[str, np.ndarray]:

@@ -10,13 +10,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import macft
+from harness.runs import train
 from macft.config.command_line import prepare
 from macft.config.nearest import schema_keys
 from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig, register_schema
 from macft.config.validate import to_typed
 from macft.errors import ConfigError
-from running import train
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = "+recipe=llama-lora"
@@ -167,7 +167,13 @@ def test_help_shows_a_newcomer_what_to_type(tmp_path: Path) -> None:
 OPTIONS = sorted((path.parent.name, path.stem) for path in config_folder().glob("*/*.yaml"))
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["/".join(option) for option in OPTIONS])
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [
+        pytest.param(group, option, id=f"{group}/{option}", marks=[] if group == "recipe" else pytest.mark.slow)
+        for group, option in OPTIONS
+    ],
+)
 def test_every_option_of_every_group_makes_a_valid_configuration(group: str, option: str) -> None:
     register_schema()
     more = {

@@ -5,9 +5,6 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-import macft.device.mlx_device  # noqa: F401  (loads OpenBLAS before MLX)
-
-# isort: split
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -15,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
+from helpers.models import assert_same_gradient, make_model
 from macft.data.batch import Batch, coarse_length, coarse_targets, micro_batches, pack, widened, widened_pack
 from macft.data.formats import Row
 from macft.model.adapt import adapt
@@ -25,7 +23,6 @@ from macft.training.gradient import GradientComputer, LocalGradient
 from macft.training.loss import target_positions
 from macft.training.optimizer import OptimizerStep, make_optimizer
 from macft.training.settings import OptimizerConfig, TrainingConfig, compiles, problems
-from test_loss import make, same_gradient
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None and mx.default_device() == mx.cpu, reason="on a CPU MLX compiles with g++"
@@ -35,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 def computer(
     compiling: str, *, checkpoint: bool = False, packing: str = "false", dropout: float = 0.3
 ) -> tuple[Any, GradientComputer]:
-    model = make("llama")
+    model = make_model("llama")
     adaptation = adapt(model, AdapterConfig(rank=4, dropout=dropout), seed=1)
     mx.random.seed(5)
     values = [(name, mx.random.normal(value.shape) * 0.1) for name, value in tree_flatten(model.trainable_parameters())]
@@ -64,16 +61,23 @@ def same(found: LocalGradient, expected: LocalGradient) -> None:
     assert found.target_tokens == expected.target_tokens
     assert found.tokens == expected.tokens
     assert found.loss_sum == pytest.approx(expected.loss_sum, rel=1e-5)
-    same_gradient(found.gradient, expected.gradient, rtol=2e-4)
+    assert_same_gradient(found.gradient, expected.gradient, rtol=2e-4)
 
 
-@pytest.mark.parametrize(("packing", "dropout"), [("false", 0.3), ("true", 0.3), ("true", 0.0)])
+@pytest.mark.parametrize(
+    ("packing", "dropout"),
+    [
+        pytest.param("false", 0.3, marks=pytest.mark.slow),
+        pytest.param("true", 0.3, marks=pytest.mark.slow),
+        ("true", 0.0),
+    ],
+)
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_gradients_are_those_of_the_uncompiled_step(
     checkpoint: bool, packing: str, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two steps of several micro-batches, packed or padded, chunks of the loss, and an update in between."""
-    layer_class = type(make("llama").layers[0])
+    layer_class = type(make_model("llama").layers[0])
     monkeypatch.setattr(layer_class, "__call__", layer_class.__call__)  # checkpointing replaces it
     (model, compiled), (other, plain) = (
         computer(word, checkpoint=checkpoint, packing=kind, dropout=dropout)
@@ -114,12 +118,12 @@ def test_a_shape_is_compiled_once() -> None:
     assert len(traced) < len(shapes_of(work, coarse=False))
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_a_compiled_update_is_the_uncompiled_one(name: str) -> None:
     config = OptimizerConfig(name=name)
     found = []
     for compiled in (True, False):
-        model = make("llama")
+        model = make_model("llama")
         adapt(model, AdapterConfig(rank=4), seed=1)
         update = OptimizerStep(model, make_optimizer(config), compiled=compiled)
         mx.random.seed(2)

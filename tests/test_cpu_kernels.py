@@ -5,9 +5,6 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-import macft.device.mlx_device  # noqa: F401  (loads OpenBLAS before MLX)
-
-# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -19,7 +16,7 @@ from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.tuner.lora import LoRALinear
 
-from conftest import TINY_CONFIG
+from harness.tiny_model import TINY_CONFIG
 from macft.data.batch import Batch, collate
 from macft.data.formats import Row
 from macft.device import blas

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from mlx_lm.tuner.datasets import create_dataset
 from mlx_lm.utils import load_tokenizer
 
+from harness.runs import environment, write_jsonl
 from macft.data.formats import prompt_tokens, tokenize
 from macft.data.load import LoadedData, read, tokenize_all
 from macft.data.settings import DatasetConfig, SourceConfig, problems
 from macft.data.sources import read_source
 from macft.errors import DataError
-from running import environment, write_jsonl
 
 
 def load(config: DatasetConfig, tokenizer: Any, *, seed: int = 0) -> LoadedData:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from harness.runs import events, train, uneven_dataset
+from helpers.rings import local_listeners, run_ranks
 from macft.checkpoint.snapshot import digest
-from macft.collective.listener import Listener
 from macft.collective.ring import Ring
 from macft.collective.settings import CollectiveConfig
 from macft.collective.solo import Solo
@@ -29,22 +28,8 @@ from macft.config.validate import problems
 from macft.training.diloco import OuterOptimizer
 from macft.training.gradient_reducer import GradientReducer
 from macft.training.settings import TrainingConfig
-from running import events, train, uneven_dataset
 
 SHAPE = (24, 40)
-
-
-def in_ring(world_size: int, work: Callable[[Ring], Any]) -> list[Any]:
-    config = CollectiveConfig()
-    listeners = [Listener("127.0.0.1:0", config) for _ in range(world_size)]
-    addresses = [listener.address for listener in listeners]
-
-    def run(rank: int) -> Any:
-        with Ring(rank, world_size, addresses, listeners[rank], ring_id="test") as ring:
-            return work(ring)
-
-    with ThreadPoolExecutor(world_size) as pool:
-        return list(pool.map(run, range(world_size)))
 
 
 def layer(dtype: Any = mx.float32) -> nn.Module:
@@ -95,7 +80,7 @@ def test_nodes_meet_in_the_same_bits_whatever_they_did_before(world_size: int, c
                 found.append(digest(module))
         return found
 
-    results = in_ring(world_size, work)
+    results = run_ranks(local_listeners(world_size), work)
     assert all(found == results[0] for found in results)
     assert len(set(results[0])) == 5
 
@@ -114,7 +99,7 @@ def test_a_node_weighs_as_many_target_tokens_as_it_has_learnt_from() -> None:
 
     start = np.array(layer()["weight"])
     expected = start + sum(count / 40 * walk(layer(), rank, 0) for rank, count in enumerate(tokens))
-    for weight, total in in_ring(3, work):
+    for weight, total in run_ranks(local_listeners(3), work):
         assert total == 40
         np.testing.assert_allclose(weight, expected, rtol=1e-5, atol=1e-6)
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 import macft
-from doc_commands import NOT_RUN, PAGES, ROOT, Command, blocks, commands
+from harness.runs import environment, uneven_dataset
+from helpers.docs import NOT_RUN, PAGES, ROOT, Command, blocks, commands
 from macft import errors
 from macft.config.command_line import prepare
 from macft.config.reference import keys, reference
@@ -27,7 +28,6 @@ from macft.report.events import Noted
 from macft.report.metrics_file import MetricsFile
 from macft.topology.settings import TopologyConfig
 from macft.topology.topology_file import save_topology, to_hostfile
-from running import environment, uneven_dataset
 
 HOW = ROOT / "docs/how-it-works.md"
 COMMANDS = list({(command.text, command.says): command for page in PAGES for command in commands(page)}.values())
@@ -133,6 +133,7 @@ def _by_its_help(words: list[str]) -> str:
     return f"no option {unknown[0]}" if unknown else _train(overrides)
 
 
+@pytest.mark.slow
 def test_every_command_works_or_says_why_it_is_not_run(sandbox: Path) -> None:
     assert (sandbox / "hosts.json").is_file()
     wrong = [

@@ -14,7 +14,17 @@ import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from running import adapter, events, losses, ranks, start, train, uneven_dataset
+from harness.runs import (
+    assert_adapters_close,
+    events,
+    losses,
+    ranks,
+    start,
+    train,
+    train_to_end,
+    wait_for_events,
+    wait_for_step,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -22,12 +32,10 @@ STEPS = 60
 
 
 @pytest.fixture(scope="module")
-def basics(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> list[str]:
+def basics(tiny_task: list[str]) -> list[str]:
     """Overrides for a run of a tiny model that is long enough to be disturbed."""
-    data = uneven_dataset(tmp_path_factory.mktemp("data"))
     return [
-        f"model={tiny_model_folder}",
-        f"dataset={data}",
+        *tiny_task,
         "training.batch_size=8",
         "training.micro_batch_size=4",
         f"training.steps={STEPS}",
@@ -44,36 +52,18 @@ def basics(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Path:
     """The run on one node that nothing happens to."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    done = train(*basics, f"hydra.run.dir={folder}", cwd=folder)
-    assert done.status == 0, done.errors
-    return folder
+    return train_to_end(*basics, folder=tmp_path_factory.mktemp("undisturbed"))
 
 
 def assert_as_if_undisturbed(folder: Path, undisturbed: Path) -> dict[str, Any]:
     """Every step stands once and has the loss it has without the faults; so has the adapter. Returns the summary."""
     np.testing.assert_allclose(losses(folder), losses(undisturbed), rtol=2e-4)
-    expected, found = adapter(undisturbed), adapter(folder)
-    assert expected.keys() == found.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=2e-2, atol=5e-4, err_msg=name)
+    assert_adapters_close(folder, undisturbed, rtol=2e-2, atol=5e-4)
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     for log in (folder / "logs").glob("rank-*.log"):
         for line in log.read_text().splitlines():
             assert "adapter sha256" not in line or line.split()[-1] == summary["adapter_sha256"]
     return summary
-
-
-def wait_for(process: subprocess.Popen[str], folder: Path, kind: str, count: int) -> None:
-    deadline = time.monotonic() + 120
-    while len(events(folder, kind)) < count:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, [log.read_text() for log in (folder / "logs").glob("*")]
-        time.sleep(0.01)
-
-
-def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
-    wait_for(process, folder, "step_done", step)
 
 
 def finish(process: subprocess.Popen[str], nodes: list[psutil.Process]) -> None:
@@ -93,7 +83,7 @@ def test_killed_one_by_one_whoever_leads_down_to_one(
     wait_for_step(process, tmp_path, 7)
     nodes = ranks(process)
     nodes[0].kill()
-    wait_for(process, tmp_path, "nodes_changed", 1)
+    wait_for_events(process, tmp_path, "nodes_changed", 1)
     wait_for_step(process, tmp_path, 27)
     nodes[1].kill()
     finish(process, list(nodes.values()))
@@ -142,9 +132,9 @@ def test_a_leader_that_sleeps_is_left_out_and_comes_back(tmp_path: Path, basics:
     wait_for_step(process, tmp_path, 5)
     nodes = ranks(process)
     nodes[0].send_signal(signal.SIGSTOP)
-    wait_for(process, tmp_path, "nodes_changed", 1)
+    wait_for_events(process, tmp_path, "nodes_changed", 1)
     nodes[0].send_signal(signal.SIGCONT)
-    wait_for(process, tmp_path, "nodes_changed", 2)
+    wait_for_events(process, tmp_path, "nodes_changed", 2)
     finish(process, list(nodes.values()))
     assert_as_if_undisturbed(tmp_path, undisturbed)
     out, back = events(tmp_path, "nodes_changed")
@@ -159,7 +149,7 @@ def test_a_node_that_sleeps_through_the_end_does_not_wait_for_ever(
     wait_for_step(process, tmp_path, 30)
     nodes = ranks(process)
     nodes[0].send_signal(signal.SIGSTOP)
-    wait_for(process, tmp_path, "run_ended", 1)
+    wait_for_events(process, tmp_path, "run_ended", 1)
     assert not psutil.wait_procs([nodes[1], nodes[2]], timeout=30)[1]
     nodes[0].send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=120)
@@ -180,9 +170,9 @@ def test_a_killed_node_is_started_again_and_another_one_joins(
     process = start(*basics, *quiet, *local, cwd=tmp_path)
     wait_for_step(process, folder, 3)
     newcomer = start(*basics, *quiet, f"topology.join={folder}", f"hydra.run.dir={guest}", cwd=tmp_path)
-    wait_for(process, folder, "nodes_changed", 1)
+    wait_for_events(process, folder, "nodes_changed", 1)
     ranks(process)[0].kill()
-    wait_for(process, folder, "nodes_changed", 3)
+    wait_for_events(process, folder, "nodes_changed", 3)
     finish(process, [])
     _, errors = newcomer.communicate(timeout=60)
     assert newcomer.returncode == 0, errors

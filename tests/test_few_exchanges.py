@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
-from running import adapter, events, losses, same_bits, start, train, uneven_dataset
+from harness.runs import adapter, adapter_digests, events, losses, same_bits, start, train, train_to_end
 
 pytestmark = pytest.mark.slow
 
@@ -17,11 +17,9 @@ DILOCO = ["training.sync=diloco", "training.inner_steps=5"]
 
 
 @pytest.fixture(scope="module")
-def basics(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> list[str]:
-    data = uneven_dataset(tmp_path_factory.mktemp("data"))
+def basics(tiny_task: list[str]) -> list[str]:
     return [
-        f"model={tiny_model_folder}",
-        f"dataset={data}",
+        *tiny_task,
         "training.batch_size=6",
         "training.steps=20",
         "training.eval_every=10",
@@ -34,18 +32,7 @@ def basics(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
 
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Path:
-    folder = tmp_path_factory.mktemp("exact")
-    done = train(*basics, f"hydra.run.dir={folder}", cwd=folder)
-    assert done.status == 0, done.errors
-    return folder
-
-
-def digests(folder: Path) -> list[str]:
-    """SHA-256 of the final adapter as every rank tells it."""
-    found = [json.loads((folder / "summary.json").read_text())["adapter_sha256"]]
-    for log in sorted((folder / "logs").glob("rank-*.log")):
-        found += [line.split()[-1] for line in log.read_text().splitlines() if "adapter sha256" in line]
-    return found
+    return train_to_end(*basics, folder=tmp_path_factory.mktemp("exact"))
 
 
 def valid_loss(folder: Path, key: str = "valid_loss") -> float:
@@ -60,8 +47,8 @@ def test_killed_and_resumed_is_bit_identical_and_all_ranks_are_alike(
     run = [*basics, *options, "topology=local"]
     done = train(*run, f"hydra.run.dir={whole}", cwd=tmp_path)
     assert done.status == 0, done.errors
-    assert len(digests(whole)) == 2
-    assert len(set(digests(whole))) == 1
+    assert len(adapter_digests(whole)) == 2
+    assert len(set(adapter_digests(whole))) == 1
     # Another way to about the same end: not the exact run's adapter, but most of its progress.
     assert not same_bits(adapter(whole), adapter(exact))
     before, found, expected = valid_loss(exact, "valid_loss_before"), valid_loss(whole), valid_loss(exact)
@@ -77,7 +64,7 @@ def test_killed_and_resumed_is_bit_identical_and_all_ranks_are_alike(
     done = train(f"+resume={broken}", cwd=tmp_path)
     assert done.status == 0, done.errors
     assert same_bits(adapter(broken), adapter(whole))
-    assert set(digests(broken)) == set(digests(whole))
+    assert set(adapter_digests(broken)) == set(adapter_digests(whole))
 
 
 def test_meeting_after_every_step_is_ordinary_training(tmp_path: Path, basics: list[str]) -> None:
@@ -109,7 +96,7 @@ def test_auto_says_what_it_chose(tmp_path: Path, basics: list[str]) -> None:
     assert done.status == 0, done.errors
     notes = [event["text"] for event in events(tmp_path / "run", "noted")]
     assert sum("collective.codec=auto: exchanging the gradient took" in note for note in notes) == 1
-    assert len(set(digests(tmp_path / "run"))) == 1
+    assert len(set(adapter_digests(tmp_path / "run"))) == 1
 
 
 def test_meetings_and_validations_must_fall_together(tmp_path: Path, basics: list[str]) -> None:

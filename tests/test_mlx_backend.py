@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from harness.runs import environment, losses, train, uneven_dataset
 from macft.collective.health import Health, HealthServer, ask
 from macft.collective.settings import CollectiveConfig, problems
 from macft.rendezvous.rendezvous import RendezvousServer
-from running import environment, losses, train, uneven_dataset
 
 # A rank: SERVER RANK RANKS SETTINGS, then a Python program that has `group` and `np`.
 RANK = """

@@ -12,16 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 from omegaconf import OmegaConf
 
 from macft.errors import ConfigError, ModelError
 from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig, problems
-
-# isort: split
-import mlx.core as mx
-from mlx.utils import tree_flatten
 
 ROOT = Path(__file__).parents[1]
 TOKENS = mx.array([[5, 900, 31, 7, 48000, 12, 12, 640]])
@@ -64,11 +62,6 @@ def test_every_model_file_fits_the_schema() -> None:
             assert problems(OmegaConf.to_object(merged)) == [], path
 
 
-@pytest.fixture(scope="module")
-def loaded(bundled_model: Path) -> LoadedModel:
-    return load(ModelConfig(precision="float32", quantization="none"), bundled_model)
-
-
 @pytest.fixture
 def cpu() -> Iterator[None]:
     before = mx.default_device()
@@ -77,6 +70,7 @@ def cpu() -> Iterator[None]:
     mx.set_default_device(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cpu")
 def test_on_a_cpu_auto_is_dequantised_float32(loaded: LoadedModel, bundled_model: Path) -> None:
     auto = load(ModelConfig(), bundled_model)
@@ -87,6 +81,7 @@ def test_on_a_cpu_auto_is_dequantised_float32(loaded: LoadedModel, bundled_model
     assert mx.array_equal(auto.model(TOKENS), loaded.model(TOKENS))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cpu")
 def test_keep_keeps_quantised_layers_and_agrees(loaded: LoadedModel, bundled_model: Path) -> None:
     kept = load(ModelConfig(quantization="keep"), bundled_model)

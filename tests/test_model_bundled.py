@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import os
-import socket
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.network import closed_port
 from macft.errors import ModelError
 from macft.model import gguf
 from macft.model.bundled import BundledModel, ensure_bundled
 from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig
 
-# isort: split
-import mlx.core as mx
-import mlx.nn as nn
 
-
-@pytest.fixture(scope="module")
-def loaded(bundled_model: Path) -> LoadedModel:
-    return load(ModelConfig(precision="float32", quantization="none"), bundled_model)
-
-
+@pytest.mark.slow
 def test_bundled_model_knows_the_capital_of_france(loaded: LoadedModel) -> None:
     from mlx_lm import generate
 
@@ -272,8 +266,3 @@ def test_two_processes_fetch_at_once(index: BundledModel, tmp_path: Path) -> Non
     assert [process.returncode for process in starts] == [0, 0]
     assert outputs == [str(tmp_path / "models" / "tiny")] * 2
     assert ensure_bundled(index, cache_dir=tmp_path, verify=True) == tmp_path / "models" / "tiny"
-
-
-def closed_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.network import closed_port
 from macft.errors import ModelError
 from macft.model.resolve import resolve
 from macft.model.settings import ModelConfig
@@ -140,8 +141,3 @@ def test_a_complete_model_in_the_hubs_cache_needs_no_hub(tmp_path: Path, tiny_mo
     (cached / "snapshots" / commit / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"has no config\.json on"):  # the hub is asked now
         resolve(ModelConfig(path="org/cached"))
-
-
-def closed_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])

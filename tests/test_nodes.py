@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
-from running import adapter, events, free_ports, losses, same_bits, start, train, uneven_dataset
+from harness.runs import (
+    adapter,
+    adapter_digests,
+    assert_adapters_close,
+    events,
+    free_ports,
+    losses,
+    same_bits,
+    start,
+    train,
+    train_to_end,
+    wait_for_step,
+)
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def basics(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> list[str]:
+def basics(tiny_task: list[str]) -> list[str]:
     """Overrides for a short run of a tiny model on rows of very different lengths."""
-    data = uneven_dataset(tmp_path_factory.mktemp("data"))
     return [
-        f"model={tiny_model_folder}",
-        f"dataset={data}",
+        *tiny_task,
         "dataset.mask_prompt=true",
         "training.batch_size=7",
         "training.micro_batch_size=4",
@@ -42,42 +50,25 @@ def basics(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Path:
     """An uninterrupted run on one node."""
-    folder = tmp_path_factory.mktemp("one")
-    done = train(*basics, f"hydra.run.dir={folder}", cwd=folder)
-    assert done.status == 0, done.errors
-    return folder
+    return train_to_end(*basics, folder=tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="module")
 def whole_run_on_two(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Path:
     """An uninterrupted run on two nodes."""
-    folder = tmp_path_factory.mktemp("two")
-    done = train(*basics, "topology=local", f"hydra.run.dir={folder}", cwd=folder)
-    assert done.status == 0, done.errors
-    return folder
-
-
-def adapter_digests(folder: Path) -> set[str]:
-    """SHA-256 of the final adapter as each rank other than 0 logged it, and of the file rank 0 wrote."""
-    found = {json.loads((folder / "summary.json").read_text())["adapter_sha256"]}
-    for log in (folder / "logs").glob("rank-*.log"):
-        found |= {line.split()[-1] for line in log.read_text().splitlines() if "adapter sha256" in line}
-    return found
+    return train_to_end(*basics, "topology=local", folder=tmp_path_factory.mktemp("two"))
 
 
 def assert_equal_up_to_rounding(folder: Path, reference: Path) -> None:
     np.testing.assert_allclose(losses(folder), losses(reference), rtol=1e-4)
-    expected, found = adapter(reference), adapter(folder)
-    assert expected.keys() == found.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-2, atol=2e-4, err_msg=name)
+    assert_adapters_close(folder, reference, rtol=1e-2, atol=2e-4)
 
 
 def test_two_nodes_equal_one(whole_run: Path, whole_run_on_two: Path) -> None:
     assert len(losses(whole_run)) == 30
     assert_equal_up_to_rounding(whole_run_on_two, whole_run)
     assert len(list((whole_run_on_two / "logs").glob("rank-*.log"))) == 1
-    assert len(adapter_digests(whole_run_on_two)) == 1
+    assert len(set(adapter_digests(whole_run_on_two))) == 1
 
 
 def test_three_nodes_share_a_batch_of_seven(tmp_path: Path, basics: list[str], whole_run: Path) -> None:
@@ -85,15 +76,7 @@ def test_three_nodes_share_a_batch_of_seven(tmp_path: Path, basics: list[str], w
     assert done.status == 0, done.errors
     assert_equal_up_to_rounding(tmp_path, whole_run)
     assert len(list((tmp_path / "logs").glob("rank-*.log"))) == 2
-    assert len(adapter_digests(tmp_path)) == 1
-
-
-def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while len(events(folder, "step_done")) < step:
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert len(set(adapter_digests(tmp_path))) == 1
 
 
 def children(process: subprocess.Popen[str]) -> list[psutil.Process]:

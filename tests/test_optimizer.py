@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_unflatten
 
 from macft.errors import ConfigError
-from macft.training.optimizer import OptimizerStep, clip_factor, learning_rate, make_optimizer
+from macft.training.optimizer import OptimizerStep, learning_rate, make_optimizer, mean_and_clip
 from macft.training.settings import OPTIMIZERS, OptimizerConfig
 
 
@@ -35,13 +36,32 @@ def test_learning_rate_climbs_to_its_peak_then_only_falls(schedule: str, total: 
     assert learning_rate(config, total, total) == pytest.approx(1e-3 if schedule == "constant" else final)
 
 
-@given(norm=st.floats(1e-6, 1e6), limit=st.just(0.0) | st.floats(1e-3, 100))
-def test_clipping_limits_the_norm_and_leaves_smaller_ones_alone(norm: float, limit: float) -> None:
-    clipped = norm * clip_factor(norm, limit)
-    if limit == 0 or norm <= limit:
-        assert clipped == norm
-    else:
-        assert math.isclose(clipped, limit, rel_tol=1e-9)
+@given(
+    norm=st.floats(1e-6, 1e6),
+    limit=st.just(0.0) | st.floats(1e-3, 100),
+    loss=st.floats(0, 1e6),
+    tokens=st.integers(0, 2**20),
+)
+def test_the_mean_gradient_is_clipped_and_smaller_ones_are_left_alone(
+    norm: float, limit: float, loss: float, tokens: int
+) -> None:
+    count = max(tokens, 1)
+    scalars = mean_and_clip(loss * count, norm * count, float(tokens), limit, xp=np)
+    assert scalars.is_finite
+    assert math.isclose(scalars.loss, loss, rel_tol=1e-12)
+    assert math.isclose(scalars.norm, norm, rel_tol=1e-12)
+    clipped = scalars.scale * norm * count
+    assert math.isclose(clipped, min(norm, limit) if limit else norm, rel_tol=1e-9)
+    device = mean_and_clip(mx.array(loss * count), mx.array(norm * count), mx.array(float(tokens)), limit, xp=mx)
+    for name in ("loss", "norm", "scale"):
+        assert math.isclose(getattr(device, name).item(), getattr(scalars, name), rel_tol=1e-6, abs_tol=1e-30)
+
+
+@pytest.mark.parametrize("xp", [np, mx])
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (math.inf, math.nan)])
+def test_what_is_not_finite_is_found(xp: Any, loss: float, norm: float) -> None:
+    wrap = float if xp is np else mx.array
+    assert not bool(mean_and_clip(wrap(loss), wrap(norm), wrap(3.0), 1.0, xp=xp).is_finite)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
+from helpers.models import make_model, random_rows
 from macft.collective.solo import Solo
 from macft.data.batch import collate, pack, widened_pack
 from macft.data.formats import Row
@@ -27,11 +28,10 @@ from macft.training.gradient import GradientComputer, LocalGradient
 from macft.training.loss import TokenLoss
 from macft.training.settings import OptimizerConfig, TrainingConfig, problems
 from macft.training.validation import validation_loss
-from test_loss import make, rows
 
 
 def gradient_of(family: str, packing: str, data: list[Row], *, dropout: float = 0.0) -> tuple[bool, LocalGradient]:
-    model = make(family)
+    model = make_model(family)
     adaptation = adapt(model, AdapterConfig(rank=4, dropout=dropout), seed=1)
     mx.random.seed(5)
     values = [(name, mx.random.normal(value.shape) * 0.1) for name, value in tree_flatten(model.trainable_parameters())]
@@ -52,7 +52,7 @@ def same(one: LocalGradient, other: LocalGradient) -> None:
     "family", ["llama", "llama-untied", "llama-scaled", "qwen2", "qwen3", "gemma", "granite", "smollm3"]
 )
 def test_packed_rows_have_the_gradient_of_padded_ones(family: str) -> None:
-    data = rows(7, masked=True)
+    data = random_rows(7, masked=True)
     packs, together = gradient_of(family, "auto", data, dropout=0.3)
     assert packs
     same(together, gradient_of(family, "false", data, dropout=0.3)[1])
@@ -102,9 +102,9 @@ def validated(model: nn.Module, data: list[Row], rank: int, world_size: int, *, 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_validation_of_packs_is_that_of_padded_rows(masked: bool, world_size: int) -> None:
     """Of rows that begin alike and others, and of rows without a target, which fill a whole batch."""
-    model = make("llama")
+    model = make_model("llama")
     without = [Row(np.arange(1, 9, dtype=np.int32), 8), *[Row(np.arange(1, 90, dtype=np.int32), 200)] * 6]
-    data = [*beginning_alike(4, masked=masked), *without, *rows(2, masked=masked)]
+    data = [*beginning_alike(4, masked=masked), *without, *random_rows(2, masked=masked)]
     padded = sum(validated(model, data, rank, world_size, packs=False) for rank in range(world_size))
     assert enable_packing(model)
     together = sum(validated(model, data, rank, world_size, packs=True) for rank in range(world_size))
@@ -123,7 +123,7 @@ def pack_of(model: nn.Module, *tokens: list[int]) -> np.ndarray:
 
 def test_no_row_sees_its_neighbour() -> None:
     """In one pack, what stands in one row changes nothing in the others' logits."""
-    model = make("llama")
+    model = make_model("llama")
     assert enable_packing(model)
     generator = np.random.default_rng(0)
     first, second, other = (generator.integers(1 + 30 * i, 30 + 30 * i, 90).tolist() for i in range(3))
@@ -137,7 +137,7 @@ def test_no_row_sees_its_neighbour() -> None:
 
 
 def test_a_sliding_window_is_padded_instead() -> None:
-    data = rows(1, masked=False)
+    data = random_rows(1, masked=False)
     assert not gradient_of("gemma3_text", "auto", data)[0]
     with pytest.raises(ConfigError, match=r"training\.packing"):
         gradient_of("gemma3_text", "true", data)

@@ -5,115 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
-import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from chaos import run, why_not
-from macft.collective.listener import Listener
+from harness.namespaces import missing_requirement, run
+from helpers.cables import two_cables
+from helpers.rings import next_message, run_ranks
 from macft.collective.ring import Ring
-from macft.collective.settings import CollectiveConfig
-from macft.collective.wire import split_paths
-from running import heard
-
-PIECE = 64 * 1024
-
-
-class Cable:
-    """A TCP forwarder in front of a port: counts what it carries, can be slow, silent or cut."""
-
-    def __init__(self, target: str):
-        self._target = target.rpartition(":")
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
-        self.carried = 0
-        self.bytes_per_second = float("inf")
-        self.silent = threading.Event()
-        self._ends: list[socket.socket] = []
-        self._is_cut = False
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
-
-    def cut(self) -> None:
-        """Both ends see the connection break."""
-        self._is_cut = True
-        with contextlib.suppress(OSError):
-            self._server.shutdown(socket.SHUT_RDWR)
-        self._server.close()
-        for end in self._ends:
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self.cut()
-        for thread in self._threads:
-            thread.join()
-        for end in self._ends:
-            end.close()
-
-    def _accept(self) -> None:
-        while not self._is_cut:
-            try:
-                near, _ = self._server.accept()
-                far = socket.create_connection((self._target[0], int(self._target[2])))
-            except OSError:
-                return
-            self._ends += [near, far]
-            thread = threading.Thread(target=self._carry, args=(near, far), daemon=True)
-            self._threads.append(thread)
-            thread.start()
-
-    def _carry(self, near: socket.socket, far: socket.socket) -> None:
-        other = {near: far, far: near}
-        while not self._is_cut:
-            for end in select.select([near, far], [], [], 0.05)[0]:
-                if self.silent.is_set():
-                    time.sleep(0.01)  # a cable that swallows everything, and nobody is told
-                    continue
-                try:
-                    data = end.recv(65_536)
-                    other[end].sendall(data)
-                except OSError:
-                    data = b""
-                if not data:
-                    for each in (near, far):
-                        with contextlib.suppress(OSError):
-                            each.shutdown(socket.SHUT_RDWR)
-                    return
-                self.carried += len(data)
-                time.sleep(len(data) / self.bytes_per_second)
-
-
-@contextlib.contextmanager
-def two_cables(world_size: int) -> Iterator[tuple[list[Listener], list[str], list[list[Cable]]]]:
-    """Listeners with two paths each, addresses that lead over cables, and the cables by rank they lead to."""
-    settings = CollectiveConfig(piece_bytes=PIECE, timeout=20.0, streams=False)  # they would go past the cables
-    listeners = [Listener("127.0.0.1:0+127.0.0.1:0", settings) for _ in range(world_size)]
-    cables = [[Cable(path) for path in split_paths(listener.address)] for listener in listeners]
-    try:
-        yield listeners, ["+".join(cable.address for cable in pair) for pair in cables], cables
-    finally:
-        for pair in cables:
-            for cable in pair:
-                cable.close()
-
-
-def in_ring(listeners: list[Listener], addresses: list[str], work: Callable[[Ring], Any]) -> list[Any]:
-    def run(rank: int) -> Any:
-        with Ring(rank, len(addresses), addresses, listeners[rank], ring_id="test") as ring:
-            return work(ring)
-
-    with ThreadPoolExecutor(len(addresses)) as pool:
-        return list(pool.map(run, range(len(addresses))))
 
 
 def reduce_many(calls: int, each: Callable[[int, int], None] | None = None) -> Callable[[Ring], int]:
@@ -139,7 +42,7 @@ def reduce_many(calls: int, each: Callable[[int, int], None] | None = None) -> C
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_both_cables_carry_and_sums_are_right(world_size: int) -> None:
     with two_cables(world_size) as (listeners, addresses, cables):
-        assert in_ring(listeners, addresses, reduce_many(12)) == [0] * world_size
+        assert run_ranks(listeners, reduce_many(12), addresses=addresses) == [0] * world_size
         assert all(cable.carried > 200_000 for pair in cables for cable in pair)
 
 
@@ -147,7 +50,7 @@ def test_the_faster_cable_carries_more() -> None:
     with two_cables(2) as (listeners, addresses, cables):
         for pair in cables:
             pair[0].bytes_per_second, pair[1].bytes_per_second = 40e6, 5e6
-        assert in_ring(listeners, addresses, reduce_many(24)) == [0, 0]
+        assert run_ranks(listeners, reduce_many(24), addresses=addresses) == [0, 0]
         for pair in cables:
             assert pair[0].carried > 2 * pair[1].carried
 
@@ -170,14 +73,14 @@ def test_a_lost_cable_costs_no_row_and_no_run(how: str, world_size: int) -> None
             lost[ring.rank] = ring.lost_paths
             return wrong
 
-        assert in_ring(listeners, addresses, work) == [0] * world_size
+        assert run_ranks(listeners, work, addresses=addresses) == [0] * world_size
         assert lost[0] == [cables[1][1].address]
 
 
 def test_a_cable_that_is_unplugged_from_the_start_is_left_out() -> None:
     with two_cables(2) as (listeners, addresses, cables):
         cables[0][1].cut()
-        assert in_ring(listeners, addresses, reduce_many(3)) == [0, 0]
+        assert run_ranks(listeners, reduce_many(3), addresses=addresses) == [0, 0]
         assert cables[0][0].carried > 1_000_000
 
 
@@ -214,7 +117,7 @@ with Ring(rank, 2, json.loads(sys.stdin.readline()), listener) as ring:
 @pytest.mark.slow
 def test_a_real_cable_that_is_pulled_costs_no_sum_and_no_run() -> None:
     """Two machines (network namespaces), two cables between them, a stream on each."""
-    if reason := why_not():
+    if reason := missing_requirement():
         pytest.skip(reason)
     tag = os.getpid() % 100_000
     names = [f"mp{tag}n{rank}" for rank in (0, 1)]
@@ -239,14 +142,14 @@ def test_a_real_cable_that_is_pulled_costs_no_sum_and_no_run() -> None:
         for rank in ranks:
             stack.callback(rank.communicate)
             stack.callback(rank.kill)
-        addresses = [heard(rank)[0] for rank in ranks]
+        addresses = [next_message(rank)[0] for rank in ranks]
         for rank in ranks:
             assert rank.stdin is not None
             print(json.dumps(addresses), file=rank.stdin, flush=True)
-        assert [heard(rank) for rank in ranks] == [[True]] * 2
-        assert [heard(rank) for rank in ranks] == [["in step"]] * 2
+        assert [next_message(rank) for rank in ranks] == [[True]] * 2
+        assert [next_message(rank) for rank in ranks] == [["in step"]] * 2
         run(f"ip -n {names[0]} link set c2 down")
-        told = [heard(rank, 60) for rank in ranks]
+        told = [next_message(rank, 60) for rank in ranks]
         assert [wrong for wrong, _ in told] == [0, 0]
         lost = {path for _, paths in told for path in paths}
         assert lost

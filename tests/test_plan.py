@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import TINY_CONFIG, make_tiny_model
+from harness.runs import environment, events, train, write_jsonl
+from harness.tiny_model import TINY_CONFIG, make_tiny_model
+from helpers.models import FAMILIES, SMALL, make_model
 from macft.config.schema import TrainConfig
 from macft.data.batch import Batch, micro_batches, pack, widened, widened_pack
 from macft.data.formats import Row
@@ -40,8 +42,6 @@ from macft.training.batch_layout import BatchLayout
 from macft.training.gradient import GradientComputer
 from macft.training.loss import target_positions
 from macft.training.settings import TrainingConfig
-from running import environment, events, train, write_jsonl
-from test_loss import FAMILIES, SMALL, make
 
 FLOAT32 = HeldWeights(None, 64, 4)
 LLAMA_8B = "mlx-community/Meta-Llama-3.1-8B-Instruct-4bit"
@@ -52,7 +52,7 @@ WIDE_CONFIG = {**TINY_CONFIG, "vocab_size": 49152}
 @pytest.fixture(scope="module")
 def wide_model_folder(tmp_path_factory: pytest.TempPathFactory, bundled_model: Path) -> Path:
     """The tiny model with the bundled one's whole vocabulary."""
-    return make_tiny_model(tmp_path_factory.mktemp("wide-model"), WIDE_CONFIG, bundled_model)
+    return make_tiny_model(tmp_path_factory.mktemp("wide-model"), bundled_model, WIDE_CONFIG)
 
 
 def tiny_shape() -> ModelShape:
@@ -224,7 +224,7 @@ def test_the_plan_divides_as_the_trainer_does(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_plan_knows_which_models_pack(family: str) -> None:
     shape = shape_of({**SMALL, "model_type": family, **FAMILIES[family]}, family)
-    assert shape.packs == enable_packing(make(family))
+    assert shape.packs == enable_packing(make_model(family))
 
 
 def test_what_rows_share_needs_no_memory() -> None:
@@ -294,6 +294,7 @@ def test_the_command_plans_for_macs_one_does_not_own(bundled_model: Path) -> Non
     assert bundled_model.exists()
 
 
+@pytest.mark.slow
 def test_the_command_says_what_does_not_fit_and_wrong_words_are_one_line(bundled_model: Path) -> None:
     assert bundled_model.exists()
     large = planned(
@@ -340,6 +341,7 @@ def test_a_run_that_does_not_fit_is_refused_and_auto_makes_it_fit(wide_model_fol
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
 
 
+@pytest.mark.slow
 def test_prediction_is_within_15_percent_of_the_measured_peak(wide_model_folder: Path, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     rows = [{"text": " ".join(generator.choice(["red", "river", "north"], 300))} for _ in range(8)]

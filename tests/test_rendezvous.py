@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -18,12 +17,6 @@ import macft
 from macft.collective.settings import CollectiveConfig
 from macft.errors import RendezvousError
 from macft.rendezvous.rendezvous import RendezvousServer, Roster, connect_ring, join
-
-
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as executor:
-        yield executor
 
 
 def serve(world_size: int, timeout: float = 20.0, **more: Any) -> RendezvousServer:

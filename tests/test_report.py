@@ -23,121 +23,21 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from helpers.report_events import FINAL, HPARAMS, PARTS, SAMPLE, TOTAL, build, ended, started, step, tell
 from macft.config.paths import config_folder
 from macft.report import fan_out
 from macft.report.console import ConsoleReporter
 from macft.report.events import (
-    CheckpointSaved,
     Evaluated,
-    MetricScored,
     NodesChanged,
-    Noted,
-    PhaseProgress,
-    Reporter,
     RunEnded,
-    RunStarted,
-    Sample,
     SamplesShown,
-    StepDone,
 )
 from macft.report.metrics_file import MetricsFile, plain
 from macft.report.run_folder import RunFolder, write_atomically
 from macft.report.settings import ReportConfig, problems
 from macft.report.summary import SummaryWriter
 from macft.report.tensorboard import TensorBoard
-
-TOTAL = 20
-PARTS = {"data": 0.01, "compute": 0.3, "all_reduce": 0.15, "update": 0.04}
-FINAL = {"valid_loss_before": 3.5, "valid_loss": 1.25, "sql_execution_before": 0.125, "sql_execution": 0.75}
-HPARAMS = {
-    "name": "run",
-    "seed": 7,
-    "model": {"path": "tiny", "revision": None, "trust_remote_code": False},
-    "dataset": {"path": "sql", "metric": "sql_execution"},
-    "adapter": {"type": "lora", "rank": 8, "targets": ["q_proj", "v_proj"], "layers": []},
-    "optimizer": {"learning_rate": 1e-4, "arguments": {"eps": 1e-8}},
-    "training": {"steps": TOTAL},
-    "topology": {"nodes": 2, "port": 4711},
-    "report": {"every": 10},
-}
-SAMPLE = Sample(
-    "CREATE TABLE a (x INT)\nHow many | rows?",
-    "SELECT COUNT(*) FROM a WHERE x < 5",
-    "\x1b[31mred\x07 [bold]herring",
-    "SELECT 1",
-    False,
-    True,
-)
-
-
-def started(folder: Path, first_step: int = 0) -> RunStarted:
-    return RunStarted(
-        run_folder=folder,
-        device="CPU",
-        model="bundled-name",
-        adapter="lora rank 8",
-        trainable_parameters=1_000_000,
-        total_parameters=20_000_000,
-        train_rows=2400,
-        valid_rows=120,
-        test_rows=64,
-        batch_size=8,
-        total_steps=TOTAL,
-        first_step=first_step,
-        rank=0,
-        world_size=2,
-        shares="equal",
-        config_yaml="model:\n  path: tiny\n",
-        notes=["weights dequantised to float32"],
-    )
-
-
-def step(number: int, loss: float | None = None) -> StepDone:
-    return StepDone(
-        step=number,
-        total_steps=TOTAL,
-        epoch=number / 300,
-        loss=4.0 - number / 10 if loss is None else loss,
-        learning_rate=1e-4,
-        grad_norm=1.5,
-        target_tokens=100,
-        tokens=400,
-        node_tokens=200,
-        seconds=0.5,
-        bytes_sent=4096,
-        residual_norm=0.25,
-        parts=PARTS,
-        peak_memory=2_000_000_000,
-        active_memory=1_000_000_000,
-    )
-
-
-def ended(folder: Path, reason: str = "finished", steps: int = TOTAL) -> RunEnded:
-    final = FINAL if reason == "finished" else {}
-    return RunEnded(reason, steps, 12.5, final, folder / "adapters" if final else None, "ab" * 32)
-
-
-def tell(reporter: Reporter, folder: Path, *, first: int = 0, until: int = TOTAL) -> None:
-    """A run's events, from its start or from where it resumes, to its end or to where it is interrupted."""
-    reporter.run_started(started(folder, first))
-    if first == 0:
-        reporter.phase_progress(PhaseProgress("answering, before", 1, 2))
-        reporter.metric_scored(MetricScored(0, "sql_execution", "test", "before", 0.125, 64, 2.0))
-        reporter.evaluated(Evaluated(0, 3.5, 900, 1.0, True))
-    for number in range(first + 1, until + 1):
-        reporter.step_done(step(number))
-        if number % 10 == 0:
-            reporter.phase_progress(PhaseProgress("validation", 1, 2))
-            reporter.evaluated(Evaluated(number, 3.5 - number / 10, 900, 1.0, True))
-            reporter.checkpoint_saved(CheckpointSaved(number, folder / f"step-{number}", True, 0.1, 0.01))
-    if until == TOTAL:
-        reporter.noted(Noted("the disk is nearly full", "warning"))
-        reporter.metric_scored(MetricScored(TOTAL, "sql_execution", "test", "after", 0.75, 64, 2.0))
-        reporter.samples_shown(SamplesShown(TOTAL, [SAMPLE]))
-        reporter.run_ended(ended(folder))
-    else:
-        reporter.run_ended(ended(folder, "interrupted", until))
-    reporter.close()
 
 
 def lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -592,10 +492,6 @@ def test_a_run_that_fails_at_once_with_a_loss_of_nan_has_a_summary(tmp_path: Pat
 # All together
 
 
-def build(folder: RunFolder, **settings: Any) -> Reporter:
-    return fan_out.build(ReportConfig(**settings), folder, hparams=HPARAMS, is_main=True, first_step=0)
-
-
 def test_rank_0_writes_what_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     everything, little = RunFolder(tmp_path / "deep" / "run"), RunFolder(tmp_path / "little")
     tell(build(everything), everything.path)
@@ -684,23 +580,19 @@ def test_a_full_disk_drops_the_reporter_and_not_the_run(tmp_path: Path, capsys: 
         full.close()
 
 
-PIPED = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from test_report import build, tell
-from macft.report.run_folder import RunFolder
-folder = RunFolder(Path(sys.argv[2]))
-tell(build(folder, every=1, tensorboard=False), folder.path)
-"""
-
-
 def test_a_run_goes_on_when_its_output_is_no_longer_read(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     reading, writing = os.pipe()
     os.close(reading)  # as `| head` does in the end
-    command = [sys.executable, "-c", PIPED, str(Path(__file__).parent), str(folder.path)]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers.report_events", str(folder.path)],
+        cwd=Path(__file__).parent,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     os.close(writing)
     assert done.stderr.count("ConsoleReporter stops reporting, training goes on") == 1
     assert len(lines(folder.metrics, "step_done")) == TOTAL

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.runs import adapter, events, free_ports, same_bits, start, train
 from macft.checkpoint.store import CheckpointStore
-from running import adapter, events, free_ports, same_bits, start, train, uneven_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -19,12 +19,10 @@ KEEPS_ALL = "training.keep_last=9"
 
 
 @pytest.fixture(scope="module")
-def basics(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> list[str]:
+def basics(tiny_task: list[str]) -> list[str]:
     """Overrides for six short steps of a tiny model that save after every second one."""
-    data = uneven_dataset(tmp_path_factory.mktemp("data"))
     return [
-        f"model={tiny_model_folder}",
-        f"dataset={data}",
+        *tiny_task,
         "training.batch_size=4",
         "training.steps=6",
         "training.eval_every=2",

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ import zmq
 from hydra import compose, initialize_config_dir
 from zmq.utils.monitor import recv_monitor_message
 
-from live_ring import LiveRing, live_ring
+from harness.runs import environment, free_ports, losses, start, train, uneven_dataset
+from helpers.rings import LiveRing, live_ring
 from macft.collective.security import KeyPair, encrypt_to
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import split_address
@@ -31,15 +31,8 @@ from macft.rendezvous import keystore
 from macft.rendezvous.keystore import Keyring
 from macft.rendezvous.rendezvous import RendezvousServer, connect_ring
 from macft.topology.settings import TopologyConfig
-from running import environment, free_ports, losses, start, train, uneven_dataset
 
 QUICK = CollectiveConfig(timeout=3.0, heartbeat=0.5)
-
-
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as executor:
-        yield executor
 
 
 def keyrings(count: int) -> list[Keyring]:

@@ -7,15 +7,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from live_hosts import Cluster, cluster
-from running import events, losses, train, uneven_dataset
+from harness.runs import losses, train, uneven_dataset, wait_for_events, wait_for_step
+from helpers.hosts import Cluster, cluster
 
 pytestmark = pytest.mark.slow
 
@@ -32,11 +31,9 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def basics(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> list[str]:
-    data = uneven_dataset(tmp_path_factory.mktemp("data"))
+def basics(tiny_task: list[str]) -> list[str]:
     return [
-        f"model={tiny_model_folder}",
-        f"dataset={data}",
+        *tiny_task,
         "training.batch_size=6",
         "training.steps=6",
         "training.eval_every=0",
@@ -83,20 +80,6 @@ def agents(folder: str) -> list[psutil.Process]:
     return found
 
 
-def await_step(process: subprocess.Popen[str], folder: Path) -> None:
-    """Waits until rank 0 has made a step in its ``folder``."""
-    await_event(process, folder, "step_done")
-
-
-def await_event(process: subprocess.Popen[str], folder: Path, kind: str) -> None:
-    """Waits until a node tells of an event of this kind."""
-    deadline = time.monotonic() + 120
-    while not events(folder, kind):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_three_hosts_train_and_the_results_come_home(three: Cluster, basics: list[str], tmp_path: Path) -> None:
     process = start(three, tmp_path, *basics, "topology=desk", "topology.ship=[code]", "hydra.run.dir=runs/a/1")
     output, errors = process.communicate(timeout=200)
@@ -116,7 +99,7 @@ def test_three_hosts_train_and_the_results_come_home(three: Cluster, basics: lis
 def test_ctrl_c_ends_with_a_checkpoint_and_the_run_goes_on(three: Cluster, basics: list[str], tmp_path: Path) -> None:
     longer = [*basics, *over_ssh(three, 2), "training.steps=100000", "hydra.run.dir=runs/b/1"]
     process = start(three, tmp_path, *longer)
-    await_step(process, three.hosts[0].home / "macft/runs/b/1")
+    wait_for_step(process, three.hosts[0].home / "macft/runs/b/1")
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, output + errors
@@ -133,10 +116,10 @@ def test_the_host_that_leads_dies_and_the_results_come_from_another(
 ) -> None:
     longer = [*basics, "topology=desk", "training.steps=100000", "collective.encryption=on", "hydra.run.dir=runs/e/1"]
     process = start(three, tmp_path, *longer)
-    await_step(process, three.hosts[0].home / "macft/runs/e/1")
+    wait_for_step(process, three.hosts[0].home / "macft/runs/e/1")
     (leader,) = [agent for agent in agents("runs/e/1") if agent.cmdline()[-1] == "0"]
     leader.kill()
-    await_event(process, three.hosts[1].home / "macft/runs/e/1", "nodes_changed")
+    wait_for_events(process, three.hosts[1].home / "macft/runs/e/1", "nodes_changed")
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, output + errors
@@ -150,7 +133,7 @@ def test_the_host_that_leads_dies_and_the_results_come_from_another(
 def test_no_process_outlives_the_terminal(three: Cluster, basics: list[str], tmp_path: Path) -> None:
     longer = [*basics, *over_ssh(three, 2), "training.steps=100000", "hydra.run.dir=runs/c/1"]
     process = start(three, tmp_path, *longer)
-    await_step(process, three.hosts[0].home / "macft/runs/c/1")
+    wait_for_step(process, three.hosts[0].home / "macft/runs/c/1")
     running = agents("runs/c/1")
     assert len(running) == 2
     process.kill()

@@ -7,7 +7,6 @@ import select
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from macft.collective.listener import Listener
+from helpers.rings import local_listeners, run_ranks
 from macft.collective.ring import Ring
 from macft.collective.settings import CollectiveConfig
 from macft.collective.stream import SECRET_BYTES, StreamIn, StreamOut, StreamPort, fresh
@@ -178,21 +177,8 @@ def awaited(port: StreamPort) -> StreamIn:
 
 def two_ranks(work: Any, *configs: CollectiveConfig, encrypted: bool = False) -> list[Any]:
     """What ``work`` returns or raises on each rank, whose settings may differ."""
-    listeners = [Listener("127.0.0.1:0", config, encrypted=encrypted) for config in configs]
-    addresses = [listener.address for listener in listeners]
-    keys = [listener.security.public_key for listener in listeners if listener.security]
-
-    def run(rank: int) -> Any:
-        if (security := listeners[rank].security) is not None:
-            security.meet(keys, rank)
-        try:
-            with Ring(rank, len(configs), addresses, listeners[rank], ring_id="test") as ring:
-                return work(ring)
-        except CollectiveError as error:
-            return error
-
-    with ThreadPoolExecutor(len(configs)) as pool:
-        return list(pool.map(run, range(len(configs))))
+    listeners = [listener for config in configs for listener in local_listeners(1, config, encrypted=encrypted)]
+    return run_ranks(listeners, work, catch=CollectiveError)
 
 
 def right_sums(ring: Ring) -> bool:

@@ -35,13 +35,13 @@ def spin(seconds: float) -> None:
 
 
 def step(guard: ThermalThrottle, work: float) -> NodeStatus:
-    """A step of two micro-batches, of which the second ends as the trainer tells it."""
+    """A step of two micro-batches."""
     begun = time.perf_counter()
-    batches = guard.paced(["first", "second"])
+    guard.begin_step(2)
     for _ in range(2):
-        next(batches)
+        guard.before_micro_batch()
         spin(work / 2)
-    batches.close()
+    guard.step_computed()
     return guard.status(10, time.perf_counter() - begun)
 
 
@@ -61,8 +61,8 @@ def test_rest_is_as_long_as_work_unless_others_are_waited_for() -> None:
             time.sleep(2 * status.busy_seconds + 0.05)  # the others are slower
         assert rested < status.busy_seconds / 2
         assert (status.reason, status.paused) == ("quiet hours", False)
-        assert guard.remarks([status], [1.0]) == ["thermal: this node may work 50% of the time (quiet hours)"]
-        assert guard.remarks([status], [1.0]) == []
+        assert guard.messages([status], [1.0]) == ["thermal: this node may work 50% of the time (quiet hours)"]
+        assert guard.messages([status], [1.0]) == []
     finally:
         guard.close()
 

@@ -15,19 +15,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.runs import environment, events, losses, start, train
 from macft.monitor import read, render
-from running import environment, events, losses, start, train, uneven_dataset
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def basics(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> list[str]:
+def basics(tiny_task: list[str]) -> list[str]:
     """Overrides for a run of a tiny model."""
-    data = uneven_dataset(tmp_path_factory.mktemp("data"))
     return [
-        f"model={tiny_model_folder}",
-        f"dataset={data}",
+        *tiny_task,
         "dataset.mask_prompt=true",
         "training.batch_size=8",
         "training.micro_batch_size=2",

@@ -16,18 +16,16 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load as mlx_lm_load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from running import adapter, environment, events, losses, train, uneven_dataset, write_jsonl
+from harness.runs import adapter, environment, events, losses, train, train_to_end, uneven_dataset, write_jsonl
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def basics(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> list[str]:
+def basics(tiny_task: list[str]) -> list[str]:
     """Overrides for a very short run of a tiny model."""
-    data = uneven_dataset(tmp_path_factory.mktemp("data"))
     return [
-        f"model={tiny_model_folder}",
-        f"dataset={data}",
+        *tiny_task,
         "dataset.mask_prompt=true",
         "training.batch_size=4",
         "training.steps=6",
@@ -41,10 +39,7 @@ def basics(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Path:
     """The folder of such a run after its end. Read only: copy it to go on from it."""
-    folder = tmp_path_factory.mktemp("finished")
-    done = train(*basics, f"hydra.run.dir={folder}", cwd=folder)
-    assert done.status == 0, done.errors
-    return folder
+    return train_to_end(*basics, folder=tmp_path_factory.mktemp("finished"))
 
 
 def test_a_run_leaves_everything_in_its_folder(tmp_path: Path, basics: list[str]) -> None:

@@ -7,16 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from doc_commands import PAGES, Command, commands
-from live_hosts import Cluster, Host, cluster
-from running import events, uneven_dataset
+from harness.runs import events, uneven_dataset, wait_for_events
+from helpers.docs import PAGES, Command, commands
+from helpers.hosts import Cluster, Host, cluster
 
 pytestmark = pytest.mark.slow
 MARKED = [
@@ -136,9 +135,9 @@ def test_five_train_lose_a_cable_and_stop(three: Cluster, tiny_model_folder: Pat
         *("collective.piece_bytes=4096", "report.tensorboard=false", "hydra.run.dir=runs/walk/1"),
     )
     folder = first.home / "macft/runs/walk/1"
-    _await(run, folder, "step_done")
+    wait_for_events(run, folder, "step_done")
     subprocess.run(["ip", "-n", three.hosts[1].namespace, "link", "set", "eth1", "down"], check=True)
-    _await(run, folder, "noted", "a cable to the next node is lost (10.78.")
+    wait_for_events(run, folder, "noted", text="a cable to the next node is lost (10.78.")
     steps = len(events(folder, "step_done"))
     run.send_signal(signal.SIGINT)
     output = ended(run, 130)
@@ -147,14 +146,6 @@ def test_five_train_lose_a_cable_and_stop(three: Cluster, tiny_model_folder: Pat
     assert "[conn=" not in output  # what the SSH library logs
     assert len(events(first.home / "runs/walk/1", "step_done")) >= steps
     assert list((first.home / "runs/walk/1/checkpoints").iterdir())
-
-
-def _await(run: subprocess.Popen[str], folder: Path, kind: str, text: str = "") -> None:
-    deadline = time.monotonic() + 120
-    while not any(text in event.get("text", "") for event in events(folder, kind)):
-        assert run.poll() is None, run.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_machines_and_clusters_are_removed(three: Cluster) -> None:

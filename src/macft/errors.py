@@ -79,7 +79,11 @@ class TrainingError(MacftError):
 
 
 class NonFiniteLoss(TrainingError):
-    """The loss or the gradient became NaN or infinite."""
+    """The loss or the gradient became NaN or infinite, after ``updates`` updates that were sound."""
+
+    def __init__(self, message: str, updates: int = 0):
+        super().__init__(message)
+        self.updates = updates
 
 
 class RanksDiverged(TrainingError):

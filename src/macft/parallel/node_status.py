@@ -19,7 +19,8 @@ class NodeStatus:
 
     ``duty`` is the part of the time the node may compute, ``paused`` says that it wants no rows at all. Temperature in
     C, ``state`` 0 to 4, watts now and at most, ``joules`` since the first step of this process, metered over
-    ``metered_seconds``; ``estimated`` marks power that comes from a model. ``remarks``: lines it has to tell.
+    ``metered_seconds``; ``estimated`` marks power that comes from a model. ``messages``: number of lines that the node
+    has for the others.
     """
 
     tokens: int = 0
@@ -34,7 +35,7 @@ class NodeStatus:
     joules: float | None = None
     metered_seconds: float = 0.0
     estimated: bool = False
-    remarks: int = 0
+    messages: int = 0
 
     SIZE = 13
 
@@ -53,7 +54,7 @@ class NodeStatus:
             self.joules,
             self.metered_seconds,
             self.estimated,
-            self.remarks,
+            self.messages,
         ]
         return np.array([math.nan if value is None else float(value) for value in values], dtype=np.float64)
 
@@ -75,5 +76,5 @@ class NodeStatus:
             joules=values[9],
             metered_seconds=values[10] or 0.0,
             estimated=bool(values[11]),
-            remarks=int(values[12] or 0),
+            messages=int(values[12] or 0),
         )

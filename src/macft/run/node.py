@@ -23,7 +23,7 @@ from macft.training.stop import StopRequest
 
 
 def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resume: bool, stop: StopRequest) -> str:
-    """Trains this rank's part.
+    """Trains this rank's part; returns why it ended: finished, early_stopped or interrupted.
 
     Raises:
         MacftError: whatever went wrong, in one line; rank 0 has reported it before.
@@ -35,31 +35,28 @@ def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resum
     except MembershipChanged:
         if elastic is None:
             raise
-        # Before all were ready a node was lost: this one gets ready by itself, then meets those who are left.
+        # A node was lost before all were ready: this one prepares by itself, then joins those who are left.
         elastic.step_out()
         run = prepare(config, collective, RunFolder(folder), resume=resume, stop=stop)
     try:
-        _announce(run)
+        _report_start(run)
         together = elastic is None or elastic.is_member or run.trainer.regroup()
         while together:
-            _show_members(run)
+            _write_members(run)
             try:
                 return _train(run, started)
             except MembershipChanged:
                 together = run.trainer.regroup()
         return _interrupted(run, started)
     except MacftError as error:
-        _end(run, "failed", started, {}, str(error))
+        _report_end(run, "failed", started, detail=str(error))
         raise
     finally:
-        run.trainer.saver.close()
-        if run.guard is not None:
-            run.guard.close()
-        run.reporter.close()
+        run.close()
 
 
 def _train(run: Run, started: float) -> str:
-    """From wherever the run is to its end."""
+    """From the step that the run is at to its end."""
     before = score_before(run)
     reason = run.trainer.train()
     if reason == "interrupted":
@@ -67,65 +64,72 @@ def _train(run: Run, started: float) -> str:
     loss = choose_final_adapter(run)
     adapter_folder = save_final_adapter(run)
     final = score_after(run, before, loss)
-    return _end(run, reason, started, final, "", adapter_folder)
+    return _report_end(run, reason, started, final, adapter_folder=adapter_folder)
 
 
 def _interrupted(run: Run, started: float) -> str:
-    return _end(run, "interrupted", started, {}, f"go on with: python -m macft.train +resume={run.folder.path}")
+    detail = f"go on with: python -m macft.train +resume={run.folder.path}"
+    return _report_end(run, "interrupted", started, detail=detail)
 
 
-def _show_members(run: Run) -> None:
-    """Writes down whom a newcomer can ask; its own affair where that fails."""
-    elastic = run.trainer.elastic
+def _write_members(run: Run) -> None:
+    """Writes the members' addresses, which a newcomer asks. The run goes on where that fails."""
+    elastic = run.trainer.nodes.elastic
     if elastic is None or not elastic.is_member or elastic.rank != 0:
         return
-    now = elastic.members
-    members = [{"name": name, "address": at} for name, at in zip(now.names, now.addresses, strict=True)]
+    view = elastic.members
+    members = [{"name": name, "address": at} for name, at in zip(view.names, view.addresses, strict=True)]
     with contextlib.suppress(OSError):
         write_atomically(run.folder.members, json.dumps({"members": members}, indent=2) + "\n")
 
 
-def _announce(run: Run) -> None:
+def _report_start(run: Run) -> None:
     config, data = run.config, run.data
     run.reporter.handle(
         RunStarted(
             run_folder=run.folder.path,
-            device=data.notes[0],
+            device=run.device,
             model=config.model.path,
             adapter=run.adaptation.description,
             trainable_parameters=run.adaptation.trainable_parameters,
             total_parameters=run.adaptation.total_parameters,
             train_rows=len(data.train.rows),
-            valid_rows=len(run.trainer.valid_rows),
+            valid_rows=run.valid_rows,
             test_rows=len(data.test.rows),
             batch_size=config.training.batch_size,
             total_steps=run.trainer.total_steps,
-            first_step=run.trainer.progress.step,
+            first_step=run.state.progress.step,
             rank=run.collective.rank,
             world_size=planned_world_size(run.collective),
             shares=str(config.topology.shares),
             config_yaml=to_yaml(config),
-            notes=data.notes[1:],
+            notes=run.notes,
         )
     )
 
 
-def _end(
-    run: Run, reason: str, started: float, final: Mapping[str, float], detail: str, adapter_folder: Path | None = None
+def _report_end(
+    run: Run,
+    reason: str,
+    started: float,
+    final: Mapping[str, float] | None = None,
+    *,
+    detail: str = "",
+    adapter_folder: Path | None = None,
 ) -> str:
     trainer = run.trainer
-    trainer.saves.tell(wait=True)
-    trouble = trainer.saver.trouble
+    trainer.checkpoints.report(wait=True)
+    trouble = run.saver.trouble
     run.reporter.handle(
         RunEnded(
             reason=reason,
-            steps=trainer.progress.step,
+            steps=run.state.progress.step,
             seconds=time.perf_counter() - started,
-            final=final,
+            final=final or {},
             adapter_folder=adapter_folder,
             adapter_sha256=digest(run.loaded.model).hex(),
             detail=detail,
-            energy=summarize([*trainer.nodes, *trainer.departed], run.config.thermal, tokens=trainer.tokens),
+            energy=summarize(trainer.statuses, run.config.thermal, tokens=trainer.tokens),
             warnings=[trouble] if trouble else [],
         )
     )

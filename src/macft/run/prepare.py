@@ -1,17 +1,17 @@
-"""All that a run needs, made ready on one node: data, plan, model, adapter, state and trainer."""
+"""Prepares one rank's run: data, plan, model, adapter, state, trainer."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import mlx.optimizers as optim
-
 from macft.checkpoint.saver import CheckpointSaver
-from macft.checkpoint.snapshot import Progress, Snapshot, capture, restore, restore_adapter
+from macft.checkpoint.snapshot import Progress, Snapshot
 from macft.checkpoint.store import CheckpointStore
 from macft.collective.base import Collective
 from macft.collective.elastic import ElasticCollective
+from macft.collective.newest import find_newest
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain
 from macft.data.load import LoadedData, chosen_rows, read, tokenize_all
@@ -27,110 +27,150 @@ from macft.report import fan_out
 from macft.report.events import Reporter
 from macft.report.run_folder import RunFolder
 from macft.thermal.throttle import ThermalThrottle
+from macft.training.assembly import make_trainer
 from macft.training.diloco import OuterOptimizer
 from macft.training.gradient import GradientComputer
 from macft.training.gradient_reducer import GradientReducer
 from macft.training.loop import Trainer
 from macft.training.optimizer import make_optimizer
-from macft.training.settings import TrainingConfig, steps_for
+from macft.training.state import TrainState
 from macft.training.stop import StopRequest
-from macft.training.throttle import NoThrottle
+
+log = logging.getLogger("macft.run")
 
 
 @dataclass
 class Run:
-    """One node's run, as its phases share it."""
+    """One rank's run, as its phases share it. ``notes`` are lines for the user."""
 
     config: TrainConfig
     collective: Collective
     folder: RunFolder
+    device: str
     loaded: LoadedModel
     data: LoadedData
+    valid_rows: int
     adaptation: Adaptation
-    optimizer: optim.Optimizer
-    trainer: Trainer
+    saver: CheckpointSaver
+    throttle: ThermalThrottle | None
     reporter: Reporter
-    guard: ThermalThrottle | None
+    trainer: Trainer
+    notes: list[str]
+
+    @property
+    def state(self) -> TrainState:
+        """Parameters, optimizer and progress."""
+        return self.trainer.state
+
+    def close(self) -> None:
+        """Ends threads and closes files."""
+        self.saver.close()
+        if self.throttle is not None:
+            self.throttle.close()
+        self.reporter.close()
 
 
 def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, resume: bool, stop: StopRequest) -> Run:
-    """Everything loaded, and the same state on every rank.
+    """Loads everything; afterwards all ranks have the same state.
 
     Raises:
-        MacftError: something is missing or doesn't fit; in one line.
+        MacftError: something is missing or does not fit; in one line.
         MembershipChanged: a node was lost before all were ready.
     """
     # Whatever can go wrong without a model goes wrong before one is fetched and loaded.
     optimizer = make_optimizer(config.optimizer)
+    log.info("reading the dataset %s", config.dataset.path)
     raw = read(config.dataset, seed=config.seed)
+
+    log.info("finding the model %s", config.model.path)
     model_folder = resolve(config.model)
     tokenizer = load_tokenizer(config.model, model_folder)
+
+    log.info("tokenizing")
     data = tokenize_all(raw, config.dataset, tokenizer, need_test=is_scored(config))
     order = RowOrder(
         data.train.source_sizes, data.train.source_weights, batch_size=config.training.batch_size, seed=config.seed
     )
+
     device = prepare_device()
-    elastic = collective if isinstance(collective, ElasticCollective) else None
-    is_newcomer = elastic is not None and not elastic.is_member
-    world_size = planned_world_size(collective)
-    training, plan_notes = preflight(config, model_folder, data.train.rows, order, collective, world_size=world_size)
+    log.info("planning memory")
+    training, plan_notes = preflight(
+        config, model_folder, data.train.rows, order, collective, world_size=planned_world_size(collective)
+    )
     config = replace(config, training=training)
+
+    log.info("loading %s on %s", model_folder, device)
     loaded = load(config.model, model_folder, tokenizer)
     adaptation = adapt(loaded.model, config.adapter, seed=config.seed)
     if config.adapter.init_from is not None and collective.rank == 0:
         load_adapter_weights(Path(config.adapter.init_from).expanduser(), loaded.model)
-    compute = GradientComputer(
-        loaded.model,
-        adaptation.dropout_keys,
-        seed=config.seed,
-        checkpoint_blocks=config.training.grad_checkpoint,
-        bucket_bytes=config.collective.bucket_bytes,
-        packing=config.training.packing,
-        compiling=config.training.compile,
-        loss_chunk=config.training.loss_chunk,
-    )
-    store = CheckpointStore(folder.checkpoints, keep_last=config.training.keep_last)
-    has_own_disk = config.topology.kind in ("hosts", "ssh")
-    saver = CheckpointSaver(store, writers=config.training.replicas if has_own_disk else 1)
-    exchange = GradientReducer(collective, config.collective.codec, config.collective.powersgd_rank)
-    progress, notes, outer = _agree_on_state(config.training, loaded, optimizer, exchange, store, resume=resume)
+
+    log.info("sharing the state")
+    reducer = GradientReducer(collective, config.collective.codec, config.collective.powersgd_rank)
+    state = TrainState(loaded.model, optimizer, Progress(), reducer, _outer_optimizer(config, loaded))
+    store = CheckpointStore(folder.checkpoints, keep_last=training.keep_last)
+    state_notes = share_state(state, store, resume=resume)
+    if state.outer is not None:
+        state_notes.append(
+            f"training.sync=diloco: the nodes meet every {training.inner_steps} steps; between two meetings the loss "
+            "and tokens/s shown are rank 0's own"
+        )
+
+    is_newcomer = isinstance(collective, ElasticCollective) and not collective.is_member
     reporter = fan_out.build(
         config.report,
         folder,
         hparams=to_plain(config),
         is_main=collective.rank == 0 and not is_newcomer,
-        first_step=progress.step,
+        first_step=state.progress.step,
         is_newcomer=is_newcomer,
     )
-    valid_rows = chosen_rows(len(data.valid.rows), config.training.eval_rows, config.seed)
-    guard: ThermalThrottle | None = None
+    throttle: ThermalThrottle | None = None
     if config.thermal.enabled:
-        guard = ThermalThrottle(config.thermal, rank=collective.rank, stop=lambda: stop.requested)
-    trainer = Trainer(
-        model=loaded.model,
-        optimizer=optimizer,
-        compute=compute,
-        collective=collective,
-        train_rows=data.train.rows,
-        valid_rows=[data.valid.rows[i] for i in valid_rows],
-        order=order,
-        total_steps=steps_for(config.training, order.steps_per_epoch),
-        config=config.training,
-        optimizer_config=config.optimizer,
-        saver=saver,
-        reporter=reporter,
-        progress=progress,
-        stop=stop,
-        exchange=exchange,
-        outer=outer,
-        balance=ShareBalancer(_shares(config, world_size), world_size, every=config.topology.rebalance_every),
-        pace=guard or NoThrottle(),
-        elastic=elastic,
+        throttle = ThermalThrottle(config.thermal, rank=collective.rank, stop=lambda: stop.requested)
+    has_own_disk = config.topology.kind in ("hosts", "ssh")
+    saver = CheckpointSaver(store, writers=training.replicas if has_own_disk else 1)
+    compute = GradientComputer(
+        loaded.model,
+        adaptation.dropout_keys,
+        seed=config.seed,
+        checkpoint_blocks=training.grad_checkpoint,
+        bucket_bytes=config.collective.bucket_bytes,
+        packing=training.packing,
+        compiling=training.compile,
+        loss_chunk=training.loss_chunk,
     )
-    run = Run(config, collective, folder, loaded, data, adaptation, optimizer, trainer, reporter, guard)
-    run.data.notes[:0] = [device, *loaded.notes, *plan_notes]
-    run.data.notes += notes
-    return run
+    world_size = planned_world_size(collective)
+    valid_rows = [data.valid.rows[i] for i in chosen_rows(len(data.valid.rows), training.eval_rows, config.seed)]
+    trainer = make_trainer(
+        training,
+        config.optimizer,
+        state,
+        compute,
+        data.train.rows,
+        order,
+        saver,
+        reporter,
+        valid_rows=valid_rows,
+        balancer=ShareBalancer(_shares(config, world_size), world_size, every=config.topology.rebalance_every),
+        throttle=throttle,
+        stop=stop,
+    )
+    return Run(
+        config=config,
+        collective=collective,
+        folder=folder,
+        device=device,
+        loaded=loaded,
+        data=data,
+        valid_rows=len(valid_rows),
+        adaptation=adaptation,
+        saver=saver,
+        throttle=throttle,
+        reporter=reporter,
+        trainer=trainer,
+        notes=[*loaded.notes, *plan_notes, *data.notes, *state_notes],
+    )
 
 
 def planned_world_size(collective: Collective) -> int:
@@ -138,54 +178,38 @@ def planned_world_size(collective: Collective) -> int:
     return len(collective.members.ids) if isinstance(collective, ElasticCollective) else collective.world_size
 
 
-def _shares(config: TrainConfig, world_size: int) -> str | list[float]:
-    """As configured; a newcomer, which is told them, may come to another number of nodes."""
-    shares = config.topology.shares
-    return "equal" if isinstance(shares, list) and len(shares) != world_size else shares
+def is_scored(config: TrainConfig) -> bool:
+    """Whether the dataset's metric is measured before and after training."""
+    return config.dataset.metric is not None and config.training.metric_rows != 0
 
 
-def _agree_on_state(
-    training: TrainingConfig,
-    loaded: LoadedModel,
-    optimizer: optim.Optimizer,
-    exchange: GradientReducer,
-    store: CheckpointStore,
-    *,
-    resume: bool,
-) -> tuple[Progress, list[str], OuterOptimizer | None]:
-    """Every rank begins with the same state: rank 0's fresh one, or that of the newest checkpoint."""
-    collective = exchange.collective
-    found, notes = store.newest_valid() if resume else (None, [])
-    # Any node may hold the newest one that is whole; the first of them gives it to all.
-    steps = [int(step) for step in collective.all_gather(str(found.progress.step if found else 0).encode())]
-    source = steps.index(max(steps))
-    if source:
-        notes.append(f"the newest checkpoint that can be used, of step {max(steps)}, is on node {source}'s disk")
-    elif resume and not max(steps):
+def share_state(state: TrainState, store: CheckpointStore, *, resume: bool) -> list[str]:
+    """Gives all ranks the same state: rank 0's initial one, or with ``resume`` that of the newest checkpoint.
+
+    Any rank may hold the newest checkpoint that can be read. Returns lines for the user. A call of all ranks.
+    """
+    stored, notes = store.newest_valid() if resume else (None, [])
+    newest = find_newest(state.reducer.collective, [stored.progress.step if stored else 0])
+    (step,) = newest.position
+    if newest.source:
+        notes.append(f"the newest checkpoint that can be used, of step {step}, is on node {newest.source}'s disk")
+    elif resume and not step:
         why = "none of its checkpoints can be used" if notes else "no checkpoint was saved before the run stopped"
         notes.append(f"{why}; it starts from the beginning")
-    payload = b""
-    if collective.rank == source:
-        payload = (found or capture(loaded.model, optimizer, Progress())).pack()
-    snapshot = Snapshot.unpack(collective.broadcast(payload, source))
-    progress = Progress()
-    if snapshot.progress.step == 0:
-        restore_adapter(snapshot, loaded.model)
-    else:
-        progress = restore(snapshot, loaded.model, optimizer)
-        if snapshot.codec:
-            exchange.restore(snapshot.codec)
+    payload = newest.share(lambda: (stored or state.capture()).pack())
+    state.restore(Snapshot.unpack(payload))
+    return notes
+
+
+def _outer_optimizer(config: TrainConfig, loaded: LoadedModel) -> OuterOptimizer | None:
+    training = config.training
     if training.sync != "diloco":
-        return progress, notes, None
+        return None
     rate, momentum = training.outer_learning_rate, training.outer_momentum
-    outer = OuterOptimizer(loaded.model, learning_rate=rate, momentum=momentum)
-    if snapshot.outer:
-        outer.restore(snapshot.outer, loaded.model, optimizer, collective.rank)
-    notes.append(f"training.sync=diloco: the nodes meet every {training.inner_steps} steps; between two meetings the")
-    notes[-1] += " loss and tokens/s shown are rank 0's own"
-    return progress, notes, outer
+    return OuterOptimizer(loaded.model, learning_rate=rate, momentum=momentum)
 
 
-def is_scored(config: TrainConfig) -> bool:
-    """Whether the dataset's metric is to be taken before and after training."""
-    return config.dataset.metric is not None and config.training.metric_rows != 0
+def _shares(config: TrainConfig, world_size: int) -> str | list[float]:
+    """As configured; a newcomer, which gets the others' shares, may come to another number of nodes."""
+    shares = config.topology.shares
+    return "equal" if isinstance(shares, list) and len(shares) != world_size else shares

@@ -1,4 +1,4 @@
-"""What comes of a run: the metric before and after training, the adapter that is kept, samples."""
+"""Results of a run: the metric before and after training, samples, the adapter that is exported."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from macft.checkpoint.snapshot import Snapshot, restore_adapter
+from macft.collective.newest import find_newest
 from macft.data.load import chosen_rows
 from macft.errors import CheckpointError, DataError, ModelError
 from macft.evaluation.answers import Scored, score_answers
@@ -38,22 +39,22 @@ def _score(run: Run, when: str) -> Scored | None:
         max_tokens=training.metric_max_tokens,
         progress=lambda done, total: run.reporter.handle(PhaseProgress(f"answering, {when}", done, total)),
     )
-    step = run.trainer.progress.step
+    step = run.state.progress.step
     run.reporter.handle(MetricScored(step, name, "test", when, result.value, len(records), result.seconds))
     return result
 
 
 def score_before(run: Run) -> Mapping[str, Any]:
-    """The metric of the untrained model, kept in the run's progress so that a resumed run needn't repeat it."""
-    progress = run.trainer.progress
+    """The metric of the untrained model; kept in the run's progress, so that a resumed run does not repeat it."""
+    progress = run.state.progress
     if not progress.before and progress.step == 0 and (scored := _score(run, "before")):
         progress.before = {"value": scored.value, "answers": scored.answers, "right": scored.right}
     return progress.before
 
 
 def score_after(run: Run, before: Mapping[str, Any], loss: float | None) -> dict[str, float]:
-    """The results of the adapter chosen, whose validation loss is ``loss``."""
-    progress = run.trainer.progress
+    """Metric, samples and losses for the adapter that is exported, whose validation loss is ``loss``."""
+    progress = run.state.progress
     final: dict[str, float] = {}
     if progress.first_valid_loss is not None and loss is not None:
         final |= {"valid_loss_before": progress.first_valid_loss, "valid_loss": loss}
@@ -81,9 +82,12 @@ def score_after(run: Run, before: Mapping[str, Any], loss: float | None) -> dict
 
 
 def choose_final_adapter(run: Run) -> float | None:
-    """Puts the best checkpoint's adapter into the model where that is to be exported; returns its validation loss."""
-    progress, saver, collective = run.trainer.progress, run.trainer.saver, run.collective
-    if run.trainer.has_final_adapter:
+    """Loads the best checkpoint's adapter if ``training.export`` says so; returns the validation loss of the adapter.
+
+    A call of all ranks.
+    """
+    progress, store = run.state.progress, run.saver.store
+    if run.state.has_final_adapter:
         return progress.best_valid_loss
     if run.config.training.export != "best" or progress.best_step in (None, progress.step):
         return progress.valid_loss
@@ -91,19 +95,19 @@ def choose_final_adapter(run: Run) -> float | None:
         run.reporter.handle(Noted("no validation was better than before training; the last adapter is kept", "warning"))
         return progress.valid_loss
     stored = b""
-    if progress.best_step in saver.store.steps():
+    if progress.best_step in store.steps():
         try:
-            stored = saver.store.load(int(progress.best_step or 0)).pack()
+            stored = store.load(int(progress.best_step or 0)).pack()
         except CheckpointError as error:
             run.reporter.handle(Noted(str(error), "warning"))
-    holders = [rank for rank, has in enumerate(collective.all_gather(b"1" if stored else b"")) if has]
-    if not holders:
+    newest = find_newest(run.collective, [bool(stored)])
+    if newest.position == (False,):
         run.reporter.handle(
             Noted(f"the best adapter, of step {progress.best_step}, was not saved; the last one is kept")
         )
         return progress.valid_loss
-    restore_adapter(Snapshot.unpack(collective.broadcast(stored, holders[0])), run.loaded.model)
-    run.trainer.has_final_adapter = True
+    restore_adapter(Snapshot.unpack(newest.share(lambda: stored)), run.loaded.model)
+    run.state.has_final_adapter = True
     return progress.best_valid_loss
 
 

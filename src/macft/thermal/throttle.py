@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
 
 from macft.parallel.node_status import NodeStatus
 from macft.thermal.budget import Budget
@@ -19,8 +18,6 @@ from macft.thermal.sensors.base import now
 from macft.thermal.sensors.choose import choose
 from macft.thermal.settings import ThermalConfig
 
-Item = TypeVar("Item")
-
 # A step's rests are never longer together, so that peers that wait for this node don't give it up.
 _LONGEST_REST = 120.0
 _NAP = 0.1
@@ -29,7 +26,7 @@ _FIRST_READINGS_SECONDS = 15.0
 
 
 class ThermalThrottle:
-    """A :class:`~macft.training.throttle.Pace` with a thermal budget.
+    """A :class:`~macft.training.throttle.Throttle` with a thermal budget.
 
     *Rows first, rest second.* A node that computes owes rest: computing for t seconds at a duty of d adds t * (1 - d)
     to the debt, and any other time of length t, waiting for a slower peer for instance, pays off t * d of it. Only what
@@ -43,7 +40,9 @@ class ThermalThrottle:
         self._load_meter = LoadMeter(self._load)
         self._governor = Governor(Budget(config))
         self._decision, self._conditions = Decision(), Conditions(time=now())
-        self._owed = self._rested = self._booked = 0.0
+        self._owed = self._rested = self._booked = self._rest_each = 0.0
+        self._micro_batches, self._is_new_step = 0, True
+        self._micro_batch_begun: float | None = None
         self._settled = time.monotonic()
         sensors, missing = choose(config, self._load, rank=rank)
         self._missing = missing
@@ -60,29 +59,43 @@ class ThermalThrottle:
     @contextmanager
     def working(self) -> Iterator[None]:
         """Work other than a step's heats the node too."""
+        self._end_micro_batch()  # of a step that a lost node has interrupted
         self._settle(busy=0.0)
         begun = time.monotonic()
         with self._load.busy():
             yield
         self._settle(busy=time.monotonic() - begun)
 
-    def paced(self, batches: Iterable[Item]) -> Generator[Item]:
-        """Hands out micro-batches, resting before each for its part of what is owed. Close it after the last one."""
-        if not self._is_training:  # what was scored before the first step doesn't count
-            self._is_training, self._meter = True, EnergyMeter()
-        items = list(batches)
-        self._settle(busy=0.0)
-        self._rested = self._booked = 0.0
-        part = self._owed / max(len(items), 1)
-        for item in items:
-            self._rest(min(part, self._owed))
-            begun = time.monotonic()
-            try:
-                with self._load.busy():
-                    yield item
-            finally:  # the last item's end is told by closing the generator
-                self._booked += time.monotonic() - begun
-                self._settle(busy=time.monotonic() - begun)
+    def begin_step(self, micro_batches: int) -> None:
+        """Announces a step of so many micro-batches; the step before may still be computing."""
+        self._micro_batches, self._is_new_step = micro_batches, True
+
+    def before_micro_batch(self) -> None:
+        """Rests for this micro-batch's part of what is owed, then counts time as computing."""
+        self._end_micro_batch()
+        if self._is_new_step:
+            self._is_new_step = False
+            if not self._is_training:  # what was scored before the first step doesn't count
+                self._is_training, self._meter = True, EnergyMeter()
+            self._settle(busy=0.0)
+            self._rested = self._booked = 0.0
+            self._rest_each = self._owed / max(self._micro_batches, 1)
+        self._rest(min(self._rest_each, self._owed))
+        self._micro_batch_begun = time.monotonic()
+        self._load.begin()
+
+    def step_computed(self) -> None:
+        """The last micro-batch of the step is computed."""
+        self._end_micro_batch()
+
+    def _end_micro_batch(self) -> None:
+        if self._micro_batch_begun is None:
+            return
+        self._load.end()
+        busy = time.monotonic() - self._micro_batch_begun
+        self._micro_batch_begun = None
+        self._booked += busy
+        self._settle(busy=busy)
 
     def status(self, tokens: int, seconds: float) -> NodeStatus:
         """Settles what this step owes and describes the node."""
@@ -104,11 +117,11 @@ class ThermalThrottle:
             estimated=meter.estimated,
         )
 
-    def remarks(self, nodes: Sequence[NodeStatus], shares: Sequence[float]) -> list[str]:
+    def messages(self, nodes: Sequence[NodeStatus], shares: Sequence[float]) -> list[str]:
         """What the governors of all nodes do, and why."""
         return self._notices.lines(nodes, shares)
 
-    def own_remarks(self) -> list[str]:
+    def own_messages(self) -> list[str]:
         """What this node's sensors have to say, once."""
         if self._has_told_blind_spots:
             return self._sampler.notes()

@@ -11,9 +11,11 @@ from macft.parallel.shares import DataShard, rows_of_shard
 
 
 class BatchLoader:
-    """Micro-batches of at most ``micro_batch_size`` of the training ``rows``; None: all of a node's rows at once.
+    """Makes the micro-batches of a rank's rows of a step.
 
-    ``shared``: rows that begin alike share these tokens, which counts when rows are given to nodes.
+    Args:
+        micro_batch_size: At most so many rows in a micro-batch; None: all of the rank's rows.
+        shared: Rows that begin alike share these tokens, which counts when rows are assigned to ranks.
     """
 
     def __init__(self, rows: Sequence[Row], order: RowOrder, micro_batch_size: int | None, *, shared: bool):
@@ -21,18 +23,18 @@ class BatchLoader:
         self._micro_batch_size, self._shared = micro_batch_size, shared
         self._prepared: tuple[int, DataShard, list[Batch]] | None = None
 
-    def prepare(self, step: int, seat: DataShard) -> None:
-        """Makes the batches of ``step``, to be asked for next, at a time when there is some to spare."""
-        self._prepared = (step, seat, self._made(step, seat))
+    def prepare(self, step: int, shard: DataShard) -> None:
+        """Makes the batches of ``step`` now, because they will be needed next."""
+        self._prepared = (step, shard, self._make(step, shard))
 
-    def batches(self, step: int, seat: DataShard) -> list[Batch]:
-        """The micro-batches of ``step``'s global batch for the node at ``seat``."""
-        if self._prepared is not None and self._prepared[:2] == (step, seat):
+    def batches(self, step: int, shard: DataShard) -> list[Batch]:
+        """The micro-batches of the rows of ``shard`` in the global batch of ``step``."""
+        if self._prepared is not None and self._prepared[:2] == (step, shard):
             return self._prepared[2]
-        return self._made(step, seat)
+        return self._make(step, shard)
 
-    def _made(self, step: int, seat: DataShard) -> list[Batch]:
+    def _make(self, step: int, shard: DataShard) -> list[Batch]:
         ids = self._order.rows(step)
         tokens = [self._rows[i].tokens for i in ids]
-        mine = ids[rows_of_shard(seat, tokens, shared=self._shared)]
+        mine = ids[rows_of_shard(shard, tokens, shared=self._shared)]
         return micro_batches([self._rows[i] for i in mine], mine, self._micro_batch_size)

@@ -1,59 +1,55 @@
-"""When a checkpoint may be written, and what is told of it."""
+"""When checkpoints are written, and what is reported of them."""
 
 from __future__ import annotations
 
 import time
 
-import mlx.nn as nn
-import mlx.optimizers as optim
-
 from macft.checkpoint.saver import CheckpointSaver
-from macft.checkpoint.snapshot import Progress, capture, digest
+from macft.checkpoint.snapshot import digest
 from macft.collective.base import Collective
 from macft.errors import RanksDiverged
 from macft.report.events import CheckpointSaved, Noted, Reporter
-from macft.training.diloco import OuterOptimizer
-from macft.training.gradient_reducer import GradientReducer
+from macft.training.state import TrainState
 
 
 class CheckpointPolicy:
-    """Checkpoints of a rank's run. ``saved_step``: that of the last one, None if the next is due in any case."""
+    """The checkpoints of a rank's run: every ``every`` steps (0: never), at each best validation, and at the end."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: optim.Optimizer,
-        collective: Collective,
-        exchange: GradientReducer,
-        outer: OuterOptimizer | None,
-        saver: CheckpointSaver,
-        reporter: Reporter,
-        saved_step: int | None,
+        self, state: TrainState, collective: Collective, saver: CheckpointSaver, reporter: Reporter, *, every: int
     ):
-        self._model, self._optimizer, self._collective = model, optimizer, collective
-        self._exchange, self._outer = exchange, outer
-        self._saver, self._reporter = saver, reporter
-        self.saved_step = saved_step
+        self._state, self._collective, self._saver, self._reporter = state, collective, saver, reporter
+        self._every = every
+        self._saved_step = state.progress.step or None
 
-    def save(self, progress: Progress) -> None:
-        """Has a checkpoint written, after all ranks have shown that they hold the same adapter.
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is written after update ``step`` (from 1), whatever its validation says."""
+        return bool(self._every) and step % self._every == 0
+
+    def save_if_due(self) -> None:
+        """Saves if it is time to, or if the adapter is the best one so far. A call of all ranks."""
+        progress = self._state.progress
+        if progress.step > 0 and (progress.step == progress.best_step or self.is_due(progress.step)):
+            self.save()
+
+    def save(self) -> None:
+        """Begins to write a checkpoint, once all ranks have shown that they hold the same adapter. A call of all ranks.
 
         Raises:
-            RanksDiverged: they don't.
+            RanksDiverged: they do not.
         """
-        if self.saved_step == progress.step:
+        step = self._state.progress.step
+        if self._saved_step == step:
             return
         started = time.perf_counter()
-        self._require_equal_ranks(progress.step)
-        self.saved_step = progress.step
-        codec = self._exchange.capture()
-        outer = self._outer.capture(self._optimizer, self._exchange) if self._outer else []
-        if self._collective.rank < self._saver.writers:
-            snapshot = capture(self._model, self._optimizer, progress, codec=codec, outer=outer)
+        self._require_equal_ranks(step)
+        self._saved_step = step
+        snapshot = self._state.capture_all_ranks(is_writer=self._collective.rank < self._saver.writers)
+        if snapshot is not None:
             self._saver.begin(snapshot, since=started)
 
-    def tell(self, *, wait: bool = False) -> None:
-        """Reports the checkpoints that have been written, or could not be, since the last call."""
+    def report(self, *, wait: bool = False) -> None:
+        """Reports the checkpoints that were written, or could not be, since the last call. ``wait``: for the last."""
         if wait:
             self._saver.wait()
         for save in self._saver.news():
@@ -61,6 +57,10 @@ class CheckpointPolicy:
                 self._reporter.handle(Noted(f"{save.error}; training goes on", "warning"))
             else:
                 self._reporter.handle(CheckpointSaved(save.step, save.path, save.is_best, save.seconds, save.waited))
+
+    def members_changed(self) -> None:
+        """Other nodes may keep the checkpoints from now on, so the next one is due in any case."""
+        self._saved_step = None
 
     def last(self) -> str:
         """Where the newest checkpoint is, as part of a sentence."""
@@ -71,7 +71,7 @@ class CheckpointPolicy:
 
     def _require_equal_ranks(self, step: int) -> None:
         collective = self._collective
-        digests = collective.all_gather(digest(self._model)) if collective.world_size > 1 else []
+        digests = collective.all_gather(digest(self._state.model)) if collective.world_size > 1 else []
         different = [rank for rank, value in enumerate(digests) if value != digests[0]]
         if different:
             raise RanksDiverged(

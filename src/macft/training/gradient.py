@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -97,18 +97,22 @@ class GradientComputer:
         return self.packs and not self._keys.in_use
 
     def __call__(
-        self, step: int, batches: Sequence[Batch], turns: Iterable[object] | None = None, *, in_buckets: bool = True
+        self,
+        step: int,
+        batches: Sequence[Batch],
+        before_micro_batch: Callable[[], None] = lambda: None,
+        *,
+        in_buckets: bool = True,
     ) -> LocalGradient:
         """Computes ``batches``, this node's micro-batches of ``step``; there may be none.
 
-        ``turns`` has an item for each of them, which is taken when all that came before is computed and this one is
-        about to begin. All but the last pack of rows are computed when this returns. The last one is under way, and
-        ``in_buckets`` bucket by bucket, so that its first gradients can be sent while MLX computes the others.
+        ``before_micro_batch`` is called before each micro-batch, when all that came before is computed. All but the
+        last pack of rows are computed when this returns. The last one is under way, ``in_buckets`` bucket by bucket, so
+        that its first gradients can be sent while MLX computes the others.
         """
         started = time.perf_counter()
         if not self._model.training:
             self._model.train()
-        taken = iter(batches if turns is None else turns)
         total: dict[str, Any] = {}
         losses: list[Any] = []
         target_tokens = 0
@@ -120,7 +124,7 @@ class GradientComputer:
                     loss, total = self._with_part(total, step, part)
                 mx.synchronize()  # one at a time: activations are freed before the next begin
                 if number == 0:
-                    next(taken)
+                    before_micro_batch()
                 if self._eager is not None:
                     loss, total = self._with_part(total, step, part)
                 losses.append(loss)

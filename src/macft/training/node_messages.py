@@ -1,4 +1,4 @@
-"""What single nodes have to say, told once by rank 0: a sensor that is missing there, a cable that was lost."""
+"""Messages of single nodes, such as a missing sensor or a lost cable, shown once by rank 0."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ _MOST_LINES, _LONGEST = 20, 500
 
 
 class NodeMessages:
-    """Lines of all nodes, which travel only when there are any.
+    """Lines of all nodes, exchanged only when there are any.
 
-    How many lines a node has goes with its :class:`NodeStatus` in every step's all-reduce, so that all nodes know
-    alike when to exchange them, and a step without any costs nothing.
+    The number of a node's lines travels with its :class:`NodeStatus` in the all-reduce of every step. So all nodes know
+    when to exchange lines, and a step without any costs nothing.
 
     Args:
-        of_node: This node's new lines, each of them once.
+        own_messages: Returns this node's new lines, each of them once.
     """
 
-    def __init__(self, collective: Collective, of_node: Callable[[], Sequence[str]]):
-        self._collective, self._of_node = collective, of_node
+    def __init__(self, collective: Collective, own_messages: Callable[[], Sequence[str]]):
+        self._collective, self._own_messages = collective, own_messages
         self._waiting: list[str] = []
         self._lost: set[str] = set()
 
     def collect(self) -> int:
-        """Looks for new lines; returns how many of this node's are still to be told."""
-        self._waiting += self._of_node()
+        """Looks for new lines; returns how many of this node's lines wait to be exchanged."""
+        self._waiting += self._own_messages()
         for path in self._collective.lost_paths:
             if path not in self._lost:
                 self._lost.add(path)
@@ -36,16 +36,16 @@ class NodeMessages:
         return len(self._waiting)
 
     def exchange(self, nodes: Sequence[NodeStatus]) -> list[str]:
-        """All nodes' lines, with the numbers of the nodes that say them. A call of all ranks, with equal ``nodes``."""
-        if not any(node.remarks for node in nodes):
+        """All nodes' lines, with the ranks they come from. A call of all ranks, with equal ``nodes``."""
+        if not any(node.messages for node in nodes):
             return []
         own = "\n".join(" ".join(line.split())[:_LONGEST] for line in self._waiting)
         self._waiting.clear()
-        said: dict[str, list[int]] = {}
+        senders: dict[str, list[int]] = {}
         for rank, payload in enumerate(self._collective.all_gather(own.encode())):
             for line in payload.decode(errors="replace").splitlines()[:_MOST_LINES]:
-                said.setdefault("".join(filter(str.isprintable, line))[:_LONGEST], []).append(rank)
-        return [_attributed(line, ranks, self._collective.world_size) for line, ranks in said.items()]
+                senders.setdefault("".join(filter(str.isprintable, line))[:_LONGEST], []).append(rank)
+        return [_attributed(line, ranks, self._collective.world_size) for line, ranks in senders.items()]
 
 
 def _attributed(line: str, ranks: Sequence[int], count: int) -> str:

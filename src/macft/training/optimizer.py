@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,7 +30,7 @@ _CLASSES = {
 }
 
 _ELEMENT_BY_ELEMENT = (optim.Adam, optim.Adamax, optim.Lion, optim.SGD, optim.RMSprop, optim.Adagrad)
-"""Optimizers that know nothing of a parameter's shape; AdamW is an Adam here."""
+"""Optimizers that do not depend on a parameter's shape; AdamW is a subclass of Adam."""
 _LARGE = 1 << 18
 
 
@@ -69,9 +69,27 @@ def make_optimizer(config: OptimizerConfig) -> optim.Optimizer:
         raise ConfigError(f"optimizer.arguments: {config.name} takes no such argument ({error})") from error
 
 
-def clip_factor(norm: float, max_norm: float) -> float:
-    """What to multiply a gradient of L2 norm ``norm`` with so that it is at most ``max_norm``; 0 means no limit."""
-    return max_norm / norm if max_norm and norm > max_norm else 1.0
+class StepScalars(NamedTuple):
+    """Mean loss in nats, L2 norm of its gradient, and the factor of the summed gradient in the update."""
+
+    loss: Any
+    norm: Any
+    scale: Any
+    is_finite: Any
+
+
+def mean_and_clip(loss_sum: Any, norm_of_sum: Any, target_tokens: Any, max_norm: float, *, xp: Any) -> StepScalars:
+    """From sums over all target tokens to what an update needs: mean, clipping by the global norm, finite or not.
+
+    ``norm_of_sum`` is the L2 norm of the summed gradient. The update uses the summed gradient times ``scale``, whose
+    norm is at most ``max_norm``; 0 means no limit. ``xp`` computes: ``numpy`` on numbers, or ``mlx.core`` on arrays of
+    shape () that may not have been computed yet.
+    """
+    count = xp.maximum(target_tokens, 1.0)
+    factor = 1.0 / count
+    loss, norm = loss_sum / count, factor * norm_of_sum
+    clip = max_norm / xp.maximum(norm, max_norm) if max_norm else 1.0
+    return StepScalars(loss, norm, factor * clip, xp.isfinite(loss) & xp.isfinite(norm))
 
 
 class OptimizerStep:
@@ -87,73 +105,76 @@ class OptimizerStep:
         self._step_if_finite = mx.compile(self._updated_if_finite) if compiled else self._updated_if_finite
         self._is_sound = mx.array(True)
 
-    def __call__(self, gradient: Mapping[str, Any], rate: float, factor: float = 1.0) -> None:
-        """One update by ``factor`` times ``gradient``, which maps the parameters' names to float32 arrays."""
+    def __call__(self, gradient: Mapping[str, mx.array], rate: float, scale: float = 1.0) -> None:
+        """One update by ``scale`` times ``gradient``, which maps the parameters' names to float32 arrays."""
         parameters, state = self._before(rate)
-        ours = {name: gradient[name] for name in parameters}
-        updated, self._optimizer.state = self._step(parameters, ours, state, mx.array(factor))
+        gradient = {name: gradient[name] for name in parameters}
+        updated, self._optimizer.state = self._step(parameters, gradient, state, mx.array(scale))
         self._parameters.put(updated[name] for name in self._parameters.names)
-        del parameters, ours, state  # MLX may compute in the memory of the old ones
+        del parameters, gradient, state  # MLX may compute in the memory of the old ones
         mx.eval(updated, self._optimizer.state)
 
     def queue(
-        self, gradient: Mapping[str, Any], rate: float, loss_sum: Any, target_tokens: int, max_norm: float
-    ) -> tuple[Any, Any]:
-        """An update that nobody waits for, by the mean of summed ``gradient``, clipped to ``max_norm`` (0: not at all).
+        self, gradient: Mapping[str, mx.array], rate: float, loss_sum: mx.array, target_tokens: int, max_norm: float
+    ) -> tuple[mx.array, mx.array]:
+        """The same for a summed ``gradient`` whose norm is not known yet; nobody waits for it.
 
-        Returns the mean loss and the L2 norm of its gradient, float32 (), on their way as the update is. Where one of
-        them isn't finite, the parameters stay as they are, from then on.
+        Returns the mean loss and the L2 norm of its gradient, float32 (), still being computed. Where one of them is
+        not finite, the parameters stay as they are, from then on.
         """
         parameters, state = self._before(rate)
-        ours = {name: gradient[name] for name in parameters}
-        factor = mx.array(1.0 / max(target_tokens, 1))
+        gradient = {name: gradient[name] for name in parameters}
+        count = mx.array(float(target_tokens))
         updated, self._optimizer.state, loss, norm, self._is_sound = self._step_if_finite(
-            parameters, ours, state, loss_sum, factor, self._is_sound, max_norm
+            parameters, gradient, state, loss_sum, count, self._is_sound, max_norm
         )
         self._parameters.put(updated[name] for name in self._parameters.names)
-        del parameters, ours, state  # MLX may compute in the memory of the old ones
+        del parameters, gradient, state  # MLX may compute in the memory of the old ones
         arrays = [loss, norm, self._is_sound, *updated.values()]
         arrays += [value for _, value in tree_flatten(self._optimizer.state)]
         start(arrays)
         return loss, norm
 
-    def _before(self, rate: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _before(self, rate: float) -> tuple[dict[str, mx.array], dict[str, Any]]:
         self._optimizer.learning_rate = rate
         return dict(zip(self._parameters.names, self._parameters.get(), strict=True)), self._optimizer.state
 
     def _updated_if_finite(
         self,
-        parameters: dict[str, Any],
-        gradient: dict[str, Any],
+        parameters: dict[str, mx.array],
+        gradient: dict[str, mx.array],
         state: dict[str, Any],
-        loss_sum: Any,
-        factor: Any,
-        is_sound: Any,
+        loss_sum: mx.array,
+        target_tokens: mx.array,
+        is_sound: mx.array,
         max_norm: float,
-    ) -> tuple[dict[str, Any], dict[str, Any], Any, Any, Any]:
-        loss = loss_sum * factor
+    ) -> tuple[dict[str, mx.array], dict[str, Any], mx.array, mx.array, mx.array]:
         squares = [mx.square(value).sum() for value in gradient.values()]
-        norm = factor * mx.sqrt(sum(squares, mx.array(0.0)))
-        is_sound = is_sound & mx.isfinite(loss) & mx.isfinite(norm)
-        clip = mx.where(norm > max_norm, max_norm / norm, 1.0) if max_norm else mx.array(1.0)
-        updated, state = self._updated(parameters, gradient, state, factor * clip)
+        norm_of_sum = mx.sqrt(sum(squares, mx.array(0.0)))
+        loss, norm, scale, is_finite = mean_and_clip(loss_sum, norm_of_sum, target_tokens, max_norm, xp=mx)
+        is_sound = is_sound & is_finite
+        updated, state = self._updated(parameters, gradient, state, scale)
         kept = {name: mx.where(is_sound, value, parameters[name]) for name, value in updated.items()}
         return kept, state, loss, norm, is_sound
 
     def _updated(
-        self, parameters: dict[str, Any], gradient: dict[str, Any], state: dict[str, Any], factor: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        self,
+        parameters: dict[str, mx.array],
+        gradient: dict[str, mx.array],
+        state: dict[str, Any],
+        scale: mx.array,
+    ) -> tuple[dict[str, mx.array], dict[str, Any]]:
         """The parameters and the optimizer's state after an update."""
         optimizer = self._optimizer
         by_element = isinstance(optimizer, _ELEMENT_BY_ELEMENT)
         groups = _groups(parameters) if by_element else {name: [name] for name in parameters}
         optimizer.state = state
         scaled = [
-            (key, (_joined(gradient, names) * factor).astype(parameters[names[0]].dtype))
+            (key, (_joined(gradient, names) * scale).astype(parameters[names[0]].dtype))
             for key, names in groups.items()
         ]
         before = [(key, _joined(parameters, names)) for key, names in groups.items()]
-        updated: dict[str, Any] = dict(
+        updated: dict[str, mx.array] = dict(
             tree_flatten(optimizer.apply_gradients(tree_unflatten(scaled), tree_unflatten(before)))
         )
         for key, names in groups.items():
@@ -164,7 +185,7 @@ class OptimizerStep:
         return updated, optimizer.state
 
 
-def _groups(parameters: Mapping[str, Any]) -> dict[str, list[str]]:
+def _groups(parameters: Mapping[str, mx.array]) -> dict[str, list[str]]:
     """Names of parameters to update together, by a name for the whole; a large one is left by itself."""
     groups: dict[str, list[str]] = {}
     for name, parameter in parameters.items():
@@ -173,5 +194,5 @@ def _groups(parameters: Mapping[str, Any]) -> dict[str, list[str]]:
     return groups
 
 
-def _joined(arrays: Mapping[str, Any], names: list[str]) -> Any:
+def _joined(arrays: Mapping[str, mx.array], names: list[str]) -> mx.array:
     return arrays[names[0]] if len(names) == 1 else mx.concatenate([arrays[name].reshape(-1) for name in names])

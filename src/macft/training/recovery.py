@@ -1,17 +1,24 @@
-"""After the members have changed: all go on from the newest state that one of them has."""
+"""After nodes were lost or have joined: a new ring, and the newest state for all of its nodes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import msgpack
 
-from macft.collective.base import Collective
+from macft.checkpoint.snapshot import Snapshot
 from macft.collective.elastic import ElasticCollective, MembershipView
+from macft.collective.newest import find_newest
+from macft.errors import MembershipChanged, PeerLost
+from macft.parallel.balance import ShareBalancer
 from macft.parallel.node_status import NodeStatus
-from macft.report.events import Noted, Reporter
+from macft.report.events import NodesChanged, Noted, Reporter
+from macft.training.checkpoint_policy import CheckpointPolicy
+from macft.training.coordination import NodeCoordinator
+from macft.training.state import TrainState
 from macft.training.stop import StopRequest
 
 _PATIENT_SECONDS = 3.0
@@ -20,8 +27,8 @@ _PATIENT_SECONDS = 3.0
 class Position(NamedTuple):
     """How far a node is. Nodes of one ring are at most one call apart, and of equal positions they hold equal bits.
 
-    ``generation`` is the last one in which this node came to one state with the others: what a node has that was left
-    out meanwhile is of another history, however far it is. -1 for a newcomer, which has a state of its own.
+    ``generation`` is the last one in which this node had the same state as the others: what a node did after it was
+    left out belongs to another history, however far it is. -1 for a newcomer, which has a state of its own.
     """
 
     generation: int
@@ -31,69 +38,157 @@ class Position(NamedTuple):
     ended: int
 
 
-def sync_to_newest(
-    collective: Collective, position: Position, describe: Callable[[bool], dict[str, Any]]
-) -> tuple[dict[str, Any], bool]:
-    """What the node that is furthest describes, on every rank, and whether this rank is behind it.
-
-    ``describe`` is told whether any rank is behind, and so needs everything. A call of all ranks; raises as the
-    collective does.
-    """
-    positions = [Position(*msgpack.unpackb(blob)) for blob in collective.all_gather(msgpack.packb(list(position)))]
-    best = max(positions)
-    source = positions.index(best)
-    behind = [rank != source and (other != best or best.generation < 0) for rank, other in enumerate(positions)]
-    payload = b""
-    if collective.rank == source:
-        payload = msgpack.packb(describe(any(behind)))
-    payload = collective.broadcast(payload, source)
-    return msgpack.unpackb(payload, max_bin_len=len(payload)), behind[collective.rank]
-
-
 class MemberTracker:
-    """Which nodes the trainer's state is about, by rank: those of the last generation it came to one state in."""
+    """Which nodes the trainer's state is about, by rank: the members of the last generation in which it was shared."""
 
     def __init__(self, elastic: ElasticCollective):
         members = elastic.members
         self.generation = members.generation if elastic.is_member else -1
         self._names = dict(zip(members.ids, members.names, strict=True))
         self.departed: dict[str, NodeStatus] = {}
-        """The last word of nodes that are gone, by id."""
+        """The last status of nodes that are gone, by id."""
 
     def old_ranks(self, members: MembershipView) -> list[int | None]:
         """By new rank, the old one; None for a newcomer."""
         known = list(self._names)
         return [known.index(member) if member in known else None for member in members.ids]
 
-    def move(self, members: MembershipView, nodes: Sequence[NodeStatus]) -> tuple[dict[str, str], list[str]]:
-        """Takes ``members`` for granted from now on; returns who left, with the reasons, and who joined.
+    def advance(self, members: MembershipView, statuses: Sequence[NodeStatus]) -> tuple[dict[str, str], list[str]]:
+        """Takes over ``members``; returns the names of those who left, with the reasons, and of those who joined.
 
-        ``nodes`` are the statuses of the step before, by old rank, if there are any.
+        ``statuses`` are those of the step before, by old rank, if there are any.
         """
         gone = {member: name for member, name in self._names.items() if member not in members.ids}
         for rank, member in enumerate(self._names):
-            if member in gone and rank < len(nodes):
-                self.departed[member] = nodes[rank]
+            if member in gone and rank < len(statuses):
+                self.departed[member] = statuses[rank]
         joined = [name for member, name in zip(members.ids, members.names, strict=True) if member not in self._names]
         self.generation = members.generation
         self._names = dict(zip(members.ids, members.names, strict=True))
         for member in members.ids:
-            self.departed.pop(member, None)  # back again, and it counts on by itself
+            self.departed.pop(member, None)  # it is back and reports its own status again
         return {name: members.why.get(member, "it was lost") for member, name in gone.items()}, joined
 
 
 class PauseNotice:
-    """Asked while a node waits for others: says so once, when it takes long, and goes on until the end is asked for."""
+    """Called while a node waits for others: warns once when it takes long, and waits on until a stop is requested."""
 
     def __init__(self, stop: StopRequest, reporter: Reporter):
         self._stop, self._reporter = stop, reporter
         self._started: float | None = None
-        self._told = ""
+        self._announced = ""
 
     def __call__(self, whom: str) -> bool:
         """Takes whom this node waits for; returns whether to go on waiting."""
         self._started = self._started or time.monotonic()
-        if time.monotonic() - self._started > _PATIENT_SECONDS and whom != self._told:
-            self._told = whom
+        if time.monotonic() - self._started > _PATIENT_SECONDS and whom != self._announced:
+            self._announced = whom
             self._reporter.handle(Noted(f"paused: this node waits for {whom}", "warning"))
         return not self._stop.requested
+
+
+class Recovery:
+    """Brings the nodes of an elastic run together again after their number has changed."""
+
+    def __init__(
+        self,
+        elastic: ElasticCollective,
+        state: TrainState,
+        nodes: NodeCoordinator,
+        checkpoints: CheckpointPolicy,
+        reporter: Reporter,
+        stop: StopRequest,
+    ):
+        self.elastic = elastic
+        self._state, self._nodes, self._checkpoints = state, nodes, checkpoints
+        self._reporter, self._stop = reporter, stop
+        self._tracker = MemberTracker(elastic)
+
+    @property
+    def generation(self) -> int:
+        """The generation of the ring in which the state was shared last."""
+        return self._tracker.generation
+
+    @property
+    def departed(self) -> list[NodeStatus]:
+        """The last statuses of nodes that are gone."""
+        return list(self._tracker.departed.values())
+
+    def regroup(self) -> bool:
+        """Forms a new ring with the nodes that there are, and takes over the newest state among them.
+
+        The step that was interrupted is computed again. Returns False if a stop was requested while this node waited
+        for others.
+
+        Raises:
+            CollectiveError: the nodes can't come together, or all others have ended.
+        """
+        started = time.monotonic()
+        pause = PauseNotice(self._stop, self._reporter)
+        while self._join_ring(pause):
+            try:
+                change = self._sync_to_newest(self.elastic.members)
+            except MembershipChanged:
+                continue
+            self._reporter.lead(is_main=self.elastic.rank == 0, step=self._state.progress.step)
+            self._reporter.handle(replace(change, seconds=time.monotonic() - started))
+            return True
+        return False
+
+    def _join_ring(self, pause: PauseNotice) -> bool:
+        try:
+            return self.elastic.regroup(pause)
+        except PeerLost:  # the others went on and have ended, and they have reported the run
+            self._reporter.lead(is_main=False, step=self._state.progress.step)
+            raise
+
+    def _sync_to_newest(self, members: MembershipView) -> NodesChanged:
+        state, position = self._state, self._position()
+        newest = find_newest(self.elastic, position)
+        is_behind = [
+            rank != newest.source and (other != newest.position or newest.position[0] < 0)
+            for rank, other in enumerate(newest.positions)
+        ]
+        payload = newest.share(lambda: self._describe(members, with_state=any(is_behind)))
+        shared = msgpack.unpackb(payload, max_bin_len=len(payload))
+        if is_behind[self.elastic.rank]:
+            state.restore(Snapshot.unpack(shared["state"]))
+        state.ended, state.has_final_adapter = shared["ended"], shared["has_final_adapter"]
+        state.reducer.start_anew(shared["codec"], is_open=shared["codec_is_open"])
+        left, joined = self._tracker.advance(members, self._nodes.statuses)
+        self._nodes.regrouped(ShareBalancer.reseated(shared["balance"], shared["old_ranks"]))
+        self._checkpoints.members_changed()
+        return NodesChanged(
+            step=state.progress.step,
+            generation=members.generation,
+            names=list(members.names),
+            left=left,
+            joined=joined,
+            shares=list(self._nodes.balancer.shares),
+            recomputed=state.begun_step == state.progress.step,
+        )
+
+    def _position(self) -> Position:
+        progress = self._state.progress
+        return Position(
+            generation=self._tracker.generation,
+            scored=bool(progress.before),
+            step=progress.step,
+            evaluated=-1 if progress.evaluated_step is None else progress.evaluated_step,
+            ended=bool(self._state.ended) + self._state.has_final_adapter,
+        )
+
+    def _describe(self, members: MembershipView, *, with_state: bool) -> bytes:
+        """What all nodes must have alike, as msgpack; ``with_state``: some node needs the whole state."""
+        codec, is_open = self._state.reducer.agreed()
+        values: dict[str, Any] = {
+            "state": self._state.capture().pack() if with_state else b"",
+            "ended": self._state.ended,
+            "has_final_adapter": self._state.has_final_adapter,
+            "balance": self._nodes.balancer.plain(),
+            "old_ranks": self._tracker.old_ranks(members),
+            "codec": codec,
+            "codec_is_open": is_open,
+        }
+        packed: bytes = msgpack.packb(values)
+        return packed

@@ -1,4 +1,10 @@
-"""Turns every node's sums into the global mean gradient: the one place where nodes meet in a step."""
+"""Turns every node's sums into the global mean gradient: the one place where nodes meet in a step.
+
+Communication of a step, with N ranks:
+
+1. Each bucket of gradients is summed over the ranks as soon as MLX has computed it, while MLX computes the next one.
+2. One small all-reduce sums (loss, target tokens, tokens, wishes) and carries every rank's status in a slot of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,13 +19,14 @@ import numpy as np
 from macft.parallel.node_status import NodeStatus
 from macft.training.gradient import LocalGradient
 from macft.training.gradient_reducer import GradientReducer
+from macft.training.optimizer import mean_and_clip
 
 _STILL_COMPUTING_SECONDS = 2e-4
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What a step tells of itself, the same on every rank but for ``seconds``.
+    """Numbers of a step, the same on every rank but for ``seconds``.
 
     ``loss`` is the mean over all target tokens, in nats, and ``norm`` the L2 norm of its gradient. ``nodes`` holds
     every rank's status of the step. ``seconds`` are this rank's own: ``compute`` until its gradient was there,
@@ -35,46 +41,51 @@ class StepMetrics:
     seconds: Mapping[str, float]
 
     @property
-    def finite(self) -> bool:
-        """Whether loss and gradient are free of NaN and infinity."""
+    def is_finite(self) -> bool:
+        """Whether loss and gradient norm are neither NaN nor infinite."""
         return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+    def describe_not_finite(self, step: int) -> str:
+        """What is wrong with step ``step``, counted from 1."""
+        return f"step {step}: the loss is {self.loss} and the gradient norm {self.norm}"
 
 
 @dataclass(frozen=True)
-class GlobalGradient:
+class ReducedGradient:
     """The same on every rank: the summed gradient of the global batch.
 
-    ``gradient`` maps parameter names to float32 MLX arrays; times ``factor`` it is that of the mean loss over all
-    target tokens.
+    ``gradient`` maps parameter names to float32 arrays. Times ``scale`` it is the gradient of the mean loss over all
+    target tokens, clipped.
     """
 
-    gradient: dict[str, Any]
-    factor: float
+    gradient: dict[str, mx.array]
+    scale: float
     metrics: StepMetrics
-    stop_requested: bool
-    change_requested: bool
+    wants_stop: bool
+    wants_change: bool
 
 
 def reduce_gradient(
-    exchange: GradientReducer,
+    reducer: GradientReducer,
     local: LocalGradient,
     *,
+    max_norm: float,
     stop: bool,
     change: bool,
     computed: Callable[[], None],
     status: Callable[[float], NodeStatus],
-) -> GlobalGradient:
+) -> ReducedGradient:
     """Sums gradients, losses and counts over all ranks, to be divided once by the global count of target tokens.
 
-    Nodes with more target tokens weigh more, exactly as if one machine had computed the batch. ``stop`` is this
-    rank's wish to end after this step, ``change`` that to let a node in; one rank's wish is enough. ``computed`` is
-    called once this rank's gradient is there and only the others' are waited for. ``status`` is asked after that, with
-    the seconds it took; the answer travels along in a slot of its own, which the other ranks leave at 0.
+    Nodes with more target tokens weigh more, exactly as if one machine had computed the batch. ``max_norm``: see
+    :func:`~macft.training.optimizer.mean_and_clip`. ``stop``: this rank wants the run to end after this step;
+    ``change``: it wants to let a node join. One rank's wish is enough. ``computed`` is called once this rank's gradient
+    is there and only the others' are waited for, ``status`` after that with the seconds it took.
 
-    Gradients are summed in MLX's own memory, a bucket at a time: while one is on the wire MLX computes the next.
+    Gradients are summed in MLX's own memory. Raises as the collective does.
     """
-    collective = exchange.collective
-    seconds = _sum_buckets(exchange, local, computed)
+    collective = reducer.collective
+    seconds = _sum_buckets(reducer, local, computed)
     ready = time.perf_counter()
     slots = np.zeros((collective.world_size, NodeStatus.SIZE))
     slots[collective.rank] = status(seconds["compute"]).numbers()
@@ -83,20 +94,22 @@ def reduce_gradient(
     sums = np.concatenate([counts, slots.ravel()])
     collective.all_reduce([sums])
     loss_sum, target_tokens, tokens, stops, changes = (float(value) for value in sums[: len(counts)])
-    factor = 1.0 / max(target_tokens, 1.0)
     seconds["all_reduce"] += time.perf_counter() - ready
+    scalars = mean_and_clip(loss_sum, _norm(local.gradient), target_tokens, max_norm, xp=np)
     metrics = StepMetrics(
-        loss=loss_sum / max(target_tokens, 1.0),
-        norm=factor * _norm(local.gradient),
+        loss=float(scalars.loss),
+        norm=float(scalars.norm),
         target_tokens=int(target_tokens),
         tokens=int(tokens),
         nodes=[NodeStatus.of_numbers(slot.tolist()) for slot in sums[len(counts) :].reshape(slots.shape)],
         seconds=seconds,
     )
-    return GlobalGradient(local.gradient, factor, metrics, stop_requested=stops > 0, change_requested=changes > 0)
+    return ReducedGradient(
+        local.gradient, float(scalars.scale), metrics, wants_stop=stops > 0, wants_change=changes > 0
+    )
 
 
-def _sum_buckets(exchange: GradientReducer, local: LocalGradient, computed: Callable[[], None]) -> dict[str, float]:
+def _sum_buckets(reducer: GradientReducer, local: LocalGradient, computed: Callable[[], None]) -> dict[str, float]:
     """Sums bucket after bucket; returns the seconds of computing, and of all-reduce exposed and hidden behind it."""
     begun = time.perf_counter()
     compute = begun - local.started
@@ -114,12 +127,12 @@ def _sum_buckets(exchange: GradientReducer, local: LocalGradient, computed: Call
             hidden, compute = hidden + reducing, compute + reducing
         else:
             exposed += reducing
-        exchange.all_reduce(bucket, arrays)
+        reducer.all_reduce(bucket, arrays)
         reducing = time.perf_counter() - ready
     return {"compute": compute, "all_reduce": exposed + reducing, "all_reduce_hidden": hidden}
 
 
-def _norm(gradient: Mapping[str, Any]) -> float:
+def _norm(gradient: Mapping[str, mx.array]) -> float:
     """L2 norm over all arrays. Ranks get the same bits from the same values, whatever their GPUs are."""
     flat = (np.asarray(value).reshape(-1) for value in gradient.values())
     return math.sqrt(sum(float(np.einsum("i,i->", value, value, dtype=np.float64)) for value in flat))

@@ -1,45 +1,57 @@
-"""When a node works and when it rests, as the trainer sees it."""
+"""When a node computes and when it rests, as the trainer sees it."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-from macft.data.batch import Batch
 from macft.parallel.node_status import NodeStatus
 
 
 class Throttle(Protocol):
-    """Asked by the trainer around everything that heats the node."""
+    """Called by the trainer around everything that heats the node."""
 
-    def paced(self, batches: Iterable[Batch]) -> Generator[Batch]:
-        """The same micro-batches, each handed out when it may be computed; closed when the last one is computed."""
+    def begin_step(self, micro_batches: int) -> None:
+        """Announces a step of so many micro-batches; the step before may still be computing."""
+        ...
+
+    def before_micro_batch(self) -> None:
+        """Returns when the next micro-batch may be computed; all before it are."""
+        ...
+
+    def step_computed(self) -> None:
+        """The last micro-batch of the step is computed."""
         ...
 
     def working(self) -> AbstractContextManager[None]:
-        """Surrounds work other than a step's."""
+        """Surrounds work that is not part of a step, such as validation."""
         ...
 
     def status(self, tokens: int, seconds: float) -> NodeStatus:
-        """This node's status after a step of ``tokens``, computed in ``seconds`` with the rests."""
+        """This node's status after a step of ``tokens`` that took ``seconds``, rests included."""
         ...
 
-    def remarks(self, nodes: Sequence[NodeStatus], shares: Sequence[float]) -> list[str]:
-        """Lines worth telling now that all nodes' statuses are known; the same on every node."""
+    def messages(self, nodes: Sequence[NodeStatus], shares: Sequence[float]) -> list[str]:
+        """Lines about all nodes, from their statuses of a step; the same on every node."""
         ...
 
-    def own_remarks(self) -> list[str]:
-        """New lines about this node alone, each of them once."""
+    def own_messages(self) -> list[str]:
+        """New lines about this node, each of them once."""
         ...
 
 
 class NoThrottle:
-    """Never rests, measures nothing but speed."""
+    """Never rests; a status has tokens and seconds only."""
 
-    def paced(self, batches: Iterable[Batch]) -> Generator[Batch]:
-        """Unchanged."""
-        yield from batches
+    def begin_step(self, micro_batches: int) -> None:
+        """Does nothing."""
+
+    def before_micro_batch(self) -> None:
+        """Returns at once."""
+
+    def step_computed(self) -> None:
+        """Does nothing."""
 
     def working(self) -> AbstractContextManager[None]:
         """Does nothing."""
@@ -49,10 +61,10 @@ class NoThrottle:
         """Speed alone."""
         return NodeStatus(tokens=tokens, busy_seconds=seconds)
 
-    def remarks(self, nodes: Sequence[NodeStatus], shares: Sequence[float]) -> list[str]:  # noqa: ARG002
-        """Nothing to say."""
+    def messages(self, nodes: Sequence[NodeStatus], shares: Sequence[float]) -> list[str]:  # noqa: ARG002
+        """None."""
         return []
 
-    def own_remarks(self) -> list[str]:
-        """Nothing to say."""
+    def own_messages(self) -> list[str]:
+        """None."""
         return []

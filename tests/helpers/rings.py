@@ -1,9 +1,12 @@
-"""A ring that goes on adding up while a test does something to it."""
+"""Rings on this machine: one call of ``work`` on each rank, or a ring that reduces while a test disturbs it."""
 
 from __future__ import annotations
 
+import json
+import select
+import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -17,12 +20,55 @@ from macft.collective.settings import CollectiveConfig
 SIZES = (3, 1_000, 100_000)
 
 
+def local_listeners(
+    world_size: int, config: CollectiveConfig | None = None, *, encrypted: bool = False
+) -> list[Listener]:
+    """A listener for each rank, on free ports of this machine."""
+    return [Listener("127.0.0.1:0", config or CollectiveConfig(), encrypted=encrypted) for _ in range(world_size)]
+
+
+def run_ranks(
+    listeners: Sequence[Listener],
+    work: Callable[[Ring], Any],
+    *,
+    addresses: Sequence[str] = (),
+    catch: type[Exception] | tuple[type[Exception], ...] = (),
+) -> list[Any]:
+    """Builds a ring whose ranks are threads; returns what ``work`` returns on each rank.
+
+    ``addresses`` replaces the listeners' own. An error of a type in ``catch`` is returned instead of raised.
+    """
+    world_size = len(listeners)
+    reachable = list(addresses) or [listener.address for listener in listeners]
+    keys = [listener.security.public_key for listener in listeners if listener.security]
+
+    def run(rank: int) -> Any:
+        if (security := listeners[rank].security) is not None:
+            security.meet(keys, rank)
+        try:
+            with Ring(rank, world_size, reachable, listeners[rank], ring_id="test") as ring:
+                return work(ring)
+        except catch as error:
+            return error
+
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(run, range(world_size)))
+
+
+def next_message(rank: subprocess.Popen[str], seconds: float = 20) -> list[Any]:
+    """The next line that a rank's process prints, a JSON list. Raises AssertionError if there is none in time."""
+    assert rank.stdout is not None
+    assert select.select([rank.stdout], [], [], seconds)[0], "a rank hangs"
+    message: list[Any] = json.loads(rank.stdout.readline())
+    return message
+
+
 class LiveRing:
-    """The ranks' addresses and keys, and what became of their sums."""
+    """The ranks' addresses and keys, and how many of their sums were wrong."""
 
     def __init__(self, world_size: int, *, encrypted: bool, streams: bool = True):
         config = CollectiveConfig(timeout=20.0, heartbeat=0.5, streams=streams)
-        self.listeners = [Listener("127.0.0.1:0", config, encrypted=encrypted) for _ in range(world_size)]
+        self.listeners = local_listeners(world_size, config, encrypted=encrypted)
         self.addresses = [listener.address for listener in self.listeners]
         self.keys = [listener.security.public_key if listener.security else b"" for listener in self.listeners]
         self.calls = 0

@@ -1,25 +1,21 @@
-"""A node that trains alone computes on while its last step's numbers are read, and learns what it would otherwise."""
+"""A node that trains alone computes on while the last step's numbers are read, and learns the same."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
-import macft.device.mlx_device  # noqa: F401  (loads OpenBLAS before MLX)
-
-# isort: split
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from helpers.models import assert_same_gradient, make_model
 from macft.checkpoint.saver import CheckpointSaver
 from macft.checkpoint.snapshot import Progress
 from macft.checkpoint.store import CheckpointStore
 from macft.collective.solo import Solo
-from macft.data.batch import Batch
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.errors import NonFiniteLoss
@@ -27,14 +23,15 @@ from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
 from macft.parallel.shares import DataShard
 from macft.report.events import Evaluated, SilentReporter, StepDone
+from macft.training.assembly import make_trainer
 from macft.training.batch_loader import BatchLoader
 from macft.training.gradient import GradientComputer
+from macft.training.gradient_reducer import GradientReducer
 from macft.training.loop import Trainer
 from macft.training.optimizer import OptimizerStep, make_optimizer
 from macft.training.settings import OptimizerConfig, TrainingConfig
-from macft.training.stop import StopRequest
+from macft.training.state import TrainState
 from macft.training.throttle import NoThrottle
-from test_loss import make, same_gradient
 
 ROWS = 24
 
@@ -45,26 +42,29 @@ def rows() -> list[Row]:
     return [Row(generator.integers(1, 97, n).astype(np.int32), int(generator.integers(0, n - 2))) for n in lengths]
 
 
-class Diary(SilentReporter, NoThrottle):
-    """Writes down what is reported, and when micro-batches begin and end."""
+class Recorder(SilentReporter, NoThrottle):
+    """Records what is reported, and when micro-batches begin and steps end."""
 
     def __init__(self) -> None:
         self.entries: list[str] = []
         self.steps: list[StepDone] = []
-        self.step = 0
+        self.step = self.micro_batch = 0
 
-    def paced(self, batches: Iterable[Batch]) -> Generator[Batch]:
-        self.step += 1
-        step = self.step
-        for number, batch in enumerate(batches):
-            self.entries.append(f"begin {step}.{number}")
-            try:
-                yield batch
-            finally:
-                self.entries.append(f"end {step}.{number}")
+    def begin_step(self, micro_batches: int) -> None:
+        self.announced = micro_batches
+
+    def before_micro_batch(self) -> None:
+        if self.micro_batch == 0:
+            self.step += 1
+        self.entries.append(f"begin {self.step}.{self.micro_batch}")
+        self.micro_batch = (self.micro_batch + 1) % self.announced
+
+    def step_computed(self) -> None:
+        if self.entries[-1] != f"end {self.step}":
+            self.entries.append(f"end {self.step}")
 
     def step_done(self, event: StepDone) -> None:
-        self.entries.append(f"told {event.step}")
+        self.entries.append(f"reported {event.step}")
         self.steps.append(event)
 
     def evaluated(self, event: Evaluated) -> None:
@@ -72,9 +72,9 @@ class Diary(SilentReporter, NoThrottle):
 
 
 def trainer(
-    folder: Path, diary: Diary, *, compiling: str, optimizer: OptimizerConfig | None = None, **config: Any
+    folder: Path, recorder: Recorder, *, compiling: str, optimizer: OptimizerConfig | None = None, **config: Any
 ) -> Trainer:
-    model = make("llama")
+    model = make_model("llama")
     adaptation = adapt(model, AdapterConfig(rank=4), seed=1)
     data = rows()
     training = TrainingConfig(**{"batch_size": 4, "steps": 6, "eval_every": 3, "save_every": 0, **config})
@@ -83,42 +83,31 @@ def trainer(
     )
     assert compute.compiles == (compiling == "true")
     optimizer = optimizer or OptimizerConfig(learning_rate=0.01)
-    return Trainer(
-        model=model,
-        optimizer=make_optimizer(optimizer),
-        compute=compute,
-        collective=Solo(),
-        train_rows=data,
-        valid_rows=data[:5],
-        order=RowOrder([ROWS], [1.0], batch_size=training.batch_size, seed=0),
-        total_steps=training.steps or 0,
-        config=training,
-        optimizer_config=optimizer,
-        saver=CheckpointSaver(CheckpointStore(folder, keep_last=2)),
-        reporter=diary,
-        progress=Progress(),
-        stop=StopRequest(),
-        pace=diary,
+    order = RowOrder([ROWS], [1.0], batch_size=training.batch_size, seed=0)
+    state = TrainState(model, make_optimizer(optimizer), Progress(), GradientReducer(Solo()))
+    saver = CheckpointSaver(CheckpointStore(folder, keep_last=2))
+    return make_trainer(
+        training, optimizer, state, compute, data, order, saver, recorder, valid_rows=data[:5], throttle=recorder
     )
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
 @pytest.mark.parametrize("micro_batch", [None, 3])
-def test_it_learns_and_tells_what_it_would_otherwise(tmp_path: Path, micro_batch: int | None, packing: str) -> None:
-    diaries, adapters = [], []
+def test_queued_steps_learn_what_synchronous_ones_do(tmp_path: Path, micro_batch: int | None, packing: str) -> None:
+    recorders, adapters = [], []
     for word in ("true", "false"):
-        diaries.append(Diary())
+        recorders.append(Recorder())
         run = trainer(
             tmp_path / word,
-            diaries[-1],
+            recorders[-1],
             compiling=word,
             micro_batch_size=micro_batch,
             max_grad_norm=0.5,
             packing=packing,
         )
         assert run.train() == "finished"
-        adapters.append(dict(tree_flatten(run.model.trainable_parameters())))
-    queued, plain = (diary.steps for diary in diaries)
+        adapters.append(dict(tree_flatten(run.state.model.trainable_parameters())))
+    queued, plain = (recorder.steps for recorder in recorders)
     assert [event.step for event in queued] == [event.step for event in plain] == [1, 2, 3, 4, 5, 6]
     for found, expected in zip(queued, plain, strict=True):
         assert found.loss == pytest.approx(expected.loss, rel=1e-4)
@@ -127,35 +116,36 @@ def test_it_learns_and_tells_what_it_would_otherwise(tmp_path: Path, micro_batch
             assert getattr(found, name) == getattr(expected, name), name
         assert found.seconds == pytest.approx(sum(found.parts.values()))
         assert found.nodes[0].tokens == expected.nodes[0].tokens
-    same_gradient(adapters[0], adapters[1], rtol=1e-3)
+    assert_same_gradient(adapters[0], adapters[1], rtol=1e-3)
 
 
-def test_the_next_step_begins_before_the_last_one_is_told(tmp_path: Path) -> None:
-    diary = Diary()
-    trainer(tmp_path, diary, compiling="true", micro_batch_size=2).train()
+def test_the_next_step_begins_before_the_last_one_is_reported(tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer(tmp_path, recorder, compiling="true", micro_batch_size=2).train()
     expected = ["evaluated 0"]
     for step in range(1, 7):
-        expected += [f"begin {step}.0", f"end {step}.0", f"begin {step}.1"]
         if step not in (1, 4):  # validation comes before, and waits for the numbers
-            expected += [f"told {step - 1}"]
-        expected += [f"end {step}.1"]
+            expected += [f"end {step - 1}"]
+        expected += [f"begin {step}.0", f"begin {step}.1"]
+        if step not in (1, 4):
+            expected += [f"reported {step - 1}"]
         if step in (3, 6):
-            expected += [f"told {step}", f"evaluated {step}"]
-    assert diary.entries == expected
+            expected += [f"end {step}", f"reported {step}", f"evaluated {step}"]
+    assert recorder.entries == expected
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
     """The first update leads far away; the second step's loss is NaN, found out when the third has begun."""
-    diary = Diary()
+    recorder = Recorder()
     explode = OptimizerConfig(name="sgd", learning_rate=1e30, schedule="constant")
-    run = trainer(tmp_path, diary, compiling="true", optimizer=explode, eval_every=0, max_grad_norm=0.0)
+    run = trainer(tmp_path, recorder, compiling="true", optimizer=explode, eval_every=0, max_grad_norm=0.0)
     with pytest.raises(NonFiniteLoss, match=r"^step 2: the loss is (nan|inf)"):
         run.train()
-    assert [event.step for event in diary.steps] == [1]
-    assert run.progress.step == 1
-    once = trainer(tmp_path, Diary(), compiling="true", optimizer=explode, eval_every=0, max_grad_norm=0.0, steps=1)
+    assert [event.step for event in recorder.steps] == [1]
+    assert run.state.progress.step == 1
+    once = trainer(tmp_path, Recorder(), compiling="true", optimizer=explode, eval_every=0, max_grad_norm=0.0, steps=1)
     once.train()
-    found, expected = (dict(tree_flatten(each.model.trainable_parameters())) for each in (run, once))
+    found, expected = (dict(tree_flatten(each.state.model.trainable_parameters())) for each in (run, once))
     for name, value in expected.items():
         np.testing.assert_array_equal(np.array(found[name]), np.array(value))
 
@@ -164,7 +154,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
 def test_the_queued_update_is_the_other_one(max_norm: float) -> None:
     found = []
     for queued in (True, False):
-        model = make("llama")
+        model = make_model("llama")
         adapt(model, AdapterConfig(rank=4), seed=1)
         update = OptimizerStep(model, make_optimizer(OptimizerConfig()), compiled=True)
         mx.random.seed(2)
@@ -187,8 +177,8 @@ def test_batches_made_ahead_are_those_asked_for() -> None:
     """Whatever the shares have become in the meantime."""
     order = RowOrder([ROWS], [1.0], batch_size=8, seed=0)
 
-    def ids(feed: BatchLoader, step: int, seat: DataShard) -> list[list[int]]:
-        return [batch.row_ids.tolist() for batch in feed.batches(step, seat)]
+    def ids(loader: BatchLoader, step: int, shard: DataShard) -> list[list[int]]:
+        return [batch.row_ids.tolist() for batch in loader.batches(step, shard)]
 
     even, uneven = DataShard(1, 2, (0.5, 0.5)), DataShard(1, 2, (0.9, 0.1))
     ahead, fresh = (BatchLoader(rows(), order, 2, shared=True) for _ in range(2))

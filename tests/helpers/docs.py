@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 NOT_RUN = re.compile(r"<!-- not run: (?P<reason>.{10,}) -->")
 _FENCE = re.compile(r"```(?P<language>\w*)$")

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 
+from helpers.cables import two_cables
+from helpers.rings import run_ranks
 from macft.collective.ring import Ring
 from macft.collective.solo import Solo
 from macft.parallel.node_status import NodeStatus
 from macft.training.node_messages import NodeMessages
-from test_paths import in_ring, two_cables
 
 
 def told_by(collective: Ring | Solo, lines: list[str], *, steps: int) -> list[list[str]]:
     """What is told after each of ``steps`` steps, in the first of which this node has ``lines`` to tell."""
     waiting = [lines]
-    remarks = NodeMessages(collective, lambda: waiting.pop() if waiting else [])
+    messages = NodeMessages(collective, lambda: waiting.pop() if waiting else [])
     told = []
     for _ in range(steps):
         slots = np.zeros((collective.world_size, NodeStatus.SIZE))
-        slots[collective.rank] = NodeStatus(remarks=remarks.collect()).numbers()
+        slots[collective.rank] = NodeStatus(messages=messages.collect()).numbers()
         collective.all_reduce([slots])
-        told.append(remarks.exchange([NodeStatus.of_numbers(slot.tolist()) for slot in slots]))
+        told.append(messages.exchange([NodeStatus.of_numbers(slot.tolist()) for slot in slots]))
     return told
 
 
@@ -31,7 +32,7 @@ def test_lines_of_all_nodes_are_told_once() -> None:
         2: ["no battery", "odd\nwords\x1b[31m" + "x" * 900],
     }
     with two_cables(3) as (listeners, addresses, _):
-        told = in_ring(listeners, addresses, lambda ring: told_by(ring, lines[ring.rank], steps=3))
+        told = run_ranks(listeners, lambda ring: told_by(ring, lines[ring.rank], steps=3), addresses=addresses)
     assert told[0] == told[1] == told[2]
     first, *later = told[0]
     assert later == [[], []]
@@ -44,6 +45,6 @@ def test_lines_of_all_nodes_are_told_once() -> None:
 def test_a_cable_lost_at_one_node_is_told_by_all() -> None:
     with two_cables(2) as (listeners, addresses, cables):
         cables[1][1].cut()
-        told = in_ring(listeners, addresses, lambda ring: told_by(ring, [], steps=2))
+        told = run_ranks(listeners, lambda ring: told_by(ring, [], steps=2), addresses=addresses)
     lost = f"node 0: a cable to the next node is lost ({cables[1][1].address}); the others carry on"
     assert told == [[[lost], []]] * 2

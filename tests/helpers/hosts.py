@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.namespaces import missing_requirement
+
+REPOSITORY = Path(__file__).parents[2]
 NETWORK = "10.77.{}.{}"
 SECOND_NETWORK = "10.78.{}.{}"
 
@@ -61,28 +62,13 @@ def _run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-def why_not() -> str:
-    """Why there can be no such hosts here; empty if there can."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        return "network namespaces need Linux and root"
-    if missing := [name for name in ("ip", "ssh", "ssh-keygen", "unshare") if shutil.which(name) is None]:
-        return f"{missing[0]} is not installed"
-    if not Path("/usr/sbin/sshd").exists():
-        return "openssh-server is not installed"
-    name = f"mt{os.getpid() % 100000}"
-    if subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode:
-        return "network namespaces are not permitted here"
-    _run("ip", "netns", "del", name)
-    return ""
-
-
 @contextmanager
 def cluster(folder: Path, count: int, *, two_cables: bool = False) -> Iterator[Cluster]:
     """``count`` hosts on one switch, with the terminal's machine beside them. Skips where that is not permitted.
 
     With ``two_cables`` each host has a second one, ``eth1``, to a switch that nobody else is on.
     """
-    if reason := why_not():
+    if reason := missing_requirement(["ssh", "ssh-keygen", "unshare", "sshd"]):
         pytest.skip(reason)
     number = os.getpid() % 200 + 20
     tag = f"{os.getpid() % 100000}"
@@ -118,7 +104,7 @@ def _host(stack: ExitStack, folder: Path, home: Path, tag: str, bridge: str, num
     key = folder / "host_key"
     if not key.exists():
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1] / "src"), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(REPOSITORY / "src"), os.environ.get("PYTHONPATH")]))
     (folder / "authorized_keys").write_text((home / ".ssh/id_ed25519.pub").read_text())
     settings = {
         "PYTHONPATH": path,

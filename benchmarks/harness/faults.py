@@ -1,7 +1,7 @@
-"""Chaos: real nodes in network namespaces that are killed, stopped, cut off or slowed down.
+"""Fault injection: nodes in network namespaces that are killed, stopped, cut off or slowed down.
 
-What happens to whom, and at which step, comes from a seed. `tests/test_chaos.py` runs a short form,
-`benchmarks/chaos.py` a long one.
+The kind of a fault, its node and its step come from a seed. `tests/test_chaos.py` is a short run, `benchmarks/chaos.py`
+a long one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +22,9 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from running import Differences, differences, environment, events
+from harness import namespaces
+from harness.namespaces import run
+from harness.runs import Differences, differences, environment, events
 
 KINDS = ("kill", "stop", "cut", "slow")
 TIMEOUT = 3.0
@@ -34,17 +35,9 @@ _MORE = 5
 """Files and threads that a node may have more at the end: it may lead now, or be about to reconnect."""
 
 
-def why_not() -> str:
-    """Why there can be no chaos here; empty if there can."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        return "network namespaces need Linux and root"
-    if missing := [name for name in ("ip", "tc") if shutil.which(name) is None]:
-        return f"{missing[0]} is not installed (Debian: iproute2)"
-    name = f"mt{os.getpid() % 100000}"
-    if subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode:
-        return "network namespaces are not permitted here"
-    run(f"ip netns del {name}")
-    return ""
+def missing_requirement() -> str:
+    """Why no faults can be injected here; empty if they can."""
+    return namespaces.missing_requirement(["tc"])
 
 
 class Fault(NamedTuple):
@@ -56,7 +49,7 @@ class Fault(NamedTuple):
     seconds: float
 
 
-def of_each_kind(count: int, *, nodes: int, every: int, seed: int) -> list[Fault]:
+def faults_of_each_kind(count: int, *, nodes: int, every: int, seed: int) -> list[Fault]:
     """``count`` faults, each kind as often as the others, one each ``every`` steps."""
     draw = random.Random(seed)
     kinds = [KINDS[number % len(KINDS)] for number in range(count)]
@@ -64,7 +57,7 @@ def of_each_kind(count: int, *, nodes: int, every: int, seed: int) -> list[Fault
     return [_fault(kind, every * number, nodes, draw) for number, kind in enumerate(kinds, 1)]
 
 
-def at_any_step(chance: float, *, nodes: int, steps: int, seed: int) -> list[Fault]:
+def faults_at_random_steps(chance: float, *, nodes: int, steps: int, seed: int) -> list[Fault]:
     """At each of the first ``steps`` steps each kind with probability ``chance``."""
     draw = random.Random(seed)
     return [_fault(kind, step, nodes, draw) for step in range(3, steps) for kind in KINDS if draw.random() < chance]
@@ -86,7 +79,7 @@ class Usage(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What the chaos came to."""
+    """What happened in a run with faults."""
 
     injected: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     at_once: int = 0
@@ -100,7 +93,7 @@ class Outcome:
     changes: int = 0
     usage: dict[int, list[Usage]] = field(default_factory=dict)
     """Of each process, by its id, whenever all nodes are together and nothing is wrong."""
-    apart: Differences = field(default_factory=lambda: Differences(0.0, 0.0, 0.0))
+    differences: Differences = field(default_factory=lambda: Differences(0.0, 0.0, 0.0))
     """From the run without faults."""
 
 
@@ -234,13 +227,13 @@ class Nodes:
         return {**environment(), "MACFT_KEYS": str(self._keys)}
 
 
-def unleash(
+def train_with_faults(
     folder: Path, *, reference: Path, overrides: Sequence[str], nodes: int, faults: Sequence[Fault], one_by_one: bool
 ) -> Outcome:
-    """Trains on ``nodes`` nodes while ``faults`` happen, ``one_by_one`` or also several at once.
+    """Trains on ``nodes`` nodes with ``faults``, ``one_by_one`` or several at once.
 
-    ``reference`` is the folder of the same run without faults. Raises AssertionError where anything is lost, doubled,
-    different or left behind.
+    ``reference`` is the folder of the same run without faults. Raises AssertionError if a step is lost or repeated, the
+    result differs, or a process is left.
     """
     settings = [f"collective.timeout={TIMEOUT}", "collective.heartbeat=0.5", *overrides]
     world = Nodes(folder, nodes, settings)
@@ -249,13 +242,13 @@ def unleash(
     with world.wired():
         world.start_all()
         _await(world, lambda at: at.step >= 3, "the first steps")
-        storm = _Storm(world, faults, outcome, one_by_one=one_by_one)
-        _await(world, storm.is_over, "all faults had happened and all nodes were together again")
+        injector = _Injector(world, faults, outcome, one_by_one=one_by_one)
+        _await(world, injector.is_over, "all faults had happened and all nodes were together again")
         _await(world, lambda at: at.step == steps, "the last step")
         codes = [process.wait(_LONGEST) for process in world.processes]
         assert codes == [0] * nodes, _errors(world)
         assert not world.left_over()
-    _judge(world, reference, outcome)
+    _check(world, reference, outcome)
     return outcome
 
 
@@ -265,8 +258,8 @@ class _UnderWay(NamedTuple):
     generation: int
 
 
-class _Storm:
-    """Faults in the order in which they come, and who just now suffers from one."""
+class _Injector:
+    """The faults that are to come, and those that are active, by node."""
 
     def __init__(self, world: Nodes, faults: Sequence[Fault], outcome: Outcome, *, one_by_one: bool):
         self._world, self._outcome, self._one_by_one = world, outcome, one_by_one
@@ -347,7 +340,7 @@ def _await(world: Nodes, condition: Callable[[At], bool], what: str) -> None:
         time.sleep(0.02)
 
 
-def _judge(world: Nodes, reference: Path, outcome: Outcome) -> None:
+def _check(world: Nodes, reference: Path, outcome: Outcome) -> None:
     """Every step is there, with the loss and the final adapter of the run without faults, and nothing has piled up."""
     told = world.events("step_done")
     for rank, steps in told.items():
@@ -356,7 +349,7 @@ def _judge(world: Nodes, reference: Path, outcome: Outcome) -> None:
     led = [rank for rank in told if (world.folder / str(rank) / "adapters").is_dir()]
     assert len(led) == 1, led
     done = [event for steps in told.values() for event in steps]
-    outcome.apart = differences(done, world.folder / str(led[0]), reference)
+    outcome.differences = differences(done, world.folder / str(led[0]), reference)
     digests = world.digests()
     assert len(digests) == world.count, digests
     assert len(set(digests)) == 1, "the nodes hold different adapters"
@@ -385,10 +378,3 @@ def _last(path: Path, kind: str) -> dict[str, Any] | None:
 def _errors(world: Nodes) -> str:
     told = [f"node {rank}: {(world.folder / str(rank) / 'errors').read_text()[-3000:]}" for rank in range(world.count)]
     return re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(told))
-
-
-def run(command: str) -> str:
-    done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{command}: {done.stderr.strip()}")
-    return done.stdout

@@ -1,12 +1,12 @@
-"""Runs macft as a user does: real commands, real processes."""
+"""Starts macft as a user does, in processes, and reads what runs leave behind."""
 
 from __future__ import annotations
 
 import json
 import os
-import select
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,17 @@ def train(*overrides: str, cwd: Path, timeout: float = 240) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
+def train_to_end(*overrides: str, folder: Path, cwd: Path | None = None, timeout: float = 240) -> Path:
+    """Runs ``python -m macft.train`` with ``folder`` as its run folder, which it returns.
+
+    Raises AssertionError with the run's errors if it fails.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    done = train(*overrides, f"hydra.run.dir={folder}", cwd=cwd or folder, timeout=timeout)
+    assert done.status == 0, done.errors
+    return folder
+
+
 def start(*overrides: str, cwd: Path, variables: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """Starts ``python -m macft.train``, with more environment ``variables``, and returns at once."""
     return subprocess.Popen(
@@ -59,19 +70,28 @@ def start(*overrides: str, cwd: Path, variables: dict[str, str] | None = None) -
     )
 
 
-def heard(rank: subprocess.Popen[str], seconds: float = 20) -> list[str]:
-    """The next thing a rank says; fails when it hangs."""
-    assert rank.stdout is not None
-    assert select.select([rank.stdout], [], [], seconds)[0], "a rank hangs"
-    words: list[str] = json.loads(rank.stdout.readline())
-    return words
-
-
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     """The events of one kind in a run's metrics.jsonl; an unfinished last line is left out."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [event for event in map(json.loads, lines) if event["type"] == kind]
+
+
+def wait_for_events(process: subprocess.Popen[str], folder: Path, kind: str, count: int = 1, text: str = "") -> None:
+    """Waits until the run in ``folder`` has ``count`` events of one kind, with ``text`` in theirs.
+
+    Raises AssertionError if ``process`` ends before, or after two minutes.
+    """
+    deadline = time.monotonic() + 120
+    while sum(text in event.get("text", "") for event in events(folder, kind)) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, [log.read_text() for log in (folder / "logs").glob("*")]
+        time.sleep(0.01)
+
+
+def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int = 1) -> None:
+    """Waits until the run in ``folder`` has made ``step`` steps."""
+    wait_for_events(process, folder, "step_done", step)
 
 
 def losses(folder: Path) -> list[float]:
@@ -86,42 +106,62 @@ def adapter(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.array(value) for name, value in mx.load(str(folder / "adapters" / "adapters.safetensors")).items()}
 
 
+def adapter_digests(folder: Path) -> list[str]:
+    """SHA-256 of the final adapter: of the file that rank 0 wrote, then as each other rank logged it."""
+    digests = [json.loads((folder / "summary.json").read_text())["adapter_sha256"]]
+    for log in sorted((folder / "logs").glob("rank-*.log")):
+        digests += [line.split()[-1] for line in log.read_text().splitlines() if "adapter sha256" in line]
+    return digests
+
+
+def assert_adapters_close(folder: Path, reference: Path, *, rtol: float, atol: float) -> None:
+    """The final adapters of two runs have the same arrays, up to a tolerance."""
+    ours, expected = adapter(folder), adapter(reference)
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(ours[name], value, rtol=rtol, atol=atol, err_msg=name)
+
+
 def same_bits(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
     """Whether two adapters are equal to the last bit."""
     return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
 
 
 def ranks(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
-    """The nodes' processes of a local run, by the rank that they began with."""
+    """The ranks' processes of a local run, by the rank that they began with."""
     children = psutil.Process(process.pid).children()
     return {int(child.cmdline()[4]): child for child in children if "macft.launch.worker" in child.cmdline()}
 
 
 @dataclass
 class Differences:
-    """The largest ones between two runs of the same steps."""
+    """The largest differences between two runs of the same steps."""
 
     loss: float
-    """Of a step's loss, as a part of it."""
+    """Of a step's loss, relative."""
     weight: float
-    """Of a weight of the final adapter."""
+    """Of a weight of the final adapter, absolute."""
     matrix: float
-    """Of a matrix of the final adapter, as a part of its norm."""
+    """Of a matrix of the final adapter, relative to its norm."""
 
 
 def differences(steps: Sequence[dict[str, Any]], folder: Path, reference: Path) -> Differences:
-    """Between the run that told of ``steps``, with its adapter in ``folder``, and the undisturbed one of ``reference``.
+    """Between a run and ``reference``, the one without faults.
 
+    ``steps`` are the run's step_done events, and ``folder`` holds its adapter.
     Raises AssertionError if they are not the same steps, or one has a row too few or too many.
     """
-    found, expected = ({event["step"]: event for event in told} for told in (steps, events(reference, "step_done")))
-    assert found.keys() == expected.keys()
+    disturbed, expected = ({step["step"]: step for step in run} for run in (steps, events(reference, "step_done")))
+    assert disturbed.keys() == expected.keys()
     for step, event in expected.items():  # a row that is lost or doubled would change the counts
-        assert [found[step][key] for key in ("tokens", "target_tokens")] == [event["tokens"], event["target_tokens"]]
+        assert [disturbed[step][key] for key in ("tokens", "target_tokens")] == [
+            event["tokens"],
+            event["target_tokens"],
+        ]
     ours, theirs = adapter(folder), adapter(reference)
     assert ours.keys() == theirs.keys()
     return Differences(
-        loss=max(abs(found[step]["loss"] - event["loss"]) / event["loss"] for step, event in expected.items()),
+        loss=max(abs(disturbed[step]["loss"] - event["loss"]) / event["loss"] for step, event in expected.items()),
         weight=max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours),
         matrix=max(float(np.linalg.norm(ours[name] - theirs[name]) / np.linalg.norm(theirs[name])) for name in ours),
     )
@@ -148,5 +188,5 @@ def uneven_dataset(folder: Path) -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, each with two free ones after it."""
+    """Free ports, each with two free ones after it."""
     return [int(address.rpartition(":")[2]) for address in free_addresses(count, in_a_row=3)]

@@ -1,0 +1,108 @@
+"""Puts a trainer together from its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from macft.checkpoint.saver import CheckpointSaver
+from macft.data.formats import Row
+from macft.data.order import RowOrder
+from macft.parallel.balance import ShareBalancer
+from macft.parallel.shares import DataShard
+from macft.report.events import Reporter
+from macft.training.batch_loader import BatchLoader
+from macft.training.checkpoint_policy import CheckpointPolicy
+from macft.training.coordination import NodeCoordinator
+from macft.training.diloco import DiLoCo
+from macft.training.gradient import GradientComputer
+from macft.training.loop import Trainer
+from macft.training.optimizer import OptimizerStep, learning_rate
+from macft.training.recovery import Recovery
+from macft.training.settings import OptimizerConfig, TrainingConfig, steps_for
+from macft.training.state import TrainState
+from macft.training.stepper import StepParts, make_stepper
+from macft.training.stop import StopRequest
+from macft.training.synchronization import EveryStep, Synchronization
+from macft.training.throttle import NoThrottle, Throttle
+from macft.training.validation import ValidationResult, validation_loss
+from macft.training.validation_policy import ValidationPolicy
+
+_EVALUATION_ROWS_AT_ONCE = 8
+
+
+def make_trainer(
+    config: TrainingConfig,
+    optimizer_config: OptimizerConfig,
+    state: TrainState,
+    compute: GradientComputer,
+    train_rows: Sequence[Row],
+    order: RowOrder,
+    saver: CheckpointSaver,
+    reporter: Reporter,
+    *,
+    valid_rows: Sequence[Row] = (),
+    balancer: ShareBalancer | None = None,
+    throttle: Throttle | None = None,
+    stop: StopRequest | None = None,
+) -> Trainer:
+    """A trainer of ``state`` on the ranks of its reducer's collective.
+
+    Left out, ``balancer`` gives all ranks equal shares, ``throttle`` never rests, and ``stop`` is never requested.
+    """
+    model, collective, stop = state.model, state.reducer.collective, stop or StopRequest()
+    total_steps = steps_for(config, order.steps_per_epoch)
+    nodes = NodeCoordinator(
+        collective,
+        balancer or ShareBalancer("equal", collective.world_size, every=1),
+        throttle or NoThrottle(),
+        follow_speed=state.outer is None,
+    )
+    parts = StepParts(
+        loader=BatchLoader(train_rows, order, config.micro_batch_size, shared=compute.shares),
+        compute=compute,
+        update=OptimizerStep(model, state.optimizer, compiled=compute.compiles),
+        nodes=nodes,
+        stop=stop,
+        learning_rate=lambda step: learning_rate(optimizer_config, step, total_steps),
+        max_grad_norm=config.max_grad_norm,
+    )
+    synchronization: Synchronization = EveryStep(state.reducer)
+    if state.outer is not None:
+        synchronization = DiLoCo(
+            model, state.outer, state.reducer, stop, inner_steps=config.inner_steps, total_steps=total_steps
+        )
+
+    def validate(shard: DataShard, progress: Callable[[int, int], None]) -> ValidationResult:
+        return validation_loss(
+            model,
+            compute.loss,
+            valid_rows,
+            collective,
+            rows_at_once=config.micro_batch_size or _EVALUATION_ROWS_AT_ONCE,
+            seat=shard,
+            progress=progress,
+            packs=compute.packs,
+        )
+
+    validation = ValidationPolicy(
+        state,
+        nodes,
+        validate if valid_rows else None,
+        reporter,
+        every=config.eval_every,
+        total_steps=total_steps,
+        patience=config.patience,
+    )
+    checkpoints = CheckpointPolicy(state, collective, saver, reporter, every=config.save_every)
+    return Trainer(
+        state,
+        partial(make_stepper, parts, synchronization),
+        nodes,
+        validation,
+        checkpoints,
+        Recovery(nodes.elastic, state, nodes, checkpoints, reporter, stop) if nodes.elastic is not None else None,
+        reporter,
+        total_steps=total_steps,
+        epoch_of=order.epoch_of,
+    )
