@@ -101,9 +101,7 @@ def test_files_that_others_may_use_are_refused(
         (["make", "forget", "studio"], "'studio' is not trusted here; trusted: nobody"),
     ],
 )
-def test_a_mistake_is_one_line(
-    folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
-) -> None:
+def test_a_mistake_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
     if argv[0] == "make":
         keystore.make(folder)
         argv = argv[1:]

@@ -2,7 +2,7 @@
 
     python -m macft.bench                                           two processes on this machine
     python -m macft.bench topology=local topology.nodes=4 --peers mlx --limits
-    python -m macft.bench topology=hosts topology.hosts=[192.168.0.1,192.168.0.2] --link 40gbit     run on each Mac
+    python -m macft.bench topology=hosts 'topology.hosts=[192.168.0.1,192.168.0.2]' --link 40gbit    run on each Mac
     python -m macft.bench collective=mlx                            MLX's own communication instead of macft's ring
 
 Overrides are those of macft.train; topology and collective are used here. Sizes are bytes of float32 data, times are

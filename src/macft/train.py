@@ -12,8 +12,9 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from macft.cli.parser import program_name
 from macft.cli.run_command import exit_status, run_command
 from macft.config.command_line import prepare
 from macft.config.paths import config_folder
@@ -28,6 +29,7 @@ def main(argv: Sequence[str]) -> None:
         ConfigError: the command line is wrong; no job has started.
         SystemExit: a job has failed or was interrupted; its status is the command's.
     """
+    OmegaConf.register_new_resolver("program", lambda: program_name("train"), replace=True)  # for the help text
     command = prepare(list(argv))
     sys.argv[1:] = command.argv  # hydra.main reads them from there
 

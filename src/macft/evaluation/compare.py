@@ -1,4 +1,4 @@
-"""One model's results on rows of a dataset, and two models' side by side."""
+"""The results of one model on rows of a dataset, and the comparison of two models."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Result:
 
     def numbers(self) -> dict[str, float]:
         """Loss, perplexity and, if there is a metric, the share of right answers."""
-        found = {"loss": self.loss, "perplexity": self.perplexity}
-        return found | ({"metric": self.scored.value} if self.scored else {})
+        numbers = {"loss": self.loss, "perplexity": self.perplexity}
+        return numbers | ({"metric": self.scored.value} if self.scored else {})
 
 
 def evaluate(
@@ -55,7 +55,7 @@ def evaluate(
 ) -> Result:
     """Loss over ``rows``, and with a ``metric`` the score of greedy answers to their ``records``.
 
-    ``progress`` is told (what, done, total).
+    ``progress`` is called with what is computed, and the numbers of finished rows and of all rows.
     """
     with Solo() as alone:
         validation = validation_loss(
@@ -100,7 +100,7 @@ def answers(records: Sequence[Record], base: Result, tuned: Result) -> list[dict
 
 
 def agreement(base: Result, tuned: Result) -> dict[str, int]:
-    """How many questions both, only one, or neither answers rightly; empty without a metric."""
+    """How many questions both, only one, or neither answers right; empty without a metric."""
     if base.scored is None or tuned.scored is None:
         return {}
     pairs = list(zip(base.scored.right, tuned.scored.right, strict=True))

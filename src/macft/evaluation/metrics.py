@@ -1,4 +1,4 @@
-"""What a metric is, and which ones there are."""
+"""The interface of a metric, and the registry of metrics."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from macft.evaluation.sql_execution import SqlExecution
 
 
 class Metric(Protocol):
-    """Judges one generated answer."""
+    """Scores one generated answer."""
 
     def score(self, record: Mapping[str, Any], generated: str) -> bool:
-        """Whether ``generated`` is a right answer to ``record``, a raw row of the test split."""
+        """Whether ``generated`` is a right answer to ``record``, a raw row of the test split.
+
+        Raises:
+            DataError: The record doesn't have what the metric needs.
+        """
         ...
 
 
+# By the name in dataset.metric.
 METRICS: dict[str, type[Metric]] = {"exact_match": ExactMatch, "sql_execution": SqlExecution}
 
 
@@ -26,7 +31,7 @@ def metric(name: str) -> Metric:
     """The metric called ``name``.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: There is no metric of that name.
     """
     if name not in METRICS:
         near = difflib.get_close_matches(name, METRICS, 1)
