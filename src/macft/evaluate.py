@@ -17,11 +17,11 @@ from rich.table import Table
 
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
-from macft.data.load import chosen_rows, tokenize_split
+from macft.data.load import Sources, chosen_rows, tokenize_split
 from macft.data.load import read as read_dataset
 from macft.data.settings import DatasetConfig, SourceConfig
 from macft.data.settings import problems as dataset_problems
-from macft.data.sources import SPLITS, Record
+from macft.data.sources import SPLITS
 from macft.errors import ConfigError, DataError
 from macft.evaluation.metrics import METRICS, metric
 from macft.report.run_folder import write_atomically
@@ -130,9 +130,7 @@ def _dataset(arguments: argparse.Namespace, tuned: TunedModel) -> DatasetConfig:
     return dataset
 
 
-def _split(
-    sources: list[tuple[SourceConfig, dict[str, list[Record]]]], wanted: str | None, dataset: DatasetConfig
-) -> str:
+def _split(sources: Sources, wanted: str | None, dataset: DatasetConfig) -> str:
     """The split asked for, or the first of test, valid and train that has rows."""
     counts = {name: sum(len(raw[name]) for _, raw in sources) for name in SPLITS}
     if wanted is None:

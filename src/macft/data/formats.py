@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from macft.errors import DataError
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Message = dict[str, Any]
+Record = Mapping[str, Any]
+"""A row as read from a file or the Hub: values of JSON, by field name."""
+Message = Mapping[str, Any]
 """As in OpenAI's chat API: ``role``, ``content``, and what else the chat template reads."""
 
 
@@ -27,8 +29,32 @@ Message = dict[str, Any]
 class Conversation:
     """Messages of which the last is the answer to learn, and descriptions of tools for the chat template."""
 
-    messages: list[Message]
-    tools: Any = None
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] | None = None
+
+
+class Tokenizer(Protocol):
+    """What is used here of mlx-lm's ``TokenizerWrapper``."""
+
+    @property
+    def eos_token_id(self) -> int:
+        """The token that ends a text."""
+        ...
+
+    def encode(self, text: str) -> Sequence[int]:
+        """The tokens of ``text``."""
+        ...
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        return_dict: bool,
+    ) -> Sequence[int]:
+        """The tokens of a conversation, with the start of an answer if ``add_generation_prompt``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +66,7 @@ class RowFormat:
     """
 
     fields: tuple[str, ...]
-    parse: Callable[[Mapping[str, Any]], Conversation | str]
+    parse: Callable[[Record], Conversation | str]
     optional: tuple[str, ...] = ()
 
 
@@ -60,7 +86,7 @@ class Row:
         return max(0, len(self.tokens) - max(self.prompt_length, 1))
 
 
-def rename_columns(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+def rename_columns(record: Record, columns: Mapping[str, str]) -> Record:
     """The record with macft's field names; ``columns`` maps a field name to the record's own name.
 
     Raises:
@@ -70,7 +96,7 @@ def rename_columns(record: Mapping[str, Any], columns: Mapping[str, str]) -> dic
     return renamed | {field: record[column] for field, column in columns.items()}
 
 
-def parse(record: Mapping[str, Any]) -> Conversation | str:
+def parse(record: Record) -> Conversation | str:
     """The record's conversation or text, by the first of :data:`FORMATS` whose fields it has.
 
     Raises:
@@ -84,11 +110,10 @@ def parse(record: Mapping[str, Any]) -> Conversation | str:
     raise DataError(f"it needs {', '.join(others)}, or {last}, but has {have}; dataset.columns renames fields")
 
 
-def tokenize(record: Mapping[str, Any], tokenizer: Any, *, mask_prompt: bool) -> Row:
+def tokenize(record: Record, tokenizer: Tokenizer, *, mask_prompt: bool) -> Row:
     """The record's tokens, equal to those that mlx-lm's own dataset classes make.
 
     Args:
-        tokenizer: mlx-lm's ``TokenizerWrapper``.
         mask_prompt: Whether only the answer is a target: the last message.
 
     Raises:
@@ -104,7 +129,7 @@ def tokenize(record: Mapping[str, Any], tokenizer: Any, *, mask_prompt: bool) ->
             return _tokenize_text(text, tokenizer)
 
 
-def prompt_tokens(record: Mapping[str, Any], tokenizer: Any) -> list[int]:
+def prompt_tokens(record: Record, tokenizer: Tokenizer) -> list[int]:
     """The prompt for generating an answer: all messages but the last, and the start of the answer.
 
     Raises:
@@ -113,10 +138,11 @@ def prompt_tokens(record: Mapping[str, Any], tokenizer: Any) -> list[int]:
     conversation = parse(record)
     if isinstance(conversation, str):
         raise DataError("dataset.metric: text rows have no question to answer; set training.metric_rows=0")
-    return _apply_template(conversation.messages[:-1], conversation.tools, tokenizer, opens_answer=True)
+    prompt = Conversation(conversation.messages[:-1], conversation.tools)
+    return _apply_template(prompt, tokenizer, opens_answer=True)
 
 
-def _parse_prompt_completion(record: Mapping[str, Any]) -> Conversation:
+def _parse_prompt_completion(record: Record) -> Conversation:
     for name in ("prompt", "completion"):
         if not isinstance(record[name], str):
             raise DataError(f"`{name}` must be a string, not {type(record[name]).__name__}")
@@ -124,7 +150,7 @@ def _parse_prompt_completion(record: Mapping[str, Any]) -> Conversation:
     return Conversation(messages, record.get("tools"))
 
 
-def _parse_messages(record: Mapping[str, Any]) -> Conversation:
+def _parse_messages(record: Record) -> Conversation:
     messages = record["messages"]
     if not isinstance(messages, list) or not messages or not all(isinstance(item, dict) for item in messages):
         raise DataError('`messages` must be a list of objects such as {"role": "user", "content": "..."}')
@@ -133,10 +159,11 @@ def _parse_messages(record: Mapping[str, Any]) -> Conversation:
     return Conversation(messages, record.get("tools"))
 
 
-def _parse_text(record: Mapping[str, Any]) -> str:
-    if not isinstance(record["text"], str):
-        raise DataError(f"`text` must be a string, not {type(record['text']).__name__}")
-    return record["text"]
+def _parse_text(record: Record) -> str:
+    text = record["text"]
+    if not isinstance(text, str):
+        raise DataError(f"`text` must be a string, not {type(text).__name__}")
+    return text
 
 
 FORMATS = (
@@ -149,7 +176,7 @@ FIELDS = tuple(dict.fromkeys(name for row_format in FORMATS for name in (*row_fo
 """All fields that a format reads, each once."""
 
 
-def _tokenize_text(text: str, tokenizer: Any) -> Row:
+def _tokenize_text(text: str, tokenizer: Tokenizer) -> Row:
     try:
         tokens = list(tokenizer.encode(text))
     except Exception as error:  # for instance half a surrogate pair, valid in JSON but not in UTF-8
@@ -160,21 +187,22 @@ def _tokenize_text(text: str, tokenizer: Any) -> Row:
     return _row(tokens, 0)
 
 
-def _tokenize_conversation(conversation: Conversation, tokenizer: Any, mask_prompt: bool) -> Row:
-    messages, tools = conversation.messages, conversation.tools
-    tokens = _apply_template(messages, tools, tokenizer)
+def _tokenize_conversation(conversation: Conversation, tokenizer: Tokenizer, mask_prompt: bool) -> Row:
+    messages = conversation.messages
+    tokens = _apply_template(conversation, tokenizer)
     if not mask_prompt:
         return _row(tokens, 0)
     if len(messages) < 2:
         raise DataError("`messages` has only one message; dataset.mask_prompt needs a prompt before the answer")
     opens_answer = messages[-1].get("role") == "assistant"
-    return _row(tokens, len(_apply_template(messages[:-1], tools, tokenizer, opens_answer=opens_answer)))
+    prompt = Conversation(messages[:-1], conversation.tools)
+    return _row(tokens, len(_apply_template(prompt, tokenizer, opens_answer=opens_answer)))
 
 
-def _apply_template(messages: list[Message], tools: Any, tokenizer: Any, *, opens_answer: bool = False) -> list[int]:
+def _apply_template(conversation: Conversation, tokenizer: Tokenizer, *, opens_answer: bool = False) -> list[int]:
     try:
         tokens = tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=opens_answer, return_dict=False
+            conversation.messages, tools=conversation.tools, add_generation_prompt=opens_answer, return_dict=False
         )
     except Exception as error:  # a template is the model's own code and may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__

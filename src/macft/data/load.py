@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from macft.data.formats import Row, rename_columns, tokenize
+from macft.data.formats import Record, Row, Tokenizer, rename_columns, tokenize
 from macft.data.settings import DatasetConfig, SourceConfig
-from macft.data.sources import SPLITS, Record, read_source
+from macft.data.sources import SPLITS, read_source
 from macft.errors import DataError
+
+Sources = list[tuple[SourceConfig, dict[str, list[Record]]]]
+"""Each source with its raw records by split."""
 
 
 @dataclass
@@ -36,7 +38,7 @@ class LoadedData:
     notes: list[str]
 
 
-def read(config: DatasetConfig, *, seed: int) -> list[tuple[SourceConfig, dict[str, list[Record]]]]:
+def read(config: DatasetConfig, *, seed: int) -> Sources:
     """Each source with its raw records by split. Needs no model, so a missing file is reported before a model loads.
 
     Raises:
@@ -54,9 +56,9 @@ def read(config: DatasetConfig, *, seed: int) -> list[tuple[SourceConfig, dict[s
 
 
 def tokenize_all(
-    sources: list[tuple[SourceConfig, dict[str, list[Record]]]],
+    sources: Sources,
     config: DatasetConfig,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     need_test: bool,
 ) -> LoadedData:
@@ -79,9 +81,7 @@ def tokenize_all(
     return data
 
 
-def tokenize_split(
-    sources: list[tuple[SourceConfig, dict[str, list[Record]]]], config: DatasetConfig, tokenizer: Any, name: str
-) -> tuple[Split, list[str]]:
+def tokenize_split(sources: Sources, config: DatasetConfig, tokenizer: Tokenizer, name: str) -> tuple[Split, list[str]]:
     """Tokenises one split of what :func:`read` returned; returns it with lines for the user.
 
     Raises:
@@ -110,7 +110,12 @@ def chosen_rows(count: int, wanted: int, seed: int) -> list[int]:
 
 
 def _add(
-    split: Split, records: list[Record], where: str, columns: dict[str, str], config: DatasetConfig, tokenizer: Any
+    split: Split,
+    records: list[Record],
+    where: str,
+    columns: dict[str, str],
+    config: DatasetConfig,
+    tokenizer: Tokenizer,
 ) -> tuple[int, int]:
     """Appends the rows of one source to ``split``; returns how many were cut and how many dropped."""
     cut = dropped = 0

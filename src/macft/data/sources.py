@@ -6,12 +6,12 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from macft.data.formats import Record
 from macft.data.settings import SourceConfig
 from macft.errors import DataError
 
-Record = dict[str, Any]
 _Loaded = TypeVar("_Loaded")
 SPLITS = ("train", "valid", "test")
 _BUILTIN = Path(__file__).parent / "builtin"
@@ -92,7 +92,7 @@ def _read_file(path: Path) -> list[Record]:
 
 
 def _read_jsonl(path: Path) -> list[Record]:
-    records = []
+    records: list[Record] = []
     try:
         with path.open("rb") as file:  # bytes: json decodes each line, so an invalid byte is reported with its line
             for number, line in enumerate(file, 1):

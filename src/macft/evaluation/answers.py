@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.nn as nn
 import msgpack
 from mlx_lm.generate import batch_generate
 
 from macft.collective.base import Collective
-from macft.data.formats import prompt_tokens
+from macft.data.formats import Record, Tokenizer, prompt_tokens
 from macft.evaluation.metrics import Metric
 
 _PROMPTS_AT_ONCE = 32
@@ -37,8 +36,8 @@ class Scored:
 
 def score_answers(
     model: nn.Module,
-    tokenizer: Any,
-    records: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    records: Sequence[Record],
     metric: Metric,
     collective: Collective,
     *,

@@ -10,8 +10,7 @@ from typing import Any
 import mlx.nn as nn
 
 from macft.collective.solo import Solo
-from macft.data.formats import Row
-from macft.data.sources import Record
+from macft.data.formats import Record, Row
 from macft.evaluation.answers import Scored, score_answers
 from macft.evaluation.metrics import Metric
 from macft.evaluation.record import expected_text, question_text

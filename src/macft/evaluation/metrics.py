@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
+from macft.data.formats import Record
 from macft.errors import ConfigError
 from macft.evaluation.exact_match import ExactMatch
 from macft.evaluation.sql_execution import SqlExecution
@@ -14,7 +14,7 @@ from macft.evaluation.sql_execution import SqlExecution
 class Metric(Protocol):
     """Scores one generated answer."""
 
-    def score(self, record: Mapping[str, Any], generated: str) -> bool:
+    def score(self, record: Record, generated: str) -> bool:
         """Whether ``generated`` is a right answer to ``record``, a raw row of the test split.
 
         Raises:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from macft.data.formats import parse
+from macft.data.formats import Record, parse
 from macft.errors import DataError
 
 
-def expected_text(record: Mapping[str, Any]) -> str:
+def expected_text(record: Record) -> str:
     """The right answer: the completion, or the last message.
 
     Raises:
@@ -21,7 +18,7 @@ def expected_text(record: Mapping[str, Any]) -> str:
     return str(conversation.messages[-1].get("content", ""))
 
 
-def question_text(record: Mapping[str, Any]) -> str:
+def question_text(record: Record) -> str:
     """The question as a person would read it: the prompt, or the message before the answer; empty for a text row."""
     conversation = parse(record)
     if isinstance(conversation, str) or len(conversation.messages) < 2:

@@ -11,9 +11,8 @@ import math
 import re
 import sqlite3
 import time
-from collections.abc import Mapping
-from typing import Any
 
+from macft.data.formats import Record
 from macft.errors import DataError
 from macft.evaluation.record import expected_text
 
@@ -56,7 +55,7 @@ class SqlExecution:
     def __init__(self) -> None:
         self._databases: dict[str, bytes] = {}
 
-    def score(self, record: Mapping[str, Any], generated: str) -> bool:
+    def score(self, record: Record, generated: str) -> bool:
         """Whether the first query in ``generated`` returns the expected rows; in their order if that query sorts them.
 
         Raises:
