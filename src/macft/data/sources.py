@@ -160,7 +160,7 @@ def _hub_problem(name: str) -> str | None:
     except EntryNotFoundError:
         return None
     except GatedRepoError as error:
-        raise DataError(f"dataset.path: {name} is gated; accept its terms on the Hub and set HF_TOKEN") from error
+        raise DataError(f"dataset.path: {name} is gated; accept its terms on the hub and set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
         raise DataError(
             f"dataset.path: the Hugging Face Hub has no dataset {name}; check the id, or give a local folder or file"
