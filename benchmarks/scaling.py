@@ -47,7 +47,7 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
     from macft.model.load import load
     from macft.model.resolve import resolve
     from macft.model.settings import ModelConfig
-    from macft.report.events import SilentReporter, StepDone
+    from macft.report.events import Event, NullReporter, StepDone
     from macft.training.assembly import make_trainer
     from macft.training.gradient import GradientComputer
     from macft.training.gradient_reducer import GradientReducer
@@ -57,9 +57,10 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
 
     done: list[StepDone] = []
 
-    class Clock(SilentReporter):
-        def step_done(self, event: StepDone) -> None:
-            done.append(event)
+    class Clock(NullReporter):
+        def handle(self, event: Event) -> None:
+            if isinstance(event, StepDone):
+                done.append(event)
 
     config = ModelConfig()
     loaded = load(config, resolve(config))

@@ -135,7 +135,7 @@ def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from macft.data.order import RowOrder
     from macft.model.adapt import adapt
     from macft.model.adapter_settings import AdapterConfig
-    from macft.report.events import SilentReporter, StepDone
+    from macft.report.events import Event, NullReporter, StepDone
     from macft.training.assembly import make_trainer
     from macft.training.gradient import GradientComputer
     from macft.training.gradient_reducer import GradientReducer
@@ -146,10 +146,11 @@ def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     times: list[float] = []
     targets: list[int] = []
 
-    class Clock(SilentReporter):
-        def step_done(self, event: StepDone) -> None:
-            times.append(time.perf_counter())
-            targets.append(event.target_tokens)
+    class Clock(NullReporter):
+        def handle(self, event: Event) -> None:
+            if isinstance(event, StepDone):
+                times.append(time.perf_counter())
+                targets.append(event.target_tokens)
 
     case, steps = options.case, options.steps
     loaded, records = load_everything(options)

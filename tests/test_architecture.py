@@ -18,6 +18,7 @@ ROOT = Path(macft.__file__).parent
 # From the bottom of the line to its top.
 ORDER = (
     "cli",
+    "logs",
     "device",
     "topology",
     "collective",

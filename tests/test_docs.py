@@ -6,8 +6,10 @@ import ast
 import contextlib
 import importlib.util
 import io
+import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -57,7 +59,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -
         (folder / name).mkdir(parents=True)
         (folder / name / "config.yaml").write_text(to_yaml(config))
         with contextlib.closing(MetricsFile(folder / name / "metrics.jsonl", first_step=0)) as told:
-            told.noted(Noted("the run has begun"))
+            told.handle(Noted("the run has begun"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MACFT_CONFIG", str(folder / "config"))
@@ -160,6 +162,74 @@ def test_a_wrong_command_would_be_found(sandbox: Path) -> None:
         assert found in objection(Command("here", text, ""))
 
 
+SHELLS = {"bash": ["bash", "--norc"], "zsh": ["zsh", "-f"]}
+PRINT_WORDS = r"""
+    PATH=/nowhere
+    command_not_found_handle() { printf "%s\0" "$@"; }
+    command_not_found_handler() { printf "%s\0" "$@"; }
+    source() { printf "%s\0" source "$@"; }
+"""
+"""Every command is unknown, and the shell's own hook for that (bash: handle, zsh: handler) prints its words."""
+
+
+def shell_words(shell: list[str], text: str, folder: Path) -> list[str]:
+    """The words of all commands in ``text``, as ``shell`` reads them. No command is run."""
+    path = shutil.which(shell[0])
+    assert path is not None, shell
+    done = subprocess.run(
+        [path, *shell[1:], "-c", PRINT_WORDS + text],
+        cwd=folder,
+        env={"HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not done.stderr, f"{shell[0]}: {text}: {done.stderr}"
+    return done.stdout.split("\0")[:-1]
+
+
+@pytest.mark.parametrize("name", SHELLS)
+def test_shells_read_the_commands_as_written(name: str, tmp_path: Path) -> None:
+    """No pattern or brace changes a word: each is what it is with all expansions turned off."""
+    if shutil.which(name) is None and "CI" not in os.environ:
+        pytest.skip(f"{name} is not installed")
+    for command in COMMANDS:
+        literal = shell_words(["bash", "--norc", "-f", "+B"], command.text, tmp_path)
+        assert shell_words(SHELLS[name], command.text, tmp_path) == literal, command.where
+
+
+@pytest.mark.parametrize("name", SHELLS)
+def test_a_command_that_a_shell_changes_would_be_found(name: str, tmp_path: Path) -> None:
+    if shutil.which(name) is None and "CI" not in os.environ:
+        pytest.skip(f"{name} is not installed")
+    braces = "macft train dataset.columns={prompt:question,completion:answer}"
+    assert len(shell_words(SHELLS[name], braces, tmp_path)) == 4
+    assert shell_words(SHELLS[name], r"a $'b\nc' 'd=[0,1]' && e", tmp_path) == ["a", "b\nc", "d=[0,1]", "e"]
+    if name == "zsh":
+        with pytest.raises(AssertionError, match="no matches found"):
+            shell_words(SHELLS[name], "macft train topology.hosts=[a,b]", tmp_path)
+
+
+def test_commands_have_no_comments_for_an_interactive_zsh_passes_them_to_the_command() -> None:
+    assert not [command.where for command in COMMANDS if "#" in shlex.split(command.text)]
+
+
+def test_overrides_in_running_text_are_quoted_for_the_shell() -> None:
+    for page in PAGES:
+        if page.name == "config-reference.md":  # values of keys, without a command
+            continue
+        text = re.sub(r"^```\w*\n.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        bare = [span for span in re.findall(r"`([^`\n]+)`", text) if re.search(r"(?:^|\s)[\w.]+=[\[{]", span)]
+        assert not bare, f"{page.name}: {bare}"
+
+
+def test_files_named_in_the_documentation_exist() -> None:
+    for page in PAGES:
+        for name in re.findall(r"`((?:\w+/)+\w+\.(?:py|yaml))`", page.read_text()):
+            if not name.startswith(("my-configs/", "topology/")):
+                assert (ROOT / name).exists() or (ROOT / "src/macft" / name).exists(), f"{page.name}: {name}"
+
+
 def test_the_small_benchmark_prints_its_table(sandbox: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "macft.bench", "--sizes", "4K", "--turns", "1"],
@@ -185,9 +255,10 @@ def test_reasons_stand_right_above_a_block() -> None:
 
 def test_modules_named_in_running_text_exist() -> None:
     for page in PAGES:
-        for name in re.findall(r"python -m (macft[\w.]*\w)", page.read_text()):
-            found = importlib.util.find_spec(name)
-            assert found is not None, f"{page}: {name}"
+        text = page.read_text()
+        scripts = [f"macft.{name}" for name in re.findall(r"`macft (\w+)", text)]
+        for name in [*re.findall(r"python -m (macft[\w.]*\w)", text), *scripts]:
+            assert importlib.util.find_spec(name) is not None, f"{page}: {name}"
 
 
 def _anchors(page: Path) -> set[str]:
@@ -209,7 +280,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_map_has_all_pages_and_the_readme_has_the_map() -> None:
     linked = set(re.findall(r"\]\(([\w-]+\.md)", (ROOT / "docs/index.md").read_text()))
     assert linked == {page.name for page in PAGES[1:]} - {"index.md"}
-    assert "](docs/index.md)" in PAGES[0].read_text()
+    readme = PAGES[0].read_text()
+    assert "](docs/index.md)" in readme
+    assert len(readme.splitlines()) <= 150, "the rest belongs in docs/"
 
 
 def test_the_config_reference_is_new_and_whole() -> None:

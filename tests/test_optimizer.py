@@ -16,7 +16,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from macft.errors import ConfigError
 from macft.training.optimizer import OptimizerStep, learning_rate, make_optimizer, mean_and_clip
-from macft.training.settings import OPTIMIZERS, OptimizerConfig
+from macft.training.optimizer_table import OPTIMIZERS
+from macft.training.settings import OptimizerConfig
 
 
 @given(

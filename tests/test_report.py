@@ -1,4 +1,4 @@
-"""The report room: what a run tells, on a terminal, in a log, to TensorBoard, and in its folder."""
+"""What a run reports: on a terminal, in a log, in TensorBoard and in its folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,15 @@ from rich.console import Console
 
 from helpers.report_events import FINAL, HPARAMS, PARTS, SAMPLE, TOTAL, build, ended, started, step, tell
 from macft.config.paths import config_folder
+from macft.parallel.node_status import NodeStatus
 from macft.report import fan_out
 from macft.report.console import ConsoleReporter
 from macft.report.events import (
+    NOT_RECORDED,
     Evaluated,
+    Event,
     NodesChanged,
+    ReplayedEvent,
     RunEnded,
     SamplesShown,
 )
@@ -59,9 +63,10 @@ def test_the_yaml_lists_the_schemas_keys_and_defaults() -> None:
 
 def test_settings_that_cannot_be_right_are_named() -> None:
     assert problems(ReportConfig()) == []
-    assert [line.split(":")[0] for line in problems(ReportConfig(every=0, samples=-1))] == [
+    assert [line.split(":")[0] for line in problems(ReportConfig(every=0, samples=-1, log_level="all"))] == [
         "report.every",
         "report.samples",
+        "report.log_level",
     ]
 
 
@@ -132,7 +137,7 @@ def test_a_wholly_saved_model_needs_no_adapter_path(log: Console, tmp_path: Path
 
 def test_a_failed_run_says_why(log: Console, tmp_path: Path) -> None:
     reporter = ConsoleReporter(every=10, console=log)
-    reporter.run_ended(RunEnded("failed", 3, 1.0, detail="the loss became [NaN] at step 3"))
+    reporter.handle(RunEnded("failed", 3, 1.0, detail="the loss became [NaN] at step 3"))
     log.file.flush()
     text = (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert text.startswith("Failed\n")
@@ -332,8 +337,8 @@ def test_the_hparams_tab_tells_success_from_failure(tmp_path: Path) -> None:
     expected = {"failed": api_pb2.STATUS_FAILURE, "early_stopped": api_pb2.STATUS_SUCCESS}
     for reason in expected:
         reporter = TensorBoard(tmp_path / reason, hparams=HPARAMS, first_step=0)
-        reporter.run_started(started(tmp_path))
-        reporter.run_ended(RunEnded(reason, 3, 1.0))
+        reporter.handle(started(tmp_path))
+        reporter.handle(RunEnded(reason, 3, 1.0))
         reporter.close()
     assert {name: group.sessions[0].status for name, group in session_groups(tmp_path).items()} == expected
 
@@ -345,9 +350,9 @@ def test_a_resumed_runs_curves_do_not_double_back(tmp_path: Path) -> None:
     tell(TensorBoard(folder, hparams=HPARAMS, first_step=0), tmp_path, until=17)
     assert session_groups(tmp_path)["run/tensorboard"].sessions[0].status != api_pb2.STATUS_SUCCESS
     reporter = TensorBoard(folder, hparams=HPARAMS, first_step=10)
-    reporter.run_started(started(tmp_path, 10))
-    reporter.step_done(step(11, loss=9.0))
-    reporter.run_ended(ended(tmp_path, steps=11))
+    reporter.handle(started(tmp_path, 10))
+    reporter.handle(step(11, loss=9.0))
+    reporter.handle(ended(tmp_path, steps=11))
     reporter.close()
     assert len(list(folder.iterdir())) == 2
     found = accumulated(folder)
@@ -375,23 +380,34 @@ def test_a_run_that_begins_anew_leaves_nothing_of_the_first_attempt(tmp_path: Pa
 def test_each_event_is_a_line_that_is_there_at_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     reporter = MetricsFile(path, first_step=0)
-    reporter.run_started(started(tmp_path))
-    reporter.step_done(step(1))
+    reporter.handle(started(tmp_path))
+    reporter.handle(step(1))
     first, second = lines(path)
     assert first["type"] == "run_started"
     assert "config_yaml" not in first
     assert first["run_folder"] == str(tmp_path)
     assert {**asdict(step(1)), "type": "step_done", "time": second["time"]} == second
-    reporter.samples_shown(SamplesShown(TOTAL, [SAMPLE]))
+    reporter.handle(SamplesShown(TOTAL, [SAMPLE]))
     assert lines(path, "samples_shown")[0]["samples"] == [asdict(SAMPLE)]
     reporter.close()
+
+
+def test_a_nodes_status_keeps_its_keys(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    reporter = MetricsFile(path, first_step=0)
+    reporter.handle(replace(step(1), nodes=[NodeStatus(tokens=3, messages=2)], shares=[1.0]))
+    reporter.close()
+    keys = "tokens busy_seconds duty paused reason temperature state watts peak_watts joules metered_seconds estimated"
+    [node] = lines(path)[0]["nodes"]
+    assert list(node) == [*keys.split(), "remarks"]
+    assert (node["tokens"], node["remarks"]) == (3, 2)
 
 
 def test_a_loss_that_is_no_number_is_still_json(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     reporter = MetricsFile(path, first_step=0)
     for loss in (math.nan, math.inf, -math.inf):
-        reporter.step_done(step(1, loss))
+        reporter.handle(step(1, loss))
     reporter.close()
     assert [event["loss"] for event in lines(path)] == ["nan", "inf", "-inf"]
 
@@ -432,7 +448,7 @@ def test_a_whole_last_line_without_its_newline_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"type": "step_done", "step": 1}\n{"type": "step_done", "step": 2}')
     reporter = MetricsFile(path, first_step=2)
-    reporter.step_done(step(3))
+    reporter.handle(step(3))
     reporter.close()
     assert [event["step"] for event in lines(path)] == [1, 2, 3]
 
@@ -478,7 +494,7 @@ def test_the_summary_tells_what_came_of_it(tmp_path: Path) -> None:
 def test_a_run_that_fails_at_once_with_a_loss_of_nan_has_a_summary(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     reporter = SummaryWriter(folder)
-    reporter.run_ended(RunEnded("failed", 0, 0.1, {"valid_loss": math.nan}, detail="a | b"))
+    reporter.handle(RunEnded("failed", 0, 0.1, {"valid_loss": math.nan}, detail="a | b"))
     summary = json.loads(folder.summary.read_text())
     assert (summary["reason"], summary["detail"], summary["results"]) == (
         "failed",
@@ -490,6 +506,50 @@ def test_a_run_that_fails_at_once_with_a_loss_of_nan_has_a_summary(tmp_path: Pat
 
 
 # All together
+
+
+@dataclass(frozen=True)
+class WeightsPublished(Event):
+    """An event that no sink has heard of."""
+
+    step: int
+    path: Path
+    token: str = field(metadata=NOT_RECORDED)
+
+
+@dataclass(frozen=True)
+class LossSpiked(ReplayedEvent):
+    """Another one, to be replayed by a rank that takes over."""
+
+    loss: float
+
+
+def test_a_new_event_needs_no_change_of_the_sinks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leader, follower = (
+        fan_out.build(ReportConfig(), RunFolder(tmp_path), hparams=HPARAMS, is_main=is_main, first_step=0)
+        for is_main in (True, False)
+    )
+    leader.handle(WeightsPublished(1, tmp_path, "secret"))
+    for number in (1, 2):
+        for reporter in (leader, follower):
+            reporter.handle(step(number))
+            reporter.handle(LossSpiked(number, 9.0))
+    leader.close()
+    follower.handle(WeightsPublished(3, tmp_path, "secret"))  # only a leader reports it
+    follower.handle(step(3))
+    follower.handle(LossSpiked(3, math.inf))
+    follower.lead(is_main=True, step=3)
+    follower.handle(LossSpiked(4, 8.0))
+    follower.close()
+    events = [event for event in lines(RunFolder(tmp_path).metrics) if event["type"] != "step_done"]
+    assert events[0] == {"type": "weights_published", "time": events[0]["time"], "step": 1, "path": str(tmp_path)}
+    assert [(event["type"], event["step"], event["loss"]) for event in events[1:]] == [
+        ("loss_spiked", 1, 9.0),
+        ("loss_spiked", 2, 9.0),
+        ("loss_spiked", 3, "inf"),
+        ("loss_spiked", 4, 8.0),
+    ]
+    assert capsys.readouterr().err == ""
 
 
 def test_rank_0_writes_what_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -521,8 +581,8 @@ def test_a_newcomer_says_that_it_has_joined(tmp_path: Path, capsys: pytest.Captu
         reporter = fan_out.build(
             ReportConfig(), folder, hparams={}, is_main=False, first_step=0, is_newcomer=is_newcomer
         )
-        reporter.nodes_changed(NodesChanged(3, 1, ["air", "pro"], {}, ["pro"], [0.5, 0.5], False, 0.2))
-    line = "after step 3: pro joins; 2 nodes in generation 1: air 50%, pro 50%; no step was lost, 0.2 s\n"
+        reporter.handle(NodesChanged(3, 1, ["air", "pro"], {}, ["pro"], [0.5, 0.5], False, 0.2))
+    line = "after step 3: pro joins; 2 nodes now: air 50%, pro 50%; no step was lost, 0.2 s\n"
     assert capsys.readouterr().out == line
 
 
@@ -537,17 +597,17 @@ def test_who_takes_over_tells_what_the_lost_node_could_not(lost: int, is_validat
         )
         done = lost - behind  # the one that takes over may not have come as far
         for reporter, until in ((first, lost), (second, done)):
-            reporter.run_started(started(folder.path))
-            reporter.evaluated(Evaluated(0, 3.5, 900, 1.0, True))
+            reporter.handle(started(folder.path))
+            reporter.handle(Evaluated(0, 3.5, 900, 1.0, True))
             for number in range(1, until + 1):
-                reporter.step_done(step(number))
+                reporter.handle(step(number))
                 if reporter is second or number < lost or is_validation_told:
-                    reporter.evaluated(Evaluated(number, 3.0, 900, 1.0, True))
+                    reporter.handle(Evaluated(number, 3.0, 900, 1.0, True))
         # The first one is not closed: it was killed.
         second.lead(is_main=True, step=done)
         for number in range(done + 1, TOTAL + 1):
-            second.step_done(step(number))
-            second.evaluated(Evaluated(number, 3.0, 900, 1.0, True))
+            second.handle(step(number))
+            second.handle(Evaluated(number, 3.0, 900, 1.0, True))
         second.close()
         assert [event["step"] for event in lines(folder.metrics, "step_done")] == list(range(1, TOTAL + 1))
         assert [event["step"] for event in lines(folder.metrics, "evaluated")] == list(range(TOTAL + 1))
@@ -599,7 +659,7 @@ def test_a_run_goes_on_when_its_output_is_no_longer_read(tmp_path: Path) -> None
     assert json.loads(folder.summary.read_text())["reason"] == "finished"
 
 
-def test_importing_the_room_loads_neither_tensorboard_nor_torch() -> None:
+def test_importing_the_package_loads_neither_tensorboard_nor_torch() -> None:
     script = "import sys, macft.report.fan_out; print({'tensorboard', 'tensorflow', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "set()"

@@ -124,7 +124,7 @@ def test_the_host_that_leads_dies_and_the_results_come_from_another(
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, output + errors
     assert f"note: {three.hosts[0].address} " in output
-    assert f"{three.hosts[0].address} is lost (its process ended); 2 nodes in generation 1" in output
+    assert f"{three.hosts[0].address} is lost (its process ended); 2 nodes left" in output
     assert losses(tmp_path / "runs/e/1")  # each step from the first one on, though another one has told of those
     assert json.loads((tmp_path / "runs/e/1/summary.json").read_text())["nodes_at_the_end"] == 2
     assert not agents("runs/e/1")

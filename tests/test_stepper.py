@@ -22,7 +22,7 @@ from macft.errors import NonFiniteLoss
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
 from macft.parallel.shares import DataShard
-from macft.report.events import Evaluated, SilentReporter, StepDone
+from macft.report.events import Evaluated, Event, NullReporter, StepDone
 from macft.training.assembly import make_trainer
 from macft.training.batch_loader import BatchLoader
 from macft.training.gradient import GradientComputer
@@ -42,7 +42,7 @@ def rows() -> list[Row]:
     return [Row(generator.integers(1, 97, n).astype(np.int32), int(generator.integers(0, n - 2))) for n in lengths]
 
 
-class Recorder(SilentReporter, NoThrottle):
+class Recorder(NullReporter, NoThrottle):
     """Records what is reported, and when micro-batches begin and steps end."""
 
     def __init__(self) -> None:
@@ -63,12 +63,13 @@ class Recorder(SilentReporter, NoThrottle):
         if self.entries[-1] != f"end {self.step}":
             self.entries.append(f"end {self.step}")
 
-    def step_done(self, event: StepDone) -> None:
-        self.entries.append(f"reported {event.step}")
-        self.steps.append(event)
-
-    def evaluated(self, event: Evaluated) -> None:
-        self.entries.append(f"evaluated {event.step}")
+    def handle(self, event: Event) -> None:
+        match event:
+            case StepDone():
+                self.entries.append(f"reported {event.step}")
+                self.steps.append(event)
+            case Evaluated():
+                self.entries.append(f"evaluated {event.step}")
 
 
 def trainer(

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from macft.thermal.load import Load
-from macft.thermal.notices import blind_spots
+from macft.thermal.notices import missing_readings
 from macft.thermal.readings import Conditions, Reading, combine, reading
 from macft.thermal.sampler import Sampler
 from macft.thermal.sensors.base import SensorError, now, output_of
@@ -259,10 +259,9 @@ def test_the_first_of_a_kind_counts() -> None:
 def test_what_nobody_sees_is_one_line() -> None:
     config = ThermalConfig(temperature_limit=90, state_limit="moderate")
     reasons = ["thermal: no temperature from RAPL: it is not there", "thermal: no watts from RAPL: it is not there"]
-    lines = blind_spots(config, Conditions(0.0, state=0), reasons)
+    lines = missing_readings(config, Conditions(0.0, state=0), reasons)
     assert lines == [
-        "thermal: no reading of temperature here, so those limits do nothing "
-        "(no temperature from RAPL: it is not there)"
+        "thermal: no sensor here for temperature; these limits are off (no temperature from RAPL: it is not there)"
     ]
-    assert blind_spots(config, Conditions(0.0, temperature=40.0, state=0), []) == []
-    assert blind_spots(ThermalConfig(sensor="none", temperature_limit=90), Conditions(0.0), []) == []
+    assert missing_readings(config, Conditions(0.0, temperature=40.0, state=0), []) == []
+    assert missing_readings(ThermalConfig(sensor="none", temperature_limit=90), Conditions(0.0), []) == []

@@ -62,7 +62,8 @@ def _join(arguments: argparse.Namespace) -> None:
         offers = [offer for offer in seek(own, _SEEK_SECONDS, cluster=name) if name in (None, offer.cluster)]
         if len(offers) != 1:
             names = ", ".join(offer.cluster for offer in offers)
-            problem = f"several clusters found ({names}); give --name" if offers else "no cluster found"
+            several = f"several clusters are being formed ({names}); give --name"
+            problem = several if offers else "no cluster is being formed"
             raise LaunchError(f"{problem}; is `macft.cluster init` running on the same network? Or give --at HOST:PORT")
         name = offers[0].cluster
         places = [(address, offers[0].port) for address in offers[0].addresses]

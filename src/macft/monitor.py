@@ -1,4 +1,4 @@
-"""``python -m macft.monitor RUN_FOLDER``: shows a run live, from its metrics file."""
+"""``python -m macft.monitor RUN_FOLDER``: shows a run live, from the files in its folder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -20,26 +19,26 @@ from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.errors import ConfigError
 from macft.report.run_folder import RunFolder
+from macft.thermal.readings import STATES
 
-_STATES = ("nominal", "moderate", "heavy", "trapping", "sleeping")
-# Bytes read from each end of the file, which may be large: its first lines describe the run, the last its state.
+# A run's whole file may be large; only its beginning and its last lines are needed.
 _HEAD_BYTES, _TAIL_BYTES = 1 << 18, 1 << 18
 _STEPS_AVERAGED = 20
 _REFRESH_SECONDS = 1.0
 _LINES = 4
-# Times the mean duration of a step without a new step, after which the headline says so.
-_LATE_STEPS = 5.0
+# After this many step times without a step, the time since the last one is shown.
+_LATE_AFTER_STEPS = 5.0
 
 
 @dataclass
 class RunView:
-    """The state of a run as its metrics file gives it: start, newest steps, validation, newest messages, end."""
+    """What is shown of the metrics file: the start, the newest steps, validation loss and notes, the end."""
 
-    started: Mapping[str, Any] = field(default_factory=dict)
-    steps: list[Mapping[str, Any]] = field(default_factory=list)
+    started: Mapping[str, object] = field(default_factory=dict)
+    steps: list[Mapping[str, object]] = field(default_factory=list)
     valid_loss: float | None = None
-    messages: list[str] = field(default_factory=list)
-    ended: Mapping[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    ended: Mapping[str, object] = field(default_factory=dict)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -70,13 +69,13 @@ def main(argv: Sequence[str]) -> None:
 
 def _parser() -> Parser:
     parser = command_parser("monitor")
-    parser.add_argument("run_folder", type=Path, help="the folder of the run, as it printed it at its start")
+    parser.add_argument("run_folder", type=Path, help="the run's folder, runs/NAME/TIME")
     parser.add_argument("--once", action="store_true", help="print the state once and exit")
     return parser
 
 
 def read(path: Path) -> RunView:
-    """Reads the start and the end of a metrics file; incomplete and unknown lines are skipped."""
+    """Reads the start and the end of a metrics file; torn lines and unknown events are skipped."""
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
         size = file.seek(0, 2)
@@ -89,11 +88,11 @@ def read(path: Path) -> RunView:
         except (ValueError, RecursionError):
             continue
         if isinstance(event, dict):
-            _add_event(view, event)
+            _add(view, event)
     return view
 
 
-def _add_event(view: RunView, event: Mapping[str, Any]) -> None:
+def _add(view: RunView, event: Mapping[str, object]) -> None:
     kind = event.get("type")
     if kind == "run_started":
         view.started, view.ended = event, {}
@@ -102,17 +101,17 @@ def _add_event(view: RunView, event: Mapping[str, Any]) -> None:
     elif kind == "evaluated":
         view.valid_loss = _number(event.get("loss"))
     elif kind == "noted":
-        view.messages = [*view.messages[1 - _LINES :], str(event.get("text", ""))[:300]]
+        view.notes = [*view.notes[1 - _LINES :], str(event.get("text", ""))[:300]]
     elif kind == "run_ended":
         view.ended = event
 
 
 def render(view: RunView, *, now: float) -> Group:
-    """The view as a rich renderable; ``now`` is the time in seconds since 1970."""
+    """The view as rich prints it; ``now`` is in seconds since 1970."""
     if not view.steps:
         return Group(Text(f"{view.started.get('model', 'The run')}: no step yet"))
-    parts: list[Any] = [Text(_headline(view, now), style="bold"), _nodes(view)]
-    parts += [Text(f"· {message}", style="dim") for message in view.messages]
+    parts: list[RenderableType] = [Text(_headline(view, now), style="bold"), _nodes(view)]
+    parts += [Text(f"· {note}", style="dim") for note in view.notes]
     return Group(*parts)
 
 
@@ -132,9 +131,9 @@ def _headline(view: RunView, now: float) -> str:
         parts.append(str(view.ended.get("reason", "ended")))
         return "  ".join(parts)
     parts.append(f"left {timedelta(seconds=round(mean * (total - step)))}")
-    seconds_since_step = now - (_number(last.get("time")) or now)
-    if seconds_since_step > _LATE_STEPS * max(mean, 1.0):
-        parts.append(f"no step for {timedelta(seconds=round(seconds_since_step))}")
+    since_last = now - (_number(last.get("time")) or now)
+    if since_last > _LATE_AFTER_STEPS * max(mean, 1.0):
+        parts.append(f"no step for {timedelta(seconds=round(since_last))}")
     return "  ".join(parts)
 
 
@@ -145,7 +144,7 @@ def _nodes(view: RunView) -> Table:
         table.add_column(name, no_wrap=True, justify="left" if name in ("node", "state") else "right")
     nodes, shares = _items(last.get("nodes")), _items(last.get("shares"))
     parts = last.get("parts")
-    exchange = _number(parts.get("all_reduce")) if isinstance(parts, Mapping) else None
+    all_reduce = _number(parts.get("all_reduce")) if isinstance(parts, Mapping) else None
     for rank, node in enumerate(node for node in nodes if isinstance(node, Mapping)):
         table.add_row(
             str(rank),
@@ -156,38 +155,38 @@ def _nodes(view: RunView) -> Table:
             _shown(node.get("watts"), "{:.1f} W") + ("~" if node.get("estimated") else ""),
             "paused" if node.get("paused") else _shown(node.get("duty"), "{:.0%}"),
             _shown(node.get("joules"), "{:,.0f} J"),
-            # Measured by rank 0: a step waits for its all-reduce as a whole.
-            _shown(exchange, "{:.2f} s") if rank == 0 and len(nodes) > 1 else "",
+            # The all-reduce of the whole step, on rank 0's clock.
+            _shown(all_reduce, "{:.2f} s") if rank == 0 and len(nodes) > 1 else "",
         )
     return table
 
 
 def _speed(view: RunView, rank: int) -> float | None:
-    """Tokens/s of a node while it computes, over the newest steps."""
+    """A node's tokens/s while it computes, over the newest steps."""
     tokens = seconds = 0.0
     for step in view.steps:
         nodes = _items(step.get("nodes"))
-        if rank < len(nodes) and isinstance(nodes[rank], Mapping):
-            tokens += _number(nodes[rank].get("tokens")) or 0.0
-            seconds += _number(nodes[rank].get("busy_seconds")) or 0.0
+        if rank < len(nodes) and isinstance(node := nodes[rank], Mapping):
+            tokens += _number(node.get("tokens")) or 0.0
+            seconds += _number(node.get("busy_seconds")) or 0.0
     return tokens / seconds if seconds > 0 else None
 
 
-def _state(value: Any) -> str:
+def _state(value: object) -> str:
     number = _number(value)
-    return _STATES[int(number)] if number is not None and 0 <= number < len(_STATES) else "-"
+    return STATES[int(number)] if number is not None and 0 <= number < len(STATES) else "-"
 
 
-def _shown(value: Any, form: str) -> str:
+def _shown(value: object, form: str) -> str:
     number = _number(value)
     return "-" if number is None else form.format(number)
 
 
-def _items(value: Any) -> list[Any]:
+def _items(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
 
-def _number(value: Any) -> float | None:
+def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 

@@ -21,6 +21,7 @@ from macft.report.events import (
     RunStarted,
     Sample,
     SamplesShown,
+    Sink,
     StepDone,
 )
 from macft.report.run_folder import RunFolder
@@ -97,26 +98,26 @@ def ended(folder: Path, reason: str = "finished", steps: int = TOTAL) -> RunEnde
     return RunEnded(reason, steps, 12.5, final, folder / "adapters" if final else None, "ab" * 32)
 
 
-def tell(reporter: Reporter, folder: Path, *, first: int = 0, until: int = TOTAL) -> None:
+def tell(reporter: Sink, folder: Path, *, first: int = 0, until: int = TOTAL) -> None:
     """A run's events, from its start or from where it resumes, to its end or to where it is interrupted."""
-    reporter.run_started(started(folder, first))
+    reporter.handle(started(folder, first))
     if first == 0:
-        reporter.phase_progress(PhaseProgress("answering, before", 1, 2))
-        reporter.metric_scored(MetricScored(0, "sql_execution", "test", "before", 0.125, 64, 2.0))
-        reporter.evaluated(Evaluated(0, 3.5, 900, 1.0, True))
+        reporter.handle(PhaseProgress("answering, before", 1, 2))
+        reporter.handle(MetricScored(0, "sql_execution", "test", "before", 0.125, 64, 2.0))
+        reporter.handle(Evaluated(0, 3.5, 900, 1.0, True))
     for number in range(first + 1, until + 1):
-        reporter.step_done(step(number))
+        reporter.handle(step(number))
         if number % 10 == 0:
-            reporter.phase_progress(PhaseProgress("validation", 1, 2))
-            reporter.evaluated(Evaluated(number, 3.5 - number / 10, 900, 1.0, True))
-            reporter.checkpoint_saved(CheckpointSaved(number, folder / f"step-{number}", True, 0.1, 0.01))
+            reporter.handle(PhaseProgress("validation", 1, 2))
+            reporter.handle(Evaluated(number, 3.5 - number / 10, 900, 1.0, True))
+            reporter.handle(CheckpointSaved(number, folder / f"step-{number}", True, 0.1, 0.01))
     if until == TOTAL:
-        reporter.noted(Noted("the disk is nearly full", "warning"))
-        reporter.metric_scored(MetricScored(TOTAL, "sql_execution", "test", "after", 0.75, 64, 2.0))
-        reporter.samples_shown(SamplesShown(TOTAL, [SAMPLE]))
-        reporter.run_ended(ended(folder))
+        reporter.handle(Noted("the disk is nearly full", "warning"))
+        reporter.handle(MetricScored(TOTAL, "sql_execution", "test", "after", 0.75, 64, 2.0))
+        reporter.handle(SamplesShown(TOTAL, [SAMPLE]))
+        reporter.handle(ended(folder))
     else:
-        reporter.run_ended(ended(folder, "interrupted", until))
+        reporter.handle(ended(folder, "interrupted", until))
     reporter.close()
 
 

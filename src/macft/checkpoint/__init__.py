@@ -1,1 +1,1 @@
-"""Atomic saving and exact resuming."""
+"""Snapshots of a run's state, stored atomically and verified when read."""

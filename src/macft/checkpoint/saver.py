@@ -1,4 +1,4 @@
-"""Saves checkpoints in the background: training goes on while the disk works."""
+"""Saves checkpoints in the background, while training goes on."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from macft.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Save:
-    """What became of one checkpoint; ``error`` is empty where it is safely on disk.
+    """The result of saving one checkpoint; ``error`` is empty if it is on disk.
 
-    ``seconds`` from the loop's wish to the end of writing, of which training stood still for ``waited``.
+    ``seconds`` from the request to the end of writing; training was blocked for ``waited`` of them.
     """
 
     step: int
@@ -28,10 +28,10 @@ class Save:
 
 
 class CheckpointSaver:
-    """Writes one checkpoint at a time into ``store`` from a thread of its own.
+    """Writes one checkpoint at a time into ``store``, in its own thread.
 
-    ``writers``: so many ranks, from rank 0, save; more than one where nodes have disks of their own. All of them hold
-    the same state, so nothing is sent. The thread sees bytes only, never MLX.
+    Ranks below ``writers`` save; it is more than 1 if nodes have their own disks. All of them have the same state, so
+    nothing is sent. The thread handles bytes only, no MLX arrays.
     """
 
     def __init__(self, store: CheckpointStore, *, writers: int = 1):
@@ -43,14 +43,17 @@ class CheckpointSaver:
         self._begun, self._errors = 0, list[str]()
 
     def begin(self, snapshot: Snapshot, *, since: float) -> None:
-        """Starts to write ``snapshot``, after the one under way; ``since`` is when the loop stopped for it."""
+        """Starts writing ``snapshot`` once the previous one is written.
+
+        ``since`` is when the loop stopped for it, on the clock of ``time.perf_counter``.
+        """
         self.wait()
         self._begun += 1
         waited = time.perf_counter() - since
         self._pending = self._thread.submit(self._write, snapshot, since, waited)
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more. What the writer did not expect is raised here."""
+        """Waits for the write in progress. Raises what the writing thread has raised."""
         if self._pending is not None:
             future, self._pending = self._pending, None
             save = future.result()
@@ -59,7 +62,7 @@ class CheckpointSaver:
                 self._errors.append(save.error)
 
     def news(self) -> list[Save]:
-        """What has ended since the last call; waits for nothing."""
+        """The saves that have ended since the last call; does not block."""
         if self._pending is not None and self._pending.done():
             self.wait()
         news, self._news = self._news, []
@@ -67,7 +70,7 @@ class CheckpointSaver:
 
     @property
     def trouble(self) -> str:
-        """One line for the end of the run if checkpoints were lost, else nothing. Waits for the one under way."""
+        """One line for the end of the run if checkpoints were not saved, else "". Waits for the write in progress."""
         self.wait()
         if not self._errors:
             return ""
@@ -78,7 +81,7 @@ class CheckpointSaver:
         )
 
     def close(self) -> None:
-        """Ends the thread, after the write under way. Safe to call twice."""
+        """Ends the thread after the write in progress. Safe to call twice."""
         self._thread.shutdown()
 
     def _write(self, snapshot: Snapshot, since: float, waited: float) -> Save:
@@ -86,7 +89,7 @@ class CheckpointSaver:
         error = ""
         try:
             self.store.save(snapshot)
-        except CheckpointError as failure:  # the disk is full or read-only: no reason to lose what was learnt
+        except CheckpointError as failure:  # a full or read-only disk does not end the run
             error = str(failure)
         is_best = progress.best_step == progress.step
         seconds = time.perf_counter() - since

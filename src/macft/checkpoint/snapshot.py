@@ -1,10 +1,11 @@
-"""The complete state of a run at a step boundary, as bytes that travel to disk or to another node."""
+"""The complete state of a run between two steps, as bytes to be stored or sent to another node."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -17,33 +18,34 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from macft.errors import CheckpointError
 
+log = logging.getLogger("macft.checkpoint")
 ADAPTER, OPTIMIZER, PROGRESS = "adapters.safetensors", "optimizer.safetensors", "progress.json"
 CODEC, OUTER = "codec.msgpack", "outer.msgpack"
 
 
 @dataclass
 class Progress:
-    """Where a run stands. Data order, dropout and learning rate are functions of ``step``, so this is all there is."""
+    """How far a run is. Data order, dropout and learning rate are functions of ``step``, so nothing else is needed."""
 
     # Optimizer updates made.
     step: int = 0
     # Target tokens of all global batches so far.
     target_tokens: int = 0
-    # Training time so far in seconds, over all sittings.
+    # Training time so far in seconds, over all starts of the run.
     seconds: float = 0.0
     first_valid_loss: float | None = None
     valid_loss: float | None = None
-    # The step whose adapter was validated last.
+    # The step of the last validation.
     evaluated_step: int | None = None
     best_valid_loss: float | None = None
     best_step: int | None = None
-    # Validations in a row that brought no lower loss.
+    # Validations in a row without a lower loss.
     stale_evaluations: int = 0
     # The dataset's metric before training: {"value": 0.05, "answers": [...]}.
     before: dict[str, Any] = field(default_factory=dict)
 
     def take_validation(self, loss: float) -> bool:
-        """Keeps account of a validation after ``step``; returns whether no other had a lower loss, in nats."""
+        """Records a validation after ``step``; returns whether its ``loss``, in nats, is the lowest so far."""
         self.valid_loss, self.evaluated_step = loss, self.step
         if self.first_valid_loss is None:
             self.first_valid_loss = loss
@@ -77,12 +79,12 @@ class Snapshot:
 
     @property
     def codec(self) -> list[bytes]:
-        """The codecs' memories, by rank."""
+        """The codecs' error memories, by rank."""
         return self._blobs(CODEC)
 
     @property
     def outer(self) -> list[bytes]:
-        """With DiLoCo the ranks' own optimizers, by rank."""
+        """With DiLoCo, the state of each rank's own optimizer, by rank."""
         return self._blobs(OUTER)
 
     def _blobs(self, name: str) -> list[bytes]:
@@ -91,7 +93,7 @@ class Snapshot:
         return blobs
 
     def pack(self) -> bytes:
-        """For the wire: msgpack of the files."""
+        """The files as msgpack, to be sent."""
         packed: bytes = msgpack.packb(self.files)
         return packed
 
@@ -114,7 +116,7 @@ def capture(
 ) -> Snapshot:
     """Copies trainable parameters, optimizer state and progress.
 
-    ``codec`` and ``outer`` are what each rank alone knows: its codec's memory, and with DiLoCo its own optimizer.
+    ``codec`` and ``outer`` hold what differs between ranks: the codec's memory and, with DiLoCo, the own optimizer.
     """
     return Snapshot(
         {
@@ -128,19 +130,21 @@ def capture(
 
 
 def restore(snapshot: Snapshot, model: nn.Module, optimizer: optim.Optimizer) -> Progress:
-    """Puts a snapshot's state into ``model`` and ``optimizer``, bit for bit.
+    """Loads a snapshot into ``model`` and ``optimizer``, bit for bit; returns its progress.
 
     Raises:
-        CheckpointError: the adapter stored doesn't fit the adapter configured.
+        CheckpointError: the stored adapter does not have the configured adapter's parameters.
     """
     restore_adapter(snapshot, model)
     optimizer.state = tree_unflatten(list(unpack_tensors(snapshot.files[OPTIMIZER]).items()))
     mx.eval(optimizer.state)
-    return snapshot.progress
+    progress = snapshot.progress
+    log.info("restored the state after step %d", progress.step)
+    return progress
 
 
 def restore_adapter(snapshot: Snapshot, model: nn.Module) -> None:
-    """Puts only the trainable parameters back."""
+    """Loads only the trainable parameters. Raises CheckpointError as :func:`restore` does."""
     stored = unpack_tensors(snapshot.files[ADAPTER])
     expected = dict(tree_flatten(model.trainable_parameters()))
     if {name: value.shape for name, value in stored.items()} != {name: v.shape for name, v in expected.items()}:
@@ -153,17 +157,19 @@ def restore_adapter(snapshot: Snapshot, model: nn.Module) -> None:
 
 
 def digest(model: nn.Module) -> bytes:
-    """SHA-256 over the trainable parameters' names and bits: equal on two ranks only if they hold the same adapter."""
+    """SHA-256 of the trainable parameters' names and bits: equal on two ranks only if their adapters are identical."""
     return hashlib.sha256(pack_tensors(model.trainable_parameters())).digest()
 
 
-def pack_tensors(tree: Any) -> bytes:
+def pack_tensors(tree: object) -> bytes:
+    """A tree of arrays as safetensors, sorted by name."""
     buffer = io.BytesIO()
     mx.save_safetensors(buffer, dict(sorted(tree_flatten(tree))))
     return buffer.getvalue()
 
 
-def unpack_tensors(data: bytes) -> dict[str, Any]:
+def unpack_tensors(data: bytes) -> dict[str, mx.array]:
+    """The inverse of :func:`pack_tensors`: arrays by dotted name."""
     arrays = mx.load(io.BytesIO(data), format="safetensors")
     assert isinstance(arrays, dict)
     return arrays

@@ -1,8 +1,8 @@
 """Checkpoints on disk: written atomically, verified when read, the newest few and the best one kept.
 
 A checkpoint is a folder ``step-00000050`` with the snapshot's files and a ``manifest.json`` that holds the size and
-SHA-256 of each. It is written under a temporary name, synced, then renamed: a kill at any instant leaves either
-the whole checkpoint or a leftover that the next save removes. Several processes may save into one folder.
+SHA-256 of each. It is written under a temporary name, synced, then renamed: a process that is killed leaves either the
+whole checkpoint or a partial one that the next save removes. Several processes may save into one folder.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -23,25 +24,26 @@ from pathlib import Path
 from macft.checkpoint.snapshot import ADAPTER, CODEC, OPTIMIZER, OUTER, PROGRESS, Snapshot
 from macft.errors import CheckpointError
 
+log = logging.getLogger("macft.checkpoint")
 _FOLDER = re.compile(r"step-(\d{8})")
 _LEFTOVER = re.compile(r"\.partial-\d{8}-(?P<process>\d+)@(?P<host>.*?)(\.old)?")
 _MANIFEST = "manifest.json"
 _NEEDED = {ADAPTER, OPTIMIZER, PROGRESS}
 _FILES = _NEEDED | {CODEC, OUTER}
 _DAY = 86400.0
-# macOS answers fsync before the drive has written; this asks the drive too.
+# On macOS fsync returns before the drive has written; this waits for the drive.
 _FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
 
 
 class CheckpointStore:
-    """The checkpoints of one run under ``folder``; keeps the ``keep_last`` newest and the best."""
+    """The checkpoints of one run in ``folder``; keeps the ``keep_last`` newest and the best."""
 
     def __init__(self, folder: Path, *, keep_last: int):
         self._folder = folder
         self._keep_last = keep_last
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of ``step`` stands, or would stand."""
+        """The folder of the checkpoint of ``step``, which need not exist."""
         return self._folder / f"step-{step:08d}"
 
     def save(self, snapshot: Snapshot) -> Path:
@@ -50,7 +52,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: the disk is full or the folder can't be written.
         """
-        progress = snapshot.progress
+        progress, start = snapshot.progress, time.monotonic()
         target = self.path(progress.step)
         partial = self._folder / f".partial-{progress.step:08d}-{os.getpid()}@{platform.node()}"
         try:
@@ -59,12 +61,15 @@ class CheckpointStore:
             partial.mkdir()
             try:
                 _write_all(partial, snapshot.files)
-                _put(partial, target)
+                _move_into_place(partial, target)
             finally:
-                shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+                shutil.rmtree(partial, ignore_errors=True)  # on a full disk, frees the space at once
             _sync_folder(self._folder)
         except OSError as error:
+            log.warning("%s can't be written: %s", target.name, error)
             raise CheckpointError(f"checkpoint {target} can't be written: {error.strerror or error}") from error
+        size = sum(map(len, snapshot.files.values()))
+        log.info("saved %s: %d bytes in %.2f s", target.name, size, time.monotonic() - start)
         self._prune(newest=progress.step, best=progress.best_step)
         return target
 
@@ -92,14 +97,15 @@ class CheckpointStore:
         return snapshot
 
     def newest_valid(self) -> tuple[Snapshot | None, list[str]]:
-        """The newest checkpoint that verifies, if any, and one line for each newer one that had to be passed over."""
-        passed_over: list[str] = []
+        """The newest checkpoint that is valid, or None, and one line for each newer one that is not."""
+        skipped: list[str] = []
         for step in self.steps():
             try:
-                return self.load(step), passed_over
+                return self.load(step), skipped
             except CheckpointError as error:
-                passed_over.append(f"{error}; skipped, an older one is looked for")
-        return None, passed_over
+                log.warning("%s", error)
+                skipped.append(f"{error}; skipped, an older one is looked for")
+        return None, skipped
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint folder, newest first."""
@@ -112,21 +118,23 @@ class CheckpointStore:
                     yield int(match[1]), path
 
     def _prune(self, *, newest: int, best: int | None) -> None:
-        # A checkpoint beyond `newest` is of a history that a resume has left behind.
+        # A checkpoint beyond `newest` belongs to an attempt from before a resume.
         steps = [step for step in self.steps() if step <= newest]
         needed = {*steps[: self._keep_last], best}
         for step, path in list(self._folders()):
             if step not in needed:
                 shutil.rmtree(path, ignore_errors=True)
+                log.info("removed %s: not among the newest %d, nor the best", path.name, self._keep_last)
 
     def _remove_leftovers(self) -> None:
         for leftover in self._folder.glob(".partial-*"):
             if not _is_being_written(leftover):
                 shutil.rmtree(leftover, ignore_errors=True)
+                log.info("removed %s: left by an interrupted save", leftover.name)
 
 
 def _is_being_written(partial: Path) -> bool:
-    """Whether another process, here or with this folder on a shared disk, may still be at it."""
+    """Whether another process, here or on another host that shares this disk, may still be writing it."""
     match = _LEFTOVER.fullmatch(partial.name)
     if match is None or int(match["process"]) == os.getpid():
         return False
@@ -154,15 +162,15 @@ def _write_all(folder: Path, files: dict[str, bytes]) -> None:
     _sync_folder(folder)
 
 
-def _put(partial: Path, target: Path) -> None:
-    """Renames ``partial`` to ``target``; one that stands there, damaged or of an earlier run, makes way."""
+def _move_into_place(partial: Path, target: Path) -> None:
+    """Renames ``partial`` to ``target``, and replaces an existing one, which is damaged or of an earlier run."""
     old = partial.with_name(f"{partial.name}.old")
     with contextlib.suppress(FileNotFoundError):
         target.rename(old)
     try:
         partial.rename(target)
     except OSError as error:
-        # Another node of this run, with the same folder, has put its own there in between: it holds the same.
+        # Another node of this run, with the same folder, has just written its own, which has the same content.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
     shutil.rmtree(old, ignore_errors=True)
@@ -180,7 +188,7 @@ def _difference(data: bytes, entry: dict[str, int | str]) -> str:
 
 def _sync(descriptor: int) -> None:
     if _FULL_SYNC is not None:
-        with contextlib.suppress(OSError):  # not every file system knows it
+        with contextlib.suppress(OSError):  # not every file system supports it
             fcntl.fcntl(descriptor, _FULL_SYNC)
             return
     os.fsync(descriptor)

@@ -22,6 +22,7 @@ from macft.cli.run_command import exit_status, run_command
 from macft.config.yaml import read
 from macft.errors import LaunchError
 from macft.launch.hosts import run_on_hosts
+from macft.logs.run_log import start_log
 from macft.rendezvous.keystore import Keyring, needs_keys, run_keyring
 from macft.training.stop import StopRequest
 
@@ -45,7 +46,8 @@ def main(argv: list[str]) -> int:
         config = read(folder / "config.yaml")
         config.topology.rank = rank
         keyring = _given_keyring(keys) if needs_keys(config.topology, config.collective) else None
-        return run_on_hosts(config, folder, resume="--resume" in argv, stop=stop, keyring=keyring)
+        with start_log(folder, rank, config.report.log_level):
+            return run_on_hosts(config, folder, resume="--resume" in argv, stop=stop, keyring=keyring)
 
     with stop.listening(gone):
         status = run_command(lambda _: exit_status(run()), interrupted="interrupted; the newest checkpoint is kept")

@@ -11,6 +11,7 @@ from pathlib import Path
 from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
 from macft.config.yaml import fingerprint, to_yaml
+from macft.logs.run_log import start_log
 from macft.training.stop import StopRequest
 
 
@@ -21,30 +22,38 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
     if config.topology.join is not None:
         from macft.launch.join import join_run
 
-        return join_run(config, folder, config.topology.join)
+        with start_log(folder, "joined", config.report.log_level):
+            return join_run(config, folder, config.topology.join)
     if config.topology.kind == "local" and config.topology.nodes > 1:
-        return _run_local(config, folder, resume=resume)
+        with start_log(folder, "launcher", config.report.log_level):
+            return _run_local(config, folder, resume=resume)
     if config.topology.kind == "ssh":
         from macft.launch.ssh_run import run_over_ssh
 
-        return _ended(run_over_ssh(config, folder, resume=resume))
+        with start_log(folder, "launcher", config.report.log_level):
+            return _ended(run_over_ssh(config, folder, resume=resume))
     stop = StopRequest()
     with stop.listening():
         if config.topology.kind == "hosts":
             from macft.launch.hosts import run_on_hosts
+            from macft.topology.hosts import own_rank
 
-            return run_on_hosts(config, folder, resume=resume, stop=stop)
+            with start_log(folder, own_rank(config.topology), config.report.log_level):
+                return run_on_hosts(config, folder, resume=resume, stop=stop)
         from macft.run.node import run_node
 
         if config.collective.backend == "mlx":
             from macft.collective.mlx_group import join_launched, launched
 
             if launched():
-                with join_launched(config.collective) as group:
+                with (
+                    join_launched(config.collective) as group,
+                    start_log(folder, group.rank, config.report.log_level),
+                ):
                     return run_node(config, group, folder, resume=resume, stop=stop)
         from macft.collective.solo import Solo
 
-        with Solo() as alone:
+        with Solo() as alone, start_log(folder, 0, config.report.log_level):
             return run_node(config, alone, folder, resume=resume, stop=stop)
 
 

@@ -16,6 +16,7 @@ from macft.collective.base import Collective
 from macft.config.validate import is_elastic, world_size
 from macft.config.yaml import fingerprint, read
 from macft.launch.local import watch_launcher
+from macft.logs.run_log import start_log
 from macft.membership.form_ring import MemberConfig, form_elastic_ring, join_elastic_ring, member_addresses
 from macft.rendezvous.connect import connect
 from macft.rendezvous.keystore import keyring_for
@@ -42,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
             fingerprint=fingerprint(config, of_newcomer=True),
         )
         with ExitStack() as stack:
+            stack.enter_context(start_log(folder, rank, config.report.log_level))
             collective: Collective
             if "--join" in argv:
                 doors = member_addresses(str(folder), config.topology.port)

@@ -20,6 +20,7 @@ from macft.collective.listener import Listener
 from macft.collective.ring import Ring
 from macft.collective.solo import Solo
 from macft.errors import CollectiveError, MembershipChanged, PeerLost, PeerTimeout
+from macft.logs.run_log import log_context
 from macft.membership import heartbeats
 from macft.membership.paxos import View
 from macft.membership.service import MembershipService
@@ -54,6 +55,7 @@ class ElasticRing(ElasticCollective):
         self._secret, self._open = secret, open_listener
         self._sent = 0
         self._is_in = membership.seat.id in view.ids
+        self._update_log_context()
         membership.begin(view, secret)
 
     @classmethod
@@ -105,6 +107,7 @@ class ElasticRing(ElasticCollective):
                 listener.close()
                 return False
             self._view = view
+            self._update_log_context()
             try:
                 self._ring = self._join(view, listener)
             except CollectiveError as error:
@@ -113,6 +116,10 @@ class ElasticRing(ElasticCollective):
             self._is_in = True
             return True
         raise failure
+
+    def _update_log_context(self) -> None:
+        ids, own = self._view.ids, self._membership.seat.id
+        log_context.update(rank=ids.index(own) if own in ids else None, generation=self._view.generation)
 
     def step_out(self) -> None:
         """Leaves the ring. Until it has regrouped this node is by itself, like a newcomer."""

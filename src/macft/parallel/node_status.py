@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,8 @@ class NodeStatus:
     joules: float | None = None
     metered_seconds: float = 0.0
     estimated: bool = False
-    messages: int = 0
+    # In metrics.jsonl it keeps the name that readers of the file know.
+    messages: int = field(default=0, metadata={"recorded_as": "remarks"})
 
     SIZE = 13
 

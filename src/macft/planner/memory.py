@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.shape import HeldWeights, ModelShape
+from macft.training.optimizer_table import OPTIMIZERS
 
 # Fitted: floats a token of one block that live only while the block is computed, and floats a logit while the loss is.
 _BLOCK_HIDDEN, _BLOCK_INTERMEDIATE, _BLOCK_SCORES = 4.8, 7.3, 1.6
@@ -35,8 +36,6 @@ _EAGER_TARGET = 4.0
 _EAGER_AGAIN_HELD, _EAGER_AGAIN_MOMENT, _EAGER_AGAIN = 0.46, (15.65, 13.29, 7.86), 1.2
 # Before the first step the model is tried with few tokens (head apart, packs), and the logits are compared.
 _TRIAL_TOKENS = 72
-# Float32 values that an optimizer keeps for each trainable parameter.
-OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "adamax": 2, "lion": 1, "muon": 1, "sgd": 1, "rmsprop": 1, "adagrad": 1}
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def predict(
     full = adapter.type == "full"
     parameter_bytes = held.float_bytes if full else 4
     adapter_bytes = 0.0 if full else 4.0 * trained.parameters
-    optimizer_bytes = OPTIMIZER_STATES.get(optimizer, 0.1) * parameter_bytes * trained.parameters
+    optimizer_bytes = OPTIMIZERS[optimizer].states * parameter_bytes * trained.parameters
     gradients = 4.0 * trained.parameters * (1.3 if work.accumulated else 0.2)
     saved = _saved_by_block(shape, adapter, trained, held, work)
     moment = _moment_of_block(shape, held, work)

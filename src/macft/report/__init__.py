@@ -1,1 +1,1 @@
-"""What a run tells: console, TensorBoard, metrics file, summary."""
+"""A run's events, and the sinks that show them: console, TensorBoard, metrics file, summary, log."""

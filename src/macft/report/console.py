@@ -1,4 +1,4 @@
-"""The terminal: a header, live progress, a line now and then, and the result side by side."""
+"""The terminal: a header, live progress, a line every few steps, and the results."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.text import Text
 
 from macft.report.events import (
     Evaluated,
+    Event,
     MetricScored,
     NodesChanged,
     Noted,
@@ -25,9 +26,7 @@ from macft.report.events import (
     RunStarted,
     Sample,
     SamplesShown,
-    SilentReporter,
     StepDone,
-    change_line,
 )
 from macft.report.run_folder import RunFolder
 
@@ -47,12 +46,12 @@ Row = tuple[str, str, str]
 """A label, its text and the text's style."""
 
 
-class ConsoleReporter(SilentReporter):
+class ConsoleReporter:
     """Prints through rich, on stdout.
 
-    On a terminal: panels, a live bar, and a permanent line every ``every`` steps. Elsewhere plain lines
-    without control codes, so that logs stay readable. ``changes`` of the nodes have been told before, by another node.
-    Raises OSError when nobody reads the output any more.
+    On a terminal: panels, a live bar, and a permanent line every ``every`` steps. Elsewhere plain lines without control
+    codes, so that logs stay readable. ``changes`` of the nodes are those that another node has already reported.
+    Raises OSError when the output is no longer read.
     """
 
     def __init__(self, *, every: int, console: Console | None = None, changes: Sequence[NodesChanged] = ()):
@@ -68,8 +67,35 @@ class ConsoleReporter(SilentReporter):
         self._total_steps = 0
         self._changes = list(changes)
 
-    def run_started(self, event: RunStarted) -> None:
-        """The header."""
+    def handle(self, event: Event) -> None:
+        """Prints the event, or moves the bar."""
+        match event:
+            case RunStarted():
+                self._show_start(event)
+            case StepDone():
+                self._show_step(event)
+            case Evaluated():
+                self._show_validation(event)
+            case MetricScored():
+                self._show_metric(event)
+            case SamplesShown():
+                self._show_samples(event)
+            case NodesChanged():
+                self._show_change(event)
+            case Noted():
+                self._show_note(event.text, event.level)
+            case PhaseProgress():
+                self._show_progress(event)
+            case RunEnded():
+                self._show_end(event)
+
+    def close(self) -> None:
+        """Ends the live display. Safe to call twice."""
+        progress, self._progress = self._progress, None
+        if progress is not None:
+            progress.stop()
+
+    def _show_start(self, event: RunStarted) -> None:
         self._model, self._folder, self._total_steps = (
             event.model,
             RunFolder(event.run_folder),
@@ -92,7 +118,7 @@ class ConsoleReporter(SilentReporter):
         ]  # fmt: skip
         self._block("macft", rows, "blue")
         for note in event.notes:
-            self.noted(Noted(note))
+            self._show_note(note, "info")
         if self._is_live:
             self._progress = _progress(self._console)
             self._training = self._progress.add_task(
@@ -100,8 +126,7 @@ class ConsoleReporter(SilentReporter):
             )
             self._progress.start()
 
-    def step_done(self, event: StepDone) -> None:
-        """The bar, and a line every so many steps and after the last one."""
+    def _show_step(self, event: StepDone) -> None:
         self._end_phase()
         self._speed.add(event.tokens, event.seconds)
         left = _duration(self._speed.seconds_per_step * (event.total_steps - event.step))
@@ -111,47 +136,41 @@ class ConsoleReporter(SilentReporter):
             self._progress.update(self._training, completed=event.step, detail=detail)
         if event.step % self._every == 0 or event.step == event.total_steps:
             self._line(
-                f"{self._place(event.step)}  loss {event.loss:6.3f}  lr {event.learning_rate:.2e}  "
+                f"{self._position(event.step)}  loss {event.loss:6.3f}  lr {event.learning_rate:.2e}  "
                 f"grad {event.grad_norm:6.2f}  {rate:>14}  {self._speed.seconds_per_step:5.2f} s/step  "
                 f"left {left}"
             )
 
-    def evaluated(self, event: Evaluated) -> None:
-        """The validation loss."""
+    def _show_validation(self, event: Evaluated) -> None:
         self._end_phase()
         remark = "" if event.step else "  before training"
         if event.is_best and event.step:
             remark = "  best so far"
-        self._line(f"{self._place(event.step)}  validation loss {event.loss:.3f}{remark}", "cyan")
+        self._line(f"{self._position(event.step)}  validation loss {event.loss:.3f}{remark}", "cyan")
 
-    def metric_scored(self, event: MetricScored) -> None:
-        """The metric."""
+    def _show_metric(self, event: MetricScored) -> None:
         self._end_phase()
         self._line(
-            f"{self._place(event.step)}  {_words(event.name)} {event.value:.1%} of {event.count} "
+            f"{self._position(event.step)}  {_words(event.name)} {event.value:.1%} of {event.count} "
             f"{event.split} rows  {event.when} training",
             "cyan",
         )
 
-    def samples_shown(self, event: SamplesShown) -> None:
-        """Answers side by side."""
+    def _show_samples(self, event: SamplesShown) -> None:
         self._end_phase()
         for number, sample in enumerate(event.samples, 1):
             self._block(f"sample {number} of {len(event.samples)}", _sample_rows(sample), "dim")
 
-    def nodes_changed(self, event: NodesChanged) -> None:
-        """One line: who, why, and how the rows are shared now."""
+    def _show_change(self, event: NodesChanged) -> None:
         self._end_phase()
         self._changes.append(event)
-        self._line(f"{self._place(event.step)}  {_printable(change_line(event))}", "yellow")
+        self._line(f"{self._position(event.step)}  {_printable(event.line)}", "yellow")
 
-    def noted(self, event: Noted) -> None:
-        """One line."""
-        mark = f"{event.level}: " if event.level in _NOTE_STYLES else "· "
-        self._line(mark + _printable(event.text), _NOTE_STYLES.get(event.level, "dim"))
+    def _show_note(self, text: str, level: str) -> None:
+        mark = f"{level}: " if level in _NOTE_STYLES else "· "
+        self._line(mark + _printable(text), _NOTE_STYLES.get(level, "dim"))
 
-    def phase_progress(self, event: PhaseProgress) -> None:
-        """A second bar while evaluating or answering."""
+    def _show_progress(self, event: PhaseProgress) -> None:
         if self._progress is None:
             return
         if self._phase is None or self._phase[0] != event.name:
@@ -159,9 +178,9 @@ class ConsoleReporter(SilentReporter):
             self._phase = (event.name, self._progress.add_task(event.name, total=event.total, detail=""))
         self._progress.update(self._phase[1], completed=event.done, total=event.total)
 
-    def run_ended(self, event: RunEnded) -> None:
-        """What came of it, and the commands to use it: below the panel and unbroken, ready to be copied."""
+    def _show_end(self, event: RunEnded) -> None:
         self.close()
+        # The commands come below the panel and unbroken, so that they can be copied.
         title, colour = _TITLES.get(event.reason, (event.reason, ""))
         rows = [*_result_rows(event), ("time", f"{event.steps:,} steps, {_duration(event.seconds)}", "")]
         if self._speed.total_seconds:
@@ -176,7 +195,7 @@ class ConsoleReporter(SilentReporter):
             rows.append(("adapter", _short(event.adapter_folder), ""))
         self._block(title, rows, colour)
         for warning in event.warnings:
-            self.noted(Noted(warning, "warning"))
+            self._show_note(warning, "warning")
         if event.detail:
             self._line(_printable(event.detail), colour)
         if event.adapter_folder is not None:
@@ -185,13 +204,7 @@ class ConsoleReporter(SilentReporter):
         if self._folder.tensorboard.is_dir():
             self._line(f"curves: {_command(['tensorboard', '--logdir', _short(self._folder.path)])}")
 
-    def close(self) -> None:
-        """Ends the live display. Safe to call twice."""
-        progress, self._progress = self._progress, None
-        if progress is not None:
-            progress.stop()
-
-    def _place(self, step: int) -> str:
+    def _position(self, step: int) -> str:
         width = len(str(self._total_steps))
         return f"step {step:>{width}}/{self._total_steps}"
 
@@ -232,10 +245,10 @@ class ConsoleReporter(SilentReporter):
 
 
 class _Output(Console):
-    """Rich ends the process when nobody reads the output any more (``| head``); training has to go on."""
+    """Rich ends the process when the output is no longer read (``| head``); training has to go on."""
 
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError("nobody reads the output any more")
+        raise BrokenPipeError("the output is no longer read")
 
 
 class _Speed:
@@ -300,7 +313,7 @@ def _result_rows(event: RunEnded) -> list[Row]:
     rows = []
     for name, value in event.final.items():
         if name.endswith("_before") and name.removesuffix("_before") in event.final:
-            continue  # stands in the row of its name
+            continue  # shown in the row of its name
         form = ".3f" if name.removesuffix("_before").endswith("loss") else ".1%"
         shown = format(value, form)
         if (before := event.final.get(f"{name}_before")) is not None:
@@ -337,7 +350,7 @@ def _printable(text: str) -> str:
 
 
 def _shortened(text: str) -> str:
-    """Without its middle where it is very long: a schema stands first, the question itself last."""
+    """Without its middle if it is very long: a schema comes first and the question last."""
     line = _printable(text)
     half = _LONGEST_TEXT // 2
     return line if len(line) <= _LONGEST_TEXT else f"{line[:half]} ... {line[-half:]}"

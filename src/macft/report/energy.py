@@ -1,4 +1,4 @@
-"""What a run used of energy."""
+"""The energy that a run has used."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Energy:
-    """A run's energy, from this start's first step to its last: validations are in it, scoring before and after isn't.
+    """A run's energy from the first step of this start to the last, with validations, without scoring before and after.
 
-    ``joules_by_rank`` holds None where a node has no reading. Watts are those of all nodes together. ``estimated``: at
-    least one node's power comes from a model, not from a sensor.
+    ``joules_by_rank`` has None for a node without a power reading. Watts are the sum of all nodes. ``estimated``: the
+    power of at least one node comes from a model, not from a sensor.
     """
 
     joules_by_rank: list[float | None]

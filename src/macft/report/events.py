@@ -1,19 +1,52 @@
-"""What happens in a run, as the trainer tells it; times in seconds, memory in bytes."""
+"""What happens in a run, as data; times in seconds, memory in bytes.
+
+A new event is a frozen dataclass that derives from :class:`Event` or :class:`ReplayedEvent`. The metrics file, the
+fan-out and the failover carry it as it is; a sink that shows it gets a ``case`` in its ``handle``.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import ClassVar, Protocol
 
 from macft.parallel.node_status import NodeStatus
 from macft.report.energy import Energy
 
+NOT_RECORDED = {"recorded_as": None}
+"""Metadata of a field that the metrics file leaves out; with a name in place of None, the field has that name there."""
+
 
 @dataclass(frozen=True)
-class RunStarted:
-    """Everything is loaded; the next thing is the first step, or the score before it.
+class Event:
+    """Something that happens in a run.
+
+    ``type_name`` is the class's name in snake case, as in metrics.jsonl. The metrics file leaves out an event whose
+    ``is_recorded`` is false.
+    """
+
+    type_name: ClassVar[str] = "event"
+    is_recorded: ClassVar[bool] = True
+
+    def __init_subclass__(cls) -> None:
+        cls.type_name = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+
+@dataclass(frozen=True)
+class ReplayedEvent(Event):
+    """An event after ``step`` updates, the same on every rank.
+
+    A rank that becomes the leader reports those that the previous leader did not.
+    """
+
+    step: int
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """Everything is loaded; the score before training or the first step comes next.
 
     ``first_step`` counts the updates already made, 0 unless the run resumes. ``shares`` says how the rows of
     a batch are divided among the ``world_size`` nodes.
@@ -34,22 +67,23 @@ class RunStarted:
     rank: int
     world_size: int
     shares: str
-    config_yaml: str
+    config_yaml: str = field(metadata=NOT_RECORDED)
     notes: list[str]
 
 
 @dataclass(frozen=True)
-class StepDone:
+class StepDone(ReplayedEvent):
     """An update was made. ``step`` counts from 1; ``loss`` is the global mean per target token, in nats.
 
     ``target_tokens`` and ``tokens`` (prompt included, padding not) count all nodes; ``node_tokens`` this one.
     ``parts`` splits ``seconds`` into data, compute, all_reduce, update and, with DiLoCo, sync;
-    ``all_reduce_hidden`` is a part of compute. A lone node that compiles makes the update within compute, and its data
-    is what the device waited for between two steps.
-    ``nodes`` and ``shares`` of this step's rows, 1 in all, are by rank.
+    ``all_reduce_hidden`` is the part of the all-reduce within compute. On a single node with a compiled step, compute
+    includes the update, and data is the time that the device waited between two steps.
+    ``nodes`` and ``shares`` (of this step's rows, 1 in all) are by rank. ``bytes_sent``: by this node, for this step.
+    ``residual_norm``: L2 norm of what this node's codec has rounded off and not yet added. ``generation`` counts the
+    changes of the nodes.
     """
 
-    step: int
     total_steps: int
     epoch: float
     loss: float
@@ -60,26 +94,23 @@ class StepDone:
     node_tokens: int
     seconds: float
     parts: Mapping[str, float]
-    # Bytes this node sent for the step, and the L2 norm of what its codec has rounded away and not yet added.
     bytes_sent: int
     residual_norm: float
     peak_memory: int
     active_memory: int
     nodes: list[NodeStatus] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
-    # Counts the changes of the nodes that take part.
     generation: int = 0
 
 
 @dataclass(frozen=True)
-class NodesChanged:
-    """Nodes were lost (``left``: names and reasons) or joined; ``names`` and ``shares`` by rank are those from now on.
+class NodesChanged(ReplayedEvent):
+    """Nodes were lost (``left``: names and reasons) or joined; ``names`` and ``shares`` are by new rank.
 
-    ``step`` updates have been made; the next one is computed with the new nodes, ``seconds`` after the change was
-    found. ``recomputed``: this node had begun it before.
+    ``step`` updates have been made. The next one is computed with the new nodes, ``seconds`` after the change was
+    detected. ``recomputed``: this node had begun it with the old ones. ``generation`` counts the changes.
     """
 
-    step: int
     generation: int
     names: list[str]
     left: Mapping[str, str]
@@ -88,12 +119,23 @@ class NodesChanged:
     recomputed: bool
     seconds: float = 0.0
 
+    @property
+    def line(self) -> str:
+        """For people, in one line."""
+        changes = [f"{name} is lost ({reason})" for name, reason in self.left.items()]
+        changes += [f"{name} joins" for name in self.joined]
+        change = "; ".join(changes) or "the ring broke and was rebuilt with the same nodes"
+        count = f"{len(self.names)} node{'s' if len(self.names) > 1 else ''}"
+        when = "left" if self.left and not self.joined else "now"
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in zip(self.names, self.shares, strict=True))
+        redone = f"step {self.step + 1} is computed again" if self.recomputed else "no step was lost"
+        return f"{change}; {count} {when}: {shares}; {redone}, {self.seconds:.1f} s"
+
 
 @dataclass(frozen=True)
-class Evaluated:
+class Evaluated(ReplayedEvent):
     """The validation loss after ``step`` updates: the mean per target token, in nats."""
 
-    step: int
     loss: float
     target_tokens: int
     seconds: float
@@ -101,10 +143,9 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class MetricScored:
+class MetricScored(ReplayedEvent):
     """The dataset's metric, 0 to 1, over ``count`` rows; ``when`` is before or after training."""
 
-    step: int
     name: str
     split: str
     when: str
@@ -126,7 +167,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class SamplesShown:
+class SamplesShown(Event):
     """Answers side by side."""
 
     step: int
@@ -134,8 +175,8 @@ class SamplesShown:
 
 
 @dataclass(frozen=True)
-class CheckpointSaved:
-    """A checkpoint is safely on disk; it took ``seconds``, of which training stood still for ``waited``."""
+class CheckpointSaved(Event):
+    """A checkpoint is on disk; it took ``seconds``, for ``waited`` of which training was blocked."""
 
     step: int
     path: Path
@@ -145,7 +186,7 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True)
-class Noted:
+class Noted(Event):
     """Something worth a line; ``level`` is info, warning or error."""
 
     text: str
@@ -153,8 +194,10 @@ class Noted:
 
 
 @dataclass(frozen=True)
-class PhaseProgress:
-    """How far an evaluation or the answering of questions is."""
+class PhaseProgress(Event):
+    """Progress of an evaluation or of the answers to questions."""
+
+    is_recorded: ClassVar[bool] = False
 
     name: str
     done: int
@@ -162,12 +205,12 @@ class PhaseProgress:
 
 
 @dataclass(frozen=True)
-class RunEnded:
-    """The end: ``reason`` is finished, early_stopped, interrupted or failed.
+class RunEnded(Event):
+    """The run has ended; ``reason`` is finished, early_stopped, interrupted or failed.
 
     ``final`` holds results by name; that of ``NAME`` before training is ``NAME_before``. Names that end in
-    ``loss`` are losses in nats, all others fractions from 0 to 1. ``detail``: what went wrong, how to go on.
-    ``warnings``: what the user has to know although the run went on, a line each.
+    ``loss`` are losses in nats, all others fractions from 0 to 1. ``detail``: the error, or how to continue.
+    ``warnings``: problems that did not stop the run, a line each.
     """
 
     reason: str
@@ -181,99 +224,37 @@ class RunEnded:
     warnings: list[str] = field(default_factory=list)
 
 
-def change_line(event: NodesChanged) -> str:
-    """A change of the nodes in a line for people."""
-    parts = [f"{name} is lost ({why})" for name, why in event.left.items()]
-    parts += [f"{name} joins" for name in event.joined]
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in zip(event.names, event.shares, strict=True))
-    count = f"{len(event.names)} node{'s' if len(event.names) > 1 else ''}"
-    what = "; ".join(parts) or "the ring broke, all nodes are there"
-    again = f"step {event.step + 1} is computed again" if event.recomputed else "no step was lost"
-    return f"{what}; {count} in generation {event.generation}: {shares}; {again}, {event.seconds:.1f} s"
+class Sink(Protocol):
+    """Shows or stores a run's events, which come in order and from one thread. It ignores those it does not know.
 
-
-Event = (
-    RunStarted
-    | StepDone
-    | NodesChanged
-    | Evaluated
-    | MetricScored
-    | SamplesShown
-    | CheckpointSaved
-    | Noted
-    | PhaseProgress
-    | RunEnded
-)
-
-
-def _dispatch(reporter: Any, event: Event) -> None:
-    name = "".join("_" + c.lower() if c.isupper() else c for c in type(event).__name__).lstrip("_")
-    getattr(reporter, name)(event)
-
-
-class Reporter(Protocol):
-    """Receives a run's events, in order, all from one thread.
-
-    A method that can't do its part raises; see :class:`~macft.report.fan_out.FanOut`.
+    A call that fails raises; see :class:`~macft.report.fan_out.FanOut`.
     """
 
     def handle(self, event: Event) -> None:
-        """Reports ``event``."""
-        _dispatch(self, event)
-
-    def run_started(self, event: RunStarted) -> None: ...
-    def step_done(self, event: StepDone) -> None: ...
-    def evaluated(self, event: Evaluated) -> None: ...
-    def metric_scored(self, event: MetricScored) -> None: ...
-    def samples_shown(self, event: SamplesShown) -> None: ...
-    def checkpoint_saved(self, event: CheckpointSaved) -> None: ...
-    def noted(self, event: Noted) -> None: ...
-    def phase_progress(self, event: PhaseProgress) -> None: ...
-    def nodes_changed(self, event: NodesChanged) -> None: ...
-    def lead(self, *, is_main: bool, step: int) -> None: ...
-    def run_ended(self, event: RunEnded) -> None: ...
-    def close(self) -> None: ...
-
-
-class SilentReporter:
-    """Ignores every event; reporters that care for some events only build on it."""
-
-    def handle(self, event: Event) -> None:
-        """Reports ``event``."""
-        _dispatch(self, event)
-
-    def run_started(self, event: RunStarted) -> None:
-        """Ignored."""
-
-    def step_done(self, event: StepDone) -> None:
-        """Ignored."""
-
-    def evaluated(self, event: Evaluated) -> None:
-        """Ignored."""
-
-    def metric_scored(self, event: MetricScored) -> None:
-        """Ignored."""
-
-    def samples_shown(self, event: SamplesShown) -> None:
-        """Ignored."""
-
-    def checkpoint_saved(self, event: CheckpointSaved) -> None:
-        """Ignored."""
-
-    def noted(self, event: Noted) -> None:
-        """Ignored."""
-
-    def phase_progress(self, event: PhaseProgress) -> None:
-        """Ignored."""
-
-    def nodes_changed(self, event: NodesChanged) -> None:
-        """Ignored."""
-
-    def lead(self, *, is_main: bool, step: int) -> None:
-        """Whether this node speaks for the run from now on, after ``step`` updates. Ignored."""
-
-    def run_ended(self, event: RunEnded) -> None:
-        """Ignored."""
+        """Takes one event."""
+        ...
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Releases what the sink holds. Safe to call twice."""
+        ...
+
+
+class Reporter(Sink, Protocol):
+    """What a run sends its events to, on every rank."""
+
+    def lead(self, *, is_main: bool, step: int) -> None:
+        """Tells whether this rank reports the run from now on, after ``step`` updates."""
+        ...
+
+
+class NullReporter:
+    """Ignores every event."""
+
+    def handle(self, event: Event) -> None:
+        """Ignores the event."""
+
+    def lead(self, *, is_main: bool, step: int) -> None:
+        """Ignores the change."""
+
+    def close(self) -> None:
+        """Has nothing to release."""

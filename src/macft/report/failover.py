@@ -1,164 +1,92 @@
-"""Who speaks for a run: rank 0, whichever node that is just now."""
+"""Lets the rank that leads the run report it, and another one take over when that rank is lost."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from macft.report.events import (
-    CheckpointSaved,
-    Evaluated,
-    MetricScored,
-    NodesChanged,
-    Noted,
-    PhaseProgress,
-    Reporter,
-    RunEnded,
-    RunStarted,
-    SamplesShown,
-    SilentReporter,
-    StepDone,
-    change_line,
-)
+from macft.report.events import Event, Noted, ReplayedEvent, Reporter, RunStarted, Sink, StepDone
 
-_MOST_REMEMBERED = 100_000
-
-
-class QuietReporter(SilentReporter):
-    """Says what the user of this very node has to know, warnings on stderr, and nothing else.
-
-    ``tells_changes`` of the nodes too: whoever has a node join wants to see that it does.
-    """
-
-    def __init__(self, *, tells_changes: bool):
-        self._tells_changes = tells_changes
-
-    def noted(self, event: Noted) -> None:
-        """A warning or an error: one line."""
-        if event.level != "info":
-            with contextlib.suppress(OSError):
-                print(f"{event.level}: {event.text}", file=sys.stderr)
-
-    def nodes_changed(self, event: NodesChanged) -> None:
-        """One line."""
-        if self._tells_changes:
-            with contextlib.suppress(OSError):
-                print(f"after step {event.step}: {change_line(event)}", flush=True)
-
-    def run_ended(self, event: RunEnded) -> None:
-        """How, and with which adapter, so that it can be compared with the others'. An error is told elsewhere."""
-        if event.reason != "failed":
-            with contextlib.suppress(OSError):
-                print(f"{event.reason}; adapter sha256 {event.adapter_sha256}", flush=True)
+_MAX_REMEMBERED_EVENTS = 100_000
+log = logging.getLogger("macft.report")
 
 
 class FailoverReporter(Reporter):
-    """Lets its ``speaker`` report while this node is rank 0; remembers what there was to tell while another one is.
+    """Reports the run through ``leader`` while this node is rank 0, and through ``follower`` while it is not.
 
-    When this node becomes rank 0, ``speak`` makes the speaker, given the last step that stands reported, and it is told
-    what has happened since: nothing is lost with the node that spoke before. ``last_reported``: the last
-    step that stands in this node's run folder, which with ``topology=local`` is that of all.
+    A follower remembers the events that have to be replayed. When it becomes rank 0, ``open_leader`` makes the sink,
+    given the last step that is completely reported, and the sink gets the events after that step. So nothing is missing
+    when the rank that reported is lost.
+
+    Args:
+        open_leader: Makes the sink that reports the run, given the last step that is already reported.
+        leader: The sink with which this node begins if it is rank 0.
+        follower: Gets each event while another node reports.
+        every_rank: Gets each event once, whoever reports.
+        last_reported: Returns the last step in this node's run folder, which all nodes share with ``topology=local``.
     """
 
     def __init__(
         self,
-        speak: Callable[[int], Reporter],
+        open_leader: Callable[[int], Sink],
         *,
+        leader: Sink | None,
+        follower: Sink,
+        every_rank: Sink,
         last_reported: Callable[[], int],
-        speaker: Reporter | None,
-        quiet: QuietReporter,
     ):
-        self._speak, self._last_reported, self._speaker, self._quiet = speak, last_reported, speaker, quiet
+        self._open_leader, self._leader, self._follower = open_leader, leader, follower
+        self._every_rank, self._last_reported = every_rank, last_reported
         self._started: RunStarted | None = None
-        self._missed: deque[tuple[int, Callable[[Reporter], None]]] = deque(maxlen=_MOST_REMEMBERED)
-        self._missed_steps: deque[int] = deque(maxlen=_MOST_REMEMBERED // 2)
+        self._missed: deque[ReplayedEvent] = deque(maxlen=_MAX_REMEMBERED_EVENTS)
 
-    def run_started(self, event: RunStarted) -> None:
-        """Kept for a speaker to come."""
-        self._started = event
-        if self._speaker is not None:
-            self._speaker.run_started(event)
-
-    def step_done(self, event: StepDone) -> None:
-        """Told or remembered."""
-        if self._speaker is None:
-            self._missed_steps.append(event.step)
-        self._tell(event.step, lambda reporter: reporter.step_done(event))
-
-    def evaluated(self, event: Evaluated) -> None:
-        """Told or remembered."""
-        self._tell(event.step, lambda reporter: reporter.evaluated(event))
-
-    def metric_scored(self, event: MetricScored) -> None:
-        """Told or remembered."""
-        self._tell(event.step, lambda reporter: reporter.metric_scored(event))
-
-    def nodes_changed(self, event: NodesChanged) -> None:
-        """Told or remembered."""
-        if self._speaker is None:
-            self._quiet.nodes_changed(event)
-        self._tell(event.step, lambda reporter: reporter.nodes_changed(event))
-
-    def samples_shown(self, event: SamplesShown) -> None:
-        """Told."""
-        if self._speaker is not None:
-            self._speaker.samples_shown(event)
-
-    def checkpoint_saved(self, event: CheckpointSaved) -> None:
-        """Told."""
-        if self._speaker is not None:
-            self._speaker.checkpoint_saved(event)
-
-    def noted(self, event: Noted) -> None:
-        """Told; a warning is this node's own business and is told anyway."""
-        (self._speaker or self._quiet).noted(event)
-
-    def phase_progress(self, event: PhaseProgress) -> None:
-        """Told."""
-        if self._speaker is not None:
-            self._speaker.phase_progress(event)
-
-    def run_ended(self, event: RunEnded) -> None:
-        """Told; in a line where another node speaks."""
-        (self._speaker or self._quiet).run_ended(event)
+    def handle(self, event: Event) -> None:
+        """Passes the event to the leader or the follower sink."""
+        self._every_rank.handle(event)
+        if isinstance(event, RunStarted):
+            self._started = event
+        if self._leader is not None:
+            self._leader.handle(event)
+            return
+        self._follower.handle(event)
+        if isinstance(event, ReplayedEvent):
+            self._missed.append(event)
 
     def lead(self, *, is_main: bool, step: int) -> None:
-        """Begins or ends to speak."""
+        """Begins to report the run where it was left, or stops reporting it."""
         if not is_main:
-            self.close()
-        elif self._speaker is None:
-            told = self._told_until(step)
+            self._close_leader()
+        elif self._leader is None:
+            reported = self._reported_until(step)
             try:
-                self._speaker = self._speak(max(told, 0))
-            except OSError as error:  # telling about a run must never end it
-                self._quiet.noted(Noted(f"this node can't report the run: {error}", "warning"))
+                self._leader = self._open_leader(max(reported, 0))
+            except OSError as error:  # a run must not end because it can't be reported
+                self._follower.handle(Noted(f"this node can't report the run: {error}", "warning"))
                 return
             if self._started is not None:
-                self._speaker.run_started(replace(self._started, first_step=step))
-            for at, tell in self._missed:
-                if at > told:
-                    tell(self._speaker)
+                self._leader.handle(replace(self._started, first_step=step))
+            missed = [event for event in self._missed if event.step > reported]
+            log.info("this rank reports the run now; replays %d events after step %d", len(missed), reported)
+            for event in missed:
+                self._leader.handle(event)
             self._missed.clear()
-            self._missed_steps.clear()
-
-    def _told_until(self, step: int) -> int:
-        """The last step of which everything has surely been reported, -1 for not even the start."""
-        reported = min(self._last_reported(), step)
-        if reported in self._missed_steps:
-            reported -= 1  # the one who spoke may have been lost before it told of that step's validation
-        return reported or -1
 
     def close(self) -> None:
-        """The speaker's. Safe to call twice."""
-        if self._speaker is not None:
-            self._speaker.close()
-            self._speaker = None
+        """Closes all sinks. Safe to call twice."""
+        self._close_leader()
+        self._follower.close()
+        self._every_rank.close()
 
-    def _tell(self, step: int, tell: Callable[[Reporter], None]) -> None:
-        if self._speaker is not None:
-            tell(self._speaker)
-        else:
-            self._missed.append((step, tell))
+    def _close_leader(self) -> None:
+        if self._leader is not None:
+            self._leader.close()
+            self._leader = None
+
+    def _reported_until(self, step: int) -> int:
+        """The last step of which everything has been reported, -1 if not even the start has been."""
+        reported = min(self._last_reported(), step)
+        if any(isinstance(event, StepDone) and event.step == reported for event in self._missed):
+            reported -= 1  # the previous leader may have been lost before it reported the validation after that step
+        return reported or -1

@@ -1,163 +1,115 @@
-"""Sends each event to every reporter that was asked for."""
+"""Sends each event to every sink that was asked for."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
 
 from macft.report.console import ConsoleReporter
-from macft.report.events import (
-    CheckpointSaved,
-    Evaluated,
-    MetricScored,
-    NodesChanged,
-    Noted,
-    PhaseProgress,
-    Reporter,
-    RunEnded,
-    RunStarted,
-    SamplesShown,
-    StepDone,
-)
-from macft.report.failover import FailoverReporter, QuietReporter
-from macft.report.metrics_file import MetricsFile, changes_told, last_step
+from macft.report.event_log import EventLog
+from macft.report.events import Event, Reporter, Sink
+from macft.report.failover import FailoverReporter
+from macft.report.follower import FollowerConsole
+from macft.report.metrics_file import MetricsFile, last_recorded_step, recorded_changes
 from macft.report.run_folder import RunFolder
 from macft.report.settings import ReportConfig
 from macft.report.summary import SummaryWriter
 from macft.report.tensorboard import TensorBoard
 
+log = logging.getLogger("macft.report")
+log.addHandler(logging.NullHandler())  # without a log file the line on stderr is enough
 
-class FanOut(Reporter):
-    """A reporter made of reporters.
 
-    Telling about a run must never end it: a reporter that fails, on a full disk for instance, is dropped with
+class FanOut:
+    """A sink made of sinks.
+
+    A run must not end because it can't be reported: a sink that fails, on a full disk for instance, is dropped with
     one line on stderr, and the others go on.
     """
 
-    def __init__(self, reporters: Sequence[Reporter]):
-        self._reporters = list(reporters)
+    def __init__(self, sinks: Sequence[Sink]):
+        self._sinks = list(sinks)
 
-    def run_started(self, event: RunStarted) -> None:
-        """To all."""
-        self._send(lambda reporter: reporter.run_started(event))
-
-    def step_done(self, event: StepDone) -> None:
-        """To all."""
-        self._send(lambda reporter: reporter.step_done(event))
-
-    def evaluated(self, event: Evaluated) -> None:
-        """To all."""
-        self._send(lambda reporter: reporter.evaluated(event))
-
-    def metric_scored(self, event: MetricScored) -> None:
-        """To all."""
-        self._send(lambda reporter: reporter.metric_scored(event))
-
-    def samples_shown(self, event: SamplesShown) -> None:
-        """To all."""
-        self._send(lambda reporter: reporter.samples_shown(event))
-
-    def checkpoint_saved(self, event: CheckpointSaved) -> None:
-        """To all."""
-        self._send(lambda reporter: reporter.checkpoint_saved(event))
-
-    def noted(self, event: Noted) -> None:
-        """To all."""
-        self._send(lambda reporter: reporter.noted(event))
-
-    def phase_progress(self, event: PhaseProgress) -> None:
-        """To all."""
-        self._send(lambda reporter: reporter.phase_progress(event))
-
-    def nodes_changed(self, event: NodesChanged) -> None:
-        """To all."""
-        self._send(lambda reporter: reporter.nodes_changed(event))
-
-    def lead(self, *, is_main: bool, step: int) -> None:
-        """To all."""
-        self._send(lambda reporter: reporter.lead(is_main=is_main, step=step))
-
-    def run_ended(self, event: RunEnded) -> None:
-        """To all."""
-        self._send(lambda reporter: reporter.run_ended(event))
+    def handle(self, event: Event) -> None:
+        """Passes the event to all."""
+        self._call_all(lambda sink: sink.handle(event))
 
     def close(self) -> None:
         """Closes all. Safe to call twice."""
-        self._send(lambda reporter: reporter.close())
-        self._reporters.clear()
+        self._call_all(lambda sink: sink.close())
+        self._sinks.clear()
 
-    def _send(self, call: Callable[[Reporter], None]) -> None:
-        for reporter in list(self._reporters):
+    def _call_all(self, call: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
             try:
-                call(reporter)
+                call(sink)
             except Exception as error:
-                self._reporters.remove(reporter)
+                self._sinks.remove(sink)
                 with contextlib.suppress(Exception):
-                    reporter.close()  # frees the terminal's live display; may fail for the same reason
-                _complain(type(reporter).__name__, error)
+                    sink.close()  # restores the terminal; may fail for the same reason
+                _complain(type(sink).__name__, error)
 
 
 def build(
     config: ReportConfig,
     folder: RunFolder,
     *,
-    hparams: Mapping[str, Any],
+    hparams: Mapping[str, object],
     is_main: bool,
     first_step: int,
     is_newcomer: bool = False,
 ) -> Reporter:
-    """The reporters ``config`` asks for; on ranks other than 0 (``is_main`` false) one that warns, and ends in a line.
+    """The reporter of this rank, with the sinks that ``config`` asks for where the rank is 0 (``is_main``).
 
-    On a newcomer that one tells of changes of the nodes as well.
+    Other ranks print warnings and how the run ended; a newcomer also prints changes of the nodes. A rank that becomes 0
+    makes the sinks then. A sink that can't be made is left out with one line on stderr.
 
-    ``hparams`` is the whole configuration as nested plain values; ``first_step`` counts the updates made
-    before this start, 0 unless the run resumes. A reporter that can't be set up is left out with one line on
-    stderr.
+    Args:
+        hparams: The whole configuration as nested plain values.
+        first_step: The updates made before this start, 0 unless the run resumes.
 
     Raises:
         OSError: the run's folder can't be made.
     """
+    open_leader = partial(_leader_sinks, config, folder, hparams)
+    return FailoverReporter(
+        open_leader,
+        leader=open_leader(first_step) if is_main else None,
+        follower=FollowerConsole(shows_changes=is_newcomer),
+        every_rank=EventLog(),
+        last_reported=lambda: last_recorded_step(folder.metrics),
+    )
 
-    def speak(step: int) -> FanOut:
-        return _all(config, folder, hparams=hparams, first_step=step)
 
-    speaker = speak(first_step) if is_main else None
-    quiet = QuietReporter(tells_changes=is_newcomer)
-    return FailoverReporter(speak, last_reported=lambda: last_step(folder.metrics), speaker=speaker, quiet=quiet)
-
-
-def _all(config: ReportConfig, folder: RunFolder, *, hparams: Mapping[str, Any], first_step: int) -> FanOut:
+def _leader_sinks(config: ReportConfig, folder: RunFolder, hparams: Mapping[str, object], first_step: int) -> FanOut:
     folder.create()
-    changes = changes_told(folder.metrics, first_step) if first_step else []
-    makers: list[tuple[bool, str, Callable[[], Reporter]]] = [
-        (True, SummaryWriter.__name__, lambda: SummaryWriter(folder, changes)),
+    changes = recorded_changes(folder.metrics, first_step) if first_step else []
+    makers: list[tuple[bool, type[Sink], Callable[[], Sink]]] = [
+        (True, SummaryWriter, lambda: SummaryWriter(folder, changes)),
         (
             config.tensorboard,
-            TensorBoard.__name__,
+            TensorBoard,
             lambda: TensorBoard(folder.tensorboard, hparams=hparams, first_step=first_step),
         ),
-        # After TensorBoard: a step that stands here has been told to both, should this node be killed.
-        (
-            config.metrics_file,
-            MetricsFile.__name__,
-            lambda: MetricsFile(folder.metrics, first_step=first_step),
-        ),
-        (config.console, ConsoleReporter.__name__, lambda: ConsoleReporter(every=config.every, changes=changes)),
+        # After TensorBoard: a step in this file is in both if this node is killed.
+        (config.metrics_file, MetricsFile, lambda: MetricsFile(folder.metrics, first_step=first_step)),
+        (config.console, ConsoleReporter, lambda: ConsoleReporter(every=config.every, changes=changes)),
     ]
-    reporters = []
-    for wanted, name, make in makers:
-        if not wanted:
-            continue
-        try:
-            reporters.append(make())
-        except Exception as error:
-            _complain(name, error)
-    return FanOut(reporters)
+    sinks: list[Sink] = []
+    for is_wanted, kind, make in makers:
+        if is_wanted:
+            try:
+                sinks.append(make())
+            except Exception as error:
+                _complain(kind.__name__, error)
+    return FanOut(sinks)
 
 
 def _complain(name: str, error: Exception) -> None:
     reason = " ".join(str(error).split()) or type(error).__name__
+    log.warning("%s stops reporting: %s", name, reason)
     with contextlib.suppress(OSError):
         print(f"{name} stops reporting, training goes on: {reason}", file=sys.stderr)

@@ -7,31 +7,25 @@ import json
 import math
 import numbers
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from macft.report.events import (
-    CheckpointSaved,
-    Evaluated,
-    MetricScored,
-    NodesChanged,
-    Noted,
-    RunEnded,
-    RunStarted,
-    SamplesShown,
-    SilentReporter,
-    StepDone,
-)
+from macft.report.events import Event, NodesChanged, SamplesShown, StepDone
 from macft.report.run_folder import write_atomically
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-class MetricsFile(SilentReporter):
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+"""What ``json.dumps`` writes."""
+
+
+class MetricsFile:
     """Appends events to ``path``: ``type``, ``time`` (seconds since 1970) and the event's fields.
 
-    Each line is flushed as it is written. A run that resumes after ``first_step`` updates first drops what an
-    earlier attempt wrote beyond that step, so that each step stands once. How far an evaluation is
-    (:class:`~macft.report.events.PhaseProgress`) is not kept.
+    Each line is flushed as it is written. A run that resumes after ``first_step`` updates first removes what an
+    earlier attempt wrote beyond that step, so that each step is in the file once.
 
     Raises:
         OSError: the file can't be read or written; also from every event.
@@ -42,79 +36,35 @@ class MetricsFile(SilentReporter):
             write_atomically(path, "".join(_kept_lines(path, first_step)))
         self._file = path.open("a", encoding="utf-8")
 
-    def run_started(self, event: RunStarted) -> None:
-        """Written without the configuration, which has a file of its own."""
-        fields = _fields(event)
-        del fields["config_yaml"]
-        self._write("run_started", fields)
-
-    def step_done(self, event: StepDone) -> None:
-        """Written."""
-        self._write("step_done", _fields(event))
-
-    def evaluated(self, event: Evaluated) -> None:
-        """Written."""
-        self._write("evaluated", _fields(event))
-
-    def metric_scored(self, event: MetricScored) -> None:
-        """Written."""
-        self._write("metric_scored", _fields(event))
-
-    def samples_shown(self, event: SamplesShown) -> None:
-        """Written."""
-        self._write("samples_shown", _fields(event))
-
-    def checkpoint_saved(self, event: CheckpointSaved) -> None:
-        """Written."""
-        self._write("checkpoint_saved", _fields(event))
-
-    def noted(self, event: Noted) -> None:
-        """Written."""
-        self._write("noted", _fields(event))
-
-    def nodes_changed(self, event: NodesChanged) -> None:
-        """Written."""
-        self._write("nodes_changed", _fields(event))
-
-    def run_ended(self, event: RunEnded) -> None:
-        """Written."""
-        self._write("run_ended", _fields(event))
+    def handle(self, event: Event) -> None:
+        """Writes the event, unless its class says that it is not recorded."""
+        if event.is_recorded:
+            values = {"type": event.type_name, "time": time.time(), **_fields(event)}
+            self._file.write(json.dumps(plain(values), allow_nan=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
-    def _write(self, kind: str, fields: dict[str, Any]) -> None:
-        line = json.dumps(plain({"type": kind, "time": time.time(), **fields}), allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+
+def last_recorded_step(path: Path) -> int:
+    """The last step in the metrics file ``path``; 0 if there is none."""
+    steps = [event.get("step") for _, event in _events(path) if event.get("type") == StepDone.type_name]
+    return max((step for step in steps if isinstance(step, int)), default=0)
 
 
-def last_step(path: Path) -> int:
-    """The last step that ``path`` tells of; 0 where there is none."""
-    if not path.exists():
-        return 0
-    found = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            event = json.loads(line)
-        except ValueError:  # torn by a kill
-            continue
-        if isinstance(event, dict) and event.get("type") == "step_done" and isinstance(event.get("step"), int):
-            found = max(found, event["step"])
-    return found
+def recorded_changes(path: Path, until: int) -> list[NodesChanged]:
+    """The changes of the nodes in the metrics file ``path`` up to those after step ``until``."""
+    names = {item.name for item in dataclasses.fields(NodesChanged)}
+    return [
+        NodesChanged(**{name: event[name] for name in names})
+        for _, event in _events(path)
+        if event.get("type") == NodesChanged.type_name and event.keys() >= names and not _is_repeated(event, until)
+    ]
 
 
-def changes_told(path: Path, until: int) -> list[NodesChanged]:
-    """The changes of the nodes that ``path`` tells of, up to those after step ``until``."""
-    if not path.exists():
-        return []
-    found = [event for event in map(json.loads, _kept_lines(path, until)) if event.get("type") == "nodes_changed"]
-    names = [item.name for item in dataclasses.fields(NodesChanged)]
-    return [NodesChanged(**{name: event[name] for name in names}) for event in found if event.keys() >= {*names}]
-
-
-def plain(value: Any) -> Any:
+def plain(value: object) -> Json:
     """``value`` in JSON's types. What JSON lacks becomes a string: ``"nan"``, ``"inf"``, a path."""
     if value is None or isinstance(value, bool | str):
         return value
@@ -132,27 +82,34 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def _fields(event: Any) -> dict[str, Any]:
-    return {item.name: getattr(event, item.name) for item in dataclasses.fields(event)}
+def _fields(instance: DataclassInstance) -> dict[str, object]:
+    keys = {item.name: item.metadata.get("recorded_as", item.name) for item in dataclasses.fields(instance)}
+    return {key: getattr(instance, name) for name, key in keys.items() if key is not None}
+
+
+def _events(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a metrics file that hold an event, and the events; the others were torn by a kill."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            yield line, event
 
 
 def _kept_lines(path: Path, first_step: int) -> list[str]:
     """The lines that a run resuming after ``first_step`` won't write again."""
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            event = json.loads(line)
-        except ValueError:  # torn by a kill, or the nothing after the last newline
-            continue
-        if isinstance(event, dict) and not _is_written_again(event, first_step):
-            kept.append(line + "\n")
-    return kept
+    return [line + "\n" for line, event in _events(path) if not _is_repeated(event, first_step)]
 
 
-def _is_written_again(event: dict[str, Any], first_step: int) -> bool:
+def _is_repeated(event: Mapping[str, Any], first_step: int) -> bool:
+    """Whether a run resuming after ``first_step`` will write this event again."""
     step = event.get("step")
     if not isinstance(step, int):
         return False
     # Without a checkpoint the start is done again too; the end, its answers and its score, always is.
-    is_of_the_end = event.get("type") == "samples_shown" or event.get("when") == "after"
+    is_of_the_end = event.get("type") == SamplesShown.type_name or event.get("when") == "after"
     return step > first_step or first_step == 0 or is_of_the_end

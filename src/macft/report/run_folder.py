@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run keeps what. A part appears once there is something to put there."""
+    """The paths in a run's folder. A file or folder exists once there is something to store in it."""
 
     path: Path
 
@@ -25,12 +25,12 @@ class RunFolder:
 
     @property
     def model(self) -> Path:
-        """The whole tuned model, only where its weights fit no other checkpoint."""
+        """The whole tuned model, only if the adapter alone cannot be used."""
         return self.path / "model"
 
     @property
     def checkpoints(self) -> Path:
-        """What a resume needs."""
+        """The state to resume from."""
         return self.path / "checkpoints"
 
     @property
@@ -45,31 +45,35 @@ class RunFolder:
 
     @property
     def summary(self) -> Path:
-        """What came of it, for programs."""
+        """The results, for programs."""
         return self.path / "summary.json"
 
     @property
     def summary_text(self) -> Path:
-        """What came of it, for people."""
+        """The results, for people."""
         return self.path / "summary.md"
 
     @property
     def members(self) -> Path:
-        """Where the nodes that take part just now can be reached."""
+        """The names and addresses of the current members."""
         return self.path / "members.json"
 
     @property
     def logs(self) -> Path:
-        """The output of ranks that have no terminal."""
+        """The log of each rank, and the output of those without a terminal."""
         return self.path / "logs"
 
     def create(self) -> None:
-        """Makes the folder itself, where it is not there yet."""
+        """Makes the folder itself, if it does not exist."""
         self.path.mkdir(parents=True, exist_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces ``path`` by ``text`` in one go: a reader sees the old file or the new one, never half."""
+    """Replaces the contents of ``path``; a reader sees the old file or the new one, never a part.
+
+    Raises:
+        OSError: it can't be written; the old file is left as it was.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("w", encoding="utf-8") as file:

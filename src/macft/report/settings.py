@@ -1,8 +1,10 @@
-"""What a run tells, and where: the Hydra group ``report``."""
+"""What a run reports, and where: the Hydra group ``report``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from macft.logs.run_log import LEVELS
 
 
 @dataclass
@@ -19,13 +21,17 @@ class ReportConfig:
     every: int = 10
     # Answers shown side by side, before and after training.
     samples: int = 3
+    # Level of each rank's log, logs/macft-rank-N.log in the run's folder: debug, info, warning or error.
+    log_level: str = "info"
 
 
 def problems(config: ReportConfig) -> list[str]:
-    """One line for each value that can't be right; no I/O."""
-    found = []
+    """One line for each value that cannot be right; no I/O."""
+    lines = []
     if config.every < 1:
-        found.append(f"report.every: {config.every} must be 1 or more")
+        lines.append(f"report.every: {config.every} must be 1 or more")
     if config.samples < 0:
-        found.append(f"report.samples: {config.samples} must be 0 (none) or more")
-    return found
+        lines.append(f"report.samples: {config.samples} must be 0 (none) or more")
+    if config.log_level not in LEVELS:
+        lines.append(f"report.log_level: '{config.log_level}' is not one of {', '.join(LEVELS)}")
+    return lines

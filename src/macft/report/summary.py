@@ -1,4 +1,4 @@
-"""``summary.json`` and ``summary.md``: what came of a run."""
+"""``summary.json`` and ``summary.md``: the results of a run."""
 
 from __future__ import annotations
 
@@ -9,93 +9,98 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from macft import __version__
-from macft.report.events import NodesChanged, RunEnded, RunStarted, SilentReporter, StepDone, change_line
+from macft.report.events import Event, NodesChanged, RunEnded, RunStarted, StepDone
 from macft.report.metrics_file import plain
 from macft.report.run_folder import RunFolder, write_atomically
 
 _PACKAGES = ("mlx", "mlx-lm", "pyzmq", "numpy")
 
 
-class SummaryWriter(SilentReporter):
+class SummaryWriter:
     """Collects what the summary needs and writes it when the run ends, for whatever reason.
 
     Speed and peak memory (bytes, this node's) are those since the start or the last resume. ``changes`` of the nodes
-    have been told before, by another node or before a resume.
+    are those that were reported earlier, by another node or before a resume.
     """
 
     def __init__(self, folder: RunFolder, changes: Sequence[NodesChanged] = ()):
         self._folder = folder
-        self._facts: dict[str, Any] = {}
+        self._facts: dict[str, object] = {}
         self._tokens, self._seconds, self._peak_memory = 0, 0.0, 0
         self._last_loss: float | None = None
         self._changes = [_line(event) for event in changes]
 
-    def run_started(self, event: RunStarted) -> None:
-        """Remembers what is trained on what."""
-        self._facts = {
-            "model": event.model,
-            "adapter": event.adapter,
-            "trainable_parameters": event.trainable_parameters,
-            "total_parameters": event.total_parameters,
-            "train_rows": event.train_rows,
-            "valid_rows": event.valid_rows,
-            "test_rows": event.test_rows,
-            "batch_size": event.batch_size,
-            "nodes": event.world_size,
-            "device": event.device,
-            "notes": event.notes,
+    def handle(self, event: Event) -> None:
+        """Collects facts; writes both files at the end. Raises OSError where that fails."""
+        match event:
+            case RunStarted():
+                self._facts = _facts(event)
+            case StepDone():
+                self._tokens += event.tokens
+                self._seconds += event.seconds
+                self._peak_memory = max(self._peak_memory, event.peak_memory)
+                self._last_loss = event.loss
+            case NodesChanged():
+                self._changes.append(_line(event))
+                self._facts["nodes_at_the_end"] = len(event.names)
+            case RunEnded():
+                self._write(event)
+
+    def close(self) -> None:
+        """Has nothing to release."""
+
+    def _write(self, event: RunEnded) -> None:
+        facts: dict[str, object] = {
+            "reason": event.reason,
+            "detail": event.detail,
+            "warnings": event.warnings,
+            "steps": event.steps,
+            "seconds": round(event.seconds, 3),
+            "results": event.final,
+            "last_train_loss": self._last_loss,
+            "tokens_per_second": round(self._tokens / self._seconds, 1) if self._seconds else None,
+            "peak_memory_bytes": self._peak_memory,
+            "energy": event.energy,
+            "energy_used": event.energy.line if event.energy else None,
+            "adapter_folder": event.adapter_folder,
+            "adapter_sha256": event.adapter_sha256,
+            **self._facts,
+            "membership_changes": self._changes,
+            "versions": _versions(),
         }
-
-    def step_done(self, event: StepDone) -> None:
-        """Adds up tokens and time."""
-        self._tokens += event.tokens
-        self._seconds += event.seconds
-        self._peak_memory = max(self._peak_memory, event.peak_memory)
-        self._last_loss = event.loss
-
-    def nodes_changed(self, event: NodesChanged) -> None:
-        """Keeps the line."""
-        self._changes.append(_line(event))
-        self._facts["nodes_at_the_end"] = len(event.names)
-
-    def run_ended(self, event: RunEnded) -> None:
-        """Writes both files. Raises OSError where that fails."""
-        values: dict[str, Any] = plain(
-            {
-                "reason": event.reason,
-                "detail": event.detail,
-                "warnings": event.warnings,
-                "steps": event.steps,
-                "seconds": round(event.seconds, 3),
-                "results": event.final,
-                "last_train_loss": self._last_loss,
-                "tokens_per_second": round(self._tokens / self._seconds, 1) if self._seconds else None,
-                "peak_memory_bytes": self._peak_memory,
-                "energy": event.energy,
-                "energy_used": event.energy.line if event.energy else None,
-                "adapter_folder": event.adapter_folder,
-                "adapter_sha256": event.adapter_sha256,
-                **self._facts,
-                "membership_changes": self._changes,
-                "versions": _versions(),
-            }
-        )
+        values: dict[str, Any] = {name: plain(value) for name, value in facts.items()}
         write_atomically(self._folder.summary, json.dumps(values, indent=2, allow_nan=False) + "\n")
         write_atomically(self._folder.summary_text, _markdown(values))
 
 
+def _facts(event: RunStarted) -> dict[str, object]:
+    return {
+        "model": event.model,
+        "adapter": event.adapter,
+        "trainable_parameters": event.trainable_parameters,
+        "total_parameters": event.total_parameters,
+        "train_rows": event.train_rows,
+        "valid_rows": event.valid_rows,
+        "test_rows": event.test_rows,
+        "batch_size": event.batch_size,
+        "nodes": event.world_size,
+        "device": event.device,
+        "notes": event.notes,
+    }
+
+
 def _line(event: NodesChanged) -> str:
-    return f"after step {event.step}: {change_line(event)}"
+    return f"after step {event.step}: {event.line}"
 
 
 def _versions() -> dict[str, str]:
-    found = {"macft": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    versions = {"macft": __version__, "python": platform.python_version(), "platform": platform.platform()}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def _markdown(values: Mapping[str, Any]) -> str:
@@ -104,7 +109,7 @@ def _markdown(values: Mapping[str, Any]) -> str:
         lines += ["| result | before | after |", "| --- | --- | --- |"]
         for name, value in results.items():
             if name.removesuffix("_before") in results and name.endswith("_before"):
-                continue  # stands in the row of its name
+                continue  # shown in the row of its name
             lines.append(f"| {_words(name)} | {_number(results.get(f'{name}_before'))} | {_number(value)} |")
         lines.append("")
     lines += ["| run | |", "| --- | --- |"]
@@ -122,9 +127,9 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _number(value: Any) -> str:
+def _number(value: object) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     return " ".join(str(value).replace("|", "\\|").split())

@@ -1,1 +1,1 @@
-"""Heat and power: what a node reads, may use, and does about it."""
+"""Heat and power: sensors, the budget, and the governor that keeps a node within it."""

@@ -1,4 +1,4 @@
-"""What a node may use right now, out of the settings, the time of day and where its power comes from."""
+"""What a node may use now, given the settings, the time of day and its power supply."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from macft.thermal.readings import Conditions, state_level
 from macft.thermal.settings import ThermalConfig, quiet_minutes
 
-# A battery just above its floor isn't worth starting again for.
+# A paused node starts again once its charge is this many percent above the floor.
 _BATTERY_HYSTERESIS = 5.0
 
 
 @dataclass(frozen=True)
 class Cap:
-    """The largest part of the time that may be spent computing, and the reason if that is less than all of it."""
+    """The largest part of the time to spend computing, 0 to 1, and the reason if it is less than 1."""
 
     duty: float = 1.0
     reason: str = ""
@@ -34,15 +34,15 @@ class Budget:
     def cap(self, conditions: Conditions, minute: int) -> Cap:
         """The cap at ``minute`` of the local day (0 to 1439); a duty of 0 asks for a pause."""
         config, caps = self._config, [Cap()]
-        away = bool(conditions.on_battery)
-        if config.battery_floor > 0 and away and conditions.battery is not None:
+        on_battery = bool(conditions.on_battery)
+        if config.battery_floor > 0 and on_battery and conditions.battery is not None:
             floor = config.battery_floor + (_BATTERY_HYSTERESIS if self._is_low else 0.0)
             self._is_low = conditions.battery < floor
         else:
             self._is_low = False
         if self._is_low:
             caps.append(Cap(0.0, "battery"))
-        if away and config.on_battery != "full":
+        if on_battery and config.on_battery != "full":
             caps.append(Cap(config.battery_duty if config.on_battery == "slow" else 0.0, "on battery"))
         if self._quiet is not None and _within(minute, *self._quiet):
             caps.append(Cap(config.quiet_duty, "quiet hours"))

@@ -20,7 +20,7 @@ class EnergyMeter:
         self._last: tuple[float, float] | None = None
 
     def add(self, time: float, watts: float | None, *, estimated: bool) -> None:
-        """Takes a reading at ``time`` in seconds. A gap, None, is not filled in."""
+        """Adds a reading in watts at ``time`` in seconds. None is a gap, during which nothing is added."""
         if watts is None:
             self._last = None
             return
@@ -34,7 +34,7 @@ class EnergyMeter:
 
 
 def summarize(nodes: Sequence[NodeStatus], config: ThermalConfig, *, tokens: int) -> Energy | None:
-    """Energy of a run of ``tokens`` from the nodes' last statuses; None where no node could tell."""
+    """Energy of a run of ``tokens`` from the nodes' last statuses; None if no node reads its power."""
     known = [node.joules for node in nodes if node.joules is not None]
     if not known:
         return None

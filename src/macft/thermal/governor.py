@@ -1,23 +1,23 @@
-"""The controller: conditions in, the part of the time a node may compute out.
+"""The controller: from a node's conditions to its duty, the part of the time that it may compute.
 
 Temperature: a PI controller in velocity form, on the filtered temperature with a lead, towards 1 C below the limit::
 
     e = (limit - 1) - (T + LEAD * dT/dt)      d(duty) = KP * d(e) + KI * e * dt
 
 - *Anti-windup*: duty itself is the state and is clamped to [min_duty, 1]. A node that waits for slower peers computes
-  less than it may, and a lower duty does nothing until it falls below that; near the limit duty is therefore held at
-  most SLACK above the smoothed actual load.
+  less than its duty allows, so a lower duty has no effect until it is below the actual load. Near the limit, duty is
+  therefore at most SLACK above the smoothed actual load.
 - *Rate limit*: duty falls by at most FALL and rises by at most RISE a second.
-- *Hysteresis*: the controller sleeps at full duty until the temperature comes within ENGAGE of the limit; a node is
-  paused PAUSE above it and starts again RESUME below it.
+- *Hysteresis*: the controller is inactive, at full duty, until the temperature is within ENGAGE of the limit. A node is
+  paused at PAUSE above the limit and starts again at RESUME below it.
 
 Thermal state (a coarse level): additive increase, multiplicative decrease. Power: an integrator on the relative error.
-The smallest of the three and of the budget's cap counts. The others follow the chosen one at a short distance, so that
-each can take over at once (override control with tracking).
+The smallest of the three and of the budget's cap is used. The others follow it at a short distance, so that each can
+take over at once (override control with tracking).
 
 Gains: one unit of duty moves the die of the machines in simulated_mac.py by 30 to 60 C within 20 to 30 seconds.
-KI = KP / 30 s cancels the die's own lag; KP and LEAD were tuned on all of them, on a blanket and off, in rooms from 10
-to 35 C, for the highest tokens that keep the overshoot below 1 C.
+KI = KP / 30 s cancels the die's own lag. KP and LEAD were tuned on all of them, with and without a blanket, at ambient
+temperatures from 10 to 35 C, for the most tokens with an overshoot below 1 C.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LONGEST_STEP = 10.0
 
 @dataclass(frozen=True)
 class Decision:
-    """``duty`` is min_duty to 1. A paused node wants no rows; left with some, it computes them at its ``duty``."""
+    """``duty`` is min_duty to 1. A paused node gives its rows away; if it can't, it computes them at its ``duty``."""
 
     duty: float = 1.0
     paused: bool = False
@@ -49,7 +49,7 @@ class Decision:
 
 
 class Governor:
-    """Keeps one node within its budget. Pure: time comes with the conditions."""
+    """Keeps one node within its budget. It reads no clock: the time is part of the conditions."""
 
     def __init__(self, budget: Budget):
         self._budget = budget
@@ -62,7 +62,7 @@ class Governor:
     def update(self, conditions: Conditions, minute: int, load: float = 1.0) -> Decision:
         """The decision for ``conditions`` at ``minute`` of the local day.
 
-        ``load`` is the part of the time since the last call in which the node did compute.
+        ``load`` is the part of the time since the last call, 0 to 1, that the node has computed.
         """
         budget = self._budget
         passed = 0.0 if self._time is None else min(max(conditions.time - self._time, 0.0), _LONGEST_STEP)
@@ -72,8 +72,8 @@ class Governor:
         state = self._update_state(conditions, passed)
         watts = self._update_watts(conditions, passed)
         cap = budget.cap(conditions, minute)
-        wishes = [(cap.duty, cap.reason), (heat, "temperature"), (state, "thermal state"), (watts, "power")]
-        duty, reason = min(wishes, key=lambda wish: wish[0])
+        limits = [(cap.duty, cap.reason), (heat, "temperature"), (state, "thermal state"), (watts, "power")]
+        duty, reason = min(limits, key=lambda limit: limit[0])
         paused = self._heat.paused or cap.duty <= 0.0
         if self._heat.paused:
             reason = "temperature"
@@ -91,7 +91,7 @@ class Governor:
         elif state > limit:
             if self._state_time >= _STATE_SECONDS:
                 self._state_time = 0.0
-                # The last level before sleeping leaves no time for small steps.
+                # At the last level before sleeping, small steps would be too slow.
                 self._state *= _STATE_CUT / 2 if state >= STATES.index("trapping") else _STATE_CUT
         else:
             self._state += _STATE_RISE * passed
@@ -120,7 +120,7 @@ class _Heat:
         self.paused = False
 
     def update(self, temperature: float | None, passed: float, load: float) -> float:
-        """The duty, given temperature and load after ``passed`` seconds; full where there is no limit or no reading."""
+        """The duty for this temperature and load after ``passed`` seconds; 1 without a limit or a reading."""
         if self._limit is None or temperature is None:
             self._filtered = self._error = None
             self.paused, self.duty = False, 1.0

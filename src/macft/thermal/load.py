@@ -1,4 +1,4 @@
-"""How much of the time this process computes."""
+"""Measures which part of the time this process computes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class Load:
-    """Adds up the time between ``begin`` and ``end``; read from another thread while that goes on."""
+    """Adds up the time between ``begin`` and ``end``; may be read from another thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -30,7 +30,7 @@ class Load:
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """Computing while active."""
+        """Counts the time in the block as computing."""
         self.begin()
         try:
             yield
@@ -51,14 +51,14 @@ class Load:
 
 
 class LoadMeter:
-    """Reads a :class:`Load` as the part of the time spent computing since the meter's own last reading."""
+    """Reads a :class:`Load` as the part of the time spent computing since this meter's last reading."""
 
     def __init__(self, load: Load):
         self._load = load
         self._last = load.total()
 
     def read(self) -> tuple[float, float]:
-        """(part, seconds) since the last call."""
+        """(part of the time, 0 to 1; seconds) since the last call."""
         busy, time_now = self._load.total()
         (busy_before, before), self._last = self._last, (busy, time_now)
         passed = time_now - before

@@ -1,4 +1,4 @@
-"""What a sensor says, and what is known about a node when all of them have been heard."""
+"""Readings of sensors, and a node's conditions, which combine them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ STATES = ("nominal", "moderate", "heavy", "trapping", "sleeping")
 """macOS's thermal pressure levels, 0 to 4; throttling proper starts at heavy."""
 _PROCESS_INFO_STATES = {"fair": 1, "serious": 3, "critical": 4}
 
-# What can be true. Outside of it a reading is an error of the sensor: a GPU of 5 C, a package of 0 W, were reported.
+# Possible values; any other is an error of the sensor. A GPU of 5 C and a package of 0 W have been seen.
 _PLAUSIBLE = {
     "temperature": ("C", 10.0, 130.0),
     "state": ("level", 0.0, 4.0),
@@ -23,7 +23,7 @@ _PLAUSIBLE = {
 
 @dataclass(frozen=True)
 class Reading:
-    """One value. ``time`` is in seconds of the sensor's own clock, which only ever runs forward."""
+    """One value. ``time`` is in seconds of the sensor's own clock, which is monotonic."""
 
     kind: str
     value: float
@@ -35,7 +35,10 @@ class Reading:
 
 @dataclass(frozen=True)
 class Conditions:
-    """The newest plausible value of each kind; None where nobody knows. ``time`` as in :class:`Reading`."""
+    """The newest plausible value of each kind, None if unknown. ``time`` is as in :class:`Reading`.
+
+    ``temperature`` is in C, ``state`` an index of :data:`STATES`, ``battery`` a charge in percent.
+    """
 
     time: float
     temperature: float | None = None
@@ -48,7 +51,7 @@ class Conditions:
 
 
 def reading(kind: str, value: float | None, time: float, source: str, *, estimated: bool = False) -> list[Reading]:
-    """The reading in a list, or an empty list where the value is missing or can't be true."""
+    """A list of one reading; empty if the value is missing or impossible."""
     unit, low, high = _PLAUSIBLE[kind]
     if value is None or not math.isfinite(value) or not low <= value <= high:
         return []
@@ -56,7 +59,7 @@ def reading(kind: str, value: float | None, time: float, source: str, *, estimat
 
 
 def combine(readings: Iterable[Reading], time: float) -> Conditions:
-    """Conditions from readings, of which the first of each kind counts."""
+    """Conditions at ``time``, from the first reading of each kind."""
     first: dict[str, Reading] = {}
     for item in readings:
         first.setdefault(item.kind, item)
@@ -65,8 +68,8 @@ def combine(readings: Iterable[Reading], time: float) -> Conditions:
         return first[kind].value if kind in first else None
 
     def flag(kind: str) -> bool | None:
-        found = value(kind)
-        return None if found is None else found > 0
+        number = value(kind)
+        return None if number is None else number > 0
 
     state = value("state")
     return Conditions(

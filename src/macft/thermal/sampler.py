@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -10,18 +11,19 @@ from collections.abc import Callable, Sequence
 from macft.thermal.readings import Conditions, Reading, combine
 from macft.thermal.sensors.base import Sensor, now
 
-# A reading older than this many intervals is no longer believed.
+log = logging.getLogger("macft.thermal")
+# A reading older than this many intervals is not used.
 _STALE_INTERVALS = 4.0
-# A sensor that failed is asked again later and later, in case it comes back.
+# The longest time, in seconds, between two attempts to read a sensor that fails.
 _LONGEST_BACKOFF = 300.0
 
 
 class Sampler:
     """One daemon thread for each sensor and one that calls ``on_tick`` every ``interval`` seconds.
 
-    Sensors stand in order of trust. One is only asked while those before it leave a kind of reading open. A sensor that
-    fails, hangs for ``stale_seconds`` or talks nonsense is reported once, and the next one that gives the
-    same kind takes over.
+    ``sensors`` are ordered, the most trusted first. A sensor is read only while those before it do not give all its
+    kinds of reading. A sensor that fails, hangs for ``stale_seconds`` or gives impossible values is reported once, and
+    the next one that gives the same kind is used.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class Sampler:
         self._notes: list[str] = []
         self._slots = [_Slot(sensor) for sensor in sensors]
         self._threads = [
-            threading.Thread(target=self._ask, args=(place,), name=f"sensor-{slot.sensor.name}", daemon=True)
+            threading.Thread(target=self._run, args=(place,), name=f"sensor-{slot.sensor.name}", daemon=True)
             for place, slot in enumerate(self._slots)
         ]
         self._threads.append(threading.Thread(target=self._tick, name="thermal-sampler", daemon=True))
@@ -50,14 +52,14 @@ class Sampler:
             thread.start()
 
     def close(self) -> None:
-        """Asks the threads to end and waits briefly; one that hangs in its sensor is left behind."""
+        """Ends the threads; does not wait for one that hangs in its sensor."""
         self._stop.set()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(0.5)
 
     def notes(self) -> list[str]:
-        """What there is to say since the last call, each thing once."""
+        """New lines about sensors since the last call, each once."""
         with self._lock:
             notes, self._notes = self._notes, []
             return notes
@@ -68,7 +70,7 @@ class Sampler:
             return all(slot.time or slot.failed for slot in self._slots)
 
     def conditions(self) -> Conditions:
-        """What is known now."""
+        """The newest readings, combined."""
         with self._lock:
             readings = [item for slot in self._slots for item in self._fresh(slot)]
         return combine(readings, max((item.time for item in readings), default=now()))
@@ -76,15 +78,15 @@ class Sampler:
     def _fresh(self, slot: _Slot) -> list[Reading]:
         return slot.readings if time.monotonic() - slot.time <= self._stale else []
 
-    def _ask(self, place: int) -> None:
+    def _run(self, place: int) -> None:
         slot, wait = self._slots[place], self._interval
         try:
             while not self._stop.is_set():
                 if self._is_needed(place):
-                    wait = self._ask_once(slot, wait)
+                    wait = self._read(slot, wait)
                 else:
                     with self._lock:
-                        # Not needed counts as answered; its old readings must not outlive the better ones.
+                        # A sensor that is not needed counts as answered. Its old readings must not be used later.
                         slot.time, slot.readings = time.monotonic(), []
                     wait = self._interval
                 self._stop.wait(wait)
@@ -92,7 +94,7 @@ class Sampler:
             with contextlib.suppress(Exception):
                 slot.sensor.close()
 
-    def _ask_once(self, slot: _Slot, wait: float) -> float:
+    def _read(self, slot: _Slot, wait: float) -> float:
         with self._lock:
             slot.asked = time.monotonic()
         try:
@@ -110,12 +112,15 @@ class Sampler:
             covered = {item.kind for slot in self._slots[:place] for item in self._fresh(slot)}
         return not covered.issuperset(self._slots[place].sensor.kinds)
 
-    def _fail(self, slot: _Slot, why: str) -> None:
+    def _fail(self, slot: _Slot, reason: str) -> None:
         with self._lock:
             slot.asked, slot.failed, slot.readings = None, True, []
+            is_repeated = slot.reported
             if not slot.reported:
                 slot.reported = True
-                self._notes.append(f"thermal: no {' or '.join(slot.sensor.kinds)} from {slot.sensor.name}: {why}")
+                self._notes.append(f"thermal: no {' or '.join(slot.sensor.kinds)} from {slot.sensor.name}: {reason}")
+        level = logging.DEBUG if is_repeated else logging.INFO
+        log.log(level, "no %s from %s: %s", " or ".join(slot.sensor.kinds), slot.sensor.name, reason)
 
     def _tick(self) -> None:
         while not self._stop.wait(self._interval):
@@ -123,6 +128,7 @@ class Sampler:
                 with self._lock:
                     hangs = slot.asked is not None and time.monotonic() - slot.asked > self._stale
                 if hangs and not slot.reported:
+                    log.warning("%s has not answered for %.0f s", slot.sensor.name, self._stale)
                     slot.failed = slot.reported = True
                     with self._lock:
                         self._notes.append(

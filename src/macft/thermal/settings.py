@@ -1,4 +1,4 @@
-"""What a node may use of heat and power: the Hydra group ``thermal``."""
+"""Limits of heat and power: the Hydra group ``thermal``."""
 
 from __future__ import annotations
 
@@ -75,19 +75,19 @@ class ThermalConfig:
 
 
 def problems(config: ThermalConfig) -> list[str]:
-    """One line for each value that can't be right; no I/O."""
-    found = []
+    """One line for each value that cannot be right; no I/O."""
+    lines = []
     for key, value, choices in (
         ("sensor", config.sensor, SENSORS),
         ("on_battery", config.on_battery, ON_BATTERY),
         ("simulated.chip", config.simulated.chip, tuple(CHIPS)),
     ):
         if value not in choices:
-            found.append(f"thermal.{key}: '{value}' is not one of {', '.join(choices)}")
+            lines.append(f"thermal.{key}: '{value}' is not one of {', '.join(choices)}")
     if config.state_limit is not None and state_level(config.state_limit) is None:
-        found.append(f"thermal.state_limit: '{config.state_limit}' is not one of {', '.join(STATES)}")
+        lines.append(f"thermal.state_limit: '{config.state_limit}' is not one of {', '.join(STATES)}")
     if config.quiet_hours is not None and _HOURS.fullmatch(config.quiet_hours) is None:
-        found.append(f"thermal.quiet_hours: '{config.quiet_hours}' is not written like 22:00-07:00")
+        lines.append(f"thermal.quiet_hours: '{config.quiet_hours}' is not written like 22:00-07:00")
     for key, number, low, high in (
         ("interval", config.interval, 0.05, 60.0),
         ("temperature_limit", config.temperature_limit, 30.0, 110.0),
@@ -106,8 +106,8 @@ def problems(config: ThermalConfig) -> list[str]:
         ("simulated.speed", config.simulated.speed, 0.1, 1000.0),
     ):
         if number is not None and not (math.isfinite(number) and low <= number <= high):
-            found.append(f"thermal.{key}: {number} must be from {low:g} to {high:g}")
-    return found
+            lines.append(f"thermal.{key}: {number} must be from {low:g} to {high:g}")
+    return lines
 
 
 def quiet_minutes(text: str) -> tuple[int, int]:

@@ -11,10 +11,10 @@ Where the figures come from:
   the package from 29.46 to 7.31 W, down to 84 C, and up again, in waves. Speed is taken as proportional to the clock.
 - ``case_capacity`` is the mass of the aluminium case (about half of the machine's) at 0.9 J/(g K); ``die_capacity``
   is fitted to a rise of the die within some 20 seconds.
-- The resistances are assumed: chosen so that the Pro throttles after a few minutes at 25 C, the Air (no fan, the same
-  chip at 20 W) after some ten, as reviews report, and so that an M3 Max and a Mac mini do not at all.
+- The resistances are assumptions. With them, at 25 C, the Pro throttles after a few minutes and the Air (no fan, the
+  same chip at 20 W) after about ten, as reviews report; an M3 Max and a Mac mini do not throttle.
 
-They are a model to tune and test a controller on, not a prediction for one machine.
+The model is for tuning and testing a controller. It does not predict how a particular machine behaves.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ CHIPS: dict[str, SimulatedChip] = {
 
 
 class SimulatedMac:
-    """The state of one such Mac, which starts at the temperature of the room.
+    """The state of one simulated Mac, which starts at ``ambient``, the temperature of the room in C.
 
     ``blanket`` multiplies the resistance between case and room; it may be changed at any time.
     """
@@ -104,7 +104,7 @@ class SimulatedMac:
         return min(1.0, max(0.0, (self.die - chip.fan_start) / (chip.fan_full - chip.fan_start)))
 
     def run(self, load: float, seconds: float) -> float:
-        """Lets ``seconds`` pass of which the part ``load`` (0 to 1) is spent computing; returns the work done.
+        """Simulates ``seconds``, of which the part ``load`` (0 to 1) is spent computing; returns the work done.
 
         Work is in seconds of an unthrottled M2.
         """

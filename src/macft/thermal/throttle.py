@@ -1,7 +1,8 @@
-"""Keeps one node within its budget while it trains: reads, decides, rests."""
+"""Keeps one node within its thermal and power budget while it trains."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,27 +12,29 @@ from macft.thermal.budget import Budget
 from macft.thermal.energy import EnergyMeter
 from macft.thermal.governor import Decision, Governor
 from macft.thermal.load import Load, LoadMeter
-from macft.thermal.notices import Notices, blind_spots
+from macft.thermal.notices import Notices, is_notable_change, missing_readings
 from macft.thermal.readings import Conditions
 from macft.thermal.sampler import Sampler
 from macft.thermal.sensors.base import now
 from macft.thermal.sensors.choose import choose
 from macft.thermal.settings import ThermalConfig
 
-# A step's rests are never longer together, so that peers that wait for this node don't give it up.
+log = logging.getLogger("macft.thermal")
+
+# At most this many seconds of sleep in a step, so that peers that wait for this node do not time out.
 _LONGEST_REST = 120.0
 _NAP = 0.1
-# Sensors that have said nothing after this many seconds are reported as silent.
+# Sensors without a reading after this many seconds are reported.
 _FIRST_READINGS_SECONDS = 15.0
 
 
 class ThermalThrottle:
     """A :class:`~macft.training.throttle.Throttle` with a thermal budget.
 
-    *Rows first, rest second.* A node that computes owes rest: computing for t seconds at a duty of d adds t * (1 - d)
-    to the debt, and any other time of length t, waiting for a slower peer for instance, pays off t * d of it. Only what
-    is left at the start of the next step is slept off, in equal parts before its micro-batches. So a node whose share
-    has shrunk, and which therefore waits for the others anyway, doesn't sleep at all.
+    A node that computes collects a debt of idle time: computing for t seconds at a duty of d adds t * (1 - d), and any
+    other time t, such as waiting for a slower peer, pays t * d. The node sleeps only for the debt that is left at the
+    start of a step, in equal parts before its micro-batches. So a node with a smaller share of the rows, which waits
+    for the others anyway, does not sleep.
     """
 
     def __init__(self, config: ThermalConfig, *, rank: int, stop: Callable[[], bool]):
@@ -45,10 +48,14 @@ class ThermalThrottle:
         self._micro_batch_begun: float | None = None
         self._settled = time.monotonic()
         sensors, missing = choose(config, self._load, rank=rank)
+        log.info("sensors: %s", ", ".join(sensor.name for sensor in sensors) or "none")
+        for reason in missing:
+            log.info("no sensor: %s", reason)
+        self._logged = self._decision
         self._missing = missing
         self._sampler = Sampler(sensors, interval=config.interval, on_tick=self._tick)
         self._notices = Notices(config)
-        self._has_told_blind_spots = self._is_training = False
+        self._has_checked_readings = self._is_training = False
         self._sampler.start()
         self._started = time.monotonic()
 
@@ -58,7 +65,7 @@ class ThermalThrottle:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Work other than a step's heats the node too."""
+        """Counts work outside of steps, such as a validation, as load and as time spent computing."""
         self._end_micro_batch()  # of a step that a lost node has interrupted
         self._settle(busy=0.0)
         begun = time.monotonic()
@@ -71,11 +78,11 @@ class ThermalThrottle:
         self._micro_batches, self._is_new_step = micro_batches, True
 
     def before_micro_batch(self) -> None:
-        """Rests for this micro-batch's part of what is owed, then counts time as computing."""
+        """Sleeps for this micro-batch's part of the debt, then counts time as computing."""
         self._end_micro_batch()
         if self._is_new_step:
             self._is_new_step = False
-            if not self._is_training:  # what was scored before the first step doesn't count
+            if not self._is_training:  # energy before the first step does not count
                 self._is_training, self._meter = True, EnergyMeter()
             self._settle(busy=0.0)
             self._rested = self._booked = 0.0
@@ -98,7 +105,7 @@ class ThermalThrottle:
         self._settle(busy=busy)
 
     def status(self, tokens: int, seconds: float) -> NodeStatus:
-        """Settles what this step owes and describes the node."""
+        """The node's status after a step of ``tokens`` and ``seconds``, which it adds to the debt."""
         busy = max(seconds - self._rested, 0.0)
         self._settle(busy=max(busy - self._booked, 0.0))
         decision, conditions, meter = self._decision, self._conditions, self._meter
@@ -118,30 +125,47 @@ class ThermalThrottle:
         )
 
     def messages(self, nodes: Sequence[NodeStatus], shares: Sequence[float]) -> list[str]:
-        """What the governors of all nodes do, and why."""
+        """One line for each node whose governor has clearly changed its decision."""
         return self._notices.lines(nodes, shares)
 
     def own_messages(self) -> list[str]:
-        """What this node's sensors have to say, once."""
-        if self._has_told_blind_spots:
+        """New lines about this node's sensors, each once."""
+        if self._has_checked_readings:
             return self._sampler.notes()
         waited = time.monotonic() - self._started
         if waited < self._config.interval or (waited < _FIRST_READINGS_SECONDS and not self._sampler.has_answered()):
             return []
-        self._has_told_blind_spots = True
-        return blind_spots(self._config, self._conditions, [*self._missing, *self._sampler.notes()])
+        self._has_checked_readings = True
+        return missing_readings(self._config, self._conditions, [*self._missing, *self._sampler.notes()])
 
     def _tick(self, conditions: Conditions) -> None:
         local = time.localtime()
-        self._decision = self._governor.update(
-            conditions, local.tm_hour * 60 + local.tm_min, self._load_meter.read()[0]
-        )
+        load, _ = self._load_meter.read()
+        self._decision = self._governor.update(conditions, local.tm_hour * 60 + local.tm_min, load)
         self._conditions = conditions
-        # Energy goes by the real clock: it is compared with the run's real time and tokens.
+        self._log_decision(conditions, load)
+        # Real time, not the sensor's: energy is compared with the run's time and tokens.
         self._meter.add(now(), conditions.watts, estimated=conditions.watts_estimated)
 
+    def _log_decision(self, conditions: Conditions, load: float) -> None:
+        """Logs each decision at level debug, and one that differs clearly from the last such one at level info."""
+        decision = self._decision
+        is_different = is_notable_change(self._logged.duty, self._logged.paused, decision.duty, decision.paused)
+        if is_different:
+            self._logged = decision
+        log.log(
+            logging.INFO if is_different else logging.DEBUG,
+            "duty %.0f%%%s%s; load %.0f%%, %s C, state %s, %s W",
+            100 * decision.duty,
+            ", paused" if decision.paused else "",
+            f", because of {decision.reason}" if decision.reason else "",
+            100 * load,
+            *("-" if value is None else f"{value:g}" for value in (conditions.temperature, conditions.state)),
+            "-" if conditions.watts is None else f"{conditions.watts:.1f}",
+        )
+
     def _settle(self, *, busy: float) -> None:
-        """Books the time since the last call, of which ``busy`` seconds were spent computing."""
+        """Updates the debt for the time since the last call, of which ``busy`` seconds were spent computing."""
         time_now = time.monotonic()
         idle = max(time_now - self._settled - busy, 0.0)
         self._settled = time_now
@@ -149,7 +173,7 @@ class ThermalThrottle:
         self._owed = max(self._owed + busy * (1 - duty) - idle * duty, 0.0) if duty < 1.0 else 0.0
 
     def _rest(self, debt: float) -> None:
-        """Sleeps off ``debt``, at the duty that holds now, or until somebody asks for the end."""
+        """Sleeps for ``debt`` at the current duty, or until the run is asked to stop."""
         begun = time.monotonic()
         while debt > 0 and not self._stop():
             duty = self._decision.duty

@@ -7,7 +7,6 @@ synchronization, weighted by each rank's share of the tokens, and the same outer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -158,5 +157,5 @@ class DiLoCo:
 
 
 def _values(model: nn.Module) -> dict[str, NDArray[np.float32]]:
-    values: list[tuple[str, Any]] = tree_flatten(model.trainable_parameters())
+    values: list[tuple[str, mx.array]] = tree_flatten(model.trainable_parameters())
     return {name: np.array(value.astype(mx.float32)) for name, value in values}

@@ -1,11 +1,11 @@
-"""How this run exchanges gradients: the codec, its memory in checkpoints, and the choice of ``codec=auto``."""
+"""The sum of gradients over the ranks: the codec, its error memory in checkpoints, and ``collective.codec=auto``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
+import mlx.core as mx
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,8 @@ _WARM_STEPS, _MEASURED_STEPS = 2, 3
 class GradientReducer:
     """Sums buckets of gradients over the ranks of ``collective`` with the codec ``name``.
 
-    ``name`` is that of ``collective.codec``. With ``auto`` the first steps are exact; then rank 0 chooses by what it
-    has measured, for everyone.
+    ``name`` is the value of ``collective.codec``. With ``auto`` the first steps are exact; then rank 0 chooses a codec
+    for all ranks, from what it has measured.
     """
 
     def __init__(self, collective: Collective, name: str = "none", powersgd_rank: int = 1):
@@ -38,18 +38,18 @@ class GradientReducer:
 
     @property
     def residual_norm(self) -> float:
-        """L2 norm of what this rank has still to add."""
+        """L2 norm of this rank's error memory: what its codec has rounded away and still has to add."""
         errors = [value for name, value in self._codec.state().items() if not name.startswith("q/")]
         return math.sqrt(sum(float(np.vdot(error, error)) for error in errors))
 
-    def all_reduce(self, names: Sequence[str], arrays: Sequence[Any]) -> None:
+    def all_reduce(self, names: Sequence[str], arrays: Sequence[mx.array | NDArray[np.float32]]) -> None:
         """Sums a bucket in place; raises as the collective does."""
         self._codec.all_reduce(self.collective, names, arrays)
 
     def observe(self, step_seconds: float, exposed_seconds: float) -> str:
-        """Takes a step's seconds, of which the exchange held up ``exposed_seconds``; says so when it has chosen.
+        """Takes a step's seconds, ``exposed_seconds`` of them for communication; returns a line once a codec is chosen.
 
-        A call of all ranks: they come to the choice at the same step.
+        A call of all ranks: they choose at the same step.
         """
         if not self._is_open:
             return ""
@@ -64,15 +64,15 @@ class GradientReducer:
         return f"collective.codec=auto: {reason}"
 
     def agreed(self) -> tuple[str, bool]:
-        """What all ranks have alike: the codec's name, and whether ``auto`` has still to choose."""
+        """What all ranks have alike: the codec's name, and whether ``auto`` still has to choose."""
         return self._codec.name, self._is_open
 
     def start_anew(self, name: str, *, is_open: bool) -> None:
-        """Begins with the codec ``name`` and no memory, as the ranks are others now, or a sum was left half-way."""
+        """Restarts with the codec ``name`` and no error memory: the ranks have changed, or a sum was interrupted."""
         self._codec, self._is_open, self._seen = make(name, self._powersgd_rank), is_open, []
 
     def capture(self) -> list[bytes]:
-        """Every rank's memory, for a checkpoint; empty where there is none. A call of all ranks."""
+        """Every rank's error memory, for a checkpoint. A call of all ranks."""
         if self.codec == "none" and not self._is_open:
             return [msgpack.packb({"codec": "none", "open": False, "arrays": {}})]
         arrays = {name: [list(value.shape), value.tobytes()] for name, value in self._codec.state().items()}
@@ -80,10 +80,10 @@ class GradientReducer:
         return self.collective.all_gather(own)
 
     def restore(self, blobs: Sequence[bytes]) -> None:
-        """Takes back what :meth:`capture` gave, on as many ranks or others.
+        """Restores what :meth:`capture` returned, on the same number of ranks or another.
 
         Raises:
-            CheckpointError: it is not that.
+            CheckpointError: ``blobs`` are damaged.
         """
         try:
             states = [msgpack.unpackb(blob, max_bin_len=len(blob)) for blob in blobs]

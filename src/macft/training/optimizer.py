@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,22 +16,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from macft.device.mlx_device import start
 from macft.errors import ConfigError
 from macft.model.parameter_refs import ParameterRefs
+from macft.training.optimizer_table import OPTIMIZERS
 from macft.training.settings import OptimizerConfig
 
-_CLASSES = {
-    "adamw": optim.AdamW,
-    "adam": optim.Adam,
-    "adamax": optim.Adamax,
-    "lion": optim.Lion,
-    "muon": optim.Muon,
-    "sgd": optim.SGD,
-    "adafactor": optim.Adafactor,
-    "rmsprop": optim.RMSprop,
-    "adagrad": optim.Adagrad,
-}
-
-_ELEMENT_BY_ELEMENT = (optim.Adam, optim.Adamax, optim.Lion, optim.SGD, optim.RMSprop, optim.Adagrad)
-"""Optimizers that do not depend on a parameter's shape; AdamW is a subclass of Adam."""
+_BY_ELEMENT = {info.mlx_class for info in OPTIMIZERS.values() if info.by_element}
 _LARGE = 1 << 18
 
 
@@ -54,31 +43,35 @@ def make_optimizer(config: OptimizerConfig) -> optim.Optimizer:
     Raises:
         ConfigError: ``optimizer.arguments`` names an argument this optimizer doesn't take.
     """
-    arguments: dict[str, Any] = dict(config.arguments)
-    if config.name in ("adamw", "lion", "muon", "sgd", "adafactor"):
+    info = OPTIMIZERS[config.name]
+    arguments: dict[str, Any] = dict(info.defaults) | dict(config.arguments)
+    if info.weight_decay:
         arguments["weight_decay"] = config.weight_decay
-    if config.name in ("adam", "adamw"):
-        # The papers' bias correction, which MLX leaves off by default: without it the first steps are far too long.
-        arguments.setdefault("bias_correction", True)
-    if config.name == "adafactor":
-        # The learning rate comes from the schedule, as for the others.
-        arguments = {"relative_step": False, "scale_parameter": False} | arguments
     try:
-        return _CLASSES[config.name](learning_rate=config.learning_rate, **arguments)
+        optimizer: optim.Optimizer = getattr(optim, info.mlx_class)(learning_rate=config.learning_rate, **arguments)
+        return optimizer
     except TypeError as error:
         raise ConfigError(f"optimizer.arguments: {config.name} takes no such argument ({error})") from error
 
 
-class StepScalars(NamedTuple):
+Scalar = TypeVar("Scalar", float, mx.array)
+"""A number, or an array of shape ()."""
+OptimizerState = dict[str, Any]
+"""A tree of arrays, as MLX's optimizers keep it."""
+
+
+class StepScalars(NamedTuple, Generic[Scalar]):
     """Mean loss in nats, L2 norm of its gradient, and the factor of the summed gradient in the update."""
 
-    loss: Any
-    norm: Any
-    scale: Any
-    is_finite: Any
+    loss: Scalar
+    norm: Scalar
+    scale: Scalar
+    is_finite: Scalar
 
 
-def mean_and_clip(loss_sum: Any, norm_of_sum: Any, target_tokens: Any, max_norm: float, *, xp: Any) -> StepScalars:
+def mean_and_clip(
+    loss_sum: Scalar, norm_of_sum: Scalar, target_tokens: Scalar, max_norm: float, *, xp: ModuleType
+) -> StepScalars[Scalar]:
     """From sums over all target tokens to what an update needs: mean, clipping by the global norm, finite or not.
 
     ``norm_of_sum`` is the L2 norm of the summed gradient. The update uses the summed gradient times ``scale``, whose
@@ -135,7 +128,7 @@ class OptimizerStep:
         start(arrays)
         return loss, norm
 
-    def _before(self, rate: float) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    def _before(self, rate: float) -> tuple[dict[str, mx.array], OptimizerState]:
         self._optimizer.learning_rate = rate
         return dict(zip(self._parameters.names, self._parameters.get(), strict=True)), self._optimizer.state
 
@@ -143,12 +136,12 @@ class OptimizerStep:
         self,
         parameters: dict[str, mx.array],
         gradient: dict[str, mx.array],
-        state: dict[str, Any],
+        state: OptimizerState,
         loss_sum: mx.array,
         target_tokens: mx.array,
         is_sound: mx.array,
         max_norm: float,
-    ) -> tuple[dict[str, mx.array], dict[str, Any], mx.array, mx.array, mx.array]:
+    ) -> tuple[dict[str, mx.array], OptimizerState, mx.array, mx.array, mx.array]:
         squares = [mx.square(value).sum() for value in gradient.values()]
         norm_of_sum = mx.sqrt(sum(squares, mx.array(0.0)))
         loss, norm, scale, is_finite = mean_and_clip(loss_sum, norm_of_sum, target_tokens, max_norm, xp=mx)
@@ -161,13 +154,14 @@ class OptimizerStep:
         self,
         parameters: dict[str, mx.array],
         gradient: dict[str, mx.array],
-        state: dict[str, Any],
+        state: OptimizerState,
         scale: mx.array,
-    ) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    ) -> tuple[dict[str, mx.array], OptimizerState]:
         """The parameters and the optimizer's state after an update."""
         optimizer = self._optimizer
-        by_element = isinstance(optimizer, _ELEMENT_BY_ELEMENT)
-        groups = _groups(parameters) if by_element else {name: [name] for name in parameters}
+        groups = (
+            _groups(parameters) if type(optimizer).__name__ in _BY_ELEMENT else {name: [name] for name in parameters}
+        )
         optimizer.state = state
         scaled = [
             (key, (_joined(gradient, names) * scale).astype(parameters[names[0]].dtype))

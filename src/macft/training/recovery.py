@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgpack
 
@@ -22,6 +23,8 @@ from macft.training.state import TrainState
 from macft.training.stop import StopRequest
 
 _PATIENT_SECONDS = 3.0
+
+log = logging.getLogger("macft.training")
 
 
 class Position(NamedTuple):
@@ -128,7 +131,8 @@ class Recovery:
         while self._join_ring(pause):
             try:
                 change = self._sync_to_newest(self.elastic.members)
-            except MembershipChanged:
+            except MembershipChanged as error:
+                log.info("the members changed again: %s", error)
                 continue
             self._reporter.lead(is_main=self.elastic.rank == 0, step=self._state.progress.step)
             self._reporter.handle(replace(change, seconds=time.monotonic() - started))
@@ -149,6 +153,7 @@ class Recovery:
             rank != newest.source and (other != newest.position or newest.position[0] < 0)
             for rank, other in enumerate(newest.positions)
         ]
+        log.info("rank %d has the newest state, %s; this rank is at %s", newest.source, newest.position, position)
         payload = newest.share(lambda: self._describe(members, with_state=any(is_behind)))
         shared = msgpack.unpackb(payload, max_bin_len=len(payload))
         if is_behind[self.elastic.rank]:
@@ -181,7 +186,7 @@ class Recovery:
     def _describe(self, members: MembershipView, *, with_state: bool) -> bytes:
         """What all nodes must have alike, as msgpack; ``with_state``: some node needs the whole state."""
         codec, is_open = self._state.reducer.agreed()
-        values: dict[str, Any] = {
+        values = {
             "state": self._state.capture().pack() if with_state else b"",
             "ended": self._state.ended,
             "has_final_adapter": self._state.has_final_adapter,

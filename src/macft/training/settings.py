@@ -6,7 +6,8 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
-OPTIMIZERS = ("adamw", "adam", "adamax", "lion", "muon", "sgd", "adafactor", "rmsprop", "adagrad")
+from macft.training.optimizer_table import OPTIMIZERS
+
 SYNCS = ("every_step", "diloco")
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -183,6 +184,6 @@ def _optimizer_problems(config: OptimizerConfig, steps: int | None) -> list[str]
         )
     if config.weight_decay < 0:
         found.append(f"optimizer.weight_decay: {config.weight_decay} must be 0 or more")
-    if config.weight_decay and config.name not in ("adamw", "lion", "muon", "sgd", "adafactor"):
+    if config.weight_decay and config.name in OPTIMIZERS and not OPTIMIZERS[config.name].weight_decay:
         found.append(f"optimizer.weight_decay: {config.name} has none; use adamw, or set it to 0")
     return found

@@ -1,4 +1,4 @@
-"""An orderly end on request."""
+"""A request to stop the run cleanly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM ask for an orderly end after the running step; a second one interrupts at once."""
+    """Ctrl-C and SIGTERM stop the run after the current step; a second one interrupts it at once."""
 
     def __init__(self) -> None:
         self._requested = False
@@ -18,18 +18,18 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether somebody asked for the end."""
+        """Whether a stop was requested."""
         return self._requested or self._other.is_set()
 
     def __call__(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
-        """Asks for the end. Usable as a signal handler."""
+        """Requests a stop. Usable as a signal handler."""
         if self._requested:
             raise KeyboardInterrupt
         self._requested = True
 
     @contextmanager
     def listening(self, other: threading.Event | None = None) -> Iterator[None]:
-        """Handles SIGINT and SIGTERM while active; ``other`` asks for the end as well when it is set."""
+        """Handles SIGINT and SIGTERM while active; ``other`` requests a stop too when it is set."""
         self._other = other or self._other
         previous = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

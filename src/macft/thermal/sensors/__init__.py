@@ -1,1 +1,1 @@
-"""Where readings come from, one file a source."""
+"""The sensors, one module for each source of readings."""

@@ -1,4 +1,4 @@
-"""The interface of a sensor, and how the ones that ask another program do so."""
+"""The interface of a sensor, and how a sensor runs another program."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ COMMAND_SECONDS = 5.0
 
 
 class SensorError(Exception):
-    """A sensor isn't there or can't be understood; the text says why in a few words."""
+    """A sensor does not exist or gives unknown output; the text is a short reason."""
 
 
 class Sensor(Protocol):
-    """Reads some kinds of values. A call may take its time or hang: each sensor has a thread of its own."""
+    """Reads some kinds of values. A call may block: each sensor has its own thread."""
 
     @property
     def name(self) -> str:
-        """The source, as it stands in every reading."""
+        """The source, as in every reading."""
         ...
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of reading it can give; it is only asked while no more trusted sensor gives them all."""
+        """The kinds of reading it can give; it is read only while no more trusted sensor gives them all."""
         ...
 
     def read(self) -> list[Reading]:
-        """What is known now; raises SensorError, or anything else, where nothing is."""
+        """The current readings; raises SensorError, or any other exception, if there are none."""
         ...
 
     def close(self) -> None:
@@ -40,12 +40,12 @@ class Sensor(Protocol):
 
 
 def now() -> float:
-    """Seconds of the clock that real sensors stamp their readings with."""
+    """The time of real sensors' readings, in seconds of the monotonic clock."""
     return time.monotonic()
 
 
 def output_of(command: Sequence[str], *, seconds: float = COMMAND_SECONDS) -> bytes:
-    """Standard output of a command, its first MiB; raises SensorError where it is missing, fails or takes longer."""
+    """The first MiB of a command's standard output; raises SensorError if it is missing, fails or takes too long."""
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=seconds

@@ -1,4 +1,4 @@
-"""Which sensors a machine gets, the most trusted first."""
+"""Chooses the sensors of this machine, the most trusted first."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LINUX: tuple[Maker, ...] = (LinuxTemperature, Rapl, Battery)
 
 
 def choose(config: ThermalConfig, load: Load, *, rank: int) -> tuple[list[Sensor], list[str]]:
-    """The sensors of this machine, and why others could not be set up."""
+    """The sensors of this machine, and for each of the others the reason why it can't be used."""
     makers: list[Maker] = []
     system = {"darwin": "macos", "linux": "linux"}.get(sys.platform, "") if config.sensor == "auto" else config.sensor
     if system == "macos":
@@ -43,6 +43,6 @@ def choose(config: ThermalConfig, load: Load, *, rank: int) -> tuple[list[Sensor
             sensors.append(make())
         except SensorError as error:
             missing.append(str(error))
-        except Exception as error:  # a package may fail in ways of its own as it starts
+        except Exception as error:  # a package may raise anything when it starts
             missing.append(f"{getattr(make, 'name', 'a sensor')}: {error}")
     return sensors, missing

@@ -1,4 +1,4 @@
-"""Linux: temperatures from sysfs and psutil, power from RAPL, battery from psutil. Often none of them is there."""
+"""Linux: temperatures from sysfs and psutil, power from RAPL, battery from psutil. Often none of them exists."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import psutil
 from macft.thermal.readings import Reading, reading
 from macft.thermal.sensors.base import SensorError, now
 
-# Chips whose sensors stand for the processor, most trusted first.
+# Names of the processor's sensors, the most trusted first.
 _CHIPS = ("coretemp", "k10temp", "zenpower", "cpu_thermal", "cpu-thermal", "soc_thermal")
 
 
 class LinuxTemperature:
-    """The hottest of the processor's sensors, or of the thermal zones where none is known by name."""
+    """The highest temperature of the processor's sensors, or of the thermal zones if none has a known name."""
 
     name = "sysfs temperature"
     kinds: tuple[str, ...] = ("temperature",)
@@ -23,16 +23,16 @@ class LinuxTemperature:
         self._zones = sorted((root / "class/thermal").glob("thermal_zone*/temp"))
 
     def read(self) -> list[Reading]:
-        values = self._of_processor() or [value for zone in self._zones for value in _millidegrees(zone)]
-        found = [item for value in values for item in reading("temperature", value, now(), self.name)]
-        if not found:
+        values = self._processor_temperatures() or [value for zone in self._zones for value in _millidegrees(zone)]
+        readings = [item for value in values for item in reading("temperature", value, now(), self.name)]
+        if not readings:
             raise SensorError("this machine shows no temperature")
-        return [max(found, key=lambda item: item.value)]
+        return [max(readings, key=lambda item: item.value)]
 
     def close(self) -> None:
         """Nothing to release."""
 
-    def _of_processor(self) -> list[float]:
+    def _processor_temperatures(self) -> list[float]:
         chips = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
         for chip in _CHIPS:
             if chip in chips:

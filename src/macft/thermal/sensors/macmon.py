@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from macft.thermal.readings import Reading, reading
@@ -11,7 +12,7 @@ from macft.thermal.sensors.base import SensorError, now, output_of
 
 
 class MacmonLibrary:
-    """``macmon.Sampler`` of the package macmon-lib (the package called macmon is another thing altogether)."""
+    """``macmon.Sampler`` of the package macmon-lib (the package ``macmon`` is unrelated)."""
 
     name = "macmon"
     kinds: tuple[str, ...] = ("temperature", "watts")
@@ -39,7 +40,7 @@ class MacmonLibrary:
 
 
 class MacmonPipe:
-    """``macmon pipe -s 1``, where the program is installed and the package is not."""
+    """``macmon pipe -s 1``, for machines with the program but not the package."""
 
     name = "macmon pipe"
     kinds: tuple[str, ...] = ("temperature", "watts")
@@ -52,25 +53,25 @@ class MacmonPipe:
 
 
 def parse_pipe(output: bytes, source: str) -> list[Reading]:
-    """Readings of the last line of ``macmon pipe``; raises SensorError where that is not its JSON."""
+    """Readings of the last line of ``macmon pipe``; raises SensorError if it is not the expected JSON."""
     lines = output.strip().splitlines()
     try:
         values = json.loads(lines[-1])
         temperature, power = values["temp"], [values.get("sys_power"), values.get("all_power")]
         temperatures = [temperature.get("cpu_temp_avg"), temperature.get("gpu_temp_avg")]
     except (IndexError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise SensorError("macmon said something unknown") from None
+        raise SensorError("macmon printed something unknown") from None
     return _readings(temperatures, power, source)
 
 
-def _readings(temperatures: list[Any], watts: list[Any], source: str) -> list[Reading]:
-    """The hotter part's temperature; the whole machine's power, or the chip's where that is missing."""
+def _readings(temperatures: Sequence[object], watts: Sequence[object], source: str) -> list[Reading]:
+    """The higher temperature; the power of the whole machine, or of the chip if that is missing."""
     time = now()
     hottest = [item for value in temperatures for item in reading("temperature", _number(value), time, source)]
-    found = [max(hottest, key=lambda item: item.value)] if hottest else []
+    temperature = [max(hottest, key=lambda item: item.value)] if hottest else []
     power = [item for value in watts for item in reading("watts", _number(value), time, source)]
-    return found + power[:1]
+    return temperature + power[:1]
 
 
-def _number(value: Any) -> float | None:
+def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9 else None

@@ -1,4 +1,4 @@
-"""macOS's own view: thermal pressure (notify(3)) and ``ProcessInfo.thermalState``. Neither needs a privilege."""
+"""macOS's own view: thermal pressure (notify(3)) and ``ProcessInfo.thermalState``. Neither needs special rights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ThermalPressure:
 
 
 class ProcessInfoState:
-    """``NSProcessInfo.thermalState`` through pyobjc: coarser, and there from macOS 10.10.3 on."""
+    """``NSProcessInfo.thermalState`` through pyobjc: coarser; since macOS 10.10.3."""
 
     name = "ProcessInfo.thermalState"
     kinds: tuple[str, ...] = ("state", "low_power")
@@ -54,10 +54,10 @@ class ProcessInfoState:
 
 
 def parse_pressure(output: bytes) -> int:
-    """The level out of ``notifyutil -g``'s line; raises SensorError for anything else."""
+    """The level in ``notifyutil -g``'s line; raises SensorError for anything else."""
     match = _LINE.fullmatch(output.decode("utf-8", "replace"))
     if match is None:
-        raise SensorError("notifyutil said something unknown")
+        raise SensorError("notifyutil printed something unknown")
     level = int(match[1])
     if level > 4:
         raise SensorError(f"thermal pressure {level} is not from 0 to 4")

@@ -28,13 +28,13 @@ class Pmset:
 
 
 def parse_battery(output: bytes, source: str) -> list[Reading]:
-    """Charge and source of ``pmset -g batt``. A desktop has no charge; raises SensorError for another text."""
+    """Charge and source of ``pmset -g batt``. A desktop has no charge; raises SensorError for any other text."""
     text, time = output.decode("utf-8", "replace"), now()
     drawn = _SOURCE.search(text)
     if drawn is None:
         if "No batteries available" in text:
             return reading("on_battery", 0.0, time, source)
-        raise SensorError("pmset said something unknown")
+        raise SensorError("pmset printed something unknown")
     charge = _CHARGE.search(text)
     return [
         *reading("on_battery", float(drawn[1] != "AC Power"), time, source),
@@ -45,5 +45,5 @@ def parse_battery(output: bytes, source: str) -> list[Reading]:
 def parse_modes(output: bytes, source: str) -> list[Reading]:
     """Low power mode of ``pmset -g``: ``lowpowermode`` 0 or 1, on newer systems ``powermode`` 0 to 2 where 1 is low."""
     text = output.decode("utf-8", "replace")
-    found = _LOW_POWER.search(text) or _POWER_MODE.search(text)
-    return reading("low_power", float(found[1] == "1"), now(), source) if found else []
+    mode = _LOW_POWER.search(text) or _POWER_MODE.search(text)
+    return reading("low_power", float(mode[1] == "1"), now(), source) if mode else []

@@ -1,29 +1,30 @@
-"""``powermetrics``, where sudo may run it without asking: thermal pressure and the chip's power."""
+"""``powermetrics``, if sudo may run it without a password: thermal pressure and the chip's power."""
 
 from __future__ import annotations
 
 import math
 import plistlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from macft.thermal.readings import Reading, reading, state_level
 from macft.thermal.sensors.base import SensorError, now, output_of
 
-_ASKED = ["-n", "powermetrics", "-s", "thermal,cpu_power,gpu_power", "-i", "500", "-n1", "-f", "plist"]
+_ARGUMENTS = ["-n", "powermetrics", "-s", "thermal,cpu_power,gpu_power", "-i", "500", "-n1", "-f", "plist"]
 _MOST_BYTES = 1 << 20
 _LEVEL = re.compile(r"^Current pressure level:\s*(\w{1,20})\s*$", re.MULTILINE)
 _COMBINED = re.compile(r"^Combined Power \(CPU \+ GPU \+ ANE\):\s*(\d{1,9})\s*mW\s*$", re.MULTILINE)
 
 
 class Powermetrics:
-    """One sample in property-list form; ``sudo -n`` fails at once where a password would be needed."""
+    """One sample as a property list; ``sudo -n`` fails at once if a password is needed."""
 
     name = "powermetrics"
     kinds: tuple[str, ...] = ("state", "watts")
 
     def read(self) -> list[Reading]:
-        return parse_plist(output_of(["sudo", *_ASKED]), self.name)
+        return parse_plist(output_of(["sudo", *_ARGUMENTS]), self.name)
 
     def close(self) -> None:
         """Nothing to release."""
@@ -33,7 +34,7 @@ def parse_plist(output: bytes, source: str) -> list[Reading]:
     """Readings of the last sample; samples are separated by NUL. Energies are mJ over the interval.
 
     Raises:
-        SensorError: it is not a property list, or not powermetrics'.
+        SensorError: it is not a property list of powermetrics.
     """
     samples = [sample for sample in output[:_MOST_BYTES].split(b"\0") if sample.strip()]
     try:
@@ -51,7 +52,7 @@ def parse_plist(output: bytes, source: str) -> list[Reading]:
 
 
 def parse_text(output: bytes, source: str) -> list[Reading]:
-    """The same out of powermetrics' text form, as people keep it in files."""
+    """The same from powermetrics' text output, such as a saved file; raises SensorError for any other text."""
     text, time = output.decode("utf-8", "replace"), now()
     level, power = _LEVEL.search(text), _COMBINED.search(text)
     if level is None and power is None:
@@ -62,7 +63,7 @@ def parse_text(output: bytes, source: str) -> list[Reading]:
     ]
 
 
-def _watts(values: dict[str, Any]) -> float | None:
+def _watts(values: Mapping[str, object]) -> float | None:
     processor, elapsed = values.get("processor"), _number(values.get("elapsed_ns"))
     if not isinstance(processor, dict) or elapsed is None or elapsed <= 0:
         return None
@@ -71,7 +72,7 @@ def _watts(values: dict[str, Any]) -> float | None:
     return sum(known) / 1000.0 / (elapsed / 1e9) if known else None
 
 
-def _number(value: Any) -> float | None:
+def _number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e18:
         return None
     return float(value) if math.isfinite(value) else None

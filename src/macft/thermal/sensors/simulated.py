@@ -1,4 +1,4 @@
-"""A computed Mac, heated by this process's real load; and an estimate of power where nothing measures it."""
+"""A simulated Mac, heated by this process's real load, and an estimate of power for machines without a sensor."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from macft.thermal.sensors.base import now
 from macft.thermal.settings import SimulationConfig
 from macft.thermal.simulated_mac import CHIPS, SimulatedMac
 
-# An idle laptop draws about a tenth of what it does under load.
+# The power of an idle laptop, as a part of its power under load.
 _IDLE_PART = 0.1
 
 
 class SimulatedSensor:
-    """Temperature, state and power of a :class:`~macft.thermal.simulated_mac.SimulatedMac`, in its own time."""
+    """Temperature, state and power of a :class:`~macft.thermal.simulated_mac.SimulatedMac`, in simulated time."""
 
     name = "simulated"
     kinds: tuple[str, ...] = ("temperature", "state", "watts", "on_battery")
@@ -44,7 +44,7 @@ class SimulatedSensor:
 
 
 class AssumedPower:
-    """``thermal.assumed_watts`` times the load: an estimate, and marked as one."""
+    """An estimate from ``thermal.assumed_watts`` and the load, marked as estimated."""
 
     name = "assumed power"
     kinds: tuple[str, ...] = ("watts",)

@@ -12,7 +12,7 @@ _RAILS = ("cpu_total_mj", "gpu_mj", "gpu_sram_mj", "dram_mj", "ane_mj")
 
 
 class Zeus:
-    """The chip's power, in W. It leaves out display, storage and radios, so macmon's board power comes first."""
+    """The chip's power, in W, without display, storage and radios. macmon's board power is preferred."""
 
     name = "zeus"
     kinds: tuple[str, ...] = ("watts",)
@@ -36,8 +36,8 @@ class Zeus:
         """Nothing to release."""
 
 
-def total_joules(metrics: Any) -> float:
-    """The rails' sum; a rail that this chip doesn't have is None."""
+def total_joules(metrics: object) -> float:
+    """The sum of the rails, in joules. A rail that this chip does not have is None."""
     values = [getattr(metrics, rail, None) for rail in _RAILS]
     known = [float(value) for value in values if value is not None]
     if not known:

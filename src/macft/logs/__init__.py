@@ -1,0 +1,1 @@
+"""Each rank's log file: standard ``logging``, with rank, generation and step on every line."""
