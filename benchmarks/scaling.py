@@ -42,9 +42,12 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
     from macft.data.order import RowOrder
     from macft.data.settings import SourceConfig
     from macft.data.sources import read_source
+    from macft.device.kind import Device
     from macft.model.adapt import adapt
     from macft.model.adapter_settings import AdapterConfig
-    from macft.model.load import load
+    from macft.model.backends.choose import make_backend
+    from macft.model.execution import resolve as resolve_execution
+    from macft.model.load import load, weight_format_of
     from macft.model.resolve import resolve
     from macft.model.settings import ModelConfig
     from macft.report.events import Event, NullReporter, StepDone
@@ -71,12 +74,14 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
     adaptation = adapt(loaded.model, AdapterConfig(rank=RANK, num_layers=NUM_LAYERS), seed=0)
     optimizer = OptimizerConfig(schedule="constant")
     ring = Ring(rank, len(addresses), addresses) if len(addresses) > 1 else Solo()
-    with tempfile.TemporaryDirectory() as folder, ring as collective:
+    execution = resolve_execution(config, weight_format_of(loaded.model), Device.default(), can_pack=True)
+    backend = make_backend(execution)
+    with tempfile.TemporaryDirectory() as folder, ring as collective, backend.installed(loaded.model):
         make_trainer(
             TrainingConfig(batch_size=batch_size, steps=steps, eval_every=0, save_every=0),
             optimizer,
             TrainState(loaded.model, make_optimizer(optimizer), Progress(), GradientReducer(collective)),
-            GradientComputer(loaded.model, adaptation.dropout_keys, seed=0, checkpoint_blocks=False),
+            GradientComputer(loaded.model, backend, execution, adaptation.dropout_keys, seed=0),
             rows,
             RowOrder([len(rows)], [1.0], batch_size=batch_size, seed=0),
             CheckpointSaver(CheckpointStore(Path(folder), keep_last=1)),

@@ -26,9 +26,12 @@ from typing import Any
 import numpy as np
 
 from macft.device.chips import find_mac
+from macft.device.kind import METAL
 from macft.model.adapter_settings import AdapterConfig
-from macft.model.shape import HeldWeights, ModelShape, shape_of
-from macft.planner.fit import BatchSettings, MemoryPlanner
+from macft.model.execution import resolve
+from macft.model.settings import ModelConfig
+from macft.model.shape import ModelShape, shape_of
+from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import trained_part
 from macft.planner.run_plan import known_models
 from macft.planner.speed import MAC_EFFICIENCY, step_cost
@@ -125,10 +128,10 @@ def matrices(shape: ModelShape, adapter: AdapterConfig) -> tuple[tuple[int, int]
 def mac_job(model: str, mac: str, adapter: AdapterConfig, rows: int, length: int) -> Job:
     """What `macft.plan` estimates for ``rows`` x ``length`` tokens a step on a Mac."""
     shape = shape_of(known_models()[model], model)
-    held = HeldWeights(shape.bits, shape.group_size, 2)
+    execution = resolve(ModelConfig(), shape.checkpoint, METAL, packing="false", compile="false")
     steps = [unlike_rows(rows, length, length // 4)]
-    plan = MemoryPlanner(shape, held, adapter, "adamw", steps, validation_rows=0)
-    operations = step_cost(plan, BatchSettings(None, False)).operations
+    planner = MemoryPlanner(shape, execution, adapter, "adamw", steps, validation_rows=0)
+    operations = step_cost(planner, execution).operations
     seconds = operations / (find_mac(mac).chip.tflops * 1e12 * MAC_EFFICIENCY)
     name = model.split("/")[-1].removesuffix("-4bit").replace("-Instruct", "").replace("Meta-", "")
     kind = "full" if adapter.type == "full" else f"LoRA {adapter.rank}"

@@ -104,12 +104,25 @@ def texts(records: list[dict[str, Any]], tokenizer: Any, least: int, most: int, 
     return found
 
 
+def execution_of(model: Any, **training: Any) -> Any:
+    """How this machine computes ``model``; ``training`` are arguments of resolve()."""
+    from macft.device.kind import Device
+    from macft.model.execution import resolve
+    from macft.model.load import weight_format_of
+    from macft.model.packing import may_pack
+    from macft.model.settings import ModelConfig
+
+    config = ModelConfig(precision="checkpoint", quantization="keep")
+    return resolve(config, weight_format_of(model), Device.default(), can_pack=may_pack(model), **training)
+
+
 def held_out_loss(loaded: Any, case: str) -> float:
     """Mean loss of the target tokens of rows that no trainer has seen, in nats."""
     from macft.collective.solo import Solo
     from macft.data.formats import tokenize
     from macft.data.settings import SourceConfig
     from macft.data.sources import read_source
+    from macft.model.backends.choose import make_backend
     from macft.parallel.shares import DataShard
     from macft.training.loss import TokenLoss
     from macft.training.validation import validation_loss
@@ -120,9 +133,13 @@ def held_out_loss(loaded: Any, case: str) -> float:
     )
     rows = [tokenize(record, loaded.tokenizer, mask_prompt=case == "sql") for record in records]
     model = loaded.model
-    return validation_loss(
-        model, TokenLoss(model), rows, Solo(), rows_at_once=4, seat=DataShard(0, 1), progress=lambda *_: None
-    ).loss
+    execution = execution_of(model, micro_batch_size=4)
+    backend = make_backend(execution)
+    with backend.installed(model):
+        loss = TokenLoss(model, backend)
+        return validation_loss(
+            model, loss, execution, rows, Solo(), shard=DataShard(0, 1), progress=lambda *_: None
+        ).loss
 
 
 def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
@@ -135,6 +152,7 @@ def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from macft.data.order import RowOrder
     from macft.model.adapt import adapt
     from macft.model.adapter_settings import AdapterConfig
+    from macft.model.backends.choose import make_backend
     from macft.report.events import Event, NullReporter, StepDone
     from macft.training.assembly import make_trainer
     from macft.training.gradient import GradientComputer
@@ -157,15 +175,10 @@ def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     rows = [tokenize(record, loaded.tokenizer, mask_prompt=case == "sql") for record in records]
     adaptation = adapt(loaded.model, AdapterConfig(rank=RANK, scale=SCALE, num_layers=NUM_LAYERS), seed=0)
     optimizer_config = OptimizerConfig(name="adam", learning_rate=LEARNING_RATE, schedule="constant")
-    with tempfile.TemporaryDirectory() as folder:
-        compute = GradientComputer(
-            loaded.model,
-            adaptation.dropout_keys,
-            seed=0,
-            checkpoint_blocks=False,
-            compiling=options.compile,
-            packing=options.packing,
-        )
+    execution = execution_of(loaded.model, packing=options.packing, compile=options.compile)
+    backend = make_backend(execution)
+    with tempfile.TemporaryDirectory() as folder, backend.installed(loaded.model):
+        compute = GradientComputer(loaded.model, backend, execution, adaptation.dropout_keys, seed=0)
         make_trainer(
             TrainingConfig(batch_size=ROWS_A_STEP[case], steps=steps, eval_every=0, save_every=0, max_grad_norm=0.0),
             optimizer_config,
@@ -186,13 +199,10 @@ def train_mlx_lm(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
     import mlx.core as mx
     import mlx.optimizers as optim
-    from mlx_lm.models import activations
     from mlx_lm.tuner.datasets import CacheDataset, create_dataset
     from mlx_lm.tuner.trainer import TrainingArgs, train
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    # macft's faster activation is not the peer's: it gets its own back.
-    vars(sys.modules[type(loaded.model).__module__])["swiglu"] = activations.swiglu
     mx.random.seed(0)
     linear_to_lora_layers(loaded.model, NUM_LAYERS, {"rank": RANK, "scale": SCALE, "dropout": 0.0})
     data = CacheDataset(create_dataset(records, loaded.tokenizer, types.SimpleNamespace(mask_prompt=case == "sql")))
@@ -233,7 +243,6 @@ def train_unsloth(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     import importlib.util
 
     import mlx.core as mx
-    from mlx_lm.models import activations
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     found = importlib.util.find_spec("unsloth_zoo")
@@ -243,7 +252,6 @@ def train_unsloth(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     sys.modules["unsloth_zoo"] = package
     from unsloth_zoo.mlx.trainer import MLXTrainer, MLXTrainingConfig
 
-    vars(sys.modules[type(loaded.model).__module__])["swiglu"] = activations.swiglu
     mx.random.seed(0)
     linear_to_lora_layers(loaded.model, NUM_LAYERS, {"rank": RANK, "scale": SCALE, "dropout": 0.0})
     if case == "sql":

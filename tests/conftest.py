@@ -11,6 +11,8 @@ from hypothesis import settings
 
 from harness.runs import uneven_dataset
 from harness.tiny_model import make_tiny_model
+from macft.device import blas
+from macft.device.mlx_device import on_cpu
 from macft.model.bundled import ensure_bundled
 from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig
@@ -42,6 +44,14 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, bundled_model: P
 def tiny_task(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> list[str]:
     """Overrides for a run: the tiny model, and rows of very different lengths to train it on."""
     return [f"model={tiny_model_folder}", f"dataset={uneven_dataset(tmp_path_factory.mktemp('data'))}"]
+
+
+@pytest.fixture(params=["mlx", "cpu"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """Both backends: the portable one, which is what a Mac runs, and the CPU's where this machine has it."""
+    if request.param == "cpu" and not (on_cpu() and blas.library() is not None):
+        pytest.skip("the CPU backend is for a Linux CPU with OpenBLAS")
+    return str(request.param)
 
 
 @pytest.fixture

@@ -3,51 +3,49 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
+from helpers.computing import execution_with, gradient_computer, randomize_adapter
 from helpers.models import assert_same_gradient, make_model
 from macft.data.batch import Batch, coarse_length, coarse_targets, micro_batches, pack, widened, widened_pack
 from macft.data.formats import Row
+from macft.errors import ConfigError
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
+from macft.model.backends.choose import make_backend
 from macft.planner.workload import StepRows
 from macft.training.batch_layout import BatchLayout
 from macft.training.gradient import GradientComputer, LocalGradient
 from macft.training.loss import target_positions
 from macft.training.optimizer import OptimizerStep, make_optimizer
-from macft.training.settings import OptimizerConfig, TrainingConfig, compiles, problems
+from macft.training.settings import OptimizerConfig, TrainingConfig, problems
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None and mx.default_device() == mx.cpu, reason="on a CPU MLX compiles with g++"
 )
 
 
+@contextmanager
 def computer(
-    compiling: str, *, checkpoint: bool = False, packing: str = "false", dropout: float = 0.3
-) -> tuple[Any, GradientComputer]:
+    kernels: str, *, compiled: bool = False, recompute: str = "none", packing: bool = False, dropout: float = 0.3
+) -> Iterator[tuple[nn.Module, GradientComputer]]:
     model = make_model("llama")
     adaptation = adapt(model, AdapterConfig(rank=4, dropout=dropout), seed=1)
-    mx.random.seed(5)
-    values = [(name, mx.random.normal(value.shape) * 0.1) for name, value in tree_flatten(model.trainable_parameters())]
-    model.load_weights(values, strict=False)
-    compute = GradientComputer(
-        model,
-        adaptation.dropout_keys,
-        seed=0,
-        checkpoint_blocks=checkpoint,
-        packing=packing,
-        compiling=compiling,
-        loss_chunk=40,
-    )
-    assert compute.compiles == (compiling == "true")
-    return model, compute
+    randomize_adapter(model)
+    with gradient_computer(
+        model, adaptation, kernels, packing=packing, compiled=compiled, recompute=recompute, loss_chunk=40
+    ) as compute:
+        yield model, compute
 
 
 def batches(seed: int, count: int, *, most: int = 60, micro_batch: int = 2) -> list[Batch]:
@@ -67,30 +65,36 @@ def same(found: LocalGradient, expected: LocalGradient) -> None:
 @pytest.mark.parametrize(
     ("packing", "dropout"),
     [
-        pytest.param("false", 0.3, marks=pytest.mark.slow),
-        pytest.param("true", 0.3, marks=pytest.mark.slow),
-        ("true", 0.0),
+        pytest.param(False, 0.3, marks=pytest.mark.slow),
+        pytest.param(True, 0.3, marks=pytest.mark.slow),
+        (True, 0.0),
     ],
 )
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "blocks"])
 def test_gradients_are_those_of_the_uncompiled_step(
-    checkpoint: bool, packing: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+    recompute: str, packing: bool, dropout: float, kernels: str
 ) -> None:
-    """Two steps of several micro-batches, packed or padded, chunks of the loss, and an update in between."""
-    layer_class = type(make_model("llama").layers[0])
-    monkeypatch.setattr(layer_class, "__call__", layer_class.__call__)  # checkpointing replaces it
-    (model, compiled), (other, plain) = (
-        computer(word, checkpoint=checkpoint, packing=kind, dropout=dropout)
-        for word, kind in (("true", packing), ("false", "false"))
-    )
+    """Two steps of several micro-batches, packed or padded, chunks of the loss, and an update in between.
+
+    What is compiled is the portable path; ``kernels`` are those of the uncompiled step.
+    """
     optimizer = OptimizerConfig(name="sgd")
-    for step in range(2):
-        work = batches(step, 5)
-        found, expected = compiled(step, work), plain(step, work)
-        same(found, expected)
-        assert found.gradient.keys() == dict(tree_flatten(model.trainable_parameters())).keys()
-        for each in (model, other):
-            OptimizerStep(each, make_optimizer(optimizer))(expected.gradient, 1e-4)
+    with (
+        computer("mlx", compiled=True, recompute=recompute, packing=packing, dropout=dropout) as (model, compiled),
+        computer(kernels, recompute=recompute, dropout=dropout) as (other, plain),
+    ):
+        for step in range(2):
+            work = batches(step, 5)
+            found, expected = compiled(step, work), plain(step, work)
+            same(found, expected)
+            assert found.gradient.keys() == dict(tree_flatten(model.trainable_parameters())).keys()
+            for each in (model, other):
+                OptimizerStep(each, make_optimizer(optimizer))(expected.gradient, 1e-4)
+
+
+def test_the_kernels_of_a_cpu_are_not_compiled() -> None:
+    with pytest.raises(ConfigError, match=r"training\.kernels"):
+        make_backend(execution_with("cpu", compiled=True))
 
 
 def shapes_of(work: list[Batch], *, coarse: bool) -> set[tuple[Any, ...]]:
@@ -99,19 +103,19 @@ def shapes_of(work: list[Batch], *, coarse: bool) -> set[tuple[Any, ...]]:
 
 
 def test_a_shape_is_compiled_once() -> None:
-    _, compute = computer("true")
     traced = []
-    loss = compute.loss
-
-    def recorded(inputs: Any, positions: Any, *rest: Any) -> Any:
-        rows, length = inputs.shape
-        traced.append(((rows, length + 1), positions.shape))
-        return loss(inputs, positions, *rest)
-
-    compute.loss = recorded  # type: ignore[assignment]
     work = batches(3, 60)
-    for step in range(2):
-        compute(step, work)
+    with computer("mlx", compiled=True) as (_, compute):
+        loss = compute.loss
+
+        def recorded(inputs: Any, positions: Any, *rest: Any) -> Any:
+            rows, length = inputs.shape
+            traced.append(((rows, length + 1), positions.shape))
+            return loss(inputs, positions, *rest)
+
+        compute.loss = recorded  # type: ignore[assignment]
+        for step in range(2):
+            compute(step, work)
     # A step's first, which has no sums to add to, and the others.
     assert len(traced) == 1 + len(shapes_of(work[1:], coarse=True))
     assert set(traced) == shapes_of(work, coarse=True)
@@ -155,7 +159,7 @@ def test_the_plan_counts_what_a_compiled_step_computes() -> None:
     generator = np.random.default_rng(5)
     rows = [Row(np.ones(n, np.int32), int(generator.integers(0, n - 1))) for n in generator.integers(4, 300, 24)]
     step = StepRows(rows, np.arange(24))
-    planned = step.parts(8, BatchLayout(compiled=True))
+    planned = step.device_batches(8, BatchLayout(compiled=True))
     for batch, part in zip(micro_batches(rows, step.ids, 8), planned, strict=True):
         ((shape, positions),) = shapes_of([batch], coarse=True)
         assert ((part.rows, part.length + 1), (part.targets,)) == (shape, positions)
@@ -173,13 +177,6 @@ def test_coarse_sizes_waste_little(length: int, share: float, rows: int) -> None
 def test_there_are_few_coarse_sizes() -> None:
     assert len({coarse_length(length) for length in range(1, 2050)}) == 20
     assert len({coarse_targets(count, 4 * 1024) for count in range(4097)}) == 8
-
-
-def test_who_compiles() -> None:
-    assert compiles("auto", cpu=False)
-    assert not compiles("auto", cpu=True)
-    assert compiles("true", cpu=True)
-    assert not compiles("false", cpu=False)
 
 
 def test_a_word_that_is_none_is_named() -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx.utils import tree_flatten
 
+from helpers.computing import execution_with, gradient_computer, packs, randomize_adapter, token_loss
 from helpers.models import make_model, random_rows
 from macft.collective.solo import Solo
 from macft.data.batch import collate, pack, widened_pack
@@ -20,24 +20,22 @@ from macft.data.formats import Row
 from macft.errors import ConfigError
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
+from macft.model.backends.choose import make_backend
 from macft.model.backends.cpu.attention import blocks_of
-from macft.model.packing import Layout, enable_packing, packed
+from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy
+from macft.model.packing import PackLayout, packed
 from macft.parallel.shares import DataShard
-from macft.training.cross_entropy import chunked_cross_entropy
-from macft.training.gradient import GradientComputer, LocalGradient
-from macft.training.loss import TokenLoss
+from macft.training.gradient import LocalGradient
 from macft.training.settings import OptimizerConfig, TrainingConfig, problems
 from macft.training.validation import validation_loss
 
 
-def gradient_of(family: str, packing: str, data: list[Row], *, dropout: float = 0.0) -> tuple[bool, LocalGradient]:
+def gradient_of(family: str, data: list[Row], kernels: str, *, packing: bool, dropout: float = 0.0) -> LocalGradient:
     model = make_model(family)
     adaptation = adapt(model, AdapterConfig(rank=4, dropout=dropout), seed=1)
-    mx.random.seed(5)
-    values = [(name, mx.random.normal(value.shape) * 0.1) for name, value in tree_flatten(model.trainable_parameters())]
-    model.load_weights(values, strict=False)
-    compute = GradientComputer(model, adaptation.dropout_keys, seed=0, checkpoint_blocks=False, packing=packing)
-    return compute.packs, compute(3, [collate(data, np.arange(len(data)))])
+    randomize_adapter(model)
+    with gradient_computer(model, adaptation, kernels, packing=packing) as compute:
+        return compute(3, [collate(data, np.arange(len(data)))])
 
 
 def same(one: LocalGradient, other: LocalGradient) -> None:
@@ -51,11 +49,13 @@ def same(one: LocalGradient, other: LocalGradient) -> None:
 @pytest.mark.parametrize(
     "family", ["llama", "llama-untied", "llama-scaled", "qwen2", "qwen3", "gemma", "granite", "smollm3"]
 )
-def test_packed_rows_have_the_gradient_of_padded_ones(family: str) -> None:
+def test_packed_rows_have_the_gradient_of_padded_ones(family: str, kernels: str) -> None:
     data = random_rows(7, masked=True)
-    packs, together = gradient_of(family, "auto", data, dropout=0.3)
-    assert packs
-    same(together, gradient_of(family, "false", data, dropout=0.3)[1])
+    assert packs(make_model(family), kernels)
+    packed_rows, padded_rows = (
+        gradient_of(family, data, kernels, packing=packing, dropout=0.3) for packing in (True, False)
+    )
+    same(packed_rows, padded_rows)
 
 
 def beginning_alike(seed: int, *, masked: bool) -> list[Row]:
@@ -70,44 +70,43 @@ def beginning_alike(seed: int, *, masked: bool) -> list[Row]:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
-def test_what_rows_have_in_common_is_computed_once(family: str, masked: bool) -> None:
+def test_what_rows_have_in_common_is_computed_once(family: str, masked: bool, kernels: str) -> None:
     """With the gradient of the rows one by one; what is shared may have targets."""
     data = beginning_alike(4, masked=masked)
     (item,) = pack(collate(data, np.arange(len(data))), None, shared=True)
     assert item.inputs.shape[1] < 0.6 * sum(item.lengths)
-    packs, together = gradient_of(family, "auto", data)
-    assert packs
-    same(together, gradient_of(family, "false", data)[1])
+    same(*(gradient_of(family, data, kernels, packing=packing) for packing in (True, False)))
 
 
-def validated(model: nn.Module, data: list[Row], rank: int, world_size: int, *, packs: bool) -> np.ndarray:
-    """A rank's sums of losses and target tokens, (2,), and how many rows it told as done."""
-    told = [(0, 0)]
-    found = validation_loss(
-        model,
-        TokenLoss(model),
-        data,
-        Solo(),
-        rows_at_once=3,
-        seat=DataShard(rank, world_size),
-        progress=lambda *at: told.append(at),
-        packs=packs,
-    )
-    done, total = told[-1]
+def validated(data: list[Row], rank: int, world_size: int, kernels: str, *, packing: bool) -> np.ndarray:
+    """A rank's sums of losses and target tokens, (2,), and how many rows it reported as done."""
+    reported = [(0, 0)]
+    model = make_model("llama")
+    with token_loss(model, kernels, packing=packing, evaluation_rows=3) as (loss, execution):
+        result = validation_loss(
+            model,
+            loss,
+            execution,
+            data,
+            Solo(),
+            shard=DataShard(rank, world_size),
+            progress=lambda *at: reported.append(at),
+        )
+    done, total = reported[-1]
     assert done == total
-    return np.array([found.loss * found.target_tokens, found.target_tokens, done])
+    return np.array([result.loss * result.target_tokens, result.target_tokens, done])
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_validation_of_packs_is_that_of_padded_rows(masked: bool, world_size: int) -> None:
+def test_validation_of_packs_is_that_of_padded_rows(masked: bool, world_size: int, kernels: str) -> None:
     """Of rows that begin alike and others, and of rows without a target, which fill a whole batch."""
-    model = make_model("llama")
     without = [Row(np.arange(1, 9, dtype=np.int32), 8), *[Row(np.arange(1, 90, dtype=np.int32), 200)] * 6]
     data = [*beginning_alike(4, masked=masked), *without, *random_rows(2, masked=masked)]
-    padded = sum(validated(model, data, rank, world_size, packs=False) for rank in range(world_size))
-    assert enable_packing(model)
-    together = sum(validated(model, data, rank, world_size, packs=True) for rank in range(world_size))
+    padded, together = (
+        sum(validated(data, rank, world_size, kernels, packing=packing) for rank in range(world_size))
+        for packing in (False, True)
+    )
     assert together == pytest.approx(padded, rel=1e-5)
     assert together[1:].tolist() == [sum(row.target_tokens for row in data), len(data)]
 
@@ -115,32 +114,33 @@ def test_validation_of_packs_is_that_of_padded_rows(masked: bool, world_size: in
 def pack_of(model: nn.Module, *tokens: list[int]) -> np.ndarray:
     data = [Row(np.array(row, np.int32), 0) for row in tokens]
     (item,) = pack(collate(data, np.arange(len(data))), None, shared=True)
-    layout = Layout(*map(mx.array, (item.paths, item.owners, item.depths)), item.lengths)
+    layout = PackLayout(*map(mx.array, (item.paths, item.owners, item.depths)), item.lengths)
     with packed(layout):
         hidden = np.array(model(mx.array(item.inputs)))[0]
     return np.stack([hidden[path] for path in item.paths])
 
 
-def test_no_row_sees_its_neighbour() -> None:
+def test_no_row_sees_its_neighbour(kernels: str) -> None:
     """In one pack, what stands in one row changes nothing in the others' logits."""
     model = make_model("llama")
-    assert enable_packing(model)
     generator = np.random.default_rng(0)
     first, second, other = (generator.integers(1 + 30 * i, 30 + 30 * i, 90).tolist() for i in range(3))
     begun = first[:50]
-    one = pack_of(model, begun + first, begun + second)
-    two = pack_of(model, begun + first, begun + other)
-    alone = np.array(model(mx.array([begun + first])[:, :-1]))[0]
+    with make_backend(execution_with(kernels, packing=True)).installed(model):
+        one = pack_of(model, begun + first, begun + second)
+        two = pack_of(model, begun + first, begun + other)
+        alone = np.array(model(mx.array([begun + first])[:, :-1]))[0]
     np.testing.assert_array_equal(one[0], two[0])
     assert np.abs(one[1, 50:] - two[1, 50:]).max() > 0.01
     np.testing.assert_allclose(one[0], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_a_sliding_window_is_padded_instead() -> None:
-    data = random_rows(1, masked=False)
-    assert not gradient_of("gemma3_text", "auto", data)[0]
-    with pytest.raises(ConfigError, match=r"training\.packing"):
-        gradient_of("gemma3_text", "true", data)
+def test_a_sliding_window_is_padded_instead(kernels: str) -> None:
+    model = make_model("gemma3_text")
+    assert not packs(model, kernels)
+    execution = execution_with(kernels, packing=True)
+    with pytest.raises(ConfigError, match=r"training\.packing"), make_backend(execution).installed(model):
+        pass
 
 
 @settings(max_examples=60, deadline=None)
@@ -157,9 +157,9 @@ def test_a_pack_holds_every_row_once(
 ) -> None:
     rows = [Row(np.array(tokens, np.int32), prompt) for tokens, prompt in data]
     wanted = {i: row.tokens for i, row in enumerate(rows) if len(row.tokens) > max(row.prompt_length, 1)}
-    packs = pack(collate(rows, np.arange(len(rows))), most, shared=shared)
-    assert sorted(int(row) for item in packs for row in item.row_ids) == list(wanted)
-    for item in packs:
+    items = pack(collate(rows, np.arange(len(rows))), most, shared=shared)
+    assert sorted(int(row) for item in items for row in item.row_ids) == list(wanted)
+    for item in items:
         count, tokens = len(item.lengths), item.inputs.shape[1]
         assert most is None or count == 1 or tokens <= most
         assert shared or tokens == sum(item.lengths)
@@ -221,7 +221,7 @@ def test_chunked_loss_is_the_whole_one(count: int, chunk: int | None, cap: bool,
         return 2.0 * (nn.losses.cross_entropy(head(hidden[None])[0], targets) * weights).sum()
 
     def parts(hidden: Any) -> Any:
-        return 2.0 * chunked_cross_entropy(head, hidden, targets, weights, wanted_chunk=chunk)
+        return 2.0 * chunked_cross_entropy(head, hidden, targets, weights, chunk=chunk or 64)
 
     expected, reference = mx.value_and_grad(whole)(hidden)
     value, gradient = mx.value_and_grad(parts)(hidden)

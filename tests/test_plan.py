@@ -17,33 +17,34 @@ from hypothesis import strategies as st
 from harness.runs import environment, events, train, write_jsonl
 from harness.tiny_model import TINY_CONFIG, make_tiny_model
 from helpers.models import FAMILIES, SMALL, make_model
+from macft.config.execution import execution_for
 from macft.config.schema import TrainConfig
 from macft.data.batch import Batch, micro_batches, pack, widened, widened_pack
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.device.chips import find_mac, known_chips
-from macft.device.mlx_device import on_cpu
+from macft.device.kind import METAL, Device
 from macft.errors import ConfigError, ModelError
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
+from macft.model.backends.choose import can_pack
+from macft.model.execution import Execution, WeightFormat, resolve
 from macft.model.load import load
-from macft.model.packing import enable_packing
 from macft.model.settings import ModelConfig
-from macft.model.shape import HeldWeights, ModelShape, read_shape, shape_of
+from macft.model.shape import ModelShape, read_shape, shape_of
 from macft.parallel.shares import DataShard, rows_of_shard
-from macft.planner.fit import BatchSettings, MemoryPlanner
+from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import ComputeShape, predict, trained_part
-from macft.planner.preflight import division_for
+from macft.planner.preflight import step_of_shard
 from macft.planner.run_plan import known_models
 from macft.planner.speed import step_cost
 from macft.planner.workload import DeviceBatchShape, StepRows, steps_of, unlike_rows
 from macft.topology.settings import parse_budget
 from macft.training.batch_layout import BatchLayout
-from macft.training.gradient import GradientComputer
 from macft.training.loss import target_positions
-from macft.training.settings import TrainingConfig
 
-FLOAT32 = HeldWeights(None, 64, 4)
+FLOAT32 = WeightFormat("float32")
+CPU = Device("cpu", openblas=True)
 LLAMA_8B = "mlx-community/Meta-Llama-3.1-8B-Instruct-4bit"
 # The logits, which take most of the memory, are those of a model's whole vocabulary.
 WIDE_CONFIG = {**TINY_CONFIG, "vocab_size": 49152}
@@ -59,9 +60,15 @@ def tiny_shape() -> ModelShape:
     return shape_of(dict(WIDE_CONFIG), "config.json")
 
 
-def fitter(rows: int = 8, length: int = 257, adapter: AdapterConfig | None = None) -> MemoryPlanner:
+def padded_execution(**changes: Any) -> Execution:
+    """Float32, padded, not compiled, with MLX's operations on a CPU."""
+    return Execution(device="cpu", kernels="mlx", dtype="float32", max_logits=2**21, **changes)
+
+
+def make_planner(rows: int = 8, length: int = 257, execution: Execution | None = None) -> MemoryPlanner:
     steps = [unlike_rows(rows, length, length - 1)]
-    return MemoryPlanner(tiny_shape(), FLOAT32, adapter or AdapterConfig(), "adamw", steps, validation_rows=0)
+    execution = execution or padded_execution()
+    return MemoryPlanner(tiny_shape(), execution, AdapterConfig(), "adamw", steps, validation_rows=0)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +110,15 @@ def test_quantised_weights_are_counted_as_such() -> None:
     tokens=st.integers(2, 2048),
     checkpoint=st.booleans(),
     kind=st.sampled_from(["lora", "dora", "full"]),
-    eager=st.booleans(),
+    kernels=st.sampled_from(["mlx", "cpu"]),
 )
-def test_memory_grows_with_rows_and_length(rows: int, tokens: int, checkpoint: bool, kind: str, eager: bool) -> None:
+def test_memory_grows_with_rows_and_length(rows: int, tokens: int, checkpoint: bool, kind: str, kernels: str) -> None:
     shape, adapter = tiny_shape(), AdapterConfig(type=kind)
+    execution = replace(padded_execution(recompute="blocks" if checkpoint else "none"), kernels=kernels)
 
     def peak(rows: int, tokens: int) -> float:
-        work = ComputeShape(rows, tokens, rows * tokens, rows * tokens, checkpoint_blocks=checkpoint, eager=eager)
-        parts = predict(shape, FLOAT32, adapter, "adamw", work)
+        work = ComputeShape(rows, tokens, rows * tokens, rows * tokens)
+        parts = predict(shape, execution, adapter, "adamw", work)
         assert min(parts.weights, parts.activations, parts.gradients) > 0
         assert min(parts.logits, parts.overhead, parts.adapter) >= 0
         assert parts.peak >= parts.weights
@@ -121,52 +129,51 @@ def test_memory_grows_with_rows_and_length(rows: int, tokens: int, checkpoint: b
 
 
 def test_chunked_logits_and_checkpointing_save_memory() -> None:
-    plan = fitter(rows=8, length=513)
-    whole = plan.parts(BatchSettings(None, False, loss_chunk=2048)).peak
-    assert plan.parts(BatchSettings(None, False, loss_chunk=64)).peak < 0.8 * whole
-    deep = replace(plan, shape=shape_of({**WIDE_CONFIG, "num_hidden_layers": 24}, "config.json"))
-    assert deep.parts(BatchSettings(None, True, 64)).peak < 0.5 * deep.parts(BatchSettings(None, False, 64)).peak
+    planner = make_planner(rows=8, length=513)
+    whole = planner.parts(padded_execution(loss_chunk=2048)).peak
+    assert planner.parts(padded_execution(loss_chunk=64)).peak < 0.8 * whole
+    deep = replace(planner, shape=shape_of({**WIDE_CONFIG, "num_hidden_layers": 24}, "config.json"))
+    plain = padded_execution(loss_chunk=64)
+    assert deep.parts(plain.with_batch(None, "blocks")).peak < 0.5 * deep.parts(plain).peak
 
 
 @settings(deadline=None, max_examples=40)
 @given(share=st.floats(0.01, 1.5), rows=st.integers(1, 16), asked=st.none() | st.integers(1, 16))
 def test_auto_uses_the_memory_but_never_more(share: float, rows: int, asked: int | None) -> None:
-    plan = fitter(rows=rows)
-    start = BatchSettings(asked, False)
-    budget = share * plan.parts(start).peak
-    best = plan.best(start, budget)
+    execution = padded_execution().with_batch(asked, "none")
+    planner = make_planner(rows=rows, execution=execution)
+    budget = share * planner.parts().peak
+    best = planner.best(budget)
     if best is None:
-        assert plan.parts(BatchSettings(1, True)).peak > budget
-        assert plan.refusal(start, budget, auto=True)
+        assert planner.parts(execution.with_batch(1, "blocks")).peak > budget
+        assert planner.refusal(budget, auto=True)
         return
-    assert plan.parts(best).peak <= budget
-    assert plan.refusal(start, budget, auto=True) is None
+    assert planner.parts(best).peak <= budget
+    assert planner.refusal(budget, auto=True) is None
     assert best.micro_batch_size is not None
-    assert best.micro_batch_size <= min(rows, asked or rows)
+    assert best.evaluation_rows == best.micro_batch_size <= min(rows, asked or rows)
     if share >= 1:
-        assert not best.grad_checkpoint
-        assert best.micro_batch_size == min(rows, asked or rows)
+        assert best == execution.with_batch(min(rows, asked or rows), "none")
 
 
 def test_a_refusal_names_the_nearest_settings_that_fit() -> None:
-    plan = fitter()
-    start = BatchSettings(None, False)
-    budget = plan.parts(BatchSettings(2, False)).peak
-    assert "training.micro_batch_size=2 would fit" in str(plan.refusal(start, budget, auto=False))
-    longer = str(plan.refusal(start, plan.parts(BatchSettings(1, True)).peak * 0.7, auto=True))
-    assert "dataset.max_seq_length=" in longer
-    assert "does not split" in str(plan.refusal(start, 1e6, auto=True))
+    planner = make_planner()
+    budget = planner.parts(padded_execution().with_batch(2, "none")).peak
+    assert "training.micro_batch_size=2 would fit" in str(planner.refusal(budget, auto=False))
+    smallest = planner.parts(padded_execution().with_batch(1, "blocks")).peak
+    assert "dataset.max_seq_length=" in str(planner.refusal(smallest * 0.7, auto=True))
+    assert "does not split" in str(planner.refusal(1e6, auto=True))
 
 
-def sizes_by_hand(batch: Batch, division: BatchLayout) -> list[tuple[int, int, int, int]]:
+def sizes_by_hand(batch: Batch, execution: Execution) -> list[tuple[int, int, int, int]]:
     """(rows, length, tokens, targets) of what the trainer computes at once."""
-    if division.packs:
-        packs = pack(batch, 512 if division.cpu else None, shared=division.shares)
-        packs = [widened_pack(item) for item in packs] if division.compiled else packs
+    if execution.packing:
+        packs = pack(batch, execution.pack_tokens, shared=execution.shared_prefixes)
+        packs = [widened_pack(item) for item in packs] if execution.compiled else packs
         return [(*item.paths.shape, item.inputs.shape[1], len(item.targets)) for item in packs]
-    batch = widened(batch) if division.compiled else batch
+    batch = widened(batch) if execution.compiled else batch
     rows, length = batch.tokens[:, :-1].shape
-    return [(rows, length, rows * length, len(target_positions(batch, coarse=division.compiled)[0]))]
+    return [(rows, length, rows * length, len(target_positions(batch, coarse=execution.compiled)[0]))]
 
 
 @settings(deadline=None, max_examples=60)
@@ -174,71 +181,69 @@ def sizes_by_hand(batch: Batch, division: BatchLayout) -> list[tuple[int, int, i
     data=st.lists(st.tuples(st.integers(0, 2), st.integers(2, 300), st.integers(0, 300)), min_size=1, max_size=24),
     size=st.none() | st.integers(1, 8),
     shares=st.lists(st.floats(0.1, 4), min_size=1, max_size=4),
-    division=st.builds(BatchLayout, st.booleans(), st.booleans(), st.booleans(), st.booleans()),
+    device=st.sampled_from([CPU, METAL]),
+    packing=st.sampled_from(["true", "false"]),
+    compile=st.sampled_from(["true", "false"]),
+    dropout=st.booleans(),
 )
 def test_the_plan_counts_what_the_trainer_computes(
-    data: list[tuple[int, int, int]], size: int | None, shares: list[float], division: BatchLayout
+    data: list[tuple[int, int, int]],
+    size: int | None,
+    shares: list[float],
+    device: Device,
+    packing: str,
+    compile: str,
+    dropout: bool,
 ) -> None:
     """Rows that are one of three texts up to some place, masked up to another."""
+    execution = resolve(
+        ModelConfig(), FLOAT32, device, packing=packing, compile=compile, dropout=dropout, micro_batch_size=size
+    )
     rows = [Row(np.arange(start, n + start, dtype=np.int32), prompt) for start, n, prompt in data]
     order = RowOrder([len(rows)], [1.0], batch_size=len(rows), seed=3)
     (step,) = steps_of(rows, order, 1)
     ids = order.rows(0)
     for rank in range(len(shares)):
-        seat = DataShard(rank, len(shares), tuple(shares))
-        mine = rows_of_shard(seat, [rows[i].tokens for i in ids], shared=division.shares)
-        batches = micro_batches([rows[ids[i]] for i in mine], ids[mine], size)
-        expected = [found for batch in batches for found in sizes_by_hand(batch, division)]
-        part = step.at(seat, shared=division.shares)
-        planned = MemoryPlanner(tiny_shape(), FLOAT32, AdapterConfig(), "adamw", [part], 0, division).step_parts(size)
+        shard = DataShard(rank, len(shares), tuple(shares))
+        own = rows_of_shard(shard, [rows[i].tokens for i in ids], shared=execution.shared_prefixes)
+        batches = micro_batches([rows[ids[i]] for i in own], ids[own], size)
+        expected = [sizes for batch in batches for sizes in sizes_by_hand(batch, execution)]
+        part = step_of_shard(step, shard, execution)
+        planned = MemoryPlanner(tiny_shape(), execution, AdapterConfig(), "adamw", [part], 0).step_batches(size)
         assert [(one.rows, one.length, one.tokens, one.targets) for one in planned[0]] == expected
 
 
 def test_a_token_is_counted_with_those_it_sees() -> None:
     tokens = [[1, 2, 3, 9], [1, 2, 4, 5, 9]]
     step = StepRows([Row(np.array(row, np.int32), 0) for row in tokens], np.arange(2))
-    assert step.parts(None, BatchLayout(packs=True, shares=True)) == [DeviceBatchShape(2, 4, 5, 7, 1 + 2 + 3 + 3 + 4)]
-    assert step.parts(None, BatchLayout(packs=True)) == [DeviceBatchShape(2, 4, 7, 7, 6 + 10)]
-    assert step.parts(None, BatchLayout()) == [DeviceBatchShape(2, 16, 32, 32, 2 * 136)]
-
-
-@pytest.mark.parametrize("training", [{}, {"packing": "false"}, {"compile": "true"}])
-@pytest.mark.parametrize("adapter", [{}, {"dropout": 0.1}, {"type": "full", "dropout": 0.1}])
-def test_the_plan_divides_as_the_trainer_does(
-    training: dict[str, str], adapter: dict[str, Any], tiny_model_folder: Path
-) -> None:
-    config = TrainConfig(training=TrainingConfig(**training), adapter=AdapterConfig(**adapter))
-    model = load(ModelConfig(path=str(tiny_model_folder)), tiny_model_folder).model
-    compute = GradientComputer(
-        model,
-        adapt(model, config.adapter, seed=0).dropout_keys,
-        seed=0,
-        checkpoint_blocks=False,
-        packing=config.training.packing,
-        compiling=config.training.compile,
+    shared, packed, padded = (
+        BatchLayout.from_execution(padded_execution(**changes))
+        for changes in ({"packing": True, "shared_prefixes": True}, {"packing": True}, {})
     )
-    found = division_for(config, read_shape(tiny_model_folder), cpu=on_cpu())
-    assert found == BatchLayout(compute.packs, compute.shares, compute.compiles, on_cpu())
+    assert step.device_batches(None, shared) == [DeviceBatchShape(2, 4, 5, 7, 1 + 2 + 3 + 3 + 4)]
+    assert step.device_batches(None, packed) == [DeviceBatchShape(2, 4, 7, 7, 6 + 10)]
+    assert step.device_batches(None, padded) == [DeviceBatchShape(2, 16, 32, 32, 2 * 136)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_plan_knows_which_models_pack(family: str) -> None:
     shape = shape_of({**SMALL, "model_type": family, **FAMILIES[family]}, family)
-    assert shape.packs == enable_packing(make_model(family))
+    assert shape.packs == can_pack(make_model(family), padded_execution(packing=True))
 
 
 def test_what_rows_share_needs_no_memory() -> None:
     """Nor time; and where nothing is shared, a pack needs what the rows padded to their length do."""
     same = [Row(np.append(np.arange(200), [300 + i] * 57).astype(np.int32), 220) for i in range(8)]
     alike, unlike = StepRows(same, np.arange(8)), unlike_rows(8, 257, 37)
-    start, packs = BatchSettings(None, False), BatchLayout(packs=True, shares=True)
-    few, many = (replace(fitter(), steps=[step], division=packs, eager=True) for step in (alike, unlike))
-    assert few.parts(start).activations == pytest.approx((200 + 8 * 56) / (8 * 256) * many.parts(start).activations)
+    packed = padded_execution(packing=True, shared_prefixes=True)
+    execution = replace(packed, kernels="cpu")
+    few, many = (replace(make_planner(execution=execution), steps=[step]) for step in (alike, unlike))
+    assert few.parts().activations == pytest.approx((200 + 8 * 56) / (8 * 256) * many.parts().activations)
     head = 4 * tiny_shape().embedding_parameters * 8 * 37
-    assert step_cost(few, start).operations - head < 0.4 * (step_cost(many, start).operations - head)
-    assert step_cost(few, start).tokens == step_cost(many, start).tokens == 8 * 257
-    whole = replace(many, eager=False)
-    assert whole.parts(start).activations == replace(whole, division=BatchLayout()).parts(start).activations
+    assert step_cost(few, execution).operations - head < 0.4 * (step_cost(many, execution).operations - head)
+    assert step_cost(few, execution).tokens == step_cost(many, execution).tokens == 8 * 257
+    whole = replace(many, execution=packed)
+    assert whole.parts().activations == replace(many, execution=packed.padded()).parts().activations
 
 
 def test_chips_are_found_by_the_names_people_use() -> None:
@@ -358,7 +363,8 @@ def test_prediction_is_within_15_percent_of_the_measured_peak(wide_model_folder:
         cwd=tmp_path,
     )
     assert done.status == 0, done.errors
-    found = max(event["peak_memory"] for event in events(tmp_path / "run", "step_done"))
-    shape, division = read_shape(wide_model_folder), BatchLayout(packs=True, shares=True, cpu=True)
-    plan = MemoryPlanner(shape, FLOAT32, AdapterConfig(), "adamw", [unlike_rows(4, 128, 127)], 0, division, eager=True)
-    assert plan.parts(BatchSettings(None, False)).peak == pytest.approx(found, rel=0.15)
+    measured = max(event["peak_memory"] for event in events(tmp_path / "run", "step_done"))
+    shape = read_shape(wide_model_folder)
+    execution = execution_for(TrainConfig(), shape, shape.checkpoint, CPU)
+    planner = MemoryPlanner(shape, execution, AdapterConfig(), "adamw", [unlike_rows(4, 128, 127)], 0)
+    assert planner.parts().peak == pytest.approx(measured, rel=0.15)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from helpers.computing import execution_with
 from helpers.models import assert_same_gradient, make_model
 from macft.checkpoint.saver import CheckpointSaver
 from macft.checkpoint.snapshot import Progress
@@ -21,6 +24,7 @@ from macft.data.order import RowOrder
 from macft.errors import NonFiniteLoss
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
+from macft.model.backends.choose import make_backend
 from macft.parallel.shares import DataShard
 from macft.report.events import Evaluated, Event, NullReporter, StepDone
 from macft.training.assembly import make_trainer
@@ -72,17 +76,36 @@ class Recorder(NullReporter, NoThrottle):
                 self.entries.append(f"evaluated {event.step}")
 
 
+@pytest.fixture
+def installed() -> Iterator[ExitStack]:
+    """Of the models that are trained, their backends' operations."""
+    with ExitStack() as stack:
+        yield stack
+
+
 def trainer(
-    folder: Path, recorder: Recorder, *, compiling: str, optimizer: OptimizerConfig | None = None, **config: Any
+    installed: ExitStack,
+    folder: Path,
+    recorder: Recorder,
+    *,
+    compiling: str,
+    optimizer: OptimizerConfig | None = None,
+    **config: Any,
 ) -> Trainer:
     model = make_model("llama")
     adaptation = adapt(model, AdapterConfig(rank=4), seed=1)
     data = rows()
     training = TrainingConfig(**{"batch_size": 4, "steps": 6, "eval_every": 3, "save_every": 0, **config})
-    compute = GradientComputer(
-        model, adaptation.dropout_keys, seed=0, checkpoint_blocks=False, compiling=compiling, packing=training.packing
+    execution = execution_with(
+        "mlx",
+        packing=training.packing != "false",
+        compiled=compiling == "true",
+        micro_batch_size=training.micro_batch_size,
+        evaluation_rows=training.micro_batch_size or 8,
     )
-    assert compute.compiles == (compiling == "true")
+    backend = make_backend(execution)
+    installed.enter_context(backend.installed(model))
+    compute = GradientComputer(model, backend, execution, adaptation.dropout_keys, seed=0)
     optimizer = optimizer or OptimizerConfig(learning_rate=0.01)
     order = RowOrder([ROWS], [1.0], batch_size=training.batch_size, seed=0)
     state = TrainState(model, make_optimizer(optimizer), Progress(), GradientReducer(Solo()))
@@ -94,11 +117,14 @@ def trainer(
 
 @pytest.mark.parametrize("packing", ["true", "false"])
 @pytest.mark.parametrize("micro_batch", [None, 3])
-def test_queued_steps_learn_what_synchronous_ones_do(tmp_path: Path, micro_batch: int | None, packing: str) -> None:
+def test_queued_steps_learn_what_synchronous_ones_do(
+    tmp_path: Path, micro_batch: int | None, packing: str, installed: ExitStack
+) -> None:
     recorders, adapters = [], []
     for word in ("true", "false"):
         recorders.append(Recorder())
         run = trainer(
+            installed,
             tmp_path / word,
             recorders[-1],
             compiling=word,
@@ -120,9 +146,9 @@ def test_queued_steps_learn_what_synchronous_ones_do(tmp_path: Path, micro_batch
     assert_same_gradient(adapters[0], adapters[1], rtol=1e-3)
 
 
-def test_the_next_step_begins_before_the_last_one_is_reported(tmp_path: Path) -> None:
+def test_the_next_step_begins_before_the_last_one_is_reported(tmp_path: Path, installed: ExitStack) -> None:
     recorder = Recorder()
-    trainer(tmp_path, recorder, compiling="true", micro_batch_size=2).train()
+    trainer(installed, tmp_path, recorder, compiling="true", micro_batch_size=2).train()
     expected = ["evaluated 0"]
     for step in range(1, 7):
         if step not in (1, 4):  # validation comes before, and waits for the numbers
@@ -135,16 +161,18 @@ def test_the_next_step_begins_before_the_last_one_is_reported(tmp_path: Path) ->
     assert recorder.entries == expected
 
 
-def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, installed: ExitStack) -> None:
     """The first update leads far away; the second step's loss is NaN, found out when the third has begun."""
     recorder = Recorder()
     explode = OptimizerConfig(name="sgd", learning_rate=1e30, schedule="constant")
-    run = trainer(tmp_path, recorder, compiling="true", optimizer=explode, eval_every=0, max_grad_norm=0.0)
+    run = trainer(installed, tmp_path, recorder, compiling="true", optimizer=explode, eval_every=0, max_grad_norm=0.0)
     with pytest.raises(NonFiniteLoss, match=r"^step 2: the loss is (nan|inf)"):
         run.train()
     assert [event.step for event in recorder.steps] == [1]
     assert run.state.progress.step == 1
-    once = trainer(tmp_path, Recorder(), compiling="true", optimizer=explode, eval_every=0, max_grad_norm=0.0, steps=1)
+    once = trainer(
+        installed, tmp_path, Recorder(), compiling="true", optimizer=explode, eval_every=0, max_grad_norm=0.0, steps=1
+    )
     once.train()
     found, expected = (dict(tree_flatten(each.state.model.trainable_parameters())) for each in (run, once))
     for name, value in expected.items():

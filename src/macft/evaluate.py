@@ -28,8 +28,6 @@ from macft.report.run_folder import write_atomically
 from macft.run.tuned_model import TunedModel, add_model_arguments
 from macft.training.settings import TrainingConfig
 
-_ROWS_AT_ONCE = 8
-
 
 def main(argv: Sequence[str]) -> None:
     """Evaluates both models and shows the table.
@@ -70,13 +68,11 @@ def main(argv: Sequence[str]) -> None:
 
         def measure(which: str) -> Result:
             return evaluate(
-                loaded.model,
-                loaded.tokenizer,
+                loaded,
                 rows,
                 records,
                 judge,
                 max_tokens=arguments.max_tokens or training.metric_max_tokens,
-                rows_at_once=training.micro_batch_size or _ROWS_AT_ONCE,
                 progress=lambda what, done, total: _show(status, f"{which}, {what}: {done}/{total}"),
             )
 

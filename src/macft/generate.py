@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> None:
 
     from macft.device.mlx_device import prepare_device
     from macft.evaluation.chat import Chat, Sampling
+    from macft.model.backends.choose import make_backend
 
     sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in fields(Sampling)})
     if problems := sampling.problems():
@@ -52,10 +53,11 @@ def main(argv: Sequence[str]) -> None:
         system_prompt=arguments.system_prompt,
         template=not arguments.ignore_chat_template,
     )
-    if prompt is not None:
-        _answer(chat, prompt, verbose=arguments.verbose)
-    else:
-        _converse(chat, verbose=arguments.verbose)
+    with make_backend(loaded.execution.padded()).installed(loaded.model):
+        if prompt is not None:
+            _answer(chat, prompt, verbose=arguments.verbose)
+        else:
+            _converse(chat, verbose=arguments.verbose)
 
 
 def _converse(chat: Chat, *, verbose: bool) -> None:

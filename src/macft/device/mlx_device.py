@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import mlx.core as mx
 
@@ -19,31 +16,7 @@ def on_cpu() -> bool:
     return bool(mx.default_device() == mx.cpu)
 
 
-class _Trace(threading.local):
-    """Whether this thread's operations are being recorded for ``mx.compile``."""
-
-    is_on = False
-
-
-_trace = _Trace()
-
-
-@contextmanager
-def traced() -> Iterator[None]:
-    """To be put around the code of a function that is given to ``mx.compile``: its arrays have no values yet."""
-    before, _trace.is_on = _trace.is_on, True
-    try:
-        yield
-    finally:
-        _trace.is_on = before
-
-
-def numpy_may_compute() -> bool:
-    """Whether NumPy may compute an operation's result while MLX builds the graph: on a CPU, of arrays with values."""
-    return on_cpu() and not _trace.is_on
-
-
-def start(arrays: list[Any]) -> None:
+def start(arrays: Sequence[mx.array]) -> None:
     """Has ``arrays`` computed, and doesn't wait for it."""
     mx.async_eval(arrays)  # type: ignore[no-untyped-call]
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.nn as nn
-
 from macft.collective.solo import Solo
 from macft.data.formats import Record, Row
 from macft.evaluation.answers import Scored, score_answers
 from macft.evaluation.metrics import Metric
 from macft.evaluation.record import expected_text, question_text
-from macft.model.packing import enable_packing
+from macft.model.backends.choose import make_backend
+from macft.model.confirm import confirm
+from macft.model.load import LoadedModel
 from macft.parallel.shares import DataShard
 from macft.training.loss import TokenLoss
 from macft.training.validation import validation_loss
@@ -37,41 +37,41 @@ class Result:
 
     def numbers(self) -> dict[str, float]:
         """Loss, perplexity and, if there is a metric, the share of right answers."""
-        numbers = {"loss": self.loss, "perplexity": self.perplexity}
-        return numbers | ({"metric": self.scored.value} if self.scored else {})
+        values = {"loss": self.loss, "perplexity": self.perplexity}
+        return values | ({"metric": self.scored.value} if self.scored else {})
 
 
 def evaluate(
-    model: nn.Module,
-    tokenizer: Any,
+    loaded: LoadedModel,
     rows: Sequence[Row],
     records: Sequence[Record],
     metric: Metric | None,
     *,
     max_tokens: int,
-    rows_at_once: int,
     progress: Progress,
 ) -> Result:
     """Loss over ``rows``, and with a ``metric`` the score of greedy answers to their ``records``.
 
-    ``progress`` is called with what is computed, and the numbers of finished rows and of all rows.
+    Computed as ``loaded.execution`` says. ``progress`` is called with (what, done, total).
     """
-    with Solo() as alone:
+    model = loaded.model
+    execution, _ = confirm(loaded.execution, loaded)
+    backend = make_backend(execution)
+    with Solo() as alone, backend.installed(model):
         validation = validation_loss(
             model,
-            TokenLoss(model),
+            TokenLoss(model, backend),
+            execution,
             rows,
             alone,
-            rows_at_once=rows_at_once,
-            seat=DataShard(0, 1),
+            shard=DataShard(0, 1),
             progress=lambda done, total: progress("loss", done, total),
-            packs=enable_packing(model),
         )
         scored = None
         if metric is not None:
             scored = score_answers(
                 model,
-                tokenizer,
+                loaded.tokenizer,
                 records,
                 metric,
                 alone,

@@ -12,10 +12,9 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import get_total_parameters
 
 from macft.errors import ConfigError
+from macft.model.adapter_layers import adaptable_projections, select_layers
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.dropout import DropoutKeys, make_dropout_reproducible
-
-_LINEAR = (nn.Linear, nn.QuantizedLinear)
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,7 @@ def adapt(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adaptation:
     """
     model.freeze()
     total = int(get_total_parameters(model))
-    blocks = _chosen_blocks(model, config)
-    names = _chosen_projections(model, blocks, config)
+    blocks, names = select_layers(config, [adaptable_projections(block) for block in model.layers])
     mx.random.seed(seed)
     if config.type == "full":
         settings = _unfreeze(model, blocks, names, config)
@@ -53,37 +51,6 @@ def adapt(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adaptation:
     mx.eval(model.parameters())
     trainable = sum(int(value.size) for _, value in tree_flatten(model.trainable_parameters()))
     return Adaptation(settings, keys, trainable, total, _describe(config, blocks, names))
-
-
-def _chosen_blocks(model: nn.Module, config: AdapterConfig) -> list[int]:
-    count = len(model.layers)
-    if config.layers:
-        missing = [layer for layer in config.layers if layer >= count]
-        if missing:
-            raise ConfigError(f"adapter.layers: {missing} don't exist; this model's blocks are 0 to {count - 1}")
-        return sorted(config.layers)
-    if config.num_layers > count:
-        raise ConfigError(f"adapter.num_layers: {config.num_layers} is more than this model's {count} blocks")
-    return list(range(count))[-config.num_layers if config.num_layers > 0 else 0 :]
-
-
-def _chosen_projections(model: nn.Module, blocks: list[int], config: AdapterConfig) -> list[str]:
-    """Names inside a block, ``self_attn.q_proj`` for instance, of the linear layers to train."""
-    available: list[str] = []
-    for block in blocks:
-        for name, module in model.layers[block].named_modules():
-            if (isinstance(module, _LINEAR) or hasattr(module, "to_lora")) and name not in available:
-                available.append(name)
-    if not config.targets:
-        return available
-    chosen = []
-    for target in config.targets:
-        matches = [name for name in available if name == target or name.endswith("." + target)]
-        if not matches:
-            short = sorted({name.rsplit(".", 1)[-1] for name in available})
-            raise ConfigError(f"adapter.targets: this model has no projection '{target}'; it has {', '.join(short)}")
-        chosen += matches
-    return sorted(set(chosen), key=available.index)
 
 
 def _add_low_rank(model: nn.Module, blocks: list[int], names: list[str], config: AdapterConfig) -> dict[str, Any]:

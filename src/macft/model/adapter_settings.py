@@ -42,25 +42,25 @@ class AdapterConfig:
 
 def problems(config: AdapterConfig) -> list[str]:
     """One line for each value that can't be right; no I/O."""
-    found = []
+    lines = []
     if config.type not in KINDS:
-        found.append(f"adapter.type: '{config.type}' is not one of {', '.join(KINDS)}")
+        lines.append(f"adapter.type: '{config.type}' is not one of {', '.join(KINDS)}")
     if config.rank < 1:
-        found.append(f"adapter.rank: {config.rank} is too small; use 1 or more (8 is usual)")
+        lines.append(f"adapter.rank: {config.rank} is too small; use 1 or more (8 is usual)")
     if not 0.0 <= config.dropout < 1.0:
-        found.append(f"adapter.dropout: {config.dropout} is not in [0, 1)")
+        lines.append(f"adapter.dropout: {config.dropout} is not in [0, 1)")
     if config.num_layers < -1 or config.num_layers == 0:
-        found.append(f"adapter.num_layers: {config.num_layers} trains nothing; use -1 for all or 1 and more")
+        lines.append(f"adapter.num_layers: {config.num_layers} trains nothing; use -1 for all or 1 and more")
     if config.layers and config.num_layers != -1:
-        found.append("adapter.layers and adapter.num_layers: give one of them, not both")
+        lines.append("adapter.layers and adapter.num_layers: give one of them, not both")
     if any(layer < 0 for layer in config.layers) or len(set(config.layers)) != len(config.layers):
-        found.append(f"adapter.layers: {list(config.layers)} must be different block numbers, counted from 0")
+        lines.append(f"adapter.layers: {list(config.layers)} must be different block numbers, counted from 0")
     if config.rslora and config.alpha is None:
-        found.append("adapter.rslora: needs adapter.alpha (rsLoRA's scale is alpha / sqrt(rank)); 16 is usual")
+        lines.append("adapter.rslora: needs adapter.alpha (rsLoRA's scale is alpha / sqrt(rank)); 16 is usual")
     if config.rslora and config.type == "full":
-        found.append("adapter.rslora: has no meaning with adapter.type=full")
+        lines.append("adapter.rslora: has no meaning with adapter.type=full")
     if not math.isfinite(config.scale) or config.scale == 0:
-        found.append(f"adapter.scale: {config.scale} would leave the adapter without effect; 20.0 is mlx-lm's default")
+        lines.append(f"adapter.scale: {config.scale} would leave the adapter without effect; 20.0 is mlx-lm's default")
     if config.alpha is not None and not (math.isfinite(config.alpha) and config.alpha > 0):
-        found.append(f"adapter.alpha: {config.alpha} must be greater than 0")
-    return found
+        lines.append(f"adapter.alpha: {config.alpha} must be greater than 0")
+    return lines

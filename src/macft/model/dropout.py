@@ -7,7 +7,8 @@ feature), so a row meets the same mask on every node, in every micro-batch and a
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,6 +27,15 @@ class DropoutKeys:
     def __init__(self) -> None:
         self.value: mx.array = mx.zeros((1,), dtype=mx.uint32)
         self.in_use = False
+
+    @contextmanager
+    def using(self, keys: mx.array) -> Iterator[None]:
+        """Inside, ``keys`` (rows,) uint32 are those of the rows being computed."""
+        before, self.value = self.value, keys
+        try:
+            yield
+        finally:
+            self.value = before
 
     @staticmethod
     def for_rows(seed: int, step: int, row_ids: NDArray[np.int64]) -> NDArray[np.uint32]:
@@ -49,7 +59,7 @@ class RowDropout(nn.Module):
         self._layer = layer
         self._keys = keys
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: mx.array) -> mx.array:
         if not self.training:
             return x
         rows, length, features = x.shape
@@ -69,7 +79,7 @@ class RowDropout(nn.Module):
         return mx.where(keep, x * (1.0 / (1.0 - self._p)), 0.0).astype(x.dtype)
 
 
-def _mix(value: Any) -> Any:
+def _mix(value: mx.array) -> mx.array:
     """The finaliser of MurmurHash3 (Appleby): every input bit changes every output bit with probability 1/2."""
     value = value ^ (value >> 16)
     value = value * 0x85EBCA6B

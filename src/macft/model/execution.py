@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from macft.device.kind import Device
+from macft.errors import ConfigError
+from macft.model.settings import ModelConfig
+
+FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# Tokens in a pack of several rows on a CPU, where longer packs are no faster and take more memory.
+_PACK_TOKENS_ON_CPU = 512
+# Most logits in a chunk of automatic size, unless 64 targets have more: MLX holds about 12 arrays of that size.
+_LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**21, 2**25
+_LEAST_TARGETS = 64
+_EVALUATION_ROWS = 8
+_CANNOT_PACK = "training.packing: this model's attention can't take packed rows; use auto or false"
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How weights are held: ``dtype`` of most floating-point values, ``bits`` of quantised matrices (None: floats)."""
+
+    dtype: str
+    bits: int | None = None
+    group_size: int = 64
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes of a floating-point value."""
+        return FLOAT_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class Execution:
     """Decided once, before the model is loaded; loading, gradient, validation, evaluation and planner only read it.
 
-    ``kernels`` is the backend (:mod:`macft.model.backends`): "mlx", MLX operations only, as on Metal and CUDA, or
-    "cpu", NumPy and OpenBLAS, for float32 models on a Linux CPU.
+    :func:`resolve` makes it. ``kernels`` is the backend (:mod:`macft.model.backends`): "mlx", MLX operations only, as
+    on Metal and CUDA, or "cpu", NumPy and OpenBLAS, for float32 models on a Linux CPU.
     """
 
     # "cpu", "metal" or "cuda".
@@ -18,9 +46,14 @@ class Execution:
     kernels: str
     # Type of the floating-point weights: "float32", "bfloat16" or "float16".
     dtype: str
+    # The weights keep the types of the checkpoint, which may hold a few in another type than dtype.
+    keeps_checkpoint_dtypes: bool = False
     # Bits and group size of quantised weights; None: not quantised.
     bits: int | None = None
     group_size: int = 64
+    # Weights are rounded to this many bits and then held as floating-point values (fake quantisation); None: they
+    # are not. The arithmetic of QLoRA on a CPU.
+    fake_quantized_bits: int | None = None
     # Rows are laid end to end instead of padded, and common beginnings are computed once.
     packing: bool = False
     shared_prefixes: bool = False
@@ -30,8 +63,123 @@ class Execution:
     compiled: bool = False
     # What the backward pass computes again: "none" or "blocks".
     recompute: str = "none"
-    # Target positions whose logits exist at once; None: the kernels choose by the vocabulary.
+    # Target positions whose logits exist at once, where the configuration says so; see loss_chunk_for.
     loss_chunk: int | None = None
+    # Most logits in a chunk where it doesn't.
+    max_logits: int = _LOGITS_ON_GPU
     # Most rows in a forward pass of training (None: all of a node's rows) and of validation.
     micro_batch_size: int | None = None
-    evaluation_rows: int = 8
+    evaluation_rows: int = _EVALUATION_ROWS
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        """How the loaded weights are held."""
+        return WeightFormat(self.dtype, self.bits, self.group_size)
+
+    def loss_chunk_for(self, vocabulary: int) -> int:
+        """Target positions whose logits exist at once, of a model with this vocabulary."""
+        return self.loss_chunk or max(_LEAST_TARGETS, self.max_logits // vocabulary)
+
+    def with_batch(self, micro_batch_size: int | None, recompute: str) -> Execution:
+        """The same with another micro-batch, which limits validation too, and another recomputation."""
+        return replace(
+            self,
+            micro_batch_size=micro_batch_size,
+            evaluation_rows=micro_batch_size or _EVALUATION_ROWS,
+            recompute=recompute,
+        )
+
+    def padded(self) -> Execution:
+        """The same with rows that are padded, not packed."""
+        return replace(self, packing=False, shared_prefixes=False, pack_tokens=None)
+
+
+def resolve(
+    model: ModelConfig,
+    checkpoint: WeightFormat,
+    device: Device,
+    *,
+    packing: str = "auto",
+    can_pack: bool | None = None,
+    dropout: bool = False,
+    compile: str = "auto",
+    kernels: str = "auto",
+    grad_checkpoint: bool = False,
+    loss_chunk: int | None = None,
+    micro_batch_size: int | None = None,
+) -> Execution:
+    """Decides how ``model`` is computed on ``device``. A pure function: it reads no file and asks no device.
+
+    On a CPU ``auto`` means float32 and dequantised: nothing else goes through BLAS. There, ``4bit`` and ``8bit``
+    quantise and then hold those very values in float32: the arithmetic of QLoRA (Dettmers et al. 2023,
+    arXiv:2305.14314) without its saving of memory. On a GPU ``auto`` changes nothing of the checkpoint.
+
+    Args:
+        model: what the configuration wants of the weights.
+        checkpoint: how the checkpoint's files hold the weights.
+        device: the device that computes, here or elsewhere.
+        packing: ``training.packing``.
+        can_pack: whether the architecture takes packed rows; None if that isn't known before it is loaded.
+        dropout: whether the model or its adapter has active dropout; each row then has masks of its own.
+        compile: ``training.compile``.
+        kernels: ``training.kernels``.
+        grad_checkpoint: ``training.grad_checkpoint``.
+        loss_chunk: ``training.loss_chunk``.
+        micro_batch_size: ``training.micro_batch_size``.
+
+    Raises:
+        ConfigError: a wish that model or device can't fulfil; one line.
+    """
+    on_cpu = device.kind == "cpu"
+    quantization = model.quantization if model.quantization != "auto" else "none" if on_cpu else "keep"
+    wanted_bits = int(quantization[0]) if quantization in ("4bit", "8bit") else None
+    if wanted_bits is not None and checkpoint.bits not in (None, wanted_bits):
+        raise ConfigError(
+            f"model.quantization: {wanted_bits}bit needs an unquantised checkpoint or one of {wanted_bits} bits, and "
+            f"this one has {checkpoint.bits} bits; use keep or none"
+        )
+    is_quantized = quantization == "keep" or (wanted_bits is not None and not on_cpu)
+    bits = (wanted_bits or checkpoint.bits) if is_quantized else None
+    group_size = model.quantization_group_size if wanted_bits and checkpoint.bits is None else checkpoint.group_size
+    precision = model.precision if model.precision != "auto" else "float32" if on_cpu else "checkpoint"
+    dtype = checkpoint.dtype if precision == "checkpoint" else precision
+    is_dequantized = bits is None and (checkpoint.bits is not None or wanted_bits is not None)
+    compiled = compile.lower() == "true" or (compile.lower() == "auto" and not on_cpu)
+    packs = packing.lower() != "false" and can_pack is not False
+    if packing.lower() == "true" and not packs:
+        raise ConfigError(_CANNOT_PACK)
+    return Execution(
+        device=device.kind,
+        kernels=_kernels(kernels, WeightFormat(dtype, bits, group_size), device, compiled=compiled),
+        dtype=dtype,
+        keeps_checkpoint_dtypes=precision == "checkpoint" and not is_dequantized,
+        bits=bits,
+        group_size=group_size,
+        fake_quantized_bits=wanted_bits if bits is None else None,
+        packing=packs,
+        shared_prefixes=packs and not dropout,
+        pack_tokens=_PACK_TOKENS_ON_CPU if packs and on_cpu else None,
+        compiled=compiled,
+        loss_chunk=loss_chunk,
+        max_logits=_LOGITS_ON_CPU if on_cpu else _LOGITS_ON_GPU,
+    ).with_batch(micro_batch_size, "blocks" if grad_checkpoint else "none")
+
+
+def _kernels(wanted: str, weights: WeightFormat, device: Device, *, compiled: bool) -> str:
+    """The backend, "mlx" or "cpu", for ``training.kernels``."""
+    obstacles = [
+        (device.kind != "cpu", "this node computes on a GPU; use auto or mlx"),
+        (weights.bits is not None, "the model is quantised; add model.quantization=none"),
+        (weights.dtype != "float32", f"the model is {weights.dtype}; add model.precision=float32"),
+        (compiled, "they can't be compiled; add training.compile=false"),
+        (not device.openblas, "no OpenBLAS is loaded (macft.doctor says why); use auto or mlx"),
+    ]
+    reasons = [reason for applies, reason in obstacles if applies]
+    if wanted == "cpu" and reasons:
+        raise ConfigError(f"training.kernels: cpu needs a float32 model on a Linux CPU, and {reasons[0]}")
+    return "cpu" if wanted != "mlx" and not reasons else "mlx"
+
+
+def cannot_pack() -> ConfigError:
+    """The error where ``training.packing=true`` and the model can't take packed rows."""
+    return ConfigError(_CANNOT_PACK)

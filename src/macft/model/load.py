@@ -8,16 +8,21 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from macft.device.mlx_device import on_cpu
-from macft.errors import ConfigError, ModelError
-from macft.model.backends.cpu.activations import use_fast_activations
+from macft.device.kind import Device
+from macft.errors import ModelError
+from macft.model.execution import Execution, WeightFormat
+from macft.model.execution import resolve as resolve_execution
 from macft.model.settings import ModelConfig
+from macft.model.shape import read_weight_format
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "tokenization_*.py")
@@ -29,27 +34,27 @@ class LoadedModel:
 
     ``config`` is the checkpoint's config.json, its ``quantization`` entry as the weights are now held.
     ``dtype`` is the type of the floating-point weights (of the scales, where weights are quantised).
-    ``notes`` are lines for the user.
+    ``execution`` is the record it was loaded by. ``notes`` are lines for the user.
     """
 
     model: nn.Module
-    # An mlx_lm.tokenizer_utils.TokenizerWrapper.
-    tokenizer: Any
+    tokenizer: TokenizerWrapper
     path: Path
     config: dict[str, Any]
     was_quantized: bool
     is_quantized: bool
     dtype: mx.Dtype
+    execution: Execution
     notes: list[str] = field(default_factory=list)
 
 
-def load(config: ModelConfig, path: Path, tokenizer: Any = None) -> LoadedModel:
-    """Loads the model and tokenizer in the folder ``path``, which :func:`~macft.model.resolve.resolve` found.
+def load(
+    config: ModelConfig, path: Path, execution: Execution | None = None, tokenizer: TokenizerWrapper | None = None
+) -> LoadedModel:
+    """Loads the model and tokenizer in the folder ``path``, as :func:`~macft.model.resolve.resolve` returns it.
 
-    ``tokenizer`` is one that :func:`load_tokenizer` loaded before, if any. On the CPU ``auto`` means float32 and
-    dequantised: nothing else goes through BLAS. There, ``4bit`` and ``8bit``
-    quantise and then hold those very values in float32: the arithmetic of QLoRA (Dettmers et al. 2023,
-    arXiv:2305.14314) without its saving of memory. On a GPU ``auto`` changes nothing.
+    ``execution`` says in which type and quantisation; None: as this device computes it outside of training.
+    ``tokenizer`` is one that :func:`load_tokenizer` loaded before, if any.
 
     Raises:
         ModelError: the folder can't be read as a model that mlx-lm knows, or has no tokenizer.
@@ -60,38 +65,19 @@ def load(config: ModelConfig, path: Path, tokenizer: Any = None) -> LoadedModel:
     with _readable(path, "as a model"):
         model, settings = load_model(path, lazy=True, trust_remote_code=config.trust_remote_code)
     tokenizer = tokenizer or load_tokenizer(config, path)
-    was_quantized, original = _is_quantized(model), _float_dtype(model)
-    precision, quantization, cpu = config.precision, config.quantization, on_cpu()
-    if precision == "auto":
-        precision = "float32" if cpu else "checkpoint"
-    if quantization == "auto":
-        quantization = "none" if cpu else "keep"
-    notes: list[str] = []
-
-    if quantization in ("4bit", "8bit"):
-        bits = int(quantization[0])
-        if was_quantized:
-            _check_same_width(settings, bits)
-        else:
-            model, settings = _quantize(model, settings, bits, config.quantization_group_size)
-        if cpu:
-            notes.append(f"{bits}-bit weights are held as float32: exact, and the only fast type on a CPU")
-    if _is_quantized(model) and (quantization == "none" or (cpu and quantization != "keep")):
+    execution = execution or resolve_execution(config, read_weight_format(path), Device.default())
+    was_quantized = _is_quantized(model)
+    if not was_quantized and (bits := execution.bits or execution.fake_quantized_bits):
+        model, settings = _quantize(model, settings, bits, execution.group_size)
+    if _is_quantized(model) and execution.bits is None:
         # In float32, so that the scales lose nothing before the type that is asked for.
         _cast_scales(model)
         model = dequantize_model(model)
         settings = {k: v for k, v in settings.items() if k not in ("quantization", "quantization_config")}
-        _cast(model, _DTYPES.get(precision, original))
-    elif precision in _DTYPES:
-        _cast(model, _DTYPES[precision])
-    if cpu and _is_quantized(model):
-        notes.append("quantised weights are about 20 times slower on a CPU than model.quantization=none")
-    if cpu and _float_dtype(model) != mx.float32:
-        notes.append("on a CPU every type but float32 is many times slower; model.precision=auto picks it")
+    if not execution.keeps_checkpoint_dtypes:
+        _cast(model, _DTYPES[execution.dtype])
     with _readable(path, "weights"):
         mx.eval(model.parameters())
-    if cpu and _float_dtype(model) == mx.float32:
-        use_fast_activations(model)
     model.freeze()
     return LoadedModel(
         model=model,
@@ -101,12 +87,28 @@ def load(config: ModelConfig, path: Path, tokenizer: Any = None) -> LoadedModel:
         was_quantized=was_quantized,
         is_quantized=_is_quantized(model),
         dtype=_float_dtype(model),
-        notes=notes,
+        execution=execution,
+        notes=_notes(execution),
     )
 
 
-def load_tokenizer(config: ModelConfig, path: Path) -> Any:
-    """The tokenizer in the folder ``path``, an mlx_lm TokenizerWrapper; no weights are read.
+def _notes(execution: Execution) -> list[str]:
+    """What the user should know of how the weights are held."""
+    if execution.device != "cpu":
+        return []
+    notes = []
+    if execution.fake_quantized_bits:
+        bits = execution.fake_quantized_bits
+        notes.append(f"{bits}-bit weights are held as float32: exact, and the only fast type on a CPU")
+    if execution.bits:
+        notes.append("quantised weights are about 20 times slower on a CPU than model.quantization=none")
+    if execution.dtype != "float32":
+        notes.append("on a CPU every type but float32 is many times slower; model.precision=auto picks it")
+    return notes
+
+
+def load_tokenizer(config: ModelConfig, path: Path) -> TokenizerWrapper:
+    """The tokenizer in the folder ``path``; no weights are read.
 
     Raises:
         ModelError: there is none, or it can't be read.
@@ -126,7 +128,7 @@ def load_tokenizer(config: ModelConfig, path: Path) -> Any:
 
 @contextlib.contextmanager
 def _readable(path: Path, what: str) -> Iterator[None]:
-    """Turns whatever mlx-lm, MLX or transformers raise over a bad file into one line."""
+    """Turns the errors of mlx-lm, MLX and transformers about a bad file into a ModelError of one line."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
@@ -137,6 +139,15 @@ def _readable(path: Path, what: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             reason = "it runs Python code of its own; read it, then set model.trust_remote_code=true"
         raise ModelError(f"{path} can't be read {what}: {reason}") from error
+
+
+def weight_format_of(model: nn.Module) -> WeightFormat:
+    """How the loaded ``model`` holds its weights."""
+    quantized = [module for module in model.modules() if "scales" in module]
+    dtype = str(_float_dtype(model)).removeprefix("mlx.core.")
+    if not quantized:
+        return WeightFormat(dtype)
+    return WeightFormat(dtype, int(quantized[0].bits), int(quantized[0].group_size))
 
 
 def _is_quantized(model: nn.Module) -> bool:
@@ -150,15 +161,6 @@ def _float_dtype(model: nn.Module) -> mx.Dtype:
         if mx.issubdtype(value.dtype, mx.floating):
             sizes[value.dtype] += value.size
     return sizes.most_common(1)[0][0]
-
-
-def _check_same_width(settings: dict[str, Any], bits: int) -> None:
-    held = settings.get("quantization", {}).get("bits")
-    if held != bits:
-        raise ConfigError(
-            f"model.quantization: {bits}bit needs an unquantised checkpoint or one of {bits} bits, and this "
-            f"one has {held or 'another kind of'} bits; use keep or none"
-        )
 
 
 def _quantize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
@@ -23,11 +24,11 @@ class ParameterRefs:
                 owner = owner.rpartition(".")[0]
             self._places.append((modules[owner], name[len(owner) :].lstrip(".").split(".")))
 
-    def get(self) -> list[Any]:
+    def get(self) -> list[mx.array]:
         """The parameters, in the order of ``names``."""
         return [_within(module, path)[_key(path[-1])] for module, path in self._places]
 
-    def put(self, values: Iterable[Any]) -> None:
+    def put(self, values: Iterable[mx.array]) -> None:
         """Sets all of them, in that order."""
         for (module, path), value in zip(self._places, values, strict=True):
             _within(module, path)[_key(path[-1])] = value

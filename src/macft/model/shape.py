@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,20 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from macft.errors import ModelError
+from macft.model.adapter_layers import adaptable_projections
+from macft.model.execution import FLOAT_BYTES, WeightFormat
 from macft.model.packing import may_pack
-from macft.model.settings import ModelConfig
 
 _LARGEST_CONFIG = 4 << 20
+# Where exports of NVIDIA's ModelOpt say how they are quantised.
+_MODELOPT_SETTINGS = "hf_quant_config.json"
+# Safetensors itself allows no longer header.
+_LARGEST_HEADER = 100_000_000
+_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _OF_LOGITS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling")
 """Keys of a config.json for what some models do with their logits."""
-FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Bits and group size of formats whose settings give their names only, as mlx-lm reads them.
+_QUANTIZATION_METHODS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "modelopt": (4, 16)}
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,9 @@ class Linear:
 class ModelShape:
     """Sizes of a decoder. ``linears`` are those of one block; ``parameters`` counts all blocks, embeddings and head.
 
-    ``packs``: it is built as packed rows need it. ``plain_head``: logits are a product, not scaled or capped.
+    ``projections`` are the names of the layers that may be trained, block by block. ``checkpoint`` is how the files
+    hold the weights. ``packs``: it is built as packed rows need it. ``has_dropout``: it drops elements of its own.
+    ``plain_head``: logits are a product, not scaled or capped.
     """
 
     hidden: int
@@ -48,12 +59,10 @@ class ModelShape:
     parameters: int
     # Parameters of matrices that a quantised checkpoint holds in few bits: linear layers and embeddings.
     matrix_parameters: int
-    # Bits and group size of the checkpoint's matrices, where they are quantised.
-    bits: int | None
-    group_size: int
-    # Type of the checkpoint's floating-point values.
-    dtype: str
+    projections: tuple[tuple[str, ...], ...]
+    checkpoint: WeightFormat
     packs: bool
+    has_dropout: bool
     plain_head: bool
 
     @property
@@ -68,57 +77,108 @@ class ModelShape:
 
     def checkpoint_bytes(self) -> float:
         """Size of the weights as the checkpoint's files hold them."""
-        return self.weight_bytes(self.bits, self.group_size, FLOAT_BYTES[self.dtype])
+        return self.weight_bytes(self.checkpoint)
 
-    def weight_bytes(self, bits: int | None, group_size: int, float_bytes: int) -> float:
-        """Size of the weights with matrices in ``bits`` (None: floats); a group's scale and bias are 2 bytes each."""
-        if bits is None:
-            return float(self.parameters * float_bytes)
+    def weight_bytes(self, weights: WeightFormat) -> float:
+        """Size of the weights held as ``weights``; scale and bias of a quantised group are 2 bytes each."""
+        if weights.bits is None:
+            return float(self.parameters * weights.float_bytes)
         others = self.parameters - self.matrix_parameters
-        return self.matrix_parameters * (bits / 8 + 4 / group_size) + others * float_bytes
-
-
-@dataclass(frozen=True)
-class HeldWeights:
-    """How a device holds the weights: ``bits`` of its matrices (None: floats), bytes of a float."""
-
-    bits: int | None
-    group_size: int
-    float_bytes: int
-
-
-def held_weights(shape: ModelShape, config: ModelConfig, *, cpu: bool) -> HeldWeights:
-    """What :func:`macft.model.load.load` will make of the checkpoint: its rules for ``auto``, without loading."""
-    precision, quantization = config.precision, config.quantization
-    if precision == "auto":
-        precision = "float32" if cpu else "checkpoint"
-    if quantization == "auto":
-        quantization = "none" if cpu else "keep"
-    float_bytes = FLOAT_BYTES.get(precision, FLOAT_BYTES[shape.dtype])
-    bits, group = shape.bits, shape.group_size
-    if quantization in ("4bit", "8bit"):
-        bits, group = int(quantization[0]), shape.group_size if shape.bits else config.quantization_group_size
-    if quantization == "none" or (cpu and quantization != "keep"):
-        bits = None
-    return HeldWeights(bits, group, float_bytes)
+        return self.matrix_parameters * (weights.bits / 8 + 4 / weights.group_size) + others * weights.float_bytes
 
 
 def read_shape(folder: Path) -> ModelShape:
-    """The shape of the model in ``folder``, from its config.json alone.
+    """The shape of the model in ``folder``, from its config.json and the headers of its weight files alone.
 
     Raises:
         ModelError: no config.json, or not one of an architecture that mlx-lm knows.
     """
-    path = folder / "config.json"
+    shape = shape_of(_read_config(folder), str(folder / "config.json"))
+    return replace(shape, checkpoint=read_weight_format(folder))
+
+
+def read_weight_format(folder: Path) -> WeightFormat:
+    """How the checkpoint in ``folder`` holds its weights; of a model that :func:`read_shape` doesn't know, too.
+
+    Raises:
+        ModelError: no config.json.
+    """
+    config = _read_config(folder)
+    if (folder / _MODELOPT_SETTINGS).exists() and "quantization_config" not in config:
+        config["quantization_config"] = _read_json(folder / _MODELOPT_SETTINGS)
+    weights = _format_from_config(config)
+    return replace(weights, dtype=_dtype_of_files(folder) or weights.dtype)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    return _read_json(folder / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST_CONFIG:
-            raise ModelError(f"{path} is larger than a config.json can be")
+            raise ModelError(f"{path} is larger than {_LARGEST_CONFIG >> 20} MiB")
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} can't be read: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a JSON object")
-    return shape_of(config, str(path))
+    return config
+
+
+def _format_from_config(config: dict[str, Any]) -> WeightFormat:
+    """What a config.json says of the weights; bfloat16 where it says nothing."""
+    text = _text_part(config)
+    dtype = str(text.get("torch_dtype") or text.get("dtype") or "bfloat16").removeprefix("torch.")
+    settings = config.get("quantization") or config.get("quantization_config") or text.get("quantization_config")
+    bits, group_size = _bits_and_group_size(settings if isinstance(settings, dict) else {})
+    return WeightFormat(dtype if dtype in FLOAT_BYTES else "bfloat16", bits, group_size)
+
+
+def _bits_and_group_size(settings: dict[str, Any]) -> tuple[int | None, int]:
+    """Of a config.json's ``quantization`` or ``quantization_config``, as mlx-lm reads it; (None, 64) for floats."""
+    from mlx_lm.utils import _compressed_tensors_quantization
+
+    method = settings.get("quant_method")
+    if method == "bitnet":
+        return None, 64
+    if method == "compressed-tensors":
+        try:
+            settings = _compressed_tensors_quantization(settings)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            return None, 64  # loading will say that it can't be read
+    if method == "fp8" and settings.get("scale_fmt") == "ue8m0":
+        return 8, 32
+    bits, group_size = _QUANTIZATION_METHODS.get(str(method), (settings.get("bits"), settings.get("group_size") or 64))
+    try:
+        return (int(bits), int(group_size)) if bits else (None, 64)
+    except (TypeError, ValueError):
+        return None, 64
+
+
+def _text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with the part that describes the text model of a model with several."""
+    part = config.get("text_config")
+    return {**config, **part} if isinstance(part, dict) else config
+
+
+def _dtype_of_files(folder: Path) -> str | None:
+    """The type of most floating-point values in the weight files; None where they hold another or can't be read."""
+    sizes: Counter[str] = Counter()
+    for path in folder.glob("model*.safetensors"):
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length)) if length <= _LARGEST_HEADER else {}
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    sizes[str(entry["dtype"])] += math.prod(entry["shape"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None  # loading will say what is wrong with the file
+    floats = {dtype: size for dtype, size in sizes.items() if dtype.startswith(("F", "BF"))}
+    if not floats or not floats.keys() <= _SAFETENSORS_DTYPES.keys():
+        return None
+    return _SAFETENSORS_DTYPES[max(floats, key=lambda dtype: floats[dtype])]
 
 
 def shape_of(config: dict[str, Any], source: str) -> ModelShape:
@@ -140,7 +200,8 @@ def shape_of(config: dict[str, Any], source: str) -> ModelShape:
             for name, module in blocks[-1].named_modules()
             if isinstance(module, nn.Linear)
         )
-        text = {**config, **config.get("text_config", {})}
+        projections = tuple(tuple(adaptable_projections(block)) for block in blocks)
+        text = _text_part(config)
         hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
         head_dim = int(text.get("head_dim") or hidden // heads)
         intermediate = int(text.get("intermediate_size") or 4 * hidden)
@@ -149,9 +210,6 @@ def shape_of(config: dict[str, Any], source: str) -> ModelShape:
     except (KeyError, TypeError, ValueError, AttributeError, ImportError, IndexError, ZeroDivisionError) as error:
         raise ModelError(f"{source} is not the configuration of a model that mlx-lm knows: {error!r}") from error
     sizes = [(value.ndim, int(value.size)) for _, value in tree_flatten(model.parameters())]
-    quantization = config.get("quantization") or {}
-    bits = quantization.get("bits") if isinstance(quantization, dict) else None
-    dtype = str(text.get("torch_dtype") or text.get("dtype") or "bfloat16").removeprefix("torch.")
     return ModelShape(
         hidden=hidden,
         blocks=len(blocks),
@@ -163,9 +221,9 @@ def shape_of(config: dict[str, Any], source: str) -> ModelShape:
         linears=linears,
         parameters=sum(size for _, size in sizes),
         matrix_parameters=sum(size for dimensions, size in sizes if dimensions > 1),
-        bits=int(bits) if bits else None,
-        group_size=int(quantization.get("group_size", 64)) if bits else 64,
-        dtype=dtype if dtype in FLOAT_BYTES else "bfloat16",
+        projections=projections,
+        checkpoint=_format_from_config(config),
         packs=may_pack(model),
+        has_dropout=any(isinstance(module, nn.Dropout) and module._p_1 < 1 for module in model.modules()),
         plain_head=not any(text.get(key) for key in _OF_LOGITS),
     )

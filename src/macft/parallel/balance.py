@@ -1,7 +1,7 @@
-"""Shares that follow the nodes: their measured speed, and how much heat and power let them do.
+"""Shares of the rows that follow the nodes' measured speed, and what heat and power let them do.
 
-Every rank sees the same statuses (they travel with the gradient) and computes the same shares: only +, -, * and / on
-float64, which are the same bits on every machine.
+Every rank sees the same statuses (they are sent with the gradient) and computes the same shares: only +, -, * and / on
+float64, which give the same bits on every machine.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from macft.parallel.node_status import NodeStatus
 _SMOOTHING = 0.3
 # Shares move only if one of them changes by this part of itself and by this much of the whole.
 _RELATIVE, _ABSOLUTE = 0.08, 0.01
-# A node that got no rows is tried again by and by: its speed drifts to the others' mean by this part at each plan.
+# A node without rows can't be measured, so its speed moves towards the others' mean by this part each time the shares
+# are computed, until it gets rows again.
 _DRIFT = 0.05
-# A shorter time is no measurement.
+# Shorter times are not used.
 _LEAST_SECONDS = 1e-6
 
 
@@ -41,7 +42,7 @@ class ShareBalancer:
         self.shares = _normalized(base)
 
     def plain(self) -> dict[str, Any]:
-        """All it knows, in types that travel."""
+        """The whole state, in types that msgpack and JSON have."""
         return {
             "auto": self._is_auto,
             "every": self._every,
@@ -53,9 +54,10 @@ class ShareBalancer:
 
     @classmethod
     def reseated(cls, plain: Mapping[str, Any], old_ranks: Sequence[int | None]) -> ShareBalancer:
-        """What :meth:`plain` gave, for other nodes: by rank the one it knew it by, None for a newcomer.
+        """The state of :meth:`plain` for another group of nodes.
 
-        A newcomer counts as the mean of the others until it has been measured.
+        ``old_ranks``: for each new rank the rank that the node had, None for a node that joined. That one counts as the
+        mean of the others until it has been measured.
         """
         stayed = [float(plain["base"][old]) for old in old_ranks if old is not None]
         mean = sum(stayed) / len(stayed) if sum(stayed) > 0 else 1.0
@@ -63,7 +65,7 @@ class ShareBalancer:
         balance = cls(base if sum(base) > 0 else [1.0] * len(base), len(base), every=plain["every"])
         balance._is_auto, balance._steps = plain["auto"], plain["steps"]
         balance._speeds = [None if old is None else plain["speeds"][old] for old in old_ranks]
-        # The newcomer's first step warms up, and so does the first one after a change: its shapes are new.
+        # The first step of a node that joined is a warm-up and isn't measured.
         balance._measurements = [0 if old is None else plain["measurements"][old] for old in old_ranks]
         if balance._is_auto:
             balance.shares = _normalized(balance._known_speeds())
@@ -88,13 +90,13 @@ class ShareBalancer:
             return
         self._measurements[rank] += 1
         if self._measurements[rank] == 1:
-            return  # the first step compiles and warms up
+            return  # the first step compiles, and is a warm-up
         speed, known = status.tokens / status.busy_seconds, self._speeds[rank]
         self._speeds[rank] = speed if known is None else known + _SMOOTHING * (speed - known)
 
     def _target(self, statuses: Sequence[NodeStatus]) -> list[float]:
         base = self._measured_speeds(statuses) if self._is_auto else self._base
-        weights = [0.0 if node.paused else part * node.duty for part, node in zip(base, statuses, strict=True)]
+        weights = [0.0 if node.paused else share * node.duty for share, node in zip(base, statuses, strict=True)]
         return _normalized(weights if sum(weights) > 0 else base)
 
     def _known_speeds(self) -> list[float]:

@@ -1,14 +1,13 @@
 """Peak memory of a training run, predicted from sizes alone.
 
-The peak is ``mx.get_peak_memory()``: what MLX holds at once, without the Python process (about 0.3 GB) and without what
-the node keeps in NumPy (two flat float32 gradients). What the backward pass needs of a block was counted in mlx-lm's
-code and is exact for blocks of the Llama kind: norm inputs and outputs, q, k, v, the attention's probabilities (MLX
-computes attention unfused while training, on Metal too) and the feed-forward part. What exists only for a moment was
-fitted to runs of 44 random models on MLX's CPU backend (see docs/plan.md): there the fit is within 13%.
+The peak is ``mx.get_peak_memory()``: what MLX holds at once, without the Python process (about 0.3 GB) and without
+NumPy arrays (two flat float32 gradients). What the backward pass needs of a block was counted in mlx-lm's code and is
+exact for blocks of the Llama kind: norm inputs and outputs, q, k, v, the attention's probabilities (MLX computes
+attention unfused while training, on Metal too) and the feed-forward part. Transient memory was fitted to runs of 44
+random models on MLX's CPU backend (see docs/plan.md); the fit is within 13%.
 
-A float32 model on a CPU is trained layer by layer (:mod:`macft.model.backends.cpu.eager`), which holds other things:
-that is fitted to gradients of 104 random models, within 17%, and with checkpointed blocks roughly, with a fifth
-added.
+The CPU's kernels compute layer by layer (:mod:`macft.model.backends.cpu.eager`) and hold other arrays. Their formula is
+fitted to gradients of 104 random models, within 17%. With checkpointed blocks it is rough, and a fifth is added.
 """
 
 from __future__ import annotations
@@ -16,24 +15,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from macft.model.adapter_layers import select_layers
 from macft.model.adapter_settings import AdapterConfig
-from macft.model.shape import HeldWeights, ModelShape
+from macft.model.execution import Execution
+from macft.model.shape import ModelShape
 from macft.training.optimizer_table import OPTIMIZERS
 
-# Fitted: floats a token of one block that live only while the block is computed, and floats a logit while the loss is.
+# Fitted: transient floats per token while a block is computed, and floats per logit while the loss is.
 _BLOCK_HIDDEN, _BLOCK_INTERMEDIATE, _BLOCK_SCORES = 4.8, 7.3, 1.6
 _FLOATS_PER_LOGIT, _FLOATS_PER_CHUNKED_LOGIT = 6.6, 14.5
-# With checkpointed blocks: multiples of what a block keeps and needs for a moment, and of its attention scores.
+# With checkpointed blocks: multiples of a block's saved and transient floats, and of its attention scores.
 _AGAIN, _AGAIN_SCORES, _BESIDE_HEAD = 1.6, 0.85, 0.4
 _VALIDATION_FLOATS_PER_LOGIT = 3.45
-# Layer by layer: floats a token that each block holds (hidden, queries, keys, feed-forward), that exist for a moment
-# (hidden, feed-forward), that each logit and each trained parameter takes; the same with checkpointed blocks, where it
-# is hidden alone that is held, and (hidden, queries, feed-forward) for a moment.
-_EAGER_HELD, _EAGER_MOMENT, _EAGER_LOGIT, _EAGER_TRAINED = (5.7, 4.9, 2.2, 5.2), (9.46, 4.65), 5.0, 2.0
+# Layer by layer: floats per token that each block saves (factors of hidden, queries, keys, feed-forward), transient
+# ones (factors of hidden, feed-forward), floats per logit and per trained parameter. With checkpointed blocks the saved
+# ones are a factor of hidden alone, and the transient ones factors of hidden, queries and feed-forward.
+_EAGER_SAVED, _EAGER_TRANSIENT, _EAGER_LOGIT, _EAGER_TRAINED = (5.7, 4.9, 2.2, 5.2), (9.46, 4.65), 5.0, 2.0
 _EAGER_VALIDATION_LOGIT = 3.2
-# The same where the loss goes through the vocabulary in blocks: floats a target and hidden size, and no logits.
+# Where the loss goes through the vocabulary in blocks: floats per target and hidden size, and no logits.
 _EAGER_TARGET = 4.0
-_EAGER_AGAIN_HELD, _EAGER_AGAIN_MOMENT, _EAGER_AGAIN = 0.46, (15.65, 13.29, 7.86), 1.2
+_RECOMPUTED_SAVED, _RECOMPUTED_TRANSIENT, _RECOMPUTED = 0.46, (15.65, 13.29, 7.86), 1.2
 # Before the first step the model is tried with few tokens (head apart, packs), and the logits are compared.
 _TRIAL_TOKENS = 72
 
@@ -42,9 +43,8 @@ _TRIAL_TOKENS = 72
 class ComputeShape:
     """What a node computes at once: ``tokens`` of ``rows`` that have up to ``length`` each, and ``targets`` of them.
 
-    See PartSize. ``accumulated``: there is more of it in a step. ``validation``: how many times as much validation
-    computes at once, 0 where there is none. ``loss_chunk`` is the number of target positions whose logits are held at
-    once, 0 for all.
+    See DeviceBatchShape. ``accumulated``: there is more of it in a step. ``validation``: how many times as much
+    validation computes at once, 0 where there is none.
     """
 
     rows: int
@@ -53,10 +53,6 @@ class ComputeShape:
     targets: int
     accumulated: bool = False
     validation: float = 0.0
-    checkpoint_blocks: bool = False
-    loss_chunk: int = 0
-    # A float32 model on a CPU.
-    eager: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,8 +70,8 @@ class MemoryParts:
     @property
     def step(self) -> float:
         """The peak of a training step."""
-        held = self.weights + self.adapter + self.optimizer + self.gradients
-        return held + self.activations + self.logits
+        resident = self.weights + self.adapter + self.optimizer + self.gradients
+        return resident + self.activations + self.logits
 
     @property
     def overhead(self) -> float:
@@ -98,13 +94,13 @@ class Trained:
 
 
 def trained_part(shape: ModelShape, adapter: AdapterConfig) -> Trained:
-    """Counts what :func:`macft.model.adapt.adapt` would make trainable. Unknown layers and targets count as none."""
-    numbers = _blocks(shape, adapter)
-    chosen = [
-        linear
-        for linear in shape.linears
-        if not adapter.targets or any(linear.name == t or linear.name.endswith("." + t) for t in adapter.targets)
-    ]
+    """Counts what :func:`macft.model.adapt.adapt` would make trainable.
+
+    Raises:
+        ConfigError: a block number or projection the model doesn't have.
+    """
+    blocks, projections = select_layers(adapter, shape.projections)
+    chosen = [linear for linear in shape.linears if linear.name in projections]
     if adapter.type == "full":
         each = sum(linear.inputs * linear.outputs for linear in chosen)
         each += 0 if adapter.targets else 2 * shape.hidden
@@ -112,75 +108,71 @@ def trained_part(shape: ModelShape, adapter: AdapterConfig) -> Trained:
         each = sum((linear.inputs + linear.outputs) * adapter.rank for linear in chosen)
         each += sum(linear.outputs for linear in chosen) if adapter.type == "dora" else 0
     names = frozenset(linear.name.rsplit(".", 1)[-1] for linear in chosen)
-    return Trained(each * len(numbers), shape.blocks - min(numbers, default=shape.blocks), names)
-
-
-def _blocks(shape: ModelShape, adapter: AdapterConfig) -> list[int]:
-    if adapter.layers:
-        return [block for block in adapter.layers if block < shape.blocks]
-    count = shape.blocks if adapter.num_layers < 0 else min(adapter.num_layers, shape.blocks)
-    return list(range(shape.blocks - count, shape.blocks))
+    return Trained(each * len(blocks), shape.blocks - min(blocks, default=shape.blocks), names)
 
 
 def predict(
-    shape: ModelShape, held: HeldWeights, adapter: AdapterConfig, optimizer: str, work: ComputeShape
+    shape: ModelShape, execution: Execution, adapter: AdapterConfig, optimizer: str, work: ComputeShape
 ) -> MemoryParts:
-    """Peak memory of a run on one node, by part, in bytes."""
+    """Peak memory of a run on one node that computes ``work`` as ``execution`` says, by part, in bytes."""
     trained = trained_part(shape, adapter)
-    weights = shape.weight_bytes(held.bits, held.group_size, held.float_bytes)
+    width = execution.weight_format.float_bytes
+    weights = shape.weight_bytes(execution.weight_format)
     full = adapter.type == "full"
-    parameter_bytes = held.float_bytes if full else 4
+    parameter_bytes = width if full else 4
     adapter_bytes = 0.0 if full else 4.0 * trained.parameters
     optimizer_bytes = OPTIMIZERS[optimizer].states * parameter_bytes * trained.parameters
-    gradients = 4.0 * trained.parameters * (1.3 if work.accumulated else 0.2)
-    saved = _saved_by_block(shape, adapter, trained, held, work)
-    moment = _moment_of_block(shape, held, work)
-    scores = shape.heads * work.rows * work.length**2 * held.float_bytes
-    at_once = min(work.targets, work.loss_chunk) if work.loss_chunk else work.targets
+    grad_bytes = 4.0 * trained.parameters * (1.3 if work.accumulated else 0.2)
+    saved = _saved_by_block(shape, adapter, trained, width, work)
+    transient = _transient_of_block(shape, width, work)
+    scores = shape.heads * work.rows * work.length**2 * width
+    at_once = min(work.targets, execution.loss_chunk_for(shape.vocabulary))
     per_logit = _FLOATS_PER_LOGIT if at_once == work.targets else _FLOATS_PER_CHUNKED_LOGIT
     logits = per_logit * 4 * at_once * shape.vocabulary
-    if work.eager:
-        activations, logits, gradients = _layer_by_layer(shape, trained, work, at_once)
-    elif work.checkpoint_blocks and trained.depth:
+    if execution.kernels == "cpu":
+        activations, logits, grad_bytes = _layer_by_layer(shape, execution, trained, work, at_once)
+    elif execution.recompute == "blocks" and trained.depth:
         # A block's forward pass runs a second time inside its backward pass, so that more of it exists at once.
-        inputs = trained.depth * work.tokens * shape.hidden * held.float_bytes
+        inputs = trained.depth * work.tokens * shape.hidden * width
         of_scores = scores * (1 + _BLOCK_SCORES)
-        activations = inputs + _AGAIN * (saved + moment - of_scores) + _AGAIN_SCORES * of_scores
-        logits = max(0.0, inputs + logits + _BESIDE_HEAD * (saved + moment) - activations)
+        activations = inputs + _AGAIN * (saved + transient - of_scores) + _AGAIN_SCORES * of_scores
+        logits = max(0.0, inputs + logits + _BESIDE_HEAD * (saved + transient) - activations)
     else:
-        activations = trained.depth * saved + moment
-        logits = max(0.0, logits - moment)
+        activations = trained.depth * saved + transient
+        logits = max(0.0, logits - transient)
     resident = weights + adapter_bytes + optimizer_bytes
     return MemoryParts(
         weights=weights,
         adapter=adapter_bytes,
         optimizer=optimizer_bytes,
-        gradients=gradients,
+        gradients=grad_bytes,
         activations=activations,
         logits=logits,
         other_peak=max(
-            _loading(shape, held, weights),
+            _loading(shape, execution, weights),
             weights + adapter_bytes + 4 * _TRIAL_TOKENS * shape.vocabulary,
-            resident + _validation(shape, held, work),
+            resident + _validation(shape, execution, work),
             # New parameters and states beside the old ones, and the gradient.
             resident + parameter_bytes * trained.parameters * 1.4,
         ),
     )
 
 
-def _layer_by_layer(shape: ModelShape, trained: Trained, work: ComputeShape, logits: int) -> tuple[float, float, float]:
-    """Bytes of activations, logits and gradients."""
+def _layer_by_layer(
+    shape: ModelShape, execution: Execution, trained: Trained, work: ComputeShape, logits: int
+) -> tuple[float, float, float]:
+    """Bytes of activations, logits and gradients where the CPU's kernels compute."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    again = work.checkpoint_blocks and trained.depth > 0
+    again = execution.recompute == "blocks" and trained.depth > 0
     if again:
-        held: float = _EAGER_AGAIN_HELD * shape.hidden
-        moment = _dot(_EAGER_AGAIN_MOMENT, (shape.hidden, query, shape.intermediate))
+        saved: float = _RECOMPUTED_SAVED * shape.hidden
+        transient = _dot(_RECOMPUTED_TRANSIENT, (shape.hidden, query, shape.intermediate))
     else:
-        held = _dot(_EAGER_HELD, (shape.hidden, query, key, shape.intermediate))
-        moment = _dot(_EAGER_MOMENT, (shape.hidden, shape.intermediate))
-    margin = _EAGER_AGAIN if again else 1.0
+        saved = _dot(_EAGER_SAVED, (shape.hidden, query, key, shape.intermediate))
+        transient = _dot(_EAGER_TRANSIENT, (shape.hidden, shape.intermediate))
+    margin = _RECOMPUTED if again else 1.0
     return (
-        4 * margin * work.tokens * (trained.depth * held + moment),
+        4 * margin * work.tokens * (trained.depth * saved + transient),
         _eager_loss(shape, work.targets, logits, _EAGER_LOGIT),
         4 * trained.parameters * (_EAGER_TRAINED + work.accumulated),
     )
@@ -198,10 +190,10 @@ def _dot(factors: Sequence[float], sizes: Sequence[int]) -> float:
 
 
 def _saved_by_block(
-    shape: ModelShape, adapter: AdapterConfig, trained: Trained, held: HeldWeights, work: ComputeShape
+    shape: ModelShape, adapter: AdapterConfig, trained: Trained, width: int, work: ComputeShape
 ) -> float:
-    """Bytes that one block keeps for its backward pass."""
-    tokens, width = work.tokens, held.float_bytes
+    """Bytes that one block keeps for its backward pass; a weight's floating-point value has ``width`` bytes."""
+    tokens = work.tokens
     attended = work.rows * work.length  # queries, keys and values of a pack are laid out as rows
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     names = trained.projections
@@ -228,27 +220,24 @@ def _saved_by_block(
     return saved
 
 
-def _moment_of_block(shape: ModelShape, held: HeldWeights, work: ComputeShape) -> float:
+def _transient_of_block(shape: ModelShape, width: int, work: ComputeShape) -> float:
     """Bytes that exist only while one block is computed."""
     floats = work.tokens * (_BLOCK_HIDDEN * shape.hidden + _BLOCK_INTERMEDIATE * shape.intermediate)
-    return held.float_bytes * (floats + _BLOCK_SCORES * work.rows * shape.heads * work.length**2)
+    return width * (floats + _BLOCK_SCORES * work.rows * shape.heads * work.length**2)
 
 
-def _validation(shape: ModelShape, held: HeldWeights, work: ComputeShape) -> float:
-    if work.eager:
+def _validation(shape: ModelShape, execution: Execution, work: ComputeShape) -> float:
+    if execution.kernels == "cpu":
         logits = _eager_loss(shape, work.targets, work.targets, _EAGER_VALIDATION_LOGIT)
-        moment = 0.6 * 4 * work.tokens * _dot(_EAGER_MOMENT, (shape.hidden, shape.intermediate))
+        transient = 0.6 * 4 * work.tokens * _dot(_EAGER_TRANSIENT, (shape.hidden, shape.intermediate))
     else:
         logits = _VALIDATION_FLOATS_PER_LOGIT * 4 * work.targets * shape.vocabulary
-        moment = 0.5 * _moment_of_block(shape, held, work)
-    return work.validation * max(logits, moment)
+        transient = 0.5 * _transient_of_block(shape, execution.weight_format.float_bytes, work)
+    return work.validation * max(logits, transient)
 
 
-def _loading(shape: ModelShape, held: HeldWeights, weights: float) -> float:
+def _loading(shape: ModelShape, execution: Execution, weights: float) -> float:
     """Peak while loading: a checkpoint in another form stays until the new weights are made."""
-    same = held.bits == shape.bits and (shape.bits is not None or held.float_bytes == _bytes(shape.dtype))
+    held, stored = execution.weight_format, shape.checkpoint
+    same = held.bits == stored.bits and (stored.bits is not None or held.float_bytes == stored.float_bytes)
     return weights if same else weights + shape.checkpoint_bytes()
-
-
-def _bytes(dtype: str) -> int:
-    return {"float32": 4}.get(dtype, 2)

@@ -11,21 +11,22 @@ from typing import Any
 
 import yaml
 
+from macft.config.execution import execution_for
 from macft.config.schema import TrainConfig
 from macft.config.validate import world_size
 from macft.data.load import read, tokenize_all
 from macft.data.order import RowOrder
 from macft.device.chips import Mac, find_mac
+from macft.device.kind import METAL, Device
 from macft.device.memory import usable_bytes
-from macft.device.mlx_device import on_cpu
 from macft.errors import DataError, MacftError, ModelError
 from macft.model.bundled import BUNDLED, ensure_bundled
+from macft.model.execution import Execution
 from macft.model.load import load_tokenizer
-from macft.model.shape import ModelShape, held_weights, read_shape, shape_of
+from macft.model.shape import ModelShape, read_shape, shape_of
 from macft.parallel.shares import DataShard
-from macft.planner.fit import BatchSettings
 from macft.planner.memory import MemoryParts, trained_part
-from macft.planner.preflight import current_settings, division_for, fitter_for
+from macft.planner.preflight import planner_for, step_of_shard
 from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops, step_cost
 from macft.planner.workload import StepRows, assumed_steps, steps_of
 from macft.topology.settings import parse_budget
@@ -36,12 +37,12 @@ _GIGABIT_BYTES = 117e6
 
 @dataclass(frozen=True)
 class NodePlan:
-    """One node. ``settings`` are those it would run with, ``refusal`` says why it can't, in the words of a run."""
+    """One node. ``execution`` is what it would run with, ``refusal`` says why it can't, in the words of a run."""
 
     name: str
     budget: float
     rows: int
-    settings: BatchSettings
+    execution: Execution
     parts: MemoryParts
     refusal: str | None
     seconds: float
@@ -64,7 +65,7 @@ class RunPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether every node has room."""
+        """Whether the run fits the memory of every node."""
         return all(node.refusal is None for node in self.nodes)
 
     @property
@@ -117,27 +118,24 @@ def _plan_node(
     macs: Sequence[Mac],
 ) -> NodePlan:
     mac = macs[rank] if macs else None
-    cpu = mac is None and on_cpu()
-    division = division_for(config, shape, cpu=cpu)
-    seat = DataShard(rank, len(speeds), tuple(speeds))
-    mine = [step.at(seat, shared=division.shares) for step in steps]
+    execution = execution_for(config, shape, shape.checkpoint, METAL if mac else Device.default())
+    shard = DataShard(rank, len(speeds), tuple(speeds))
+    own = [step_of_shard(step, shard, execution) for step in steps]
     # A node far slower than the others may be left without a row; it still holds the model.
-    mine = [step for step in mine if step.rows] or [StepRows(steps[0].rows[:1], steps[0].ids[:1])]
-    held = held_weights(shape, config.model, cpu=cpu)
-    fitter = fitter_for(config, shape=shape, held=held, steps=mine, division=division)
-    shared = config.topology.nodes if mac is None and config.topology.kind == "local" else 1
-    budget = parse_budget(config.topology.memory_budget, (mac.usable_bytes if mac else usable_bytes()) / shared)
-    auto, start = config.topology.batch == "auto", current_settings(config.training)
-    settings = (fitter.best(start, budget) if auto else None) or start
-    cost = step_cost(fitter, settings)
+    own = [step for step in own if step.rows] or [StepRows(steps[0].rows[:1], steps[0].ids[:1])]
+    planner = planner_for(config, shape, execution, own)
+    nodes_here = config.topology.nodes if mac is None and config.topology.kind == "local" else 1
+    budget = parse_budget(config.topology.memory_budget, (mac.usable_bytes if mac else usable_bytes()) / nodes_here)
+    auto = config.topology.batch == "auto"
+    chosen = (planner.best(budget) if auto else None) or execution
     return NodePlan(
         name=mac.name if mac else f"this machine{'' if len(speeds) == 1 else f', rank {rank}'}",
         budget=budget,
-        rows=fitter.rows,
-        settings=settings,
-        parts=fitter.parts(settings),
-        refusal=fitter.refusal(start, budget, auto=auto),
-        seconds=cost.operations / speeds[rank],
+        rows=planner.rows,
+        execution=chosen,
+        parts=planner.parts(chosen),
+        refusal=planner.refusal(budget, auto=auto),
+        seconds=step_cost(planner, chosen).operations / speeds[rank],
         watts=mac.chip.watts if mac else None,
     )
 
@@ -145,11 +143,11 @@ def _plan_node(
 def _own_speeds(config: TrainConfig, notes: list[str]) -> list[float]:
     """Operations a second that training reaches on this machine, for each node of the topology."""
     count = world_size(config)
-    efficiency = CPU_EFFICIENCY if on_cpu() else MAC_EFFICIENCY
-    shared = count if config.topology.kind == "local" else 1
+    efficiency = CPU_EFFICIENCY if Device.default().kind == "cpu" else MAC_EFFICIENCY
+    nodes_here = count if config.topology.kind == "local" else 1
     if config.topology.kind in ("hosts", "ssh"):
         notes.append("every host is taken to be a machine like this one; plan.chips=[...] names other Macs")
-    return [measured_flops() * efficiency / shared] * count
+    return [measured_flops() * efficiency / nodes_here] * count
 
 
 def _split_over(nodes: Sequence[NodePlan]) -> int | None:
@@ -161,7 +159,7 @@ def _split_over(nodes: Sequence[NodePlan]) -> int | None:
 
 
 def _shape(config: TrainConfig, notes: list[str]) -> tuple[ModelShape, Path | None]:
-    """The model's shape and, where its folder is on this machine, that: nothing but config.json is ever fetched."""
+    """The model's shape, and its folder where that is on this machine; otherwise config.json alone is fetched."""
     name = config.model.path
     folder = Path(name).expanduser()
     if name in BUNDLED:
@@ -190,10 +188,7 @@ def _shape(config: TrainConfig, notes: list[str]) -> tuple[ModelShape, Path | No
 def known_models() -> dict[str, dict[str, Any]]:
     """config.json of the models in models.yaml, by the path a run names them with."""
     text = files("macft.planner").joinpath("models.yaml").read_text(encoding="utf-8")
-    found = {}
-    for row in yaml.safe_load(text):
-        found[row.pop("path")] = row
-    return found
+    return {row.pop("path"): row for row in yaml.safe_load(text)}
 
 
 def _steps(config: TrainConfig, folder: Path | None, notes: list[str]) -> tuple[list[StepRows], int]:

@@ -9,7 +9,8 @@ from itertools import chain
 # isort: split
 import mlx.core as mx
 
-from macft.planner.fit import BatchSettings, MemoryPlanner
+from macft.model.execution import Execution
+from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import trained_part
 
 # Share of the peak that LoRA training reaches on Macs: from speeds people report, 0.39 (Mistral-7B, M1 Max), 0.49
@@ -30,29 +31,30 @@ class StepCost:
     targets: float
 
 
-def step_cost(fitter: MemoryPlanner, settings: BatchSettings) -> StepCost:
-    """The work of ``fitter``'s node in a step, averaged over the steps looked at.
+def step_cost(planner: MemoryPlanner, execution: Execution) -> StepCost:
+    """The work of ``planner``'s node in a step, averaged over the steps looked at.
 
     A matrix product counts 2 operations a weight and token going forward and 2 going back to its input; a frozen
-    weight has no gradient of its own. Attention counts the whole square, as MLX computes it while training, or layer by
-    layer on a CPU what each token sees, and the scores anew going back.
+    weight has no gradient of its own. Attention counts the whole square, as MLX computes it while training, or with the
+    CPU's kernels what each token sees, and the scores anew going back.
     """
-    shape, trained = fitter.shape, trained_part(fitter.shape, fitter.adapter)
+    shape, trained = planner.shape, trained_part(planner.shape, planner.adapter)
     query = shape.heads * shape.head_dim
+    on_cpu_kernels = execution.kernels == "cpu"
     operations = tokens = targets = 0.0
-    for step in fitter.steps:
+    for step in planner.steps:
         tokens += float(step.lengths.sum())
         targets += step.targets
-    for part in chain.from_iterable(fitter.step_parts(settings.micro_batch_size)):
-        pairs = part.pairs if fitter.eager else part.rows * part.length**2
-        block = 2 * shape.block_parameters * part.tokens + 4 * query * pairs
-        passes = 1 + settings.grad_checkpoint
-        backward = 2 * shape.block_parameters * part.tokens + (10 if fitter.eager else 8) * query * pairs
-        operations += block * (shape.blocks + trained.depth * (passes - 1)) + backward * trained.depth
+    for batch in chain.from_iterable(planner.step_batches(execution.micro_batch_size)):
+        pairs = batch.pairs if on_cpu_kernels else batch.rows * batch.length**2
+        forward = 2 * shape.block_parameters * batch.tokens + 4 * query * pairs
+        backward = 2 * shape.block_parameters * batch.tokens + (10 if on_cpu_kernels else 8) * query * pairs
+        recomputed = trained.depth if execution.recompute == "blocks" else 0
+        operations += forward * (shape.blocks + recomputed) + backward * trained.depth
         # The low-rank path forward and back, or the gradients of the weights themselves.
-        operations += (2 if fitter.adapter.type == "full" else 6) * trained.parameters * part.tokens
-        operations += 4 * shape.embedding_parameters * part.targets
-    steps = max(1, len(fitter.steps))
+        operations += (2 if planner.adapter.type == "full" else 6) * trained.parameters * batch.tokens
+        operations += 4 * shape.embedding_parameters * batch.targets
+    steps = max(1, len(planner.steps))
     return StepCost(operations / steps, tokens / steps, targets / steps)
 
 

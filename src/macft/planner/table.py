@@ -72,10 +72,10 @@ def _show_speed(plan: RunPlan, console: Console) -> None:
 
 
 def _short(node: NodePlan) -> str:
-    settings = node.settings
-    words = [f"micro-batch {settings.micro_batch_size or 'all'}"]
-    words += ["checkpointing"] if settings.grad_checkpoint else []
-    words += [f"chunks of {settings.loss_chunk}"] if settings.loss_chunk else []
+    execution = node.execution
+    words = [f"micro-batch {execution.micro_batch_size or 'all'}"]
+    words += ["checkpointing"] if execution.recompute == "blocks" else []
+    words += [f"chunks of {execution.loss_chunk}"] if execution.loss_chunk else []
     return ", ".join(words)
 
 

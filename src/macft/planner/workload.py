@@ -33,15 +33,15 @@ class DeviceBatchShape:
     pairs: int
 
     @classmethod
-    def of(cls, part: DeviceBatch) -> DeviceBatchShape:
-        """The size of a part of the trainer's."""
-        if part.layout:
-            paths, _, depths = part.layout
+    def from_batch(cls, batch: DeviceBatch) -> DeviceBatchShape:
+        """The size of what the trainer computes at once."""
+        if batch.layout:
+            paths, _, depths = batch.layout
             (rows, length), tokens, pairs = paths.shape, len(depths), int(depths.sum()) + len(depths)
         else:
-            rows, length = part.inputs.shape
+            rows, length = batch.inputs.shape
             tokens, pairs = rows * length, rows * length * (length + 1) // 2
-        return cls(rows, length, tokens, len(part.targets), pairs)
+        return cls(rows, length, tokens, len(batch.targets), pairs)
 
 
 @dataclass(frozen=True)
@@ -61,28 +61,28 @@ class StepRows:
         """Target tokens of all rows."""
         return sum(row.target_tokens for row in self.rows)
 
-    def at(self, seat: DataShard, *, shared: bool = False) -> StepRows:
-        """Those that the node at ``seat`` computes; ``shared``: rows that begin alike share these tokens."""
-        mine = rows_of_shard(seat, [row.tokens for row in self.rows], shared=shared)
+    def of_shard(self, shard: DataShard, *, shared: bool = False) -> StepRows:
+        """Those of ``shard``; ``shared``: rows that begin alike share these tokens."""
+        mine = rows_of_shard(shard, [row.tokens for row in self.rows], shared=shared)
         return StepRows([self.rows[place] for place in mine], self.ids[mine])
 
-    def parts(self, micro_batch_size: int | None, division: BatchLayout) -> list[DeviceBatchShape]:
+    def device_batches(self, micro_batch_size: int | None, layout: BatchLayout) -> list[DeviceBatchShape]:
         """What is computed one after the other, made as the trainer makes it."""
         batches = micro_batches(self.rows, self.ids, micro_batch_size)
-        return [DeviceBatchShape.of(part) for batch in batches for part in division.parts(batch)]
+        return [DeviceBatchShape.from_batch(part) for batch in batches for part in layout.parts(batch)]
 
 
 def steps_of(rows: Sequence[Row], order: RowOrder, total_steps: int) -> list[StepRows]:
     """The global batches of a run's first steps, as the trainer will draw them; of at most 256, or about 8,192 rows."""
-    found: list[StepRows] = []
+    steps: list[StepRows] = []
     seen = 0
     for step in range(min(total_steps, _STEPS_LOOKED_AT)):
         if seen >= _ROWS_LOOKED_AT:
             break
         ids = order.rows(step)
-        found.append(StepRows([rows[place] for place in ids], ids))
+        steps.append(StepRows([rows[place] for place in ids], ids))
         seen += len(ids)
-    return found
+    return steps
 
 
 def unlike_rows(count: int, length: int, targets: int) -> StepRows:

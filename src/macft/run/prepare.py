@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from macft.checkpoint.saver import CheckpointSaver
@@ -12,6 +13,7 @@ from macft.checkpoint.store import CheckpointStore
 from macft.collective.base import Collective
 from macft.collective.elastic import ElasticCollective
 from macft.collective.newest import find_newest
+from macft.config.execution import requires_packing, with_execution
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain
 from macft.data.load import LoadedData, chosen_rows, read, tokenize_all
@@ -19,6 +21,8 @@ from macft.data.order import RowOrder
 from macft.device.mlx_device import prepare_device
 from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_files import load_adapter_weights
+from macft.model.backends.choose import make_backend
+from macft.model.confirm import confirm
 from macft.model.load import LoadedModel, load, load_tokenizer
 from macft.model.resolve import resolve
 from macft.parallel.balance import ShareBalancer
@@ -55,6 +59,8 @@ class Run:
     throttle: ThermalThrottle | None
     reporter: Reporter
     trainer: Trainer
+    # The backend's operations on the model; closing it removes them.
+    installed: ExitStack
     notes: list[str]
 
     @property
@@ -68,6 +74,7 @@ class Run:
         if self.throttle is not None:
             self.throttle.close()
         self.reporter.close()
+        self.installed.close()
 
 
 def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, resume: bool, stop: StopRequest) -> Run:
@@ -94,13 +101,15 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
 
     device = prepare_device()
     log.info("planning memory")
-    training, plan_notes = preflight(
+    execution, plan_notes = preflight(
         config, model_folder, data.train.rows, order, collective, world_size=planned_world_size(collective)
     )
-    config = replace(config, training=training)
+    config = with_execution(config, execution)
+    training = config.training
 
     log.info("loading %s on %s", model_folder, device)
-    loaded = load(config.model, model_folder, tokenizer)
+    loaded = load(config.model, model_folder, execution, tokenizer)
+    execution, revisions = confirm(execution, loaded, packing_required=requires_packing(config))
     adaptation = adapt(loaded.model, config.adapter, seed=config.seed)
     if config.adapter.init_from is not None and collective.rank == 0:
         load_adapter_weights(Path(config.adapter.init_from).expanduser(), loaded.model)
@@ -130,15 +139,16 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         throttle = ThermalThrottle(config.thermal, rank=collective.rank, stop=lambda: stop.requested)
     has_own_disk = config.topology.kind in ("hosts", "ssh")
     saver = CheckpointSaver(store, writers=training.replicas if has_own_disk else 1)
+    backend = make_backend(execution)
+    installed = ExitStack()
+    installed.enter_context(backend.installed(loaded.model))
     compute = GradientComputer(
         loaded.model,
+        backend,
+        execution,
         adaptation.dropout_keys,
         seed=config.seed,
-        checkpoint_blocks=training.grad_checkpoint,
         bucket_bytes=config.collective.bucket_bytes,
-        packing=training.packing,
-        compiling=training.compile,
-        loss_chunk=training.loss_chunk,
     )
     world_size = planned_world_size(collective)
     valid_rows = [data.valid.rows[i] for i in chosen_rows(len(data.valid.rows), training.eval_rows, config.seed)]
@@ -169,7 +179,8 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         throttle=throttle,
         reporter=reporter,
         trainer=trainer,
-        notes=[*loaded.notes, *plan_notes, *data.notes, *state_notes],
+        installed=installed,
+        notes=[*loaded.notes, *plan_notes, *revisions, *data.notes, *state_notes],
     )
 
 

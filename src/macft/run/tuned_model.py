@@ -71,14 +71,17 @@ class TunedModel:
         Raises:
             MacftError: the model can't be found or read, or the adapter doesn't fit it.
         """
+        from macft.config.execution import inference_execution
         from macft.model.attach import attach
         from macft.model.load import load
         from macft.model.resolve import resolve
 
         if tuned and self.whole is not None:
-            loaded = load(replace(self.model, path=str(self.whole)), self.whole)
+            model, folder = replace(self.model, path=str(self.whole)), self.whole
         else:
-            loaded = load(self.model, resolve(self.model))
+            model, folder = self.model, resolve(self.model)
+        micro_batch_size = self.run.training.micro_batch_size if self.run else None
+        loaded = load(model, folder, inference_execution(model, folder, micro_batch_size=micro_batch_size))
         if tuned and self.adapter is not None:
             attach(loaded.model, self.adapter)
         loaded.model.eval()

@@ -28,8 +28,6 @@ from macft.training.throttle import NoThrottle, Throttle
 from macft.training.validation import ValidationResult, validation_loss
 from macft.training.validation_policy import ValidationPolicy
 
-_EVALUATION_ROWS_AT_ONCE = 8
-
 
 def make_trainer(
     config: TrainingConfig,
@@ -59,9 +57,9 @@ def make_trainer(
         follow_speed=state.outer is None,
     )
     parts = StepParts(
-        loader=BatchLoader(train_rows, order, config.micro_batch_size, shared=compute.shares),
+        loader=BatchLoader(train_rows, order, config.micro_batch_size, shared=compute.execution.shared_prefixes),
         compute=compute,
-        update=OptimizerStep(model, state.optimizer, compiled=compute.compiles),
+        update=OptimizerStep(model, state.optimizer, compiled=compute.execution.compiled),
         nodes=nodes,
         stop=stop,
         learning_rate=lambda step: learning_rate(optimizer_config, step, total_steps),
@@ -77,12 +75,11 @@ def make_trainer(
         return validation_loss(
             model,
             compute.loss,
+            compute.execution,
             valid_rows,
             collective,
-            rows_at_once=config.micro_batch_size or _EVALUATION_ROWS_AT_ONCE,
-            seat=shard,
+            shard=shard,
             progress=progress,
-            packs=compute.packs,
         )
 
     validation = ValidationPolicy(

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from macft.data.batch import Batch, pack, widened, widened_pack
-from macft.model.packing import Layout, packed
+from macft.model.execution import Execution
+from macft.model.packing import PackLayout, packed
 from macft.training.loss import target_positions
-
-_TOKENS_AT_ONCE = 512
-"""Tokens in a pack on a CPU, where longer ones are no faster and take more memory."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +23,13 @@ class DeviceBatch:
     ``layout`` holds paths, owners and depths of the pack, ``lengths`` those of its rows; see Pack.
     """
 
+    # (rows, length), or (1, tokens) in a pack.
     inputs: NDArray[np.int32]
+    # (n,): flat indices into the inputs, tokens and weights of the targets.
     positions: NDArray[np.int32]
     targets: NDArray[np.int32]
     weights: NDArray[np.float32]
+    # (rows,)
     row_ids: NDArray[np.int64]
     layout: tuple[NDArray[np.int32], ...] = ()
     lengths: tuple[int, ...] = ()
@@ -38,24 +39,35 @@ class DeviceBatch:
 class BatchLayout:
     """How micro-batches are divided into parts.
 
-    ``packs``: rows are laid end to end, and with ``shares`` what they begin with in common is there once; else they are
-    padded. ``compiled``: sizes are rounded up, so that few shapes occur. ``cpu``: packs are short.
+    ``packing``: rows are laid end to end, and with ``shared_prefixes`` what they begin with in common is there once;
+    else they are padded. ``compiled``: sizes are rounded up, so that few shapes occur. ``pack_tokens``: most tokens in
+    a pack of several rows; None: as many as the micro-batch has.
     """
 
-    packs: bool = False
-    shares: bool = False
+    packing: bool = False
+    shared_prefixes: bool = False
     compiled: bool = False
-    cpu: bool = False
+    pack_tokens: int | None = None
+
+    @classmethod
+    def from_execution(cls, execution: Execution) -> BatchLayout:
+        """That of the training steps."""
+        return cls(execution.packing, execution.shared_prefixes, execution.compiled, execution.pack_tokens)
+
+    @classmethod
+    def for_validation(cls, execution: Execution) -> BatchLayout:
+        """That of validation, which isn't compiled and has no dropout, so that all common beginnings are shared."""
+        return cls(execution.packing, execution.packing, False, execution.pack_tokens)
 
     @property
-    def most_tokens(self) -> int | None:
-        """Tokens in a part of more than one row at most; None: as many as the micro-batch has."""
-        return _TOKENS_AT_ONCE if self.packs and self.cpu else None
+    def max_tokens(self) -> int | None:
+        """Most tokens in a part of several rows; None: as many as the micro-batch has."""
+        return self.pack_tokens if self.packing else None
 
     def parts(self, batch: Batch) -> Iterator[DeviceBatch]:
         """``batch``, part by part; packs have no rows without a target."""
-        if self.packs:
-            for item in pack(batch, self.most_tokens, shared=self.shares):
+        if self.packing:
+            for item in pack(batch, self.max_tokens, shared=self.shared_prefixes):
                 item = widened_pack(item) if self.compiled else item
                 layout = item.paths, item.owners, item.depths
                 yield DeviceBatch(
@@ -66,9 +78,9 @@ class BatchLayout:
         yield DeviceBatch(batch.tokens[:, :-1], *target_positions(batch, coarse=self.compiled), batch.row_ids)
 
 
-def laid_out(layout: Sequence[Any], lengths: Sequence[int] = ()) -> AbstractContextManager[None]:
-    """Inside, this thread's sequences are those of a part with this layout, as MLX arrays; () for padded rows."""
+def laid_out(layout: Sequence[mx.array], lengths: Sequence[int] = ()) -> AbstractContextManager[None]:
+    """Inside, this thread's sequences are those of a part with this layout: paths, owners, depths; () if padded."""
     if not layout:
         return packed(None)
     paths, owners, depths = layout
-    return packed(Layout(paths, owners, depths, lengths))
+    return packed(PackLayout(paths, owners, depths, lengths))

@@ -1,15 +1,10 @@
 """Next-token cross-entropy, summed over target positions only.
 
 The loss is a (sum, count) pair, never a mean: sums of different nodes and micro-batches add up exactly to what one
-machine would have computed. Positions that are padding or prompt get no head: of a masked batch most positions need
-no logits, and the logits are by far the largest matrix of a step.
+machine would have computed. Positions that are padding or prompt get no head; see :mod:`macft.model.head`.
 """
 
 from __future__ import annotations
-
-import copy
-from collections.abc import Callable
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,53 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft.data.batch import Batch, coarse_targets
-from macft.training.cross_entropy import (
-    blockwise_cross_entropy,
-    chunked_cross_entropy,
-    fast_on_cpu,
-    head_is_frozen,
-    head_matrix,
-)
+from macft.model.backends.base import Backend
+from macft.model.head import Backbone, split_head
 
 _TARGET_MULTIPLE = 32
 """Target counts are padded to a multiple of this, so that few shapes occur and freed buffers are used again."""
-
-Head = Callable[[Any], Any]
-
-
-class _Passthrough(nn.Module):
-    """Stands in for a model's backbone: hands on hidden states that were computed before."""
-
-    def __init__(self, backbone: nn.Module):
-        super().__init__()
-        object.__setattr__(self, "_backbone", backbone)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_backbone"), name)
-
-    def __call__(self, hidden: Any, *_args: Any, **_kwargs: Any) -> Any:
-        return hidden
-
-
-def split_head(model: nn.Module) -> tuple[Callable[[Any], Any], Head] | None:
-    """Cuts an mlx-lm model into backbone (tokens -> hidden states) and head (hidden states -> logits).
-
-    The head is the model's own code with its backbone passed over, so tied embeddings, scaled and soft-capped
-    logits come out as the model makes them. Returns None where the two parts don't reproduce the model on a short
-    input; the caller then uses the whole model.
-    """
-    backbone = getattr(model, "model", None)
-    if not isinstance(backbone, nn.Module):
-        return None
-    shell = copy.copy(model)
-    shell["model"] = _Passthrough(backbone)
-    probe = mx.arange(1, 9)[None]
-    try:
-        whole, parts = model(probe), shell(backbone(probe))
-        same = whole.shape == parts.shape and mx.allclose(whole, parts, rtol=1e-2, atol=1e-2).item()
-    except (TypeError, ValueError, AttributeError, RuntimeError):
-        return None
-    return (backbone, shell) if same else None
 
 
 def target_positions(
@@ -89,34 +42,20 @@ def target_positions(
 
 
 class TokenLoss:
-    """``(inputs (rows, length), positions (n,), targets (n,), weights (n,)) -> summed cross-entropy``, float32."""
+    """The summed cross-entropy of ``model``, whose operations are those of ``backend``."""
 
-    def __init__(self, model: nn.Module, *, chunk: int | None = None):
+    def __init__(self, model: nn.Module, backend: Backend):
         self._model = model
-        self._parts = split_head(model)
-        self._chunk = chunk
-        self._chunked = self._parts is not None and head_is_frozen(model)
-        self._matrix = head_matrix(model, self._parts[1]) if self._parts is not None and self._chunked else None
+        parts = split_head(model)
+        self._backbone: Backbone = parts[0] if parts is not None else model
+        self._cross_entropy = backend.cross_entropy(parts[1] if parts is not None else None)
 
-    @property
-    def head_on_targets_only(self) -> bool:
-        """Whether this model's head could be separated from its backbone."""
-        return self._parts is not None
+    def __call__(self, inputs: mx.array, positions: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+        """Nats, a float32 scalar.
 
-    def __call__(self, inputs: Any, positions: Any, targets: Any, weights: Any) -> Any:
-        if self._parts is not None:
-            backbone, head = self._parts
-            hidden = backbone(inputs)
-            hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
-            if fast_on_cpu(self._matrix, hidden):
-                return blockwise_cross_entropy(
-                    self._matrix, hidden, targets, weights, at_once=self._chunk, with_gradient=self._model.training
-                )
-            if self._chunked and self._model.training:
-                return chunked_cross_entropy(head, hidden, targets, weights, wanted_chunk=self._chunk)
-            logits = head(hidden[None])[0]
-        else:
-            logits = self._model(inputs)
-            logits = logits.reshape(-1, logits.shape[-1])[positions]
-        losses = nn.losses.cross_entropy(logits.astype(mx.float32), targets)
-        return (losses * weights).sum()
+        ``inputs`` (rows, length) int32 are tokens, ``positions`` (n,) int32 flat indices into them, ``targets`` (n,)
+        int32 and ``weights`` (n,) float32 the tokens that follow there and how much each of them counts.
+        """
+        hidden = self._backbone(inputs)
+        hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
+        return self._cross_entropy(hidden, targets, weights, with_gradient=self._model.training)

@@ -9,6 +9,7 @@ from typing import Any
 from macft.training.optimizer_table import OPTIMIZERS
 
 SYNCS = ("every_step", "diloco")
+KERNELS = ("auto", "mlx", "cpu")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -62,6 +63,9 @@ class TrainingConfig:
     packing: str = "auto"
     # Compile gradient and update, once for each shape of a micro-batch: auto (on a GPU), true, false.
     compile: str = "auto"
+    # What computes the layers: mlx (MLX operations only, as on a GPU), cpu (NumPy and OpenBLAS, for a float32 model on
+    # a Linux CPU), or auto: cpu where that is possible and the step isn't compiled, else mlx.
+    kernels: str = "auto"
     # Target positions whose logits are computed at once; null: as many as are fast and small.
     loss_chunk: int | None = None
     # Validate every so many steps, and before the first and after the last one; 0 means never.
@@ -91,45 +95,49 @@ def problems(training: TrainingConfig, optimizer: OptimizerConfig) -> list[str]:
 
 
 def _training_problems(config: TrainingConfig) -> list[str]:
-    found = []
+    lines = []
     if config.batch_size < 1:
-        found.append(f"training.batch_size: {config.batch_size} must be 1 or more")
+        lines.append(f"training.batch_size: {config.batch_size} must be 1 or more")
     if config.micro_batch_size is not None and config.micro_batch_size < 1:
-        found.append(f"training.micro_batch_size: {config.micro_batch_size} must be 1 or more, or null")
+        lines.append(f"training.micro_batch_size: {config.micro_batch_size} must be 1 or more, or null")
     if config.packing.lower() not in ("auto", "true", "false"):
-        found.append(f"training.packing: '{config.packing}' is not auto, true or false")
+        lines.append(f"training.packing: '{config.packing}' is not auto, true or false")
     if config.compile.lower() not in ("auto", "true", "false"):
-        found.append(f"training.compile: '{config.compile}' is not auto, true or false")
+        lines.append(f"training.compile: '{config.compile}' is not auto, true or false")
+    if config.kernels not in KERNELS:
+        lines.append(f"training.kernels: '{config.kernels}' is not one of {', '.join(KERNELS)}")
+    if config.kernels == "cpu" and config.compile.lower() == "true":
+        lines.append("training.kernels: cpu can't be compiled; use training.compile=auto, or training.kernels=mlx")
     if config.loss_chunk is not None and config.loss_chunk < 1:
-        found.append(f"training.loss_chunk: {config.loss_chunk} must be 1 or more, or null")
+        lines.append(f"training.loss_chunk: {config.loss_chunk} must be 1 or more, or null")
     if (config.steps is None) == (config.epochs is None):
-        found.append("training.steps and training.epochs: give exactly one of them and set the other to null")
+        lines.append("training.steps and training.epochs: give exactly one of them and set the other to null")
     if config.steps is not None and config.steps < 1:
-        found.append(f"training.steps: {config.steps} must be 1 or more")
+        lines.append(f"training.steps: {config.steps} must be 1 or more")
     if config.epochs is not None and not config.epochs > 0:
-        found.append(f"training.epochs: {config.epochs} must be greater than 0")
-    found += _sync_problems(config)
+        lines.append(f"training.epochs: {config.epochs} must be greater than 0")
+    lines += _sync_problems(config)
     if config.max_grad_norm < 0:
-        found.append(f"training.max_grad_norm: {config.max_grad_norm} must be 0 (off) or greater")
+        lines.append(f"training.max_grad_norm: {config.max_grad_norm} must be 0 (off) or greater")
     for key in ("eval_every", "save_every", "patience"):
         if (value := getattr(config, key)) < 0:
-            found.append(f"training.{key}: {value} must be 0 (never) or more")
+            lines.append(f"training.{key}: {value} must be 0 (never) or more")
     for key in ("eval_rows", "metric_rows"):
         if (value := getattr(config, key)) < -1:
-            found.append(f"training.{key}: {value} must be -1 (all) or more")
+            lines.append(f"training.{key}: {value} must be -1 (all) or more")
     if config.metric_max_tokens < 1:
-        found.append(f"training.metric_max_tokens: {config.metric_max_tokens} must be 1 or more")
+        lines.append(f"training.metric_max_tokens: {config.metric_max_tokens} must be 1 or more")
     if config.keep_last < 1:
-        found.append(
+        lines.append(
             f"training.keep_last: {config.keep_last} must be 1 or more, a run needs a checkpoint to resume from"
         )
     if config.replicas < 1:
-        found.append(f"training.replicas: {config.replicas} must be 1 (this run's first node alone) or more")
+        lines.append(f"training.replicas: {config.replicas} must be 1 (this run's first node alone) or more")
     if config.export not in ("best", "last"):
-        found.append(f"training.export: '{config.export}' is not best or last")
+        lines.append(f"training.export: '{config.export}' is not best or last")
     if config.patience and not config.eval_every:
-        found.append("training.patience: early stopping needs validations; set training.eval_every")
-    return found
+        lines.append("training.patience: early stopping needs validations; set training.eval_every")
+    return lines
 
 
 def steps_for(config: TrainingConfig, steps_per_epoch: float) -> int:
@@ -139,51 +147,46 @@ def steps_for(config: TrainingConfig, steps_per_epoch: float) -> int:
     return max(1, round((config.epochs or 0) * steps_per_epoch))
 
 
-def compiles(wanted: str, *, cpu: bool) -> bool:
-    """Whether the gradient is compiled, where ``training.compile`` is ``wanted``."""
-    return wanted.lower() == "true" or (wanted.lower() == "auto" and not cpu)
-
-
 def _sync_problems(config: TrainingConfig) -> list[str]:
-    found = []
+    lines = []
     if config.sync not in SYNCS:
-        found.append(f"training.sync: '{config.sync}' is not one of {', '.join(SYNCS)}")
+        lines.append(f"training.sync: '{config.sync}' is not one of {', '.join(SYNCS)}")
     if config.inner_steps < 1:
-        found.append(f"training.inner_steps: {config.inner_steps} must be 1 or more")
+        lines.append(f"training.inner_steps: {config.inner_steps} must be 1 or more")
     elif config.sync == "diloco":
         for key in ("eval_every", "save_every"):
             if (value := getattr(config, key)) % config.inner_steps:
-                found.append(
+                lines.append(
                     f"training.{key}: {value} must be a multiple of training.inner_steps ({config.inner_steps}): "
                     "with sync=diloco the nodes have one adapter only when they meet"
                 )
     if not config.outer_learning_rate > 0:
-        found.append(f"training.outer_learning_rate: {config.outer_learning_rate} must be greater than 0")
+        lines.append(f"training.outer_learning_rate: {config.outer_learning_rate} must be greater than 0")
     if not 0 <= config.outer_momentum < 1:
-        found.append(f"training.outer_momentum: {config.outer_momentum} must be from 0 to less than 1")
-    return found
+        lines.append(f"training.outer_momentum: {config.outer_momentum} must be from 0 to less than 1")
+    return lines
 
 
 def _optimizer_problems(config: OptimizerConfig, steps: int | None) -> list[str]:
-    found = []
+    lines = []
     for key, names in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
         value = getattr(config, key)
         if value not in names:
             near = difflib.get_close_matches(value, names, 1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            found.append(f"optimizer.{key}: '{value}' is not one of {', '.join(names)}{hint}")
+            lines.append(f"optimizer.{key}: '{value}' is not one of {', '.join(names)}{hint}")
     if not config.learning_rate > 0:
-        found.append(f"optimizer.learning_rate: {config.learning_rate} must be greater than 0")
+        lines.append(f"optimizer.learning_rate: {config.learning_rate} must be greater than 0")
     if not 0 <= config.final_learning_rate <= max(config.learning_rate, 0):
-        found.append(
+        lines.append(
             f"optimizer.final_learning_rate: {config.final_learning_rate} must be from 0 to optimizer.learning_rate"
         )
     if config.warmup_steps < 0 or (steps is not None and config.warmup_steps >= max(steps, 1)):
-        found.append(
+        lines.append(
             f"optimizer.warmup_steps: {config.warmup_steps} must be 0 or more and less than training.steps ({steps})"
         )
     if config.weight_decay < 0:
-        found.append(f"optimizer.weight_decay: {config.weight_decay} must be 0 or more")
+        lines.append(f"optimizer.weight_decay: {config.weight_decay} must be 0 or more")
     if config.weight_decay and config.name in OPTIMIZERS and not OPTIMIZERS[config.name].weight_decay:
-        found.append(f"optimizer.weight_decay: {config.name} has none; use adamw, or set it to 0")
-    return found
+        lines.append(f"optimizer.weight_decay: {config.name} has none; use adamw, or set it to 0")
+    return lines

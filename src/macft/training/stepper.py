@@ -222,6 +222,6 @@ class QueuedStepper:
 def make_stepper(parts: StepParts, synchronization: Synchronization) -> Stepper:
     """The stepper for the nodes that there are now: a node that compiles its steps queues them while it is alone."""
     alone = parts.nodes.collective.world_size == 1 and not synchronization.has_rounds
-    if alone and parts.compute.compiles:
+    if alone and parts.compute.execution.compiled:
         return QueuedStepper(parts)
     return SynchronousStepper(parts, synchronization)

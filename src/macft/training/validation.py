@@ -13,7 +13,7 @@ import numpy as np
 from macft.collective.base import Collective
 from macft.data.batch import micro_batches
 from macft.data.formats import Row
-from macft.device.mlx_device import on_cpu
+from macft.model.execution import Execution
 from macft.parallel.shares import DataShard, rows_of_shard
 from macft.training.batch_layout import BatchLayout, laid_out
 from macft.training.loss import TokenLoss
@@ -31,30 +31,28 @@ class ValidationResult:
 def validation_loss(
     model: nn.Module,
     loss: TokenLoss,
+    execution: Execution,
     rows: Sequence[Row],
     collective: Collective,
     *,
-    rows_at_once: int,
-    seat: DataShard,
+    shard: DataShard,
     progress: Callable[[int, int], None],
-    packs: bool = False,
 ) -> ValidationResult:
-    """Evaluates ``rows``, this node those of its ``seat``; ``progress`` is told (done, total) of them.
+    """Evaluates ``rows``, this rank those of its ``shard``; ``progress`` is called with (done, total) of them.
 
-    ``packs``: rows are laid end to end, which the model must have been prepared for.
+    ``model`` must be installed in the backend of ``execution``.
     """
     started = time.perf_counter()
     model.eval()
-    # No mask of dropout is a row's own here, so whatever rows begin with in common can be shared.
-    division = BatchLayout(packs=packs, shares=packs, cpu=on_cpu())
+    layout = BatchLayout.for_validation(execution)
     tokens = [row.tokens for row in rows]
-    mine = rows_of_shard(seat, tokens, shared=division.shares)
+    mine = rows_of_shard(shard, tokens, shared=layout.shared_prefixes)
     loss_sum, target_tokens, done = 0.0, 0, 0
-    for batch in micro_batches([rows[i] for i in mine], mine, rows_at_once):
-        for part in division.parts(batch):
+    for batch in micro_batches([rows[i] for i in mine], mine, execution.evaluation_rows):
+        for part in layout.parts(batch):
             inputs = [mx.array(values) for values in (part.inputs, part.positions, part.targets, part.weights)]
             with laid_out([mx.array(values) for values in part.layout], part.lengths):
-                loss_sum += loss(*inputs).item()
+                loss_sum += float(np.asarray(loss(*inputs)))
             target_tokens += int(part.weights.sum())
         done += len(batch.row_ids)
         progress(done, len(mine))

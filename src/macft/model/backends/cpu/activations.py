@@ -8,19 +8,17 @@ processor's cache, on all cores, as MLX builds the graph; on a CPU that makes no
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
 from macft.device.blas import available_cores
-from macft.device.mlx_device import numpy_may_compute
-from macft.model.architecture import namespaces_with
+from macft.model.backends.operation import operation
+from macft.model.module_classes import ModuleCall
 
 _BLOCK = 32_768
 """Elements at once: several arrays of them fit a core's cache."""
@@ -29,21 +27,32 @@ _WORTH_A_THREAD = 262_144
 Values = NDArray[np.float32]
 
 
-def swiglu(gate: Any, x: Any) -> Any:
-    """silu(gate) * x, float32, as mlx_lm.models.activations.swiglu."""
-    return _swiglu_by_numpy(gate, x) if numpy_may_compute() else nn.silu(gate) * x
+def fast_swiglu(original: ModuleCall) -> ModuleCall:
+    """Takes the place of ``mlx_lm.models.activations.swiglu``, ``original``, for float32."""
+
+    def function(gate: mx.array, x: mx.array) -> mx.array:
+        if not gate.dtype == x.dtype == mx.float32:
+            result: mx.array = original(gate, x)
+            return result
+        return swiglu(gate, x)
+
+    return function
 
 
-@mx.custom_function
-def _swiglu_by_numpy(gate: Any, x: Any) -> Any:
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """silu(gate) * x, float32, of one shape."""
+    return _swiglu_operation(gate, x)
+
+
+def _swiglu_forward(gate: mx.array, x: mx.array) -> mx.array:
     return mx.array(_computed(_swiglu, 1, np.asarray(gate), np.asarray(x))[0])
 
 
-@_swiglu_by_numpy.vjp
-def _swiglu_vjp(primals: tuple[Any, Any], cotangent: Any, _output: Any) -> tuple[Any, Any]:
-    gate, x = primals
-    by_gate, by_x = _computed(_swiglu_gradients, 2, np.asarray(gate), np.asarray(x), np.asarray(cotangent))
-    return mx.array(by_gate), mx.array(by_x)
+def _swiglu_backward(inputs: Sequence[mx.array], grad_output: mx.array, _output: mx.array) -> list[mx.array]:
+    return [mx.array(part) for part in _computed(_swiglu_gradients, 2, *map(np.asarray, (*inputs, grad_output)))]
+
+
+_swiglu_operation = operation(_swiglu_forward, _swiglu_backward)
 
 
 def _swiglu(gate: Values, x: Values, out: Values) -> None:
@@ -54,23 +63,23 @@ def _swiglu(gate: Values, x: Values, out: Values) -> None:
     out *= x
 
 
-def _swiglu_gradients(gate: Values, x: Values, cotangent: Values, by_gate: Values, by_x: Values) -> None:
+def _swiglu_gradients(gate: Values, x: Values, cotangent: Values, grad_gate: Values, grad_x: Values) -> None:
     sigmoid = np.negative(gate)
     np.exp(sigmoid, out=sigmoid)
     sigmoid += 1.0
     np.reciprocal(sigmoid, out=sigmoid)
     silu = gate * sigmoid
-    np.multiply(cotangent, silu, out=by_x)
+    np.multiply(cotangent, silu, out=grad_x)
     # silu' = sigmoid + silu * (1 - sigmoid)
-    np.subtract(1.0, sigmoid, out=by_gate)
-    by_gate *= silu
-    by_gate += sigmoid
-    by_gate *= cotangent
-    by_gate *= x
+    np.subtract(1.0, sigmoid, out=grad_gate)
+    grad_gate *= silu
+    grad_gate += sigmoid
+    grad_gate *= cotangent
+    grad_gate *= x
 
 
-def softmax_parts(logits: Any) -> tuple[Any, Any]:
-    """exp(logits - their highest), and the sums of those, of float32 ``logits`` (n, vocabulary). No gradient."""
+def softmax_parts(logits: mx.array, _maxima: mx.array | None = None) -> tuple[mx.array, mx.array]:
+    """exp(logits - their maximum) (n, V), and the sums of those (n, 1), of float32 ``logits`` (n, V). No gradient."""
     values = np.asarray(logits)
     powers = np.empty(values.shape, np.float32)
     sums = np.empty((len(values), 1), np.float32)
@@ -88,8 +97,8 @@ def softmax_parts(logits: Any) -> tuple[Any, Any]:
 def _computed(kernel: Callable[..., None], results: int, *inputs: Values) -> list[Values]:
     """``kernel(*blocks of inputs, *blocks of results)`` over arrays of equal shapes."""
     flat = [np.ascontiguousarray(values).reshape(-1) for values in inputs]
-    found = [np.empty(inputs[0].shape, np.float32) for _ in range(results)]
-    flat += [values.reshape(-1) for values in found]
+    outputs = [np.empty(inputs[0].shape, np.float32) for _ in range(results)]
+    flat += [values.reshape(-1) for values in outputs]
     size = flat[0].size
 
     def work(blocks: slice) -> None:
@@ -98,7 +107,7 @@ def _computed(kernel: Callable[..., None], results: int, *inputs: Values) -> lis
                 kernel(*(values[block * _BLOCK : (block + 1) * _BLOCK] for values in flat))
 
     _share(work, -(-size // _BLOCK), size)
-    return found
+    return outputs
 
 
 def _share(work: Callable[[slice], None], count: int, elements: int) -> None:
@@ -118,11 +127,3 @@ def _share(work: Callable[[slice], None], count: int, elements: int) -> None:
 @lru_cache(1)
 def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="cpu")
-
-
-def use_fast_activations(model: nn.Module) -> bool:
-    """Lets ``model``'s architecture use the faster SwiGLU from now on; returns whether it has one to replace."""
-    found = namespaces_with(model, "swiglu")
-    for namespace in found:
-        namespace["swiglu"] = swiglu
-    return bool(found)

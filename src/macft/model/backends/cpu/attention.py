@@ -24,7 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft.device import blas
-from macft.device.mlx_device import numpy_may_compute
+from macft.model.backends.mlx.attention import is_plain_causal, row_attention
+from macft.model.backends.operation import operation
+from macft.model.module_classes import ModuleCall
+from macft.model.packing import PackLayout, layout_of_pack
 
 SHORTEST = 64
 """Tokens from which on this is faster than MLX's own."""
@@ -71,7 +74,7 @@ def blocks_of(paths: Sequence[NDArray[np.int32]]) -> list[Block]:
 
 
 def _blocks_of(paths: Sequence[NDArray[np.int32]]) -> list[Block]:
-    found = []
+    blocks = []
     tokens = 1 + max(int(path.max()) for path in paths)
     owned = 0  # tokens before are some earlier row's
     spans = []
@@ -91,7 +94,7 @@ def _blocks_of(paths: Sequence[NDArray[np.int32]]) -> list[Block]:
         first_columns, others = np.flatnonzero(by_all), np.flatnonzero(sees.any(axis=0) & ~by_all)
         columns = np.concatenate([first_columns, others])
         is_run = bool(np.all(np.diff(columns) == 1))
-        found.append(
+        blocks.append(
             Block(
                 start,
                 end,
@@ -100,7 +103,7 @@ def _blocks_of(paths: Sequence[NDArray[np.int32]]) -> list[Block]:
                 ~sees[:, others],
             )
         )
-    return found
+    return blocks
 
 
 @lru_cache(maxsize=64)
@@ -108,15 +111,47 @@ def _one_row(tokens: int) -> list[Block]:
     return _blocks_of([np.arange(tokens, dtype=np.int32)])
 
 
-def suits(queries: Any, keys: Any) -> bool:
-    """Whether this is faster than MLX's own: on a CPU with an OpenBLAS, in float32, for sequences that aren't short."""
-    tokens = queries.shape[2]
-    is_whole = keys.shape[2] == tokens >= SHORTEST
-    is_float32 = queries.dtype == keys.dtype == mx.float32
-    return bool(is_whole and is_float32 and numpy_may_compute() and blas.library() is not None)
+def fast_attention(original: ModuleCall) -> ModuleCall:
+    """Takes the place of mlx-lm's ``scaled_dot_product_attention``, ``original``.
+
+    Computes plain causal attention of float32 rows, padded or packed; all else goes to MLX: short rows, which this
+    would not make faster, and generation, which has a cache.
+    """
+    portable = row_attention(original)
+
+    def attention(
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: Any = None,
+        scale: float = 1.0,
+        mask: Any = None,
+        **others: Any,
+    ) -> mx.array:
+        tokens = queries.shape[2]
+        is_whole = keys.shape[2] == tokens >= SHORTEST
+        is_float32 = queries.dtype == keys.dtype == mx.float32
+        if is_whole and is_float32 and is_plain_causal(queries, cache, mask, others):
+            layout = layout_of_pack()
+            return causal_attention(queries, keys, values, scale, None if layout is None else _blocks_of_pack(layout))
+        result: mx.array = portable(queries, keys, values, cache=cache, scale=scale, mask=mask, **others)
+        return result
+
+    return attention
 
 
-def causal_attention(queries: Any, keys: Any, values: Any, scale: float, blocks: list[Block] | None = None) -> Any:
+def _blocks_of_pack(layout: PackLayout) -> list[Block]:
+    if (blocks := layout.derived.get(Block)) is None:
+        paths: NDArray[np.int32] = np.asarray(layout.paths)
+        blocks = blocks_of([path[:length] for path, length in zip(paths, layout.lengths, strict=True)])
+        layout.derived[Block] = blocks
+    result: list[Block] = blocks
+    return result
+
+
+def causal_attention(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, blocks: list[Block] | None = None
+) -> mx.array:
     """softmax(scale * queries @ keys^T + causal mask) @ values, with gradients.
 
     ``queries`` (rows, heads, tokens, d), ``keys`` and ``values`` (rows, key heads, tokens, d), float32; heads are a
@@ -130,18 +165,16 @@ def causal_attention(queries: Any, keys: Any, values: Any, scale: float, blocks:
     plan = blocks or _one_row(queries.shape[2])
     log_sums: list[Matrix] = []
 
-    @mx.custom_function
-    def attend(queries: Any, keys: Any, values: Any) -> Any:
-        output, found = _forward(np.asarray(queries), np.asarray(keys), np.asarray(values), scale, plan)
-        log_sums[:] = [found]
+    def attend(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        output, sums = _forward(np.asarray(queries), np.asarray(keys), np.asarray(values), scale, plan)
+        log_sums[:] = [sums]
         return mx.array(output)
 
-    @attend.vjp
-    def _attend_vjp(primals: Any, cotangent: Any, output: Any) -> Any:
-        q, k, v, gradient, out = (np.asarray(value) for value in (*primals, cotangent, output))
-        return tuple(mx.array(part) for part in _backward(q, k, v, out, gradient, log_sums[0], scale, plan))
+    def gradients(inputs: Sequence[mx.array], grad_output: mx.array, output: mx.array) -> list[mx.array]:
+        q, k, v, gradient, out = (np.asarray(value) for value in (*inputs, grad_output, output))
+        return [mx.array(part) for part in _backward(q, k, v, out, gradient, log_sums[0], scale, plan)]
 
-    return attend(queries, keys, values)
+    return operation(attend, gradients)(queries, keys, values)
 
 
 def _forward(queries: Matrix, keys: Matrix, values: Matrix, scale: float, blocks: list[Block]) -> tuple[Matrix, Matrix]:
@@ -187,7 +220,7 @@ def _backward(
     _, heads, tokens, d = queries.shape
     groups = keys.shape[1]
     group = heads // groups
-    by_queries, by_keys, by_values = (np.empty(value.shape, np.float32) for value in (queries, keys, values))
+    grad_queries, grad_keys, grad_values = (np.empty(value.shape, np.float32) for value in (queries, keys, values))
     buffers = [np.empty(_largest(blocks) * group, np.float32) for _ in range(2)]
     for number in range(groups):
         # Scores less their log-sums, and the softmax's own correction, come out of the products by a column more.
@@ -201,19 +234,19 @@ def _backward(
         for block in blocks:
             rows, columns = slice(block.start * group, block.end * group), block.columns
             k, v = all_k[columns], all_v[columns]
-            weights, by_scores = (_part(buffer, (block.end - block.start) * group, block.count) for buffer in buffers)
+            weights, grad_scores = (_part(buffer, (block.end - block.start) * group, block.count) for buffer in buffers)
             blas.product(q[rows], k, weights, transposed=True)
             np.exp(np.minimum(weights, 0.0, out=weights), out=weights)
             weights[:, block.seen :] *= block.masks(group)[1]
             _product_added(weights, g[rows], v_sums, columns)
-            blas.product(g_less[rows], v, by_scores, transposed=True)
-            by_scores *= weights
-            blas.product(by_scores, k[:, :d], q_sums[rows])
-            _product_added(by_scores, q[rows, :d], k_sums, columns)
+            blas.product(g_less[rows], v, grad_scores, transposed=True)
+            grad_scores *= weights
+            blas.product(grad_scores, k[:, :d], q_sums[rows])
+            _product_added(grad_scores, q[rows, :d], k_sums, columns)
         q_sums *= np.float32(scale)
-        _from_token(by_queries, number, group, q_sums)
-        by_keys[0, number], by_values[0, number] = k_sums, v_sums  # the scale is in q
-    return by_queries, by_keys, by_values
+        _from_token(grad_queries, number, group, q_sums)
+        grad_keys[0, number], grad_values[0, number] = k_sums, v_sums  # the scale is in q
+    return grad_queries, grad_keys, grad_values
 
 
 def _largest(blocks: list[Block]) -> int:
@@ -231,7 +264,7 @@ def _from_token(target: Matrix, number: int, group: int, rows: Matrix) -> None:
     target[0, number * group : (number + 1) * group] = rows.reshape(tokens, group, d).transpose(1, 0, 2)
 
 
-def _with_column(matrix: Matrix, column: Any) -> Matrix:
+def _with_column(matrix: Matrix, column: Matrix | float) -> Matrix:
     """``matrix`` with one more column."""
     wider = np.empty((matrix.shape[0], matrix.shape[1] + 1), np.float32)
     wider[:, :-1], wider[:, -1] = matrix, column

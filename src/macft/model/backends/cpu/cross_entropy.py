@@ -8,11 +8,14 @@ vocabulary with a running maximum: the head passes once, whatever the number of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from macft.device import blas
-from macft.device.mlx_device import on_cpu
+from macft.model.backends.operation import operation
 
 _LOGITS_AT_ONCE = 2**20
 _BLOCKS = 256, 2048
@@ -22,9 +25,38 @@ _HIDDEN = np.float32(-1e30)
 Matrix = NDArray[np.float32]
 
 
-def available() -> bool:
-    """Whether this machine has what it takes: a CPU's OpenBLAS."""
-    return on_cpu() and blas.library() is not None
+def blockwise_cross_entropy(
+    matrix: mx.array,
+    hidden: mx.array,
+    targets: mx.array,
+    weights: mx.array,
+    *,
+    chunk: int | None,
+    with_gradient: bool,
+) -> mx.array:
+    """``sum(weights * cross_entropy(hidden @ matrix^T, targets))`` in nats, a float32 scalar.
+
+    ``matrix`` (V, D) and ``hidden`` (N, D) are float32, ``targets`` (N,) int32, ``weights`` (N,) float32. ``chunk``: at
+    most so many positions at once; None for all. The gradient reaches ``hidden`` only, and only ``with_gradient``. It
+    runs as MLX builds the graph.
+    """
+    gradients: list[mx.array] = []
+
+    def summed(hidden: mx.array) -> mx.array:
+        values = np.ascontiguousarray(np.asarray(hidden))
+        head, words, counted = np.asarray(matrix), np.asarray(targets), np.asarray(weights)
+        step = chunk or max(1, len(values))
+        parts = [
+            cross_entropy(values[cut], head, words[cut], counted[cut], with_gradient=with_gradient)
+            for cut in (slice(start, start + step) for start in range(0, len(values), step))
+        ]
+        gradients[:] = [mx.array(np.concatenate([gradient for _, gradient in parts]))] if with_gradient else []
+        return mx.array(sum(loss for loss, _ in parts), mx.float32)
+
+    def grad_hidden(_inputs: Sequence[mx.array], cotangent: mx.array, _output: mx.array) -> list[mx.array]:
+        return [cotangent * gradients[0]]
+
+    return operation(summed, grad_hidden)(hidden)
 
 
 def cross_entropy(

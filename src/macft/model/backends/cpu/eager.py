@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -23,139 +22,132 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
-from macft.device.mlx_device import on_cpu
+from macft.model.backends.base import Loss, LossAndGradient
 from macft.model.backends.cpu.layers import Kernel, kernel_for
-from macft.model.packing import PackedRope, use_row_attention
+from macft.model.backends.operation import operation
+from macft.model.module_classes import Members, ModuleCall, replaced_members
+from macft.model.packing import PackedRope
 from macft.model.parameter_refs import ParameterRefs
 
 _KINDS = (nn.Linear, LoRALinear, DoRALinear, nn.RMSNorm, nn.LayerNorm, nn.RoPE, PackedRope)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Ids of blocks: those that no gradient reaches, and those that are computed anew in the backward pass."""
-
-    frozen: frozenset[int]
-    checkpointed: frozenset[int]
-    # The trained parameters of each layer, by its id.
-    trained: dict[int, ParameterRefs] = field(default_factory=dict)
-
-
-class _State(threading.local):
+class _Thread(threading.local):
     """Whether this thread builds the graph of a gradient, outside of any layer."""
 
     is_building = False
-    plan = Plan(frozenset(), frozenset())
 
 
-_state = _State()
-
-
-@contextmanager
-def eager(plan: Plan) -> Iterator[None]:
-    """Inside, this thread's layers are computed one by one, as described above; ``plan`` is what ``prepare`` gave."""
-    _state.is_building, _state.plan = True, plan
-    try:
-        yield
-    finally:
-        _state.is_building = False
-
-
-def prepare(model: nn.Module, *, checkpoint_blocks: bool) -> Plan | None:
-    """Prepares ``model`` to be trained this way; None where it can't be: only on a CPU, in float32.
+class EagerLayers:
+    """Computes the layers of an installed model one by one while a gradient is built, as described above.
 
     Of blocks below all that is trained nothing is held, and with ``checkpoint_blocks`` of the others their input only.
+    Outside of a gradient the layers are computed as they always are.
     """
-    dtypes = {value.dtype for _, value in tree_flatten(model.parameters())}
-    if not on_cpu() or dtypes != {mx.float32}:
-        return None
-    use_row_attention(model)
-    blocks = list(getattr(model, "layers", []))
-    for kind in (*_KINDS, *{type(block) for block in blocks}):
-        if not isinstance(kind.__call__, _Layer):
-            kind.__call__ = _Layer(kind.__call__)
-    trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
-    below = list(itertools.takewhile(lambda block: not tree_flatten(block.trainable_parameters()), blocks))
-    if any(".layers." not in name for name in trained):
-        below = []  # an embedding perhaps
-    others = blocks[len(below) :] if checkpoint_blocks else []
-    places = {id(layer): ParameterRefs(layer) for layer in model.modules()}
-    return Plan(frozenset(map(id, below)), frozenset(map(id, others)), places)
 
+    def __init__(self, *, checkpoint_blocks: bool):
+        self._checkpoint_blocks = checkpoint_blocks
+        self._thread = _Thread()
+        # By id: blocks that no gradient reaches, and those that are computed again in the backward pass.
+        self._frozen: set[int] = set()
+        self._checkpointed: set[int] = set()
+        # The trained parameters of each layer.
+        self._trained: dict[int, ParameterRefs] = {}
 
-class _Layer:
-    """Takes the place of a layer's ``__call__``."""
+    @contextmanager
+    def installed(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the layers of ``model``, whose parameters are all float32, are computed this way."""
+        blocks = list(getattr(model, "layers", []))
+        below = list(itertools.takewhile(lambda block: not tree_flatten(block.trainable_parameters()), blocks))
+        if any(".layers." not in name for name, _ in tree_flatten(model.trainable_parameters())):
+            below = []  # an embedding perhaps
+        above = blocks[len(below) :] if self._checkpoint_blocks else []
+        layers = [layer for layer in model.modules() if isinstance(layer, _KINDS)]
+        self._frozen = set(map(id, below))
+        self._checkpointed = set(map(id, above))
+        self._trained = {id(layer): ParameterRefs(layer) for layer in [*layers, *blocks]}
+        try:
+            with replaced_members([*layers, *blocks], self._members):
+                yield
+        finally:
+            self._frozen, self._checkpointed, self._trained = set(), set(), {}
 
-    def __init__(self, call: Callable[..., Any]):
-        self._call = call
+    def value_and_grad(self, model: nn.Module, loss: Loss) -> LossAndGradient:
+        """See :class:`~macft.model.backends.base.Backend`."""
+        function = nn.value_and_grad(model, loss)
 
-    def __get__(self, layer: Any, _kind: type | None = None) -> Any:
-        return self if layer is None else lambda *arguments, **named: self(layer, *arguments, **named)
+        def value_and_grad(*inputs: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
+            with self._building(True):
+                value, gradient = function(*inputs)
+            # Evaluated while the graph was built, they would hold all of it.
+            return detached(value), {name: detached(grad) for name, grad in tree_flatten(gradient)}
 
-    def __call__(self, layer: nn.Module, x: Any, *rest: Any, **named: Any) -> Any:
-        if not _state.is_building:
-            return self._call(layer, x, *rest, **named)
-        if id(layer) in _state.plan.frozen:
-            return plain(self._call(layer, plain(x), *rest, **named))
-        is_block = id(layer) in _state.plan.checkpointed
+        return value_and_grad
+
+    @contextmanager
+    def _building(self, is_building: bool) -> Iterator[None]:
+        before, self._thread.is_building = self._thread.is_building, is_building
+        try:
+            yield
+        finally:
+            self._thread.is_building = before
+
+    def _members(self, kind: type[nn.Module]) -> Members:
+        call = kind.__call__
+
+        def layer_call(layer: nn.Module, x: mx.array, *rest: Any, **named: Any) -> Any:
+            if not self._thread.is_building:
+                return call(layer, x, *rest, **named)
+            return self._call(call, layer, x, rest, named)
+
+        return {"__call__": layer_call}
+
+    def _call(
+        self, call: ModuleCall, layer: nn.Module, x: mx.array, rest: Sequence[Any], named: dict[str, Any]
+    ) -> mx.array:
+        """``call(layer, x, *rest, **named)`` as one operation to MLX."""
+        if id(layer) in self._frozen:
+            return detached(call(layer, detached(x), *rest, **named))
+        is_block = id(layer) in self._checkpointed
         if not is_block and not isinstance(layer, _KINDS):
-            return self._call(layer, x, *rest, **named)
-        places = _state.plan.trained[id(layer)]
-        trained = places.get()
-        kernel = None if is_block else kernel_for(layer, places.names, x)
+            output: mx.array = call(layer, x, *rest, **named)
+            return output
+        refs = self._trained[id(layer)]
+        trained = refs.get()
+        kernel = None if is_block else kernel_for(layer, refs.names, x)
         if kernel is not None:
-            return _by(kernel)(x, *trained)
+            return _kernel_operation(kernel)(x, *trained)
 
-        def plainly(x: Any, *values: Any) -> Any:
-            places.put(values)
-            return self._call(layer, x, *rest, **named)
+        def compute(x: mx.array, *values: mx.array) -> mx.array:
+            refs.put(values)
+            output: mx.array = call(layer, x, *rest, **named)
+            return output
 
-        @mx.custom_function
-        def whole(x: Any, *values: Any) -> Any:
-            with _building(is_block):
-                found = plainly(plain(x), *map(plain, values))
+        def forward(x: mx.array, *values: mx.array) -> mx.array:
+            with self._building(is_block):
+                output = compute(detached(x), *map(detached, values))
                 if trained:  # evaluated alone, DoRA's result was seen to hold what led to it
-                    return plain(found)
-                mx.eval(found)
-                return found
+                    return detached(output)
+                mx.eval(output)
+                return output
 
-        @whole.vjp
-        def _whole_vjp(primals: Any, cotangent: Any, _output: Any) -> Any:
-            inputs = [plain(value) for value in (primals if isinstance(primals, list | tuple) else [primals])]
-            with _building(is_block):
-                _, gradients = mx.vjp(plainly, inputs, [plain(cotangent)])
+        def backward(inputs: Sequence[mx.array], grad_output: mx.array, _output: mx.array) -> list[mx.array]:
+            with self._building(is_block):
+                _, gradients = mx.vjp(compute, list(map(detached, inputs)), [detached(grad_output)])
                 mx.eval(gradients)  # all at once: they have parts in common
-                found = tuple(map(plain, gradients))
-            return found if len(found) > 1 else found[0]
+                return list(map(detached, gradients))
 
         try:
-            return whole(x, *trained)
+            return operation(forward, backward)(x, *trained)
         finally:
-            places.put(trained)
+            refs.put(trained)
 
 
-def _by(kernel: Kernel) -> Callable[..., Any]:
-    """``kernel`` as one operation to MLX."""
-    whole = mx.custom_function(kernel.forward)
-
-    @whole.vjp
-    def _whole_vjp(primals: Any, cotangent: Any, _output: Any) -> Any:
-        found = kernel.backward(cotangent, *(primals if isinstance(primals, list | tuple) else [primals]))
-        return found if len(found) > 1 else found[0]
-
-    return whole
+def _kernel_operation(kernel: Kernel) -> Callable[..., mx.array]:
+    return operation(kernel.forward, lambda inputs, grad_output, _output: kernel.backward(grad_output, *inputs))
 
 
-@contextmanager
-def _building(is_building: bool) -> Iterator[None]:
-    before, _state.is_building = _state.is_building, is_building
-    try:
-        yield
-    finally:
-        _state.is_building = before
-
-
-def plain(value: Any) -> Any:
+def detached(value: mx.array) -> mx.array:
     """The same numbers, of the same type, in an array that no graph leads to."""
     if value.dtype == mx.float32:
         return mx.array(np.asarray(value))

@@ -17,7 +17,8 @@ from mlx_lm.tuner.lora import LoRALinear
 from numpy.typing import NDArray
 
 from macft.device import blas
-from macft.model.packing import PackedRope, layout_of_pack
+from macft.model.module_classes import original_class
+from macft.model.packing import PackedRope, PackLayout, layout_of_pack
 
 Matrix = NDArray[np.float32]
 
@@ -30,28 +31,26 @@ class Kernel:
     ):
         self._forward, self._backward, self._constants = forward, backward, constants
 
-    def forward(self, x: Any, *values: Any) -> Any:
-        """Arrays with values, the layer's input and its trained parameters, to an array."""
+    def forward(self, x: mx.array, *values: mx.array) -> mx.array:
+        """The layer's result for its input and trained parameters; arrays with values."""
         return mx.array(self._forward(*self._constants, *map(np.asarray, (x, *values))))
 
-    def backward(self, gradient: Any, x: Any, *values: Any) -> tuple[Any, ...]:
-        """As forward, with the gradient by its result."""
-        found = self._backward(*self._constants, *map(np.asarray, (gradient, x, *values)))
-        return tuple(map(mx.array, found))
+    def backward(self, grad_output: mx.array, x: mx.array, *values: mx.array) -> tuple[mx.array, ...]:
+        """The gradients by input and trained parameters, from that by the result."""
+        gradients = self._backward(*self._constants, *map(np.asarray, (grad_output, x, *values)))
+        return tuple(map(mx.array, gradients))
 
 
-def kernel_for(layer: nn.Module, trained: list[str], x: Any) -> Kernel | None:
+def kernel_for(layer: nn.Module, trained: list[str], x: mx.array) -> Kernel | None:
     """What computes ``layer`` for the float32 ``x``, if anything does; ``trained``: names of its trained parameters."""
-    if blas.library() is None:
-        return None
-    kind = type(layer)
-    if kind is PackedRope:
+    kind = original_class(layer)
+    if isinstance(layer, PackedRope):
         return _rope(layer, x)
     if kind is nn.RMSNorm and not trained:
         return Kernel(_norm, _norm_gradient, (np.asarray(layer.weight), layer.eps))
     if kind is nn.Linear and not trained:
         return Kernel(_linear, _linear_gradient, _frozen(layer))
-    is_plain_lora = kind is LoRALinear and trained == ["lora_a", "lora_b"] and type(layer.linear) is nn.Linear
+    is_plain_lora = kind is LoRALinear and trained == ["lora_a", "lora_b"] and original_class(layer.linear) is nn.Linear
     if is_plain_lora and type(layer.dropout) is nn.Dropout and layer.dropout._p_1 == 1.0:
         return Kernel(_lora, _lora_gradient, (*_frozen(layer.linear), layer.scale))
     return None
@@ -66,18 +65,18 @@ def _rows(x: Matrix) -> Matrix:
 
 
 def _norm(weight: Matrix, eps: float, x: Matrix) -> Matrix:
-    found: Matrix = x * _root(eps, x)
-    found *= weight
-    return found
+    output: Matrix = x * _root(eps, x)
+    output *= weight
+    return output
 
 
-def _norm_gradient(weight: Matrix, eps: float, gradient: Matrix, x: Matrix) -> tuple[Matrix]:
+def _norm_gradient(weight: Matrix, eps: float, grad_output: Matrix, x: Matrix) -> tuple[Matrix]:
     root = _root(eps, x)
-    found: Matrix = gradient * weight
-    along = np.einsum("...i,...i->...", found, x)[..., None] * (root**2 / np.float32(x.shape[-1]))
-    found -= x * along
-    found *= root
-    return (found,)
+    grad_x: Matrix = grad_output * weight
+    along = np.einsum("...i,...i->...", grad_x, x)[..., None] * (root**2 / np.float32(x.shape[-1]))
+    grad_x -= x * along
+    grad_x *= root
+    return (grad_x,)
 
 
 def _root(eps: float, x: Matrix) -> Matrix:
@@ -87,38 +86,38 @@ def _root(eps: float, x: Matrix) -> Matrix:
 
 
 def _linear(weight: Matrix, bias: Matrix | None, x: Matrix) -> Matrix:
-    found = np.empty((*x.shape[:-1], len(weight)), np.float32)
-    blas.product(_rows(x), weight, found.reshape(-1, len(weight)), transposed=True)
+    output = np.empty((*x.shape[:-1], len(weight)), np.float32)
+    blas.product(_rows(x), weight, output.reshape(-1, len(weight)), transposed=True)
     if bias is not None:
-        found += bias
-    return found
+        output += bias
+    return output
 
 
-def _linear_gradient(weight: Matrix, _bias: Matrix | None, gradient: Matrix, x: Matrix) -> tuple[Matrix]:
-    found = np.empty(x.shape, np.float32)
-    blas.product(_rows(gradient), weight, found.reshape(-1, x.shape[-1]))
-    return (found,)
+def _linear_gradient(weight: Matrix, _bias: Matrix | None, grad_output: Matrix, x: Matrix) -> tuple[Matrix]:
+    grad_x = np.empty(x.shape, np.float32)
+    blas.product(_rows(grad_output), weight, grad_x.reshape(-1, x.shape[-1]))
+    return (grad_x,)
 
 
 def _lora(weight: Matrix, bias: Matrix | None, scale: float, x: Matrix, a: Matrix, b: Matrix) -> Matrix:
-    found = _linear(weight, bias, x)
-    blas.product(_low(x, a, scale), b, found.reshape(-1, b.shape[1]), add=True)
-    return found
+    output = _linear(weight, bias, x)
+    blas.product(_low(x, a, scale), b, output.reshape(-1, b.shape[1]), add=True)
+    return output
 
 
 def _lora_gradient(
-    weight: Matrix, bias: Matrix | None, scale: float, gradient: Matrix, x: Matrix, a: Matrix, b: Matrix
+    weight: Matrix, bias: Matrix | None, scale: float, grad_output: Matrix, x: Matrix, a: Matrix, b: Matrix
 ) -> tuple[Matrix, Matrix, Matrix]:
-    (by_x,) = _linear_gradient(weight, bias, gradient, x)
-    rows, by_rows = _rows(x), _rows(gradient)
-    by_low = np.empty((len(rows), a.shape[1]), np.float32)
-    blas.product(by_rows, b, by_low, transposed=True)
-    by_low *= np.float32(scale)
-    blas.product(by_low, a, by_x.reshape(-1, x.shape[-1]), transposed=True, add=True)
-    by_a, by_b = np.empty_like(a), np.empty_like(b)
-    blas.product(rows, by_low, by_a, first_transposed=True)
-    blas.product(_low(x, a, scale), by_rows, by_b, first_transposed=True)
-    return by_x, by_a, by_b
+    (grad_x,) = _linear_gradient(weight, bias, grad_output, x)
+    rows, grad_rows = _rows(x), _rows(grad_output)
+    grad_low = np.empty((len(rows), a.shape[1]), np.float32)
+    blas.product(grad_rows, b, grad_low, transposed=True)
+    grad_low *= np.float32(scale)
+    blas.product(grad_low, a, grad_x.reshape(-1, x.shape[-1]), transposed=True, add=True)
+    grad_a, grad_b = np.empty_like(a), np.empty_like(b)
+    blas.product(rows, grad_low, grad_a, first_transposed=True)
+    blas.product(_low(x, a, scale), grad_rows, grad_b, first_transposed=True)
+    return grad_x, grad_a, grad_b
 
 
 def _low(x: Matrix, a: Matrix, scale: float) -> Matrix:
@@ -129,23 +128,47 @@ def _low(x: Matrix, a: Matrix, scale: float) -> Matrix:
     return low
 
 
-def _rope(layer: PackedRope, x: Any) -> Kernel | None:
+def _rope(layer: PackedRope, x: mx.array) -> Kernel | None:
     layout = layout_of_pack()
-    tables = None if layout is None else layer.tables(layout, x.shape[-1])
+    tables = None if layout is None else _rope_tables(layer, layout, x.shape[-1])
     return None if tables is None else Kernel(_turned, _turned_back, tables)
+
+
+def _rope_tables(layer: PackedRope, layout: PackLayout, width: int) -> tuple[Matrix, Matrix] | None:
+    """Cosines and sines, (tokens, width / 2), by which a pack's elements are turned with those half a width on.
+
+    None where this embedding pairs others, or not all of them.
+    """
+    rope: Any = layer.rope
+    is_plain = original_class(rope) is nn.RoPE
+    key = ("rope", width, (rope.dims, rope.traditional, rope.base, rope.scale) if is_plain else id(rope))
+    if key not in layout.derived:
+        layout.derived[key] = _computed_rope_tables(layer, layout, width)
+    tables: tuple[Matrix, Matrix] | None = layout.derived[key]
+    return tables
+
+
+def _computed_rope_tables(layer: PackedRope, layout: PackLayout, width: int) -> tuple[Matrix, Matrix] | None:
+    half = width // 2
+    ones = np.repeat(np.eye(2, dtype=np.float32), half, axis=1)  # in the first half; in the second
+    probe = mx.broadcast_to(mx.array(ones)[None, :, None], (1, 2, layout.depths.shape[0], 2 * half))
+    first, second = np.array(layer.by_token(probe, layout))[0]
+    cosines, sines = first[:, :half], first[:, half:]
+    turns = np.array_equal(second[:, half:], cosines) and np.array_equal(second[:, :half], -sines)
+    return (cosines, sines) if turns and width == 2 * half else None
 
 
 def _turned(cosines: Matrix, sines: Matrix, x: Matrix) -> Matrix:
     """Each pair of an element and the one half the width further, turned by its token's angle."""
-    found = np.empty(x.shape, np.float32)
+    turned = np.empty(x.shape, np.float32)
     half = cosines.shape[1]
     first, second = x[..., :half], x[..., half:]
-    np.multiply(first, cosines, out=found[..., :half])
-    found[..., :half] -= second * sines
-    np.multiply(second, cosines, out=found[..., half:])
-    found[..., half:] += first * sines
-    return found
+    np.multiply(first, cosines, out=turned[..., :half])
+    turned[..., :half] -= second * sines
+    np.multiply(second, cosines, out=turned[..., half:])
+    turned[..., half:] += first * sines
+    return turned
 
 
-def _turned_back(cosines: Matrix, sines: Matrix, gradient: Matrix, _x: Matrix) -> tuple[Matrix]:
-    return (_turned(cosines, -sines, gradient),)
+def _turned_back(cosines: Matrix, sines: Matrix, grad_output: Matrix, _x: Matrix) -> tuple[Matrix]:
+    return (_turned(cosines, -sines, grad_output),)

@@ -1,0 +1,68 @@
+"""From a run's configuration to the record of how a node computes it. Everybody who needs that record gets it here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from macft.config.schema import TrainConfig
+from macft.device.kind import Device
+from macft.errors import ModelError
+from macft.model.execution import Execution, WeightFormat, resolve
+from macft.model.settings import ModelConfig
+from macft.model.shape import ModelShape, read_shape, read_weight_format
+
+
+def execution_for(config: TrainConfig, shape: ModelShape | None, checkpoint: WeightFormat, device: Device) -> Execution:
+    """How ``device`` computes ``config``; ``shape`` is None where the architecture isn't known before it is loaded.
+
+    Raises:
+        ConfigError: a wish that model or device can't fulfil; one line.
+    """
+    training, adapter = config.training, config.adapter
+    has_dropout = adapter.type != "full" and adapter.dropout > 0
+    return resolve(
+        config.model,
+        checkpoint,
+        device,
+        packing=training.packing,
+        can_pack=None if shape is None else shape.packs,
+        dropout=has_dropout or (shape is not None and shape.has_dropout),
+        compile=training.compile,
+        kernels=training.kernels,
+        grad_checkpoint=training.grad_checkpoint,
+        loss_chunk=training.loss_chunk,
+        micro_batch_size=training.micro_batch_size,
+    )
+
+
+def inference_execution(model: ModelConfig, folder: Path, *, micro_batch_size: int | None = None) -> Execution:
+    """How this machine evaluates or generates with the model in ``folder``; of a run's wishes for training none apply.
+
+    Raises:
+        ModelError: ``folder`` has no config.json.
+        ConfigError: the weights can't be held as ``model`` wants.
+    """
+    try:
+        shape = read_shape(folder)
+        checkpoint, can_pack = shape.checkpoint, shape.packs
+    except ModelError:  # an architecture of its own; it must be loaded to know it
+        checkpoint, can_pack = read_weight_format(folder), None
+    return resolve(
+        model, checkpoint, Device.default(), can_pack=can_pack, compile="false", micro_batch_size=micro_batch_size
+    )
+
+
+def with_execution(config: TrainConfig, execution: Execution) -> TrainConfig:
+    """``config`` with the batch settings that ``topology.batch=auto`` chose, for the records of the run."""
+    training = replace(
+        config.training,
+        micro_batch_size=execution.micro_batch_size,
+        grad_checkpoint=execution.recompute == "blocks",
+    )
+    return replace(config, training=training)
+
+
+def requires_packing(config: TrainConfig) -> bool:
+    """Whether a model that can't take packed rows is an error."""
+    return config.training.packing.lower() == "true"

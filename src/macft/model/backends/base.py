@@ -1,0 +1,65 @@
+"""What the portable code asks of a backend.
+
+A backend knows how attention, activations, loss and gradient of a model are computed. :meth:`Backend.installed` gives
+one model the backend's operations and takes them back at the end; no other model and nothing of MLX or mlx-lm changes.
+
+Shapes: B rows, L tokens of a sequence, D hidden size, V vocabulary, N target positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from macft.model.head import Head
+
+Loss = Callable[..., mx.array]
+"""Arrays to a scalar."""
+LossAndGradient = Callable[..., tuple[mx.array, dict[str, mx.array]]]
+"""The same arrays to the scalar and its gradient by parameter name."""
+
+
+class CrossEntropy(Protocol):
+    """The loss of targets, made once for a model by :meth:`Backend.cross_entropy`."""
+
+    def __call__(self, hidden: mx.array, targets: mx.array, weights: mx.array, *, with_gradient: bool) -> mx.array:
+        """``sum(weights * cross_entropy(head(hidden), targets))`` in nats, a float32 scalar.
+
+        ``hidden`` (N, D), or logits (N, V) where the head is None; ``targets`` (N,) int32; ``weights`` (N,) float32.
+        ``with_gradient``: the caller may take the gradient.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """One way to compute a model; :func:`macft.model.backends.choose.make_backend` makes it."""
+
+    @property
+    def name(self) -> str:
+        """As in ``training.kernels``."""
+        ...
+
+    @property
+    def computes_while_building(self) -> bool:
+        """Whether a gradient is computed as it is asked for, not when MLX evaluates its graph."""
+        ...
+
+    def installed(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside, ``model`` is computed by this backend, for training and inference; its adapter is on it already.
+
+        Raises:
+            ConfigError: the execution packs rows and this model can't take them.
+        """
+        ...
+
+    def cross_entropy(self, head: Head | None) -> CrossEntropy:
+        """The loss of hidden states under ``head``; None: of logits."""
+        ...
+
+    def value_and_grad(self, model: nn.Module, loss: Loss) -> LossAndGradient:
+        """``loss`` with its gradient by the trainable parameters of ``model``, which must be installed."""
+        ...

@@ -1,0 +1,91 @@
+"""The CPU backend: NumPy and OpenBLAS for float32 models on Linux."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from macft.device import blas
+from macft.errors import ConfigError
+from macft.model.backends.base import CrossEntropy, Loss, LossAndGradient
+from macft.model.backends.cpu.activations import fast_swiglu, softmax_parts
+from macft.model.backends.cpu.attention import fast_attention
+from macft.model.backends.cpu.cross_entropy import blockwise_cross_entropy
+from macft.model.backends.cpu.eager import EagerLayers, detached
+from macft.model.backends.mlx.backend import MlxBackend
+from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy, whole_cross_entropy
+from macft.model.execution import Execution
+from macft.model.head import Head
+from macft.model.module_classes import replaced_functions
+from macft.model.packing import ATTENTION_FUNCTION, packed_ropes
+
+
+class CpuBackend:
+    """See :class:`~macft.model.backends.base.Backend`.
+
+    Operations run in NumPy while MLX builds the graph, so nothing here can be compiled.
+
+    Raises:
+        ConfigError: ``execution`` or this machine is not what these kernels are for.
+    """
+
+    name = "cpu"
+    computes_while_building = True
+
+    def __init__(self, execution: Execution):
+        obstacles = {
+            "the device is a GPU": execution.device != "cpu",
+            f"its type is {execution.dtype}": execution.dtype != "float32",
+            "it is quantised": execution.bits is not None,
+            "it is compiled": execution.compiled,
+            "no OpenBLAS is loaded": blas.library() is None,
+        }
+        if reasons := [reason for reason, applies in obstacles.items() if applies]:
+            raise ConfigError(f"training.kernels: cpu is for an uncompiled float32 model on a CPU, and {reasons[0]}")
+        self._execution = execution
+        self._layers = EagerLayers(checkpoint_blocks=execution.recompute == "blocks")
+
+    @contextmanager
+    def installed(self, model: nn.Module) -> Iterator[None]:
+        """See :class:`~macft.model.backends.base.Backend`."""
+        with ExitStack() as changes:
+            if any(value.dtype != mx.float32 for _, value in tree_flatten(model.parameters())):
+                # The architecture keeps some of its weights in a type of its own.
+                changes.enter_context(MlxBackend(self._execution).installed(model))
+            else:
+                if self._execution.packing:
+                    changes.enter_context(packed_ropes(model))
+                functions = {ATTENTION_FUNCTION: fast_attention, "swiglu": fast_swiglu}
+                changes.enter_context(replaced_functions(model, functions))
+                changes.enter_context(self._layers.installed(model))
+            yield
+
+    def cross_entropy(self, head: Head | None) -> CrossEntropy:
+        """See :class:`~macft.model.backends.base.Backend`."""
+        is_frozen = head is not None and head.is_frozen
+        matrix = head.matrix if head is not None and is_frozen else None
+        execution = self._execution
+
+        def loss(hidden: mx.array, targets: mx.array, weights: mx.array, *, with_gradient: bool) -> mx.array:
+            if head is None:
+                return whole_cross_entropy(hidden, targets, weights)
+            if matrix is not None and hidden.dtype == mx.float32:
+                return blockwise_cross_entropy(
+                    matrix, hidden, targets, weights, chunk=execution.loss_chunk, with_gradient=with_gradient
+                )
+            if not (with_gradient and is_frozen):
+                return whole_cross_entropy(head(hidden[None])[0], targets, weights)
+            chunk = execution.loss_chunk_for(head(hidden[:1][None]).shape[-1])
+            return chunked_cross_entropy(
+                head, hidden, targets, weights, chunk=chunk, exponentials=softmax_parts, detached=detached
+            )
+
+        return loss
+
+    def value_and_grad(self, model: nn.Module, loss: Loss) -> LossAndGradient:
+        """See :class:`~macft.model.backends.base.Backend`."""
+        return self._layers.value_and_grad(model, loss)

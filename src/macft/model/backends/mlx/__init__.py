@@ -1,0 +1,1 @@
+"""The portable backend: MLX operations only, as Metal and CUDA run them."""

@@ -1,0 +1,67 @@
+"""The portable backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from macft.model.backends.base import CrossEntropy, Loss, LossAndGradient
+from macft.model.backends.mlx.attention import row_attention
+from macft.model.backends.mlx.checkpoint import checkpointed_blocks
+from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy, whole_cross_entropy
+from macft.model.execution import Execution
+from macft.model.head import Head
+from macft.model.module_classes import replaced_functions
+from macft.model.packing import ATTENTION_FUNCTION, packed_ropes
+
+
+class MlxBackend:
+    """See :class:`~macft.model.backends.base.Backend`. Everything is lazy, and can be compiled."""
+
+    name = "mlx"
+    computes_while_building = False
+
+    def __init__(self, execution: Execution):
+        self._execution = execution
+
+    @contextmanager
+    def installed(self, model: nn.Module) -> Iterator[None]:
+        """See :class:`~macft.model.backends.base.Backend`."""
+        with ExitStack() as changes:
+            if self._execution.packing:
+                changes.enter_context(packed_ropes(model))
+                changes.enter_context(replaced_functions(model, {ATTENTION_FUNCTION: row_attention}))
+            if self._execution.recompute == "blocks":
+                changes.enter_context(checkpointed_blocks(model))
+            yield
+
+    def cross_entropy(self, head: Head | None) -> CrossEntropy:
+        """See :class:`~macft.model.backends.base.Backend`."""
+
+        is_frozen = head is not None and head.is_frozen
+        execution = self._execution
+
+        def loss(hidden: mx.array, targets: mx.array, weights: mx.array, *, with_gradient: bool) -> mx.array:
+            if head is None:
+                return whole_cross_entropy(hidden, targets, weights)
+            if not (with_gradient and is_frozen):
+                return whole_cross_entropy(head(hidden[None])[0], targets, weights)
+            vocabulary = head(hidden[:1][None]).shape[-1]
+            chunk = execution.loss_chunk_for(vocabulary)
+            return chunked_cross_entropy(head, hidden, targets, weights, chunk=chunk)
+
+        return loss
+
+    def value_and_grad(self, model: nn.Module, loss: Loss) -> LossAndGradient:
+        """See :class:`~macft.model.backends.base.Backend`."""
+        function = nn.value_and_grad(model, loss)
+
+        def value_and_grad(*inputs: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
+            value, gradient = function(*inputs)
+            return value, dict(tree_flatten(gradient))
+
+        return value_and_grad

@@ -1,0 +1,85 @@
+"""Cross-entropy in chunks of target positions, so that logits (N, V) never exist as a whole.
+
+The head is frozen in LoRA, so all the backward pass needs is the gradient of the hidden states. It is computed with the
+loss, chunk by chunk, while a chunk's logits exist (as in Liger Kernel, Hsu et al. 2024, and in the spirit of Cut
+Cross-Entropy, Wijmans et al. 2024). Exact: nothing is sampled, filtered or rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from macft.model.backends.operation import operation
+
+Exponentials = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
+"""Logits (n, V) float32 and their maxima (n, 1) to exp(logits - maxima) (n, V) and the sums of those (n, 1)."""
+
+
+def whole_cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+    """``sum(weights * cross_entropy(logits, targets))``, float32, of ``logits`` (N, V)."""
+    losses: mx.array = nn.losses.cross_entropy(logits.astype(mx.float32), targets)
+    return (losses * weights).sum()
+
+
+def exponentials(logits: mx.array, maxima: mx.array) -> tuple[mx.array, mx.array]:
+    """See ``Exponentials``."""
+    powers = mx.exp(logits - maxima)
+    return powers, powers.sum(axis=-1, keepdims=True)
+
+
+def chunked_cross_entropy(
+    head: Callable[[mx.array], mx.array],
+    hidden: mx.array,
+    targets: mx.array,
+    weights: mx.array,
+    *,
+    chunk: int,
+    exponentials: Exponentials = exponentials,
+    detached: Callable[[mx.array], mx.array] = lambda value: value,
+) -> mx.array:
+    """``sum(weights * cross_entropy(head(hidden), targets))``, float32.
+
+    ``hidden`` (N, D), ``targets`` (N,) int32, ``weights`` (N,) float32; ``chunk`` of the positions at once. The
+    gradient reaches ``hidden`` only: ``head`` must hold no trainable parameter. ``detached`` is called with each part
+    of the result, for backends that compute it here and now and would otherwise hold all that led to it.
+    """
+
+    def loss_and_gradient(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        hidden = detached(hidden)
+        value = loss = mx.zeros(())
+        grad_parts: list[mx.array] = []
+        for start in range(0, hidden.shape[0], chunk):
+            part = hidden[start : start + chunk]
+            if grad_parts:  # one chunk after the other, its loss included, so that only one's logits exist
+                part = mx.depends([part], [grad_parts[-1], value])[0]
+            end = start + chunk
+            logits = head(part[None])[0]
+            value, grad_logits = _loss_and_gradient(logits, targets[start:end], weights[start:end], exponentials)
+            grad_parts.append(detached(mx.vjp(lambda part: head(part[None])[0], [part], [grad_logits])[1][0]))
+            value = detached(value)
+            loss = loss + value
+        return loss, mx.concatenate(grad_parts, axis=0)
+
+    def grad_hidden(
+        _inputs: Sequence[mx.array], cotangents: tuple[mx.array, mx.array], output: tuple[mx.array, mx.array]
+    ) -> list[mx.array]:
+        return [cotangents[0].astype(output[1].dtype) * output[1]]
+
+    return operation(loss_and_gradient, grad_hidden)(hidden)[0]
+
+
+def _loss_and_gradient(
+    logits: mx.array, targets: mx.array, weights: mx.array, exponentials: Exponentials
+) -> tuple[mx.array, mx.array]:
+    """Summed loss of ``logits`` (n, V) and its gradient with respect to them, in their dtype."""
+    dtype, logits = logits.dtype, logits.astype(mx.float32)
+    maxima = logits.max(axis=-1, keepdims=True)
+    powers, total = exponentials(logits, maxima)
+    right = mx.take_along_axis(logits, targets[:, None], axis=-1) - maxima
+    loss = ((mx.log(total) - right)[:, 0] * weights).sum()
+    gradient = powers * (weights[:, None] / total)
+    at_target = mx.take_along_axis(gradient, targets[:, None], axis=-1) - weights[:, None]
+    return loss, mx.put_along_axis(gradient, targets[:, None], at_target, axis=-1).astype(dtype)

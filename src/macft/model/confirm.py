@@ -1,0 +1,37 @@
+"""The one place where a decided execution may be revised: the loaded model turns out not to be as its files say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+# isort: split
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from macft.model.backends.choose import can_pack
+from macft.model.execution import Execution, cannot_pack
+from macft.model.load import LoadedModel
+
+
+def confirm(
+    execution: Execution, loaded: LoadedModel, *, packing_required: bool = False
+) -> tuple[Execution, list[str]]:
+    """``execution`` as ``loaded`` can really be computed, and a line for the user for each revision.
+
+    :func:`~macft.model.execution.resolve` decides from config.json, before weights are loaded. That is right for the
+    architectures of mlx-lm; a model with code of its own may differ: its rows are then padded, its kernels portable.
+
+    Raises:
+        ConfigError: ``packing_required``, and the model can't take packed rows.
+    """
+    notes: list[str] = []
+    types = {value.dtype for _, value in tree_flatten(loaded.model.parameters())}
+    if execution.kernels == "cpu" and types != {mx.float32}:
+        execution = replace(execution, kernels="mlx")
+        notes.append("the model isn't wholly float32, so MLX's own operations compute it, more slowly")
+    if execution.packing and not can_pack(loaded.model, execution):
+        if packing_required:
+            raise cannot_pack()
+        execution = execution.padded()
+        notes.append("this model's attention can't take packed rows, so rows are padded")
+    return execution, notes

@@ -1,0 +1,65 @@
+"""Models installed in a backend, and what computes their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from macft.device.mlx_device import on_cpu
+from macft.model.adapt import Adaptation
+from macft.model.backends.base import Backend
+from macft.model.backends.choose import can_pack, make_backend
+from macft.model.execution import Execution
+from macft.training.gradient import GradientComputer
+from macft.training.loss import TokenLoss
+
+
+def execution_with(kernels: str, *, packing: bool = False, dropout: bool = False, **fields: Any) -> Execution:
+    """How this machine computes a float32 model with ``kernels``; packed rows are short, and share prefixes."""
+    return Execution(
+        device="cpu" if on_cpu() else "metal",
+        kernels=kernels,
+        dtype="float32",
+        packing=packing,
+        shared_prefixes=packing and not dropout,
+        pack_tokens=512 if packing and on_cpu() else None,
+        **fields,
+    )
+
+
+@contextmanager
+def gradient_computer(
+    model: nn.Module, adaptation: Adaptation, kernels: str, *, packing: bool = False, seed: int = 0, **fields: Any
+) -> Iterator[GradientComputer]:
+    """What computes the gradients of ``model``, installed in its backend; ``fields`` are those of Execution."""
+    execution = execution_with(kernels, packing=packing, dropout=adaptation.dropout_keys.in_use, **fields)
+    backend = make_backend(execution)
+    with backend.installed(model):
+        yield GradientComputer(model, backend, execution, adaptation.dropout_keys, seed=seed)
+
+
+@contextmanager
+def token_loss(model: nn.Module, kernels: str, **fields: Any) -> Iterator[tuple[TokenLoss, Execution]]:
+    """The loss of ``model``, installed in its backend, with its execution."""
+    execution = execution_with(kernels, **fields)
+    backend: Backend = make_backend(execution)
+    with backend.installed(model):
+        yield TokenLoss(model, backend), execution
+
+
+def packs(model: nn.Module, kernels: str) -> bool:
+    """Whether ``model`` can take packed rows."""
+    return can_pack(model, execution_with(kernels, packing=True))
+
+
+def randomize_adapter(model: nn.Module, *, scale: float = 0.1, seed: int = 5) -> None:
+    """Gives all trainable parameters random values: LoRA's B begins as zero, which leaves A without a gradient."""
+    from mlx.utils import tree_flatten
+
+    mx.random.seed(seed)
+    parameters = tree_flatten(model.trainable_parameters())
+    model.load_weights([(name, mx.random.normal(value.shape) * scale) for name, value in parameters], strict=False)
