@@ -11,13 +11,13 @@ from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.errors import LaunchError
 from macft.network import links
-from macft.pairing.discovery import offered, seek
-from macft.pairing.pairing import PairingHost, join
+from macft.pairing.discovery import announce, discover_offers
 from macft.pairing.pake import new_code
+from macft.pairing.protocol import PairingHost, join_pairing
 from macft.topology import topology_file
 from macft.topology.settings import split_host
 
-_SEEK_SECONDS = 10.0
+_SEARCH_SECONDS = 10.0
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,44 +35,49 @@ def _show(line: str) -> None:
 
 
 def _init(arguments: argparse.Namespace) -> None:
-    topology_file.path_of(arguments.name)  # an invalid name is refused before anyone waits
+    topology_file.path_of(arguments.name)  # rejects an invalid name before waiting
     if arguments.hostfile is not None:
         topology = topology_file.from_hostfile(arguments.hostfile)
     else:
         code = new_code()
         host = PairingHost(code, arguments.nodes, _show)
-        with offered(arguments.name, host.addresses, host.port):
+        with announce(arguments.name, host.addresses, host.port):
             _show(f"on each of the other machines, run: python -m macft.cluster join {code} --name {arguments.name}")
             _show(f"(if it can't find this machine, add --at {host.addresses[0]}:{host.port})")
             topology = host.form(arguments.timeout)
-    _done(arguments.name, topology_file.save_topology(arguments.name, topology))
+    _show_next_steps(arguments.name, topology_file.save_topology(arguments.name, topology))
 
 
 def _join(arguments: argparse.Namespace) -> None:
     name = arguments.name
     if arguments.at is not None:
         try:
-            places = [split_host(arguments.at, 0)]
+            addresses = [split_host(arguments.at, 0)]
         except ValueError as error:
             raise LaunchError(f"--at: {error}; write it as `init` printed it") from None
     else:
         own = [link.host for link in links.discover()]
         if not own:
             raise LaunchError("this machine has no network; plug in a cable, then run `python -m macft.doctor`")
-        offers = [offer for offer in seek(own, _SEEK_SECONDS, cluster=name) if name in (None, offer.cluster)]
+        discovered = discover_offers(own, _SEARCH_SECONDS, cluster=name)
+        offers = [offer for offer in discovered if name in (None, offer.cluster)]
         if len(offers) != 1:
-            names = ", ".join(offer.cluster for offer in offers)
-            several = f"several clusters are being formed ({names}); give --name"
-            problem = several if offers else "no cluster is being formed"
+            clusters = ", ".join(offer.cluster for offer in offers)
+            problem = (
+                f"several clusters are being formed ({clusters}); give --name"
+                if offers
+                else "no cluster is being formed"
+            )
             raise LaunchError(f"{problem}; is `macft.cluster init` running on the same network? Or give --at HOST:PORT")
         name = offers[0].cluster
-        places = [(address, offers[0].port) for address in offers[0].addresses]
+        addresses = [(address, offers[0].port) for address in offers[0].addresses]
     name = name or "cluster"
     topology_file.path_of(name)
-    _done(name, topology_file.save_topology(name, join(*places[0], arguments.code, _show)))
+    topology = join_pairing(*addresses[0], arguments.code, _show)
+    _show_next_steps(name, topology_file.save_topology(name, topology))
 
 
-def _done(name: str, path: Path) -> None:
+def _show_next_steps(name: str, path: Path) -> None:
     _show(f"the cluster is in {path}")
     _show(f"check it: python -m macft.doctor --topology {name}")
     _show(f"train on it: python -m macft.train +recipe=llama-lora topology={name}")
@@ -97,7 +102,7 @@ def _list(arguments: argparse.Namespace) -> None:
 def _remove(arguments: argparse.Namespace) -> None:
     if arguments.host is None:
         topology_file.remove_topology(arguments.name)
-        print(f"removed {arguments.name}; its machines stay trusted: `python -m macft.keys forget NAME` ends that")
+        print(f"removed {arguments.name}; `python -m macft.keys forget` stops trusting its machines")
         return
     topology = topology_file.load_topology(arguments.name)
     rank = next((rank for rank, host in enumerate(topology.hosts) if arguments.host in (host, *host.split("+"))), None)
@@ -105,7 +110,7 @@ def _remove(arguments: argparse.Namespace) -> None:
         raise LaunchError(f"'{arguments.host}' is not in {arguments.name}: {', '.join(topology.hosts)}")
     if len(topology.hosts) <= 2:
         raise LaunchError(
-            f"{arguments.name} would have one machine left; to remove the whole cluster, leave the host out"
+            f"{arguments.name} would have one machine left; leave the host out to remove the cluster"
         )
     for values in (topology.hosts, topology.ssh, topology.python if len(topology.python) > 1 else []):
         if values:

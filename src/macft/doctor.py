@@ -9,16 +9,25 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.diagnostics import LEVELS, Finding, machine, network, software
-from macft.diagnostics.hosts import examine_hosts
+from macft.diagnostics.hosts import HostsReport, examine_hosts
 from macft.errors import MacftError
 from macft.model.local import find_local
 from macft.rendezvous import keystore
 from macft.topology.topology_file import load_topology
+
+
+class MachineReport(TypedDict):
+    """This machine's report: versions, the time in seconds since 1970, and the findings as plain maps."""
+
+    versions: dict[str, str]
+    time: float
+    findings: list[dict[str, str]]
+
 
 _MARKS = dict(zip(LEVELS, (" ok     ", "warning ", "PROBLEM "), strict=True))
 
@@ -31,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     """
     arguments = _parser().parse_args(argv)
     if arguments.topology is None:
-        report = examine(arguments.port, arguments.model)
+        report: MachineReport | HostsReport = examine(arguments.port, arguments.model)
     else:
         topology = load_topology(arguments.topology)
         model = ["--model", shlex.quote(arguments.model)] if arguments.model else []
@@ -43,37 +52,32 @@ def main(argv: Sequence[str]) -> int:
         for finding in findings:
             print(f"{_MARKS[finding.level]} {finding.topic}: {finding.text}")
             if finding.mend:
-                print(f"         to fix: {finding.mend}")
+                print(f"         to fix it: {finding.mend}")
     return int(any(finding.level == "problem" for finding in findings))
 
 
-def examine(port: int, model: str | None) -> dict[str, Any]:
-    """This machine's versions, its time in seconds since 1970, and all findings, ready for JSON.
-
-    Args:
-        port: The run's port, tested for being free.
-        model: A folder or Hugging Face id to look for on this machine; None for no model.
-    """
+def examine(port: int, model: str | None) -> MachineReport:
+    """Checks this machine; ``port`` is the run's, ``model`` a folder or hub id."""
     findings = [*software.check(), *machine.check(Path.cwd()), *network.check(port), _keys(), _model(model)]
     return {"versions": software.versions(), "time": time.time(), "findings": [asdict(item) for item in findings]}
 
 
 def _keys() -> Finding:
     try:
-        ring = keystore.load(keystore.key_folder())
+        keyring = keystore.load(keystore.key_folder())
     except MacftError as error:
         return Finding("keys", "warning", str(error), "python -m macft.keys make")
-    trusted = ", ".join(ring.trusted) or "no machine yet"
+    trusted = ", ".join(keyring.trusted) or "no machine yet"
     return Finding("keys", "ok", f"this machine has a key; trusted: {trusted}")
 
 
 def _model(name: str | None) -> Finding:
     if name is None:
-        return Finding("model", "ok", "not checked (--model NAME checks whether a model is on this machine)")
+        return Finding("model", "ok", "none given (--model NAME checks whether it is on this machine)")
     folder = find_local(name)
     if folder is None:
-        mend = f"hf download {name}   # or topology.ship=[model]"
-        return Finding("model", "warning", f"{name} is not on this machine; it is downloaded when a run starts", mend)
+        fix = f"hf download {name}   # or topology.ship=[model]"
+        return Finding("model", "warning", f"{name} is not on this machine; it is fetched when a run starts", fix)
     return Finding("model", "ok", f"{name} is in {folder}")
 
 
@@ -82,7 +86,7 @@ def _parser() -> Parser:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--topology", metavar="NAME", help="check all hosts of this topology, over SSH")
     parser.add_argument(
-        "--model", metavar="NAME", help="check whether this model is on the machine: a folder or a hub id"
+        "--model", metavar="NAME", help="check whether this model is on this machine: a folder or a hub id"
     )
     parser.add_argument("--port", type=int, default=7070, help="the run's port (default 7070)")
     return parser

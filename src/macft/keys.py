@@ -23,10 +23,10 @@ def main(argv: Sequence[str]) -> None:
             _show(keystore.load(folder))
         case "trust":
             keystore.trust(folder, arguments.name, arguments.key)
-            print(f"{arguments.name} may now take part in this machine's runs")
+            print(f"{arguments.name} can now join this machine's runs")
         case "forget":
             keystore.forget(folder, arguments.name)
-            print(f"{arguments.name} is no longer trusted; runs that have started continue")
+            print(f"{arguments.name} is no longer trusted; active runs continue")
         case _:
             keyring, is_new = keystore.make(folder)
             print(f"{'a new key' if is_new else 'the key of this machine'} is in {folder}")
@@ -46,12 +46,12 @@ def _show(keyring: keystore.Keyring) -> None:
 def _parser() -> Parser:
     parser = command_parser("keys")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser("make", help="make a key for this machine if it has none, and show it (the default)")
-    commands.add_parser("show", help="show the public key, and the line to run on the other machines")
-    trust = commands.add_parser("trust", help="trust another machine, so that it can take part in runs")
-    trust.add_argument("name", metavar="NAME", help="a name of your choice for the other machine")
+    commands.add_parser("make", help="make this machine's key if it has none, and show it (the default)")
+    commands.add_parser("show", help="show the public key, and the command for the other machines")
+    trust = commands.add_parser("trust", help="trust another machine")
+    trust.add_argument("name", metavar="NAME", help="a name for the other machine")
     trust.add_argument("key", metavar="KEY", help="its public key, as `show` prints it there")
-    forget = commands.add_parser("forget", help="no longer trust a machine")
+    forget = commands.add_parser("forget", help="stop trusting a machine")
     forget.add_argument("name", metavar="NAME")
     return parser
 

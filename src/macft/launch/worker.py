@@ -1,6 +1,6 @@
 """A rank's process: ``python -m macft.launch.worker FOLDER RANK RENDEZVOUS RUN_ID [--resume]``, run by the launcher.
 
-With ``--join`` it takes part in the run that goes on in FOLDER.
+With ``--join`` it joins the running run in FOLDER.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from macft.config.yaml import fingerprint, read
 from macft.launch.local import watch_launcher
 from macft.logs.run_log import start_log
 from macft.membership.form_ring import MemberConfig, form_elastic_ring, join_elastic_ring, member_addresses
-from macft.rendezvous.connect import connect
+from macft.rendezvous.connect import RankConfig, connect
 from macft.rendezvous.keystore import keyring_for
 from macft.run.node import run_node
 from macft.training.stop import StopRequest
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     def run() -> str:
         config = read(folder / "config.yaml")
         keyring = keyring_for(config.topology, config.collective)
-        place = MemberConfig(
+        member_config = MemberConfig(
             bind="127.0.0.1:0",
             ring_bind="127.0.0.1:0",
             name=f"local-{rank}",
@@ -46,22 +46,21 @@ def main(argv: Sequence[str]) -> int:
             stack.enter_context(start_log(folder, rank, config.report.log_level))
             collective: Collective
             if "--join" in argv:
-                doors = member_addresses(str(folder), config.topology.port)
-                collective = join_elastic_ring(doors, place, timeout=config.topology.start_timeout)
+                addresses = member_addresses(str(folder), config.topology.port)
+                collective = join_elastic_ring(addresses, member_config, timeout=config.topology.start_timeout)
             else:
-                ring = connect(
-                    rendezvous,
+                rank_config = RankConfig(
+                    server=rendezvous,
                     rank=rank,
                     world_size=world_size(config),
                     run_id=run_id,
                     fingerprint=fingerprint(config),
                     name=f"local-{rank}",
-                    settings=config.collective,
-                    start_timeout=config.topology.start_timeout,
+                    timeout=config.topology.start_timeout,
                     keyring=keyring,
                 )
-                stack.enter_context(ring)
-                collective = form_elastic_ring(ring, place) if is_elastic(config) else ring
+                ring = stack.enter_context(connect(rank_config, config.collective))
+                collective = form_elastic_ring(ring, member_config) if is_elastic(config) else ring
             stack.enter_context(collective)
             return run_node(config, collective, folder, resume="--resume" in argv, stop=stop)
 
