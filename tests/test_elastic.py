@@ -188,12 +188,12 @@ def test_a_newcomer_with_another_configuration_is_told_so(tmp_path: Path, basics
     wait_for_step(process, tmp_path / "run", 1)
     newcomer = train(*basics, "seed=5", f"topology.join={tmp_path / 'run'}", cwd=tmp_path)
     assert newcomer.status == 1
-    assert "does not let this node in: it has another configuration than the run" in newcomer.errors
+    assert "refuses this node: it has another configuration than the run" in newcomer.errors
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
     nobody = train(*basics, "topology.join=127.0.0.1:9", "topology.start_timeout=1", cwd=tmp_path)
     assert nobody.status == 1
-    assert "nobody answers at 127.0.0.1:11" in nobody.errors
+    assert "no answer from 127.0.0.1:11" in nobody.errors
     nowhere = train(*basics, "topology.join=no such folder", cwd=tmp_path)
-    assert "nor the folder of a run that goes on" in nowhere.errors
+    assert "nor the folder of an active run" in nowhere.errors

@@ -17,21 +17,21 @@ import pytest
 from harness.runs import environment, losses, train, uneven_dataset
 from macft.collective.health import Health, HealthServer, ask
 from macft.collective.settings import CollectiveConfig, problems
-from macft.rendezvous.rendezvous import RendezvousServer
+from macft.rendezvous.server import RendezvousServer
 
 # A rank: SERVER RANK RANKS SETTINGS, then a Python program that has `group` and `np`.
 RANK = """
 import json, sys, time
 import numpy as np
-from macft.rendezvous.connect import connect
+from macft.rendezvous.connect import RankConfig, connect
 from macft.collective.settings import CollectiveConfig
 from macft.errors import CollectiveError
 
 server, rank, ranks, settings, program = sys.argv[1:]
 try:
     config = CollectiveConfig(backend="mlx", timeout=90.0)
-    with connect(server, rank=int(rank), world_size=int(ranks), run_id="t", fingerprint="f", name=f"node-{rank}",
-                 settings=config, start_timeout=90.0) as group:
+    joining = RankConfig(server, int(rank), int(ranks), run_id="t", fingerprint="f", name=f"node-{rank}", timeout=90.0)
+    with connect(joining, config) as group:
         vars(config).update(json.loads(settings))  # once all are there, which on a busy machine may take long
         exec(program)
 except CollectiveError as error:
@@ -169,7 +169,7 @@ import mlx.core as mx
 def wait():
     mx.eval(mx.distributed.recv((4,), mx.float32, 1 - group.rank, group=group._group, stream=mx.cpu))
 group.barrier()
-group._operate({doing}, wait)
+group._call_mlx({doing}, wait)
 """
 
 
@@ -209,10 +209,10 @@ here.join(0, [here.address, gone.address], names=[], secret="")
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=PATIENT, check=False)
     assert done.returncode != 0
-    assert "MLX's group did not come together within 3 s" in done.stderr or "MLX can't form its group" in done.stderr
+    assert "MLX's group did not form within 3 s" in done.stderr or "MLX can't form its group" in done.stderr
 
 
-def test_a_stranger_at_a_pulse_is_not_believed() -> None:
+def test_a_health_report_of_another_run_is_rejected() -> None:
     server = HealthServer("127.0.0.1:0", lambda: Health(rank=1, operation=7))
     server.secret = "ours"
     try:

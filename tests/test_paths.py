@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +17,7 @@ import pytest
 
 from harness.namespaces import missing_requirement, run
 from helpers.cables import two_cables
-from helpers.rings import next_message, run_ranks
+from helpers.rings import local_listeners, next_message, run_ranks
 from macft.collective.ring import Ring
 
 
@@ -98,7 +100,7 @@ rank = int(sys.argv[1])
 listener = Listener(f"10.78.1.{rank + 1}:0+10.78.2.{rank + 1}:0", CollectiveConfig(piece_bytes=65536, timeout=20.0))
 say(listener.address)
 with Ring(rank, 2, json.loads(sys.stdin.readline()), listener) as ring:
-    say(all(path.stream is not None for path in ring._links._outward))
+    say(all(path.stream is not None for path in ring._links.send_paths))
     wrong = turn = 0
     over = np.zeros(1)
     while not over[0]:
@@ -155,3 +157,22 @@ def test_a_real_cable_that_is_pulled_costs_no_sum_and_no_run() -> None:
         assert lost
         assert all(path.startswith("10.78.2.") for path in lost)
         assert [rank.wait(20) for rank in ranks] == [0, 0]
+
+
+def test_a_ring_and_its_lost_path_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """The second path of rank 0 is to a port where nothing listens."""
+    caplog.set_level(logging.INFO, "macft")
+    listeners = local_listeners(2)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        addresses = [listeners[0].address, f"{listeners[1].address}+127.0.0.1:{unused.getsockname()[1]}"]
+
+        def work(ring: Ring) -> list[str]:
+            ring.barrier()
+            return ring.lost_paths
+
+        lost, _ = run_ranks(listeners, work, addresses=addresses)
+    messages = [record.getMessage() for record in caplog.records if record.name == "macft.ring"]
+    assert f"path to {lost[0]} did not come up; the ring uses the others" in messages
+    assert sum(message.startswith("ring formed: rank") and addresses[0] in message for message in messages) == 2
+    assert sum(message.startswith("ring of generation 0 closed") for message in messages) == 2

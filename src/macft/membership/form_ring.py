@@ -1,8 +1,9 @@
-"""How a team begins: out of the ranks that have met, or by asking one of its members to be let in."""
+"""How a node gets its elastic ring: with the ranks of a ring that has just formed, or by joining a running one."""
 
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import time
 from collections.abc import Sequence
@@ -19,23 +20,29 @@ from macft.collective.solo import Solo
 from macft.errors import CollectiveError, RendezvousError
 from macft.membership import heartbeats
 from macft.membership.elastic_ring import ElasticRing
-from macft.membership.service import MembershipService, hello
-from macft.rendezvous.handshake import RendezvousClient
+from macft.membership.service import MembershipService, join_request
 from macft.rendezvous.keystore import Keyring
+from macft.rendezvous.sockets import RendezvousClient
 from macft.topology.settings import split_host
 
 MEMBERSHIP_PORT = 2
-"""How far from ``topology.port`` a node's membership service listens; the ring is at 1."""
+"""Offset from ``topology.port`` of the membership service's port; that of the ring is 1."""
 _MAX_REASON = 1000
 _ANSWER_SECONDS = 5.0
+_log = logging.getLogger("macft.membership")
 
 
 @dataclass(frozen=True)
 class MemberConfig:
-    """What a node brings into a team.
+    """What a node needs to be a member of an elastic run.
 
-    ``bind`` is where its membership service listens, ``ring_bind`` where its rings do; ``name`` is for people;
-    ``fingerprint`` of what all nodes must have alike.
+    Attributes:
+        bind: Where its membership service listens: ``host:port``, several paths with ``+``.
+        ring_bind: Where its rings listen.
+        name: Its name in messages.
+        settings: The configuration group ``collective``.
+        keyring: Its keys; None without encryption.
+        fingerprint: Of the configuration that all nodes must share.
     """
 
     bind: str
@@ -46,69 +53,77 @@ class MemberConfig:
     fingerprint: str
 
     def membership(self) -> MembershipService:
-        """This node's membership service, not begun yet."""
+        """This node's membership service, not started."""
         return MembershipService(
             self.bind, name=self.name, settings=self.settings, keyring=self.keyring, fingerprint=self.fingerprint
         )
 
     def open_listener(self) -> Listener:
-        """The ports of the next ring."""
+        """Opens the ports of the next ring."""
         deadline = time.monotonic() + self.settings.timeout
         while True:
             try:
                 return Listener(self.ring_bind, self.settings, encrypted=self.keyring is not None)
-            except CollectiveError:  # the port of the ring before may take a moment to be free
+            except CollectiveError:  # the port of the previous ring may not be free yet
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)
 
 
-def form_elastic_ring(ring: Collective, place: MemberConfig) -> ElasticRing:
-    """The team of the ranks of ``ring``, which it then owns. A call of all ranks.
+def form_elastic_ring(ring: Collective, config: MemberConfig) -> ElasticRing:
+    """The elastic ring of the ranks of ``ring``, which it then owns. A collective call: all ranks make it.
 
     Raises:
-        CollectiveError: a port can't be listened on, or a rank is lost.
+        CollectiveError: a port cannot be listened on, or a rank is lost.
     """
-    membership = place.membership()
+    membership = config.membership()
     try:
-        return ElasticRing.of_ring(ring, membership, place.open_listener)
+        return ElasticRing.from_ring(ring, membership, config.open_listener)
     except BaseException:
         membership.close()
         raise
 
 
-def join_elastic_ring(doors: Sequence[str], place: MemberConfig, *, timeout: float) -> ElasticRing:
-    """A team that this node is going to be in: its first ``regroup`` waits until it is let in.
+def join_elastic_ring(addresses: Sequence[str], config: MemberConfig, *, timeout: float) -> ElasticRing:
+    """The elastic ring of a running run. This node becomes a member in its first ``regroup``.
 
-    ``doors`` are where members' services listen (``host:port``); the first that answers will do.
+    Args:
+        addresses: Membership services of members (``host:port``), tried in order.
+        config: This node.
+        timeout: Seconds to wait for an answer.
 
     Raises:
-        RendezvousError: nobody answers within ``timeout`` seconds, or this node is not let in; says why.
+        RendezvousError: no member answers within ``timeout`` seconds, or this node is refused; says why.
     """
-    message = hello(place.fingerprint)
+    message = join_request(config.fingerprint)
     deadline = time.monotonic() + timeout
     answer: bytes | None = None
     while answer is None and time.monotonic() < deadline:
-        for door in doors:
-            with zmq.Context() as context, RendezvousClient(context, door, place.keyring, message) as visit:
-                answer = visit.receive(min(deadline, time.monotonic() + _ANSWER_SECONDS))
+        for address in addresses:
+            with zmq.Context() as context, RendezvousClient(context, address, config.keyring, message) as client:
+                answer = client.receive(min(deadline, time.monotonic() + _ANSWER_SECONDS))
             if answer is not None:
                 break
-    where = " or ".join(doors)
+    where = " or ".join(addresses)
     if answer is None:
-        raise RendezvousError(f"topology.join: nobody answers at {where} within {timeout:g} s; does a run go on there?")
+        raise RendezvousError(f"topology.join: no answer from {where} within {timeout:g} s; is a run active there?")
     try:
-        told = msgpack.unpackb(answer)
-        if "refused" in told:
-            raise RendezvousError(f"topology.join: {where} does not let this node in: {told['refused'][:_MAX_REASON]}")
-        view, secret = heartbeats.to_view(told["view"]), bytes(told["secret"])
+        reply = msgpack.unpackb(answer)
+        if "refused" in reply:
+            raise RendezvousError(f"topology.join: {where} refuses this node: {reply['refused'][:_MAX_REASON]}")
+        view, secret = heartbeats.view_from_plain(reply["view"]), bytes(reply["secret"])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError, msgpack.UnpackException):
-        raise RendezvousError(f"topology.join: what answers at {where} is no run of macft") from None
-    return ElasticRing(place.membership(), Solo(), view, secret=secret, open_listener=place.open_listener)
+        raise RendezvousError(f"topology.join: what answers at {where} is not a run of macft") from None
+    _log.info("joining the run at %s, view %d: %s", where, view.generation, ", ".join(view.names))
+    return ElasticRing(config.membership(), Solo(), view, secret=secret, open_listener=config.open_listener)
 
 
 def member_addresses(target: str, default_port: int) -> list[str]:
-    """Where ``topology.join`` knocks: ``host`` or ``host:port`` as in ``topology.hosts``, or the folder of a local run.
+    """The membership services to ask, for a value of ``topology.join``.
+
+    Args:
+        target: ``host`` or ``host:port`` as in ``topology.hosts``, or the folder of a local run.
+        default_port: ``topology.port``.
 
     Raises:
         RendezvousError: it is neither.
@@ -122,18 +137,18 @@ def member_addresses(target: str, default_port: int) -> list[str]:
     try:
         host, port = split_host(target, default_port)
     except ValueError as error:
-        raise RendezvousError(f"topology.join: {error}, nor the folder of a run that goes on") from None
+        raise RendezvousError(f"topology.join: {error}, nor the folder of an active run") from None
     return [f"{host}:{port + MEMBERSHIP_PORT}"]
 
 
-def local_address_towards(door: str) -> str:
-    """This machine's address on the way to ``host:port``; no packet is sent."""
-    host = door.rpartition(":")[0].strip("[]")
+def local_address_towards(address: str) -> str:
+    """This machine's address on the route to ``address`` (``host:port``); no packet is sent."""
+    host = address.rpartition(":")[0].strip("[]")
     try:
         family = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0][0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((host, 1))
-            found = str(probe.getsockname()[0])
+            local = str(probe.getsockname()[0])
     except OSError as error:
         raise RendezvousError(f"topology.join: there is no way to {host}: {error}") from None
-    return f"[{found}]" if ":" in found else found
+    return f"[{local}]" if ":" in local else local

@@ -1,9 +1,13 @@
-"""Beats as bytes: msgpack with every length limited. What is not a proper beat of this run is nothing at all."""
+"""Heartbeats as bytes: msgpack with every length limited. Anything but a valid heartbeat of this run is ignored.
+
+Values from the wire have the type ``object`` until they have been checked.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import msgpack
 
@@ -12,24 +16,27 @@ from macft.collective.wire import split_paths
 from macft.membership.paxos import Ballot, Heartbeat, MemberRecord, View, Vote
 
 MAX_BYTES = 65_536
-_MAX_SEATS = 64
+_MAX_MEMBERS = 64
 _MAX_TEXT = 255
 _MAX_NUMBER = 1 << 62
 
+PlainView: TypeAlias = list[object]
+"""A view as msgpack sends it: ``[generation, [member, ...]]``."""
 
-def encode(beat: Heartbeat, secret: bytes) -> bytes:
-    """``beat`` for the members of the run that shares ``secret``."""
+
+def encode(heartbeat: Heartbeat, secret: bytes) -> bytes:
+    """``heartbeat`` as bytes, for the members of the run that shares ``secret``."""
     packed: bytes = msgpack.packb(
         [
-            mark(secret),
-            list(beat.sender),
-            plain_view(beat.view),
-            list(beat.hears),
-            beat.ready,
-            list(beat.ballot) if beat.ballot else None,
-            _of_vote(beat.proposed),
-            list(beat.promised) if beat.promised else None,
-            _of_vote(beat.accepted),
+            run_mark(secret),
+            list(heartbeat.sender),
+            plain_view(heartbeat.view),
+            list(heartbeat.hears),
+            heartbeat.ready,
+            list(heartbeat.ballot) if heartbeat.ballot else None,
+            _plain_vote(heartbeat.proposed),
+            list(heartbeat.promised) if heartbeat.promised else None,
+            _plain_vote(heartbeat.accepted),
         ]
     )
     return packed
@@ -38,85 +45,96 @@ def encode(beat: Heartbeat, secret: bytes) -> bytes:
 def decode(data: bytes, secret: bytes) -> Heartbeat | None:
     """The inverse of :func:`encode`; None for anything else."""
     try:
-        values = msgpack.unpackb(data)
-        found, sender, view, hears, ready, ballot, proposed, promised, accepted = values
-        if found != mark(secret) or type(ready) is not bool or len(hears) > _MAX_SEATS:
+        mark, sender, view, hears, ready, ballot, proposed, promised, accepted = _array(msgpack.unpackb(data))
+        heard = _array(hears)
+        if mark != run_mark(secret) or type(ready) is not bool or len(heard) > _MAX_MEMBERS:
             return None
         return Heartbeat(
-            sender=to_member_record(sender),
-            view=to_view(view),
-            hears=tuple(_text(name) for name in hears),
+            sender=member_from_plain(sender),
+            view=view_from_plain(view),
+            hears=tuple(_text(node) for node in heard),
             ready=ready,
-            ballot=_to_ballot(ballot),
-            proposed=_to_vote(proposed),
-            promised=_to_ballot(promised),
-            accepted=_to_vote(accepted),
+            ballot=_ballot_from_plain(ballot),
+            proposed=_vote_from_plain(proposed),
+            promised=_ballot_from_plain(promised),
+            accepted=_vote_from_plain(accepted),
         )
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException):
         return None
 
 
-def mark(secret: bytes) -> bytes:
-    """Shows who belongs to a run, without telling its secret."""
+def run_mark(secret: bytes) -> bytes:
+    """Identifies the members of a run without sending its secret."""
     return hashlib.sha256(b"membership " + secret).digest()[:16]
 
 
-def to_member_record(value: Any) -> MemberRecord:
-    """A seat out of msgpack's types. Raises ValueError or TypeError if it is none."""
-    identity, name, address, key, ring, ring_key = value
-    for part in (key, ring_key):
-        if type(part) is not bytes or len(part) not in (0, KEY_BYTES):
-            raise ValueError("not a key")
-    split_paths(_text(address))
+def member_from_plain(value: object) -> MemberRecord:
+    """A member from msgpack's types. Raises ValueError or TypeError if it is not valid."""
+    identity, name, address, key, ring, ring_key = _array(value)
+    address, ring = _text(address), _text(ring)
+    split_paths(address)
     if ring:
-        split_paths(_text(ring))
-    return MemberRecord(_text(identity), _text(name), address, key, _text(ring), ring_key)
+        split_paths(ring)
+    return MemberRecord(_text(identity), _text(name), address, _key(key), ring, _key(ring_key))
 
 
-def to_view(value: Any) -> View:
-    """A view out of msgpack's types. Raises ValueError or TypeError if it is none."""
-    generation, seats = value
-    if not 0 < len(seats) <= _MAX_SEATS:
+def view_from_plain(value: object) -> View:
+    """A view from msgpack's types. Raises ValueError or TypeError if it is not valid."""
+    generation, members = _array(value)
+    members = _array(members)
+    if not 0 < len(members) <= _MAX_MEMBERS:
         raise ValueError("not a number of members")
-    view = View(_number(generation), tuple(to_member_record(seat) for seat in seats))
-    if len(set(view.ids)) != len(seats):
-        raise ValueError("a member stands twice")
+    view = View(_number(generation), tuple(member_from_plain(member) for member in members))
+    if len(set(view.ids)) != len(members):
+        raise ValueError("a member is listed twice")
     return view
 
 
-def plain_view(view: View) -> list[Any]:
+def plain_view(view: View) -> PlainView:
     """A view in msgpack's types."""
-    return [view.generation, [list(seat) for seat in view.seats]]
+    return [view.generation, [list(member) for member in view.members]]
 
 
-def _of_vote(vote: Vote | None) -> list[Any] | None:
+def _plain_vote(vote: Vote | None) -> list[object] | None:
     return None if vote is None else [list(vote.ballot), plain_view(vote.view)]
 
 
-def _to_vote(value: Any) -> Vote | None:
+def _vote_from_plain(value: object) -> Vote | None:
     if value is None:
         return None
-    ballot, view = value
-    found = _to_ballot(ballot)
-    if found is None:
+    plain_ballot, view = _array(value)
+    ballot = _ballot_from_plain(plain_ballot)
+    if ballot is None:
         raise ValueError("a vote without a ballot")
-    return Vote(found, to_view(view))
+    return Vote(ballot, view_from_plain(view))
 
 
-def _to_ballot(value: Any) -> Ballot | None:
+def _ballot_from_plain(value: object) -> Ballot | None:
     if value is None:
         return None
-    number, proposer = value
+    number, proposer = _array(value)
     return Ballot(_number(number), _text(proposer))
 
 
-def _number(value: Any) -> int:
+def _array(value: object) -> Sequence[object]:
+    if not isinstance(value, list):
+        raise TypeError("not an array")
+    return value
+
+
+def _number(value: object) -> int:
     if type(value) is not int or not 0 <= value < _MAX_NUMBER:
         raise ValueError("not a number")
     return value
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if type(value) is not str or len(value) > _MAX_TEXT or not value.isprintable():
         raise ValueError("not a text")
+    return value
+
+
+def _key(value: object) -> bytes:
+    if type(value) is not bytes or len(value) not in (0, KEY_BYTES):
+        raise ValueError("not a key")
     return value

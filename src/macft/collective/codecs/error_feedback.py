@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.base import Collective
-from macft.collective.codecs.base import owed
+from macft.collective.base import Collective, ReducibleArray
+from macft.collective.codecs.base import restore_residuals
 from macft.collective.codecs.wire_codec import WireCodec
 
 
-class Coded:
-    """bfloat16 or int8 on every hop, error feedback on every hop (Karimireddy et al. 2019, arXiv:1901.09847).
+class ErrorFeedback:
+    """Encodes every hop with ``codec``, with error feedback (Karimireddy et al. 2019, arXiv:1901.09847).
 
-    In an all-reduce a rank encodes each part of the gradient exactly once: a partial sum, or as its owner the total.
-    So one memory of the gradient's size holds what this rank has rounded away, and it adds that the next time.
+    In an all-reduce a rank encodes each part of the gradient exactly once: a partial sum, or, as its owner, the total.
+    So one residual of the gradient's size holds this rank's rounding error, which is added in the next step.
     """
 
     def __init__(self, codec: WireCodec):
@@ -25,11 +24,11 @@ class Coded:
         self._codec = codec
         self._residuals: dict[str, NDArray[np.float32]] = {}
 
-    def all_reduce(self, collective: Collective, names: Sequence[str], arrays: Sequence[Any]) -> None:
-        """As of :class:`~macft.collective.codecs.base.GradientCodec`."""
+    def all_reduce(self, collective: Collective, names: Sequence[str], arrays: Sequence[ReducibleArray]) -> None:
+        """See :class:`~macft.collective.codecs.base.GradientCodec`."""
         if collective.world_size == 1:
             return
-        flats = [np.asarray(array).reshape(-1) for array in arrays]
+        flats: list[NDArray[np.float32]] = [np.asarray(array).reshape(-1) for array in arrays]
         fused = np.concatenate(flats)
         key = f"residual/{names[0]}"
         residual = self._residuals.setdefault(key, np.zeros(fused.size, np.float32))
@@ -40,9 +39,9 @@ class Coded:
             start += flat.size
 
     def state(self) -> dict[str, NDArray[np.float32]]:
-        """What was rounded away, by bucket."""
+        """The residuals, by bucket."""
         return dict(self._residuals)
 
     def load(self, states: Sequence[Mapping[str, NDArray[np.float32]]], rank: int, world_size: int) -> None:
-        """Goes on with what was rounded away."""
-        self._residuals = owed(states, rank, world_size, "residual/")
+        """Continues with the residuals of ``states``."""
+        self._residuals = restore_residuals(states, rank, world_size, "residual/")
