@@ -264,7 +264,7 @@ def test_rows_that_cannot_be_judged_are_data_errors() -> None:
         SQL.score(record("SELECT nope FROM pets"), RIGHT)
     with pytest.raises(DataError, match="`database` script fails"):
         SQL.score({**record(), "database": "CREATE TABLE t ("}, RIGHT)
-    with pytest.raises(DataError, match="neither `completion` nor `messages`"):
+    with pytest.raises(DataError, match="a test row is a text, without a right answer"):
         SQL.score({"text": "hello", "database": DATABASE}, RIGHT)
 
 

@@ -2,7 +2,7 @@
 
     python -m macft.bench                                           two processes on this machine
     python -m macft.bench topology=local topology.nodes=4 --peers mlx --limits
-    python -m macft.bench topology=hosts topology.hosts=[192.168.0.1,192.168.0.2] --link 40gbit     typed on each Mac
+    python -m macft.bench topology=hosts 'topology.hosts=[192.168.0.1,192.168.0.2]' --link 40gbit    run on each Mac
     python -m macft.bench collective=mlx                            MLX's own communication instead of macft's ring
 
 Overrides are those of macft.train; topology and collective are used here. Sizes are bytes of float32, times those of
@@ -23,6 +23,8 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
+from macft.cli.parser import Parser, program_name
+from macft.cli.run_command import run_command
 from macft.collective_bench.here import measure_here
 from macft.collective_bench.lane import Lane, LaneFailed
 from macft.collective_bench.limits import link_speed, memory_copy
@@ -37,7 +39,7 @@ from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_typed
 from macft.config.yaml import fingerprint
-from macft.errors import CollectiveError, ConfigError, MacftError
+from macft.errors import CollectiveError, ConfigError
 from macft.rendezvous.connect import RankConfig, connect
 from macft.rendezvous.keystore import keyring_for
 from macft.rendezvous.server import RendezvousServer
@@ -50,29 +52,23 @@ _TCP_PORT_OFFSET = 3
 """Offset of the TCP copy's port from the topology's; the ports before are for the rendezvous, the ring and MLX."""
 
 
-def main() -> int:
-    """Measures and prints; returns the exit status."""
-    try:
-        options = _options(sys.argv[1:])
-        config = _compose(options.overrides)
-        found, rank = (
-            _measure_hosts(options, config) if config.topology.kind == "hosts" else _measure_local(options, config)
-        )
-        if rank == 0:
-            _report(options, config, found)
-    except MacftError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+def main(argv: Sequence[str]) -> None:
+    """Measures, and prints the tables on rank 0.
+
+    Raises:
+        MacftError: The arguments are wrong, or a rank failed.
+    """
+    options = _options(argv)
+    config = _compose(options.overrides)
+    results, rank = (
+        _measure_hosts(options, config) if config.topology.kind == "hosts" else _measure_local(options, config)
+    )
+    if rank == 0:
+        _report(options, config, results)
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m macft.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(program_name("bench"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="as of macft.train: topology=local topology.nodes=4")
     parser.add_argument("--sizes", default=SIZES, help="bytes of the arrays (%(default)s)")
     parser.add_argument("--turns", type=int, default=9, help="turns at each size (%(default)s)")
@@ -235,4 +231,4 @@ def _report(options: argparse.Namespace, config: TrainConfig, results: list[list
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

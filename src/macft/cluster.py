@@ -1,12 +1,15 @@
-"""``python -m macft.cluster``: forms clusters, and lists and removes them."""
+"""``python -m macft.cluster``: sets up clusters, and lists and removes them."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from macft.errors import LaunchError, MacftError
+from macft.cli.parser import Parser, command_parser
+from macft.cli.run_command import run_command
+from macft.errors import LaunchError
 from macft.network import links
 from macft.pairing.discovery import announce, discover_offers
 from macft.pairing.pake import new_code
@@ -17,19 +20,14 @@ from macft.topology.settings import split_host
 _SEARCH_SECONDS = 10.0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
+def main(argv: Sequence[str]) -> None:
+    """Sets up, joins, lists or removes a cluster.
+
+    Raises:
+        MacftError: The arguments are wrong, pairing failed, or a topology can't be read or written.
+    """
     arguments = _parser().parse_args(argv)
-    try:
-        {"init": _init, "join": _join, "list": _list, "remove": _remove}[arguments.command](arguments)
-    except MacftError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("given up", file=sys.stderr)
-        return 130
-    return 0
+    {"init": _init, "join": _join, "list": _list, "remove": _remove}[arguments.command](arguments)
 
 
 def _show(line: str) -> None:
@@ -44,8 +42,8 @@ def _init(arguments: argparse.Namespace) -> None:
         code = new_code()
         host = PairingHost(code, arguments.nodes, _show)
         with announce(arguments.name, host.addresses, host.port):
-            _show(f"on each of the other machines, type: python -m macft.cluster join {code} --name {arguments.name}")
-            _show(f"(if it does not find this machine: add --at {host.addresses[0]}:{host.port})")
+            _show(f"on each of the other machines, run: python -m macft.cluster join {code} --name {arguments.name}")
+            _show(f"(if it can't find this machine, add --at {host.addresses[0]}:{host.port})")
             topology = host.form(arguments.timeout)
     _show_next_steps(arguments.name, topology_file.save_topology(arguments.name, topology))
 
@@ -81,7 +79,7 @@ def _join(arguments: argparse.Namespace) -> None:
 
 def _show_next_steps(name: str, path: Path) -> None:
     _show(f"the cluster is in {path}")
-    _show(f"look at it: python -m macft.doctor --topology {name}")
+    _show(f"check it: python -m macft.doctor --topology {name}")
     _show(f"train on it: python -m macft.train +recipe=llama-lora topology={name}")
 
 
@@ -111,7 +109,9 @@ def _remove(arguments: argparse.Namespace) -> None:
     if rank is None:
         raise LaunchError(f"'{arguments.host}' is not in {arguments.name}: {', '.join(topology.hosts)}")
     if len(topology.hosts) <= 2:
-        raise LaunchError(f"{arguments.name} would have one machine left; remove the cluster: leave the host out")
+        raise LaunchError(
+            f"{arguments.name} would have one machine left; leave the host out to remove the cluster"
+        )
     for values in (topology.hosts, topology.ssh, topology.python if len(topology.python) > 1 else []):
         if values:
             del values[rank]
@@ -119,18 +119,18 @@ def _remove(arguments: argparse.Namespace) -> None:
     print(f"removed {arguments.host} from {path}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m macft.cluster", description=__doc__)
+def _parser() -> Parser:
+    parser = command_parser("cluster")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    init = commands.add_parser("init", help="form a cluster with this machine as the first")
-    init.add_argument("name", metavar="NAME", help="of the cluster; then topology=NAME")
+    init = commands.add_parser("init", help="set up a cluster with this machine as the first")
+    init.add_argument("name", metavar="NAME", help="of the cluster; a run uses it with topology=NAME")
     init.add_argument("--nodes", type=int, default=2, help="number of machines, this one included (default 2)")
     init.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for each machine (default 600)")
     init.add_argument("--hostfile", type=Path, help="take the machines from a hostfile of mlx.launch instead")
-    joining = commands.add_parser("join", help="bring this machine into a cluster that is being formed")
+    joining = commands.add_parser("join", help="add this machine to a cluster that is being set up")
     joining.add_argument("code", metavar="CODE", help="as `init` shows it")
-    joining.add_argument("--name", help="of the cluster, where several are being formed")
-    joining.add_argument("--at", metavar="HOST:PORT", help="where `init` runs, if it is not found by itself")
+    joining.add_argument("--name", help="of the cluster, where several are being set up")
+    joining.add_argument("--at", metavar="HOST:PORT", help="where `init` runs, if it is not found automatically")
     listing = commands.add_parser("list", help="show the clusters, or the machines of one")
     listing.add_argument("name", metavar="NAME", nargs="?")
     listing.add_argument("--hostfile", action="store_true", help="as a hostfile for mlx.launch")
@@ -141,4 +141,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -1,16 +1,18 @@
-"""``python -m macft.doctor``: checks whether this machine, or each host of a topology, is ready to train."""
+"""``python -m macft.doctor``: checks that this machine, or each host of a topology, is ready to train."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypedDict
 
+from macft.cli.parser import Parser, command_parser
+from macft.cli.run_command import run_command
 from macft.diagnostics import LEVELS, Finding, machine, network, software
 from macft.diagnostics.hosts import HostsReport, examine_hosts
 from macft.errors import MacftError
@@ -30,20 +32,20 @@ class MachineReport(TypedDict):
 _MARKS = dict(zip(LEVELS, (" ok     ", "warning ", "PROBLEM "), strict=True))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints the findings; exit status 1 if one of them is a problem."""
+def main(argv: Sequence[str]) -> int:
+    """Prints the findings; returns 1 if one of them is a problem, otherwise 0.
+
+    Raises:
+        MacftError: The arguments are wrong, or the topology can't be read.
+    """
     arguments = _parser().parse_args(argv)
-    try:
-        if arguments.topology is None:
-            report: MachineReport | HostsReport = examine(arguments.port, arguments.model)
-        else:
-            topology = load_topology(arguments.topology)
-            asked = ["--model", shlex.quote(arguments.model)] if arguments.model else []
-            report = examine_hosts(topology, ["--port", str(topology.port), *asked])
-        findings = [Finding(**finding) for finding in report["findings"]]
-    except MacftError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    if arguments.topology is None:
+        report: MachineReport | HostsReport = examine(arguments.port, arguments.model)
+    else:
+        topology = load_topology(arguments.topology)
+        model = ["--model", shlex.quote(arguments.model)] if arguments.model else []
+        report = examine_hosts(topology, ["--port", str(topology.port), *model])
+    findings = [Finding(**finding) for finding in report["findings"]]
     if arguments.json:
         print(json.dumps(report))
     else:
@@ -65,8 +67,8 @@ def _keys() -> Finding:
         keyring = keystore.load(keystore.key_folder())
     except MacftError as error:
         return Finding("keys", "warning", str(error), "python -m macft.keys make")
-    trusted = ", ".join(keyring.trusted) or "nobody yet"
-    return Finding("keys", "ok", f"this machine has one; trusted: {trusted}")
+    trusted = ", ".join(keyring.trusted) or "no machine yet"
+    return Finding("keys", "ok", f"this machine has a key; trusted: {trusted}")
 
 
 def _model(name: str | None) -> Finding:
@@ -79,8 +81,8 @@ def _model(name: str | None) -> Finding:
     return Finding("model", "ok", f"{name} is in {folder}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m macft.doctor", description=__doc__)
+def _parser() -> Parser:
+    parser = command_parser("doctor")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--topology", metavar="NAME", help="check all hosts of this topology, over SSH")
     parser.add_argument(
@@ -91,4 +93,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

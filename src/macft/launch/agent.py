@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 
-from macft.cli.status import exit_status
+from macft.cli.run_command import exit_status, run_command
 from macft.config.yaml import read
 from macft.errors import LaunchError
 from macft.launch.run_on_hosts import run_on_hosts
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
             return run_on_hosts(config, folder, resume="--resume" in argv, stop=stop, keyring=keyring)
 
     with stop.listening(must_stop):
-        status = exit_status(run)
+        status = run_command(lambda _: exit_status(run()), interrupted="interrupted; the newest checkpoint is kept")
     close_log()
     return status
 

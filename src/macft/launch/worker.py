@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from macft.cli.status import exit_status
+from macft.cli.run_command import exit_status, run_command
 from macft.collective.base import Collective
 from macft.config.validate import is_elastic, world_size
 from macft.config.yaml import fingerprint, read
@@ -23,7 +24,7 @@ from macft.run.node import run_node
 from macft.training.stop import StopRequest
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Runs one rank of the run in a folder; returns the exit status."""
     folder, rank, rendezvous, run_id = Path(argv[0]), int(argv[1]), argv[2], argv[3]
     stop = StopRequest()
@@ -64,8 +65,8 @@ def main(argv: list[str]) -> int:
             return run_node(config, collective, folder, resume="--resume" in argv, stop=stop)
 
     with stop.listening(launcher_gone):
-        return exit_status(run)
+        return exit_status(run())
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, interrupted="interrupted; the newest checkpoint is kept"))

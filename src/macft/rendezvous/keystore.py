@@ -133,7 +133,7 @@ def trust(folder: Path, name: str, key: str) -> None:
     """
     key = key.strip().lower()
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"'{name[:80]}' is not a name: up to 64 letters, digits, dots, dashes and underscores")
+        raise ConfigError(f"{name[:80]!r} is not a name: up to 64 letters, digits, dots, dashes and underscores")
     if not _KEY.fullmatch(key):
         raise ConfigError(
             f"'{key[:80]}' is not a key: {2 * KEY_BYTES} hexadecimal digits, as `python -m macft.keys show` prints "

@@ -8,8 +8,8 @@ from typing import Any
 
 from macft.checkpoint.snapshot import Snapshot, restore_adapter
 from macft.collective.newest import find_newest
+from macft.data.formats import Record
 from macft.data.load import chosen_rows
-from macft.data.sources import Record
 from macft.errors import CheckpointError, DataError, ModelError
 from macft.evaluation.answers import Scored, score_answers
 from macft.evaluation.metrics import metric
