@@ -10,17 +10,17 @@ A goodbye travels both ways round the ring. When a stream ends, ZeroMQ gets some
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import select
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NoReturn, TypeAlias
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from macft.collective.departure import Departure, is_gone
 from macft.collective.handshake import PROBE_SECONDS, Handshake, RingIdentity, stream_secret
 from macft.collective.listener import Listener
 from macft.collective.multipath import MultipathSender
@@ -34,7 +34,6 @@ from macft.collective.wire import (
     Frame,
     Header,
     Kind,
-    pack,
     probe,
     split_paths,
     unpack,
@@ -52,7 +51,6 @@ _CAUSES: dict[int, _Failure] = {
     Cause.TIMEOUT: PeerTimeout,
     Cause.PROTOCOL: ProtocolError,
 }
-_QUIET_MS = 300
 _STREAMS_ONLY_SECONDS = 0.1
 """How long streams are polled alone before ZeroMQ's sockets are polled again."""
 _REASON_SECONDS = 1.0
@@ -88,8 +86,7 @@ class Links:
         self.early_frames: list[Frame] = []
         """Data frames that arrived while the ring formed."""
         self._handshake = Handshake(ring, self.send_paths, self.recv_paths)
-        self._goodbyes: list[tuple[SendPath | RecvPath, zmq.MessageTracker]] = []
-        self._left_done = self._right_done = False  # whether that neighbour has said goodbye
+        self._departure = Departure(self.send_paths, self.recv_paths)
         self._poll_zmq_at = 0.0  # when ZeroMQ's sockets must be polled even if streams have events
         self._right_sockets = [(sock, zmq.POLLIN) for path in self.send_paths for sock in (path.sock, path.monitor)]
         self._left_sockets = [(sock, zmq.POLLIN) for path in self.recv_paths for sock in (path.sock, path.monitor)]
@@ -103,7 +100,7 @@ class Links:
     @property
     def unacknowledged(self) -> int:
         """Frames that the right neighbour may not have received, counted only where frames are acknowledged."""
-        if self._right_done:  # it left normally, so it has received all it needs
+        if self._departure.right_done:  # it left normally, so it has received all it needs
             return 0
         return self.sender.unacknowledged
 
@@ -150,7 +147,7 @@ class Links:
         When all paths from the left have LEFT, or the goodbye's cause is not DONE, the wait raises that cause. The
         frames of a LOST path are sent again over another one.
         """
-        if right and self._right_done:
+        if right and self._departure.right_done:
             self.fail(
                 PeerLost, self.ring.right, f"{self.ring.name(self.ring.right)} left the ring while {call} went on"
             )
@@ -190,16 +187,9 @@ class Links:
 
     def say_goodbye(self, cause: Cause, culprit: int, text: str) -> None:
         """Tells both neighbours that this rank leaves, except one that is gone. Never blocks."""
-        header = self.ring.header(Kind.GOODBYE)._replace(cause=cause, culprit=culprit, text=text[:MAX_TEXT])
-        for send_path in self.send_paths:
-            if not send_path.lost:
-                with contextlib.suppress(zmq.Again):  # not connected yet
-                    self._goodbyes.append((send_path, _send_tracked(send_path.sock, [], header)))
-                if send_path.stream is not None:
-                    send_path.stream.finish()
-        for recv_path in self.recv_paths:
-            if recv_path.peer:
-                self._goodbyes.append((recv_path, _send_tracked(recv_path.sock, [recv_path.peer], header)))
+        self._departure.say_goodbye(
+            self.ring.header(Kind.GOODBYE)._replace(cause=cause, culprit=culprit, text=text[:MAX_TEXT])
+        )
 
     def drain(self) -> None:
         """Waits up to ``LINGER_SECONDS`` until the right neighbour has received all; a path may fail meanwhile."""
@@ -208,33 +198,8 @@ class Links:
             self.wait("closing", left=False, right=False, seconds=0.05)
 
     def leave(self) -> None:
-        """Waits up to ``LINGER_SECONDS`` until the last frames have been sent; incoming frames are dropped.
-
-        The neighbours may still be sending. TCP answers a close with unread data by a reset, which can overtake the
-        goodbye. So this rank reads on until they have left too, or are silent.
-        """
-        deadline = time.monotonic() + LINGER_SECONDS
-        while time.monotonic() < deadline:
-            is_sent = all(tracker.done or _is_gone(path) for path, tracker in self._goodbyes)
-            is_right_over = self._right_done or all(path.lost for path in self.send_paths)
-            if is_sent and is_right_over and (self._left_done or all(path.broken for path in self.recv_paths)):
-                return
-            ready = dict(zmq.zmq_poll(self._right_sockets + self._left_sockets, _QUIET_MS if is_sent else 2))
-            if is_sent and not ready:
-                return
-            for send_path in self.send_paths:
-                if send_path.sock in ready:
-                    is_goodbye = _is_goodbye(send_path.sock.recv_multipart(zmq.NOBLOCK))
-                    self._right_done = self._right_done or is_goodbye
-                if send_path.monitor in ready:
-                    recv_monitor_message(send_path.monitor)
-                    send_path.lost = True
-            for recv_path in self.recv_paths:
-                if recv_path.sock in ready:
-                    sender, *parts = recv_path.sock.recv_multipart(zmq.NOBLOCK)
-                    self._left_done = self._left_done or (sender == recv_path.peer and _is_goodbye(parts))
-                if recv_path.monitor in ready:
-                    recv_path.read_monitor()
+        """Waits up to ``LINGER_SECONDS`` until the last frames have been sent; incoming frames are dropped."""
+        self._departure.wait_until_sent(self._right_sockets + self._left_sockets)
 
     def _join(self, stop_reason: Callable[[], str]) -> None:
         """Completes the handshake with both neighbours.
@@ -278,9 +243,9 @@ class Links:
 
     def _broken_neighbour(self, left: bool, right: bool) -> int | None:
         """The rank of a neighbour that is needed and whose paths have all failed."""
-        if right and not self._right_done and all(map(_is_gone, self.send_paths)):
+        if right and not self._departure.right_done and all(map(is_gone, self.send_paths)):
             return self.ring.right
-        if left and all(map(_is_gone, self.recv_paths)) and any(path.peer for path in self.recv_paths):
+        if left and all(map(is_gone, self.recv_paths)) and any(path.peer for path in self.recv_paths):
             return self.ring.left
         return None
 
@@ -380,7 +345,7 @@ class Links:
         parts = path.sock.recv_multipart(zmq.NOBLOCK)
         header = self._unpack(parts[0], self.ring.right)
         if header.kind == Kind.GOODBYE:
-            self._right_done = True
+            self._departure.right_done = True
             if header.cause != Cause.DONE:
                 self._raise_goodbye(header, call)
             # Otherwise it has received all it needs; whether this rank has, the current call shows.
@@ -435,8 +400,8 @@ class Links:
         """The left neighbour has said goodbye on this path; frames sent earlier may still arrive over another one."""
         path.broken, path.goodbye = True, None
         all_ended = all(other.broken or not other.peer for other in self.recv_paths)
-        self._left_done = header.cause != Cause.DONE or all_ended
-        if self._left_done:
+        self._departure.left_done = header.cause != Cause.DONE or all_ended
+        if self._departure.left_done:
             self._raise_goodbye(header, call)
 
     def _unpack_stream_header(self, data: memoryview) -> Header:
@@ -474,22 +439,3 @@ class Links:
             self.fail(PeerTimeout, peer, text)
         how = "the connection to it broke" if state == "alive" else "its process ended"
         self.fail(PeerLost, peer, f"{name} is gone: {how} while {call} waited")
-
-
-def _is_gone(path: SendPath | RecvPath) -> bool:
-    return path.lost if isinstance(path, SendPath) else not path.peer or (path.broken and path.goodbye is None)
-
-
-def _is_goodbye(parts: Sequence[bytes]) -> bool:
-    try:
-        return bool(parts) and unpack(parts[0], "a neighbour").kind == Kind.GOODBYE
-    except ProtocolError:
-        return False
-
-
-def _send_tracked(sock: zmq.Socket[bytes], prefix: list[bytes], header: Header) -> zmq.MessageTracker:
-    """Sends ``header``; the returned tracker is done when ZeroMQ has written it and all before it."""
-    frame = zmq.Frame(pack(header), track=True, copy=False)
-    sock.send_multipart([*prefix, frame], zmq.NOBLOCK, copy=False)
-    tracker: zmq.MessageTracker = frame.tracker
-    return tracker
