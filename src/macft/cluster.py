@@ -109,9 +109,7 @@ def _remove(arguments: argparse.Namespace) -> None:
     if rank is None:
         raise LaunchError(f"'{arguments.host}' is not in {arguments.name}: {', '.join(topology.hosts)}")
     if len(topology.hosts) <= 2:
-        raise LaunchError(
-            f"{arguments.name} would have one machine left; leave the host out to remove the cluster"
-        )
+        raise LaunchError(f"{arguments.name} would have one machine left; leave the host out to remove the cluster")
     for values in (topology.hosts, topology.ssh, topology.python if len(topology.python) > 1 else []):
         if values:
             del values[rank]
