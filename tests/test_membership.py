@@ -21,7 +21,7 @@ from macft.collective.security import KeyPair
 from macft.collective.settings import CollectiveConfig
 from macft.collective.solo import Solo
 from macft.errors import MembershipChanged
-from macft.membership import heartbeats
+from macft.membership import heartbeat_codec
 from macft.membership.elastic_ring import ElasticRing
 from macft.membership.paxos import Ballot, Heartbeat, MemberRecord, View, Vote
 from macft.membership.service import MembershipService, join_request
@@ -162,7 +162,7 @@ def test_strangers_learn_and_change_nothing() -> None:
         with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
             sock.linger = 0
             sock.connect(f"tcp://{node.membership.own.address}")
-            sock.send(heartbeats.encode(Heartbeat(foreign, higher, ready=True), b"another secret"))
+            sock.send(heartbeat_codec.encode_heartbeat(Heartbeat(foreign, higher, ready=True), b"another secret"))
             sock.send(b"\xc1 not msgpack")
             sock.send(msgpack.packb({"join": 1}))
             sock.send(join_request("other"))
@@ -171,7 +171,7 @@ def test_strangers_learn_and_change_nothing() -> None:
             sock.send(join_request("same"))
             assert sock.poll(10_000)
             answer = msgpack.unpackb(sock.recv())
-            assert (answer["secret"], heartbeats.view_from_plain(answer["view"])) == (
+            assert (answer["secret"], heartbeat_codec.decode_view(answer["view"])) == (
                 b"secret of this run",
                 node.membership.view,
             )
@@ -213,8 +213,8 @@ votes = st.builds(Vote, ballots, views)
     )
 )
 def test_a_heartbeat_comes_back_as_it_was(heartbeat: Heartbeat) -> None:
-    assert heartbeats.decode(heartbeats.encode(heartbeat, b"s"), b"s") == heartbeat
-    assert heartbeats.decode(heartbeats.encode(heartbeat, b"s"), b"t") is None
+    assert heartbeat_codec.decode_heartbeat(heartbeat_codec.encode_heartbeat(heartbeat, b"s"), b"s") == heartbeat
+    assert heartbeat_codec.decode_heartbeat(heartbeat_codec.encode_heartbeat(heartbeat, b"s"), b"t") is None
 
 
 parts = st.recursive(
@@ -226,10 +226,10 @@ parts = st.recursive(
 
 @given(
     st.binary(max_size=300)
-    | st.lists(parts, max_size=10).map(lambda rest: msgpack.packb([heartbeats.run_mark(b"s"), *rest]))
+    | st.lists(parts, max_size=10).map(lambda rest: msgpack.packb([heartbeat_codec.run_mark(b"s"), *rest]))
 )
 def test_anything_else_is_ignored(data: bytes) -> None:
-    assert heartbeats.decode(data, b"s") is None
+    assert heartbeat_codec.decode_heartbeat(data, b"s") is None
 
 
 def test_views_and_reasons_are_logged(nodes: list[Node], caplog: pytest.LogCaptureFixture) -> None:

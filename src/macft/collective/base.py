@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol, Self, TypeAlias, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.codecs.wire_codec import WireCodec
+from macft.collective.codecs.quantization import WireCodec
 
 if TYPE_CHECKING:
     import mlx.core as mx

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft.collective.base import ReducibleArray
-from macft.collective.codecs.wire_codec import WireCodec
+from macft.collective.codecs.quantization import WireCodec
 from macft.collective.dtypes import BFLOAT16, FlatArray, flat_view
 from macft.collective.health import Health, HealthServer, ask
 from macft.collective.settings import CollectiveConfig

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft.collective.base import ReducibleArray
-from macft.collective.codecs.wire_codec import WireCodec
+from macft.collective.codecs.quantization import WireCodec
 from macft.collective.handshake import RingIdentity
 from macft.collective.link import Links
 from macft.collective.listener import COPY_BELOW, Listener

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft.collective.base import ReducibleArray
-from macft.collective.codecs.wire_codec import WireCodec
+from macft.collective.codecs.quantization import WireCodec
 
 
 class Solo:

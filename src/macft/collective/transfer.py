@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft.collective.base import ReducibleArray
-from macft.collective.codecs.wire_codec import WireCodec
+from macft.collective.codecs.quantization import WireCodec
 from macft.collective.dtypes import FlatArray, add, flat_view
 from macft.collective.stream import new_buffer
 from macft.collective.wire import MAX_BLOB_BYTES, Body, Frame, Header

@@ -16,7 +16,7 @@ import asyncssh
 from macft.diagnostics import LEVELS, Finding, network, software
 from macft.errors import LaunchError
 from macft.network.link_probe import TOKEN_BYTES
-from macft.remote.ssh import connect, python_command
+from macft.remote.connection import connect, python_command
 from macft.topology.settings import TopologyConfig, split_host
 
 _SECONDS = 120.0

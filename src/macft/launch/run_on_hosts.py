@@ -9,7 +9,7 @@ from pathlib import Path
 from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
 from macft.config.yaml import fingerprint
-from macft.membership.form_ring import MemberConfig, form_elastic_ring
+from macft.membership.join import MemberConfig, form_elastic_ring
 from macft.rendezvous.connect import RankConfig, connect
 from macft.rendezvous.keystore import Keyring, keyring_for
 from macft.rendezvous.server import RendezvousServer

@@ -12,7 +12,7 @@ from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
 from macft.config.yaml import to_yaml
 from macft.errors import ConfigError
-from macft.launch.ssh import LaunchPlan, launch_over_ssh, show
+from macft.launch.ssh_launcher import LaunchPlan, launch_over_ssh, show
 from macft.model.resolve import resolve
 from macft.remote.shipment import Shipment
 from macft.rendezvous.keystore import needs_keys

@@ -17,7 +17,7 @@ from macft.config.validate import is_elastic, world_size
 from macft.config.yaml import fingerprint, read
 from macft.launch.local import watch_launcher
 from macft.logs.run_log import start_log
-from macft.membership.form_ring import MemberConfig, form_elastic_ring, join_elastic_ring, member_addresses
+from macft.membership.join import MemberConfig, form_elastic_ring, join_elastic_ring, member_addresses
 from macft.rendezvous.connect import RankConfig, connect
 from macft.rendezvous.keystore import keyring_for
 from macft.run.node import run_node

@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft.collective.base import Collective, ReducibleArray
-from macft.collective.codecs.wire_codec import WireCodec
+from macft.collective.codecs.quantization import WireCodec
 from macft.collective.elastic import ElasticCollective, MembershipView
 from macft.collective.listener import Listener
 from macft.collective.ring import Ring
 from macft.collective.solo import Solo
 from macft.errors import CollectiveError, MembershipChanged, PeerLost, PeerTimeout
 from macft.logs.run_log import log_context
-from macft.membership import heartbeats
+from macft.membership import heartbeat_codec
 from macft.membership.paxos import View
 from macft.membership.service import MembershipService
 
@@ -68,7 +68,7 @@ class ElasticRing(ElasticCollective):
     ) -> ElasticRing:
         """The elastic ring of all ranks of ``ring``. A collective call: all ranks make it."""
         members = tuple(
-            heartbeats.member_from_plain(msgpack.unpackb(blob))
+            heartbeat_codec.decode_member(msgpack.unpackb(blob))
             for blob in ring.all_gather(msgpack.packb(list(membership.own)))
         )
         secret = ring.broadcast(secrets.token_bytes(16))

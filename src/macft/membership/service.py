@@ -25,7 +25,7 @@ from macft.collective.security import Gate, encrypt_to
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import PROTOCOL_VERSION, bind, probe, set_endpoint, split_paths
 from macft.errors import CollectiveError, PeerLost
-from macft.membership import heartbeats
+from macft.membership import heartbeat_codec
 from macft.membership.paxos import MemberRecord, PaxosMembership, View
 from macft.rendezvous.keystore import Keyring
 
@@ -43,7 +43,7 @@ class JoinReply(TypedDict):
 
     refused: NotRequired[str]
     secret: NotRequired[bytes]
-    view: NotRequired[heartbeats.PlainView]
+    view: NotRequired[heartbeat_codec.EncodedView]
 
 
 class MembershipService:
@@ -70,7 +70,7 @@ class MembershipService:
         self._gate = None if keyring is None else Gate(self._context, keyring.own)
         self._inbox: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self._inbox.linger = 0
-        self._inbox.maxmsgsize = heartbeats.MAX_BYTES
+        self._inbox.maxmsgsize = heartbeat_codec.MAX_BYTES
         if self._gate is not None and keyring is not None:
             self._gate.guard(self._inbox)
             self._gate.admit(keyring.members)
@@ -157,7 +157,7 @@ class MembershipService:
             facts = (beat.view, beat.ready, beat.ballot, beat.proposed, beat.promised, beat.accepted, beat.hears)
             if facts != sent or now >= send_at:
                 sent, send_at = facts, now + self._settings.heartbeat / 2
-                data = heartbeats.encode(beat, self._secret)
+                data = heartbeat_codec.encode_heartbeat(beat, self._secret)
                 for link in self._links.values():
                     link.send(data)
             self._publish(now)
@@ -170,7 +170,7 @@ class MembershipService:
                 return
             if len(parts) != 2:
                 continue
-            heartbeat = heartbeats.decode(parts[1], self._secret)
+            heartbeat = heartbeat_codec.decode_heartbeat(parts[1], self._secret)
             if heartbeat is not None:
                 self._paxos.receive(heartbeat, now)
             elif (reply := self._reply(parts[1])) is not None:
@@ -190,7 +190,7 @@ class MembershipService:
                 _log.warning("refused a node that wants to join: %s", reason)
                 return {"refused": reason}
         _log.info("a node asks to join; sent it view %d", self._paxos.view.generation)
-        return {"secret": self._secret, "view": heartbeats.plain_view(self._paxos.view)}
+        return {"secret": self._secret, "view": heartbeat_codec.encode_view(self._paxos.view)}
 
     def _update_links(self) -> None:
         """Keeps a link to every member and every newcomer."""

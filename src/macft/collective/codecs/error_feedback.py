@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from macft.collective.base import Collective, ReducibleArray
 from macft.collective.codecs.base import restore_residuals
-from macft.collective.codecs.wire_codec import WireCodec
+from macft.collective.codecs.quantization import WireCodec
 
 
 class ErrorFeedback:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from macft.collective.codecs.base import Exact, GradientCodec
 from macft.collective.codecs.error_feedback import ErrorFeedback
 from macft.collective.codecs.powersgd import PowerSGD
-from macft.collective.codecs.wire_codec import Bfloat16, Int8, WireCodec
+from macft.collective.codecs.quantization import Bfloat16, Int8, WireCodec
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from macft.collective.listener import Listener
 from macft.collective.settings import CollectiveConfig
 from macft.collective.solo import Solo
 from macft.errors import CollectiveError, RendezvousError
-from macft.membership import heartbeats
+from macft.membership import heartbeat_codec
 from macft.membership.elastic_ring import ElasticRing
 from macft.membership.service import MembershipService, join_request
 from macft.rendezvous.keystore import Keyring
@@ -111,7 +111,7 @@ def join_elastic_ring(addresses: Sequence[str], config: MemberConfig, *, timeout
         reply = msgpack.unpackb(answer)
         if "refused" in reply:
             raise RendezvousError(f"topology.join: {where} refuses this node: {reply['refused'][:_MAX_REASON]}")
-        view, secret = heartbeats.view_from_plain(reply["view"]), bytes(reply["secret"])
+        view, secret = heartbeat_codec.decode_view(reply["view"]), bytes(reply["secret"])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError, msgpack.UnpackException):
         raise RendezvousError(f"topology.join: what answers at {where} is not a run of macft") from None
     _log.info("joining the run at %s, view %d: %s", where, view.generation, ", ".join(view.names))

@@ -22,9 +22,9 @@ import asyncssh
 from macft.diagnostics import software
 from macft.errors import LaunchError, MacftError
 from macft.remote import host_probe
+from macft.remote.connection import connect, python_command
 from macft.remote.host_probe import HostReport
 from macft.remote.shipment import Shipment, changed, fetch, send
-from macft.remote.ssh import connect, python_command
 from macft.topology.settings import TopologyConfig, split_host
 
 _GRACE_SECONDS = 20.0

@@ -20,44 +20,44 @@ _MAX_MEMBERS = 64
 _MAX_TEXT = 255
 _MAX_NUMBER = 1 << 62
 
-PlainView: TypeAlias = list[object]
+EncodedView: TypeAlias = list[object]
 """A view as msgpack sends it: ``[generation, [member, ...]]``."""
 
 
-def encode(heartbeat: Heartbeat, secret: bytes) -> bytes:
+def encode_heartbeat(heartbeat: Heartbeat, secret: bytes) -> bytes:
     """``heartbeat`` as bytes, for the members of the run that shares ``secret``."""
     packed: bytes = msgpack.packb(
         [
             run_mark(secret),
             list(heartbeat.sender),
-            plain_view(heartbeat.view),
+            encode_view(heartbeat.view),
             list(heartbeat.hears),
             heartbeat.ready,
             list(heartbeat.ballot) if heartbeat.ballot else None,
-            _plain_vote(heartbeat.proposed),
+            _encode_vote(heartbeat.proposed),
             list(heartbeat.promised) if heartbeat.promised else None,
-            _plain_vote(heartbeat.accepted),
+            _encode_vote(heartbeat.accepted),
         ]
     )
     return packed
 
 
-def decode(data: bytes, secret: bytes) -> Heartbeat | None:
-    """The inverse of :func:`encode`; None for anything else."""
+def decode_heartbeat(data: bytes, secret: bytes) -> Heartbeat | None:
+    """The inverse of :func:`encode_heartbeat`; None for anything else."""
     try:
         mark, sender, view, hears, ready, ballot, proposed, promised, accepted = _array(msgpack.unpackb(data))
         heard = _array(hears)
         if mark != run_mark(secret) or type(ready) is not bool or len(heard) > _MAX_MEMBERS:
             return None
         return Heartbeat(
-            sender=member_from_plain(sender),
-            view=view_from_plain(view),
+            sender=decode_member(sender),
+            view=decode_view(view),
             hears=tuple(_text(node) for node in heard),
             ready=ready,
-            ballot=_ballot_from_plain(ballot),
-            proposed=_vote_from_plain(proposed),
-            promised=_ballot_from_plain(promised),
-            accepted=_vote_from_plain(accepted),
+            ballot=_decode_ballot(ballot),
+            proposed=_decode_vote(proposed),
+            promised=_decode_ballot(promised),
+            accepted=_decode_vote(accepted),
         )
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException):
         return None
@@ -68,7 +68,7 @@ def run_mark(secret: bytes) -> bytes:
     return hashlib.sha256(b"membership " + secret).digest()[:16]
 
 
-def member_from_plain(value: object) -> MemberRecord:
+def decode_member(value: object) -> MemberRecord:
     """A member from msgpack's types. Raises ValueError or TypeError if it is not valid."""
     identity, name, address, key, ring, ring_key = _array(value)
     address, ring = _text(address), _text(ring)
@@ -78,38 +78,38 @@ def member_from_plain(value: object) -> MemberRecord:
     return MemberRecord(_text(identity), _text(name), address, _key(key), ring, _key(ring_key))
 
 
-def view_from_plain(value: object) -> View:
+def decode_view(value: object) -> View:
     """A view from msgpack's types. Raises ValueError or TypeError if it is not valid."""
     generation, members = _array(value)
     members = _array(members)
     if not 0 < len(members) <= _MAX_MEMBERS:
-        raise ValueError("not a number of members")
-    view = View(_number(generation), tuple(member_from_plain(member) for member in members))
+        raise ValueError(f"{len(members)} members; a view has 1 to {_MAX_MEMBERS}")
+    view = View(_number(generation), tuple(decode_member(member) for member in members))
     if len(set(view.ids)) != len(members):
         raise ValueError("a member is listed twice")
     return view
 
 
-def plain_view(view: View) -> PlainView:
+def encode_view(view: View) -> EncodedView:
     """A view in msgpack's types."""
     return [view.generation, [list(member) for member in view.members]]
 
 
-def _plain_vote(vote: Vote | None) -> list[object] | None:
-    return None if vote is None else [list(vote.ballot), plain_view(vote.view)]
+def _encode_vote(vote: Vote | None) -> list[object] | None:
+    return None if vote is None else [list(vote.ballot), encode_view(vote.view)]
 
 
-def _vote_from_plain(value: object) -> Vote | None:
+def _decode_vote(value: object) -> Vote | None:
     if value is None:
         return None
-    plain_ballot, view = _array(value)
-    ballot = _ballot_from_plain(plain_ballot)
+    encoded_ballot, view = _array(value)
+    ballot = _decode_ballot(encoded_ballot)
     if ballot is None:
-        raise ValueError("a vote without a ballot")
-    return Vote(ballot, view_from_plain(view))
+        raise ValueError("a vote has no ballot")
+    return Vote(ballot, decode_view(view))
 
 
-def _ballot_from_plain(value: object) -> Ballot | None:
+def _decode_ballot(value: object) -> Ballot | None:
     if value is None:
         return None
     number, proposer = _array(value)
@@ -124,17 +124,17 @@ def _array(value: object) -> Sequence[object]:
 
 def _number(value: object) -> int:
     if type(value) is not int or not 0 <= value < _MAX_NUMBER:
-        raise ValueError("not a number")
+        raise ValueError(f"not an integer from 0 to {_MAX_NUMBER - 1}")
     return value
 
 
 def _text(value: object) -> str:
     if type(value) is not str or len(value) > _MAX_TEXT or not value.isprintable():
-        raise ValueError("not a text")
+        raise ValueError(f"not a printable string of at most {_MAX_TEXT} characters")
     return value
 
 
 def _key(value: object) -> bytes:
     if type(value) is not bytes or len(value) not in (0, KEY_BYTES):
-        raise ValueError("not a key")
+        raise ValueError(f"not a key of {KEY_BYTES} bytes")
     return value
