@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -76,20 +77,20 @@ def _watch(process: subprocess.Popen[bytes], requirement: str, size: int, folder
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(f"Fetching {requirement}", total=size)
         while process.poll() is None:
-            progress.update(task, completed=min(size, _bytes_under(folder)))
+            progress.update(task, completed=min(size, folder_bytes(folder)))
             try:
                 process.wait(0.2)
             except subprocess.TimeoutExpired:
                 continue
 
 
-def _bytes_under(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
+    """The size of all files below ``folder``, without those that pip moves or deletes meanwhile."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:  # pip has moved it
-            continue
+    for parent, _, names in os.walk(folder):  # unlike Path.rglob, it skips a folder that was deleted meanwhile
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += Path(parent, name).stat().st_size
     return total
 
 
