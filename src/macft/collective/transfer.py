@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft.collective.base import ReducibleArray
+from macft.collective.codecs.error_feedback import encode_with_feedback
 from macft.collective.codecs.quantization import WireCodec
 from macft.collective.dtypes import FlatArray, add, flat_view
 from macft.collective.stream import new_buffer
@@ -143,7 +144,36 @@ class GatherReduce(Transfer):
         return (self.call.sender - hop) % self._world_size in self._parts
 
 
-class Reduction(Transfer):
+class _RingReduction(Transfer):
+    """The parts of a ring all-reduce that are still due.
+
+    Args:
+        call: The header that all frames of the call share.
+        world_size: The number of ranks N; there are N chunks and 2N - 2 hops.
+        pieces: The number of pieces of each chunk.
+    """
+
+    def __init__(self, call: Header, world_size: int, pieces: Sequence[int]):
+        self.call = call
+        self._world_size, self._hops = world_size, 2 * world_size - 2
+        self._due = {(hop, piece) for hop in range(1, self._hops + 1) for piece in range(pieces[self._chunk_at(hop)])}
+
+    @property
+    def incomplete(self) -> bool:
+        return bool(self._due)
+
+    @property
+    def next_source(self) -> int:
+        hop = min(self._due)[0] if self._due else 1
+        # In the second phase all ranks have contributed, so only the left neighbour can be named.
+        return self._chunk_at(hop if hop < self._world_size else 1)
+
+    def _chunk_at(self, hop: int) -> int:
+        """The chunk that arrives here at ``hop``. It started at the rank of this number."""
+        return (self.call.sender - hop) % self._world_size
+
+
+class Reduction(_RingReduction):
     """Ring all-reduce (Patarasuk and Yuan 2009, bandwidth-optimal): reduce-scatter, then all-gather, in 2N - 2 hops.
 
     The buffers are cut into N chunks, and each chunk into pieces of at most ``piece_bytes``.
@@ -167,26 +197,14 @@ class Reduction(Transfer):
     """
 
     def __init__(self, call: Header, buffers: Sequence[Buffer], world_size: int, piece_bytes: int):
-        self.call = call._replace(total=sum(buffer.flat.nbytes for buffer in buffers), layout=_layout(buffers))
-        self._world_size = world_size
         self._chunks = [list(_pieces(buffers, chunk, world_size, piece_bytes)) for chunk in range(world_size)]
-        self._hops = 2 * world_size - 2
-        self._due = {(hop, number) for hop in range(1, self._hops + 1) for number in range(len(self._chunk(hop)))}
+        call = call._replace(total=sum(buffer.flat.nbytes for buffer in buffers), layout=_layout(buffers))
+        super().__init__(call, world_size, [len(chunk) for chunk in self._chunks])
         self._in_place = (0, 0)  # hop and number of the piece that is received directly into its array
         self.outgoing = deque(
             Frame(self._header(1, number, piece), piece.flat.data)
             for number, piece in enumerate(self._chunks[call.sender])
         )
-
-    @property
-    def incomplete(self) -> bool:
-        return bool(self._due)
-
-    @property
-    def next_source(self) -> int:
-        hop = min(self._due)[0] if self._due else 1
-        # In the second phase all ranks have contributed, so only the left neighbour can be named.
-        return (self.call.sender - (hop if hop < self._world_size else 1)) % self._world_size
 
     def buffer_for(self, header: Header, *, in_place: bool) -> memoryview | None:
         part = header.hop, header.piece
@@ -220,13 +238,13 @@ class Reduction(Transfer):
             self.outgoing.append(Frame(self._header(hop + 1, number, local), local.flat.data))
 
     def _chunk(self, hop: int) -> list[Buffer]:
-        return self._chunks[(self.call.sender - hop) % self._world_size]
+        return self._chunks[self._chunk_at(hop)]
 
     def _header(self, hop: int, number: int, piece: Buffer) -> Header:
         return self.call._replace(hop=hop, piece=number, dtype=piece.dtype, length=piece.flat.nbytes)
 
 
-class CodedReduction(Transfer):
+class CodedReduction(_RingReduction):
     """Ring all-reduce of one flat float32 array whose parts are encoded on the wire, with error feedback.
 
     The phases are those of :class:`Reduction`. A rank encodes each part once: a partial sum, or the total if it is the
@@ -250,25 +268,16 @@ class CodedReduction(Transfer):
     ):
         # The codec must be the same on all ranks, so it is part of the layout.
         layout = zlib.crc32(f"{codec.name}{flat.size}".encode())
-        self.call = call._replace(total=flat.nbytes, layout=layout)
-        self._codec, self._world_size, self._hops = codec, world_size, 2 * world_size - 2
+        self._codec = codec
         self._chunks = [
             [(flat[piece], residual[piece]) for piece in _slices(flat, chunk, world_size, piece_bytes)]
             for chunk in range(world_size)
         ]
-        self._due = {(hop, number) for hop in range(1, self._hops + 1) for number in range(len(self._chunk(hop)))}
+        pieces = [len(chunk) for chunk in self._chunks]
+        super().__init__(call._replace(total=flat.nbytes, layout=layout), world_size, pieces)
         self.outgoing: deque[Frame] = deque()
         for number, (local, local_residual) in enumerate(self._chunks[call.sender]):
-            self._send(1, number, self._encode(local, local_residual))
-
-    @property
-    def incomplete(self) -> bool:
-        return bool(self._due)
-
-    @property
-    def next_source(self) -> int:
-        hop = min(self._due)[0] if self._due else 1
-        return (self.call.sender - (hop if hop < self._world_size else 1)) % self._world_size
+            self._send(1, number, encode_with_feedback(codec, local, local_residual))
 
     def receive(self, frame: Frame) -> None:
         header = frame.header
@@ -284,7 +293,7 @@ class CodedReduction(Transfer):
         encoded = frame.body
         if hop < self._world_size:
             local += received
-            encoded = self._encode(local, residual)
+            encoded = encode_with_feedback(self._codec, local, residual)
             if hop == self._world_size - 1:
                 local[:] = self._codec.decode(encoded, local.size)
         else:
@@ -292,18 +301,12 @@ class CodedReduction(Transfer):
         if hop < self._hops:
             self._send(hop + 1, number, encoded)
 
-    def _encode(self, local: NDArray[np.float32], residual: NDArray[np.float32]) -> memoryview:
-        residual += local
-        encoded = self._codec.encode(residual).data
-        residual -= self._codec.decode(encoded, residual.size)
-        return encoded
-
     def _send(self, hop: int, number: int, encoded: Body) -> None:
         header = self.call._replace(hop=hop, piece=number, dtype="<f4", length=len(encoded))
         self.outgoing.append(Frame(header, encoded))
 
     def _chunk(self, hop: int) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        return self._chunks[(self.call.sender - hop) % self._world_size]
+        return self._chunks[self._chunk_at(hop)]
 
 
 class BlobTransfer(Transfer):

@@ -1,4 +1,4 @@
-"""A wire codec with error feedback."""
+"""Error feedback: what a wire codec loses in one step is added in the next."""
 
 from __future__ import annotations
 
@@ -45,3 +45,20 @@ class ErrorFeedback:
     def load(self, states: Sequence[Mapping[str, NDArray[np.float32]]], rank: int, world_size: int) -> None:
         """Continues with the residuals of ``states``."""
         self._residuals = restore_residuals(states, rank, world_size, "residual/")
+
+
+def encode_with_feedback(codec: WireCodec, values: NDArray[np.float32], residual: NDArray[np.float32]) -> memoryview:
+    """Encodes ``values`` plus the rounding error of the previous time, and keeps the new rounding error.
+
+    Args:
+        codec: How to encode.
+        values: float32, shape (n,); not changed.
+        residual: float32, shape (n,); the rounding error, replaced in place.
+
+    Returns:
+        ``codec.encoded_bytes(n)`` bytes.
+    """
+    residual += values
+    encoded = codec.encode(residual).data
+    residual -= codec.decode(encoded, residual.size)
+    return encoded
