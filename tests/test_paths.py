@@ -6,11 +6,13 @@ import contextlib
 import json
 import logging
 import os
+import select
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,7 +20,12 @@ import pytest
 from harness.namespaces import missing_requirement, run
 from helpers.cables import two_cables
 from helpers.rings import local_listeners, next_message, run_ranks
+from macft.collective.handshake import RingIdentity
+from macft.collective.link import Links
+from macft.collective.listener import Listener
 from macft.collective.ring import Ring
+from macft.collective.settings import CollectiveConfig
+from macft.collective.wire import Frame, Kind
 
 
 def reduce_many(calls: int, each: Callable[[int, int], None] | None = None) -> Callable[[Ring], int]:
@@ -84,6 +91,50 @@ def test_a_cable_that_is_unplugged_from_the_start_is_left_out() -> None:
         cables[0][1].cut()
         assert run_ranks(listeners, reduce_many(3), addresses=addresses) == [0, 0]
         assert cables[0][0].carried > 1_000_000
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_paths_that_are_all_ready_take_turns(streams: bool) -> None:
+    """The left neighbour has sent three frames over each of three paths before the first one is read."""
+    config = CollectiveConfig(timeout=20.0, streams=streams)
+    with contextlib.ExitStack() as stack:
+        listeners = [Listener("+".join(["127.0.0.1:0"] * 3), config) for _ in range(2)]
+        for listener in listeners:
+            stack.callback(listener.close)
+        addresses = [listener.address for listener in listeners]
+        identities = [RingIdentity(rank, addresses, (), "test", 0) for rank in range(2)]
+        with ThreadPoolExecutor(2) as pool:
+            sender, receiver = pool.map(
+                lambda listener, identity: Links.connect(listener, identity, stop_reason=str), listeners, identities
+            )
+        send_frames(sender, count=1)
+        assert sorted(receive_paths(receiver, 3)) == [0, 1, 2]  # from here on every path has its stream
+        send_frames(sender, count=3)
+        for path in receiver.recv_paths:
+            ready = select.select([*path.data_sockets], [], [], 20) if streams else path.sock.poll(20_000)
+            assert ready, path.address
+        first, second, third, *rest = receive_paths(receiver, 9)
+        assert {first, second, third} == {0, 1, 2}
+        assert rest == [first, second, third] * 2
+
+
+def send_frames(links: Links, *, count: int) -> None:
+    """Sends ``count`` frames over each path; the frame's piece is the path's number."""
+    for number, path in enumerate(links.send_paths):
+        for _ in range(count):
+            path.send(Frame(links.ring.header(Kind.GATHER)._replace(sequence=1, piece=number, length=4), b"body"))
+            while path.pending:
+                links.sender.flush()
+
+
+def receive_paths(links: Links, count: int) -> list[int]:
+    """The numbers of the paths that the next ``count`` frames were sent over."""
+    paths: list[int] = []
+    while len(paths) < count:
+        frame = links.wait("all-gather 1", left=True, right=False, seconds=1.0)
+        if frame is not None:
+            paths.append(frame.header.piece)
+    return paths
 
 
 RANK = """

@@ -14,6 +14,9 @@ from macft.collective.wire import LINGER_SECONDS, Header, Kind, pack, unpack
 from macft.errors import ProtocolError
 
 _QUIET_MS = 300
+"""How long nothing may arrive, once all has been sent, until this rank stops reading."""
+_UNSENT_POLL_MS = 2
+"""How often to check whether ZeroMQ has sent everything; no event reports it."""
 
 
 class Departure:
@@ -32,7 +35,7 @@ class Departure:
     def say_goodbye(self, header: Header) -> None:
         """Sends ``header`` to both neighbours, except one that is gone. Never blocks."""
         for send_path in self._send_paths:
-            if not send_path.lost:
+            if not send_path.failed:
                 with contextlib.suppress(zmq.Again):  # not connected yet
                     self._sent.append((send_path, _send_tracked(send_path.sock, [], header)))
                 if send_path.stream is not None:
@@ -49,11 +52,11 @@ class Departure:
         """
         deadline = time.monotonic() + LINGER_SECONDS
         while time.monotonic() < deadline:
-            is_sent = all(tracker.done or is_gone(path) for path, tracker in self._sent)
-            is_right_over = self.right_done or all(path.lost for path in self._send_paths)
-            if is_sent and is_right_over and (self.left_done or all(path.broken for path in self._recv_paths)):
+            is_sent = all(tracker.done or path.is_gone for path, tracker in self._sent)
+            is_right_over = self.right_done or all(path.failed for path in self._send_paths)
+            if is_sent and is_right_over and (self.left_done or all(path.failed for path in self._recv_paths)):
                 return
-            ready = dict(zmq.zmq_poll(sockets, _QUIET_MS if is_sent else 2))
+            ready = dict(zmq.zmq_poll(sockets, _QUIET_MS if is_sent else _UNSENT_POLL_MS))
             if is_sent and not ready:
                 return
             for send_path in self._send_paths:
@@ -62,18 +65,13 @@ class Departure:
                     self.right_done = self.right_done or is_goodbye
                 if send_path.monitor in ready:
                     recv_monitor_message(send_path.monitor)
-                    send_path.lost = True
+                    send_path.failed = True
             for recv_path in self._recv_paths:
                 if recv_path.sock in ready:
                     sender, *parts = recv_path.sock.recv_multipart(zmq.NOBLOCK)
                     self.left_done = self.left_done or (sender == recv_path.peer and _is_goodbye(parts))
                 if recv_path.monitor in ready:
                     recv_path.read_monitor()
-
-
-def is_gone(path: SendPath | RecvPath) -> bool:
-    """Whether a path has failed, or has not been accepted yet, without a goodbye that explains it."""
-    return path.lost if isinstance(path, SendPath) else not path.peer or (path.broken and path.goodbye is None)
 
 
 def _is_goodbye(parts: Sequence[bytes]) -> bool:

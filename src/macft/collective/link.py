@@ -20,7 +20,7 @@ from typing import NoReturn, TypeAlias
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from macft.collective.departure import Departure, is_gone
+from macft.collective.departure import Departure
 from macft.collective.handshake import PROBE_SECONDS, Handshake, RingIdentity, stream_secret
 from macft.collective.listener import Listener
 from macft.collective.multipath import MultipathSender
@@ -45,12 +45,12 @@ _Pollable: TypeAlias = zmq.Socket[bytes] | socket.socket
 _Ready: TypeAlias = dict[zmq.Socket[bytes] | int, int]
 """Sockets with events: ZeroMQ's sockets, and the descriptors of others."""
 
-_CAUSES: dict[int, _Failure] = {
-    Cause.DONE: PeerLost,
-    Cause.LOST: PeerLost,
-    Cause.TIMEOUT: PeerTimeout,
-    Cause.PROTOCOL: ProtocolError,
+_CAUSE_OF: dict[_Failure, Cause] = {
+    PeerLost: Cause.LOST,
+    PeerTimeout: Cause.TIMEOUT,
+    ProtocolError: Cause.PROTOCOL,
 }
+_FAILURE_OF: dict[int, _Failure] = {Cause.DONE: PeerLost, **{cause: kind for kind, cause in _CAUSE_OF.items()}}
 _STREAMS_ONLY_SECONDS = 0.1
 """How long streams are polled alone before ZeroMQ's sockets are polled again."""
 _REASON_SECONDS = 1.0
@@ -63,16 +63,21 @@ _log = logging.getLogger("macft.ring")
 class Links:
     """Sends frames to the right, receives frames from the left, raises as soon as a rank is known to be gone.
 
+    :meth:`connect` makes links that are ready for frames.
+
     Args:
         listener: This rank's listener.
         ring: Which ring, and this rank's position in it.
-        stop_reason: Called while the ring forms; a non-empty result is the reason to stop waiting.
 
-    Raises:
-        PeerTimeout, PeerLost, ProtocolError: the ring did not form within ``settings.timeout``.
+    Attributes:
+        failure: The error that ended the ring; None while it works.
+        is_multipath: Whether a neighbour has several paths, so that frames may arrive out of order, or twice.
+        progress: A number that grows whenever data moves, also part of a frame. A call during which it stays the same
+            for long is stalled.
+        early_frames: Data frames that arrived while the ring formed.
     """
 
-    def __init__(self, listener: Listener, ring: RingIdentity, *, stop_reason: Callable[[], str]):
+    def __init__(self, listener: Listener, ring: RingIdentity):
         self.ring = ring
         self.failure: CollectiveError | None = None
         self._settings = listener.settings
@@ -80,17 +85,31 @@ class Links:
         self.sender = MultipathSender(listener, split_paths(ring.addresses[ring.right]))
         self.send_paths = self.sender.paths
         self.is_multipath = len(self.send_paths) > 1 or len(self.recv_paths) > 1
-        """Whether frames may arrive out of order, or twice."""
         self.progress = 0
-        """Grows whenever data moves, also part of a frame."""
         self.early_frames: list[Frame] = []
-        """Data frames that arrived while the ring formed."""
         self._handshake = Handshake(ring, self.send_paths, self.recv_paths)
         self._departure = Departure(self.send_paths, self.recv_paths)
         self._poll_zmq_at = 0.0  # when ZeroMQ's sockets must be polled even if streams have events
         self._right_sockets = [(sock, zmq.POLLIN) for path in self.send_paths for sock in (path.sock, path.monitor)]
         self._left_sockets = [(sock, zmq.POLLIN) for path in self.recv_paths for sock in (path.sock, path.monitor)]
-        self._join(stop_reason)
+
+    @classmethod
+    def connect(cls, listener: Listener, ring: RingIdentity, *, stop_reason: Callable[[], str]) -> Links:
+        """The links of a rank that has completed the handshake with both neighbours. Blocks until then.
+
+        Args:
+            listener: This rank's listener, which stays open if this fails.
+            ring: Which ring, and this rank's position in it.
+            stop_reason: Called while the ring forms; a non-empty result is the reason to stop waiting.
+
+        Raises:
+            PeerTimeout: the ring did not form within ``settings.timeout`` seconds, or a neighbour is silent.
+            PeerLost: a neighbour has ended, or ``stop_reason`` gave a reason.
+            ProtocolError: a neighbour belongs to another ring or breaks the protocol.
+        """
+        links = cls(listener, ring)
+        links._join(stop_reason)
+        return links
 
     @property
     def sends_immediately(self) -> bool:
@@ -132,25 +151,23 @@ class Links:
             RIGHT      CREDIT, STREAM: update the path; GOODBYE ---------> its cause, unless DONE
             FLUSH      send what the network accepts
             LEFT       a message or stream data -------------------------> a frame or None
-            MONITORS   a connection has ended: its path is broken
-            EXPIRE     a stream ended 1 s ago, with no reason: its path is broken
+            MONITORS   a connection has ended: its path has failed
+            EXPIRE     a stream ended 1 s ago, with no reason: its path has failed
             DIAGNOSE   broken, and no more messages explain it ----------> probe its port; PeerLost or PeerTimeout
-            RESEND     frames of lost paths; probe stalled paths --------> None
+            RESEND     frames of failed paths; probe stalled paths --------> None
 
-        A neighbour is broken when all its paths are. The states of a path::
+        A neighbour is broken when all its paths have failed. The states of a path::
 
             from the left    NEW --HELLO--> OPEN --GOODBYE--> [stream still open: LEAVING --stream ends-->] LEFT
-                                              \\--connection or stream ended------------------------------> BROKEN
+                                              \\--connection or stream ended------------------------------> FAILED
             to the right     NEW --CREDIT-> OPEN --GOODBYE(DONE)------------------------------------------> DONE
-                                              \\--connection or stream ended, or stalled------------------> LOST
+                                              \\--connection or stream ended, or stalled------------------> FAILED
 
         When all paths from the left have LEFT, or the goodbye's cause is not DONE, the wait raises that cause. The
-        frames of a LOST path are sent again over another one.
+        frames of a FAILED path are sent again over another one.
         """
         if right and self._departure.right_done:
-            self.fail(
-                PeerLost, self.ring.right, f"{self.ring.name(self.ring.right)} left the ring while {call} went on"
-            )
+            self.fail(PeerLost, self.ring.right, f"{self.ring.name(self.ring.right)} left the ring during {call}")
         has_unsent = self.sender.pending
         may_skip_zmq = time.monotonic() < self._poll_zmq_at and not self.is_multipath
         if left and (frame := self._read_streams(call, buffer_for, blocking=may_skip_zmq and not has_unsent)):
@@ -175,14 +192,14 @@ class Links:
     def send_credit(self) -> None:
         """Acknowledges all frames of the left neighbour so far."""
         for path in self.recv_paths:
-            if path.peer and not path.broken:
+            if path.peer and not path.failed:
                 path.send_credit(self.ring.generation, self.ring.rank)
 
     def fail(self, kind: _Failure, culprit: int, text: str) -> NoReturn:
         """Ends the ring: tells both neighbours that rank ``culprit`` is to blame, and raises."""
         self.failure = kind(text)
         _log.warning("ring ended (%s): %s", kind.__name__, text)
-        self.say_goodbye(next(cause for cause in Cause if cause and _CAUSES[cause] is kind), culprit, text)
+        self.say_goodbye(_CAUSE_OF[kind], culprit, text)
         raise self.failure
 
     def say_goodbye(self, cause: Cause, culprit: int, text: str) -> None:
@@ -222,12 +239,12 @@ class Links:
             needs_left = not all(path.peer for path in self.recv_paths)
             # A neighbour that has accepted this rank may leave again before all others have joined.
             needs_right = not any(path.accepted for path in self.send_paths)
-            frame = self.wait("joining the ring", left=needs_left, right=needs_right, seconds=0.05)
+            frame = self.wait("the handshake", left=needs_left, right=needs_right, seconds=0.05)
             if frame is not None:
                 self.early_frames.append(frame)
         for path in self.send_paths:
             if not path.accepted:
-                path.lost = True
+                path.failed = True
                 self.sender.lost.append(path.endpoint)
                 _log.warning("path to %s did not come up; the ring uses the others", path.endpoint)
         streams = sum(path.stream is not None for path in self.send_paths)
@@ -243,9 +260,9 @@ class Links:
 
     def _broken_neighbour(self, left: bool, right: bool) -> int | None:
         """The rank of a neighbour that is needed and whose paths have all failed."""
-        if right and not self._departure.right_done and all(map(is_gone, self.send_paths)):
+        if right and not self._departure.right_done and all(path.is_gone for path in self.send_paths):
             return self.ring.right
-        if left and all(map(is_gone, self.recv_paths)) and any(path.peer for path in self.recv_paths):
+        if left and all(path.is_gone for path in self.recv_paths) and any(path.peer for path in self.recv_paths):
             return self.ring.left
         return None
 
@@ -290,9 +307,14 @@ class Links:
     def _read_left_sockets(self, ready: _Ready, call: object, buffer_for: BufferFor) -> Frame | None:
         for path in self.recv_paths:
             if path.sock in ready:
-                self.recv_paths.reverse()  # so that the paths take turns
+                self._move_to_end(path)
                 return self._read_left(path, call)
         return self._read_streams(call, buffer_for)
+
+    def _move_to_end(self, path: RecvPath) -> None:
+        """Reads ``path`` last from now on, so that the paths take turns however many are ready."""
+        self.recv_paths.remove(path)
+        self.recv_paths.append(path)
 
     def _read_monitors(self, ready: _Ready) -> bool:
         """Marks paths whose connection has ended; returns whether there was any event."""
@@ -323,7 +345,7 @@ class Links:
             self.progress += stream.received - received_before
             if frame is not None:
                 if len(self.recv_paths) > 1:
-                    self.recv_paths.reverse()
+                    self._move_to_end(path)
                     path.uncredited += 1
                     path.send_credit(self.ring.generation, self.ring.rank)
                 return frame
@@ -339,7 +361,7 @@ class Links:
             ended_at = path.stream.ended_at if path.stream is not None else None
             if path.goodbye is not None and path.stream is None and path.goodbye[1] < deadline:
                 self._end_left_path(path, path.goodbye[0], call)
-            path.broken = path.broken or (ended_at is not None and ended_at < deadline)
+            path.failed = path.failed or (ended_at is not None and ended_at < deadline)
 
     def _read_right(self, path: SendPath, call: object) -> None:
         parts = path.sock.recv_multipart(zmq.NOBLOCK)
@@ -353,12 +375,10 @@ class Links:
             self._open_stream(path, header)
         elif header.kind == Kind.CREDIT and not path.accepted and header.frames == WINDOW:
             path.accepted = True
-        elif header.kind != Kind.CREDIT or (header.frames > len(path.uncredited) and not path.lost):
-            text = (
-                f"{self.ring.name(self.ring.right)} sent a {header.kind.name} frame of {header.frames} that is not due"
-            )
-            self.fail(ProtocolError, self.ring.right, text)
-        elif header.frames and not path.lost:
+        elif header.kind != Kind.CREDIT or (header.frames > len(path.uncredited) and not path.failed):
+            text = f"{self.ring.name(self.ring.right)} sent an unexpected {header.kind.name} frame"
+            self.fail(ProtocolError, self.ring.right, f"{text} (frames: {header.frames})")
+        elif header.frames and not path.failed:
             path.add_credit(header.frames)
             self.progress += 1
 
@@ -387,9 +407,9 @@ class Links:
             return None
         path.refuse_stream()
         if len(parts) != 3 or header.sequence == 0 or len(parts[2]) != header.length:
-            sizes = [len(part) for part in parts[2:]]
-            text = f"{self.ring.name(left)} sent a {header.kind.name} frame with bodies of {sizes} bytes"
-            self.fail(ProtocolError, left, f"{text}, not one of {header.length}")
+            sizes = ", ".join(str(len(part)) for part in parts[2:]) or "0"
+            text = f"{self.ring.name(left)} sent a {header.kind.name} frame with a body of {sizes} bytes"
+            self.fail(ProtocolError, left, f"{text}; its header says {header.length} bytes")
         path.uncredited += 1
         # Each frame gets a credit where there are several paths, because their speed is measured from credits.
         if path.uncredited >= (WINDOW // 2 if len(self.recv_paths) == 1 else 1):
@@ -398,8 +418,8 @@ class Links:
 
     def _end_left_path(self, path: RecvPath, header: Header, call: object) -> None:
         """The left neighbour has said goodbye on this path; frames sent earlier may still arrive over another one."""
-        path.broken, path.goodbye = True, None
-        all_ended = all(other.broken or not other.peer for other in self.recv_paths)
+        path.failed, path.goodbye = True, None
+        all_ended = all(other.failed or not other.peer for other in self.recv_paths)
         self._departure.left_done = header.cause != Cause.DONE or all_ended
         if self._departure.left_done:
             self._raise_goodbye(header, call)
@@ -423,8 +443,8 @@ class Links:
         return header
 
     def _raise_goodbye(self, header: Header, call: object) -> NoReturn:
-        text = header.text or f"{self.ring.name(header.sender)} left the ring while {call} waited"
-        self.fail(_CAUSES[header.cause], header.culprit, text)
+        text = header.text or f"{self.ring.name(header.sender)} left the ring during {call}"
+        self.fail(_FAILURE_OF[header.cause], header.culprit, text)
 
     def _diagnose(self, peer: int, call: object) -> NoReturn:
         """Distinguishes a peer that ended from one that is stopped or unreachable: both end the connection."""
@@ -433,9 +453,9 @@ class Links:
         name = self.ring.name(peer)
         if state in ("silent", "unreachable"):
             text = (
-                f"{name} sent nothing for {self._settings.timeout:g} s while {call} waited; "
+                f"{name} sent nothing for {self._settings.timeout:g} s during {call}; "
                 "it may be asleep, stopped or unreachable"
             )
             self.fail(PeerTimeout, peer, text)
         how = "the connection to it broke" if state == "alive" else "its process ended"
-        self.fail(PeerLost, peer, f"{name} is gone: {how} while {call} waited")
+        self.fail(PeerLost, peer, f"{name} is gone: {how} during {call}")

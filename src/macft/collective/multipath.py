@@ -35,7 +35,7 @@ class MultipathSender:
     @property
     def unacknowledged(self) -> int:
         """Frames that the neighbour may not have received, counted only where frames are acknowledged."""
-        return len(self._resend) + sum(len(path.uncredited) for path in self.paths if not path.lost)
+        return len(self._resend) + sum(len(path.uncredited) for path in self.paths if not path.failed)
 
     def send(self, frame: Frame) -> bool:
         """Sends a frame if a path can take it now; returns whether it did.
@@ -54,9 +54,9 @@ class MultipathSender:
 
     def lose(self, path: SendPath, reason: str) -> None:
         """Stops using a path; frames it has not delivered go over another one, if there is one."""
-        if path.lost:
+        if path.failed:
             return
-        path.lost = True
+        path.failed = True
         if path.stream is not None:
             path.stream.close()
         if any(other.usable for other in self.paths):
@@ -86,7 +86,7 @@ class MultipathSender:
         now = time.monotonic()
         for path in self.paths:
             others = [other for other in self.paths if other is not path and other.usable]
-            if not others or not path.uncredited or path.lost or now - path.uncredited[0].sent_at < _STALL_SECONDS:
+            if not others or not path.uncredited or path.failed or now - path.uncredited[0].sent_at < _STALL_SECONDS:
                 continue
             oldest = path.uncredited[0]
             if path.probed and any(other.last_credit > oldest.sent_at + _STALL_SECONDS for other in others):

@@ -53,14 +53,19 @@ class SendPath:
         self.uncredited_bytes = 0
         self.rate = _INITIAL_RATE
         """Bytes a second, measured from credits."""
-        self.connected = self.accepted = self.lost = self.probed = False
+        self.connected = self.accepted = self.failed = self.probed = False
         self.last_credit = self._busy_since = 0.0
         self._delivered_bytes = 0
 
     @property
     def usable(self) -> bool:
-        """Whether the neighbour has accepted this path and it is not lost."""
-        return self.accepted and not self.lost
+        """Whether the neighbour has accepted this path and it has not failed."""
+        return self.accepted and not self.failed
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether this path has failed."""
+        return self.failed
 
     @property
     def pending(self) -> bool:
@@ -131,7 +136,7 @@ class RecvPath:
         self.address = listener.address.split("+")[number]
         self.peer = b""
         """ZeroMQ's routing id of the left neighbour; empty until its HELLO has been accepted."""
-        self.broken = False
+        self.failed = False
         self.goodbye: tuple[Header, float] | None = None
         """Its goodbye and when that arrived, while data sent before it may still arrive over the stream."""
         self.uncredited = 0
@@ -147,7 +152,7 @@ class RecvPath:
         self.peer, self._descriptor = peer, descriptor
         while self.monitor.poll(0):  # includes this connection's event; older events may have the same number
             self.read_monitor()
-        self.broken = descriptor not in self._accepted
+        self.failed = descriptor not in self._accepted
         if self._listener.settings.streams:
             self._port = StreamPort(split_address(self.address)[0], encrypted=self._listener.encrypted)
             self._listener.keep(self._port)
@@ -155,6 +160,11 @@ class RecvPath:
             self.sock.send_multipart([peer, pack(offer)], zmq.NOBLOCK)
         self.uncredited = WINDOW
         self.send_credit(generation, rank)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether this path has failed, or has not been accepted yet, without a goodbye that explains it."""
+        return not self.peer or (self.failed and self.goodbye is None)
 
     @property
     def may_stream(self) -> bool:
@@ -189,7 +199,7 @@ class RecvPath:
             self._accepted.add(number)
         else:
             self._accepted.discard(number)
-            self.broken = self.broken or number == self._descriptor
+            self.failed = self.failed or number == self._descriptor
 
     def send_credit(self, generation: int, rank: int) -> None:
         """Acknowledges all frames received since the last credit."""

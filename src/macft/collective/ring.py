@@ -92,7 +92,7 @@ class Ring:
         self._settings = self._listener.settings
         self._identity = RingIdentity(rank, addresses, names, ring_id, generation)
         try:
-            self._links = Links(self._listener, self._identity, stop_reason=stop_reason)
+            self._links = Links.connect(self._listener, self._identity, stop_reason=stop_reason)
         except BaseException:
             self._listener.close()
             raise
