@@ -193,7 +193,7 @@ def test_the_side_without_a_quorum_waits_and_comes_back() -> None:
     world.split({"n0", "n1"})
     world.run(20)
     assert [view.ids for view in world.working()] == [("n2", "n3", "n4")]
-    assert "2 of 5 nodes can't go on alone" in world.nodes["n0"].agreement.waiting_for(world.now)
+    assert "2 of 5 nodes are too few to continue" in world.nodes["n0"].agreement.waiting_for(world.now)
     world.blocked.clear()
     view = settle(world)
     assert view.ids[:3] == ("n2", "n3", "n4")

@@ -154,7 +154,7 @@ def test_a_node_that_sleeps_through_the_end_does_not_wait_for_ever(
     nodes[0].send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "all other nodes have ended: the run is over" in errors
+    assert "all other nodes have ended; the run has finished" in errors
     # It was the leader, and what it had to say no longer counts.
     assert assert_as_if_undisturbed(tmp_path, undisturbed)["reason"] == "finished"
     assert [event["reason"] for event in events(tmp_path, "run_ended")] == ["finished"]
@@ -188,7 +188,7 @@ def test_a_newcomer_with_another_configuration_is_told_so(tmp_path: Path, basics
     wait_for_step(process, tmp_path / "run", 1)
     newcomer = train(*basics, "seed=5", f"topology.join={tmp_path / 'run'}", cwd=tmp_path)
     assert newcomer.status == 1
-    assert "refuses this node: it has another configuration than the run" in newcomer.errors
+    assert "refuses this node: its configuration differs from the run's" in newcomer.errors
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,9 +21,10 @@ from macft.collective.listener import Listener
 from macft.collective.security import KeyPair
 from macft.collective.settings import CollectiveConfig
 from macft.collective.solo import Solo
-from macft.errors import MembershipChanged
+from macft.errors import MembershipChanged, RendezvousError
 from macft.membership import heartbeat_codec
 from macft.membership.elastic_ring import ElasticRing
+from macft.membership.join import MemberConfig, join_elastic_ring
 from macft.membership.paxos import Ballot, Heartbeat, MemberRecord, View, Vote
 from macft.membership.service import MembershipService, join_request
 from macft.rendezvous.keystore import Keyring
@@ -109,7 +111,7 @@ def test_a_newcomer_is_let_in_when_all_stop_for_it(nodes: list[Node]) -> None:
     try:
         ring = nodes[1].ring
         assert ring is not None
-        newcomer.enter(nodes[1].membership.view, b"secret of this run")
+        newcomer.enter(nodes[1].membership.state.view, b"secret of this run")
         assert newcomer.ring is not None
         assert not newcomer.ring.is_member
         entry = newcomer.regroup()
@@ -133,8 +135,8 @@ def test_one_that_was_dropped_learns_it_and_comes_back_as_the_last(nodes: list[N
     stale.membership._stop.clear()
     stale.membership._thread = threading.Thread(target=stale.membership._serve, daemon=True)
     stale.membership._thread.start()
-    wait_until(lambda: "went on without it" in stale.membership.ring_failure)
-    with pytest.raises(MembershipChanged, match="went on without it"):
+    wait_until(lambda: "continued without this one" in stale.membership.state.ring_failure)
+    with pytest.raises(MembershipChanged, match="continued without this one"):
         stale.ring.check()
     assert sums(nodes[1:]) == [3.0, 3.0]
     entry = stale.regroup()
@@ -167,19 +169,59 @@ def test_strangers_learn_and_change_nothing() -> None:
             sock.send(msgpack.packb({"join": 1}))
             sock.send(join_request("other"))
             assert sock.poll(10_000)
-            assert "another configuration" in msgpack.unpackb(sock.recv())["refused"]
+            assert "configuration differs" in msgpack.unpackb(sock.recv())["refused"]
             sock.send(join_request("same"))
             assert sock.poll(10_000)
             answer = msgpack.unpackb(sock.recv())
             assert (answer["secret"], heartbeat_codec.decode_view(answer["view"])) == (
                 b"secret of this run",
-                node.membership.view,
+                node.membership.state.view,
             )
             assert not sock.poll(100)
-        assert node.membership.view.generation == 0
-        assert not node.membership.candidates
+        assert node.membership.state.view.generation == 0
+        assert not node.membership.state.candidates
     finally:
         node.close()
+
+
+def test_silent_nodes_do_not_make_this_one_silent() -> None:
+    """Twelve nodes accept no connections, as behind a firewall; another one still gets heartbeats in time."""
+    with ExitStack() as stack:
+        context = stack.enter_context(zmq.Context())
+        live: zmq.Socket[bytes] = stack.enter_context(context.socket(zmq.ROUTER))
+        live_port = live.bind_to_random_port("tcp://127.0.0.1")
+        silent = stack.enter_context(socket.socket())
+        silent.bind(("127.0.0.1", 0))  # refuses connections until it listens
+        host, port = silent.getsockname()
+        node = Node("n0", None)
+        stack.callback(node.close)
+        others = [MemberRecord("live", "live", f"127.0.0.1:{live_port}")]
+        others += [MemberRecord(f"silent{number}", "silent", f"{host}:{port}") for number in range(12)]
+        node.enter(View(0, (node.membership.own, *others)), b"secret of this run")
+        wait_until(lambda: "silent is lost" in node.membership.state.ring_failure)
+        silent.listen(0)
+        for _ in range(4):  # fills the queue of connections; later ones are not answered
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex((host, port))
+        while live.poll(0):
+            live.recv_multipart()
+        for _ in range(30):
+            assert live.poll(int(SETTINGS.timeout * 1000)), "no heartbeat within the timeout"
+            live.recv_multipart()
+
+
+@pytest.mark.parametrize("reply", [{"refused": "\x1b[2Jno"}, {"refused": 7}, {"view": []}, [1], b"\xc1"])
+def test_an_invalid_reply_to_a_join_request_does_not_reach_the_terminal(reply: object) -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as server, ThreadPoolExecutor(1) as pool:
+        address = f"127.0.0.1:{server.bind_to_random_port('tcp://127.0.0.1')}"
+        config = MemberConfig("127.0.0.1:0", "127.0.0.1:0", "n1", SETTINGS, None, "same")
+        joining = pool.submit(join_elastic_ring, [address], config, timeout=20.0)
+        assert server.poll(20_000)
+        peer, _ = server.recv_multipart()
+        server.send_multipart([peer, reply if isinstance(reply, bytes) else msgpack.packb(reply)])
+        with pytest.raises(RendezvousError, match=f"invalid reply from {address}: not a macft membership service"):
+            joining.result(20)
 
 
 texts = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)

@@ -58,10 +58,17 @@ class ElasticCollective(Collective, Protocol):
     def regroup(self, waiting: Callable[[str], bool]) -> bool:
         """Forms a new ring with all reachable members; rank and world size may change.
 
-        ``waiting`` is called ten times a second with the name of the node that this one waits for. If it returns False,
-        regrouping stops and False is returned.
+        Args:
+            waiting: Called about ten times a second with a description of what this node waits for, which continues the
+                sentence "this node waits for", for example ``studio to finish the step``. If it returns False, this
+                node stops waiting.
+
+        Returns:
+            False if ``waiting`` returned False. This node is then alone, as after :meth:`step_out`.
 
         Raises:
-            CollectiveError: the nodes receive each other's heartbeats but cannot form a ring.
+            PeerLost: all other nodes have ended, or this node's membership service has.
+            CollectiveError: the nodes receive each other's heartbeats but cannot form a ring, or a port cannot be
+                listened on.
         """
         ...

@@ -79,7 +79,7 @@ class ElasticRing(ElasticCollective):
         """The current members; the generation counts the rings of the run from 0."""
         view = self._view
         addresses = tuple(member.address for member in view.members)
-        return MembershipView(view.generation, view.ids, view.names, addresses, dict(self._membership.departures))
+        return MembershipView(view.generation, view.ids, view.names, addresses, dict(self._membership.state.departures))
 
     @property
     def is_member(self) -> bool:
@@ -89,15 +89,18 @@ class ElasticRing(ElasticCollective):
     @property
     def wants_change(self) -> bool:
         """Whether a node waits to join, so that all ranks should regroup after this step."""
-        return bool(self._membership.candidates)
+        return bool(self._membership.state.candidates)
 
     def check(self) -> None:
         """Raises MembershipChanged if the ring is known to have failed. No communication."""
-        if reason := self._membership.ring_failure:
+        if reason := self._membership.state.ring_failure:
             raise MembershipChanged(reason)
 
     def regroup(self, waiting: Callable[[str], bool]) -> bool:
-        """Leaves the ring and forms the next one with all reachable members."""
+        """Leaves the ring and forms the next one with all reachable members.
+
+        See :meth:`~macft.collective.elastic.ElasticCollective.regroup`.
+        """
         self.step_out()
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             listener = self._open_listener()
@@ -132,6 +135,11 @@ class ElasticRing(ElasticCollective):
         self._ring.close()
         self._ring, self._is_member = Solo(), False
 
+    def _failure_of(self, view: View) -> str:
+        """Why the ring of ``view`` can't form; empty if it can, or if the members have changed since."""
+        state = self._membership.state
+        return state.ring_failure if state.view == view else ""
+
     def _form_ring(self, view: View, listener: Listener) -> Collective:
         rank, members = view.ids.index(self._membership.own.id), view.members
         if len(members) == 1:
@@ -148,7 +156,7 @@ class ElasticRing(ElasticCollective):
             names=view.names,
             ring_id=hashlib.sha256(self._secret + b"%d" % view.generation).hexdigest()[:32],
             generation=view.generation,
-            stop_reason=lambda: self._membership.ring_failure if self._membership.view == view else "",
+            stop_reason=lambda: self._failure_of(view),
         )
         try:
             ring.tune()

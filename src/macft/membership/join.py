@@ -53,13 +53,21 @@ class MemberConfig:
     fingerprint: str
 
     def membership(self) -> MembershipService:
-        """This node's membership service, not started."""
+        """This node's membership service, not started.
+
+        Raises:
+            CollectiveError: ``bind`` cannot be listened on.
+        """
         return MembershipService(
             self.bind, name=self.name, settings=self.settings, keyring=self.keyring, fingerprint=self.fingerprint
         )
 
     def open_listener(self) -> Listener:
-        """Opens the ports of the next ring."""
+        """Opens the ports of the next ring.
+
+        Raises:
+            CollectiveError: ``ring_bind`` cannot be listened on within ``settings.timeout`` seconds.
+        """
         deadline = time.monotonic() + self.settings.timeout
         while True:
             try:
@@ -93,7 +101,9 @@ def join_elastic_ring(addresses: Sequence[str], config: MemberConfig, *, timeout
         timeout: Seconds to wait for an answer.
 
     Raises:
-        RendezvousError: no member answers within ``timeout`` seconds, or this node is refused; says why.
+        RendezvousError: no member answers within ``timeout`` seconds, the reply is invalid, or this node is refused;
+            says why.
+        CollectiveError: this node cannot listen on ``config.bind``.
     """
     message = join_request(config.fingerprint)
     deadline = time.monotonic() + timeout
@@ -110,12 +120,19 @@ def join_elastic_ring(addresses: Sequence[str], config: MemberConfig, *, timeout
     try:
         reply = msgpack.unpackb(answer)
         if "refused" in reply:
-            raise RendezvousError(f"topology.join: {where} refuses this node: {reply['refused'][:_MAX_REASON]}")
+            raise RendezvousError(f"topology.join: {where} refuses this node: {_refusal(reply['refused'])}")
         view, secret = heartbeat_codec.decode_view(reply["view"]), bytes(reply["secret"])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError, msgpack.UnpackException):
-        raise RendezvousError(f"topology.join: what answers at {where} is not a run of macft") from None
+        raise RendezvousError(f"topology.join: invalid reply from {where}: not a macft membership service") from None
     _log.info("joining the run at %s, view %d: %s", where, view.generation, ", ".join(view.names))
     return ElasticRing(config.membership(), Solo(), view, secret=secret, open_listener=config.open_listener)
+
+
+def _refusal(reason: object) -> str:
+    """The reason of a refusal for the terminal. Raises ValueError if it has control characters or is not a text."""
+    if type(reason) is not str or not reason.isprintable():
+        raise ValueError("not a printable text")
+    return reason[:_MAX_REASON]
 
 
 def member_addresses(target: str, default_port: int) -> list[str]:
@@ -126,7 +143,7 @@ def member_addresses(target: str, default_port: int) -> list[str]:
         default_port: ``topology.port``.
 
     Raises:
-        RendezvousError: it is neither.
+        RendezvousError: it is neither, or the folder's list of members is damaged.
     """
     members = Path(target).expanduser() / "members.json"
     if members.is_file():
@@ -142,7 +159,11 @@ def member_addresses(target: str, default_port: int) -> list[str]:
 
 
 def local_address_towards(address: str) -> str:
-    """This machine's address on the route to ``address`` (``host:port``); no packet is sent."""
+    """This machine's address on the route to ``address`` (``host:port``); no packet is sent.
+
+    Raises:
+        RendezvousError: the host is unknown, or there is no route to it.
+    """
     host = address.rpartition(":")[0].strip("[]")
     try:
         family = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0][0]
@@ -150,5 +171,5 @@ def local_address_towards(address: str) -> str:
             probe.connect((host, 1))
             local = str(probe.getsockname()[0])
     except OSError as error:
-        raise RendezvousError(f"topology.join: there is no way to {host}: {error}") from None
+        raise RendezvousError(f"topology.join: there is no route to {host}: {error}") from None
     return f"[{local}]" if ":" in local else local

@@ -1,17 +1,25 @@
 """Which nodes are members: they agree on one view after another. Pure logic: no sockets, no threads, no clock.
 
 A *view* is a generation and its members by rank. The members of view g choose view g + 1 by Paxos (Lamport, "Paxos Made
-Simple", 2001): one instance for each generation, whose acceptors are the members of view g. So two different views of
-one generation are never both chosen, whoever proposes, however messages are lost, repeated, delayed or reordered. All
-state is sent in one kind of message, the heartbeat. It is a set of facts that stay true, so any heartbeat may be lost.
+Simple", 2001): one instance for each generation, whose acceptors are the members of view g. All state is sent in one
+kind of message, the heartbeat. Each one has the whole current state of its sender, so any of them may be lost.
 
-A quorum is more than half of a view's members, or half of them including the lowest rank, or all members that are not
-*known* to have ended. docs/elastic.md explains the consequences.
+A quorum is one of:
+
+1. more than half of a view's members, or half of them including the lowest rank. Two of these always share a member. So
+   two different views of one generation are never both chosen, whoever proposes, and however messages are lost,
+   repeated, delayed or reordered.
+2. all members that are not *known* to have ended. This one need not share a member with another quorum, so it is safe
+   only under an assumption about time: clocks run at the same rate, and a heartbeat is processed soon after it was
+   sent. :meth:`PaxosMembership.mark_ended` states the bound.
+
+docs/elastic.md explains the consequences.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -96,6 +104,7 @@ class PaxosMembership:
         view: The newest view it knows. The node need not be a member of it.
         silence: Seconds without a heartbeat after which a node is lost.
         patience: Seconds that the others wait for a node that sends heartbeats but does not leave its ring.
+        now: The current time.
     """
 
     def __init__(self, own: MemberRecord, view: View, *, silence: float, patience: float, now: float):
@@ -108,6 +117,13 @@ class PaxosMembership:
         """Why members of the previous view are not in this one, by id."""
         self.view = view
         self._ready = False
+        self._ready_since = now
+        self._ballot: Ballot | None = None
+        self._proposed: Vote | None = None
+        self._promised: Ballot | None = None
+        self._accepted: Vote | None = None
+        self._attempts = 0
+        self._retry_at = 0.0
         self._start_instance(view, now)
 
     @property
@@ -125,9 +141,10 @@ class PaxosMembership:
             return  # delayed
         self._heartbeats[sender], self._last_heard[sender] = heartbeat, now
         self._ended.discard(sender)
-        for member in self.view.members if heartbeat.ready else ():
-            if member.address == heartbeat.sender.address and member.id != sender:
-                self.mark_ended(member.id, now)  # a new process has its port
+        if heartbeat.ready:
+            for member in self.view.members:
+                if member.address == heartbeat.sender.address and member.id != sender:
+                    self.mark_ended(member.id, now)  # a new process has its port
         if heartbeat.view.generation > self.view.generation:
             self._install(heartbeat.view, now)
         elif heartbeat.view.generation == self.view.generation and self._is_acceptor_for(sender):
@@ -137,8 +154,13 @@ class PaxosMembership:
     def mark_ended(self, member: str, now: float) -> None:
         """There is proof that ``member``'s process has ended. It counts only if the two were in contact until then.
 
-        If this node heard it less than half of ``silence`` ago, and it heard this node then, it cannot have declared
-        this node lost since. So no later view without this node was known only to processes that have ended.
+        A heartbeat says that its sender has heard this node in the ``silence / 2`` before it was sent. So the sender
+        cannot have declared this node lost within ``silence / 2`` after that, and no later view without this node is
+        known only to processes that have ended.
+
+        The age of that heartbeat is measured from when this node processed it. So the proof is valid if its delay and
+        its age are at most ``silence / 2`` together. This is an assumption: a heartbeat that was delayed by more, for
+        example because this process was stopped, can lead to a second view of a generation.
         """
         heartbeat = self._heartbeats.get(member)
         in_contact = (
@@ -181,7 +203,7 @@ class PaxosMembership:
 
     def lost(self, now: float) -> dict[str, str]:
         """Members of the view that are lost, and why, by id."""
-        return {member: reason for member in self.view.ids if (reason := self._loss(member, now))}
+        return {member: reason for member in self.view.ids if (reason := self._loss_reason(member, now))}
 
     def ring_failure(self, now: float) -> str:
         """Why this view's ring can no longer be used; empty if it can."""
@@ -195,7 +217,7 @@ class PaxosMembership:
 
     def candidates(self, now: float) -> list[MemberRecord]:
         """Nodes that wait to join and could: they and all members that are not lost hear each other."""
-        members = [member for member in self.view.ids if not self._loss(member, now)]
+        members = [member for member in self.view.ids if not self._loss_reason(member, now)]
         return self._candidates(members, now)
 
     def newcomers(self, now: float) -> list[MemberRecord]:
@@ -204,24 +226,24 @@ class PaxosMembership:
         return [
             heartbeat.sender
             for node, heartbeat in self._heartbeats.items()
-            if node not in members and not self._loss(node, now)
+            if node not in members and not self._loss_reason(node, now)
         ]
 
     def waiting_for(self, now: float) -> str:
-        """What this node, which is ready, waits for, in words."""
+        """What this node, which is ready, waits for, in words that continue "this node waits for"."""
         lost = self.lost(now)
         if not self.is_member:
-            return "the others to let it in"
+            return "the other nodes to accept it"
         if not self._is_quorum([member for member in self.view.ids if member not in lost]):
             names = ", ".join(f"{self._name(member)} ({reason})" for member, reason in lost.items())
             remaining = len(self.view.ids) - len(lost)
-            return f"{names}: {remaining} of {len(self.view.ids)} nodes can't go on alone"
+            return f"{names}; {remaining} of {len(self.view.ids)} nodes are too few to continue"
         late = [self._name(m) for m in self.view.ids if m != self.own.id and m not in lost and not self._is_ready(m)]
-        return f"{', '.join(late)} to finish a step" if late else "the others to agree"
+        return f"{', '.join(late)} to finish the step" if late else "the other nodes to agree on the members"
 
     def _install(self, view: View, now: float) -> None:
         left = [member for member in self.view.ids if member not in view.ids]
-        self.departures = {member: self._loss(member, now) or "it left" for member in left}
+        self.departures = {member: self._loss_reason(member, now) or "it left" for member in left}
         reasons = ", ".join(f"{self._name(member)} left ({reason})" for member, reason in self.departures.items())
         joined = ", ".join(member.name for member in view.members if member.id not in self.view.ids)
         _log.info(
@@ -238,12 +260,8 @@ class PaxosMembership:
         """Starts the Paxos instance that chooses the view after ``view``."""
         self.view = view
         self._ready_since = now
-        self._ballot: Ballot | None = None
-        self._proposed: Vote | None = None
-        self._promised: Ballot | None = None
-        self._accepted: Vote | None = None
-        self._retry_at = 0.0
-        self._attempts = 0
+        self._ballot = self._proposed = self._promised = self._accepted = None
+        self._attempts, self._retry_at = 0, 0.0
         self._ended &= set(view.ids)
         for member in view.ids:  # they have just agreed, so they are alive; the silence of each starts now
             if member not in self._heartbeats or self._heartbeats[member].view.generation < view.generation:
@@ -263,7 +281,7 @@ class PaxosMembership:
     def _propose(self, now: float) -> None:
         """The proposer: only the lowest rank of those that are not lost proposes."""
         members = self._choose_members(now)
-        if members is None or not self._is_quorum([m for m in self.view.ids if not self._loss(m, now)]):
+        if members is None or not self._is_quorum([m for m in self.view.ids if not self._loss_reason(m, now)]):
             return
         outbid = self._ballot is not None and self._promised is not None and self._promised > self._ballot
         if self._ballot is None or now >= self._retry_at or (outbid and self._proposed is None):
@@ -285,7 +303,7 @@ class PaxosMembership:
 
     def _choose_members(self, now: float) -> list[str] | None:
         """The members that stay in the next view; None while another node should propose, or a member isn't ready."""
-        alive = [member for member in self.view.ids if not self._loss(member, now)]
+        alive = [member for member in self.view.ids if not self._loss_reason(member, now)]
         if alive[0] != self.own.id:
             return None
         if now - self._ready_since > self._patience:
@@ -308,7 +326,7 @@ class PaxosMembership:
             wants_to_join = heartbeat.ready and node not in self.view.ids and node not in heartbeat.view.ids
             if (
                 wants_to_join
-                and not self._loss(node, now)
+                and not self._loss_reason(node, now)
                 and all(self._hear_each_other(node, member, now) for member in members)
                 and all(self._hear_each_other(node, other.id, now) for other in candidates)
                 and heartbeat.sender.address not in [other.address for other in candidates]
@@ -327,13 +345,14 @@ class PaxosMembership:
     def _hears(self, now: float) -> tuple[str, ...]:
         return tuple(sorted(node for node, at in self._last_heard.items() if now - at <= self._silence / 2))
 
-    def _loss(self, member: str, now: float) -> str:
+    def _loss_reason(self, member: str, now: float) -> str:
         """Why a member is lost; empty if it is not."""
         if member == self.own.id:
             return ""
         if member in self._ended:
             return "its process ended"
-        return f"silent for {self._silence:g} s" if now - self._last_heard.get(member, -1e9) > self._silence else ""
+        silent = now - self._last_heard.get(member, -math.inf)
+        return f"silent for {self._silence:g} s" if silent > self._silence else ""
 
     def _is_ready(self, member: str) -> bool:
         if member == self.own.id:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import NotRequired, TypedDict
 
@@ -30,8 +31,9 @@ from macft.membership.paxos import MemberRecord, PaxosMembership, View
 from macft.rendezvous.keystore import Keyring
 
 _POLL_SECONDS = 0.1
-_PROBE_SECONDS = 0.3
 _PROBE_INTERVAL = 0.5
+_PROBE_SECONDS = 0.3
+"""Most seconds of a round of probes. This node sends no heartbeats meanwhile, so it is also limited by the timeout."""
 _MAX_QUEUED = 64
 # A clock that advances while a laptop sleeps; on macOS CLOCK_MONOTONIC does.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
@@ -46,8 +48,41 @@ class JoinReply(TypedDict):
     view: NotRequired[heartbeat_codec.EncodedView]
 
 
+@dataclass(frozen=True)
+class MembershipState:
+    """What the thread of the membership service knows, at one moment.
+
+    Attributes:
+        view: The newest view.
+        departures: Why members of the previous view are not in this one, by id.
+        ring_failure: Why the ring of this view can no longer be used; empty if it can.
+        candidates: Names of nodes that could join now.
+        waiting_for: What this node waits for if it has left its ring, in words.
+        alone_since: When the last other node was found to have ended; None while there are others.
+    """
+
+    view: View
+    departures: Mapping[str, str] = field(default_factory=dict)
+    ring_failure: str = ""
+    candidates: tuple[str, ...] = ()
+    waiting_for: str = ""
+    alone_since: float | None = None
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """The last probe of a node without a connection."""
+
+    at: float
+    has_ended: bool
+
+
 class MembershipService:
     """This node's part in the agreement on members, from :meth:`start` to :meth:`close`.
+
+    Attributes:
+        own: This node.
+        state: What the thread knows. It replaces the whole object, so the values of one object belong together.
 
     Args:
         address: Where to listen: ``host:port``, port 0 for a free one; several paths with ``+``.
@@ -61,11 +96,16 @@ class MembershipService:
         CollectiveError: the address cannot be listened on.
     """
 
+    own: MemberRecord
+    state: MembershipState
+    _paxos: PaxosMembership  # of the thread, from `start` on
+
     def __init__(
         self, address: str, *, name: str, settings: CollectiveConfig, keyring: Keyring | None, fingerprint: str
     ):
         self._settings, self._keyring, self._fingerprint = settings, keyring, fingerprint
-        self._links: dict[str, _Link] = {}
+        self._peers: dict[str, _PeerConnection] = {}
+        self._probes: dict[str, _Probe] = {}
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._gate = None if keyring is None else Gate(self._context, keyring.own)
         self._inbox: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
@@ -85,15 +125,7 @@ class MembershipService:
         self._changed = threading.Condition()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="membership", daemon=True)
-        self.view = View(0, (self.own,))
-        """The newest view this node knows."""
-        self.ring_failure = ""
-        """Why the ring of this view can no longer be used; empty if it can."""
-        self.candidates: tuple[str, ...] = ()
-        """Names of nodes that could join now."""
-        self.departures: Mapping[str, str] = {}
-        """Why members of the previous view are not in this one, by id."""
-        self._waiting_for = ""
+        self.state = MembershipState(View(0, (self.own,)))
         self._secret = b""
         self._alone_since: float | None = None
 
@@ -114,7 +146,8 @@ class MembershipService:
         with what this node waits for; if it returns False, the result is None.
 
         Raises:
-            PeerLost: all other nodes have been gone for the time after which a node is lost.
+            PeerLost: all other nodes have been gone for the time after which a node is lost, or the thread of this
+                service has ended.
         """
         self._commands.put(lambda now: self._paxos.set_ready(ring, ring_key, now))
         while True:
@@ -122,12 +155,12 @@ class MembershipService:
                 self._changed.wait(_POLL_SECONDS)
                 if not self._thread.is_alive():
                     raise PeerLost("this node's membership service has ended")
-                if self.view.generation > after and self.own.id in self.view.ids:
-                    return self.view
-                waiting_for, alone_since = self._waiting_for, self._alone_since
-            if alone_since is not None and _now() - alone_since > self._settings.timeout:
-                raise PeerLost("all other nodes have ended: the run is over, or can't go on, without this one")
-            if not waiting(waiting_for):
+                state = self.state
+            if state.view.generation > after and self.own.id in state.view.ids:
+                return state.view
+            if state.alone_since is not None and _now() - state.alone_since > self._settings.timeout:
+                raise PeerLost("all other nodes have ended; the run has finished, or can't continue, without this node")
+            if not waiting(state.waiting_for):
                 return None
 
     def close(self) -> None:
@@ -149,17 +182,17 @@ class MembershipService:
             while not self._commands.empty():
                 self._commands.get()(now)
             self._paxos.tick(now)
-            self._update_links()
+            self._update_peers()
             if now >= probe_at:
-                self._probe_broken_links()
+                self._probe_broken_peers()
                 probe_at = now + _PROBE_INTERVAL
             beat = self._paxos.heartbeat(now)
             facts = (beat.view, beat.ready, beat.ballot, beat.proposed, beat.promised, beat.accepted, beat.hears)
             if facts != sent or now >= send_at:
                 sent, send_at = facts, now + self._settings.heartbeat / 2
                 data = heartbeat_codec.encode_heartbeat(beat, self._secret)
-                for link in self._links.values():
-                    link.send(data)
+                for peer in self._peers.values():
+                    peer.send(data)
             self._publish(now)
 
     def _read(self, now: float) -> None:
@@ -186,55 +219,67 @@ class MembershipService:
             return None
         for key, ours in _requirements(self._fingerprint).items():
             if request.get(key) != ours:
-                reason = _REFUSALS[key].format(theirs=str(request.get(key))[:80], ours=ours)
+                theirs = "".join(filter(str.isprintable, str(request.get(key))[:80]))
+                reason = _REFUSALS[key].format(theirs=theirs, ours=ours)
                 _log.warning("refused a node that wants to join: %s", reason)
                 return {"refused": reason}
         _log.info("a node asks to join; sent it view %d", self._paxos.view.generation)
         return {"secret": self._secret, "view": heartbeat_codec.encode_view(self._paxos.view)}
 
-    def _update_links(self) -> None:
-        """Keeps a link to every member and every newcomer."""
+    def _update_peers(self) -> None:
+        """Keeps a connection to every member and every newcomer."""
         wanted = {node.id: node for node in (*self._paxos.view.members, *self._paxos.newcomers(_now()))}
         wanted.pop(self.own.id, None)
-        for node in [node for node, link in self._links.items() if wanted.get(node) != link.member]:
-            if node not in wanted or wanted[node].address != self._links[node].member.address:
-                self._links.pop(node).close()
+        for node, peer in list(self._peers.items()):
+            if node not in wanted or wanted[node].address != peer.member.address:
+                self._peers.pop(node).close()
         for node, member in wanted.items():
-            if node not in self._links:
-                self._links[node] = _Link(self._context, member, self._keyring, self._settings)
+            if node not in self._peers:
+                self._peers[node] = _PeerConnection(self._context, member, self._keyring, self._settings)
 
-    def _probe_broken_links(self) -> None:
-        """Distinguishes a process that has ended from a silent machine: its port refuses connections."""
-        is_anyone_alive = not self._links
-        for node, link in self._links.items():
-            if link.is_broken() and all(probe(path, _PROBE_SECONDS) == "ended" for path in link.paths):
+    def _probe_broken_peers(self) -> None:
+        """Distinguishes a process that has ended from a silent machine: its port refuses connections.
+
+        A silent machine takes all the time that is left for its probe. So those that were probed longest ago are first.
+        """
+        broken = [node for node, peer in self._peers.items() if peer.is_broken()]
+        self._probes = {node: last for node, last in self._probes.items() if node in broken}
+        deadline = _now() + min(_PROBE_SECONDS, self._settings.timeout / 4)
+        never = _Probe(-math.inf, has_ended=False)
+        for node in sorted(broken, key=lambda node: self._probes.get(node, never).at):
+            if _now() >= deadline:
+                break
+            has_ended = all(_has_ended(path, deadline) for path in self._peers[node].paths)
+            self._probes[node] = _Probe(_now(), has_ended)
+            if has_ended:
                 self._paxos.mark_ended(node, _now())
-            else:
-                is_anyone_alive = True
-        self._alone_since = None if is_anyone_alive else self._alone_since or _now()
+        ended = [node for node, last in self._probes.items() if last.has_ended]
+        is_alone = bool(self._peers) and len(ended) == len(self._peers)
+        self._alone_since = (self._alone_since or _now()) if is_alone else None
 
     def _publish(self, now: float) -> None:
-        """Copies the state that the main thread reads."""
+        """Replaces the state that the main thread reads."""
+        paxos, before = self._paxos, self.state
+        left_out = "" if paxos.is_member else "the other nodes continued without this one"
+        state = MembershipState(
+            view=paxos.view,
+            departures=paxos.departures,
+            ring_failure=paxos.ring_failure(now) or left_out,
+            candidates=tuple(node.name for node in paxos.candidates(now)) if paxos.is_member else (),
+            waiting_for=paxos.waiting_for(now),
+            alone_since=self._alone_since,
+        )
+        if state.ring_failure and not before.ring_failure:
+            _log.info("the ring of view %d can't be used any more: %s", state.view.generation, state.ring_failure)
+        if state.candidates and state.candidates != before.candidates:
+            _log.info("nodes that can join: %s", ", ".join(state.candidates))
         with self._changed:
-            paxos = self._paxos
-            if paxos.view.generation != self.view.generation:
-                self.departures = dict(paxos.departures)
-            self.view = paxos.view
-            left_out = "" if paxos.is_member else "the others went on without it"
-            failure = paxos.ring_failure(now) or left_out
-            if failure and not self.ring_failure:
-                _log.info("the ring of view %d can't be used any more: %s", paxos.view.generation, failure)
-            self.ring_failure = failure
-            candidates = tuple(node.name for node in paxos.candidates(now)) if paxos.is_member else ()
-            if candidates != self.candidates and candidates:
-                _log.info("nodes that can join: %s", ", ".join(candidates))
-            self.candidates = candidates
-            self._waiting_for = paxos.waiting_for(now)
+            self.state = state
             self._changed.notify_all()
 
     def _close_sockets(self) -> None:
-        for link in self._links.values():
-            link.close()
+        for peer in self._peers.values():
+            peer.close()
         self._inbox.close()
         if self._gate is not None:
             self._gate.close()
@@ -245,14 +290,20 @@ def _now() -> float:
     return time.clock_gettime(_CLOCK)
 
 
+def _has_ended(path: str, deadline: float) -> bool:
+    """Whether the process that listened at ``path`` has ended, as far as a probe shows until ``deadline``."""
+    remaining = deadline - _now()
+    return remaining > 0 and probe(path, remaining) == "ended"
+
+
 @dataclass
-class _Connection:
+class _PathConnection:
     sock: zmq.Socket[bytes]
     monitor: zmq.Socket[bytes]
     is_open: bool = True
 
 
-class _Link:
+class _PeerConnection:
     """The connections to another node: a DEALER over each of its cables. What cannot be sent at once is dropped."""
 
     def __init__(
@@ -263,7 +314,7 @@ class _Link:
         settings: CollectiveConfig,
     ):
         self.member, self.paths = member, split_paths(member.address)
-        self._connections: list[_Connection] = []
+        self._connections: list[_PathConnection] = []
         for path in self.paths:
             sock: zmq.Socket[bytes] = context.socket(zmq.DEALER)
             sock.linger, sock.immediate, sock.sndhwm = 0, True, _MAX_QUEUED
@@ -272,14 +323,14 @@ class _Link:
             sock.reconnect_ivl_max = 1000
             if keyring is not None:
                 encrypt_to(sock, keyring.own, member.key)
-            monitor_address = f"inproc://link-{id(sock)}"
+            monitor_address = f"inproc://peer-{id(sock)}"
             sock.monitor(monitor_address, zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
             monitor: zmq.Socket[bytes] = context.socket(zmq.PAIR)
             monitor.linger = 0
             monitor.connect(monitor_address)
             with contextlib.suppress(CollectiveError):  # a name that is unknown here; another path may work
                 sock.connect(set_endpoint(sock, path))
-            self._connections.append(_Connection(sock, monitor))
+            self._connections.append(_PathConnection(sock, monitor))
 
     def send(self, data: bytes) -> None:
         """Sends over every open connection."""
@@ -306,7 +357,7 @@ class _Link:
 _REFUSALS = {
     "protocol": "it speaks protocol version {theirs}, the run {ours}; install the same macft on all nodes",
     "version": "it runs macft {theirs}, the run {ours}; install the same macft on all nodes",
-    "fingerprint": "it has another configuration than the run; give the same model, dataset and settings",
+    "fingerprint": "its configuration differs from the run's; use the same model, dataset and settings",
 }
 
 
