@@ -41,6 +41,16 @@ class SendPath:
         listener: The rank's listener, which owns the sockets.
         endpoint: ``host:port`` of the neighbour.
         is_only_path: Whether there is no other path to the neighbour.
+
+    Attributes:
+        stream: Where data is sent; None: over ZeroMQ.
+        uncredited: Frames that the neighbour has not acknowledged yet, oldest first.
+        connected: Whether this rank has said HELLO on this path.
+        accepted: Whether the neighbour has accepted it.
+        failed: Whether it can no longer be used.
+        probed: Whether its oldest frame was also sent over another path, because this one is stalled.
+        last_credit: When the last credit arrived (``time.monotonic``); 0 before.
+        rate: Bytes a second, measured from credits.
     """
 
     def __init__(self, listener: Listener, endpoint: str, *, is_only_path: bool):
@@ -52,7 +62,6 @@ class SendPath:
         self.uncredited: deque[SentFrame] = deque()
         self.uncredited_bytes = 0
         self.rate = _INITIAL_RATE
-        """Bytes a second, measured from credits."""
         self.connected = self.accepted = self.failed = self.probed = False
         self.last_credit = self._busy_since = 0.0
         self._delivered_bytes = 0
@@ -129,18 +138,24 @@ class SendPath:
 
 
 class RecvPath:
-    """The receiving end: a bound ROUTER that accepts the left neighbour only."""
+    """The receiving end: a bound ROUTER that accepts the left neighbour only.
+
+    Attributes:
+        peer: ZeroMQ's routing id of the left neighbour; empty until its HELLO has been accepted.
+        failed: Whether nothing more can arrive: the connection or the stream has ended, or a goodbye was processed.
+        goodbye: The neighbour's goodbye and when it arrived (``time.monotonic``), while data sent before it may still
+            arrive over the stream.
+        uncredited: Frames received since the last credit.
+        stream: Where data arrives; None: over ZeroMQ, or not connected yet.
+    """
 
     def __init__(self, listener: Listener, number: int):
         self.sock, self.monitor = listener.routers[number]
         self.address = listener.address.split("+")[number]
         self.peer = b""
-        """ZeroMQ's routing id of the left neighbour; empty until its HELLO has been accepted."""
         self.failed = False
         self.goodbye: tuple[Header, float] | None = None
-        """Its goodbye and when that arrived, while data sent before it may still arrive over the stream."""
         self.uncredited = 0
-        """Frames received since the last credit."""
         self.stream: StreamIn | None = None
         self._port: StreamPort | None = None
         self._listener = listener
