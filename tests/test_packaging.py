@@ -25,7 +25,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def yaml_of_checkout() -> set[str]:
     groups = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "configs").rglob("*.yaml")}
     recipes = {f"configs/recipe/{path.name}" for path in (REPOSITORY / "recipes").glob("*.yaml")}
-    tables = {f"plan/{path.name}" for path in (REPOSITORY / "src" / "macft" / "plan").glob("*.yaml")}
+    source = REPOSITORY / "src" / "macft"
+    tables = {path.relative_to(source).as_posix() for path in source.rglob("*.yaml")}
     return groups | recipes | tables
 
 

@@ -26,7 +26,7 @@ from macft.errors import LaunchError
 from macft.launch.run_on_hosts import run_on_hosts
 from macft.logs.run_log import start_log
 from macft.rendezvous.keystore import Keyring, needs_keys, run_keyring
-from macft.training.stop import StopRequest
+from macft.training.stop_request import StopRequest
 
 _LOG_SECONDS = 5.0
 _KEY_SECONDS = 30.0

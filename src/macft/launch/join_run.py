@@ -13,7 +13,7 @@ from macft.rendezvous.keystore import keyring_for
 from macft.run.node import run_node
 from macft.topology.hosts import own_rank
 from macft.topology.settings import host_paths
-from macft.training.stop import StopRequest
+from macft.training.stop_request import StopRequest
 
 
 def join_run(config: TrainConfig, folder: Path, target: str) -> str:

@@ -12,7 +12,7 @@ from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
 from macft.config.yaml import fingerprint, to_yaml
 from macft.logs.run_log import start_log
-from macft.training.stop import StopRequest
+from macft.training.stop_request import StopRequest
 
 
 def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:

@@ -16,7 +16,7 @@ from macft.rendezvous.server import RendezvousServer
 from macft.run.node import run_node
 from macft.topology.hosts import own_rank
 from macft.topology.settings import host_paths, split_host
-from macft.training.stop import StopRequest
+from macft.training.stop_request import StopRequest
 
 
 def run_on_hosts(

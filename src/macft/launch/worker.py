@@ -21,7 +21,7 @@ from macft.membership.join import MemberConfig, form_elastic_ring, join_elastic_
 from macft.rendezvous.connect import RankConfig, connect
 from macft.rendezvous.keystore import keyring_for
 from macft.run.node import run_node
-from macft.training.stop import StopRequest
+from macft.training.stop_request import StopRequest
 
 
 def main(argv: Sequence[str]) -> int:

@@ -31,14 +31,14 @@ from macft.report import fan_out
 from macft.report.events import Reporter
 from macft.report.run_folder import RunFolder
 from macft.thermal.throttle import ThermalThrottle
-from macft.training.assembly import make_trainer
+from macft.training.build_trainer import build_trainer
 from macft.training.diloco import OuterOptimizer
 from macft.training.gradient import GradientComputer
 from macft.training.gradient_reducer import GradientReducer
 from macft.training.loop import Trainer
 from macft.training.optimizer import make_optimizer
 from macft.training.state import TrainState
-from macft.training.stop import StopRequest
+from macft.training.stop_request import StopRequest
 
 log = logging.getLogger("macft.run")
 
@@ -152,7 +152,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
     )
     world_size = planned_world_size(collective)
     valid_rows = [data.valid.rows[i] for i in chosen_rows(len(data.valid.rows), training.eval_rows, config.seed)]
-    trainer = make_trainer(
+    trainer = build_trainer(
         training,
         config.optimizer,
         state,

@@ -20,7 +20,7 @@ from macft.report.events import NodesChanged, Noted, Reporter
 from macft.training.checkpoint_policy import CheckpointPolicy
 from macft.training.coordination import NodeCoordinator
 from macft.training.state import TrainState
-from macft.training.stop import StopRequest
+from macft.training.stop_request import StopRequest
 
 _PATIENT_SECONDS = 3.0
 
