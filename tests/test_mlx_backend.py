@@ -142,6 +142,7 @@ def test_a_killed_rank_is_named_by_all() -> None:
             assert ends(processes, rank).startswith("PeerLost")
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named() -> None:
     program = "group.barrier(); print('in', flush=True); time.sleep(600 * (group.rank == 1)); group.barrier()"
     with ranks(2, program, timeout=3.0) as processes:
@@ -154,6 +155,7 @@ def test_a_stopped_rank_is_named() -> None:
         assert "silent" in told
 
 
+@pytest.mark.slow
 def test_a_rank_that_computes_too_long_is_named() -> None:
     program = "group.barrier(); time.sleep(600 * (group.rank == 1)); group.barrier()"
     with ranks(2, program, timeout=1.0, patience=4.0) as processes:
@@ -173,6 +175,7 @@ group._call_mlx({doing}, wait)
 """
 
 
+@pytest.mark.slow
 def test_a_hang_of_mlx_is_told_from_a_slow_peer() -> None:
     with ranks(2, HANG.format(doing="'all-reduce 2 of 16 bytes'"), timeout=2.0) as processes:
         told = [ends(processes, rank) for rank in range(2)]
@@ -189,6 +192,7 @@ def test_ranks_that_hang_out_of_step_are_told_so() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_by_itself_tells_the_others_why() -> None:
     program = "group.barrier()\nif group.rank: raise ArithmeticError('loss is not finite')\ngroup.barrier()"
     with ranks(2, program) as processes:
