@@ -118,7 +118,7 @@ assert len(set(everyone)) == 1
 """
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_semantics_are_the_rings(count: int) -> None:
     with ranks(count, SEMANTICS) as processes:
         for process in processes:
@@ -132,6 +132,7 @@ def ends(processes: list[subprocess.Popen[str]], rank: int) -> str:
     return printed.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_by_all() -> None:
     program = "group.barrier(); print('in', flush=True); time.sleep(600 * (group.rank == 1)); group.barrier()"
     with ranks(3, program) as processes:
@@ -182,6 +183,7 @@ def test_a_hang_of_mlx_is_told_from_a_slow_peer() -> None:
     assert all(line.startswith("PeerTimeout") and "hangs" in line for line in told), told
 
 
+@pytest.mark.slow
 def test_ranks_that_hang_out_of_step_are_told_so() -> None:
     with ranks(2, HANG.format(doing="f'all-reduce 2 of {16 + group.rank} bytes'"), timeout=20.0) as processes:
         told = [ends(processes, rank) for rank in range(2)]
