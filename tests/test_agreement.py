@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -257,6 +258,7 @@ faults = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(count=st.integers(1, 5), seed=st.integers(0, 1 << 30), loss=st.sampled_from([0.0, 0.1, 0.3]), plan=faults)
 def test_never_two_sides_and_never_stuck(

@@ -106,6 +106,7 @@ def test_local_ranks_with_peers(tmp_path: Path) -> None:
         assert result["bus_bandwidth"] == pytest.approx(result["size"] / result["median"] * 4 / 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["ring", "mlx"])
 def test_the_ranks_of_hosts_measure_together(tmp_path: Path, backend: str) -> None:
     # Each rank uses its port and the three after it.
@@ -144,6 +145,7 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str, capsys: pytes
     assert errors[0].startswith(f"error: {message}")
 
 
+@pytest.mark.slow
 def test_a_peer_that_hangs_is_left_out_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     with Lane("tcp", free_addresses(2), limit=60.0) as well, Lane("tcp", free_addresses(2), limit=15.0) as hanging:

@@ -81,6 +81,7 @@ def test_help_names_the_program_as_it_was_started(script: list[str]) -> None:
         assert wrong.stderr == f"error: unrecognized arguments: --nonsense; see {program} --help\n"
 
 
+@pytest.mark.slow
 def test_train_is_the_same_however_it_is_started(script: list[str], tmp_path: Path) -> None:
     commands = ([*script, "train"], [sys.executable, "-m", "macft", "train"], [sys.executable, "-m", "macft.train"])
     jobs = [call([*command, "+recipe=smoke", "training.steps=3", "--cfg", "all"], tmp_path) for command in commands]

@@ -36,6 +36,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     return status, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_two_machines_are_set_up_by_the_lines_that_show_prints(tmp_path: Path) -> None:
     def on(machine: str, *argv: str) -> str:
         environment = {**os.environ, "MACFT_KEYS": str(tmp_path / machine)}

@@ -164,6 +164,7 @@ print(scored, judge.score(row, right), (resource.getrusage(resource.RUSAGE_SELF)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("query", GREEDY.values(), ids=GREEDY.keys())
 def test_greedy_queries_are_wrong_within_the_limits(query: str) -> None:
     # The generous time-out is what is tested: without limits these run for hours.

@@ -118,7 +118,7 @@ assert len(set(everyone)) == 1
 """
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_semantics_are_the_rings(count: int) -> None:
     with ranks(count, SEMANTICS) as processes:
         for process in processes:
@@ -132,6 +132,7 @@ def ends(processes: list[subprocess.Popen[str]], rank: int) -> str:
     return printed.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_by_all() -> None:
     program = "group.barrier(); print('in', flush=True); time.sleep(600 * (group.rank == 1)); group.barrier()"
     with ranks(3, program) as processes:
@@ -142,6 +143,7 @@ def test_a_killed_rank_is_named_by_all() -> None:
             assert ends(processes, rank).startswith("PeerLost")
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named() -> None:
     program = "group.barrier(); print('in', flush=True); time.sleep(600 * (group.rank == 1)); group.barrier()"
     with ranks(2, program, timeout=3.0) as processes:
@@ -154,6 +156,7 @@ def test_a_stopped_rank_is_named() -> None:
         assert "silent" in told
 
 
+@pytest.mark.slow
 def test_a_rank_that_computes_too_long_is_named() -> None:
     program = "group.barrier(); time.sleep(600 * (group.rank == 1)); group.barrier()"
     with ranks(2, program, timeout=1.0, patience=4.0) as processes:
@@ -173,12 +176,14 @@ group._call_mlx({doing}, wait)
 """
 
 
+@pytest.mark.slow
 def test_a_hang_of_mlx_is_told_from_a_slow_peer() -> None:
     with ranks(2, HANG.format(doing="'all-reduce 2 of 16 bytes'"), timeout=2.0) as processes:
         told = [ends(processes, rank) for rank in range(2)]
     assert all(line.startswith("PeerTimeout") and "hangs" in line for line in told), told
 
 
+@pytest.mark.slow
 def test_ranks_that_hang_out_of_step_are_told_so() -> None:
     with ranks(2, HANG.format(doing="f'all-reduce 2 of {16 + group.rank} bytes'"), timeout=20.0) as processes:
         told = [ends(processes, rank) for rank in range(2)]
@@ -189,6 +194,7 @@ def test_ranks_that_hang_out_of_step_are_told_so() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_by_itself_tells_the_others_why() -> None:
     program = "group.barrier()\nif group.rank: raise ArithmeticError('loss is not finite')\ngroup.barrier()"
     with ranks(2, program) as processes:

