@@ -108,10 +108,10 @@ def test_a_shape_is_compiled_once() -> None:
     with computer("mlx", compiled=True) as (_, compute):
         loss = compute.loss
 
-        def recorded(inputs: Any, positions: Any, *rest: Any) -> Any:
+        def recorded(inputs: Any, positions: Any, *rest: Any, **lane: Any) -> Any:
             rows, length = inputs.shape
             traced.append(((rows, length + 1), positions.shape))
-            return loss(inputs, positions, *rest)
+            return loss(inputs, positions, *rest, **lane)
 
         compute.loss = recorded  # type: ignore[assignment]
         for step in range(2):

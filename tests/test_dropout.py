@@ -13,8 +13,8 @@ from macft.model.dropout import DropoutKeys, RowDropout
 
 def mask(p: float, layer: int, keys: np.ndarray, length: int, features: int = 16) -> np.ndarray:
     shared = DropoutKeys()
-    shared.value = mx.array(keys)
-    return np.array(RowDropout(p, layer, shared)(mx.ones((len(keys), length, features))))
+    with shared.using(mx.array(keys)):
+        return np.array(RowDropout(p, layer, shared)(mx.ones((len(keys), length, features))))
 
 
 @settings(max_examples=30, deadline=None)

@@ -5,8 +5,10 @@ Shapes: R rows, L the length of the longest row after padding, T tokens of a pac
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -78,12 +80,39 @@ def widened(batch: Batch) -> Batch:
 def collate(rows: Sequence[Row], row_ids: NDArray[np.int64]) -> Batch:
     """One batch of ``rows``; ``row_ids`` (R,) are their numbers in the dataset."""
     lengths = np.array([len(row.tokens) for row in rows], dtype=np.int64)
-    width = 1 + -(-(int(lengths.max()) - 1) // PAD_TO) * PAD_TO
-    tokens = np.zeros((len(rows), width), dtype=np.int32)
+    tokens = np.zeros((len(rows), _width(lengths)), dtype=np.int32)
     for index, row in enumerate(rows):
         tokens[index, : len(row.tokens)] = row.tokens
     prompts = np.array([row.prompt_length for row in rows], dtype=np.int64)
     return Batch(tokens, prompts, lengths, np.asarray(row_ids, dtype=np.int64))
+
+
+def _width(lengths: NDArray[np.int64]) -> int:
+    return 1 + -(-(int(lengths.max()) - 1) // PAD_TO) * PAD_TO
+
+
+def split_rows(batch: Batch, lanes: int) -> list[Batch]:
+    """The rows of ``batch`` in batches to compute at the same time, each as wide as its longest row needs."""
+    count = lanes_for(len(batch.lengths), lanes)
+    if count == 1:
+        return [batch]
+    return [
+        Batch(
+            batch.tokens[part, : _width(batch.lengths[part])],
+            batch.prompt_lengths[part],
+            batch.lengths[part],
+            batch.row_ids[part],
+        )
+        for part in np.array_split(np.arange(len(batch.lengths)), min(count, len(batch.lengths)))
+    ]
+
+
+def lanes_for(rows: int, lanes: int) -> int:
+    """In how many parts at the same time ``rows`` are computed by up to ``lanes`` threads.
+
+    1 where most threads would have no row: all of them then share each matrix product.
+    """
+    return lanes if 2 * rows > lanes else 1
 
 
 def micro_batches(rows: Sequence[Row], row_ids: NDArray[np.int64], micro_batch_size: int | None) -> list[Batch]:
@@ -122,13 +151,15 @@ class Pack:
     row_ids: NDArray[np.int64]
 
 
-def pack(batch: Batch, most_tokens: int | None, *, shared: bool) -> list[Pack]:
+def pack(batch: Batch, most_tokens: int | None, *, shared: bool, lanes: int = 1) -> list[Pack]:
     """The rows of ``batch`` that have a target, in packs.
 
     Args:
         most_tokens: Largest T, None for no limit; a row that is longer gets a pack of its own.
         shared: Rows are sorted so that common prefixes are neighbours, and a pack stores each prefix once. Otherwise
             the longest rows come first and nothing is shared.
+        lanes: So many packs are computed at the same time: the number of packs is a multiple of it, and they have about
+            equal numbers of tokens.
     """
     rows = np.flatnonzero(batch.lengths > np.maximum(batch.prompt_lengths, 1)).tolist()
     inputs = {row: batch.tokens[row, : int(batch.lengths[row]) - 1] for row in rows}
@@ -136,17 +167,35 @@ def pack(batch: Batch, most_tokens: int | None, *, shared: bool) -> list[Pack]:
         rows.sort(key=lambda row: inputs[row].astype(">u4").tobytes())
     else:
         rows.sort(key=lambda row: (-len(inputs[row]), row))
-    groups: list[list[tuple[int, int]]] = []
+    lengths = [len(inputs[row]) for row in rows]
+    common = [0, *(in_common(inputs[one], inputs[other]) if shared else 0 for one, other in pairwise(rows))]
+    limit = sum(lengths) if most_tokens is None else most_tokens
+    starts = _starts(lengths, common, limit)
+    if (at_once := lanes_for(len(rows), lanes)) > 1:
+        count = -(-len(starts) // at_once) * at_once
+        lowest = min(max(lengths), limit)
+        fits = bisect_left(range(lowest, limit), True, key=lambda most: len(_starts(lengths, common, most)) <= count)
+        starts = _starts(lengths, common, lowest + fits)
+    groups = [range(*span) for span in pairwise([*starts, len(rows)])]
+    return [
+        _lay_out(batch, [(rows[place], common[place] if place > group[0] else 0) for place in group])
+        for group in groups
+    ]
+
+
+def _starts(lengths: Sequence[int], common: Sequence[int], most_tokens: int) -> list[int]:
+    """Where packs begin, if each takes as many of the rows in a row as it may have tokens.
+
+    ``common``: how many tokens a row has in common with the one before.
+    """
+    starts: list[int] = []
     tokens = 0
-    for index, row in enumerate(rows):
-        common = in_common(inputs[rows[index - 1]], inputs[row]) if shared and index else 0
-        if groups and (most_tokens is None or tokens + len(inputs[row]) - common <= most_tokens):
-            groups[-1].append((row, common))
-            tokens += len(inputs[row]) - common
-        else:
-            groups.append([(row, 0)])
-            tokens = len(inputs[row])
-    return [_lay_out(batch, group) for group in groups]
+    for place, (length, shared) in enumerate(zip(lengths, common, strict=False)):
+        tokens += length - shared
+        if not starts or tokens > most_tokens:
+            starts.append(place)
+            tokens = length
+    return starts
 
 
 def in_common(one: NDArray[np.int32], *others: NDArray[np.int32]) -> int:

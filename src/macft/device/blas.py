@@ -85,6 +85,11 @@ def set_threads(count: int) -> None:
         _library.openblas_set_num_threads(ctypes.c_int(count))
 
 
+def threads() -> int:
+    """How many threads a product may use now; the cores where no OpenBLAS was loaded."""
+    return available_cores() if _library is None else int(_library.openblas_get_num_threads())
+
+
 def available_cores() -> int:
     """Cores this process may run on, as set by ``OPENBLAS_NUM_THREADS`` or the scheduler affinity."""
     if limit := os.environ.get("OPENBLAS_NUM_THREADS", ""):
@@ -103,7 +108,7 @@ def describe() -> str:
     config = _library.openblas_get_config
     config.restype = ctypes.c_char_p
     version = " ".join(config().decode().split()[:2])
-    return f"{version}, {_library.openblas_get_num_threads()} threads"
+    return f"{version}, {threads()} threads"
 
 
 def is_fast() -> bool:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Device:
-    """``kind`` is "cpu", "metal" or "cuda". ``openblas``: products on the CPU go through a loaded OpenBLAS."""
+    """``kind`` is "cpu", "metal" or "cuda". ``openblas``: products on the CPU go through a loaded OpenBLAS.
+
+    ``cores`` are those of a CPU that this process may use.
+    """
 
     kind: str
     openblas: bool = False
+    cores: int = 1
+
+    def shared_by(self, processes: int) -> Device:
+        """What each of ``processes`` on this machine computes on."""
+        return replace(self, cores=max(1, self.cores // processes))
 
     @classmethod
     def default(cls) -> Device:
@@ -21,7 +29,7 @@ class Device:
         from macft.device.mlx_device import on_cpu
 
         if on_cpu():
-            return cls("cpu", openblas=blas.library() is not None)
+            return cls("cpu", openblas=blas.library() is not None, cores=blas.available_cores())
         return cls("metal" if mx.metal.is_available() else "cuda")
 
 

@@ -7,6 +7,7 @@ feature), so a row meets the same mask on every node, in every micro-batch and a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,21 +22,36 @@ from macft.model.packing import layout_of_pack
 _FEATURE = np.uint32(0x85EBCA77)
 
 
-class DropoutKeys:
-    """The keys of the rows in the micro-batch being computed, shared by all dropout layers of a model."""
+class _Current(threading.local):
+    """Keys of the rows that this thread computes."""
 
     def __init__(self) -> None:
-        self.value: mx.array = mx.zeros((1,), dtype=mx.uint32)
+        self.keys = mx.zeros((1,), dtype=mx.uint32)
+
+
+class DropoutKeys:
+    """The keys of the rows that a thread computes, shared by all dropout layers of a model and of its replicas."""
+
+    def __init__(self) -> None:
+        self._current = _Current()
         self.in_use = False
+
+    @property
+    def value(self) -> mx.array:
+        """(rows,) uint32: those of this thread's rows."""
+        return self._current.keys
+
+    def __deepcopy__(self, _memo: object) -> DropoutKeys:
+        return self
 
     @contextmanager
     def using(self, keys: mx.array) -> Iterator[None]:
         """Inside, ``keys`` (rows,) uint32 are those of the rows being computed."""
-        before, self.value = self.value, keys
+        before, self._current.keys = self._current.keys, keys
         try:
             yield
         finally:
-            self.value = before
+            self._current.keys = before
 
     @staticmethod
     def for_rows(seed: int, step: int, row_ids: NDArray[np.int64]) -> NDArray[np.uint32]:

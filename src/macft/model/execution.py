@@ -73,6 +73,8 @@ class Execution:
     # Most rows in a forward pass of training (None: all of a node's rows) and of validation.
     micro_batch_size: int | None = None
     evaluation_rows: int = _EVALUATION_ROWS
+    # Parts of a micro-batch that are computed at the same time, on a thread each.
+    lanes: int = 1
 
     @property
     def weight_format(self) -> WeightFormat:
@@ -151,9 +153,10 @@ def resolve(
     packs = packing.lower() != "false" and can_pack is not False
     if packing.lower() == "true" and not packs:
         raise ConfigError(_CANNOT_PACK)
+    backend = _kernels(kernels, WeightFormat(dtype, bits, group_size), device, compiled=compiled)
     return Execution(
         device=device.kind,
-        kernels=_kernels(kernels, WeightFormat(dtype, bits, group_size), device, compiled=compiled),
+        kernels=backend,
         dtype=dtype,
         keeps_checkpoint_dtypes=precision == "checkpoint" and not is_dequantized,
         bits=bits,
@@ -165,6 +168,7 @@ def resolve(
         compiled=compiled,
         loss_chunk=loss_chunk,
         max_logits=_LOGITS_ON_CPU if on_cpu else _LOGITS_ON_GPU,
+        lanes=device.cores if backend == "cpu" else 1,
     ).with_batch(micro_batch_size, "blocks" if grad_checkpoint else "none")
 
 

@@ -64,6 +64,7 @@ class MemoryPlanner:
                 length=batch.length,
                 tokens=batch.tokens,
                 targets=batch.targets,
+                parts=batch.parts,
                 accumulated=len(batches) > 1,
                 validation=self._validation(batch, min(execution.evaluation_rows, self.validation_rows)),
             )
@@ -75,7 +76,9 @@ class MemoryPlanner:
     def _validation(self, batch: DeviceBatchShape, rows: int) -> float:
         """How many times as much as ``batch`` validation computes at once, if its rows are like those of ``batch``."""
         most = self.execution.pack_tokens
-        return min(rows / batch.rows, math.inf if most is None else max(1.0, most / batch.tokens))
+        return min(
+            rows / batch.rows, math.inf if most is None else max(1.0, most * self.execution.lanes / batch.tokens)
+        )
 
     def _predict(self, execution: Execution, work: ComputeShape) -> MemoryParts:
         return predict(self.shape, execution, self.adapter, self.optimizer, work)
@@ -102,7 +105,7 @@ class MemoryPlanner:
         longest = max((int(step.lengths.max()) for step in self.steps if len(step.lengths)), default=0)
         while longest >= _SHORTEST_HINT:
             longest //= 2
-            work = ComputeShape(1, longest, longest, longest, True, min(1, self.validation_rows))
+            work = ComputeShape(1, longest, longest, longest, accumulated=True, validation=min(1, self.validation_rows))
             if self._predict(saving, work).peak <= budget:
                 return longest
         return None

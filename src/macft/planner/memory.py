@@ -43,14 +43,15 @@ _TRIAL_TOKENS = 72
 class ComputeShape:
     """What a node computes at once: ``tokens`` of ``rows`` that have up to ``length`` each, and ``targets`` of them.
 
-    See DeviceBatchShape. ``accumulated``: there is more of it in a step. ``validation``: how many times as much
-    validation computes at once, 0 where there is none.
+    See DeviceBatchShape: these may be the sums of several ``parts``. ``accumulated``: there is more of it in a step.
+    ``validation``: how many times as much validation computes at once, 0 where there is none.
     """
 
     rows: int
     length: int
     tokens: int
     targets: int
+    parts: int = 1
     accumulated: bool = False
     validation: float = 0.0
 
@@ -126,7 +127,7 @@ def predict(
     saved = _saved_by_block(shape, adapter, trained, width, work)
     transient = _transient_of_block(shape, width, work)
     scores = shape.heads * work.rows * work.length**2 * width
-    at_once = min(work.targets, execution.loss_chunk_for(shape.vocabulary))
+    at_once = min(work.targets, work.parts * execution.loss_chunk_for(shape.vocabulary))
     per_logit = _FLOATS_PER_LOGIT if at_once == work.targets else _FLOATS_PER_CHUNKED_LOGIT
     logits = per_logit * 4 * at_once * shape.vocabulary
     if execution.kernels == "cpu":
@@ -174,7 +175,8 @@ def _layer_by_layer(
     return (
         4 * margin * work.tokens * (trained.depth * saved + transient),
         _eager_loss(shape, work.targets, logits, _EAGER_LOGIT),
-        4 * trained.parameters * (_EAGER_TRAINED + work.accumulated),
+        # Parts that have ended hold their gradient, while the last one computes.
+        4 * trained.parameters * (_EAGER_TRAINED + work.parts - 1 + work.accumulated),
     )
 
 

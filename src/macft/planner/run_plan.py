@@ -118,13 +118,14 @@ def _plan_node(
     macs: Sequence[Mac],
 ) -> NodePlan:
     mac = macs[rank] if macs else None
-    execution = execution_for(config, shape, shape.checkpoint, METAL if mac else Device.default())
+    nodes_here = config.topology.nodes if mac is None and config.topology.kind == "local" else 1
+    device = METAL if mac else Device.default().shared_by(nodes_here)
+    execution = execution_for(config, shape, shape.checkpoint, device)
     shard = DataShard(rank, len(speeds), tuple(speeds))
     own = [step_of_shard(step, shard, execution) for step in steps]
     # A node far slower than the others may be left without a row; it still holds the model.
     own = [step for step in own if step.rows] or [StepRows(steps[0].rows[:1], steps[0].ids[:1])]
     planner = planner_for(config, shape, execution, own)
-    nodes_here = config.topology.nodes if mac is None and config.topology.kind == "local" else 1
     budget = parse_budget(config.topology.memory_budget, (mac.usable_bytes if mac else usable_bytes()) / nodes_here)
     auto = config.topology.batch == "auto"
     chosen = (planner.best(budget) if auto else None) or execution

@@ -31,6 +31,8 @@ class DeviceBatchShape:
     tokens: int
     targets: int
     pairs: int
+    # Parts of a micro-batch that are computed at the same time, and whose sizes are summed here.
+    parts: int = 1
 
     @classmethod
     def from_batch(cls, batch: DeviceBatch) -> DeviceBatchShape:
@@ -42,6 +44,18 @@ class DeviceBatchShape:
             rows, length = batch.inputs.shape
             tokens, pairs = rows * length, rows * length * (length + 1) // 2
         return cls(rows, length, tokens, len(batch.targets), pairs)
+
+    @classmethod
+    def from_parts(cls, shapes: Sequence[DeviceBatchShape]) -> DeviceBatchShape:
+        """That of parts computed at the same time."""
+        return cls(
+            rows=sum(shape.rows for shape in shapes),
+            length=max(shape.length for shape in shapes),
+            tokens=sum(shape.tokens for shape in shapes),
+            targets=sum(shape.targets for shape in shapes),
+            pairs=sum(shape.pairs for shape in shapes),
+            parts=len(shapes),
+        )
 
 
 @dataclass(frozen=True)
@@ -68,8 +82,12 @@ class StepRows:
 
     def device_batches(self, micro_batch_size: int | None, layout: BatchLayout) -> list[DeviceBatchShape]:
         """What is computed one after the other, made as the trainer makes it."""
-        batches = micro_batches(self.rows, self.ids, micro_batch_size)
-        return [DeviceBatchShape.from_batch(part) for batch in batches for part in layout.parts(batch)]
+        shapes: list[DeviceBatchShape] = []
+        for batch in micro_batches(self.rows, self.ids, micro_batch_size):
+            parts = [DeviceBatchShape.from_batch(part) for part in layout.parts(batch)]
+            groups = [parts[start : start + layout.lanes] for start in range(0, len(parts), layout.lanes)]
+            shapes += map(DeviceBatchShape.from_parts, groups)
+        return shapes
 
 
 def steps_of(rows: Sequence[Row], order: RowOrder, total_steps: int) -> list[StepRows]:

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.data.batch import Batch, pack, widened, widened_pack
+from macft.data.batch import Batch, pack, split_rows, widened, widened_pack
 from macft.model.execution import Execution
 from macft.model.packing import PackLayout, packed
 from macft.training.loss import target_positions
@@ -41,23 +41,26 @@ class BatchLayout:
 
     ``packing``: rows are laid end to end, and with ``shared_prefixes`` what they begin with in common is there once;
     else they are padded. ``compiled``: sizes are rounded up, so that few shapes occur. ``pack_tokens``: most tokens in
-    a pack of several rows; None: as many as the micro-batch has.
+    a pack of several rows; None: as many as the micro-batch has. ``lanes``: parts that are computed at the same time.
     """
 
     packing: bool = False
     shared_prefixes: bool = False
     compiled: bool = False
     pack_tokens: int | None = None
+    lanes: int = 1
 
     @classmethod
     def from_execution(cls, execution: Execution) -> BatchLayout:
         """That of the training steps."""
-        return cls(execution.packing, execution.shared_prefixes, execution.compiled, execution.pack_tokens)
+        return cls(
+            execution.packing, execution.shared_prefixes, execution.compiled, execution.pack_tokens, execution.lanes
+        )
 
     @classmethod
     def for_validation(cls, execution: Execution) -> BatchLayout:
         """That of validation, which isn't compiled and has no dropout, so that all common beginnings are shared."""
-        return cls(execution.packing, execution.packing, False, execution.pack_tokens)
+        return cls(execution.packing, execution.packing, False, execution.pack_tokens, execution.lanes)
 
     @property
     def max_tokens(self) -> int | None:
@@ -65,9 +68,12 @@ class BatchLayout:
         return self.pack_tokens if self.packing else None
 
     def parts(self, batch: Batch) -> Iterator[DeviceBatch]:
-        """``batch``, part by part; packs have no rows without a target."""
+        """``batch``, part by part; packs have no rows without a target.
+
+        A pure function of the rows, so that the sum over parts has the same bits on each run.
+        """
         if self.packing:
-            for item in pack(batch, self.max_tokens, shared=self.shared_prefixes):
+            for item in pack(batch, self.max_tokens, shared=self.shared_prefixes, lanes=self.lanes):
                 item = widened_pack(item) if self.compiled else item
                 layout = item.paths, item.owners, item.depths
                 yield DeviceBatch(
@@ -75,7 +81,8 @@ class BatchLayout:
                 )
             return
         batch = widened(batch) if self.compiled else batch
-        yield DeviceBatch(batch.tokens[:, :-1], *target_positions(batch, coarse=self.compiled), batch.row_ids)
+        for part in split_rows(batch, self.lanes):
+            yield DeviceBatch(part.tokens[:, :-1], *target_positions(part, coarse=self.compiled), part.row_ids)
 
 
 def laid_out(layout: Sequence[mx.array], lengths: Sequence[int] = ()) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -81,7 +82,10 @@ class GradientComputer:
         self._shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
         self.buckets = _buckets(self._shapes, bucket_bytes)
         # The loss is looked up with each call, so that callers may wrap it.
-        self._value_and_grad = backend.value_and_grad(model, lambda *inputs: self.loss(*inputs))
+        self._value_and_grad = [
+            backend.value_and_grad(each, partial(self._loss_in_lane, lane))
+            for lane, each in enumerate(self.loss.lanes.models)
+        ]
         if execution.compiled:
             self._compiled = mx.compile(self._trace, inputs=model.state)
 
@@ -97,7 +101,8 @@ class GradientComputer:
 
         ``before_micro_batch`` is called before each micro-batch, when all that came before is computed. All but the
         last pack of rows are computed when this returns. The last one is under way, and ``in_buckets`` bucket by
-        bucket, so that its first gradients can be sent while MLX computes the others.
+        bucket, so that its first gradients can be sent while MLX computes the others. Lanes compute their parts of a
+        micro-batch at the same time; the sums are made in the order of the parts.
         """
         started = time.perf_counter()
         if not self._model.training:
@@ -106,6 +111,11 @@ class GradientComputer:
         losses: list[mx.array] = []
         target_tokens = 0
         for batch in batches:
+            if len(self._value_and_grad) > 1:
+                parts = list(self._layout.parts(batch))
+                total = self._add_side_by_side(total, losses, step, parts, before_micro_batch)
+                target_tokens += sum(int(part.weights.sum()) for part in parts)
+                continue
             for number, part in enumerate(self._layout.parts(batch)):
                 if losses:
                     start([losses[-1], *total.values()])
@@ -135,11 +145,45 @@ class GradientComputer:
             started=started,
         )
 
-    def _add_gradient(self, total: Gradient, step: int, part: DeviceBatch) -> tuple[mx.array, Gradient]:
-        """The summed loss of ``part``, and the gradients in ``total``, if any, with those of ``part`` added."""
+    def _loss_in_lane(self, lane: int, *inputs: mx.array) -> mx.array:
+        return self.loss(*inputs, lane=lane)
+
+    def _add_side_by_side(
+        self,
+        total: Gradient,
+        losses: list[mx.array],
+        step: int,
+        parts: Sequence[DeviceBatch],
+        before_micro_batch: Callable[[], None],
+    ) -> Gradient:
+        """``total`` with the gradients of ``parts`` added; their losses are appended to ``losses``."""
+        if parts:
+            mx.synchronize()
+            before_micro_batch()
+        for loss, gradient in self.loss.lanes.map(lambda lane, part: self._gradient(lane, step, part), parts):
+            total = {name: total[name] + value for name, value in gradient.items()} if total else gradient
+            losses.append(loss)
+            start(list(total.values()))
+        return total
+
+    def _gradient(self, lane: int, step: int, part: DeviceBatch) -> tuple[mx.array, Gradient]:
+        """The summed loss of ``part`` and its gradient, as ``lane`` computes them."""
+        inputs, layout, keys = self._arrays(step, part)
+        with laid_out(layout, part.lengths), self._keys.using(keys):
+            loss, gradient = self._value_and_grad[lane](*inputs)
+        gradient = {name: value.astype(mx.float32) for name, value in gradient.items()}
+        mx.eval(loss, gradient)
+        return loss, gradient
+
+    def _arrays(self, step: int, part: DeviceBatch) -> tuple[list[mx.array], list[mx.array], mx.array]:
+        """Inputs of the loss, layout and row keys."""
         row_keys = DropoutKeys.for_rows(self._seed, step, part.row_ids) if self._keys.in_use else np.zeros(1, np.uint32)
         inputs = [mx.array(values) for values in (part.inputs, part.positions, part.targets, part.weights)]
-        layout, keys = [mx.array(values) for values in part.layout], mx.array(row_keys)
+        return inputs, [mx.array(values) for values in part.layout], mx.array(row_keys)
+
+    def _add_gradient(self, total: Gradient, step: int, part: DeviceBatch) -> tuple[mx.array, Gradient]:
+        """The summed loss of ``part``, and the gradients in ``total``, if any, with those of ``part`` added."""
+        inputs, layout, keys = self._arrays(step, part)
         if self.execution.compiled:
             # Nobody else holds the sums so far, so that MLX adds in their memory.
             loss, added = self._compiled(total, layout, keys, *inputs)
@@ -150,7 +194,7 @@ class GradientComputer:
         self, total: Gradient, layout: list[mx.array], keys: mx.array, *inputs: mx.array, lengths: Sequence[int] = ()
     ) -> tuple[mx.array, Gradient]:
         with laid_out(layout, lengths), self._keys.using(keys):
-            loss, gradient = self._value_and_grad(*inputs)
+            loss, gradient = self._value_and_grad[0](*inputs)
         gradient = {name: value.astype(mx.float32) for name, value in gradient.items()}
         return loss, {name: total[name] + value for name, value in gradient.items()} if total else gradient
 

@@ -42,8 +42,28 @@ def target_positions(
 
 
 class TokenLoss:
-    """The summed cross-entropy of ``model``, whose operations are those of ``backend``."""
+    """The summed cross-entropy of ``model``, installed in ``backend``.
 
+    ``lanes`` are the backend's, which can compute several parts of a batch at the same time.
+    """
+
+    def __init__(self, model: nn.Module, backend: Backend):
+        self.lanes = backend.lanes(model)
+        self._by_lane = [_ModelLoss(each, backend) for each in self.lanes.models]
+
+    def __call__(
+        self, inputs: mx.array, positions: mx.array, targets: mx.array, weights: mx.array, *, lane: int = 0
+    ) -> mx.array:
+        """Nats, a float32 scalar.
+
+        ``inputs`` (rows, length) int32 are tokens, ``positions`` (n,) int32 flat indices into them, ``targets`` (n,)
+        int32 and ``weights`` (n,) float32 the tokens that follow there and how much each of them counts. ``lane``:
+        whose model computes.
+        """
+        return self._by_lane[lane](inputs, positions, targets, weights)
+
+
+class _ModelLoss:
     def __init__(self, model: nn.Module, backend: Backend):
         self._model = model
         parts = split_head(model)
@@ -51,11 +71,6 @@ class TokenLoss:
         self._cross_entropy = backend.cross_entropy(parts[1] if parts is not None else None)
 
     def __call__(self, inputs: mx.array, positions: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-        """Nats, a float32 scalar.
-
-        ``inputs`` (rows, length) int32 are tokens, ``positions`` (n,) int32 flat indices into them, ``targets`` (n,)
-        int32 and ``weights`` (n,) float32 the tokens that follow there and how much each of them counts.
-        """
         hidden = self._backbone(inputs)
         hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
         return self._cross_entropy(hidden, targets, weights, with_gradient=self._model.training)

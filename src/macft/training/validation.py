@@ -15,7 +15,7 @@ from macft.data.batch import micro_batches
 from macft.data.formats import Row
 from macft.model.execution import Execution
 from macft.parallel.shares import DataShard, rows_of_shard
-from macft.training.batch_layout import BatchLayout, laid_out
+from macft.training.batch_layout import BatchLayout, DeviceBatch, laid_out
 from macft.training.loss import TokenLoss
 
 
@@ -48,11 +48,16 @@ def validation_loss(
     tokens = [row.tokens for row in rows]
     mine = rows_of_shard(shard, tokens, shared=layout.shared_prefixes)
     loss_sum, target_tokens, done = 0.0, 0, 0
+
+    def loss_of(lane: int, part: DeviceBatch) -> float:
+        inputs = [mx.array(values) for values in (part.inputs, part.positions, part.targets, part.weights)]
+        with laid_out([mx.array(values) for values in part.layout], part.lengths):
+            return float(np.asarray(loss(*inputs, lane=lane)))
+
     for batch in micro_batches([rows[i] for i in mine], mine, execution.evaluation_rows):
-        for part in layout.parts(batch):
-            inputs = [mx.array(values) for values in (part.inputs, part.positions, part.targets, part.weights)]
-            with laid_out([mx.array(values) for values in part.layout], part.lengths):
-                loss_sum += float(np.asarray(loss(*inputs)))
+        parts = list(layout.parts(batch))
+        for part, value in zip(parts, loss.lanes.map(loss_of, parts), strict=True):
+            loss_sum += value
             target_tokens += int(part.weights.sum())
         done += len(batch.row_ids)
         progress(done, len(mine))

@@ -8,15 +8,17 @@ Shapes: B rows, L tokens of a sequence, D hidden size, V vocabulary, N target po
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from macft.model.head import Head
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Loss = Callable[..., mx.array]
 """Arrays to a scalar."""
 LossAndGradient = Callable[..., tuple[mx.array, dict[str, mx.array]]]
@@ -31,6 +33,23 @@ class CrossEntropy(Protocol):
 
         ``hidden`` (N, D), or logits (N, V) where the head is None; ``targets`` (N,) int32; ``weights`` (N,) float32.
         ``with_gradient``: the caller may take the gradient.
+        """
+        ...
+
+
+class Lanes(Protocol):
+    """Parts of a batch computed at the same time, in a thread each, or one after the other in the caller's."""
+
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        """The installed model, and replicas of it, which hold the same arrays, for other threads."""
+        ...
+
+    def map(self, function: Callable[[int, Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """``function(lane, item)`` of each item, in their order; ``lane`` is the index of the model that it may use.
+
+        At most as many items as there are lanes are begun before their results are taken. The results hold values,
+        nothing that is still to be computed. What ``function`` raises is raised here, after the others have ended.
         """
         ...
 
@@ -54,6 +73,10 @@ class Backend(Protocol):
         Raises:
             ConfigError: the execution packs rows and this model can't take them.
         """
+        ...
+
+    def lanes(self, model: nn.Module) -> Lanes:
+        """What computes parts of a batch of ``model``, which must be installed."""
         ...
 
     def cross_entropy(self, head: Head | None) -> CrossEntropy:

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.device.blas import available_cores
+from macft.device import blas
 from macft.model.backends.operation import operation
 from macft.model.module_classes import ModuleCall
 
@@ -111,8 +111,8 @@ def _computed(kernel: Callable[..., None], results: int, *inputs: Values) -> lis
 
 
 def _share(work: Callable[[slice], None], count: int, elements: int) -> None:
-    """Gives ``count`` pieces of work to the cores."""
-    cores = available_cores() if elements >= _WORTH_A_THREAD else 1
+    """Gives ``count`` pieces of work to as many threads as a matrix product has."""
+    cores = blas.threads() if elements >= _WORTH_A_THREAD else 1
     if cores == 1:
         return work(slice(0, count))
     ends = [count * core // cores for core in range(cores + 1)]

@@ -11,11 +11,13 @@ from mlx.utils import tree_flatten
 
 from macft.device import blas
 from macft.errors import ConfigError
-from macft.model.backends.base import CrossEntropy, Loss, LossAndGradient
+from macft.model.backends.base import CrossEntropy, Lanes, Loss, LossAndGradient
 from macft.model.backends.cpu.activations import fast_swiglu, softmax_parts
 from macft.model.backends.cpu.attention import fast_attention
 from macft.model.backends.cpu.cross_entropy import blockwise_cross_entropy
 from macft.model.backends.cpu.eager import EagerLayers, detached
+from macft.model.backends.cpu.lanes import ThreadLanes, replica_of
+from macft.model.backends.lanes import OneLane
 from macft.model.backends.mlx.backend import MlxBackend
 from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy, whole_cross_entropy
 from macft.model.execution import Execution
@@ -48,10 +50,27 @@ class CpuBackend:
             raise ConfigError(f"training.kernels: cpu is for an uncompiled float32 model on a CPU, and {reasons[0]}")
         self._execution = execution
         self._layers = EagerLayers(checkpoint_blocks=execution.recompute == "blocks")
+        self._lanes: dict[int, ThreadLanes] = {}
 
     @contextmanager
     def installed(self, model: nn.Module) -> Iterator[None]:
         """See :class:`~macft.model.backends.base.Backend`."""
+        lanes = self._execution.lanes
+        models = [model, *(replica_of(model) for _ in range(lanes) if lanes > 1)]
+        with ExitStack() as changes:
+            for each in models:
+                changes.enter_context(self._one_installed(each))
+            if len(models) > 1:
+                self._lanes[id(model)] = ThreadLanes(models)
+                changes.callback(self._lanes.pop, id(model))
+            yield
+
+    def lanes(self, model: nn.Module) -> Lanes:
+        """See :class:`~macft.model.backends.base.Backend`."""
+        return self._lanes.get(id(model)) or OneLane(model)
+
+    @contextmanager
+    def _one_installed(self, model: nn.Module) -> Iterator[None]:
         with ExitStack() as changes:
             if any(value.dtype != mx.float32 for _, value in tree_flatten(model.parameters())):
                 # The architecture keeps some of its weights in a type of its own.

@@ -56,21 +56,29 @@ class EagerLayers:
 
     @contextmanager
     def installed(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the layers of ``model``, whose parameters are all float32, are computed this way."""
+        """Inside, the layers of ``model``, whose parameters are all float32, are computed this way.
+
+        Several models can be inside at the same time.
+        """
         blocks = list(getattr(model, "layers", []))
         below = list(itertools.takewhile(lambda block: not tree_flatten(block.trainable_parameters()), blocks))
         if any(".layers." not in name for name, _ in tree_flatten(model.trainable_parameters())):
             below = []  # an embedding perhaps
         above = blocks[len(below) :] if self._checkpoint_blocks else []
         layers = [layer for layer in model.modules() if isinstance(layer, _KINDS)]
-        self._frozen = set(map(id, below))
-        self._checkpointed = set(map(id, above))
-        self._trained = {id(layer): ParameterRefs(layer) for layer in [*layers, *blocks]}
+        frozen, checkpointed = set(map(id, below)), set(map(id, above))
+        trained = {id(layer): ParameterRefs(layer) for layer in [*layers, *blocks]}
+        self._frozen |= frozen
+        self._checkpointed |= checkpointed
+        self._trained |= trained
         try:
             with replaced_members([*layers, *blocks], self._members):
                 yield
         finally:
-            self._frozen, self._checkpointed, self._trained = set(), set(), {}
+            self._frozen -= frozen
+            self._checkpointed -= checkpointed
+            for key in trained:
+                del self._trained[key]
 
     def value_and_grad(self, model: nn.Module, loss: Loss) -> LossAndGradient:
         """See :class:`~macft.model.backends.base.Backend`."""

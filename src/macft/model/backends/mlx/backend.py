@@ -9,7 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from macft.model.backends.base import CrossEntropy, Loss, LossAndGradient
+from macft.model.backends.base import CrossEntropy, Lanes, Loss, LossAndGradient
+from macft.model.backends.lanes import OneLane
 from macft.model.backends.mlx.attention import row_attention
 from macft.model.backends.mlx.checkpoint import checkpointed_blocks
 from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy, whole_cross_entropy
@@ -38,6 +39,10 @@ class MlxBackend:
             if self._execution.recompute == "blocks":
                 changes.enter_context(checkpointed_blocks(model))
             yield
+
+    def lanes(self, model: nn.Module) -> Lanes:
+        """See :class:`~macft.model.backends.base.Backend`."""
+        return OneLane(model)
 
     def cross_entropy(self, head: Head | None) -> CrossEntropy:
         """See :class:`~macft.model.backends.base.Backend`."""
