@@ -17,7 +17,7 @@ from rich.table import Table
 
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
-from macft.data.load import Sources, chosen_rows, tokenize_split
+from macft.data.load import Sources, sample_rows, tokenize_split
 from macft.data.load import read as read_dataset
 from macft.data.settings import DatasetConfig, SourceConfig
 from macft.data.settings import problems as dataset_problems
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     data, notes = tokenize_split(sources, dataset, loaded.tokenizer, split)
     if not data.rows:
         raise DataError(f"--split: no {split} row has a target token left")
-    chosen = chosen_rows(len(data.rows), arguments.rows, seed)
+    chosen = sample_rows(len(data.rows), arguments.rows, seed)
     rows, records = [data.rows[i] for i in chosen], [data.records[i] for i in chosen]
 
     with console.status("") as status:

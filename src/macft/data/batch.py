@@ -71,7 +71,7 @@ def coarse_targets(count: int, positions: int) -> int:
     return positions
 
 
-def widened(batch: Batch) -> Batch:
+def pad_to_bucket(batch: Batch) -> Batch:
     """``batch`` padded to one of few lengths, so that a compiled step is used for many batches."""
     more = coarse_length(int(batch.lengths.max())) - batch.tokens.shape[1]
     return replace(batch, tokens=np.pad(batch.tokens, ((0, 0), (0, more))))
@@ -168,7 +168,7 @@ def pack(batch: Batch, most_tokens: int | None, *, shared: bool, lanes: int = 1)
     else:
         rows.sort(key=lambda row: (-len(inputs[row]), row))
     lengths = [len(inputs[row]) for row in rows]
-    common = [0, *(in_common(inputs[one], inputs[other]) if shared else 0 for one, other in pairwise(rows))]
+    common = [0, *(common_prefix_length(inputs[one], inputs[other]) if shared else 0 for one, other in pairwise(rows))]
     limit = sum(lengths) if most_tokens is None else most_tokens
     starts = _starts(lengths, common, limit)
     if (at_once := lanes_for(len(rows), lanes)) > 1:
@@ -198,7 +198,7 @@ def _starts(lengths: Sequence[int], common: Sequence[int], most_tokens: int) -> 
     return starts
 
 
-def in_common(one: NDArray[np.int32], *others: NDArray[np.int32]) -> int:
+def common_prefix_length(one: NDArray[np.int32], *others: NDArray[np.int32]) -> int:
     """Length of the prefix that all of the token rows, each (L,), have in common."""
     common = len(one)
     for other in others:
@@ -240,7 +240,7 @@ def _lay_out(batch: Batch, group: list[tuple[int, int]]) -> Pack:
     )
 
 
-def widened_pack(item: Pack) -> Pack:
+def pad_pack_to_bucket(item: Pack) -> Pack:
     """``item`` padded to one of few sizes, so that a compiled step is used for many packs."""
 
     def padded(values: NDArray[_Scalar], *sizes: int) -> NDArray[_Scalar]:

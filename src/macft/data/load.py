@@ -102,7 +102,7 @@ def tokenize_split(sources: Sources, config: DatasetConfig, tokenizer: Tokenizer
     return split, notes
 
 
-def chosen_rows(count: int, wanted: int, seed: int) -> list[int]:
+def sample_rows(count: int, wanted: int, seed: int) -> list[int]:
     """``wanted`` sorted row numbers below ``count``, the same ones for the same seed; all of them for -1."""
     if wanted < 0 or wanted >= count:
         return list(range(count))

@@ -16,7 +16,7 @@ from macft.collective.newest import find_newest
 from macft.config.execution import requires_packing, with_execution
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain
-from macft.data.load import LoadedData, chosen_rows, read, tokenize_all
+from macft.data.load import LoadedData, read, sample_rows, tokenize_all
 from macft.data.order import RowOrder
 from macft.device.mlx_device import prepare_device
 from macft.model.adapt import Adaptation, adapt
@@ -151,7 +151,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         bucket_bytes=config.collective.bucket_bytes,
     )
     world_size = planned_world_size(collective)
-    valid_rows = [data.valid.rows[i] for i in chosen_rows(len(data.valid.rows), training.eval_rows, config.seed)]
+    valid_rows = [data.valid.rows[i] for i in sample_rows(len(data.valid.rows), training.eval_rows, config.seed)]
     trainer = build_trainer(
         training,
         config.optimizer,
