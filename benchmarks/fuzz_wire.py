@@ -19,9 +19,9 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["macft.collective"]):
-    from macft.collective.stream import StreamIn, fresh
+    from macft.collective.stream import StreamIn, new_buffer
     from macft.collective.transfer import BlobTransfer, GatherReduce, Reduction, Transfer, fuse
-    from macft.collective.wire import Header, Kind, pack, unpack
+    from macft.collective.wire import Frame, Header, Kind, pack, unpack
 
 import numpy as np
 
@@ -47,8 +47,8 @@ def take(data: bytes) -> None:
     """``data``: which call, and how: headers, each after a byte with its length, or the bytes of a stream."""
     transfer = transfers()[data[0] % 4]
     take_stream(transfer, data[1:]) if data[0] & 128 else take_headers(transfer, data[1:])
-    assert isinstance(transfer.missing, bool)
-    assert 0 <= transfer.awaited < RANKS
+    assert isinstance(transfer.incomplete, bool)
+    assert 0 <= transfer.next_source < RANKS
 
 
 def take_headers(transfer: Transfer, rest: bytes) -> None:
@@ -59,19 +59,19 @@ def take_headers(transfer: Transfer, rest: bytes) -> None:
             read = unpack(header, "a neighbour")
             assert unpack(pack(read), "a neighbour") == read
             if read.kind == transfer.call.kind and read.length <= LONGEST_BODY:
-                transfer.take(read, bytes(read.length))
+                transfer.receive(Frame(read, bytes(read.length)))
 
 
 def take_stream(transfer: Transfer, data: bytes) -> None:
     """Frames as a stream has them, received where the call wants them."""
 
-    def room(header: Header) -> memoryview | None:
+    def buffer_for(header: Header) -> memoryview | None:
         same = header.kind == transfer.call.kind and header.total == transfer.call.total
-        return transfer.room(header, in_place=True) if same else fresh(header)
+        return transfer.buffer_for(header, in_place=True) if same else new_buffer(header)
 
-    def next_frame() -> tuple[Header, memoryview] | None:
+    def next_frame() -> Frame | None:
         try:
-            return stream.read(lambda packed: unpack(packed, "a neighbour"), room)
+            return stream.read(lambda packed: unpack(packed, "a neighbour"), buffer_for)
         except ValueError as error:  # a stream's own; anywhere else it would be a fault
             raise ProtocolError(str(error)) from None
 
@@ -81,7 +81,7 @@ def take_stream(transfer: Transfer, data: bytes) -> None:
         stream = StreamIn(far, PIECE_BYTES, None)
         while (frame := next_frame()) is not None:
             if frame[0].kind == transfer.call.kind:
-                transfer.take(*frame)
+                transfer.receive(frame)
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
     from macft.model.resolve import resolve
     from macft.model.settings import ModelConfig
     from macft.report.events import Event, NullReporter, StepDone
-    from macft.training.assembly import make_trainer
+    from macft.training.build_trainer import build_trainer
     from macft.training.gradient import GradientComputer
     from macft.training.gradient_reducer import GradientReducer
     from macft.training.optimizer import make_optimizer
@@ -77,7 +77,7 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
     execution = resolve_execution(config, weight_format_of(loaded.model), Device.default(), can_pack=True)
     backend = make_backend(execution)
     with tempfile.TemporaryDirectory() as folder, ring as collective, backend.installed(loaded.model):
-        make_trainer(
+        build_trainer(
             TrainingConfig(batch_size=batch_size, steps=steps, eval_every=0, save_every=0),
             optimizer,
             TrainState(loaded.model, make_optimizer(optimizer), Progress(), GradientReducer(collective)),

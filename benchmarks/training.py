@@ -154,7 +154,7 @@ def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from macft.model.adapter_settings import AdapterConfig
     from macft.model.backends.choose import make_backend
     from macft.report.events import Event, NullReporter, StepDone
-    from macft.training.assembly import make_trainer
+    from macft.training.build_trainer import build_trainer
     from macft.training.gradient import GradientComputer
     from macft.training.gradient_reducer import GradientReducer
     from macft.training.optimizer import make_optimizer
@@ -179,7 +179,7 @@ def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     backend = make_backend(execution)
     with tempfile.TemporaryDirectory() as folder, backend.installed(loaded.model):
         compute = GradientComputer(loaded.model, backend, execution, adaptation.dropout_keys, seed=0)
-        make_trainer(
+        build_trainer(
             TrainingConfig(batch_size=ROWS_A_STEP[case], steps=steps, eval_every=0, save_every=0, max_grad_norm=0.0),
             optimizer_config,
             TrainState(loaded.model, make_optimizer(optimizer_config), Progress(), GradientReducer(Solo())),

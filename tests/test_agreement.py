@@ -8,12 +8,13 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from macft.membership.paxos import Heartbeat, MemberRecord, PaxosMembership, View
 
-SILENCE, PATIENCE, BEAT = 2.0, 30.0, 0.25
+SILENCE, PATIENCE, INTERVAL = 2.0, 30.0, 0.25
 
 
 @dataclass
@@ -38,20 +39,20 @@ class World:
         self.chosen: dict[int, View] = {}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
-        self.view = View(0, tuple(_seat(f"n{rank}") for rank in range(count)))
-        for seat in self.view.seats:
-            self._add(seat, self.view)
+        self.view = View(0, tuple(_member(f"n{rank}") for rank in range(count)))
+        for member in self.view.members:
+            self._add(member, self.view)
 
-    def _add(self, seat: MemberRecord, view: View) -> Node:
-        agreement = PaxosMembership(seat, view, silence=SILENCE, patience=PATIENCE, now=self.now)
-        node = self.nodes[seat.id] = Node(agreement, installed=[view])
-        self._at(self.random.uniform(0, BEAT), lambda: self._pulse(seat.id))
+    def _add(self, member: MemberRecord, view: View) -> Node:
+        agreement = PaxosMembership(member, view, silence=SILENCE, patience=PATIENCE, now=self.now)
+        node = self.nodes[member.id] = Node(agreement, installed=[view])
+        self._at(self.random.uniform(0, INTERVAL), lambda: self._tick(member.id))
         return node
 
     def join(self, name: str) -> None:
         """A new process wants to take part; it has been told the newest view of a node that lives."""
         newest = max((node.agreement.view for node in self.nodes.values() if node.alive), key=lambda v: v.generation)
-        self._add(_seat(name), newest).agreement.ready(f"{name}:ring", b"", self.now)
+        self._add(_member(name), newest).agreement.set_ready(f"{name}:ring", b"", self.now)
 
     def kill(self, name: str) -> None:
         """The process ends; whoever can reach its machine is told so at once."""
@@ -80,16 +81,16 @@ class World:
 
     def _works(self, member: str, view: View) -> bool:
         node = self.nodes[member]
-        return node.alive and node.agreement.view == view and not node.agreement.beat(self.now).ready
+        return node.alive and node.agreement.view == view and not node.agreement.heartbeat(self.now).ready
 
     def _at(self, delay: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._events, (self.now + delay, next(self._count), action))
 
     def _tell_ended(self, other: str, name: str) -> None:
         if self.nodes[other].alive:
-            self.nodes[other].agreement.ended(name, self.now)
+            self.nodes[other].agreement.mark_ended(name, self.now)
 
-    def _pulse(self, name: str) -> None:
+    def _tick(self, name: str) -> None:
         node = self.nodes[name]
         if not node.alive:
             return
@@ -97,37 +98,37 @@ class World:
             node.agreement.tick(self.now)
             self._main_thread(name, node)
             self._send(name)
-        self._at(BEAT, lambda: self._pulse(name))
+        self._at(INTERVAL, lambda: self._tick(name))
 
     def _main_thread(self, name: str, node: Node) -> None:
         agreement = node.agreement
-        if agreement.beat(self.now).ready:
+        if agreement.heartbeat(self.now).ready:
             return
-        broken = not agreement.is_member or agreement.disturbed(self.now) or agreement.candidates(self.now)
+        broken = not agreement.is_member or agreement.ring_failure(self.now) or agreement.candidates(self.now)
         if broken and node.leaves_at is None:
             node.leaves_at = self.now + self.random.uniform(0, 1.5)
         if node.leaves_at is not None and self.now >= node.leaves_at:
             node.leaves_at = None
-            agreement.ready(f"{name}:{agreement.view.generation}", b"", self.now)
+            agreement.set_ready(f"{name}:{agreement.view.generation}", b"", self.now)
 
     def _send(self, name: str) -> None:
-        beat = self.nodes[name].agreement.beat(self.now)
+        heartbeat = self.nodes[name].agreement.heartbeat(self.now)
         for other in self.nodes:
             if other != name and (name, other) not in self.blocked:
                 for _ in range(1 + (self.random.random() < self.loss)):  # some come twice
                     if self.random.random() >= self.loss:
-                        self._at(self.random.expovariate(20), lambda other=other: self._deliver(other, beat))
+                        self._at(self.random.expovariate(20), lambda other=other: self._deliver(other, heartbeat))
 
-    def _deliver(self, name: str, beat: Heartbeat) -> None:
+    def _deliver(self, name: str, heartbeat: Heartbeat) -> None:
         node = self.nodes[name]
         if not node.alive:
             return
         if node.paused:  # its machine keeps it for later
-            self._at(BEAT, lambda: self._deliver(name, beat))
+            self._at(INTERVAL, lambda: self._deliver(name, heartbeat))
             return
-        before = node.agreement.beat(self.now)
-        node.agreement.take(beat, self.now)
-        after = node.agreement.beat(self.now)
+        before = node.agreement.heartbeat(self.now)
+        node.agreement.receive(heartbeat, self.now)
+        after = node.agreement.heartbeat(self.now)
         if (before.view, before.promised, before.accepted, before.proposed, before.ready) != (
             after.view,
             after.promised,
@@ -147,7 +148,7 @@ class World:
                 node.installed.append(view)
 
 
-def _seat(name: str) -> MemberRecord:
+def _member(name: str) -> MemberRecord:
     return MemberRecord(name, name, f"{name}:1")
 
 
@@ -158,10 +159,10 @@ def settle(world: World, *, within: float = 60.0) -> View:
     while world.now < end:
         world.run(0.5)
         for view in world.working():
-            if set(view.ids) == alive and not any(world.nodes[m].agreement.disturbed(world.now) for m in alive):
+            if set(view.ids) == alive and not any(world.nodes[m].agreement.ring_failure(world.now) for m in alive):
                 return view
     agreements = {name: world.nodes[name].agreement for name in alive}
-    raise AssertionError({name: (one.view.ids, one.waits_for(world.now)) for name, one in agreements.items()})
+    raise AssertionError({name: (one.view.ids, one.waiting_for(world.now)) for name, one in agreements.items()})
 
 
 def test_a_killed_node_is_left_out_at_once_and_the_others_go_on() -> None:
@@ -174,7 +175,7 @@ def test_a_killed_node_is_left_out_at_once_and_the_others_go_on() -> None:
         assert set(view.ids) == {"n0", "n1", "n2", "n3"} - {victim}
         assert world.now - began < 3.0
         survivor = world.nodes[view.ids[0]].agreement
-        assert survivor.why == {victim: "its process ended"}
+        assert survivor.departures == {victim: "its process ended"}
 
 
 def test_down_to_one_whoever_dies() -> None:
@@ -193,7 +194,7 @@ def test_the_side_without_a_quorum_waits_and_comes_back() -> None:
     world.split({"n0", "n1"})
     world.run(20)
     assert [view.ids for view in world.working()] == [("n2", "n3", "n4")]
-    assert "2 of 5 nodes can't go on alone" in world.nodes["n0"].agreement.waits_for(world.now)
+    assert "2 of 5 nodes are too few to continue" in world.nodes["n0"].agreement.waiting_for(world.now)
     world.blocked.clear()
     view = settle(world)
     assert view.ids[:3] == ("n2", "n3", "n4")
@@ -221,7 +222,7 @@ def test_news_of_a_death_is_no_reason_to_go_on_after_a_silence() -> None:
     world.run(10)
     assert world.nodes["n2"].agreement.view.ids == ("n0", "n2")
     world.kill("n0")
-    world.nodes["n1"].agreement.ended("n0", world.now)
+    world.nodes["n1"].agreement.mark_ended("n0", world.now)
     world.run(20)
     assert [view.ids for view in world.working()] == [("n2",)]
 
@@ -257,6 +258,7 @@ faults = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(count=st.integers(1, 5), seed=st.integers(0, 1 << 30), loss=st.sampled_from([0.0, 0.1, 0.3]), plan=faults)
 def test_never_two_sides_and_never_stuck(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from macft.errors import ConfigError, LaunchError
 from macft.network.link_probe import ProbeServer, measure
 from macft.network.links import Link
-from macft.pairing.member import Member, networks, topology_of, version_objection
+from macft.pairing.member import Member, networks, topology_from, version_objection
 from macft.pairing.pake import Channel, PakeExchange, WrongCode, new_code
 from macft.pairing.ring_order import ring_order
 from macft.topology import topology_file
@@ -121,7 +121,7 @@ def test_thunderbolt_before_ethernet_before_wifi() -> None:
     first, second, third = (member("abc"[n], wifi[n], wired[n], *bridge[n : n + 1]) for n in range(3))
     assert [link.kind for link in networks([first, second])[0]] == ["thunderbolt"] * 2
     assert [link.host for link in networks([first, second, third])[0]] == ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
-    with pytest.raises(LaunchError, match="a, d are in no common network"):
+    with pytest.raises(LaunchError, match="a, d have no common network"):
         networks([first, member("d", Link("en0", "ethernet", "172.16.0.1/24"))])
 
 
@@ -132,18 +132,18 @@ def test_further_cables_are_further_addresses_and_wifi_and_own_bridges_are_not()
     cable = [Link("en2", "thunderbolt", f"10.1.0.{n}/30", 40_000) for n in (1, 2)]
     own = Link("docker0", "ethernet", "172.17.0.1/16", 10_000)
     two = [member("ab"[n], wifi[n], wired[n], again[n], own, cable[n]) for n in (0, 1)]
-    assert topology_of(two, networks(two), [0, 1]).hosts == ["10.1.0.1+10.0.0.1", "10.1.0.2+10.0.0.2"]
+    assert topology_from(two, networks(two), [0, 1]).hosts == ["10.1.0.1+10.0.0.1", "10.1.0.2+10.0.0.2"]
     only = [member("ab"[n], wifi[n], own) for n in (0, 1)]
-    assert topology_of(only, networks(only), [1, 0]).hosts == ["192.168.1.2", "192.168.1.1"]
+    assert topology_from(only, networks(only), [1, 0]).hosts == ["192.168.1.2", "192.168.1.1"]
 
 
 def test_a_member_comes_through_as_it_was_and_nonsense_does_not() -> None:
     one = member("a", Link("en0", "wifi", "192.168.1.1/24"))
-    assert Member.of_message(one.to_message()) == one
+    assert Member.from_message(one.to_message()) == one
     assert "runs on" not in version_objection(one)
     for key, value in (("links", 3), ("name", "a\nb"), ("probe_port", 0), ("key", None), ("links", [{"name": "x"}])):
         with pytest.raises(LaunchError, match="describe itself"):
-            Member.of_message({**one.to_message(), key: value})
+            Member.from_message({**one.to_message(), key: value})
 
 
 def test_links_are_measured_for_those_who_know_the_token() -> None:

@@ -14,13 +14,16 @@ from hypothesis.extra import numpy as npst
 
 from helpers.rings import local_listeners, run_ranks
 from macft.collective.codecs.choose import choose, make
-from macft.collective.codecs.wire_codec import BLOCK, WIRE_CODECS
+from macft.collective.codecs.quantization import BLOCK, Bfloat16, Int8, WireCodec
+from macft.collective.codecs.registry import CODECS
 from macft.collective.ring import Ring
+from macft.collective.settings import CODECS as CODEC_NAMES
 from macft.collective.settings import CollectiveConfig, problems
 from macft.collective.solo import Solo
-from macft.errors import CheckpointError, ProtocolError
+from macft.errors import CheckpointError, CollectiveError, ProtocolError
 from macft.training.gradient_reducer import GradientReducer
 
+WIRE_CODECS: list[WireCodec] = [Bfloat16(), Int8()]
 LOSSY = ["bfloat16", "int8", "powersgd"]
 SHAPES = {"layers.1.a": (576, 8), "layers.1.b": (8, 192), "layers.0.a": (576, 8), "layers.0.m": (7,)}
 
@@ -36,26 +39,37 @@ def gradients(rank: int) -> dict[str, np.ndarray]:
 
 @settings(deadline=None, max_examples=60)
 @given(npst.arrays(np.float32, st.integers(1, 700), elements=st.floats(-(2.0**100), 2.0**100, width=32)))
-@pytest.mark.parametrize("name", list(WIRE_CODECS))
-def test_rounding_is_bounded(name: str, values: np.ndarray) -> None:
-    codec = WIRE_CODECS[name]
+@pytest.mark.parametrize("codec", WIRE_CODECS, ids=lambda codec: codec.name)
+def test_rounding_is_bounded(codec: WireCodec, values: np.ndarray) -> None:
     data = codec.encode(values)
     assert len(data) == codec.encoded_bytes(values.size) < 4 * values.size + 5
+    assert abs(len(data) / (4 * values.size) - codec.ratio) <= 4 / values.size
     error = np.abs(codec.decode(data.tobytes(), values.size) - values)
     for start in range(0, values.size, BLOCK):
         block = slice(start, start + BLOCK)
         largest = np.abs(values[block]).max()
-        allowed = largest / 254 * 1.01 if name == "int8" else np.abs(values[block]) / 256
+        allowed = largest / 254 * 1.01 if codec.name == "int8" else np.abs(values[block]) / 256
         assert (error[block] <= allowed + 1e-37).all()
 
 
-@pytest.mark.parametrize("name", list(WIRE_CODECS))
+@pytest.mark.parametrize("codec", WIRE_CODECS, ids=lambda codec: codec.name)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_stays_so(name: str, bad: float) -> None:
+def test_what_is_not_finite_stays_so(codec: WireCodec, bad: float) -> None:
     values = np.ones(300, np.float32)
     values[7] = bad
-    codec = WIRE_CODECS[name]
     assert not np.isfinite(codec.decode(codec.encode(values), 300)[7])
+
+
+def test_every_name_that_the_configuration_accepts_has_an_implementation() -> None:
+    for name in CODEC_NAMES:
+        assert make(name, 1).name == ("none" if name == "auto" else name)
+        assert problems(CollectiveConfig(codec=name)) == []
+    assert set(CODEC_NAMES) == {*CODECS, "auto"}
+
+
+def test_a_codec_without_an_implementation_is_an_error() -> None:
+    with pytest.raises(CollectiveError, match="'int4' is not one of none, bfloat16, int8, powersgd"):
+        make("int4", 1)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

@@ -17,7 +17,15 @@ from mlx.utils import tree_flatten
 
 from helpers.computing import execution_with, gradient_computer, randomize_adapter
 from helpers.models import assert_same_gradient, make_model
-from macft.data.batch import Batch, coarse_length, coarse_targets, micro_batches, pack, widened, widened_pack
+from macft.data.batch import (
+    Batch,
+    coarse_length,
+    coarse_targets,
+    micro_batches,
+    pack,
+    pad_pack_to_bucket,
+    pad_to_bucket,
+)
 from macft.data.formats import Row
 from macft.errors import ConfigError
 from macft.model.adapt import adapt
@@ -98,7 +106,7 @@ def test_the_kernels_of_a_cpu_are_not_compiled() -> None:
 
 
 def shapes_of(work: list[Batch], *, coarse: bool) -> set[tuple[Any, ...]]:
-    wide = [widened(batch) if coarse else batch for batch in work]
+    wide = [pad_to_bucket(batch) if coarse else batch for batch in work]
     return {(batch.tokens.shape, target_positions(batch, coarse=coarse)[0].shape) for batch in wide}
 
 
@@ -143,9 +151,11 @@ def test_a_compiled_update_is_the_uncompiled_one(name: str) -> None:
 def test_many_packs_have_few_shapes() -> None:
     work = [batch for seed in range(200) for batch in batches(seed, 4, most=128, micro_batch=4)]
     packs = [item for batch in work for item in pack(batch, None, shared=True)]
-    assert sum(item.inputs.shape[1] for item in map(widened_pack, packs)) < 1.15 * sum(i.inputs.shape[1] for i in packs)
+    assert sum(item.inputs.shape[1] for item in map(pad_pack_to_bucket, packs)) < 1.15 * sum(
+        i.inputs.shape[1] for i in packs
+    )
     shapes = {(item.inputs.shape, item.paths.shape, item.targets.shape) for item in packs}
-    wide = {(item.inputs.shape, item.paths.shape, item.targets.shape) for item in map(widened_pack, packs)}
+    wide = {(item.inputs.shape, item.paths.shape, item.targets.shape) for item in map(pad_pack_to_bucket, packs)}
     assert len(wide) < min(50, len(shapes) / 3)
 
 

@@ -259,6 +259,7 @@ def test_the_gradient_of_a_pack_is_that_of_mlx_row_by_row(kind: str, blocks: int
         close(found.gradient[name], value, within=1e-4)
 
 
+@pytest.mark.slow
 def test_nothing_of_a_step_is_held_after_it() -> None:
     rows = batch()
     with computer(recompute="none", kind="lora", blocks=3) as (_, compute):

@@ -56,7 +56,11 @@ TEXT = {"text": "Once upon a time.\n\n  Twice."}
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("record", [CHAT, TOOL_CHAT, LONG_CHAT, PAIR], ids=["chat", "tools", "turns", "pair"])
+@pytest.mark.parametrize(
+    "record",
+    [CHAT, TOOL_CHAT, LONG_CHAT, PAIR, {**TEXT, **CHAT, **PAIR}],
+    ids=["chat", "tools", "turns", "pair", "fields of all formats"],
+)
 def test_tokens_and_mask_are_mlx_lms(tokenizer: Any, record: dict[str, Any], masked: bool) -> None:
     theirs = create_dataset([record], tokenizer, types.SimpleNamespace(mask_prompt=masked))
     tokens, offset = theirs.process(record)
@@ -361,7 +365,7 @@ def test_a_good_configuration_has_no_problems() -> None:
 @pytest.mark.parametrize(
     ("config", "line"),
     [
-        (DatasetConfig(), "dataset.path: say what to train on"),
+        (DatasetConfig(), "dataset.path: name what to train on"),
         (DatasetConfig(path="a", sources=[SourceConfig(path="b")]), "give one of them, not both"),
         (DatasetConfig(sources=[SourceConfig(path="a"), SourceConfig()]), "dataset.sources[1].path: "),
         (DatasetConfig(sources=[SourceConfig(path="a", weight=0.0)]), "dataset.sources[0].weight: 0.0 must be greater"),
@@ -370,7 +374,7 @@ def test_a_good_configuration_has_no_problems() -> None:
             DatasetConfig(path="a", columns={"promt": "q"}),
             "dataset.columns.promt: no such field; did you mean 'prompt'",
         ),
-        (DatasetConfig(path="a", columns={"zzz": "q"}), "the fields are text, prompt, completion, messages, tools"),
+        (DatasetConfig(path="a", columns={"zzz": "q"}), "the fields are prompt, completion, tools, messages, text"),
         (DatasetConfig(path="a", max_seq_length=1), "dataset.max_seq_length: 1 must be 2 or more"),
         (DatasetConfig(path="a", valid_fraction=1.0), "dataset.valid_fraction: 1.0 is not in [0, 1)"),
         (DatasetConfig(path="a", valid_fraction=float("nan")), "dataset.valid_fraction: nan"),
@@ -498,4 +502,4 @@ def test_notes_on_several_sources_say_which(tmp_path: Path, tokenizer: Any) -> N
 @pytest.mark.parametrize("options", [{"name": "x"}, {"valid_split": "train[:5%]"}, {"columns": {"text": "body"}}])
 def test_options_that_several_sources_would_ignore_are_problems(options: dict[str, Any]) -> None:
     [found] = problems(DatasetConfig(sources=[SourceConfig(path="a")], **options))
-    assert found.startswith(f"dataset.{next(iter(options))}: has no effect beside dataset.sources")
+    assert found.startswith(f"dataset.{next(iter(options))}: has no effect when dataset.sources is given")

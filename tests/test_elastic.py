@@ -154,7 +154,7 @@ def test_a_node_that_sleeps_through_the_end_does_not_wait_for_ever(
     nodes[0].send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "all other nodes have ended: the run is over" in errors
+    assert "all other nodes have ended; the run has finished" in errors
     # It was the leader, and what it had to say no longer counts.
     assert assert_as_if_undisturbed(tmp_path, undisturbed)["reason"] == "finished"
     assert [event["reason"] for event in events(tmp_path, "run_ended")] == ["finished"]
@@ -188,12 +188,12 @@ def test_a_newcomer_with_another_configuration_is_told_so(tmp_path: Path, basics
     wait_for_step(process, tmp_path / "run", 1)
     newcomer = train(*basics, "seed=5", f"topology.join={tmp_path / 'run'}", cwd=tmp_path)
     assert newcomer.status == 1
-    assert "does not let this node in: it has another configuration than the run" in newcomer.errors
+    assert "refuses this node: its configuration differs from the run's" in newcomer.errors
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
     nobody = train(*basics, "topology.join=127.0.0.1:9", "topology.start_timeout=1", cwd=tmp_path)
     assert nobody.status == 1
-    assert "nobody answers at 127.0.0.1:11" in nobody.errors
+    assert "no answer from 127.0.0.1:11" in nobody.errors
     nowhere = train(*basics, "topology.join=no such folder", cwd=tmp_path)
-    assert "nor the folder of a run that goes on" in nowhere.errors
+    assert "nor the folder of an active run" in nowhere.errors

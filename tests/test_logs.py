@@ -52,14 +52,14 @@ from macft.logs.run_log import start_log
 if sys.argv[2] == "hydra":
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(name)s %(message)s")
 folder = Path(sys.argv[1])
-for name in ("macft.ring", "macft.model.bundled", "other"):
+for name in ("macft.thermal", "macft.model.bundled", "other"):
     logging.getLogger(name).warning("before")
 with start_log(folder, 0, "error"):
-    for name in ("macft.ring", "macft.model.bundled", "other"):
+    for name in ("macft.thermal", "macft.model.bundled", "other"):
         logging.getLogger(name).info("info")
         logging.getLogger(name).warning("warning")
-    logging.getLogger("macft.ring").error("error")
-for name in ("macft.ring", "macft.model.bundled", "other"):
+    logging.getLogger("macft.thermal").error("error")
+for name in ("macft.thermal", "macft.model.bundled", "other"):
     logging.getLogger(name).warning("after")
 """
 
@@ -73,7 +73,7 @@ def test_the_console_shows_what_it_would_without_a_log(tmp_path: Path, kind: str
         assert [line.split()[-1] for line in done.stdout.splitlines()] == [
             *around[0], "warning", "info", "warning", *around[1],
         ]  # fmt: skip
-        assert "macft.ring warning" not in done.stdout
+        assert "macft.thermal warning" not in done.stdout
         assert "macft.model.bundled warning" in done.stdout
     else:  # Python's last resort: warnings on stderr
         assert done.stderr.split() == [*around[0], "warning", "warning", *around[1]]
@@ -115,10 +115,14 @@ def test_each_rank_of_a_run_has_its_log(tmp_path: Path, tiny_task: list[str]) ->
     for rank in (0, 1):
         log = lines(log_path(folder, rank))
         assert {line["rank"] for line in log} == {str(rank)}
-        assert {line["logger"] for line in log} >= {"macft.thermal", "macft.checkpoint", "macft.run"} - (
-            {"macft.checkpoint"} if rank else set()
-        )
+        assert {line["logger"] for line in log} >= {"macft.thermal", "macft.run", "macft.rendezvous", "macft.ring"}
+        assert ("macft.checkpoint" in {line["logger"] for line in log}) == (rank == 0)
+        assert sum(line["message"].startswith(f"ring formed: rank {rank} of 2") for line in log) == 1
         steps = [line for line in log if line["message"].startswith("loss ")]
         assert [(line["generation"], line["step"]) for line in steps] == [("0", str(step)) for step in range(1, 5)]
     saved = [line["message"].split(":")[0] for line in lines(log_path(folder, 0)) if "saved" in line["message"]]
     assert saved == ["saved step-00000002", "saved step-00000004"]
+    launcher = [line["message"] for line in lines(log_path(folder, "launcher"))]
+    assert [text.split(",")[0] for text in launcher if "started" in text] == ["rank 0 started", "rank 1 started"]
+    assert any(text.startswith("all 2 ranks have met") for text in launcher)
+    assert sum("ended with status 0" in text for text in launcher) == 2

@@ -1,7 +1,9 @@
-"""Membership services and teams with real sockets and threads: loss, return, fencing, strangers."""
+"""Membership services and elastic rings with real sockets and threads: loss, return, fencing, strangers."""
 
 from __future__ import annotations
 
+import logging
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,11 +21,12 @@ from macft.collective.listener import Listener
 from macft.collective.security import KeyPair
 from macft.collective.settings import CollectiveConfig
 from macft.collective.solo import Solo
-from macft.errors import MembershipChanged
-from macft.membership import heartbeats
+from macft.errors import MembershipChanged, RendezvousError
+from macft.membership import heartbeat_codec
 from macft.membership.elastic_ring import ElasticRing
+from macft.membership.join import MemberConfig, join_elastic_ring
 from macft.membership.paxos import Ballot, Heartbeat, MemberRecord, View, Vote
-from macft.membership.service import MembershipService, hello
+from macft.membership.service import MembershipService, join_request
 from macft.rendezvous.keystore import Keyring
 
 SETTINGS = CollectiveConfig(timeout=3.0, heartbeat=0.2)
@@ -37,30 +40,30 @@ class Node:
         self.membership = MembershipService(
             "127.0.0.1:0", name=name, settings=SETTINGS, keyring=keyring, fingerprint="same"
         )
-        self.team: ElasticRing | None = None
+        self.ring: ElasticRing | None = None
         self.thread = ThreadPoolExecutor(1)
 
     def listener(self) -> Listener:
         return Listener("127.0.0.1:0", SETTINGS, encrypted=self.keyring is not None)
 
     def enter(self, view: View, secret: bytes) -> None:
-        self.team = ElasticRing(self.membership, Solo(), view, secret=secret, open_listener=self.listener)
+        self.ring = ElasticRing(self.membership, Solo(), view, secret=secret, open_listener=self.listener)
 
     def regroup(self) -> Future[MembershipView]:
-        assert self.team is not None
-        return self.thread.submit(_regroup, self.team)
+        assert self.ring is not None
+        return self.thread.submit(_regroup, self.ring)
 
     def close(self) -> None:
         self.thread.shutdown()
-        if self.team is not None:
-            self.team.close()
+        if self.ring is not None:
+            self.ring.close()
         else:
             self.membership.close()
 
 
-def _regroup(team: ElasticRing) -> MembershipView:
-    assert team.regroup(lambda _: True)
-    return team.members
+def _regroup(ring: ElasticRing) -> MembershipView:
+    assert ring.regroup(lambda _: True)
+    return ring.members
 
 
 @pytest.fixture(params=["plain", "encrypted"])
@@ -71,7 +74,7 @@ def nodes(request: pytest.FixtureRequest) -> Iterator[list[Node]]:
     with ExitStack() as stack:
         for node in found:
             stack.callback(node.close)
-        view = View(0, tuple(node.membership.seat for node in found))
+        view = View(0, tuple(node.membership.own for node in found))
         for node in found:
             node.enter(view, b"secret of this run")
         for change in [node.regroup() for node in found]:
@@ -82,37 +85,37 @@ def nodes(request: pytest.FixtureRequest) -> Iterator[list[Node]]:
 def sums(nodes: list[Node]) -> list[float]:
     """Everyone adds 1 + its rank."""
 
-    def add(team: ElasticRing) -> float:
-        array = np.full(5, 1.0 + team.rank)
-        team.all_reduce([array])
+    def add(ring: ElasticRing) -> float:
+        array = np.full(5, 1.0 + ring.rank)
+        ring.all_reduce([array])
         return float(array[0])
 
-    return [future.result(30) for future in [node.thread.submit(add, node.team) for node in nodes]]
+    return [future.result(30) for future in [node.thread.submit(add, node.ring) for node in nodes]]
 
 
 def test_a_node_that_leaves_is_named_and_the_others_make_a_new_ring(nodes: list[Node]) -> None:
     assert sums(nodes) == [6.0, 6.0, 6.0]
     nodes[0].close()
-    waiting = [node.thread.submit(node.team.barrier) for node in nodes[1:]]
+    waiting = [node.thread.submit(node.ring.barrier) for node in nodes[1:]]
     for call in waiting:
         with pytest.raises(MembershipChanged):
             call.result(30)
     changes = [call.result(30) for call in [node.regroup() for node in nodes[1:]]]
     assert [change.names for change in changes] == [("n1", "n2")] * 2
-    assert changes[0].why == {nodes[0].membership.seat.id: "its process ended"}
+    assert changes[0].why == {nodes[0].membership.own.id: "its process ended"}
     assert sums(nodes[1:]) == [3.0, 3.0]
 
 
 def test_a_newcomer_is_let_in_when_all_stop_for_it(nodes: list[Node]) -> None:
     newcomer = Node("n3", nodes[0].keyring)
     try:
-        team = nodes[1].team
-        assert team is not None
-        newcomer.enter(nodes[1].membership.view, b"secret of this run")
-        assert newcomer.team is not None
-        assert not newcomer.team.is_member
+        ring = nodes[1].ring
+        assert ring is not None
+        newcomer.enter(nodes[1].membership.state.view, b"secret of this run")
+        assert newcomer.ring is not None
+        assert not newcomer.ring.is_member
         entry = newcomer.regroup()
-        wait_until(lambda: all(node.team is not None and node.team.wants_change for node in nodes))
+        wait_until(lambda: all(node.ring is not None and node.ring.wants_change for node in nodes))
         assert sums(nodes) == [6.0, 6.0, 6.0]  # nothing happens before they stop
         changes = [call.result(30) for call in [*[node.regroup() for node in nodes], entry]]
         assert [change.names for change in changes] == [("n0", "n1", "n2", "n3")] * 4
@@ -124,20 +127,20 @@ def test_a_newcomer_is_let_in_when_all_stop_for_it(nodes: list[Node]) -> None:
 def test_one_that_was_dropped_learns_it_and_comes_back_as_the_last(nodes: list[Node]) -> None:
     """The first loses its ring alone, as a node does that wakes from sleep: the others are in another generation."""
     stale = nodes[0]
-    assert stale.team is not None
-    stale.membership._stop.set()  # asleep: neither beats nor listens to beats
+    assert stale.ring is not None
+    stale.membership._stop.set()  # asleep: neither sends nor receives heartbeats
     stale.membership._thread.join()
     changes = [call.result(30) for call in [node.regroup() for node in nodes[1:]]]
-    assert changes[0].why == {stale.membership.seat.id: "silent for 3 s"}
+    assert changes[0].why == {stale.membership.own.id: "silent for 3 s"}
     stale.membership._stop.clear()
     stale.membership._thread = threading.Thread(target=stale.membership._serve, daemon=True)
     stale.membership._thread.start()
-    wait_until(lambda: "went on without it" in stale.membership.disturbed)
-    with pytest.raises(MembershipChanged, match="went on without it"):
-        stale.team.check()
+    wait_until(lambda: "continued without this one" in stale.membership.state.ring_failure)
+    with pytest.raises(MembershipChanged, match="continued without this one"):
+        stale.ring.check()
     assert sums(nodes[1:]) == [3.0, 3.0]
     entry = stale.regroup()
-    wait_until(lambda: all(node.team is not None and node.team.wants_change for node in nodes[1:]))
+    wait_until(lambda: all(node.ring is not None and node.ring.wants_change for node in nodes[1:]))
     changes = [call.result(30) for call in [*[node.regroup() for node in nodes[1:]], entry]]
     assert [change.names for change in changes] == [("n1", "n2", "n0")] * 3
     assert sums([nodes[1], nodes[2], nodes[0]]) == [6.0] * 3
@@ -154,35 +157,75 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def test_strangers_learn_and_change_nothing() -> None:
     node = Node("n0", None)
-    node.enter(View(0, (node.membership.seat,)), b"secret of this run")
+    node.enter(View(0, (node.membership.own,)), b"secret of this run")
     try:
         foreign = MemberRecord("f" * 16, "foreign", "127.0.0.1:1")
         higher = View(9, (foreign,))
         with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
             sock.linger = 0
-            sock.connect(f"tcp://{node.membership.seat.address}")
-            sock.send(heartbeats.encode(Heartbeat(foreign, higher, ready=True), b"another secret"))
+            sock.connect(f"tcp://{node.membership.own.address}")
+            sock.send(heartbeat_codec.encode_heartbeat(Heartbeat(foreign, higher, ready=True), b"another secret"))
             sock.send(b"\xc1 not msgpack")
             sock.send(msgpack.packb({"join": 1}))
-            sock.send(hello("other"))
+            sock.send(join_request("other"))
             assert sock.poll(10_000)
-            assert "another configuration" in msgpack.unpackb(sock.recv())["refused"]
-            sock.send(hello("same"))
+            assert "configuration differs" in msgpack.unpackb(sock.recv())["refused"]
+            sock.send(join_request("same"))
             assert sock.poll(10_000)
             answer = msgpack.unpackb(sock.recv())
-            assert (answer["secret"], heartbeats.to_view(answer["view"])) == (
+            assert (answer["secret"], heartbeat_codec.decode_view(answer["view"])) == (
                 b"secret of this run",
-                node.membership.view,
+                node.membership.state.view,
             )
             assert not sock.poll(100)
-        assert node.membership.view.generation == 0
-        assert not node.membership.candidates
+        assert node.membership.state.view.generation == 0
+        assert not node.membership.state.candidates
     finally:
         node.close()
 
 
+def test_silent_nodes_do_not_make_this_one_silent() -> None:
+    """Twelve nodes accept no connections, as behind a firewall; another one still gets heartbeats in time."""
+    with ExitStack() as stack:
+        context = stack.enter_context(zmq.Context())
+        live: zmq.Socket[bytes] = stack.enter_context(context.socket(zmq.ROUTER))
+        live_port = live.bind_to_random_port("tcp://127.0.0.1")
+        silent = stack.enter_context(socket.socket())
+        silent.bind(("127.0.0.1", 0))  # refuses connections until it listens
+        host, port = silent.getsockname()
+        node = Node("n0", None)
+        stack.callback(node.close)
+        others = [MemberRecord("live", "live", f"127.0.0.1:{live_port}")]
+        others += [MemberRecord(f"silent{number}", "silent", f"{host}:{port}") for number in range(12)]
+        node.enter(View(0, (node.membership.own, *others)), b"secret of this run")
+        wait_until(lambda: "silent is lost" in node.membership.state.ring_failure)
+        silent.listen(0)
+        for _ in range(4):  # fills the queue of connections; later ones are not answered
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex((host, port))
+        while live.poll(0):
+            live.recv_multipart()
+        for _ in range(30):
+            assert live.poll(int(SETTINGS.timeout * 1000)), "no heartbeat within the timeout"
+            live.recv_multipart()
+
+
+@pytest.mark.parametrize("reply", [{"refused": "\x1b[2Jno"}, {"refused": 7}, {"view": []}, [1], b"\xc1"])
+def test_an_invalid_reply_to_a_join_request_does_not_reach_the_terminal(reply: object) -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as server, ThreadPoolExecutor(1) as pool:
+        address = f"127.0.0.1:{server.bind_to_random_port('tcp://127.0.0.1')}"
+        config = MemberConfig("127.0.0.1:0", "127.0.0.1:0", "n1", SETTINGS, None, "same")
+        joining = pool.submit(join_elastic_ring, [address], config, timeout=20.0)
+        assert server.poll(20_000)
+        peer, _ = server.recv_multipart()
+        server.send_multipart([peer, reply if isinstance(reply, bytes) else msgpack.packb(reply)])
+        with pytest.raises(RendezvousError, match=f"invalid reply from {address}: not a macft membership service"):
+            joining.result(20)
+
+
 texts = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)
-seats = st.builds(
+members = st.builds(
     MemberRecord,
     texts,
     texts,
@@ -192,7 +235,7 @@ seats = st.builds(
     st.just(b""),
 )
 views = st.builds(
-    View, st.integers(0, 1 << 40), st.lists(seats, min_size=1, max_size=4, unique_by=lambda s: s.id).map(tuple)
+    View, st.integers(0, 1 << 40), st.lists(members, min_size=1, max_size=4, unique_by=lambda s: s.id).map(tuple)
 )
 ballots = st.builds(Ballot, st.integers(0, 1 << 40), texts)
 votes = st.builds(Vote, ballots, views)
@@ -201,7 +244,7 @@ votes = st.builds(Vote, ballots, views)
 @given(
     st.builds(
         Heartbeat,
-        seats,
+        members,
         views,
         st.lists(texts, max_size=4).map(tuple),
         st.booleans(),
@@ -211,9 +254,9 @@ votes = st.builds(Vote, ballots, views)
         st.none() | votes,
     )
 )
-def test_a_beat_comes_back_as_it_was(beat: Heartbeat) -> None:
-    assert heartbeats.decode(heartbeats.encode(beat, b"s"), b"s") == beat
-    assert heartbeats.decode(heartbeats.encode(beat, b"s"), b"t") is None
+def test_a_heartbeat_comes_back_as_it_was(heartbeat: Heartbeat) -> None:
+    assert heartbeat_codec.decode_heartbeat(heartbeat_codec.encode_heartbeat(heartbeat, b"s"), b"s") == heartbeat
+    assert heartbeat_codec.decode_heartbeat(heartbeat_codec.encode_heartbeat(heartbeat, b"s"), b"t") is None
 
 
 parts = st.recursive(
@@ -225,7 +268,18 @@ parts = st.recursive(
 
 @given(
     st.binary(max_size=300)
-    | st.lists(parts, max_size=10).map(lambda rest: msgpack.packb([heartbeats.mark(b"s"), *rest]))
+    | st.lists(parts, max_size=10).map(lambda rest: msgpack.packb([heartbeat_codec.run_mark(b"s"), *rest]))
 )
-def test_what_is_no_beat_is_nothing(data: bytes) -> None:
-    assert heartbeats.decode(data, b"s") is None
+def test_anything_else_is_ignored(data: bytes) -> None:
+    assert heartbeat_codec.decode_heartbeat(data, b"s") is None
+
+
+def test_views_and_reasons_are_logged(nodes: list[Node], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "macft.membership")
+    nodes[0].close()
+    for change in [node.regroup() for node in nodes[1:]]:
+        change.result(30)
+    messages = {record.getMessage() for record in caplog.records if record.name == "macft.membership"}
+    assert "view 2 adopted: n1, n2; n0 left (its process ended)" in messages
+    assert any(message.startswith("view 2 proposed: n1, n2 (ballot") for message in messages)
+    assert not any("secret of this run" in record.getMessage() for record in caplog.records)

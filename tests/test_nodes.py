@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,16 +49,28 @@ def basics(tiny_task: list[str]) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Path:
-    """An uninterrupted run on one node."""
-    return train_to_end(*basics, folder=tmp_path_factory.mktemp("one"))
+WholeRun = Callable[[str, int], Path]
 
 
 @pytest.fixture(scope="module")
-def whole_run_on_two(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Path:
-    """An uninterrupted run on two nodes."""
-    return train_to_end(*basics, "topology=local", folder=tmp_path_factory.mktemp("two"))
+def whole_run(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> WholeRun:
+    """The folder of an uninterrupted run with these ``training.kernels`` on so many nodes; each is made once."""
+
+    @functools.cache
+    def run(kernels: str, nodes: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"{kernels}-{nodes}")
+        return train_to_end(*basics, f"training.kernels={kernels}", *on(nodes), folder=folder)
+
+    return run
+
+
+def on(nodes: int) -> list[str]:
+    """Overrides for a run on so many nodes of this machine."""
+    return ["topology=local", f"topology.nodes={nodes}"] if nodes > 1 else []
+
+
+# "auto" is what this machine chooses: on a Linux CPU its own kernels. "mlx" is what a Mac runs.
+both_kernels = pytest.mark.parametrize("kernels", ["auto", "mlx"])
 
 
 def assert_equal_up_to_rounding(folder: Path, reference: Path) -> None:
@@ -64,17 +78,23 @@ def assert_equal_up_to_rounding(folder: Path, reference: Path) -> None:
     assert_adapters_close(folder, reference, rtol=1e-2, atol=2e-4)
 
 
-def test_two_nodes_equal_one(whole_run: Path, whole_run_on_two: Path) -> None:
-    assert len(losses(whole_run)) == 30
-    assert_equal_up_to_rounding(whole_run_on_two, whole_run)
-    assert len(list((whole_run_on_two / "logs").glob("rank-*.log"))) == 1
-    assert len(set(adapter_digests(whole_run_on_two))) == 1
+@both_kernels
+def test_two_nodes_equal_one(whole_run: WholeRun, kernels: str) -> None:
+    one, two = whole_run(kernels, 1), whole_run(kernels, 2)
+    assert len(losses(one)) == 30
+    assert_equal_up_to_rounding(two, one)
+    assert len(list((two / "logs").glob("rank-*.log"))) == 1
+    assert len(set(adapter_digests(two))) == 1
 
 
-def test_three_nodes_share_a_batch_of_seven(tmp_path: Path, basics: list[str], whole_run: Path) -> None:
+def test_both_kernels_learn_the_same(whole_run: WholeRun) -> None:
+    assert_equal_up_to_rounding(whole_run("mlx", 1), whole_run("auto", 1))
+
+
+def test_three_nodes_share_a_batch_of_seven(tmp_path: Path, basics: list[str], whole_run: WholeRun) -> None:
     done = train(*basics, "topology=local", "topology.nodes=3", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
     assert done.status == 0, done.errors
-    assert_equal_up_to_rounding(tmp_path, whole_run)
+    assert_equal_up_to_rounding(tmp_path, whole_run("auto", 1))
     assert len(list((tmp_path / "logs").glob("rank-*.log"))) == 2
     assert len(set(adapter_digests(tmp_path))) == 1
 
@@ -100,26 +120,21 @@ def kill_at_random_then_resume(folder: Path, overrides: list[str], seed: int) ->
     assert process.returncode == 0, errors
 
 
-def test_killed_and_resumed_is_bit_identical_on_one_node(tmp_path: Path, basics: list[str], whole_run: Path) -> None:
-    kill_at_random_then_resume(tmp_path, basics, seed=1)
-    assert losses(tmp_path) == losses(whole_run)
-    assert same_bits(adapter(tmp_path), adapter(whole_run))
-
-
-def test_killed_and_resumed_is_bit_identical_on_two_nodes(
-    tmp_path: Path, basics: list[str], whole_run_on_two: Path
+@both_kernels
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_killed_and_resumed_is_bit_identical(
+    tmp_path: Path, basics: list[str], whole_run: WholeRun, nodes: int, kernels: str
 ) -> None:
-    kill_at_random_then_resume(tmp_path, [*basics, "topology=local"], seed=2)
-    assert losses(tmp_path) == losses(whole_run_on_two)
-    assert same_bits(adapter(tmp_path), adapter(whole_run_on_two))
+    kill_at_random_then_resume(tmp_path, [*basics, f"training.kernels={kernels}", *on(nodes)], seed=nodes)
+    assert losses(tmp_path) == losses(whole_run(kernels, nodes))
+    assert same_bits(adapter(tmp_path), adapter(whole_run(kernels, nodes)))
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_ctrl_c_saves_and_a_resume_on_other_nodes_goes_on(
-    tmp_path: Path, basics: list[str], whole_run: Path, nodes: int
+    tmp_path: Path, basics: list[str], whole_run: WholeRun, nodes: int
 ) -> None:
-    topology = ["topology=local", f"topology.nodes={nodes}"] if nodes > 1 else []
-    process = start(*basics, *topology, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    process = start(*basics, *on(nodes), f"hydra.run.dir={tmp_path}", cwd=tmp_path)
     wait_for_step(process, tmp_path, 7)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -130,7 +145,7 @@ def test_ctrl_c_saves_and_a_resume_on_other_nodes_goes_on(
     other = ["topology=single", "topology.nodes=1"] if nodes > 1 else ["topology=local", "topology.nodes=2"]
     done = train(f"+resume={tmp_path}", *other, cwd=tmp_path)
     assert done.status == 0, done.errors
-    assert_equal_up_to_rounding(tmp_path, whole_run)
+    assert_equal_up_to_rounding(tmp_path, whole_run("auto", 1))
 
 
 def test_a_rank_that_dies_is_named_and_nothing_is_left_behind(tmp_path: Path, basics: list[str]) -> None:
@@ -158,7 +173,7 @@ def test_ranks_stop_when_their_launcher_is_killed(tmp_path: Path, basics: list[s
     assert (tmp_path / "checkpoints" / f"step-{len(losses(tmp_path)):08d}").is_dir()
 
 
-def test_hosts_typed_by_hand_on_each_machine(tmp_path: Path, basics: list[str], whole_run: Path) -> None:
+def test_hosts_typed_by_hand_on_each_machine(tmp_path: Path, basics: list[str], whole_run: WholeRun) -> None:
     ports = free_ports(4)  # of two machines with two cables between them
     first, second = (f"127.0.0.1:{one}+127.0.0.1:{other}" for one, other in (ports[:2], ports[2:]))
     processes = [
@@ -175,7 +190,7 @@ def test_hosts_typed_by_hand_on_each_machine(tmp_path: Path, basics: list[str], 
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-    assert_equal_up_to_rounding(tmp_path / "0", whole_run)
+    assert_equal_up_to_rounding(tmp_path / "0", whole_run("auto", 1))
     assert not (tmp_path / "1" / "adapters").exists()
 
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_unflatten
 
 from macft.errors import ConfigError
-from macft.training.optimizer import OptimizerStep, learning_rate, make_optimizer, mean_and_clip
+from macft.training.clipping import clip_by_global_norm
+from macft.training.optimizer import OptimizerStep, learning_rate, make_optimizer
 from macft.training.optimizer_table import OPTIMIZERS
 from macft.training.settings import OptimizerConfig
 
@@ -47,13 +48,13 @@ def test_the_mean_gradient_is_clipped_and_smaller_ones_are_left_alone(
     norm: float, limit: float, loss: float, tokens: int
 ) -> None:
     count = max(tokens, 1)
-    scalars = mean_and_clip(loss * count, norm * count, float(tokens), limit, xp=np)
+    scalars = clip_by_global_norm(loss * count, norm * count, float(tokens), limit, xp=np)
     assert scalars.is_finite
     assert math.isclose(scalars.loss, loss, rel_tol=1e-12)
     assert math.isclose(scalars.norm, norm, rel_tol=1e-12)
     clipped = scalars.scale * norm * count
     assert math.isclose(clipped, min(norm, limit) if limit else norm, rel_tol=1e-9)
-    device = mean_and_clip(mx.array(loss * count), mx.array(norm * count), mx.array(float(tokens)), limit, xp=mx)
+    device = clip_by_global_norm(mx.array(loss * count), mx.array(norm * count), mx.array(float(tokens)), limit, xp=mx)
     for name in ("loss", "norm", "scale"):
         assert math.isclose(getattr(device, name).item(), getattr(scalars, name), rel_tol=1e-6, abs_tol=1e-30)
 
@@ -62,7 +63,7 @@ def test_the_mean_gradient_is_clipped_and_smaller_ones_are_left_alone(
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (math.inf, math.nan)])
 def test_what_is_not_finite_is_found(xp: Any, loss: float, norm: float) -> None:
     wrap = float if xp is np else mx.array
-    assert not bool(mean_and_clip(wrap(loss), wrap(norm), wrap(3.0), 1.0, xp=xp).is_finite)
+    assert not bool(clip_by_global_norm(wrap(loss), wrap(norm), wrap(3.0), 1.0, xp=xp).is_finite)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -25,7 +25,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def yaml_of_checkout() -> set[str]:
     groups = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "configs").rglob("*.yaml")}
     recipes = {f"configs/recipe/{path.name}" for path in (REPOSITORY / "recipes").glob("*.yaml")}
-    tables = {f"plan/{path.name}" for path in (REPOSITORY / "src" / "macft" / "plan").glob("*.yaml")}
+    source = REPOSITORY / "src" / "macft"
+    tables = {path.relative_to(source).as_posix() for path in source.rglob("*.yaml")}
     return groups | recipes | tables
 
 
@@ -37,6 +38,7 @@ def test_the_wheel_has_every_yaml_and_the_dataset(wheel: Path) -> None:
     assert "macft/py.typed" in names
 
 
+@pytest.mark.slow
 def test_an_installed_macft_finds_its_recipes(wheel: Path, tmp_path: Path) -> None:
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -46,18 +48,19 @@ def test_an_installed_macft_finds_its_recipes(wheel: Path, tmp_path: Path) -> No
     paths = [str(site), *(path for path in sys.path if path.endswith("site-packages"))]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     code = "import macft, runpy, sys; print(macft.__file__); runpy.run_module('macft.train', run_name='__main__')"
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", code, "--cfg", "job", "+recipe=smoke"],
-        cwd=elsewhere,
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert str(site) in done.stdout.splitlines()[0]
-    assert "name: smoke" in done.stdout
+    for program in (["-c", code], [str(site / "bin" / "macft"), "train"]):
+        done = subprocess.run(
+            [sys.executable, "-S", *program, "--cfg", "job", "+recipe=smoke"],
+            cwd=elsewhere,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert program[0] != "-c" or str(site) in done.stdout.splitlines()[0]
+        assert "name: smoke" in done.stdout
 
 
 def test_the_checkout_is_used_as_it_stands() -> None:

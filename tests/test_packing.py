@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from helpers.computing import execution_with, gradient_computer, packs, randomize_adapter, token_loss
 from helpers.models import make_model, random_rows
 from macft.collective.solo import Solo
-from macft.data.batch import collate, pack, widened_pack
+from macft.data.batch import collate, pack, pad_pack_to_bucket
 from macft.data.formats import Row
 from macft.errors import ConfigError
 from macft.model.adapt import adapt
@@ -163,7 +163,7 @@ def test_a_pack_holds_every_row_once(
         count, tokens = len(item.lengths), item.inputs.shape[1]
         assert most is None or count == 1 or tokens <= most
         assert shared or tokens == sum(item.lengths)
-        item = widened_pack(item) if wide else item
+        item = pad_pack_to_bucket(item) if wide else item
         for path, length, row in zip(item.paths, item.lengths, item.row_ids, strict=False):
             np.testing.assert_array_equal(item.inputs[0, path[:length]], wanted[int(row)][:-1])
             assert shared or set(item.owners[path[:length]]) <= {list(item.row_ids).index(row)}

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import select
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from harness.namespaces import missing_requirement, run
 from helpers.cables import two_cables
-from helpers.rings import next_message, run_ranks
+from helpers.rings import local_listeners, next_message, run_ranks
+from macft.collective.handshake import RingIdentity
+from macft.collective.link import Links
+from macft.collective.listener import Listener
 from macft.collective.ring import Ring
+from macft.collective.settings import CollectiveConfig
+from macft.collective.wire import Frame, Kind
 
 
 def reduce_many(calls: int, each: Callable[[int, int], None] | None = None) -> Callable[[Ring], int]:
@@ -84,6 +93,50 @@ def test_a_cable_that_is_unplugged_from_the_start_is_left_out() -> None:
         assert cables[0][0].carried > 1_000_000
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_paths_that_are_all_ready_take_turns(streams: bool) -> None:
+    """The left neighbour has sent three frames over each of three paths before the first one is read."""
+    config = CollectiveConfig(timeout=20.0, streams=streams)
+    with contextlib.ExitStack() as stack:
+        listeners = [Listener("+".join(["127.0.0.1:0"] * 3), config) for _ in range(2)]
+        for listener in listeners:
+            stack.callback(listener.close)
+        addresses = [listener.address for listener in listeners]
+        identities = [RingIdentity(rank, addresses, (), "test", 0) for rank in range(2)]
+        with ThreadPoolExecutor(2) as pool:
+            sender, receiver = pool.map(
+                lambda listener, identity: Links.connect(listener, identity, stop_reason=str), listeners, identities
+            )
+        send_frames(sender, count=1)
+        assert sorted(receive_paths(receiver, 3)) == [0, 1, 2]  # from here on every path has its stream
+        send_frames(sender, count=3)
+        for path in receiver.recv_paths:
+            ready = select.select([*path.data_sockets], [], [], 20) if streams else path.sock.poll(20_000)
+            assert ready, path.address
+        first, second, third, *rest = receive_paths(receiver, 9)
+        assert {first, second, third} == {0, 1, 2}
+        assert rest == [first, second, third] * 2
+
+
+def send_frames(links: Links, *, count: int) -> None:
+    """Sends ``count`` frames over each path; the frame's piece is the path's number."""
+    for number, path in enumerate(links.send_paths):
+        for _ in range(count):
+            path.send(Frame(links.ring.header(Kind.GATHER)._replace(sequence=1, piece=number, length=4), b"body"))
+            while path.pending:
+                links.sender.flush()
+
+
+def receive_paths(links: Links, count: int) -> list[int]:
+    """The numbers of the paths that the next ``count`` frames were sent over."""
+    paths: list[int] = []
+    while len(paths) < count:
+        frame = links.wait("all-gather 1", left=True, right=False, seconds=1.0)
+        if frame is not None:
+            paths.append(frame.header.piece)
+    return paths
+
+
 RANK = """
 import json, sys
 import numpy as np
@@ -98,7 +151,7 @@ rank = int(sys.argv[1])
 listener = Listener(f"10.78.1.{rank + 1}:0+10.78.2.{rank + 1}:0", CollectiveConfig(piece_bytes=65536, timeout=20.0))
 say(listener.address)
 with Ring(rank, 2, json.loads(sys.stdin.readline()), listener) as ring:
-    say(all(path.stream is not None for path in ring._links._outward))
+    say(all(path.stream is not None for path in ring._links.send_paths))
     wrong = turn = 0
     over = np.zeros(1)
     while not over[0]:
@@ -155,3 +208,22 @@ def test_a_real_cable_that_is_pulled_costs_no_sum_and_no_run() -> None:
         assert lost
         assert all(path.startswith("10.78.2.") for path in lost)
         assert [rank.wait(20) for rank in ranks] == [0, 0]
+
+
+def test_a_ring_and_its_lost_path_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """The second path of rank 0 is to a port where nothing listens."""
+    caplog.set_level(logging.INFO, "macft")
+    listeners = local_listeners(2)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        addresses = [listeners[0].address, f"{listeners[1].address}+127.0.0.1:{unused.getsockname()[1]}"]
+
+        def work(ring: Ring) -> list[str]:
+            ring.barrier()
+            return ring.lost_paths
+
+        lost, _ = run_ranks(listeners, work, addresses=addresses)
+    messages = [record.getMessage() for record in caplog.records if record.name == "macft.ring"]
+    assert f"path to {lost[0]} did not come up; the ring uses the others" in messages
+    assert sum(message.startswith("ring formed: rank") and addresses[0] in message for message in messages) == 2
+    assert sum(message.startswith("ring of generation 0 closed") for message in messages) == 2

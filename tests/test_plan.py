@@ -19,7 +19,7 @@ from harness.tiny_model import TINY_CONFIG, make_tiny_model
 from helpers.models import FAMILIES, SMALL, make_model
 from macft.config.execution import execution_for
 from macft.config.schema import TrainConfig
-from macft.data.batch import Batch, micro_batches, pack, widened, widened_pack
+from macft.data.batch import Batch, micro_batches, pack, pad_pack_to_bucket, pad_to_bucket
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.device.chips import find_mac, known_chips
@@ -169,9 +169,9 @@ def sizes_by_hand(batch: Batch, execution: Execution) -> list[tuple[int, int, in
     """(rows, length, tokens, targets) of what the trainer computes at once."""
     if execution.packing:
         packs = pack(batch, execution.pack_tokens, shared=execution.shared_prefixes)
-        packs = [widened_pack(item) for item in packs] if execution.compiled else packs
+        packs = [pad_pack_to_bucket(item) for item in packs] if execution.compiled else packs
         return [(*item.paths.shape, item.inputs.shape[1], len(item.targets)) for item in packs]
-    batch = widened(batch) if execution.compiled else batch
+    batch = pad_to_bucket(batch) if execution.compiled else batch
     rows, length = batch.tokens[:, :-1].shape
     return [(rows, length, rows * length, len(target_positions(batch, coarse=execution.compiled)[0]))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,9 @@ import zmq
 import macft
 from macft.collective.settings import CollectiveConfig
 from macft.errors import RendezvousError
-from macft.rendezvous.rendezvous import RendezvousServer, Roster, connect_ring, join
+from macft.rendezvous.connect import RankConfig, connect_ring, join_rendezvous
+from macft.rendezvous.roster import Roster
+from macft.rendezvous.server import RendezvousServer
 
 
 def serve(world_size: int, timeout: float = 20.0, **more: Any) -> RendezvousServer:
@@ -27,8 +30,9 @@ def serve(world_size: int, timeout: float = 20.0, **more: Any) -> RendezvousServ
 
 def report(server: RendezvousServer, rank: int, world_size: int, **changed: Any) -> Roster:
     own: dict[str, Any] = {"run_id": "run", "fingerprint": "f", "timeout": 20.0, "name": f"node{rank}"}
-    address = f"127.0.0.1:{7000 + rank}"
-    return join(server.address, **{**own, "rank": rank, "world_size": world_size, "ring_address": address, **changed})
+    own |= {"rank": rank, "world_size": world_size, **changed}
+    ring_address = own.pop("ring_address", f"127.0.0.1:{7000 + rank}")
+    return join_rendezvous(RankConfig(server.address, **own), ring_address)
 
 
 def reason(future: Future[Any]) -> str:
@@ -56,8 +60,8 @@ def test_every_rank_gets_the_same_table(pool: ThreadPoolExecutor) -> None:
         ({"run_id": "old"}, "rank 1 (node1) belongs to run old, the others to run"),
         ({"rank": 2}, "rank 2 (node1) is not one of ranks 0 to 1"),
         ({"rank": -1}, "rank -1 (node1) is not one of ranks 0 to 1"),
-        ({"rank": 0}, "rank 0 (node1) came twice, from 127.0.0.1:7000 and 127.0.0.1:7001"),
-        ({"ring_address": "nowhere"}, "rank 1 (node1) gave no proper name and address"),
+        ({"rank": 0}, "rank 0 (node1) arrived twice, from 127.0.0.1:7000 and 127.0.0.1:7001"),
+        ({"ring_address": "nowhere"}, "rank 1 (node1) sent no valid name and address"),
     ],
 )
 def test_a_misfit_ends_it(pool: ThreadPoolExecutor, changed: dict[str, Any], told: str) -> None:
@@ -87,7 +91,7 @@ def test_another_version_is_refused(pool: ThreadPoolExecutor, monkeypatch: pytes
 
 def test_the_missing_rank_is_named_on_both_sides(pool: ThreadPoolExecutor) -> None:
     server = serve(3, timeout=0.5, names=("a", "b", "192.168.0.3"))
-    told = "ranks 1 (b), 2 (192.168.0.3) did not come within 0.5 s; is macft running there"
+    told = "ranks 1 (b), 2 (192.168.0.3) did not arrive within 0.5 s; is macft running there"
     assert told in reason(pool.submit(report, server, 0, 3))
     with pytest.raises(RendezvousError) as caught:
         server.wait()
@@ -97,7 +101,7 @@ def test_the_missing_rank_is_named_on_both_sides(pool: ThreadPoolExecutor) -> No
 
 def test_a_rank_that_waits_less_hears_who_is_missing(pool: ThreadPoolExecutor) -> None:
     server = serve(2)
-    assert "rank 1 did not come" in reason(pool.submit(report, server, 0, 2, timeout=0.1))
+    assert "rank 1 did not arrive" in reason(pool.submit(report, server, 0, 2, timeout=0.1))
     server.close()
 
 
@@ -105,17 +109,8 @@ def test_nobody_answers() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(RendezvousError, match=f"rendezvous at {address}: nobody answers within 0.1 s; is macft"):
-            join(
-                address,
-                rank=0,
-                world_size=2,
-                run_id="",
-                fingerprint="",
-                ring_address="a:1",
-                name="",
-                timeout=0.1,
-            )
+        with pytest.raises(RendezvousError, match=f"rendezvous at {address}: no answer within 0.1 s; is macft"):
+            join_rendezvous(RankConfig(address, 0, 2, run_id="", fingerprint="", name="", timeout=0.1), "a:1")
 
 
 def test_an_address_in_use_is_named() -> None:
@@ -127,7 +122,7 @@ def test_an_address_in_use_is_named() -> None:
 
 def test_a_rank_that_was_started_again_takes_its_place(pool: ThreadPoolExecutor) -> None:
     server = serve(2)
-    assert "rank 1 did not come" in reason(pool.submit(report, server, 0, 2, timeout=0.1))
+    assert "rank 1 did not arrive" in reason(pool.submit(report, server, 0, 2, timeout=0.1))
     again = pool.submit(report, server, 0, 2, ring_address="127.0.0.1:7099")
     other = pool.submit(report, server, 1, 2)
     assert again.result(20).addresses == other.result(20).addresses == ("127.0.0.1:7099", "127.0.0.1:7001")
@@ -156,16 +151,8 @@ def ring_of_three(pool: ThreadPoolExecutor) -> list[list[float]]:
 
     def work(rank: int) -> list[float]:
         array = np.full(5, rank + 1.0)
-        with connect_ring(
-            server.address,
-            rank=rank,
-            world_size=3,
-            run_id="run",
-            fingerprint="f",
-            name=f"node{rank}",
-            settings=CollectiveConfig(),
-            start_timeout=20.0,
-        ) as ring:
+        config = RankConfig(server.address, rank, 3, run_id="run", fingerprint="f", name=f"node{rank}", timeout=20.0)
+        with connect_ring(config, CollectiveConfig()) as ring:
             ring.all_reduce([array])
         return array.tolist()
 
@@ -188,18 +175,25 @@ def test_a_refused_rank_frees_its_port() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         bind = f"127.0.0.1:{probe.getsockname()[1]}"
+    config = RankConfig(server.address, 0, 2, run_id="run", fingerprint="other", name="", timeout=20.0)
     with pytest.raises(RendezvousError, match="another configuration"):
-        connect_ring(
-            server.address,
-            rank=0,
-            world_size=2,
-            run_id="run",
-            fingerprint="other",
-            name="",
-            settings=CollectiveConfig(),
-            start_timeout=20.0,
-            bind=bind,
-        )
+        connect_ring(config, CollectiveConfig(), bind=bind)
     server.close()
     with socket.create_server(("127.0.0.1", int(bind.rpartition(":")[2]))):
         pass
+
+
+def test_arrivals_and_refusals_are_logged(pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "macft.rendezvous")
+    server = serve(2)
+    first = pool.submit(report, server, 0, 2)
+    while not server.arrived:
+        threading.Event().wait(0.005)
+    assert "another configuration" in reason(pool.submit(report, server, 1, 2, fingerprint="other"))
+    assert "another configuration" in reason(first)
+    server.close()
+    messages = [record.getMessage() for record in caplog.records]
+    assert "rank 0 (node0, 127.0.0.1:7000) arrived, 1 of 2" in messages
+    assert any(
+        message.startswith("rendezvous failed: rank 1 (node1) has another configuration") for message in messages
+    )

@@ -318,7 +318,7 @@ def test_a_stopped_rank_is_named_by_all_others(streams: bool) -> None:
             kind, message = next_message(ranks[rank])
             assert kind == "PeerTimeout"
             assert "rank 2 (127.0.0.1" in message
-            assert "sent nothing for 1 s while all-reduce" in message
+            assert "sent nothing for 1 s during all-reduce" in message
 
 
 def test_ctrl_c_in_a_call_leaves_a_ring_that_closes() -> None:

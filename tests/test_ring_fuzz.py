@@ -149,10 +149,10 @@ def test_frames_of_a_neighbour_that_is_let_in(parts: list[bytes], backwards: boo
         try:
             with Ring(rank, 2, addresses, listeners[rank], ring_id="fuzz") as ring:
                 if rank == 0 and backwards:
-                    path = ring._links._inward[0]
+                    path = ring._links.recv_paths[0]
                     path.sock.send_multipart([path.peer, *parts])
                 elif rank == 0:
-                    ring._links._outward[0].sock.send_multipart(parts)
+                    ring._links.send_paths[0].sock.send_multipart(parts)
                 ring.all_reduce([array])
                 ring.barrier()
             return (array == 3.0).all()

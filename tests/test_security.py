@@ -28,8 +28,9 @@ from macft.config.validate import to_typed
 from macft.config.yaml import to_yaml
 from macft.errors import CollectiveError, ConfigError, RendezvousError
 from macft.rendezvous import keystore
+from macft.rendezvous.connect import RankConfig, connect_ring
 from macft.rendezvous.keystore import Keyring
-from macft.rendezvous.rendezvous import RendezvousServer, connect_ring
+from macft.rendezvous.server import RendezvousServer
 from macft.topology.settings import TopologyConfig
 
 QUICK = CollectiveConfig(timeout=3.0, heartbeat=0.5)
@@ -58,17 +59,17 @@ def serve(keyring: Keyring | None, world_size: int, told: list[str], timeout: fl
 
 def add_up(server: RendezvousServer, keyring: Keyring | None, rank: int, world_size: int) -> list[float]:
     """Meets the others, and sums a small and a large array with them."""
-    with connect_ring(
+    config = RankConfig(
         server.address,
-        rank=rank,
-        world_size=world_size,
+        rank,
+        world_size,
         run_id="run",
         fingerprint="f",
         name=f"node{rank}",
-        settings=QUICK,
-        start_timeout=30.0,
+        timeout=30.0,
         keyring=keyring,
-    ) as ring:
+    )
+    with connect_ring(config, QUICK) as ring:
         small, large = np.full(3, rank + 1.0), np.full(1_000_000, rank + 1.0, np.float32)
         ring.all_reduce([small])
         ring.all_reduce([large])
@@ -111,7 +112,7 @@ def test_an_unknown_key_is_refused_and_both_sides_say_what_mends_it(pool: Thread
     assert [member.result(60) for member in members] == [[3.0] * 4] * 2
     server.close()
     assert told == [
-        "127.0.0.1 came with a key that is not trusted here; if `python -m macft.keys show` prints "
+        "127.0.0.1 used a key that is not trusted here; if `python -m macft.keys show` prints "
         f"{key} there, run `python -m macft.keys trust NAME {key}` here"
     ]
 
@@ -121,7 +122,7 @@ def test_a_server_that_is_not_trusted_hears_nothing(pool: ThreadPoolExecutor) ->
     impostor = Keyring(KeyPair.new(), rings[0].trusted)
     server = serve(impostor, 2, told)
     text = reason(pool.submit(add_up, server, rings[1], 1, 2))
-    assert "its key is none that is trusted here (mac0); run `python -m macft.keys show` there" in text
+    assert "its key is not trusted here (mac0); run `python -m macft.keys show` there" in text
     assert server.arrived == ()
     server.close()
 
@@ -134,8 +135,8 @@ def test_one_that_encrypts_and_one_that_does_not_tell_each_other(
     server = serve(rings[0] if server_encrypts else None, 2, told, timeout=2.0)
     text = reason(pool.submit(add_up, server, None if server_encrypts else rings[1], 1, 2))
     how = ("it encrypts", "does not") if server_encrypts else ("it does not encrypt", "does")
-    assert f"{how[0]}, this node {how[1]}; set collective.encryption alike" in text
-    with pytest.raises(RendezvousError, match="ranks 0, 1 did not come within 2 s"):
+    assert f"{how[0]}, this node {how[1]}; use the same collective.encryption" in text
+    with pytest.raises(RendezvousError, match="ranks 0, 1 did not arrive within 2 s"):
         server.wait()
     server.close()
     assert server.arrived == ()
@@ -328,6 +329,6 @@ def test_nodes_started_over_ssh_get_the_runs_key_from_the_terminal(tmp_path: Pat
 
 def test_mlx_is_not_used_beyond_loopback_without_a_word() -> None:
     topology = TopologyConfig(kind="hosts", hosts=["192.168.0.1", "192.168.0.2"])
-    with pytest.raises(ConfigError, match="mlx knows no encryption"):
+    with pytest.raises(ConfigError, match="mlx has no encryption"):
         keystore.needs_keys(topology, CollectiveConfig(backend="mlx"))
     assert not keystore.needs_keys(topology, CollectiveConfig(backend="mlx", encryption="off"))

@@ -92,7 +92,7 @@ def test_three_hosts_train_and_the_results_come_home(three: Cluster, basics: lis
     log = (three.hosts[1].home / "macft/runs/a/1/logs/rank-1.log").read_text()
     sha256 = json.loads((tmp_path / "runs/a/1/summary.json").read_text())["adapter_sha256"]
     assert log.splitlines()[-1].endswith(f"finished; adapter sha256 {sha256}")
-    assert (three.hosts[2].home / "macft/code/macft/agent.py").is_file()
+    assert (three.hosts[2].home / "macft/code/macft/launch/agent.py").is_file()
     assert not agents("runs/a/1")
 
 

@@ -27,8 +27,8 @@ from macft.model.adapter_settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.parallel.shares import DataShard
 from macft.report.events import Evaluated, Event, NullReporter, StepDone
-from macft.training.assembly import make_trainer
 from macft.training.batch_loader import BatchLoader
+from macft.training.build_trainer import build_trainer
 from macft.training.gradient import GradientComputer
 from macft.training.gradient_reducer import GradientReducer
 from macft.training.loop import Trainer
@@ -110,7 +110,7 @@ def trainer(
     order = RowOrder([ROWS], [1.0], batch_size=training.batch_size, seed=0)
     state = TrainState(model, make_optimizer(optimizer), Progress(), GradientReducer(Solo()))
     saver = CheckpointSaver(CheckpointStore(folder, keep_last=2))
-    return make_trainer(
+    return build_trainer(
         training, optimizer, state, compute, data, order, saver, recorder, valid_rows=data[:5], throttle=recorder
     )
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from helpers.rings import local_listeners, run_ranks
 from macft.collective.ring import Ring
 from macft.collective.settings import CollectiveConfig
-from macft.collective.stream import SECRET_BYTES, StreamIn, StreamOut, StreamPort, fresh
+from macft.collective.stream import SECRET_BYTES, StreamIn, StreamOut, StreamPort, new_buffer
 from macft.collective.wire import DATA_HEADER_BYTES, Header, Kind, pack, unpack
 from macft.errors import CollectiveError, PeerLost, ProtocolError
 
@@ -41,10 +41,10 @@ def of_peer(data: Any) -> Header:
 
 
 @contextlib.contextmanager
-def pair(secret: bytes | None, most_bytes: int = MOST) -> Iterator[tuple[StreamOut, socket.socket, StreamIn]]:
+def pair(secret: bytes | None, max_bytes: int = MOST) -> Iterator[tuple[StreamOut, socket.socket, StreamIn]]:
     """A sending end, the socket it ends in, and a receiving end on that."""
     near, far = socket.socketpair()
-    sender, receiver = StreamOut(near, most_bytes, secret), StreamIn(far, most_bytes, secret)
+    sender, receiver = StreamOut(near, max_bytes, secret), StreamIn(far, max_bytes, secret)
     try:
         yield sender, far, receiver
     finally:
@@ -70,7 +70,7 @@ def received(secret: bytes | None, data: bytes, step: int = 1 << 16) -> list[tup
     with pair(secret) as (sender, _, receiver):
         for start in range(0, len(data), step):
             sender.sock.send(data[start : start + step])
-            while (frame := receiver.read(of_peer, fresh)) is not None:
+            while (frame := receiver.read(of_peer, new_buffer)) is not None:
                 found.append((frame[0], bytes(frame[1])))
     return found
 
@@ -119,7 +119,7 @@ def test_nothing_on_an_encrypted_stream_can_be_read_changed_repeated_or_left_out
     found: list[tuple[Header, bytes]] = []
     with pair(SECRET) as (sender, _, receiver), contextlib.suppress(ValueError):
         sender.sock.send(changed)
-        while (frame := receiver.read(of_peer, fresh)) is not None:
+        while (frame := receiver.read(of_peer, new_buffer)) is not None:
             found.append((frame[0], bytes(frame[1])))
     assert found == expected[: len(found)]  # only what came before the attack
     assert len(found) < 3 or attack == "add"
@@ -156,7 +156,7 @@ def test_a_port_lets_in_who_knows_the_secret_and_nobody_else() -> None:
     stream = awaited(port)
     right.send(pack(header(0, 3)), b"abc")
     assert select.select([stream.sock], [], [], 10)[0]
-    assert stream.read(of_peer, fresh) == (header(0, 3), b"abc")
+    assert stream.read(of_peer, new_buffer) == (header(0, 3), b"abc")
     for other in (wrong.sock, *silent):
         other.settimeout(10)
         with contextlib.suppress(ConnectionError):
@@ -208,7 +208,7 @@ def test_a_stream_that_breaks_by_itself_ends_the_ring_on_both_sides(size: int) -
     def work(ring: Ring) -> None:
         array = np.ones(size, np.float32)
         ring.all_reduce([array])
-        stream = ring._links._outward[0].stream
+        stream = ring._links.send_paths[0].stream
         assert stream is not None
         if ring.rank == 0:
             stream.sock.shutdown(socket.SHUT_RDWR)
@@ -229,7 +229,7 @@ def test_garbage_on_a_stream_of_a_live_ring(garbage: bytes, size: int, encrypted
     def work(ring: Ring) -> bool:
         array = np.full(size, ring.rank + 1.0, np.float32)
         ring.all_reduce([array])
-        stream = ring._links._outward[0].stream
+        stream = ring._links.send_paths[0].stream
         assert stream is not None
         if ring.rank == 0:
             stream.sock.send(garbage)

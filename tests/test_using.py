@@ -415,7 +415,7 @@ def test_full_fine_tuning_has_no_peft_form(tmp_path: Path, tiny_model_folder: Pa
         (macft.evaluate.main, ["{run}", "--json", "/no/e.json"], ConfigError, "--json: the folder /no does not exist"),
         (macft.evaluate.main, ["{run}", "--dataset", "/no.jsonl"], DataError, "/no.jsonl does not exist"),
         (macft.evaluate.main, ["--model", "x"], ConfigError, "nothing to compare"),
-        (macft.fuse.main, ["{run}", "--gguf-path", "../x"], ConfigError, "--gguf-path: ../x must be a file's name"),
+        (macft.fuse.main, ["{run}", "--gguf-path", "../x"], ConfigError, "--gguf-path: ../x must be a file name"),
         (adapter_command.main, ["export", "{run}"], ConfigError, "required: --save-path"),
         (adapter_command.main, ["import", "{run}", "--save-path", "{run}/x"], ModelError, "not a PEFT adapter"),
     ],

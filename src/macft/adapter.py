@@ -1,4 +1,4 @@
-"""``python -m macft.adapter export|import``: adapters to and from the format of Hugging Face's PEFT."""
+"""``python -m macft.adapter export|import``: converts adapters to and from the format of Hugging Face's PEFT."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from macft.cli.parser import Parser, command_parser
+from macft.cli.run_command import run_command
 from macft.config.yaml import read
 from macft.errors import ConfigError
-from macft.run.tuned_model import Parser, command, finished_adapter, run_folder
+from macft.run.tuned_model import find_run, finished_adapter
 
 
 def main(argv: Sequence[str]) -> None:
     """Converts one adapter.
 
     Raises:
-        MacftError: anything the user can mend, in one line.
+        MacftError: The arguments are wrong, the adapter can't be read or has no equivalent in the other format.
     """
     arguments = _parser().parse_args(argv)
     target: Path = arguments.save_path
@@ -33,7 +35,7 @@ def _export(arguments: argparse.Namespace, target: Path) -> None:
     if arguments.adapter_path is not None:
         source: Path = arguments.adapter_path
     elif arguments.run_folder is not None:
-        folder = run_folder(arguments.run_folder)
+        folder = find_run(arguments.run_folder)
         config = read(folder.config)
         source = finished_adapter(folder)
         alpha, rslora, model = config.adapter.alpha, config.adapter.rslora, model or config.model.path
@@ -44,8 +46,8 @@ def _export(arguments: argparse.Namespace, target: Path) -> None:
     from macft.model.peft import export_peft
 
     model = model or str(read_adapter_config(source).get("model", ""))
-    what = export_peft(source, target, base_model=model, alpha=alpha, rslora=rslora)
-    print(f"{target}: {what}, in PEFT's format, for {model or 'a model it does not name (--model names it)'}")
+    description = export_peft(source, target, base_model=model, alpha=alpha, rslora=rslora)
+    print(f"{target}: {description}, in PEFT's format, for {model or 'an unnamed base model (--model names it)'}")
 
 
 def _import(source: Path, target: Path) -> None:
@@ -55,10 +57,9 @@ def _import(source: Path, target: Path) -> None:
     print(f'try it: python -m macft.generate --adapter-path {target} --prompt "..."')
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m macft.adapter",
-        description="Adapters to and from the format of Hugging Face's PEFT.",
+def _parser() -> Parser:
+    parser = command_parser(
+        "adapter",
         epilog="export RUN_FOLDER|--adapter-path FOLDER --save-path FOLDER [--format peft] [--model NAME]; "
         "import PEFT_FOLDER --save-path FOLDER",
     )
@@ -66,11 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     out = commands.add_parser(
         "export", help="write a run's adapter for PEFT", description="Writes an adapter for PEFT."
     )
-    out.add_argument("run_folder", nargs="?", type=Path, help="a run's folder: its adapter is taken")
+    out.add_argument("run_folder", nargs="?", type=Path, help="a run's folder: its adapter is converted")
     out.add_argument("--adapter-path", type=Path, help="an adapter's folder, in mlx-lm's format, instead")
-    out.add_argument("--model", help="the base model's name to write down, a Hugging Face id for instance")
+    out.add_argument("--model", help="the base model's name to write, for instance a Hugging Face id")
     out.add_argument("--format", choices=["peft"], default="peft", help="the format to write")
-    back = commands.add_parser("import", help="read PEFT's", description="Writes a PEFT adapter in mlx-lm's format.")
+    back = commands.add_parser(
+        "import", help="read a PEFT adapter", description="Writes a PEFT adapter in mlx-lm's format."
+    )
     back.add_argument("peft_folder", type=Path, help="a folder with adapter_config.json and adapter_model.safetensors")
     for each in (out, back):
         each.add_argument("--save-path", type=Path, required=True, help="the folder to write")
@@ -78,4 +81,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(command(main, sys.argv[1:]))
+    sys.exit(run_command(main))

@@ -1,12 +1,12 @@
-"""``python -m macft.bench``: how fast the ranks of a topology add up arrays, in a table like that of nccl-tests.
+"""``python -m macft.bench``: measures the all-reduce of a topology's ranks, in a table like that of nccl-tests.
 
     python -m macft.bench                                           two processes on this machine
     python -m macft.bench topology=local topology.nodes=4 --peers mlx --limits
-    python -m macft.bench topology=hosts topology.hosts=[192.168.0.1,192.168.0.2] --link 40gbit     typed on each Mac
+    python -m macft.bench topology=hosts 'topology.hosts=[192.168.0.1,192.168.0.2]' --link 40gbit    run on each Mac
     python -m macft.bench collective=mlx                            MLX's own communication instead of macft's ring
 
-Overrides are those of macft.train; topology and collective count here. Sizes are bytes of float32, times those of the
-slowest rank. algbw is size over time; busbw is 2(n-1)/n of it: what each link carries, whatever the number of ranks.
+Overrides are those of macft.train; topology and collective are used here. Sizes are bytes of float32, times those of
+the slowest rank. algbw is size over time. busbw is 2(n-1)/n of it: what each link carries, for any number of ranks.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
+from macft.cli.parser import Parser, program_name
+from macft.cli.run_command import run_command
 from macft.collective_bench.here import measure_here
 from macft.collective_bench.lane import Lane, LaneFailed
 from macft.collective_bench.limits import link_speed, memory_copy
@@ -38,42 +39,36 @@ from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_typed
 from macft.config.yaml import fingerprint
-from macft.errors import CollectiveError, ConfigError, MacftError
-from macft.rendezvous.connect import connect
+from macft.errors import CollectiveError, ConfigError
+from macft.rendezvous.connect import RankConfig, connect
 from macft.rendezvous.keystore import keyring_for
-from macft.rendezvous.rendezvous import RendezvousServer
+from macft.rendezvous.server import RendezvousServer
 from macft.topology.hosts import own_rank
 from macft.topology.settings import host_paths, split_host
 
 SIZES = "4K,16K,64K,256K,1M,4M,16M,64M"
 PEERS = ("mlx", "gloo", "mpi", "tcp")
-_TCP_PORTS_ON = 3
-"""The raw copy's port, counted from the topology's: the ones before are the rendezvous', the ring's and MLX's."""
+_TCP_PORT_OFFSET = 3
+"""Offset of the TCP copy's port from the topology's; the ports before are for the rendezvous, the ring and MLX."""
 
 
-def main() -> int:
-    """Measures and prints; returns the exit status."""
-    try:
-        options = _options(sys.argv[1:])
-        config = _compose(options.overrides)
-        found, rank = (
-            _measure_hosts(options, config) if config.topology.kind == "hosts" else _measure_local(options, config)
-        )
-        if rank == 0:
-            _report(options, config, found)
-    except MacftError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+def main(argv: Sequence[str]) -> None:
+    """Measures, and prints the tables on rank 0.
+
+    Raises:
+        MacftError: The arguments are wrong, or a rank failed.
+    """
+    options = _options(argv)
+    config = _compose(options.overrides)
+    results, rank = (
+        _measure_hosts(options, config) if config.topology.kind == "hosts" else _measure_local(options, config)
+    )
+    if rank == 0:
+        _report(options, config, results)
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m macft.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(program_name("bench"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="as of macft.train: topology=local topology.nodes=4")
     parser.add_argument("--sizes", default=SIZES, help="bytes of the arrays (%(default)s)")
     parser.add_argument("--turns", type=int, default=9, help="turns at each size (%(default)s)")
@@ -115,7 +110,7 @@ def _compose(overrides: Sequence[str]) -> TrainConfig:
     if not any(text.startswith("topology=") for text in given):
         given.insert(0, "topology=local")
     if not any(text.startswith("training.batch_size=") for text in given):
-        given.append("training.batch_size=4096")  # nothing is trained here, so any number of nodes will do
+        given.append("training.batch_size=4096")  # nothing is trained; large enough for any number of nodes
     command = prepare(given)
     with initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
         config = to_typed(compose("train", overrides=command.argv))
@@ -141,10 +136,10 @@ def _measure_local(options: argparse.Namespace, config: TrainConfig) -> tuple[li
                 continue
             lanes.append(stack.enter_context(lane))
         with console.status("measuring") as status:
-            found = measure(lanes, options.sizes, options.turns, lambda row: status.update(_done(row)))
-    if found[-1][0].failure:
-        raise LaneFailed(found[-1][0].failure)
-    return found, 0
+            results = measure(lanes, options.sizes, options.turns, lambda row: status.update(_progress(row)))
+    if results[-1][0].failure:
+        raise LaneFailed(results[-1][0].failure)
+    return results, 0
 
 
 def _measure_hosts(options: argparse.Namespace, config: TrainConfig) -> tuple[list[list[Measured]], int]:
@@ -154,57 +149,55 @@ def _measure_hosts(options: argparse.Namespace, config: TrainConfig) -> tuple[li
         )
     topology = config.topology
     rank, count = own_rank(topology), len(topology.hosts)
-    places = [split_host(host, topology.port) for host in topology.hosts]
-    host, port = places[rank]
+    endpoints = [split_host(host, topology.port) for host in topology.hosts]
+    host, port = endpoints[rank]
     run_id = f"bench:{','.join(topology.hosts)}"
     keyring = keyring_for(topology, config.collective)
-    # What is to be measured must be alike on all hosts as well.
-    marks = json.dumps([fingerprint(config), options.sizes, options.turns, options.peers])
+    # All hosts must also measure the same.
+    measured = json.dumps([fingerprint(config), options.sizes, options.turns, options.peers])
     with ExitStack() as stack:
         if rank == 0:
             server = RendezvousServer(
                 f"{host}:{port}",
                 world_size=count,
                 run_id=run_id,
-                fingerprint=marks,
+                fingerprint=measured,
                 timeout=topology.start_timeout,
                 keyring=keyring,
                 on_refusal=lambda line: print(f"note: {line}", file=sys.stderr),
             )
             stack.callback(server.close)
             server.start()
-        collective = stack.enter_context(
-            connect(
-                f"{places[0][0]}:{places[0][1]}",
-                rank=rank,
-                world_size=count,
-                run_id=run_id,
-                fingerprint=marks,
-                name=topology.hosts[rank],
-                settings=config.collective,
-                start_timeout=topology.start_timeout,
-                bind="+".join(
-                    f"{name}:{number + 1}" for name, number in host_paths(topology.hosts[rank], topology.port)
-                ),
-                keyring=keyring,
-            )
+        rank_config = RankConfig(
+            server=f"{endpoints[0][0]}:{endpoints[0][1]}",
+            rank=rank,
+            world_size=count,
+            run_id=run_id,
+            fingerprint=measured,
+            name=topology.hosts[rank],
+            timeout=topology.start_timeout,
+            keyring=keyring,
         )
+        bind = "+".join(f"{name}:{number + 1}" for name, number in host_paths(topology.hosts[rank], topology.port))
+        collective = stack.enter_context(connect(rank_config, config.collective, bind=bind))
         Console().print(f"rank {rank} of {count} ({topology.hosts[rank]}), collective={config.collective.backend}")
         sides: dict[str, Side] = {"macft": Joined(collective)}
         if "tcp" in options.peers:
-            addresses = [f"{name}:{number + _TCP_PORTS_ON}" for name, number in places]
+            addresses = [f"{name}:{number + _TCP_PORT_OFFSET}" for name, number in endpoints]
             try:
                 sides["tcp"] = RawTcp(rank, addresses)
             except OSError as error:
                 raise CollectiveError(f"--peers=tcp: rank {rank} of {', '.join(addresses)}: {error}") from None
             stack.callback(sides["tcp"].close)
         with Console().status("measuring") as status:
-            found = measure_here(sides, collective, options.sizes, options.turns, lambda row: status.update(_done(row)))
+            results = measure_here(
+                sides, collective, options.sizes, options.turns, lambda row: status.update(_progress(row))
+            )
         options.speed = options.speed or _slowest_link(collective.all_gather(json.dumps(link_speed(host)).encode()))
-    return found, rank
+    return results, rank
 
 
-def _done(row: Sequence[Measured]) -> str:
+def _progress(row: Sequence[Measured]) -> str:
     return f"{size_text(row[0].size)}: {time_text(row[0].median)}"
 
 
@@ -214,27 +207,28 @@ def _slowest_link(stated: Sequence[bytes]) -> float | None:
     return min(known) if len(known) == len(speeds) else None
 
 
-def _report(options: argparse.Namespace, config: TrainConfig, found: list[list[Measured]]) -> None:
+def _report(options: argparse.Namespace, config: TrainConfig, results: list[list[Measured]]) -> None:
     console = Console()
-    for table in build(found, options.speed):
+    for table in build(results, options.speed):
         console.print(table)
-    lines = summary(found, options.speed)
+    lines = summary(results, options.speed)
     memory = memory_copy() if options.limits else None
     if memory:
         lines.append(f"memory copy, one thread: {speed_text(memory)} GB/s")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
-    ranks = found[0][0].ranks
+    ranks = results[0][0].ranks
     if options.json:
-        result: dict[str, Any] = {
+        report = {
             "ranks": ranks,
             "topology": config.topology.kind,
             "link": options.speed,
             "memory_copy": memory,
+            "results": to_plain(results),
         }
-        options.json.write_text(json.dumps({**result, "results": to_plain(found)}, indent=1) + "\n")
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.plot:
-        plot(found, options.plot, f"All-reduce, {ranks} ranks, topology={config.topology.kind}", options.speed)
+        plot(results, options.plot, f"All-reduce, {ranks} ranks, topology={config.topology.kind}", options.speed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -1,35 +1,33 @@
-"""``python -m macft.cluster``: forms clusters, and lists and removes them."""
+"""``python -m macft.cluster``: sets up clusters, and lists and removes them."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from macft.errors import LaunchError, MacftError
+from macft.cli.parser import Parser, command_parser
+from macft.cli.run_command import run_command
+from macft.errors import LaunchError
 from macft.network import links
-from macft.pairing.discovery import offered, seek
-from macft.pairing.pairing import PairingHost, join
+from macft.pairing.discovery import announce, discover_offers
 from macft.pairing.pake import new_code
+from macft.pairing.protocol import PairingHost, join_pairing
 from macft.topology import topology_file
 from macft.topology.settings import split_host
 
-_SEEK_SECONDS = 10.0
+_SEARCH_SECONDS = 10.0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
+def main(argv: Sequence[str]) -> None:
+    """Sets up, joins, lists or removes a cluster.
+
+    Raises:
+        MacftError: The arguments are wrong, pairing failed, or a topology can't be read or written.
+    """
     arguments = _parser().parse_args(argv)
-    try:
-        {"init": _init, "join": _join, "list": _list, "remove": _remove}[arguments.command](arguments)
-    except MacftError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("given up", file=sys.stderr)
-        return 130
-    return 0
+    {"init": _init, "join": _join, "list": _list, "remove": _remove}[arguments.command](arguments)
 
 
 def _show(line: str) -> None:
@@ -37,47 +35,51 @@ def _show(line: str) -> None:
 
 
 def _init(arguments: argparse.Namespace) -> None:
-    topology_file.path_of(arguments.name)  # refuses a name that can't be one, before anybody waits
+    topology_file.path_of(arguments.name)  # rejects an invalid name before waiting
     if arguments.hostfile is not None:
         topology = topology_file.from_hostfile(arguments.hostfile)
     else:
         code = new_code()
         host = PairingHost(code, arguments.nodes, _show)
-        with offered(arguments.name, host.addresses, host.port):
-            _show(f"on each of the other machines, type: python -m macft.cluster join {code} --name {arguments.name}")
-            _show(f"(if it does not find this machine: add --at {host.addresses[0]}:{host.port})")
+        with announce(arguments.name, host.addresses, host.port):
+            _show(f"on each of the other machines, run: python -m macft.cluster join {code} --name {arguments.name}")
+            _show(f"(if it can't find this machine, add --at {host.addresses[0]}:{host.port})")
             topology = host.form(arguments.timeout)
-    _done(arguments.name, topology_file.save_topology(arguments.name, topology))
+    _show_next_steps(arguments.name, topology_file.save_topology(arguments.name, topology))
 
 
 def _join(arguments: argparse.Namespace) -> None:
     name = arguments.name
     if arguments.at is not None:
         try:
-            places = [split_host(arguments.at, 0)]
+            addresses = [split_host(arguments.at, 0)]
         except ValueError as error:
             raise LaunchError(f"--at: {error}; write it as `init` printed it") from None
     else:
         own = [link.host for link in links.discover()]
         if not own:
-            raise LaunchError("this machine has no network; plug in a cable, then look at `python -m macft.doctor`")
-        offers = [offer for offer in seek(own, _SEEK_SECONDS, cluster=name) if name in (None, offer.cluster)]
+            raise LaunchError("this machine has no network; plug in a cable, then run `python -m macft.doctor`")
+        discovered = discover_offers(own, _SEARCH_SECONDS, cluster=name)
+        offers = [offer for offer in discovered if name in (None, offer.cluster)]
         if len(offers) != 1:
-            found = ", ".join(offer.cluster for offer in offers)
-            what = (
-                f"several clusters are being formed ({found}); give --name" if offers else "no cluster is being formed"
+            clusters = ", ".join(offer.cluster for offer in offers)
+            problem = (
+                f"several clusters are being formed ({clusters}); give --name"
+                if offers
+                else "no cluster is being formed"
             )
-            raise LaunchError(f"{what}; is `macft.cluster init` running on the same network? Or give --at HOST:PORT")
+            raise LaunchError(f"{problem}; is `macft.cluster init` running on the same network? Or give --at HOST:PORT")
         name = offers[0].cluster
-        places = [(address, offers[0].port) for address in offers[0].addresses]
+        addresses = [(address, offers[0].port) for address in offers[0].addresses]
     name = name or "cluster"
     topology_file.path_of(name)
-    _done(name, topology_file.save_topology(name, join(*places[0], arguments.code, _show)))
+    topology = join_pairing(*addresses[0], arguments.code, _show)
+    _show_next_steps(name, topology_file.save_topology(name, topology))
 
 
-def _done(name: str, path: Path) -> None:
+def _show_next_steps(name: str, path: Path) -> None:
     _show(f"the cluster is in {path}")
-    _show(f"look at it: python -m macft.doctor --topology {name}")
+    _show(f"check it: python -m macft.doctor --topology {name}")
     _show(f"train on it: python -m macft.train +recipe=llama-lora topology={name}")
 
 
@@ -100,14 +102,14 @@ def _list(arguments: argparse.Namespace) -> None:
 def _remove(arguments: argparse.Namespace) -> None:
     if arguments.host is None:
         topology_file.remove_topology(arguments.name)
-        print(f"removed {arguments.name}; `python -m macft.keys forget` makes its machines strangers again")
+        print(f"removed {arguments.name}; `python -m macft.keys forget` stops trusting its machines")
         return
     topology = topology_file.load_topology(arguments.name)
     rank = next((rank for rank, host in enumerate(topology.hosts) if arguments.host in (host, *host.split("+"))), None)
     if rank is None:
         raise LaunchError(f"'{arguments.host}' is not in {arguments.name}: {', '.join(topology.hosts)}")
     if len(topology.hosts) <= 2:
-        raise LaunchError(f"{arguments.name} would have one machine left; remove the cluster: leave the host out")
+        raise LaunchError(f"{arguments.name} would have one machine left; leave the host out to remove the cluster")
     for values in (topology.hosts, topology.ssh, topology.python if len(topology.python) > 1 else []):
         if values:
             del values[rank]
@@ -115,18 +117,18 @@ def _remove(arguments: argparse.Namespace) -> None:
     print(f"removed {arguments.host} from {path}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m macft.cluster", description=__doc__)
+def _parser() -> Parser:
+    parser = command_parser("cluster")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    init = commands.add_parser("init", help="form a cluster with this machine as the first")
-    init.add_argument("name", metavar="NAME", help="of the cluster; then topology=NAME")
+    init = commands.add_parser("init", help="set up a cluster with this machine as the first")
+    init.add_argument("name", metavar="NAME", help="of the cluster; a run uses it with topology=NAME")
     init.add_argument("--nodes", type=int, default=2, help="number of machines, this one included (default 2)")
     init.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for each machine (default 600)")
     init.add_argument("--hostfile", type=Path, help="take the machines from a hostfile of mlx.launch instead")
-    joining = commands.add_parser("join", help="bring this machine into a cluster that is being formed")
+    joining = commands.add_parser("join", help="add this machine to a cluster that is being set up")
     joining.add_argument("code", metavar="CODE", help="as `init` shows it")
-    joining.add_argument("--name", help="of the cluster, where several are being formed")
-    joining.add_argument("--at", metavar="HOST:PORT", help="where `init` runs, if it is not found by itself")
+    joining.add_argument("--name", help="of the cluster, where several are being set up")
+    joining.add_argument("--at", metavar="HOST:PORT", help="where `init` runs, if it is not found automatically")
     listing = commands.add_parser("list", help="show the clusters, or the machines of one")
     listing.add_argument("name", metavar="NAME", nargs="?")
     listing.add_argument("--hostfile", action="store_true", help="as a hostfile for mlx.launch")
@@ -137,4 +139,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -1,83 +1,96 @@
-"""``python -m macft.doctor``: is this machine, or each host of a topology, fit to train?"""
+"""``python -m macft.doctor``: checks that this machine, or each host of a topology, is ready to train."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
+from macft.cli.parser import Parser, command_parser
+from macft.cli.run_command import run_command
 from macft.diagnostics import LEVELS, Finding, machine, network, software
-from macft.diagnostics.hosts import examine_hosts
+from macft.diagnostics.hosts import HostsReport, examine_hosts
 from macft.errors import MacftError
 from macft.model.local import find_local
 from macft.rendezvous import keystore
 from macft.topology.topology_file import load_topology
 
+
+class MachineReport(TypedDict):
+    """This machine's report: versions, the time in seconds since 1970, and the findings as plain maps."""
+
+    versions: dict[str, str]
+    time: float
+    findings: list[dict[str, str]]
+
+
 _MARKS = dict(zip(LEVELS, (" ok     ", "warning ", "PROBLEM "), strict=True))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints the findings; exit status 1 if one of them is a problem."""
+def main(argv: Sequence[str]) -> int:
+    """Prints the findings; returns 1 if one of them is a problem, otherwise 0.
+
+    Raises:
+        MacftError: The arguments are wrong, or the topology can't be read.
+    """
     arguments = _parser().parse_args(argv)
-    try:
-        if arguments.topology is None:
-            report = examine(arguments.port, arguments.model)
-        else:
-            topology = load_topology(arguments.topology)
-            asked = ["--model", shlex.quote(arguments.model)] if arguments.model else []
-            report = examine_hosts(topology, ["--port", str(topology.port), *asked])
-        findings = [Finding(**finding) for finding in report["findings"]]
-    except MacftError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    if arguments.topology is None:
+        report: MachineReport | HostsReport = examine(arguments.port, arguments.model)
+    else:
+        topology = load_topology(arguments.topology)
+        model = ["--model", shlex.quote(arguments.model)] if arguments.model else []
+        report = examine_hosts(topology, ["--port", str(topology.port), *model])
+    findings = [Finding(**finding) for finding in report["findings"]]
     if arguments.json:
         print(json.dumps(report))
     else:
         for finding in findings:
             print(f"{_MARKS[finding.level]} {finding.topic}: {finding.text}")
             if finding.mend:
-                print(f"         to mend: {finding.mend}")
+                print(f"         to fix it: {finding.mend}")
     return int(any(finding.level == "problem" for finding in findings))
 
 
-def examine(port: int, model: str | None) -> dict[str, Any]:
-    """This machine: its versions, the time, and all findings, as JSON can hold them."""
+def examine(port: int, model: str | None) -> MachineReport:
+    """Checks this machine; ``port`` is the run's, ``model`` a folder or hub id."""
     findings = [*software.check(), *machine.check(Path.cwd()), *network.check(port), _keys(), _model(model)]
     return {"versions": software.versions(), "time": time.time(), "findings": [asdict(item) for item in findings]}
 
 
 def _keys() -> Finding:
     try:
-        ring = keystore.load(keystore.key_folder())
+        keyring = keystore.load(keystore.key_folder())
     except MacftError as error:
         return Finding("keys", "warning", str(error), "python -m macft.keys make")
-    trusted = ", ".join(ring.trusted) or "nobody yet"
-    return Finding("keys", "ok", f"this machine has one; trusted: {trusted}")
+    trusted = ", ".join(keyring.trusted) or "no machine yet"
+    return Finding("keys", "ok", f"this machine has a key; trusted: {trusted}")
 
 
 def _model(name: str | None) -> Finding:
     if name is None:
-        return Finding("model", "ok", "none asked for (--model NAME looks whether it is here)")
+        return Finding("model", "ok", "none given (--model NAME checks whether it is on this machine)")
     folder = find_local(name)
     if folder is None:
-        mend = f"hf download {name}   # or topology.ship=[model]"
-        return Finding("model", "warning", f"{name} is not on this machine; it is fetched when a run starts", mend)
+        fix = f"hf download {name}   # or topology.ship=[model]"
+        return Finding("model", "warning", f"{name} is not on this machine; it is fetched when a run starts", fix)
     return Finding("model", "ok", f"{name} is in {folder}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m macft.doctor", description=__doc__)
+def _parser() -> Parser:
+    parser = command_parser("doctor")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--topology", metavar="NAME", help="look at all hosts of this topology, over SSH")
-    parser.add_argument("--model", metavar="NAME", help="look whether this model is here: a folder or a hub id")
+    parser.add_argument("--topology", metavar="NAME", help="check all hosts of this topology, over SSH")
+    parser.add_argument(
+        "--model", metavar="NAME", help="check whether this model is on this machine: a folder or a hub id"
+    )
     parser.add_argument("--port", type=int, default=7070, help="the run's port (default 7070)")
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -79,7 +79,7 @@ class TrainingError(MacftError):
 
 
 class NonFiniteLoss(TrainingError):
-    """The loss or the gradient became NaN or infinite, after ``updates`` updates that were sound."""
+    """The loss or the gradient became NaN or infinite; ``updates``: the updates that the run's progress counts."""
 
     def __init__(self, message: str, updates: int = 0):
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""``python -m macft.evaluate RUN_FOLDER``: what the tuning brought: base model against tuned, on held-out rows."""
+"""``python -m macft.evaluate RUN_FOLDER``: compares the base model with the tuned one on held-out rows."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from macft.data.load import chosen_rows, tokenize_split
+from macft.cli.parser import Parser, command_parser
+from macft.cli.run_command import run_command
+from macft.data.load import Sources, sample_rows, tokenize_split
 from macft.data.load import read as read_dataset
 from macft.data.settings import DatasetConfig, SourceConfig
 from macft.data.settings import problems as dataset_problems
-from macft.data.sources import SPLITS, Record
+from macft.data.sources import SPLITS
 from macft.errors import ConfigError, DataError
 from macft.evaluation.metrics import METRICS, metric
 from macft.report.run_folder import write_atomically
-from macft.run.tuned_model import Parser, TunedModel, add_arguments, command, named
+from macft.run.tuned_model import TunedModel, add_model_arguments
 from macft.training.settings import TrainingConfig
 
 
@@ -31,20 +33,20 @@ def main(argv: Sequence[str]) -> None:
     """Evaluates both models and shows the table.
 
     Raises:
-        MacftError: anything the user can mend, in one line.
+        MacftError: The arguments are wrong, or the model, adapter or dataset can't be read.
     """
     arguments = _parser().parse_args(argv)
     if arguments.rows == 0 or arguments.rows < -1:
         raise ConfigError(f"--rows: {arguments.rows} must be 1 or more, or -1 for all")
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise ConfigError(f"--json: the folder {arguments.json.parent} does not exist")
-    tuned = named(arguments)
+    tuned = TunedModel.from_arguments(arguments)
     if tuned.adapter is None and tuned.whole is None:
         raise ConfigError("--adapter-path: nothing to compare; name an adapter beside --model")
     dataset = _dataset(arguments, tuned)
     training = tuned.run.training if tuned.run else TrainingConfig()
     seed = tuned.run.seed if tuned.run else 0
-    # Whatever can go wrong without a model goes wrong before one is loaded.
+    # Errors in the dataset are found before a model is loaded, which takes longer.
     sources = read_dataset(dataset, seed=seed)
     split = _split(sources, arguments.split, dataset)
 
@@ -59,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     data, notes = tokenize_split(sources, dataset, loaded.tokenizer, split)
     if not data.rows:
         raise DataError(f"--split: no {split} row has a target token left")
-    chosen = chosen_rows(len(data.rows), arguments.rows, seed)
+    chosen = sample_rows(len(data.rows), arguments.rows, seed)
     rows, records = [data.rows[i] for i in chosen], [data.records[i] for i in chosen]
 
     with console.status("") as status:
@@ -109,31 +111,29 @@ def main(argv: Sequence[str]) -> None:
 def _dataset(arguments: argparse.Namespace, tuned: TunedModel) -> DatasetConfig:
     dataset = tuned.run.dataset if tuned.run else DatasetConfig()
     if arguments.dataset is not None:
-        # Another place, read as the run's: length and masking stay, what describes the run's own files goes.
+        # The run's sequence length and masking apply to the other dataset; its splits and columns do not.
         dataset = replace(dataset, **vars(SourceConfig(path=arguments.dataset)), sources=[], valid_fraction=0.0)
     elif tuned.run is None:
-        raise ConfigError("--dataset: say on what to evaluate: a folder, a file, a Hugging Face id or builtin:sql")
+        raise ConfigError("--dataset: name what to evaluate on: a folder, a file, a Hugging Face id or builtin:sql")
     if arguments.mask_prompt is not None:
         dataset = replace(dataset, mask_prompt=arguments.mask_prompt)
     if arguments.metric is not None:
         dataset = replace(dataset, metric=None if arguments.metric == "none" else arguments.metric)
     if arguments.max_tokens is not None and arguments.max_tokens < 1:
         raise ConfigError(f"--max-tokens: {arguments.max_tokens} must be 1 or more")
-    if found := dataset_problems(dataset):
-        raise ConfigError("\n".join(found))
+    if problems := dataset_problems(dataset):
+        raise ConfigError("\n".join(problems))
     return dataset
 
 
-def _split(
-    sources: list[tuple[SourceConfig, dict[str, list[Record]]]], wanted: str | None, dataset: DatasetConfig
-) -> str:
+def _split(sources: Sources, wanted: str | None, dataset: DatasetConfig) -> str:
     """The split asked for, or the first of test, valid and train that has rows."""
     counts = {name: sum(len(raw[name]) for _, raw in sources) for name in SPLITS}
     if wanted is None:
         return next(name for name in reversed(SPLITS) if counts[name])
     if not counts[wanted]:
-        there = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
-        raise DataError(f"--split: {dataset.path or 'the dataset'} has no {wanted} rows; it has {there}")
+        available = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+        raise DataError(f"--split: {dataset.path or 'the dataset'} has no {wanted} rows; it has {available}")
     return wanted
 
 
@@ -157,7 +157,7 @@ def _show(status: Status, text: str) -> None:
 
 
 def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
-    """JSON knows no infinity."""
+    """``numbers`` with null for infinity and NaN, which JSON doesn't have."""
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
@@ -168,16 +168,15 @@ def _write(path: Path, report: dict[str, Any]) -> None:
         raise ConfigError(f"--json: {path} can't be written ({error.strerror or error})") from error
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m macft.evaluate",
-        description="Loss, perplexity and the dataset's metric of the base model and of the tuned one.",
-    )
-    add_arguments(parser)
+def _parser() -> Parser:
+    parser = command_parser("evaluate", epilog="Shows loss, perplexity and the dataset's metric of both models.")
+    add_model_arguments(parser)
     parser.add_argument("--dataset", help="evaluate on this instead of the run's: a folder, a file or a hub id")
     parser.add_argument("--split", choices=SPLITS, help="default: test, else valid, else train, whichever has rows")
-    parser.add_argument("--rows", type=int, default=-1, help="so many rows, always the same ones (default -1: all)")
-    parser.add_argument("--metric", choices=[*METRICS, "none"], help="how answers are judged (default: the dataset's)")
+    parser.add_argument(
+        "--rows", type=int, default=-1, help="number of rows, the same ones each time (default -1: all)"
+    )
+    parser.add_argument("--metric", choices=[*METRICS, "none"], help="how answers are scored (default: the dataset's)")
     parser.add_argument("--max-tokens", "-m", type=int, help="longest answer for the metric (default: the run's)")
     parser.add_argument(
         "--mask-prompt",
@@ -189,4 +188,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(command(main, sys.argv[1:]))
+    sys.exit(run_command(main))

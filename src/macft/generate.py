@@ -1,4 +1,4 @@
-"""``python -m macft.generate RUN_FOLDER``: ask the tuned model one question, or chat with it."""
+"""``python -m macft.generate RUN_FOLDER``: asks the tuned model one question, or chats with it."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from macft.cli.parser import Parser, command_parser
+from macft.cli.run_command import run_command
 from macft.errors import ConfigError
-from macft.run.tuned_model import Parser, add_arguments, command, named
+from macft.run.tuned_model import TunedModel, add_model_arguments
 
 if TYPE_CHECKING:
     from macft.evaluation.chat import Chat
 
-_HELP = "q ends the chat, r begins a new one, h shows this; Ctrl-C cuts an answer short"
+_HELP = "q ends the chat, r starts a new one, h shows this; Ctrl-C stops an answer"
 
 
 def main(argv: Sequence[str]) -> None:
     """Answers ``--prompt``, or each line of a chat.
 
     Raises:
-        MacftError: anything the user can mend, in one line.
+        MacftError: The arguments are wrong, or the model or adapter can't be read.
     """
     arguments = _parser().parse_args(argv)
-    tuned = named(arguments)
+    tuned = TunedModel.from_arguments(arguments)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     if prompt is not None and not prompt.strip():
         raise ConfigError("--prompt: is empty; leave it out to chat")
@@ -36,8 +38,8 @@ def main(argv: Sequence[str]) -> None:
     from macft.model.backends.choose import make_backend
 
     sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in fields(Sampling)})
-    if found := sampling.problems():
-        raise ConfigError("\n".join(found))
+    if problems := sampling.problems():
+        raise ConfigError("\n".join(problems))
     prepare_device()
     loaded = tuned.load(tuned=not arguments.base)
     for token in arguments.extra_eos_token:
@@ -84,14 +86,14 @@ def _converse(chat: Chat, *, verbose: bool) -> None:
 
 def _answer(chat: Chat, text: str, *, verbose: bool) -> None:
     parts = chat.say(text)
-    cut = False
+    is_stopped = False
     try:
         for part in parts:
             print(part, end="", flush=True)
     except KeyboardInterrupt:
-        cut = True
-    parts.close()  # type: ignore[attr-defined]
-    print(" ... (cut short)" if cut else "", flush=True)
+        is_stopped = True
+    parts.close()
+    print(" ... (stopped)" if is_stopped else "", flush=True)
     if verbose and chat.speed is not None:
         speed = chat.speed
         print(
@@ -101,28 +103,30 @@ def _answer(chat: Chat, text: str, *, verbose: bool) -> None:
         )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m macft.generate",
-        description="Answers --prompt, or chats, with the model a run has tuned. The answer goes to standard output.",
-        epilog=f"In a chat: {_HELP}.",
-    )
-    add_arguments(parser)
-    parser.add_argument("--prompt", "-p", help="answer this and end; - reads it from standard input")
-    parser.add_argument("--base", action="store_true", help="leave the adapter out, to compare")
+def _parser() -> Parser:
+    parser = command_parser("generate", epilog=f"The answer goes to standard output. In a chat: {_HELP}.")
+    add_model_arguments(parser)
+    parser.add_argument("--prompt", "-p", help="answer this and exit; - reads it from standard input")
+    parser.add_argument("--base", action="store_true", help="use the base model without the adapter, to compare")
     parser.add_argument("--system-prompt", help="the system message of the conversation")
     parser.add_argument("--max-tokens", "-m", type=int, default=256, help="longest answer (default 256; -1: no limit)")
-    parser.add_argument("--temp", type=float, default=0.0, help="temperature (default 0: always the likeliest token)")
+    parser.add_argument("--temp", type=float, default=0.0, help="temperature (default 0: always the most likely token)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default 1: off)")
-    parser.add_argument("--min-p", type=float, default=0.0, help="least probability, relative to the likeliest token's")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (default 0: all)")
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, help="smallest probability, relative to the most likely token's"
+    )
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the k most likely tokens (default 0: all)")
     parser.add_argument("--min-tokens-to-keep", type=int, default=1, help="tokens that --min-p must leave (default 1)")
     parser.add_argument("--xtc-probability", type=float, default=0.0, help="how often XTC sampling is used (default 0)")
     parser.add_argument("--xtc-threshold", type=float, default=0.1, help="probability above which XTC cuts")
-    parser.add_argument("--max-kv-size", type=int, help="keep so many tokens of the conversation in memory")
-    parser.add_argument("--seed", type=int, help="of the sampling, for the same answer again")
-    parser.add_argument("--extra-eos-token", nargs="+", default=[], metavar="TOKEN", help="further tokens that end it")
-    parser.add_argument("--ignore-chat-template", action="store_true", help="give the model the bare text")
+    parser.add_argument("--max-kv-size", type=int, help="number of tokens of the conversation to keep in memory")
+    parser.add_argument("--seed", type=int, help="random seed of the sampling, to get the same answer again")
+    parser.add_argument(
+        "--extra-eos-token", nargs="+", default=[], metavar="TOKEN", help="more tokens that end an answer"
+    )
+    parser.add_argument(
+        "--ignore-chat-template", action="store_true", help="give the model the text without its chat template"
+    )
     parser.add_argument(
         "--verbose",
         type=_truth,
@@ -142,4 +146,4 @@ def _truth(text: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(command(main, sys.argv[1:]))
+    sys.exit(run_command(main))

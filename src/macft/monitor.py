@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -16,6 +15,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from macft.cli.parser import Parser, command_parser
+from macft.cli.run_command import run_command
+from macft.errors import ConfigError
 from macft.report.run_folder import RunFolder
 from macft.thermal.readings import STATES
 
@@ -39,30 +41,37 @@ class RunView:
     ended: Mapping[str, object] = field(default_factory=dict)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Shows the run until it ends or Ctrl-C is pressed; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m macft.monitor", description="Shows a run of macft live.")
-    parser.add_argument("run_folder", type=Path, help="the run's folder, runs/NAME/TIME")
-    parser.add_argument("--once", action="store_true", help="print the state once and end")
-    options = parser.parse_args(argv)
+def main(argv: Sequence[str]) -> None:
+    """Shows the run until it ends or Ctrl-C is pressed.
+
+    Raises:
+        ConfigError: The arguments are wrong, or the folder has no metrics file.
+    """
+    options = _parser().parse_args(argv)
     path = RunFolder(options.run_folder).metrics
     if not path.is_file():
-        print(f"error: {path} does not exist; give the folder of a run with report.metrics_file=true", file=sys.stderr)
-        return 2
+        raise ConfigError(f"{path} does not exist; give the folder of a run with report.metrics_file=true")
     console = Console(highlight=False)
     if options.once:
         console.print(render(read(path), now=time.time()))
-        return 0
+        return
     try:
         with Live(console=console, auto_refresh=False) as live:
             while True:
                 view = read(path)
                 live.update(render(view, now=time.time()), refresh=True)
                 if view.ended:
-                    return 0
+                    return
                 time.sleep(_REFRESH_SECONDS)
     except KeyboardInterrupt:
-        return 0
+        return  # the usual way to leave it
+
+
+def _parser() -> Parser:
+    parser = command_parser("monitor")
+    parser.add_argument("run_folder", type=Path, help="the run's folder, runs/NAME/TIME")
+    parser.add_argument("--once", action="store_true", help="print the state once and exit")
+    return parser
 
 
 def read(path: Path) -> RunView:
@@ -182,4 +191,4 @@ def _number(value: object) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -1,64 +1,55 @@
-"""``python -m macft.plan +recipe=NAME [overrides] [--chips "M1 Air 8GB,M4 Max 64GB"]``: the plan, and no run."""
+"""``python -m macft.plan +recipe=NAME [overrides]``: predicts a run's memory and time, and starts nothing."""
 
 from __future__ import annotations
 
-import os
 import sys
+from collections.abc import Sequence
 
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
+from macft.cli.parser import Parser, command_parser
+from macft.cli.run_command import run_command
 from macft.config.command_line import prepare
 from macft.config.paths import config_folder
 from macft.config.validate import to_typed
-from macft.errors import ConfigError, MacftError
 from macft.planner.run_plan import plan_run
 from macft.planner.table import show
 
-_USAGE = (
-    'usage: python -m macft.plan +recipe=llama-lora [key=value ...] [--chips "M1 Air 8GB,M4 Max 64GB"]\n'
-    "Takes what `python -m macft.train` takes. Exit status 1: the run would be refused."
-)
 _PLAIN_WIDTH = 180
+"""Columns of the table where standard output is not a terminal."""
 
 
-def main(argv: list[str]) -> int:
-    """Prints the plan; returns 0 if the run fits, 1 if not, 2 for a wrong command."""
-    if {"-h", "--help"} & set(argv):
-        print(_USAGE)
-        return 0
-    try:
-        command = prepare(_with_chips(argv))
-        if any(text.startswith("-") for text in command.argv):
-            raise ConfigError(f"{next(t for t in command.argv if t.startswith('-'))}: not understood here\n{_USAGE}")
-        with initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
-            config = to_typed(compose("train", overrides=command.argv))
-        plan = plan_run(config)
-    except MacftError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return error.exit_code
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
-    show(plan, console)
+def main(argv: Sequence[str]) -> int:
+    """Prints the plan; returns 0 if the run fits, 1 if macft.train would refuse it.
+
+    Raises:
+        MacftError: The command line is wrong, or the model's configuration can't be read.
+    """
+    arguments = _parser().parse_intermixed_args(argv)
+    overrides = list(arguments.overrides)
+    if arguments.chips is not None:
+        overrides.append(_chips_override(arguments.chips))
+    command = prepare(overrides)
+    with initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
+        config = to_typed(compose("train", overrides=command.argv))
+    plan = plan_run(config)
+    show(plan, Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH))
     return 0 if plan.fits else 1
 
 
-def _with_chips(argv: list[str]) -> list[str]:
-    """``--chips "a,b"`` or ``--chips=a,b`` as the override it stands for."""
-    found: list[str] = []
-    words = iter(argv)
-    for word in words:
-        if word == "--chips" or word.startswith("--chips="):
-            value = word.partition("=")[2] or next(words, "")
-            if not value:
-                raise ConfigError('--chips: name the Macs: --chips "M1 Air 8GB,M4 Max 64GB"')
-            quoted = ",".join(f"'{name.strip()}'" for name in value.replace("'", "").split(","))
-            found.append(f"plan.chips=[{quoted}]")
-        else:
-            found.append(word)
-    return found
+def _chips_override(chips: str) -> str:
+    """The value of ``--chips`` as an override: ``a,b`` is ``plan.chips=['a','b']``."""
+    quoted = ",".join(f"'{name.strip()}'" for name in chips.replace("'", "").split(","))
+    return f"plan.chips=[{quoted}]"
+
+
+def _parser() -> Parser:
+    parser = command_parser("plan", epilog="Exit status 1: macft.train would refuse this run.")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the same as for macft.train")
+    parser.add_argument("--chips", metavar="MACS", help='Macs to plan for, one node each: "M1 Air 8GB,M4 Max 64GB"')
+    return parser
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main))

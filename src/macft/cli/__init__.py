@@ -1,1 +1,1 @@
-"""What all commands share: exit status and one-line errors."""
+"""What all commands share: the list of commands, argument parsing, exit status and one-line errors."""

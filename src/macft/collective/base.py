@@ -1,64 +1,75 @@
-"""The interface between the trainer and whatever moves bytes between ranks."""
+"""The interface between the trainer and the code that moves bytes between ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, Self, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.codecs.wire_codec import WireCodec
+from macft.collective.codecs.quantization import WireCodec
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+ReducibleArray: TypeAlias = "NDArray[np.generic] | mx.array"
+"""What an all-reduce sums: a C-contiguous NumPy array, or an evaluated, row-contiguous MLX array."""
 
 
 @runtime_checkable
 class Collective(Protocol):
     """Collective operations over all ranks of a run.
 
-    All ranks make the same calls in the same order. No call waits for ever: each ends with
+    All ranks make the same calls in the same order. No call waits forever: a call that cannot complete raises
     :class:`~macft.errors.PeerTimeout` or :class:`~macft.errors.PeerLost`, which name the peer.
     """
 
     @property
     def rank(self) -> int:
-        """This process's place in the ring, ``0 <= rank < world_size``."""
+        """This process's rank, ``0 <= rank < world_size``."""
         ...
 
     @property
     def world_size(self) -> int:
-        """How many ranks take part."""
+        """The number of ranks."""
         ...
 
-    def all_reduce(self, arrays: Sequence[Any]) -> None:
-        """Sums each array over all ranks, in place: NumPy or evaluated MLX arrays, C-contiguous, any shape.
+    def all_reduce(self, arrays: Sequence[ReducibleArray]) -> None:
+        """Sums each array over all ranks, in place.
 
-        float32, float64, float16, and of MLX also bfloat16.
+        Args:
+            arrays: C-contiguous arrays of any shape; float32, float64, float16, and for MLX also bfloat16. Every rank
+                passes the same shapes and dtypes.
 
-        Every rank ends with the same bits: each element is summed along one path and then copied.
+        Every rank gets the same bits: each element is summed along one path and then copied.
         """
         ...
 
     def all_reduce_coded(self, array: NDArray[np.float32], codec: WireCodec, residual: NDArray[np.float32]) -> None:
-        """Sums a flat float32 array in place in fewer bytes; ``residual`` carries what is rounded away (both (n,))."""
+        """Sums ``array`` (float32, shape (n,)) in place, encoded by ``codec`` on the wire.
+
+        ``residual`` (float32, shape (n,)) holds the rounding error of earlier calls and receives the new one.
+        """
         ...
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes of data this rank has sent so far, as far as it knows."""
+        """Bytes of data that this rank has sent so far; an estimate where the backend does not count them."""
         ...
 
     @property
     def lost_paths(self) -> list[str]:
-        """Cables to the next rank, as ``host:port``, that are out of use while another one carries on."""
+        """Cables to the next rank, as ``host:port``, that failed while another one still works."""
         ...
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:
-        """Returns ``root``'s ``payload`` on every rank; the other ranks' argument is ignored."""
+        """Returns ``root``'s ``payload`` on every rank; the argument of the other ranks is ignored."""
         ...
 
     def all_gather(self, payload: bytes) -> list[bytes]:
-        """Every rank's ``payload``, by rank."""
+        """The ``payload`` of every rank, ordered by rank."""
         ...
 
     def barrier(self) -> None:

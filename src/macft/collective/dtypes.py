@@ -1,57 +1,65 @@
-"""The number types that an all-reduce sums, and how MLX arrays are seen without a copy."""
+"""The dtypes that an all-reduce sums, and views of MLX arrays as NumPy memory without a copy."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    import mlx.core as mx
+
 BFLOAT16 = "bf16"
-"""The wire's name of a type that NumPy does not have; such arrays are held as their uint16 bits."""
+"""The name on the wire of a dtype that NumPy does not have; such arrays are held as their uint16 bits."""
 WIRE_TYPES = ("<f2", "<f4", "<f8", BFLOAT16)
 
+FlatArray: TypeAlias = NDArray[np.generic]
+"""A one-dimensional, writable array of one of ``WIRE_TYPES``."""
 
-def view(array: Any) -> tuple[NDArray[Any], str]:
-    """The memory of a NumPy or evaluated MLX array as a flat writable NumPy array, and its type on the wire.
 
-    Nothing is copied: a change of one is a change of the other. An MLX array shares its memory through the buffer
-    protocol; bfloat16 comes as uint16 bits.
+def flat_view(array: NDArray[np.generic] | mx.array) -> tuple[FlatArray, str]:
+    """The memory of a NumPy or evaluated MLX array as a flat writable NumPy array, and its dtype on the wire.
+
+    Nothing is copied: both share the memory. An MLX array shares it through the buffer protocol; bfloat16 is seen as
+    uint16 bits.
 
     Raises:
-        ValueError: not a C-contiguous, writable array of a type that can be summed.
+        ValueError: the array is not C-contiguous, not writable, or of a dtype that cannot be summed.
     """
     if isinstance(array, np.ndarray):
-        found, dtype = array, array.dtype.str
+        flat: FlatArray = array
+        dtype = array.dtype.str
     else:
-        memory = memoryview(array)
+        exporter = cast(bytes, array)  # MLX's type stubs do not declare the buffer protocol
+        memory = memoryview(exporter)
         if not memory.c_contiguous:
             raise ValueError("an MLX array that is not row-contiguous (mx.contiguous makes one)")
         dtype = BFLOAT16 if memory.format == "bfloat16" else np.dtype(memory.format).str
-        found = np.frombuffer(array, np.uint16 if dtype == BFLOAT16 else np.dtype(dtype))
-    if dtype not in WIRE_TYPES or not (found.flags.c_contiguous and found.flags.writeable):
-        raise ValueError(f"{dtype}, contiguous: {found.flags.c_contiguous}, writable: {found.flags.writeable}")
-    return found.reshape(-1), dtype
+        flat = np.frombuffer(exporter, np.uint16 if dtype == BFLOAT16 else np.dtype(dtype))
+    if dtype not in WIRE_TYPES or not (flat.flags.c_contiguous and flat.flags.writeable):
+        raise ValueError(f"{dtype}, contiguous: {flat.flags.c_contiguous}, writable: {flat.flags.writeable}")
+    return flat.reshape(-1), dtype
 
 
-def add(into: NDArray[Any], first: NDArray[Any], second: NDArray[Any], dtype: str) -> None:
-    """``into[:] = first + second``, in the type the wire calls ``dtype``; ``into`` may be one of them.
+def add(out: FlatArray, first: FlatArray, second: FlatArray, dtype: str) -> None:
+    """``out[:] = first + second`` for flat arrays of wire dtype ``dtype``; ``out`` may be one of the operands.
 
     bfloat16 is added in float32 and rounded to even.
     """
     if dtype == BFLOAT16:
-        into[:] = to_bfloat16(from_bfloat16(first) + from_bfloat16(second))
+        out[:] = to_bfloat16(from_bfloat16(first.view(np.uint16)) + from_bfloat16(second.view(np.uint16)))
     else:
-        np.add(first, second, out=into)
+        np.add(first, second, out=out)
 
 
 def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """float32 values of bfloat16 bits; exact."""
+    """The float32 values of bfloat16 bits, same shape; exact."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """bfloat16 bits of float32 values, rounded to nearest, ties to even; NaN stays NaN."""
+    """The bfloat16 bits of float32 values, same shape, rounded to nearest, ties to even; NaN stays NaN."""
     bits = values.view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     rounded = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)

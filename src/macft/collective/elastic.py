@@ -1,4 +1,4 @@
-"""What the trainer asks of a collective whose ranks come and go."""
+"""What the trainer needs from a collective whose ranks change during the run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from macft.collective.base import Collective
 
 @dataclass(frozen=True)
 class MembershipView:
-    """Who takes part in ``generation``: ids, names and doors by rank; ``why`` others no longer do, by id.
+    """The members of one ``generation``.
 
-    A newcomer may knock at any of the ``addresses``.
+    Attributes:
+        generation: Counts the rings of the run.
+        ids: Member ids, by rank.
+        names: Host names, by rank.
+        addresses: Addresses of the membership services, by rank. A newcomer may contact any of them.
+        why: Why a former member left, by id.
     """
 
     generation: int
@@ -25,38 +30,45 @@ class MembershipView:
 
 @runtime_checkable
 class ElasticCollective(Collective, Protocol):
-    """A collective whose calls raise MembershipChanged when a rank is lost; the others then regroup and go on."""
+    """A collective whose calls raise MembershipChanged when a rank is lost; the other ranks then call ``regroup``."""
 
     @property
     def members(self) -> MembershipView:
-        """Who takes part now."""
+        """The current members."""
         ...
 
     @property
     def is_member(self) -> bool:
-        """False for a newcomer that has not regrouped yet, or one that has stepped out."""
+        """False for a newcomer that has not regrouped yet, and for a node that has left."""
         ...
 
     @property
     def wants_change(self) -> bool:
-        """Whether a node is at the door, so that all should regroup after this step."""
+        """Whether a node waits to join, so that all ranks should regroup after this step."""
         ...
 
     def check(self) -> None:
-        """Costs nothing; raises MembershipChanged where this collective is known not to go on."""
+        """Raises MembershipChanged if this ring is known to have ended. No communication."""
         ...
 
     def step_out(self) -> None:
-        """Leaves the others. Until it has regrouped this node is by itself, like a newcomer."""
+        """Leaves the other members. Until it regroups, this node is alone, like a newcomer."""
         ...
 
     def regroup(self, waiting: Callable[[str], bool]) -> bool:
-        """Comes together anew with those who are there: rank and world size may be others then.
+        """Forms a new ring with all reachable members; rank and world size may change.
 
-        ``waiting`` is told ten times a second whom this node waits for, and returns whether to go on; False if it does
-        not.
+        Args:
+            waiting: Called about ten times a second with a description of what this node waits for, which continues the
+                sentence "this node waits for", for example ``studio to finish the step``. If it returns False, this
+                node stops waiting.
+
+        Returns:
+            False if ``waiting`` returned False. This node is then alone, as after :meth:`step_out`.
 
         Raises:
-            CollectiveError: the nodes hear each other, but can't come together.
+            PeerLost: all other nodes have ended, or this node's membership service has.
+            CollectiveError: the nodes receive each other's heartbeats but cannot form a ring, or a port cannot be
+                listened on.
         """
         ...

@@ -1,7 +1,7 @@
-"""Tells the other ranks, on a port of its own, what this rank is doing, and asks them the same.
+"""Reports to the other ranks, on a port of its own, what this rank is doing, and asks them the same.
 
-MLX's communication waits for ever and says nothing of whom it waits for. The pulse answers from a thread, so a rank
-that computes answers too; one that is stopped is silent, and one that is gone refuses.
+MLX's communication waits forever and does not report which rank it waits for. The health server answers from a thread,
+so a rank that computes still answers. A stopped process is silent, and an ended one refuses the connection.
 """
 
 from __future__ import annotations
@@ -12,37 +12,38 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import astuple, dataclass
 
 import msgpack
 
 from macft.collective.wire import split_address
 from macft.errors import CollectiveError
 
-_MOST_BYTES = 4096
-_MOST_TEXT = 400
+_MAX_BYTES = 4096
+_MAX_TEXT = 400
 _ANSWER_SECONDS = 1.0
 
 
 @dataclass
 class Health:
-    """What a rank is doing. ``operation`` counts what it has begun; ``seconds`` are those since."""
+    """What a rank is doing. The order of the fields is that on the wire."""
 
     rank: int = 0
+    # Number of operations begun.
     operation: int = 0
-    # In words: "all-reduce 5 of 1024 bytes"; empty between two calls.
-    doing: str = ""
+    # The current call in words: "all-reduce 5 of 1024 bytes"; empty between two calls.
+    call: str = ""
+    # Since the current operation began.
     seconds: float = 0.0
     # Why this rank gives up, once it does.
     reason: str = ""
 
 
 class HealthServer:
-    """Answers every connection to ``address`` ("host:port", port 0 for a free one) with what ``read`` returns.
+    """Answers every connection to ``address`` ("host:port", port 0 for a free one) with the result of ``read``.
 
     Raises:
-        CollectiveError: the address can't be listened on.
+        CollectiveError: the address cannot be listened on.
     """
 
     def __init__(self, address: str, read: Callable[[], Health]):
@@ -53,9 +54,10 @@ class HealthServer:
         except OSError as error:
             raise CollectiveError(f"can't listen on {address}: {error}; does another run use the port?") from None
         self.address = f"{address.rpartition(':')[0]}:{self._server.getsockname()[1]}"
-        self.secret = ""  # of the run; told to nobody, but its hash shows who belongs together
+        self.secret = ""
+        """The run's secret. Never sent; only its hash is, to identify ranks of the same run."""
         self._read = read
-        self._thread = threading.Thread(target=self._serve, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="health", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -76,18 +78,18 @@ class HealthServer:
             with connection:
                 try:
                     connection.settimeout(_ANSWER_SECONDS)
-                    connection.sendall(msgpack.packb([_mark(self.secret), *vars(self._read()).values()]))
+                    connection.sendall(msgpack.packb([_run_mark(self.secret), *astuple(self._read())]))
                 except OSError:
                     continue
 
 
 def ask(address: str, secret: str) -> Health | str:
-    """A rank's pulse; or, in a word, why there is none: ``ended``, ``silent``, ``unreachable`` or ``strange``."""
+    """A rank's health, or why there is none: ``ended``, ``silent``, ``unreachable`` or ``strange``."""
     deadline = time.monotonic() + _ANSWER_SECONDS
     data = b""
     try:
         with socket.create_connection(split_address(address), timeout=_ANSWER_SECONDS) as connection:
-            while len(data) <= _MOST_BYTES and (part := connection.recv(_MOST_BYTES)):
+            while len(data) <= _MAX_BYTES and (part := connection.recv(_MAX_BYTES)):
                 data += part
                 connection.settimeout(max(0.01, deadline - time.monotonic()))
     except (ConnectionRefusedError, ConnectionResetError):
@@ -96,20 +98,21 @@ def ask(address: str, secret: str) -> Health | str:
         return "silent"
     except OSError:
         return "unreachable"
-    return _read(data, secret) if data else "ended"
+    return _parse(data, secret) if data else "ended"
 
 
-def _mark(secret: str) -> bytes:
+def _run_mark(secret: str) -> bytes:
     return hashlib.sha256(f"pulse {secret}".encode()).digest()[:16]
 
 
-def _read(data: bytes, secret: str) -> Health | str:
+def _parse(data: bytes, secret: str) -> Health | str:
     try:
-        values: Any = msgpack.unpackb(data)
+        values: object = msgpack.unpackb(data)
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException):
         return "strange"
-    kinds = (bytes, int, int, str, float, str)
-    if not isinstance(values, list) or [type(value) for value in values] != list(kinds) or values[0] != _mark(secret):
-        return "strange"
-    values[3], values[5] = values[3][:_MOST_TEXT], values[5][:_MOST_TEXT]
-    return Health(*values[1:])
+    match values:
+        case [bytes(mark), int(rank), int(operation), str(call), float(seconds), str(reason)]:
+            if mark != _run_mark(secret) or isinstance(rank, bool) or isinstance(operation, bool):
+                return "strange"
+            return Health(rank, operation, call[:_MAX_TEXT], seconds, reason[:_MAX_TEXT])
+    return "strange"

@@ -1,28 +1,31 @@
-"""The collective of two or more ranks: a ring over ZeroMQ, and TCP streams beside it.
+"""The collective of two or more ranks: a ring over ZeroMQ, with TCP streams beside it.
 
-This file runs the calls; what goes where is in :mod:`~macft.collective.transfer`, the sockets are in
-:mod:`~macft.collective.link`. A ring belongs to the thread that made it.
+This module runs the calls. The algorithms are in :mod:`~macft.collective.transfer`, the sockets in
+:mod:`~macft.collective.link`. A ring may be used only by the thread that made it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import struct
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.codecs.wire_codec import WireCodec
+from macft.collective.base import ReducibleArray
+from macft.collective.codecs.quantization import WireCodec
+from macft.collective.handshake import RingIdentity
 from macft.collective.link import Links
 from macft.collective.listener import COPY_BELOW, Listener
 from macft.collective.path import WINDOW
 from macft.collective.settings import CollectiveConfig
-from macft.collective.stream import fresh
+from macft.collective.stream import new_buffer
 from macft.collective.transfer import BlobTransfer, CodedReduction, GatherReduce, Reduction, Transfer, fuse, unfuse
 from macft.collective.wire import (
     CALL_NAMES,
@@ -30,37 +33,41 @@ from macft.collective.wire import (
     MAX_CALL_BYTES,
     MAX_PATHS,
     Cause,
+    Frame,
     Header,
     Kind,
     split_paths,
 )
 from macft.errors import CollectiveError, PeerLost, PeerTimeout, ProtocolError
 
-_EXCHANGE_BYTES = 768 * 1024
-"""All-reduces of up to this, over the number of ranks, are exchanged whole, unless :meth:`Ring.tune` knows better."""
+_GATHER_REDUCE_BYTES = 768 * 1024
+"""All-reduces of up to this over the number of ranks use :class:`GatherReduce`, until :meth:`Ring.tune` lowers it."""
 _TUNE_BYTES = 512 * 1024
-_LEAST_PIECE_BYTES = 128 * 1024
+_MIN_PIECE_BYTES = 128 * 1024
 _PIECE_SECONDS = 2e-3
-"""How long a piece should be on its way, or less: then what a frame costs by itself hardly counts."""
-_LOOK_SECONDS = 0.5
+"""Time to send one piece: long enough that the fixed cost of a frame hardly matters."""
+_POLL_SECONDS = 0.5
 """Longest single wait; connection events and frames end it at once."""
+_log = logging.getLogger("macft.ring")
 
 
 class Ring:
     """The :class:`~macft.collective.base.Collective` of ranks joined in a ring.
 
     Args:
-        rank: This process's place, ``0 <= rank < world_size``. world_size: 2 or more. addresses:
-        ``host:port`` of each rank's listener, by rank (``host:port+host:port`` where it has several cables); the same
-        list on all ranks. listener: This rank's
-        listener, which the ring then owns. Without one it listens at ``addresses[rank]``. settings: Waits and
-        piece size, the same on all ranks; those of ``listener`` if one is given. names: Of the ranks, for
-        messages. ring_id: Known to the ranks of this run only; a connection that does not know it is not let
-        in. generation: Tells this ring from earlier ones of the same run. abandon: Asked while the ring comes
-        together; what it answers is the reason not to wait any longer.
+        rank: This process's rank, ``0 <= rank < world_size``.
+        world_size: 2 or more.
+        addresses: ``host:port`` of each rank's listener, by rank (``host:port+host:port`` for several cables). The same
+            list on all ranks.
+        listener: This rank's listener, which the ring then owns. Without one it listens at ``addresses[rank]``.
+        settings: Timeouts and piece size, the same on all ranks. Ignored if ``listener`` is given, which has its own.
+        names: Host names by rank, for messages.
+        ring_id: Known to the ranks of this run only. A connection that does not send it is refused.
+        generation: Distinguishes this ring from earlier ones of the same run.
+        stop_reason: Called while the ring forms. A non-empty result is the reason to stop waiting.
 
     Raises:
-        CollectiveError: the ring did not come together; names the peer.
+        CollectiveError: the ring did not form; names the peer.
     """
 
     def __init__(
@@ -74,7 +81,7 @@ class Ring:
         names: Sequence[str] = (),
         ring_id: str = "",
         generation: int = 0,
-        abandon: Callable[[], str] = str,
+        stop_reason: Callable[[], str] = str,
     ):
         if world_size < 2 or len(addresses) != world_size or not 0 <= rank < world_size:
             raise ValueError(f"a ring of {world_size} ranks with {len(addresses)} addresses has no rank {rank}")
@@ -83,25 +90,24 @@ class Ring:
         self._world_size, self._sequence, self._closed, self._bytes_sent = world_size, 0, False, 0
         self._listener = listener or Listener(addresses[rank], settings or CollectiveConfig())
         self._settings = self._listener.settings
+        self._identity = RingIdentity(rank, addresses, names, ring_id, generation)
         try:
-            self._links = Links(
-                self._listener, rank, addresses, names, ring_id=ring_id, generation=generation, abandon=abandon
-            )
+            self._links = Links.connect(self._listener, self._identity, stop_reason=stop_reason)
         except BaseException:
             self._listener.close()
             raise
-        self._exchange_bytes = min(_EXCHANGE_BYTES // world_size, self._settings.piece_bytes)
+        self._gather_reduce_bytes = min(_GATHER_REDUCE_BYTES // world_size, self._settings.piece_bytes)
         self._piece_bytes = self._settings.piece_bytes
-        self._early: list[tuple[Header, Any]] = [*self._links.held]  # frames of calls to come
+        self._early_frames = [*self._links.early_frames]  # frames of later calls
 
     @property
     def rank(self) -> int:
-        """This process's place in the ring."""
-        return self._links.rank
+        """This process's rank."""
+        return self._identity.rank
 
     @property
     def world_size(self) -> int:
-        """How many ranks take part."""
+        """The number of ranks."""
         return self._world_size
 
     @property
@@ -111,88 +117,102 @@ class Ring:
 
     @property
     def lost_paths(self) -> list[str]:
-        """Cables to the right neighbour, as ``host:port``, that are out of use while another one carries on."""
-        return list(self._links.out.lost)
+        """Cables to the right neighbour, as ``host:port``, that failed while another one still works."""
+        return list(self._links.sender.lost)
 
-    def all_reduce(self, arrays: Sequence[Any]) -> None:
-        """Sums each array over all ranks, in place; every rank ends with the same bits.
+    def all_reduce(self, arrays: Sequence[ReducibleArray]) -> None:
+        """Sums each array over all ranks, in place. Every rank gets the same bits.
+
+        Few bytes are summed by :class:`~macft.collective.transfer.GatherReduce`, many by
+        :class:`~macft.collective.transfer.Reduction`; their docstrings show the communication pattern.
 
         Args:
-            arrays: NumPy or evaluated MLX arrays, C-contiguous and writable, of float16, bfloat16 (MLX only), float32
-            or float64, any shapes; the same ones on all ranks. They must not overlap. Large ones are sent from where
-            they lie and summed there.
+            arrays: C-contiguous, writable NumPy or evaluated MLX arrays of any shape; float16, bfloat16 (MLX only),
+                float32 or float64. Every rank passes the same shapes and dtypes. The arrays must not overlap. Large
+                ones are sent from and summed in their own memory.
 
         Raises:
-            ValueError: an array of another kind; nothing has been sent then. PeerLost, PeerTimeout,
-            ProtocolError: name the rank to blame. The arrays then hold no particular values.
+            ValueError: an array that cannot be summed. Nothing has been sent then.
+            PeerLost, PeerTimeout, ProtocolError: name the rank to blame. The values of the arrays are then undefined.
         """
         buffers, copies = fuse(arrays)
         total = sum(buffer.flat.nbytes for buffer in buffers)
         if total > MAX_CALL_BYTES:
             raise ValueError(f"all_reduce of {total} bytes: {MAX_CALL_BYTES} are the most")
-        # Infinity and NaN are the trainer's to judge, once it has the sums.
+        # The trainer checks the sums for infinity and NaN.
         with np.errstate(over="ignore", invalid="ignore"):
-            if total <= self._exchange_bytes:
+            if total <= self._gather_reduce_bytes:
                 call = self._next_call(Kind.EXCHANGE)
-                exchange = GatherReduce(call, buffers, self._world_size, lend=self._links.sends_at_once)
-                self._run(exchange)
-                exchange.finish()
+                gather_reduce = GatherReduce(call, buffers, self._world_size, lend=self._links.sends_immediately)
+                self._run(gather_reduce)
+                gather_reduce.finish()
             else:
                 call = self._next_call(Kind.PIECE)
                 self._run(Reduction(call, buffers, self._world_size, self._piece_bytes))
         unfuse(copies)
 
     def all_reduce_coded(self, array: NDArray[np.float32], codec: WireCodec, residual: NDArray[np.float32]) -> None:
-        """Sums a flat float32 array in place, encoded on every hop; every rank ends with the same bits.
+        """Sums a flat array in place, encoded on every hop. Every rank gets the same bits.
 
-        ``residual``, of the same size, is what this rank rounded away before, and then what it rounds away now. Raises
-        as :meth:`all_reduce` does.
+        Args:
+            array: float32, shape (n,).
+            codec: The same on all ranks.
+            residual: float32, shape (n,): this rank's rounding error of earlier calls, replaced by the new one.
+
+        Raises:
+            CollectiveError: as :meth:`all_reduce`.
         """
-        call, piece = self._next_call(Kind.PIECE), self._piece_bytes
+        call, piece_bytes = self._next_call(Kind.PIECE), self._piece_bytes
         with np.errstate(over="ignore", invalid="ignore"):
-            self._run(CodedReduction(call, array, codec, residual, self._world_size, piece))
+            self._run(CodedReduction(call, array, codec, residual, self._world_size, piece_bytes))
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes of data this rank has sent, without headers and what goes a second time."""
+        """Bytes of data this rank has sent, without headers and frames sent again."""
         return self._bytes_sent
 
     def tune(self) -> None:
-        """Measures the links and sets what depends on them. A call: all ranks make it.
+        """Measures the links and chooses algorithm and piece size by them. A collective call: all ranks make it.
 
-        Up to which size all-reduces are exchanged whole: an exchange takes n - 1 hops of all bytes, a ring 2n - 2 of an
-        n-th, equal where bytes = latency * speed * n / (n - 2); of two ranks both send the same bytes, so there an
-        exchange is right at any speed. And the size of pieces: while one is added the wire may have nothing to do, so
-        on a slow link they are smaller.
+        GatherReduce takes n - 1 hops of all bytes, Reduction 2n - 2 hops of an n-th. They are equal at
+        bytes = latency * speed * n / (n - 2). With two ranks both send the same bytes, so GatherReduce is never slower.
+        While a piece is added, the wire may be idle, so pieces are smaller on a slow link.
         """
         ranks = self._world_size
         latency = min(_seconds(self.barrier) for _ in range(4)) / (ranks - 1)
         hop = min(_seconds(lambda: self.all_gather(bytes(_TUNE_BYTES))) for _ in range(2)) / (ranks - 1)
-        found = self.all_gather(struct.pack("<dd", latency, _TUNE_BYTES / max(hop - latency, 1e-6)))
-        latencies, speeds = zip(*(struct.unpack("<dd", blob) for blob in found), strict=True)
+        measured = self.all_gather(struct.pack("<dd", latency, _TUNE_BYTES / max(hop - latency, 1e-6)))
+        latencies, speeds = zip(*(struct.unpack("<dd", blob) for blob in measured), strict=True)
         if ranks > 2:
             crossover = min(latencies) * min(speeds) * ranks / (ranks - 2)
-            self._exchange_bytes = int(min(crossover, self._exchange_bytes))
-        piece = max(_LEAST_PIECE_BYTES, int(min(speeds) * _PIECE_SECONDS)) & ~7
-        self._piece_bytes = min(piece, self._settings.piece_bytes)
+            self._gather_reduce_bytes = int(min(crossover, self._gather_reduce_bytes))
+        piece_bytes = max(_MIN_PIECE_BYTES, int(min(speeds) * _PIECE_SECONDS)) & ~7
+        self._piece_bytes = min(piece_bytes, self._settings.piece_bytes)
+        _log.info(
+            "ring measured: %.0f us a hop, %.0f MB/s; gather-reduce up to %d bytes, pieces of %d bytes",
+            1e6 * min(latencies),
+            min(speeds) / 1e6,
+            self._gather_reduce_bytes,
+            self._piece_bytes,
+        )
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:
         """Returns ``root``'s ``payload`` on every rank; raises as :meth:`all_reduce` does."""
         if not 0 <= root < self._world_size:
             raise ValueError(f"broadcast: root {root} is not a rank of this ring of {self._world_size}")
-        return self._spread(Kind.BROADCAST, payload, [root])[root]
+        return self._transfer_blobs(Kind.BROADCAST, payload, [root])[root]
 
     def all_gather(self, payload: bytes) -> list[bytes]:
-        """Every rank's ``payload``, by rank; raises as :meth:`all_reduce` does."""
-        blobs = self._spread(Kind.GATHER, payload, range(self._world_size))
+        """The ``payload`` of every rank, ordered by rank; raises as :meth:`all_reduce` does."""
+        blobs = self._transfer_blobs(Kind.GATHER, payload, range(self._world_size))
         return [blobs[rank] for rank in range(self._world_size)]
 
     def barrier(self) -> None:
         """Returns once every rank has called it; raises as :meth:`all_reduce` does."""
-        self._spread(Kind.BARRIER, b"", range(self._world_size))
+        self._transfer_blobs(Kind.BARRIER, b"", range(self._world_size))
 
     def close(self) -> None:
-        """Tells the neighbours and closes the sockets, within about a second. Safe to call twice."""
+        """Says goodbye to the neighbours and closes the sockets, within about a second. Safe to call twice."""
         if self._closed:
             return
         self._closed = True
@@ -200,6 +220,7 @@ class Ring:
             with contextlib.suppress(CollectiveError):
                 self._links.drain()
                 self._links.say_goodbye(Cause.DONE, self.rank, "")
+                _log.info("ring of generation %d closed after %d calls", self._identity.generation, self._sequence)
         self._links.leave()
         self._listener.close()
 
@@ -211,7 +232,7 @@ class Ring:
     ) -> None:
         if error is not None and not self._closed and self._links.failure is None:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            text = f"{self._links.name(self.rank)} stopped with {reason}"
+            text = f"{self._identity.name(self.rank)} stopped with {reason}"
             self._links.say_goodbye(Cause.LOST, self.rank, text)
             self._links.failure = PeerLost(text)
         self.close()
@@ -222,9 +243,9 @@ class Ring:
         if self._links.failure is not None:
             raise self._links.failure
         self._sequence += 1
-        return Header(kind, self._links.generation, self.rank, sequence=self._sequence)
+        return self._identity.header(kind)._replace(sequence=self._sequence)
 
-    def _spread(self, kind: Kind, payload: bytes, origins: Sequence[int]) -> dict[int, bytes]:
+    def _transfer_blobs(self, kind: Kind, payload: bytes, origins: Sequence[int]) -> dict[int, bytes]:
         if len(payload) > MAX_BLOB_BYTES:
             raise ValueError(f"{CALL_NAMES[kind]} of {len(payload)} bytes: {MAX_BLOB_BYTES} are the most")
         call = self._next_call(kind)
@@ -233,96 +254,99 @@ class Ring:
         return transfer.blobs
 
     def _run(self, transfer: Transfer) -> None:
-        """Carries out a call. What ends it half-way, Ctrl-C too, ends the ring: the ranks are out of step."""
+        """Runs a call. An exception halfway, Ctrl-C too, ends the ring: the ranks are no longer at the same point."""
         try:
-            self._exchange(transfer)
+            self._send_and_receive(transfer)
         except CollectiveError:
             raise
         except BaseException:
-            # Perhaps between the two parts of a message, so no goodbye: the neighbours see the connection
-            # end.
+            # This may be between the two parts of a message, so no goodbye: the neighbours see the connection end.
             reason = f"rank {self.rank} was interrupted in {transfer.call}; its ring has ended"
             self._links.failure = PeerLost(reason)
             raise
 
-    def _exchange(self, transfer: Transfer) -> None:
+    def _send_and_receive(self, transfer: Transfer) -> None:
         links, call = self._links, transfer.call
-        room = partial(self._room, transfer)
-        early, self._early = self._early, []
-        for header, body in early:
-            self._take(transfer, header, body)
-        sent_uncopied = took_large = False
-        progress = time.monotonic()
+        buffer_for = partial(self._buffer_for, transfer)
+        early_frames, self._early_frames = self._early_frames, []
+        for frame in early_frames:
+            self._receive(transfer, frame)
+        has_sent_uncopied = has_received_large = False
+        last_progress = time.monotonic()
         while True:
-            while transfer.outgoing and links.out.send(*transfer.outgoing[0]):
-                header, _ = transfer.outgoing.popleft()
+            while transfer.outgoing and links.sender.send(transfer.outgoing[0]):
+                header = transfer.outgoing.popleft().header
                 self._bytes_sent += header.length
-                sent_uncopied = sent_uncopied or _is_lent(header)
-            missing = transfer.missing
-            if took_large and not missing:
-                links.credit()  # the left neighbour waits for it, see below
-                took_large = False
-            # The caller may change its arrays once this returns, so uncopied bodies must have left by then. A
-            # stream knows; ZeroMQ and several paths have them until the neighbour has taken them. Both sides know
+                has_sent_uncopied = has_sent_uncopied or _is_uncopied(header)
+            incomplete = transfer.incomplete
+            if has_received_large and not incomplete:
+                links.send_credit()  # the left neighbour waits for it, see below
+                has_received_large = False
+            # The caller may change its arrays once this returns, so uncopied bodies must have been sent by then. A
+            # stream knows when they are; ZeroMQ and several paths need them until they are credited. Both sides know
             # the sizes, so both know whether a credit is awaited.
-            needs_right = bool(transfer.outgoing) or links.out.pending or (sent_uncopied and links.unacknowledged > 0)
-            if not missing and not needs_right:
+            awaits_credit = has_sent_uncopied and links.unacknowledged > 0
+            needs_right = bool(transfer.outgoing) or links.sender.pending or awaits_credit
+            if not incomplete and not needs_right:
                 return
-            moved = links.moved
-            frame = links.wait(call, left=missing, right=needs_right, seconds=_LOOK_SECONDS, room=room)
-            if frame is not None:
-                took_large = took_large or _is_lent(frame[0])
-                self._take(transfer, *frame)
+            progress = links.progress
+            received = links.wait(
+                call, left=incomplete, right=needs_right, seconds=_POLL_SECONDS, buffer_for=buffer_for
+            )
+            if received is not None:
+                has_received_large = has_received_large or _is_uncopied(received.header)
+                self._receive(transfer, received)
             now = time.monotonic()
-            if frame is not None or links.moved != moved:
-                progress = now
-            elif now - progress > self._settings.patience:
-                self._give_up(transfer, now - progress)
+            if received is not None or links.progress != progress:
+                last_progress = now
+            elif now - last_progress > self._settings.patience:
+                self._fail_stalled(transfer, now - last_progress)
 
-    def _room(self, transfer: Transfer, header: Header) -> memoryview | None:
-        """Where the body of a frame is to be received."""
+    def _buffer_for(self, transfer: Transfer, header: Header) -> memoryview | None:
+        """Where to receive the body of a frame."""
         if not _belongs(header, transfer.call):
-            return fresh(header)
-        # A second copy, over another path, may still come when the call is over and the arrays are the caller's.
-        return transfer.room(header, in_place=not self._links.has_paths)
+            return new_buffer(header)
+        # Over several paths a second copy may arrive after the call, when the caller uses its arrays again.
+        return transfer.buffer_for(header, in_place=not self._links.is_multipath)
 
-    def _take(self, transfer: Transfer, header: Header, body: Any) -> None:
-        call = transfer.call
-        if links_differ := header.sequence - call.sequence if self._links.has_paths else 0:
-            # Over several paths a frame may overtake others, or come a second time when its call is over.
-            if links_differ > 0 and len(self._early) < WINDOW * MAX_PATHS:
-                self._early.append((header, body))
-            if links_differ < 0 or self._early:
+    def _receive(self, transfer: Transfer, frame: Frame) -> None:
+        header, call = frame.header, transfer.call
+        if calls_ahead := header.sequence - call.sequence if self._links.is_multipath else 0:
+            # Over several paths a frame may overtake others, or arrive a second time after its call.
+            if calls_ahead > 0 and len(self._early_frames) < WINDOW * MAX_PATHS:
+                self._early_frames.append(frame)
+            if calls_ahead < 0 or self._early_frames:
                 return
+        name = self._identity.name
         if not _belongs(header, call):
             same = (header.kind, header.sequence) == (call.kind, call.sequence)
-            theirs = f"{self._links.name(header.sender)} is at {header}, this rank at {call}"
+            theirs = f"{name(header.sender)} is at {header}, this rank at {call}"
             others = " of other shapes or types" if same and header.total == call.total else ""
             text = f"{theirs}{others}; do all ranks run the same macft, data and configuration?"
             self._links.fail(ProtocolError, header.sender, text)
         try:
-            transfer.take(header, body)
+            transfer.receive(frame)
         except ProtocolError as error:
-            self._links.fail(ProtocolError, header.sender, f"{self._links.name(header.sender)}: {error}")
+            self._links.fail(ProtocolError, header.sender, f"{name(header.sender)}: {error}")
 
-    def _give_up(self, transfer: Transfer, seconds: float) -> None:
-        peer = transfer.awaited if transfer.missing else self._links.right
+    def _fail_stalled(self, transfer: Transfer, seconds: float) -> None:
+        peer = transfer.next_source if transfer.incomplete else self._identity.right
         text = (
-            f"{self._links.name(peer)} is alive but did not do its part of {transfer.call} "
+            f"{self._identity.name(peer)} is alive but did not do its part of {transfer.call} "
             f"for {seconds:.0f} s; it may still compute: collective.patience sets the limit"
         )
         self._links.fail(PeerTimeout, peer, text)
 
 
 def _belongs(header: Header, call: Header) -> bool:
-    """Whether a frame is part of ``call``, as this rank knows it."""
+    """Whether a frame is part of ``call``."""
     if (header.kind, header.sequence) != (call.kind, call.sequence):
         return False
     return header.kind not in (Kind.PIECE, Kind.EXCHANGE) or (header.total, header.layout) == (call.total, call.layout)
 
 
-def _is_lent(header: Header) -> bool:
-    """Whether the body is sent from the caller's arrays; blobs and exchanges are nobody's to change."""
+def _is_uncopied(header: Header) -> bool:
+    """Whether the body is sent from the caller's arrays; only those of PIECE frames can be changed by the caller."""
     return header.kind == Kind.PIECE and header.length >= COPY_BELOW
 
 

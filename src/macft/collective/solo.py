@@ -1,19 +1,20 @@
-"""A world of one: the collective of a run on a single node."""
+"""A world of one rank: the collective of a run on a single node."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.codecs.wire_codec import WireCodec
+from macft.collective.base import ReducibleArray
+from macft.collective.codecs.quantization import WireCodec
 
 
 class Solo:
-    """The :class:`~macft.collective.base.Collective` of one rank: no socket, and no waiting."""
+    """The :class:`~macft.collective.base.Collective` of one rank. No sockets; no call waits."""
 
     @property
     def rank(self) -> int:
@@ -25,11 +26,11 @@ class Solo:
         """Always 1."""
         return 1
 
-    def all_reduce(self, arrays: Sequence[Any]) -> None:
-        """Leaves the arrays as they are: the sum over one rank."""
+    def all_reduce(self, arrays: Sequence[ReducibleArray]) -> None:
+        """Leaves the arrays unchanged: the sum over one rank."""
 
     def all_reduce_coded(self, array: NDArray[np.float32], codec: WireCodec, residual: NDArray[np.float32]) -> None:
-        """Leaves the array as it is: nothing has to travel."""
+        """Leaves the array unchanged: nothing is sent, so nothing is encoded."""
 
     @property
     def bytes_sent(self) -> int:
@@ -38,7 +39,7 @@ class Solo:
 
     @property
     def lost_paths(self) -> list[str]:
-        """None."""
+        """Always empty."""
         return []
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:
@@ -52,10 +53,10 @@ class Solo:
         return [payload]
 
     def barrier(self) -> None:
-        """Returns: everyone is here."""
+        """Returns at once."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to close."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,7 +1,7 @@
-"""What a rank sends, expects and does with each frame of one collective call: no sockets, no waiting.
+"""The algorithms of the collective calls, as seen by one rank: which frames it sends and expects. No sockets.
 
-A part that starts at rank ``c`` travels ``c+1, c+2, ...``: after ``h`` hops it is at rank ``c+h``. So a rank
-receives by hop ``h`` only what started at ``rank-h``, and whatever it has taken it passes on at once.
+A part that starts at rank ``c`` travels ``c+1, c+2, ...``: after ``h`` hops it is at rank ``c+h``. So what a rank
+receives at hop ``h`` started at ``rank-h``. A rank forwards what it receives at once.
 """
 
 from __future__ import annotations
@@ -11,189 +11,250 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.codecs.wire_codec import WireCodec
-from macft.collective.dtypes import add, view
-from macft.collective.stream import fresh
-from macft.collective.wire import MAX_BLOB_BYTES, Header
+from macft.collective.base import ReducibleArray
+from macft.collective.codecs.error_feedback import encode_with_feedback
+from macft.collective.codecs.quantization import WireCodec
+from macft.collective.dtypes import FlatArray, add, flat_view
+from macft.collective.stream import new_buffer
+from macft.collective.wire import MAX_BLOB_BYTES, Body, Frame, Header
 from macft.errors import ProtocolError
 
 FUSE_BELOW = 65_536
-"""Arrays of fewer bytes are summed together, as one."""
+"""Arrays of fewer bytes are concatenated and summed as one."""
 
 
 class Transfer(Protocol):
-    """One rank's side of a collective call. ``call`` is the header all its frames share."""
+    """One rank's side of a collective call.
+
+    Attributes:
+        call: The header that all frames of the call share.
+        outgoing: Frames to send to the right, in order.
+    """
 
     call: Header
-    outgoing: deque[tuple[Header, Any]]
+    outgoing: deque[Frame]
 
     @property
-    def missing(self) -> bool:
-        """Whether frames from the left are still due."""
+    def incomplete(self) -> bool:
+        """Whether frames from the left are still to come."""
         ...
 
     @property
-    def awaited(self) -> int:
-        """The rank whose part is due next."""
+    def next_source(self) -> int:
+        """The rank whose part is expected next."""
         ...
 
-    def room(self, header: Header, *, in_place: bool) -> memoryview | None:  # noqa: ARG002
-        """Where the body of a frame of this call is to be received; None where ``take`` is the last to use it.
+    def buffer_for(self, header: Header, *, in_place: bool) -> memoryview | None:  # noqa: ARG002
+        """Where to receive the body of a frame of this call; None if :meth:`receive` does not keep it.
 
-        ``in_place``: it may be the caller's own memory, as nothing comes twice.
+        ``in_place``: the buffer may be the caller's own memory, because no frame arrives twice.
         """
-        return fresh(header)
+        return new_buffer(header)
 
-    def take(self, header: Header, body: Any) -> None:
-        """Takes in a frame from the left; adds to ``outgoing`` what goes on.
+    def receive(self, frame: Frame) -> None:
+        """Processes a frame from the left; appends to ``outgoing`` what is to be forwarded.
 
-        Over several paths frames may come in any order, and twice; a second copy is ignored. Raises ProtocolError.
+        Over several paths frames may arrive in any order, and twice; a second copy is ignored.
+
+        Raises:
+            ProtocolError: the frame is not one of this call.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Memory to sum in place: flat, with the wire's name of its type (see :mod:`~macft.collective.dtypes`)."""
+    """Memory to sum in place: a flat array and its dtype on the wire (see :mod:`~macft.collective.dtypes`)."""
 
-    flat: NDArray[Any]
+    flat: FlatArray
     dtype: str
 
 
-class GatherReduce(Transfer):
-    """All-reduce of little: every rank's arrays go round whole, and each rank adds all up in the order of ranks.
+class FusedCopies(NamedTuple):
+    """A buffer that holds copies of several small arrays, and these arrays."""
 
-    N - 1 hops, where :class:`Reduction` has 2N - 2, for N / 2 times the bytes: the faster one while latency counts.
-    The arrays are copied before they are sent, so nothing is waited for at the end. With ``lend`` a single one is not:
-    what is sent is no longer needed when the call is over.
+    fused: Buffer
+    arrays: list[FlatArray]
+
+
+class GatherReduce(Transfer):
+    """All-reduce of few bytes: all-gather the arrays, then every rank adds them up in the order of ranks.
+
+    N - 1 hops instead of the 2N - 2 of :class:`Reduction`, for N / 2 times the bytes: faster while latency dominates.
+
+    1. **Gather.** A rank sends its own arrays, concatenated, as one frame. It forwards each frame it receives, until
+       every rank has those of all ranks.
+    2. **Reduce.** :meth:`finish` adds them up in the order of ranks, so that all ranks get the same bits.
+
+    The arrays are copied before they are sent, so the call need not wait until they have left. With ``lend``, a single
+    array is sent without a copy; the caller must then be done sending before :meth:`finish`.
     """
 
     def __init__(self, call: Header, buffers: Sequence[Buffer], world_size: int, *, lend: bool = False):
-        self._buffers, self._ranks = buffers, world_size
-        own: Any = b""
-        if (
-            lend and len(buffers) == 1 and call.sender < 2
-        ):  # of others the sum would overwrite what is still to be added
+        self._buffers, self._world_size = buffers, world_size
+        own: Body = b""
+        # From rank 2 on, `finish` would overwrite the array before it is added.
+        if lend and len(buffers) == 1 and call.sender < 2:
             own = buffers[0].flat.data.cast("B")
         elif buffers:
             own = b"".join([buffer.flat.data for buffer in buffers])
-        self.call = Header(*call[:4], len(own), _layout(buffers))
-        self._parts: dict[int, Any] = {call.sender: own}
-        self.outgoing: deque[tuple[Header, Any]] = deque([(self._header(1), own)])
+        self.call = call._replace(total=len(own), layout=_layout(buffers))
+        self._parts: dict[int, Body] = {call.sender: own}  # by rank
+        self.outgoing: deque[Frame] = deque([Frame(self._header(1), own)])
 
     @property
-    def missing(self) -> bool:
-        return len(self._parts) < self._ranks
+    def incomplete(self) -> bool:
+        return len(self._parts) < self._world_size
 
     @property
-    def awaited(self) -> int:
-        ranks = self._ranks
-        return next((self.call.sender - hop) % ranks for hop in range(1, ranks + 1) if not self._has(hop))
+    def next_source(self) -> int:
+        hops = range(1, self._world_size + 1)
+        return next((self.call.sender - hop) % self._world_size for hop in hops if not self._has(hop))
 
-    def take(self, header: Header, body: Any) -> None:
-        if not 1 <= header.hop < self._ranks or header.length != self.call.total or header.piece:
+    def receive(self, frame: Frame) -> None:
+        header = frame.header
+        if not 1 <= header.hop < self._world_size or header.length != self.call.total or header.piece:
             raise ProtocolError(f"hop {header.hop} of {header} with {header.length} bytes is not due")
         if self._has(header.hop):
             return
-        self._parts[(self.call.sender - header.hop) % self._ranks] = body
-        if header.hop + 1 < self._ranks:
-            self.outgoing.append((self._header(header.hop + 1), body))
-
-    def _header(self, hop: int) -> Header:
-        return Header(*self.call[:6], hop, 0, "", self.call.total)
+        self._parts[(self.call.sender - header.hop) % self._world_size] = frame.body
+        if header.hop + 1 < self._world_size:
+            self.outgoing.append(Frame(self._header(header.hop + 1), frame.body))
 
     def finish(self) -> None:
-        """Puts the sums into the buffers."""
+        """Writes the sums into the buffers."""
         start = 0
         for buffer in self._buffers:
             flat = buffer.flat
-            parts = [np.frombuffer(self._parts[rank], flat.dtype, flat.size, start) for rank in range(self._ranks)]
+            parts = [np.frombuffer(self._parts[rank], flat.dtype, flat.size, start) for rank in range(self._world_size)]
             add(flat, parts[0], parts[1], buffer.dtype)
             for part in parts[2:]:
                 add(flat, flat, part, buffer.dtype)
             start += buffer.flat.nbytes
 
+    def _header(self, hop: int) -> Header:
+        return self.call._replace(hop=hop, length=self.call.total)
+
     def _has(self, hop: int) -> bool:
-        return (self.call.sender - hop) % self._ranks in self._parts
+        return (self.call.sender - hop) % self._world_size in self._parts
 
 
-class Reduction(Transfer):
-    """Ring all-reduce (Patarasuk and Yuan 2009): N - 1 hops add up a chunk, N - 1 more carry its total round.
+class _RingReduction(Transfer):
+    """The parts of a ring all-reduce that are still due.
 
-    Chunk ``c`` starts at rank ``c``. Every element is summed along one path and then copied, hence the same
-    bits on all ranks. Pieces are passed on as soon as they are added, so that adding and sending overlap.
+    Args:
+        call: The header that all frames of the call share.
+        world_size: The number of ranks N; there are N chunks and 2N - 2 hops.
+        pieces: The number of pieces of each chunk.
     """
 
-    def __init__(self, call: Header, buffers: Sequence[Buffer], world_size: int, piece_bytes: int):
-        self.call = call._replace(total=sum(buffer.flat.nbytes for buffer in buffers), layout=_layout(buffers))
-        self._ranks = world_size
-        self._chunks = [list(_pieces(buffers, chunk, world_size, piece_bytes)) for chunk in range(world_size)]
-        self._hops = 2 * world_size - 2
-        self._due = {(hop, number) for hop in range(1, self._hops + 1) for number in range(len(self._chunk(hop)))}
-        self._in_place = (0, 0)  # the part that is being received where it belongs
-        self.outgoing = deque(
-            (self._header(1, number, piece), piece.flat.data) for number, piece in enumerate(self._chunks[call.sender])
-        )
+    def __init__(self, call: Header, world_size: int, pieces: Sequence[int]):
+        self.call = call
+        self._world_size, self._hops = world_size, 2 * world_size - 2
+        self._due = {(hop, piece) for hop in range(1, self._hops + 1) for piece in range(pieces[self._chunk_at(hop)])}
 
     @property
-    def missing(self) -> bool:
+    def incomplete(self) -> bool:
         return bool(self._due)
 
     @property
-    def awaited(self) -> int:
+    def next_source(self) -> int:
         hop = min(self._due)[0] if self._due else 1
-        # Once all have joined in, only the left neighbour can be told.
-        return (self.call.sender - (hop if hop < self._ranks else 1)) % self._ranks
+        # In the second phase all ranks have contributed, so only the left neighbour can be named.
+        return self._chunk_at(hop if hop < self._world_size else 1)
 
-    def room(self, header: Header, *, in_place: bool) -> memoryview | None:
-        place = header.hop, header.piece
-        if not in_place or header.hop < self._ranks or place not in self._due:
+    def _chunk_at(self, hop: int) -> int:
+        """The chunk that arrives here at ``hop``. It started at the rank of this number."""
+        return (self.call.sender - hop) % self._world_size
+
+
+class Reduction(_RingReduction):
+    """Ring all-reduce (Patarasuk and Yuan 2009, bandwidth-optimal): reduce-scatter, then all-gather, in 2N - 2 hops.
+
+    The buffers are cut into N chunks, and each chunk into pieces of at most ``piece_bytes``.
+
+    1. **Reduce-scatter**, hops 1 to N - 1. Rank ``r`` sends chunk ``r`` to the right. At hop ``h`` a rank receives the
+       partial sum of chunk ``rank-h``, adds it to its own values and forwards the result. After N - 1 hops rank ``r``
+       holds the total of chunk ``r+1``.
+    2. **All-gather**, hops N to 2N - 2. Each total travels on round the ring; a rank copies it over its own values and
+       forwards it.
+
+    ::
+
+        N = 3, chunk c, "+": adds      rank 0    rank 1    rank 2
+        hop 1                          + c=2     + c=0     + c=1
+        hop 2                          + c=1     + c=2     + c=0     rank 0 has the total of chunk 1
+        hop 3                            c=0       c=1       c=2
+        hop 4                            c=2       c=0       c=1
+
+    Every rank sends 2 (N - 1) / N of the bytes. Each element is summed along one path and then copied, so all ranks get
+    the same bits. A piece is forwarded as soon as it is added, so that adding and sending overlap.
+    """
+
+    def __init__(self, call: Header, buffers: Sequence[Buffer], world_size: int, piece_bytes: int):
+        self._chunks = [list(_pieces(buffers, chunk, world_size, piece_bytes)) for chunk in range(world_size)]
+        call = call._replace(total=sum(buffer.flat.nbytes for buffer in buffers), layout=_layout(buffers))
+        super().__init__(call, world_size, [len(chunk) for chunk in self._chunks])
+        self._in_place = (0, 0)  # hop and number of the piece that is received directly into its array
+        self.outgoing = deque(
+            Frame(self._header(1, number, piece), piece.flat.data)
+            for number, piece in enumerate(self._chunks[call.sender])
+        )
+
+    def buffer_for(self, header: Header, *, in_place: bool) -> memoryview | None:
+        part = header.hop, header.piece
+        if not in_place or header.hop < self._world_size or part not in self._due:
             return None
         local = self._chunk(header.hop)[header.piece]
         if header.length != local.flat.nbytes:
             return None
-        self._in_place = place
+        self._in_place = part
         return local.flat.data.cast("B")
 
-    def take(self, header: Header, body: Any) -> None:
+    def receive(self, frame: Frame) -> None:
+        header = frame.header
         hop, number = header.hop, header.piece
         if not 1 <= hop <= self._hops or number >= len(self._chunk(hop)):
             raise ProtocolError(f"part {number} of hop {hop} of {header} is not due")
         local = self._chunk(hop)[number]
         if header.dtype != local.dtype or header.length != local.flat.nbytes:
-            found = f"{header.length} bytes of {header.dtype}, not {local.flat.nbytes} of {local.dtype}"
-            raise ProtocolError(f"part {number} of hop {hop} of {header} has {found}")
+            sizes = f"{header.length} bytes of {header.dtype}, not {local.flat.nbytes} of {local.dtype}"
+            raise ProtocolError(f"part {number} of hop {hop} of {header} has {sizes}")
         if (hop, number) not in self._due:
             return
         self._due.remove((hop, number))
-        # `local` may still be on its way, sent without a copy, only where it is overwritten by a total; but that total
-        # has in it what the neighbour received from here, so the bytes have long left, and a second copy of them over
-        # another path will be ignored.
-        if hop < self._ranks:
-            add(local.flat, local.flat, np.frombuffer(body, local.flat.dtype), local.dtype)
+        # A total may overwrite `local` although that was sent without a copy: the total includes what the neighbour
+        # received from here, so those bytes have been sent. A second copy of them over another path is ignored.
+        if hop < self._world_size:
+            add(local.flat, local.flat, np.frombuffer(frame.body, local.flat.dtype), local.dtype)
         elif (hop, number) != self._in_place:
-            np.copyto(local.flat, np.frombuffer(body, local.flat.dtype))
+            np.copyto(local.flat, np.frombuffer(frame.body, local.flat.dtype))
         if hop < self._hops:
-            self.outgoing.append((self._header(hop + 1, number, local), local.flat.data))
+            self.outgoing.append(Frame(self._header(hop + 1, number, local), local.flat.data))
 
     def _chunk(self, hop: int) -> list[Buffer]:
-        return self._chunks[(self.call.sender - hop) % self._ranks]
+        return self._chunks[self._chunk_at(hop)]
 
     def _header(self, hop: int, number: int, piece: Buffer) -> Header:
-        return Header(*self.call[:6], hop, number, piece.dtype, piece.flat.nbytes)
+        return self.call._replace(hop=hop, piece=number, dtype=piece.dtype, length=piece.flat.nbytes)
 
 
-class CodedReduction(Transfer):
-    """Ring all-reduce of one flat float32 array whose parts travel encoded, with error feedback.
+class CodedReduction(_RingReduction):
+    """Ring all-reduce of one flat float32 array whose parts are encoded on the wire, with error feedback.
 
-    A rank encodes each part once: what it has added up so far, or the total where it is the last to add. The total's
-    bytes then go round unchanged, and every rank, that one too, takes what they decode to: the same bits. ``residual``
-    has what this rank rounded away in earlier calls; it is added before encoding, and gets the new rest.
+    The phases are those of :class:`Reduction`. A rank encodes each part once: a partial sum, or the total if it is the
+    last rank to add. The encoded total is forwarded unchanged, and every rank, that one too, takes its decoded values:
+    the same bits.
+
+    Args:
+        flat: float32, shape (n,); summed in place.
+        residual: float32, shape (n,); this rank's rounding error of earlier calls. It is added before encoding and
+            receives the new rounding error.
     """
 
     def __init__(
@@ -205,32 +266,21 @@ class CodedReduction(Transfer):
         world_size: int,
         piece_bytes: int,
     ):
-        # The codec belongs to what must be the same on all ranks.
+        # The codec must be the same on all ranks, so it is part of the layout.
         layout = zlib.crc32(f"{codec.name}{flat.size}".encode())
-        self.call = call._replace(total=flat.nbytes, layout=layout)
-        self._codec, self._ranks, self._hops = codec, world_size, 2 * world_size - 2
-        pairs = [Buffer(flat, "<f4"), Buffer(residual, "<f4")]
-        parts = [list(_pieces(pairs[:1], chunk, world_size, piece_bytes)) for chunk in range(world_size)]
-        rests = [list(_pieces(pairs[1:], chunk, world_size, piece_bytes)) for chunk in range(world_size)]
+        self._codec = codec
         self._chunks = [
-            [(part.flat, rest.flat) for part, rest in zip(*chunk, strict=True)]
-            for chunk in zip(parts, rests, strict=True)
+            [(flat[piece], residual[piece]) for piece in _slices(flat, chunk, world_size, piece_bytes)]
+            for chunk in range(world_size)
         ]
-        self._due = {(hop, number) for hop in range(1, self._hops + 1) for number in range(len(self._chunk(hop)))}
-        self.outgoing: deque[tuple[Header, Any]] = deque()
-        for number, (local, rest) in enumerate(self._chunks[call.sender]):
-            self._send(1, number, self._encode(local, rest))
+        pieces = [len(chunk) for chunk in self._chunks]
+        super().__init__(call._replace(total=flat.nbytes, layout=layout), world_size, pieces)
+        self.outgoing: deque[Frame] = deque()
+        for number, (local, local_residual) in enumerate(self._chunks[call.sender]):
+            self._send(1, number, encode_with_feedback(codec, local, local_residual))
 
-    @property
-    def missing(self) -> bool:
-        return bool(self._due)
-
-    @property
-    def awaited(self) -> int:
-        hop = min(self._due)[0] if self._due else 1
-        return (self.call.sender - (hop if hop < self._ranks else 1)) % self._ranks
-
-    def take(self, header: Header, body: Any) -> None:
+    def receive(self, frame: Frame) -> None:
+        header = frame.header
         hop, number = header.hop, header.piece
         chunk = self._chunk(hop) if 1 <= hop <= self._hops else []
         if number >= len(chunk) or header.length != self._codec.encoded_bytes(chunk[number][0].size):
@@ -238,95 +288,89 @@ class CodedReduction(Transfer):
         if (hop, number) not in self._due:
             return
         self._due.remove((hop, number))
-        local, rest = chunk[number]
-        incoming = self._codec.decode(body, local.size)
-        onward = body
-        if hop < self._ranks:
-            local += incoming
-            onward = self._encode(local, rest)
-            if hop == self._ranks - 1:
-                local[:] = self._codec.decode(onward, local.size)
+        local, residual = chunk[number]
+        received = self._codec.decode(frame.body, local.size)
+        encoded = frame.body
+        if hop < self._world_size:
+            local += received
+            encoded = encode_with_feedback(self._codec, local, residual)
+            if hop == self._world_size - 1:
+                local[:] = self._codec.decode(encoded, local.size)
         else:
-            local[:] = incoming
+            local[:] = received
         if hop < self._hops:
-            self._send(hop + 1, number, onward)
+            self._send(hop + 1, number, encoded)
 
-    def _encode(self, local: NDArray[np.float32], rest: NDArray[np.float32]) -> NDArray[np.uint8]:
-        rest += local
-        data = self._codec.encode(rest)
-        rest -= self._codec.decode(data, rest.size)
-        return data
-
-    def _send(self, hop: int, number: int, data: Any) -> None:
-        header = self.call._replace(hop=hop, piece=number, dtype="<f4", length=len(data))
-        self.outgoing.append((header, data))
+    def _send(self, hop: int, number: int, encoded: Body) -> None:
+        header = self.call._replace(hop=hop, piece=number, dtype="<f4", length=len(encoded))
+        self.outgoing.append(Frame(header, encoded))
 
     def _chunk(self, hop: int) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        return self._chunks[(self.call.sender - hop) % self._ranks]
+        return self._chunks[self._chunk_at(hop)]
 
 
 class BlobTransfer(Transfer):
-    """Carries the blobs of ``origins`` to every rank: a broadcast from one, a gathering from all."""
+    """Copies the blobs of the ranks ``origins`` to every rank: a broadcast from one, an all-gather from all."""
 
     def __init__(self, call: Header, payload: bytes, world_size: int, origins: Sequence[int], piece_bytes: int):
         self.call = call
-        self.blobs: dict[int, bytes] = {}
-        self._ranks, self._piece_bytes = world_size, piece_bytes
-        self._parts: dict[int, dict[int, Any]] = {}  # by hop and number
+        self.blobs: dict[int, bytes] = {}  # by rank
+        self._world_size, self._piece_bytes = world_size, piece_bytes
+        self._parts: dict[int, dict[int, Body]] = {}  # by hop and number
         self._totals: dict[int, int] = {}  # by hop
-        self._due = {hop for hop in range(1, world_size) if (call.sender - hop) % world_size in origins}
-        self._awaited = set(self._due)
-        self.outgoing: deque[tuple[Header, Any]] = deque()
+        self._expected = {hop for hop in range(1, world_size) if (call.sender - hop) % world_size in origins}
+        self._due = set(self._expected)
+        self.outgoing: deque[Frame] = deque()
         if call.sender in origins:
             self.blobs[call.sender] = payload
             view = memoryview(payload)
-            for number in range(self._count(len(payload))):
+            for number in range(self._part_count(len(payload))):
                 body = view[number * piece_bytes : (number + 1) * piece_bytes]
                 header = call._replace(total=len(payload), hop=1, piece=number, length=len(body))
-                self.outgoing.append((header, body))
+                self.outgoing.append(Frame(header, body))
 
     @property
-    def missing(self) -> bool:
+    def incomplete(self) -> bool:
         return bool(self._due)
 
     @property
-    def awaited(self) -> int:
-        return (self.call.sender - min(self._due, default=1)) % self._ranks
+    def next_source(self) -> int:
+        return (self.call.sender - min(self._due, default=1)) % self._world_size
 
-    def take(self, header: Header, body: Any) -> None:
+    def receive(self, frame: Frame) -> None:
+        header = frame.header
         hop, number, total = header.hop, header.piece, header.total
         length = min(self._piece_bytes, total - number * self._piece_bytes)
-        known = self._totals.setdefault(hop, total) == total <= MAX_BLOB_BYTES
-        if hop not in self._awaited or not known or number >= self._count(total) or header.length != length:
+        has_valid_total = self._totals.setdefault(hop, total) == total <= MAX_BLOB_BYTES
+        is_valid = has_valid_total and number < self._part_count(total) and header.length == length
+        if hop not in self._expected or not is_valid:
             raise ProtocolError(f"part {number} of hop {hop} of {header} is not due or of a wrong size")
         parts = self._parts.setdefault(hop, {})
         if hop not in self._due or number in parts:
             return
-        parts[number] = body
-        if hop + 1 < self._ranks:
-            self.outgoing.append((header._replace(sender=self.call.sender, hop=hop + 1), body))
-        if len(parts) == self._count(total):
+        parts[number] = frame.body
+        if hop + 1 < self._world_size:
+            self.outgoing.append(Frame(header._replace(sender=self.call.sender, hop=hop + 1), frame.body))
+        if len(parts) == self._part_count(total):
             self._due.remove(hop)
-            self.blobs[(self.call.sender - hop) % self._ranks] = b"".join(parts[i] for i in range(len(parts)))
+            self.blobs[(self.call.sender - hop) % self._world_size] = b"".join(parts[i] for i in range(len(parts)))
             parts.clear()
 
-    def _count(self, total: int) -> int:
-        return max(1, -(-total // self._piece_bytes))  # an empty blob takes a frame too: its arrival is the news
+    def _part_count(self, total: int) -> int:
+        return max(1, -(-total // self._piece_bytes))  # an empty blob takes a frame too: a barrier is made of these
 
 
-def fuse(
-    arrays: Sequence[Any],
-) -> tuple[list[Buffer], list[tuple[Buffer, list[NDArray[Any]]]]]:
-    """Buffers to sum in place of ``arrays`` (NumPy or MLX); those that hold copies, each with the memory copied.
+def fuse(arrays: Sequence[ReducibleArray]) -> tuple[list[Buffer], list[FusedCopies]]:
+    """The buffers to sum in place of ``arrays``, and those of them that hold copies of several small arrays.
 
     Raises:
-        ValueError: an array that can't be summed; names its place.
+        ValueError: an array that cannot be summed; names its index.
     """
     buffers: list[Buffer] = []
-    small: dict[str, list[NDArray[Any]]] = {}
+    small: dict[str, list[FlatArray]] = {}
     for number, array in enumerate(arrays):
         try:
-            flat, dtype = view(array)
+            flat, dtype = flat_view(array)
         except (ValueError, TypeError) as error:
             kinds = "float32, float64, float16 or bfloat16"
             raise ValueError(
@@ -342,12 +386,12 @@ def fuse(
         fused = Buffer(flats[0] if len(flats) == 1 else np.concatenate(flats), dtype)
         buffers.append(fused)
         if len(flats) > 1:
-            copies.append((fused, flats))
+            copies.append(FusedCopies(fused, flats))
     return buffers, copies
 
 
-def unfuse(copies: Sequence[tuple[Buffer, list[NDArray[Any]]]]) -> None:
-    """Copies the sums back into the arrays they belong to."""
+def unfuse(copies: Sequence[FusedCopies]) -> None:
+    """Copies the sums back into the small arrays."""
     for fused, arrays in copies:
         start = 0
         for flat in arrays:
@@ -355,17 +399,21 @@ def unfuse(copies: Sequence[tuple[Buffer, list[NDArray[Any]]]]) -> None:
             start += flat.size
 
 
+def _slices(flat: FlatArray, chunk: int, chunks: int, piece_bytes: int) -> Iterator[slice]:
+    begin, end = flat.size * chunk // chunks, flat.size * (chunk + 1) // chunks
+    step = piece_bytes // flat.itemsize
+    for start in range(begin, end, step):
+        yield slice(start, min(start + step, end))
+
+
 def _pieces(buffers: Sequence[Buffer], chunk: int, chunks: int, piece_bytes: int) -> Iterator[Buffer]:
     for buffer in buffers:
-        flat = buffer.flat
-        begin, end = flat.size * chunk // chunks, flat.size * (chunk + 1) // chunks
-        step = piece_bytes // flat.itemsize
-        for start in range(begin, end, step):
-            yield Buffer(flat[start : min(start + step, end)], buffer.dtype)
+        for piece in _slices(buffer.flat, chunk, chunks, piece_bytes):
+            yield Buffer(buffer.flat[piece], buffer.dtype)
 
 
 def _layout(buffers: Sequence[Buffer]) -> int:
-    """Tells apart calls of equal size whose arrays differ; they would be summed wrongly without a word."""
+    """A checksum of sizes and dtypes. It detects calls of equal size with different arrays, which would sum wrongly."""
     return _checksum(tuple([(buffer.dtype, buffer.flat.size) for buffer in buffers]))
 
 

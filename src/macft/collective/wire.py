@@ -1,8 +1,8 @@
-"""What goes over the wire between two neighbours: the header of every frame, and finding the other end.
+"""The wire format between two neighbours: the header of every frame, and addresses.
 
-A frame is a header and, for data, a body of ``length`` bytes: one ZeroMQ message, or data so many bytes of a stream.
-Headers of data have a fixed form of ``DATA_HEADER_BYTES`` bytes, all others are msgpack arrays. Liveness is not the
-business of frames: ZMTP's own heartbeats (RFC 37) come from ZeroMQ's I/O thread, even while Python computes.
+A frame is a header and, for data, a body of ``length`` bytes. It is sent as one ZeroMQ message, or as consecutive bytes
+of a stream. Data headers have a fixed layout of ``DATA_HEADER_BYTES`` bytes; all others are msgpack arrays. Liveness
+needs no frames: ZMTP's own heartbeats (RFC 37) come from ZeroMQ's I/O thread, even while Python computes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import enum
 import operator
 import socket
 import struct
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import msgpack
 import zmq
@@ -24,32 +24,34 @@ MAX_HEADER_BYTES = 1024
 MAX_CALL_BYTES = 1 << 40
 """Most bytes one all-reduce may sum."""
 MAX_BLOB_BYTES = 1 << 36
-"""Most bytes one rank may broadcast or gather: 64 GiB, the state of a model that is tuned as a whole."""
+"""Most bytes one rank may broadcast or gather: 64 GiB, enough for the state of full fine-tuning."""
 MAX_PATHS = 8
 """Most cables between two neighbours."""
 MAX_TEXT = 400
 LINGER_SECONDS = 1.0
-"""How long closing may wait for the last frames to leave."""
+"""How long closing may wait for the last frames to be sent."""
+
+Body: TypeAlias = bytes | memoryview
 
 
 class Kind(enum.IntEnum):
-    """What a frame is. The numbers go over the wire and never change their meaning."""
+    """The kind of a frame. The numbers are part of the wire protocol and never change."""
 
     HELLO = 1  # the first frame to the right neighbour
-    CREDIT = 2  # to the left neighbour: so many more frames may come
-    GOODBYE = 3  # the sender leaves; says why
+    CREDIT = 2  # to the left neighbour: this many more frames may be sent
+    GOODBYE = 3  # the sender leaves, with the reason
     PIECE = 4  # part of an array in an all-reduce
     BROADCAST = 5
     GATHER = 6
     BARRIER = 7
     EXCHANGE = 8  # all arrays of a small all-reduce
-    STREAM = 9  # to the left neighbour: data may come over a plain TCP connection
+    STREAM = 9  # to the left neighbour: data may be sent over a plain TCP connection
 
 
 class Cause(enum.IntEnum):
-    """Why a rank says goodbye."""
+    """Why a rank leaves."""
 
-    DONE = 0  # closed in order
+    DONE = 0  # closed normally
     LOST = 1
     TIMEOUT = 2
     PROTOCOL = 3
@@ -68,22 +70,25 @@ class Header(NamedTuple):
     """The header of a frame; which fields a frame carries depends on its kind."""
 
     kind: Kind
-    # Counts the rings of a run; frames of an earlier one are never mixed in.
+    # Counts the rings of a run, so that frames of an earlier ring are recognised.
     generation: int
     sender: int
-    # Data: number of the collective call, bytes of the whole call (of the whole blob), CRC-32 of its arrays'
-    # sizes and types, links this part has travelled when it arrives, its number among the parts of its chunk,
-    # type, body bytes.
+    # The following are those of data. The number of the collective call:
     sequence: int = 0
+    # bytes of the whole call, or of the whole blob:
     total: int = 0
+    # CRC-32 of the sizes and dtypes of its arrays:
     layout: int = 0
+    # links that this part has travelled when it arrives:
     hop: int = 0
+    # its number among the parts of its chunk:
     piece: int = 0
     dtype: str = ""
+    # bytes of the body:
     length: int = 0
     # CREDIT: number of frames.
     frames: int = 0
-    # GOODBYE: why, and the rank that is to blame.
+    # GOODBYE: a Cause, and the rank that caused it.
     cause: int = 0
     culprit: int = 0
     # HELLO: the ring's id. GOODBYE: the reason in words. STREAM: the secret in hexadecimal.
@@ -92,12 +97,19 @@ class Header(NamedTuple):
     port: int = 0
 
     def __str__(self) -> str:
-        """Of data: the collective call this frame belongs to, in words: ``all-reduce 5 of 1024 bytes``."""
+        """For data: the collective call this frame belongs to, in words: ``all-reduce 5 of 1024 bytes``."""
         size = f" of {self.total} bytes" if self.kind in (Kind.PIECE, Kind.EXCHANGE) else ""
         return f"{CALL_NAMES[self.kind]} {self.sequence}{size}"
 
 
-# Version, kind, sender, generation, sequence, total, layout, hop, piece, type, length: as in Header.
+class Frame(NamedTuple):
+    """A data frame: ``body`` has ``header.length`` bytes."""
+
+    header: Header
+    body: Body
+
+
+# Version, kind, sender, generation, sequence, total, layout, hop, piece, dtype, length: as in Header.
 _DATA = struct.Struct("!BBHIQQIIIBI")
 DATA_HEADER_BYTES = _DATA.size
 _TYPES = ("", *WIRE_TYPES)
@@ -111,7 +123,7 @@ _FIELDS = {
     Kind.GOODBYE: ("cause", "culprit", "text"),
     Kind.STREAM: ("port", "text"),
 }
-# What each number may be at most.
+# The largest valid value of each number.
 _HIGHEST = {
     "generation": (1 << 32) - 1,
     "sender": 65_535,
@@ -126,13 +138,21 @@ _GETTERS = {kind: operator.attrgetter("kind", "generation", "sender", *fields) f
 
 def pack(header: Header) -> bytes:
     """The bytes of a header."""
-    kind, generation, sender, sequence, total, layout, hop, piece, dtype, length, *_ = header
-    if kind in _DATA_KINDS:
-        number = _TYPE_NUMBERS[dtype]
+    if header.kind in _DATA_KINDS:
         return _DATA.pack(
-            PROTOCOL_VERSION, kind, sender, generation, sequence, total, layout, hop, piece, number, length
+            PROTOCOL_VERSION,
+            header.kind,
+            header.sender,
+            header.generation,
+            header.sequence,
+            header.total,
+            header.layout,
+            header.hop,
+            header.piece,
+            _TYPE_NUMBERS[header.dtype],
+            header.length,
         )
-    packed: bytes = msgpack.packb((PROTOCOL_VERSION, *_GETTERS[kind](header)))
+    packed: bytes = msgpack.packb((PROTOCOL_VERSION, *_GETTERS[header.kind](header)))
     return packed
 
 
@@ -140,7 +160,7 @@ def unpack(data: bytes | memoryview, peer: str) -> Header:
     """Reads a header that ``peer`` (its name, for messages) has sent.
 
     Raises:
-        ProtocolError: not a header of this protocol version; names the peer and the fault.
+        ProtocolError: not a valid header of this protocol version; names the peer and what is wrong.
     """
     if len(data) == DATA_HEADER_BYTES and data[0] == PROTOCOL_VERSION:
         return _unpack_data(data, peer)
@@ -166,7 +186,7 @@ def unpack(data: bytes | memoryview, peer: str) -> Header:
         if name == "text":
             valid = type(value) is str and len(value) <= MAX_TEXT
         else:
-            valid = type(value) is int and 0 <= value <= _HIGHEST[name]  # a bool is no number here
+            valid = type(value) is int and 0 <= value <= _HIGHEST[name]  # type(): a bool is not accepted
         if not valid:
             raise ProtocolError(f"{peer} sent a {kind.name} header whose {name} is {str(value)[:40]!r}")
     return Header(kind, values[2], values[3], **dict(zip(_FIELDS[kind], values[4:], strict=True)))
@@ -177,20 +197,31 @@ def _unpack_data(data: bytes | memoryview, peer: str) -> Header:
     kind = _DATA_KINDS.get(number)
     if kind is None:
         raise ProtocolError(f"{peer} sent a frame of unknown kind {number}")
-    most_types = len(_TYPES) - 1 if kind is Kind.PIECE else 0
-    if dtype > most_types or (kind is Kind.PIECE and not dtype):
+    max_dtype = len(_TYPES) - 1 if kind is Kind.PIECE else 0
+    if dtype > max_dtype or (kind is Kind.PIECE and not dtype):
         raise ProtocolError(f"{peer} sent a {kind.name} header whose dtype is {dtype}")
-    most = MAX_CALL_BYTES if kind in (Kind.PIECE, Kind.EXCHANGE) else MAX_BLOB_BYTES
-    if sequence > _MAX_SEQUENCE or total > most or hop > _MAX_HOP or length > _MAX_LENGTH:
+    max_total = MAX_CALL_BYTES if kind in (Kind.PIECE, Kind.EXCHANGE) else MAX_BLOB_BYTES
+    if sequence > _MAX_SEQUENCE or total > max_total or hop > _MAX_HOP or length > _MAX_LENGTH:
         for name, value, limit in (
             ("sequence", sequence, _MAX_SEQUENCE),
-            ("total", total, most),
+            ("total", total, max_total),
             ("hop", hop, _MAX_HOP),
             ("length", length, _MAX_LENGTH),
         ):
             if value > limit:
                 raise ProtocolError(f"{peer} sent a {kind.name} header whose {name} is '{value}'")
-    return Header(kind, generation, sender, sequence, total, layout, hop, piece, _TYPES[dtype], length)
+    return Header(
+        kind,
+        generation,
+        sender,
+        sequence=sequence,
+        total=total,
+        layout=layout,
+        hop=hop,
+        piece=piece,
+        dtype=_TYPES[dtype],
+        length=length,
+    )
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -202,7 +233,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def split_paths(address: str) -> list[str]:
-    """``"host:port+host:port"``, one for each cable, to its parts; ValueError if one is malformed."""
+    """Splits ``"host:port+host:port"``, one for each cable; ValueError if one is malformed."""
     paths = address.split("+")
     if len(paths) > MAX_PATHS:
         raise ValueError(f"'{address[:80]}' has {len(paths)} paths; {MAX_PATHS} are the most")
@@ -212,14 +243,14 @@ def split_paths(address: str) -> list[str]:
 
 
 def set_endpoint(sock: zmq.Socket[bytes], address: str) -> str:
-    """The ZeroMQ endpoint of ``"host:port"``, its name resolved; turns IPv6 on for ``sock`` where needed.
+    """The ZeroMQ endpoint of ``"host:port"``, with the name resolved; enables IPv6 on ``sock`` where needed.
 
     Raises:
-        CollectiveError: the address is malformed, or its name unknown.
+        CollectiveError: the address is malformed, or the name is unknown.
     """
     try:
         host, port = split_address(address)
-        # ZeroMQ binds to numbers only, and prefers IPv6 for names; here the system's own order decides.
+        # ZeroMQ binds to numbers only and prefers IPv6 for names; this uses the system's order instead.
         family, _, _, _, resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (ValueError, OSError) as error:
         raise CollectiveError(f"address {address}: {error}") from None
@@ -228,10 +259,10 @@ def set_endpoint(sock: zmq.Socket[bytes], address: str) -> str:
 
 
 def bind(sock: zmq.Socket[bytes], address: str) -> str:
-    """Binds ``sock`` to ``"host:port"`` (port 0: a free one); returns ``host:port`` with the true port.
+    """Binds ``sock`` to ``"host:port"`` (port 0: a free one); returns ``host:port`` with the actual port.
 
     Raises:
-        CollectiveError: the address is unknown here or in use.
+        CollectiveError: the address is not this machine's, or is in use.
     """
     endpoint = set_endpoint(sock, address)
     try:
@@ -246,12 +277,12 @@ def bind(sock: zmq.Socket[bytes], address: str) -> str:
     return f"{address.rpartition(':')[0]}:{port}"
 
 
-def knock(address: str, seconds: float) -> str:
-    """Asks whether a live ZeroMQ listens at ``"host:port"``.
+def probe(address: str, seconds: float) -> str:
+    """Whether a live ZeroMQ socket listens at ``"host:port"``.
 
-    Its I/O thread greets every connection at once, whatever Python does. So ``alive``: greeted; ``ended``:
-    nobody listens, the process is gone; ``silent``: no greeting, the process is stopped; ``unreachable``: no
-    answer at all.
+    ZeroMQ's I/O thread greets every connection at once, even while Python computes. Returns ``alive`` (greeted),
+    ``ended`` (connection refused: the process is gone), ``silent`` (no greeting: the process is stopped) or
+    ``unreachable`` (no answer within ``seconds``).
     """
     try:
         connection = socket.create_connection(split_address(address), timeout=seconds)

@@ -1,1 +1,1 @@
-"""Measuring collectives: ranks in processes of their own, several implementations by turns, tables and plots."""
+"""Benchmarks of collectives: several implementations measured in turns, with ranks in processes of their own."""

@@ -1,4 +1,4 @@
-"""Measures a collective that this process is already part of: one rank of several machines."""
+"""Measures collectives that this process has joined, as one of the ranks on several machines."""
 
 from __future__ import annotations
 
@@ -20,13 +20,21 @@ def measure_here(
     collective: Collective,
     sizes: Sequence[int],
     turns: int,
-    tell: Callable[[list[Measured]], None],
+    on_result: Callable[[list[Measured]], None],
 ) -> list[list[Measured]]:
-    """Times all ``sides`` by turns at all ``sizes`` (bytes, multiples of 4); all ranks get the same results.
+    """Times all ``sides`` in turns at all ``sizes``. All ranks get the same results.
 
-    ``collective`` serves to agree on the number of calls and to gather the times.
+    Args:
+        sides: The implementations, by name.
+        collective: Used to agree on the number of calls and to gather the times.
+        sizes: Bytes, multiples of 4.
+        turns: Turns at each size.
+        on_result: Called with the results of each size.
+
+    Returns:
+        For each size, the results of all sides.
     """
-    found = []
+    results = []
     for size in sizes:
         row = [Measured(name, size, collective.world_size) for name in sides]
         calls = []
@@ -37,18 +45,18 @@ def measure_here(
         for _ in range(turns):
             for side, result, count in zip(sides.values(), row, calls, strict=True):
                 result.add_turn(_times(side, collective, count))
-        tell(row)
-        found.append(row)
-    return found
+        on_result(row)
+        results.append(row)
+    return results
 
 
 def _times(side: Side, collective: Collective, calls: int) -> list[float]:
-    """Seconds of each call on the slowest rank; equal on all ranks, so that all decide alike."""
+    """Seconds of each call on the slowest rank. The result is the same on all ranks, so all make the same calls."""
     side.barrier()
     seconds = []
     for _ in range(calls):
         started = time.perf_counter()
         side.reduce()
         seconds.append(time.perf_counter() - started)
-    everyone = [json.loads(blob) for blob in collective.all_gather(json.dumps(seconds).encode())]
-    return [float(value) for value in np.max(everyone, axis=0)]
+    by_rank = [json.loads(blob) for blob in collective.all_gather(json.dumps(seconds).encode())]
+    return [float(value) for value in np.max(by_rank, axis=0)]

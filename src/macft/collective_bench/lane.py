@@ -1,4 +1,4 @@
-"""One implementation being measured: its ranks as processes, and a hang of theirs that harms nobody else."""
+"""One implementation that is measured: its ranks as processes, which may hang or fail without affecting others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import NotRequired, Self, TypedDict
 
 import macft
 from macft.errors import MacftError
@@ -29,8 +29,20 @@ class LaneFailed(MacftError):
     """An implementation could not be started, hung or failed; says which and how."""
 
 
+class Answer(TypedDict):
+    """A rank's answer; which keys it has depends on the order."""
+
+    rank: NotRequired[int]
+    joined: NotRequired[bool]
+    ready: NotRequired[bool]
+    sum: NotRequired[float]
+    right: NotRequired[bool]
+    seconds: NotRequired[list[float]]
+    error: NotRequired[str]
+
+
 class Lane:
-    """All ranks of implementation ``name``; waiting for orders, they use no processor time.
+    """All ranks of implementation ``name``. While they wait for orders, they use no processor time.
 
     Args:
         name: One of :data:`~macft.collective_bench.sides.NAMES`.
@@ -38,12 +50,12 @@ class Lane:
         settings: macft's ``collective`` group, for ``macft``.
         python: The interpreter to run the ranks with; it must have the implementation's library and NumPy.
         prefixes: Words before each rank's command, by rank (``ip netns exec NAME``).
-        interface: The network interface gloo and MPI are to use; empty for their own choice.
+        interface: The network interface for gloo and MPI; empty for their own choice.
         environment: More variables for the processes.
-        limit: Seconds that any order may take; what takes longer hangs.
+        limit: Seconds that an order may take; after that the implementation counts as hung.
 
     Raises:
-        LaneFailed: the ranks did not come together within ``limit``.
+        LaneFailed: the group did not form within ``limit``.
     """
 
     def __init__(
@@ -51,7 +63,7 @@ class Lane:
         name: str,
         addresses: Sequence[str],
         *,
-        settings: Mapping[str, Any] | None = None,
+        settings: Mapping[str, object] | None = None,
         python: str = sys.executable,
         prefixes: Sequence[Sequence[str]] = (),
         interface: str = "",
@@ -83,12 +95,16 @@ class Lane:
 
     @property
     def process_ids(self) -> list[int]:
-        """Of the commands started, by rank; for MPI that of mpirun alone."""
+        """Ids of the processes started, by rank; for MPI that of mpirun only."""
         return [process.pid for process in self._processes]
 
-    def order(self, **what: Any) -> list[dict[str, Any]]:
-        """Gives all ranks one order; their answers, by rank. Raises LaneFailed, after which the lane is closed."""
-        line = (json.dumps(what) + "\n").encode()
+    def order(self, **order: object) -> list[Answer]:
+        """Sends an order to all ranks; returns their answers, by rank.
+
+        Raises:
+            LaneFailed: the lane is then closed.
+        """
+        line = (json.dumps(order) + "\n").encode()
         try:
             for control in self._controls:
                 control.sendall(line)
@@ -100,7 +116,7 @@ class Lane:
     def close(self) -> None:
         """Ends all ranks. Safe to call twice."""
         for control in self._controls:
-            control.close()  # which a rank that is well takes as its leave
+            control.close()  # a rank that works ends then
         deadline = time.monotonic() + 2.0
         for process in self._processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -160,8 +176,8 @@ class Lane:
                 control, _ = server.accept()
             except TimeoutError:
                 if time.monotonic() > deadline or any(process.poll() for process in self._processes):
-                    self._raise_what_was_told(by_rank)
-                    raise LaneFailed(f"{self.name}: did not start{self._last_words()}") from None
+                    self._raise_reported_error(by_rank)
+                    raise LaneFailed(f"{self.name}: did not start{self._last_log_line()}") from None
                 continue
             self._controls.append(control)
             control.settimeout(self._limit)
@@ -169,37 +185,36 @@ class Lane:
         self._buffers = [self._buffers[self._controls.index(by_rank[rank])] for rank in range(self.ranks)]
         return [by_rank[rank] for rank in range(self.ranks)]
 
-    def _raise_what_was_told(self, by_rank: Mapping[int, socket.socket]) -> None:
-        """A rank may have told its error, and gone, before the others were even there."""
+    def _raise_reported_error(self, by_rank: Mapping[int, socket.socket]) -> None:
+        """Raises the error of a rank that failed before the others had started."""
         for rank, control in by_rank.items():
             if select.select([control], [], [], 0)[0]:
                 answer = self._line(self._controls.index(control))
                 if "error" in answer:
                     raise LaneFailed(f"{self.name}: rank {rank}: {answer['error']}")
 
-    def _answers(self) -> list[dict[str, Any]]:
-        answers = [self._line(place) for place in range(len(self._controls))]
+    def _answers(self) -> list[Answer]:
+        answers = [self._line(index) for index in range(len(self._controls))]
         for rank, answer in enumerate(answers):
             if "error" in answer:
                 raise LaneFailed(f"{self.name}: rank {rank}: {answer['error']}")
         return answers
 
-    def _line(self, place: int) -> dict[str, Any]:
-        """The next line of a rank; the limit holds for each, so for a hang it is met once."""
-        while b"\n" not in self._buffers[place]:
+    def _line(self, index: int) -> Answer:
+        """The next answer over one connection. The limit applies to each; if a rank hangs, it is waited for once."""
+        while b"\n" not in self._buffers[index]:
             try:
-                data = self._controls[place].recv(65_536)
+                data = self._controls[index].recv(65_536)
             except TimeoutError:
                 raise LaneFailed(f"{self.name}: hung for {self._limit:g} s") from None
-            if not data or len(self._buffers[place]) > _MAX_ANSWER_BYTES:
-                raise LaneFailed(f"{self.name}: a rank ended{self._last_words()}")
-            self._buffers[place] += data
-        line, _, self._buffers[place] = self._buffers[place].partition(b"\n")
-        answer = json.loads(line)
-        assert isinstance(answer, dict)
+            if not data or len(self._buffers[index]) > _MAX_ANSWER_BYTES:
+                raise LaneFailed(f"{self.name}: a rank ended{self._last_log_line()}")
+            self._buffers[index] += data
+        line, _, self._buffers[index] = self._buffers[index].partition(b"\n")
+        answer: Answer = json.loads(line)
         return answer
 
-    def _last_words(self) -> str:
+    def _last_log_line(self) -> str:
         self._log.seek(0)
         lines = self._log.read()[-4000:].decode(errors="replace").strip().splitlines()
         return f": {lines[-1]}" if lines else ""

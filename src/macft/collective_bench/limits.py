@@ -1,4 +1,4 @@
-"""What bounds an all-reduce from outside: how fast memory is copied, and how fast the link says it is."""
+"""Upper bounds for an all-reduce: the speed of copying memory, and the nominal speed of the link."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _COPIES = 9
 
 
 def memory_copy() -> float:
-    """Bytes a second that one thread copies from memory to memory; the median of some copies of 64 MB."""
+    """Bytes a second that one thread copies in memory; the median of several copies of 64 MiB."""
     source, target = np.ones(_COPY_BYTES, np.uint8), np.zeros(_COPY_BYTES, np.uint8)
     seconds = []
     for _ in range(_COPIES):
@@ -24,7 +24,7 @@ def memory_copy() -> float:
 
 
 def link_speed(host: str) -> float | None:
-    """Bytes a second of the network card that has address ``host``, as the system states it; None if it does not."""
+    """The nominal speed, in bytes a second, of the network card with address ``host``; None if it is not known."""
     try:
         own = {str(info[4][0]) for info in socket.getaddrinfo(host.strip("[]"), None)}
     except OSError:

@@ -1,4 +1,4 @@
-"""Ports on this machine for a group of ranks."""
+"""Free ports of this machine for a group of ranks."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import secrets
 import socket
 
 _TRIES = 1000
-# Below those that systems hand out themselves (Linux from 32768, macOS from 49152), so nobody is given one meanwhile.
+# Below the ephemeral ports (Linux from 32768, macOS from 49152), so that the system does not assign one meanwhile.
 _FIRST, _LAST = 20_000, 32_000
 
 
 def free_addresses(count: int, host: str = "127.0.0.1", *, in_a_row: int = 2) -> list[str]:
-    """``host:port`` of ``count`` ports that were free a moment ago, and so were the next ones, ``in_a_row`` each.
+    """``count`` addresses ``host:port``, each the first of ``in_a_row`` consecutive ports that were just free.
 
     Raises:
-        OSError: there are not so many.
+        OSError: there are too few free ports.
     """
-    found: list[str] = []
+    addresses: list[str] = []
     with contextlib.ExitStack() as held:
         for _ in range(_TRIES):
-            if len(found) == count:
-                return found
+            if len(addresses) == count:
+                return addresses
             port = _FIRST + secrets.randbelow(_LAST - _FIRST)
             with contextlib.ExitStack() as row, contextlib.suppress(OSError):
-                for after in range(in_a_row):
-                    row.enter_context(socket.create_server((host, port + after)))
+                for offset in range(in_a_row):
+                    row.enter_context(socket.create_server((host, port + offset)))
                 held.push(row.pop_all())
-                found.append(f"{host}:{port}")
+                addresses.append(f"{host}:{port}")
     raise OSError(f"{host} has no {in_a_row} free ports in a row {count} times")

@@ -1,6 +1,6 @@
 """One rank's side of an implementation of all-reduce: macft's own and its peers, behind one small interface.
 
-Nothing but the chosen implementation's library is imported, so that a peer can run in a Python of its own.
+Only the library of the chosen implementation is imported, so that a peer can run in a Python of its own.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from macft.collective.base import Collective
 
 JOIN_SECONDS = 60.0
@@ -31,7 +33,7 @@ class Side(Protocol):
         ...
 
     def reduce(self) -> None:
-        """Sums the array over all ranks; returns once the sum is there."""
+        """Sums the array over all ranks; returns once the sum is complete."""
         ...
 
     def first(self) -> float:
@@ -39,7 +41,7 @@ class Side(Protocol):
         ...
 
     def clear(self) -> None:
-        """Fills the array with 0, so that no sum overflows however often it is made."""
+        """Fills the array with 0, so that repeated sums never overflow."""
         ...
 
     def barrier(self) -> None:
@@ -51,8 +53,8 @@ class Side(Protocol):
         ...
 
 
-class _OnNumpy:
-    """A side whose array is NumPy's."""
+class _NumpySide:
+    """A side with a NumPy array."""
 
     rank: int
     array: NDArray[np.float32]
@@ -67,8 +69,8 @@ class _OnNumpy:
         self.array[:] = 0
 
 
-class Joined(_OnNumpy):
-    """A collective of macft's that this rank has joined."""
+class Joined(_NumpySide):
+    """One of macft's collectives, which this rank has joined."""
 
     def __init__(self, collective: Collective):
         self.rank, self._collective = collective.rank, collective
@@ -88,7 +90,7 @@ class Joined(_OnNumpy):
 
 
 class Mlx:
-    """``mx.distributed.all_sum`` over MLX's ring, on MLX's own arrays."""
+    """``mx.distributed.all_sum`` over MLX's ring, on MLX arrays."""
 
     def __init__(self, rank: int, addresses: Sequence[str]):
         import mlx.core as mx
@@ -105,7 +107,7 @@ class Mlx:
         self._array = self._mx.full(size // 4, float(self._rank + 1))
         self._mx.eval(self._array)
 
-    def _sum(self, array: Any) -> Any:
+    def _sum(self, array: mx.array) -> mx.array:
         total = self._mx.distributed.all_sum(array, group=self._group, stream=self._mx.cpu)
         self._mx.eval(total)
         return total
@@ -114,7 +116,13 @@ class Mlx:
         self._array = self._sum(self._array)
 
     def sums(self, elements: Sequence[int], calls: int, *, fused: bool) -> Iterator[bool]:
-        """Makes ``calls`` all-reduces of arrays of these sizes, by turns or all in one; whether each sum was right."""
+        """Makes ``calls`` all-reduces and yields whether each sum was correct.
+
+        Args:
+            elements: Sizes of the arrays.
+            calls: The number of all-reduces.
+            fused: Whether one call reduces arrays of all sizes, instead of one size after the other.
+        """
         count = self._group.size()
         for turn in range(calls):
             chosen = elements if fused else [elements[turn % len(elements)]]
@@ -134,11 +142,11 @@ class Mlx:
         self._sum(self._one)
 
     def close(self) -> None:
-        """MLX leaves when the process ends."""
+        """MLX leaves the group when the process ends."""
 
 
 class Gloo:
-    """``torch.distributed.all_reduce`` over gloo; the first address is where the ranks meet."""
+    """``torch.distributed.all_reduce`` over gloo; the ranks meet at the first address."""
 
     def __init__(self, rank: int, addresses: Sequence[str]):
         import torch
@@ -163,8 +171,8 @@ class Gloo:
         self._array.zero_()
 
 
-class Mpi(_OnNumpy):
-    """``MPI_Allreduce`` in place through mpi4py; the ranks are mpirun's."""
+class Mpi(_NumpySide):
+    """``MPI_Allreduce`` in place through mpi4py; the ranks are started by mpirun."""
 
     def __init__(self) -> None:
         from mpi4py import MPI
@@ -177,10 +185,10 @@ class Mpi(_OnNumpy):
         self._world.Allreduce(self._in_place, self.array)
 
 
-def join(name: str, rank: int, addresses: Sequence[str], settings: Mapping[str, Any]) -> Side:
-    """This rank's side of implementation ``name`` (one of ``NAMES``); ``settings`` are macft's ``collective`` group."""
+def join(name: str, rank: int, addresses: Sequence[str], settings: Mapping[str, object]) -> Side:
+    """Joins the group of implementation ``name`` (one of ``NAMES``); ``settings`` are macft's ``collective`` group."""
     if name == "macft":
-        return Joined(_own(rank, addresses, settings))
+        return Joined(_join_macft(rank, addresses, settings))
     if name == "tcp":
         from macft.collective_bench.tcp import RawTcp
 
@@ -190,14 +198,15 @@ def join(name: str, rank: int, addresses: Sequence[str], settings: Mapping[str, 
     return Mlx(rank, addresses) if name == "mlx" else Gloo(rank, addresses)
 
 
-def _own(rank: int, addresses: Sequence[str], settings: Mapping[str, Any]) -> Collective:
-    """macft's collective, joined as a run of macft.train joins it; the rendezvous is at the first address."""
+def _join_macft(rank: int, addresses: Sequence[str], settings: Mapping[str, object]) -> Collective:
+    """macft's collective, joined as in macft.train; the rendezvous is at the first address."""
     from macft.collective.settings import CollectiveConfig
-    from macft.rendezvous.connect import connect
+    from macft.rendezvous.connect import RankConfig, connect
     from macft.rendezvous.keystore import key_folder, load
-    from macft.rendezvous.rendezvous import RendezvousServer
+    from macft.rendezvous.server import RendezvousServer
 
-    config = CollectiveConfig(**settings)
+    config = CollectiveConfig()
+    vars(config).update(settings)
     keyring = load(key_folder()) if config.encryption == "on" else None
     host, count, server = addresses[rank].rpartition(":")[0], len(addresses), None
     try:
@@ -211,19 +220,18 @@ def _own(rank: int, addresses: Sequence[str], settings: Mapping[str, Any]) -> Co
                 keyring=keyring,
             )
             server.start()
-        joined = connect(
-            addresses[0],
+        rank_config = RankConfig(
+            server=addresses[0],
             rank=rank,
             world_size=count,
             run_id="bench",
             fingerprint="bench",
             name=f"rank-{rank}",
-            settings=config,
-            start_timeout=JOIN_SECONDS,
-            bind=f"{host}:0",
+            timeout=JOIN_SECONDS,
             keyring=keyring,
         )
-        joined.barrier()  # all have heard from the server
+        joined = connect(rank_config, config, bind=f"{host}:0")
+        joined.barrier()  # all ranks have their answer from the server
     finally:
         if server is not None:
             server.close()

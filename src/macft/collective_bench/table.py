@@ -1,4 +1,4 @@
-"""Results of a benchmark as a table, as JSON and as a plot."""
+"""The results of a benchmark as tables, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -16,23 +15,25 @@ from macft.collective_bench.turns import Measured
 from macft.errors import MacftError
 
 LATENCY_BYTES = 4
-"""The smallest all-reduce there is; its time is the latency."""
+"""The smallest all-reduce; its time is the latency."""
 _COLORS = ("#0b6e99", "#d9730d", "#6b6b6b", "#7a4aa0", "#2f855a")
 
 
 class PlotFailed(MacftError):
-    """The plot can't be drawn or written."""
+    """The plot cannot be drawn or written."""
 
 
-def build(found: Sequence[Sequence[Measured]], speed: float | None) -> list[Table]:
-    """All figures of the first implementation, a row a size; then, if there are others, all medians and ratios.
+def build(results: Sequence[Sequence[Measured]], speed: float | None) -> list[Table]:
+    """The tables: all figures of the first implementation by size and, if there are others, all medians and ratios.
 
-    ``speed``: bytes a second of the link, for the share that the bus bandwidth is of it.
+    Args:
+        results: For each size, the results of all implementations.
+        speed: Bytes a second of the link, to print the bus bandwidth as a share of it.
     """
-    own, *peers = [result.name for result in found[0]]
+    own, *peers = [result.name for result in results[0]]
     figures = _table(["size", f"{own} median", "p95", "algbw GB/s", "busbw GB/s", *(["% of link"] if speed else [])])
     compared = _table(["size", own, *(text for name in peers for text in (name, f"/{own}"))])
-    for mine, *others in found:
+    for mine, *others in results:
         words = [time_text(mine.median), time_text(mine.p95)]
         words += [speed_text(mine.algorithm_bandwidth), speed_text(mine.bus_bandwidth)]
         if speed:
@@ -53,30 +54,30 @@ def _table(columns: Sequence[str]) -> Table:
     return table
 
 
-def summary(found: Sequence[Sequence[Measured]], speed: float | None) -> list[str]:
-    """Latency, the best bus bandwidth, the comparison with each peer, and what failed, each a line."""
+def summary(results: Sequence[Sequence[Measured]], speed: float | None) -> list[str]:
+    """Lines with latency, best bus bandwidth and comparison for each implementation, and with failures."""
     lines = []
-    for place, name in enumerate(result.name for result in found[0]):
-        results = [row[place] for row in found if row[place].calls]
-        if results:
-            best = max(results, key=lambda result: result.bus_bandwidth)
-            line = f"{name}: latency {time_text(results[0].median)} ({size_text(results[0].size)})"
+    for index, name in enumerate(result.name for result in results[0]):
+        measured = [row[index] for row in results if row[index].calls]
+        if measured:
+            best = max(measured, key=lambda result: result.bus_bandwidth)
+            line = f"{name}: latency {time_text(measured[0].median)} ({size_text(measured[0].size)})"
             line += f", best bus bandwidth {speed_text(best.bus_bandwidth)} GB/s ({size_text(best.size)})"
             if speed:
                 line += f", {100 * best.bus_bandwidth / speed:.1f} % of the link"
-            ratios = [row[place].ratio_to(row[0]) for row in found if row[0].calls and row[place].calls]
-            if place and ratios:
-                line += f"; takes {math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}x {found[0][0].name}'s time"
+            ratios = [row[index].ratio_to(row[0]) for row in results if row[0].calls and row[index].calls]
+            if index and ratios:
+                line += f"; takes {math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}x {results[0][0].name}'s time"
                 line += " (geometric mean)"
             lines.append(line)
-        lines += sorted({row[place].failure for row in found if row[place].failure})
+        lines += sorted({row[index].failure for row in results if row[index].failure})
     return lines
 
 
-def to_plain(found: Sequence[Sequence[Measured]]) -> list[dict[str, Any]]:
-    """All results for JSON: bytes, seconds, bytes a second; null where nothing was measured."""
+def to_plain(results: Sequence[Sequence[Measured]]) -> list[dict[str, object]]:
+    """All results for JSON: bytes, seconds, bytes a second; null if nothing was measured."""
     plain = []
-    for result in (result for row in found for result in row):
+    for result in (result for row in results for result in row):
         figures = {
             "median": result.median,
             "p95": result.p95,
@@ -88,27 +89,27 @@ def to_plain(found: Sequence[Sequence[Measured]]) -> list[dict[str, Any]]:
     return plain
 
 
-def plot(found: Sequence[Sequence[Measured]], path: Path, title: str, speed: float | None) -> None:
-    """Draws bus bandwidth over size, a line for each implementation; the file's ending chooses its format.
+def plot(results: Sequence[Sequence[Measured]], path: Path, title: str, speed: float | None) -> None:
+    """Plots bus bandwidth over size, a line for each implementation; the suffix of ``path`` sets the format.
 
     Raises:
-        PlotFailed: matplotlib (``pip install 'macft[plot]'``) is missing, or the file can't be written.
+        PlotFailed: matplotlib (``pip install 'macft[plot]'``) is missing, or the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter
     except ImportError:
         raise PlotFailed("--plot needs matplotlib: pip install 'macft[plot]'") from None
-    # The latency's size would stretch the axis for one point.
-    drawn = [row for row in found if row[0].size > LATENCY_BYTES] or found
+    # The size that measures the latency would stretch the axis.
+    drawn = [row for row in results if row[0].size > LATENCY_BYTES] or results
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    for place, name in enumerate(result.name for result in found[0]):
-        points = [(row[place].size, row[place].bus_bandwidth / 1e9) for row in drawn if row[place].calls]
+    for index, name in enumerate(result.name for result in results[0]):
+        points = [(row[index].size, row[index].bus_bandwidth / 1e9) for row in drawn if row[index].calls]
         if not points:
             continue
-        color = _COLORS[place % len(_COLORS)]
-        width = 2.2 if place == 0 else 1.4
+        color = _COLORS[index % len(_COLORS)]
+        width = 2.2 if index == 0 else 1.4
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, linewidth=width, label=name)
     if speed:
         axes.axhline(speed / 1e9, color="#999999", linestyle="--", linewidth=1)

@@ -1,4 +1,4 @@
-"""What the wire itself can do: the bytes of a ring all-reduce, copied round the ring over plain TCP."""
+"""The speed of the network itself: the bytes of a ring all-reduce, sent round the ring over plain TCP."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ JOIN_SECONDS = 30.0
 
 
 class RawTcp:
-    """Each rank sends 2(n-1)/n of the array to its right neighbour while it takes as much from its left one.
+    """Each rank sends 2(n-1)/n of the array to its right neighbour, and receives as much from its left one.
 
-    No ring all-reduce can be faster: it must send as much, and also add. Nothing is summed here.
+    No ring all-reduce can be faster: it sends as many bytes and also adds them. Nothing is summed here.
     """
 
     def __init__(self, rank: int, addresses: Sequence[str]):
         self._rank, self._ranks = rank, len(addresses)
-        places = [(host, int(port)) for host, _, port in (address.rpartition(":") for address in addresses)]
-        with socket.create_server(places[rank]) as server:
+        endpoints = [(host, int(port)) for host, _, port in (address.rpartition(":") for address in addresses)]
+        with socket.create_server(endpoints[rank]) as server:
             server.settimeout(JOIN_SECONDS)
-            self._right = _connect(places[(rank + 1) % len(places)])
+            self._right = _connect(endpoints[(rank + 1) % len(endpoints)])
             self._left, _ = server.accept()
         for end in (self._left, self._right):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -34,18 +34,18 @@ class RawTcp:
         self._out, self._in = memoryview(bytearray(moved)), memoryview(bytearray(moved))
 
     def reduce(self) -> None:
-        """Moves the bytes."""
+        """Sends and receives the bytes."""
         self._move(self._out, self._in)
 
     def first(self) -> float:
-        """The sum that others would have; none is made here."""
+        """The sum that an all-reduce would give; none is computed here."""
         return self._ranks * (self._ranks + 1) / 2
 
     def clear(self) -> None:
-        """Nothing grows."""
+        """Does nothing: no sums are made."""
 
     def barrier(self) -> None:
-        """Twice round the ring, so that nobody goes on before the last has come."""
+        """One byte travels round the ring, so that no rank continues before the last one has called it."""
         for _ in range(self._ranks):
             self._move(memoryview(b"."), memoryview(bytearray(1)))
 
@@ -54,24 +54,24 @@ class RawTcp:
         self._left.close()
         self._right.close()
 
-    def _move(self, out: memoryview, into: memoryview) -> None:
-        while out or into:
-            reads, writes = [self._left] if into else [], [self._right] if out else []
+    def _move(self, unsent: memoryview, unfilled: memoryview) -> None:
+        while unsent or unfilled:
+            reads, writes = [self._left] if unfilled else [], [self._right] if unsent else []
             readable, writable, _ = select.select(reads, writes, [])
             if readable:
-                received = self._left.recv_into(into)
+                received = self._left.recv_into(unfilled)
                 if not received:
                     raise ConnectionError("the left neighbour has gone")
-                into = into[received:]
+                unfilled = unfilled[received:]
             if writable:
-                out = out[self._right.send(out) :]
+                unsent = unsent[self._right.send(unsent) :]
 
 
-def _connect(place: tuple[str, int]) -> socket.socket:
+def _connect(endpoint: tuple[str, int]) -> socket.socket:
     deadline = time.monotonic() + JOIN_SECONDS
     while True:
         try:
-            return socket.create_connection(place, timeout=JOIN_SECONDS)
+            return socket.create_connection(endpoint, timeout=JOIN_SECONDS)
         except ConnectionRefusedError:
             if time.monotonic() > deadline:
                 raise

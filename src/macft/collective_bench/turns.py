@@ -1,4 +1,4 @@
-"""Several implementations measured by turns, so that a machine that changes speed changes all of them."""
+"""Measures several implementations in turns, so that a change of the machine's speed affects all of them."""
 
 from __future__ import annotations
 
@@ -10,30 +10,38 @@ import numpy as np
 from macft.collective_bench.lane import Lane, LaneFailed
 
 _TURN_SECONDS = 0.03
-_MOST_CALLS = 40
+_MAX_CALLS = 40
 _WARM_CALLS = 3
 
 
 @dataclass
 class Measured:
-    """Seconds of all-reduces of one size by one implementation; each the slowest rank's."""
+    """The all-reduces of one size by one implementation.
+
+    Attributes:
+        name: The implementation.
+        size: Bytes of the array.
+        ranks: The number of ranks.
+        calls: Seconds of each call on the slowest rank.
+        turns: The median of each turn. The turns of all implementations have the same order.
+        failure: Why the implementation failed, if it did.
+    """
 
     name: str
     size: int
     ranks: int
     calls: list[float] = field(default_factory=list)
-    # The median of each turn, in the order of the turns, which are the same for all implementations.
     turns: list[float] = field(default_factory=list)
     failure: str = ""
 
     @property
     def median(self) -> float:
-        """Seconds; NaN if nothing was measured."""
+        """The median call in seconds; NaN if nothing was measured."""
         return float(np.median(self.calls)) if self.calls else float("nan")
 
     @property
     def p95(self) -> float:
-        """Seconds; NaN if nothing was measured."""
+        """The 95th percentile in seconds; NaN if nothing was measured."""
         return float(np.percentile(self.calls, 95)) if self.calls else float("nan")
 
     @property
@@ -47,50 +55,50 @@ class Measured:
         return self.algorithm_bandwidth * 2 * (self.ranks - 1) / self.ranks
 
     def add_turn(self, seconds: Sequence[float]) -> None:
-        """Takes in the calls of one turn."""
+        """Adds the calls of one turn."""
         self.calls += seconds
         self.turns.append(float(np.median(seconds)))
 
     def ratio_to(self, other: Measured) -> float:
-        """How many times as long this one takes: the median over the turns both have made."""
+        """How many times as long this one takes: the median over the turns that both have completed."""
         pairs = list(zip(self.turns, other.turns, strict=False))
         return float(np.median([mine / theirs for mine, theirs in pairs])) if pairs else float("nan")
 
 
 def measure(
-    lanes: Sequence[Lane], sizes: Sequence[int], turns: int, tell: Callable[[list[Measured]], None]
+    lanes: Sequence[Lane], sizes: Sequence[int], turns: int, on_result: Callable[[list[Measured]], None]
 ) -> list[list[Measured]]:
-    """Times all lanes at all ``sizes`` (bytes, multiples of 4); ``tell`` gets each size's results as they come.
+    """Times all lanes at all ``sizes`` (bytes, multiples of 4); ``on_result`` is called with the results of each size.
 
-    A lane that fails or hangs is left out from then on; its ``failure`` says why.
+    A lane that fails or hangs is not measured any more; its ``failure`` says why.
     """
     failures: dict[str, str] = {}
-    found = []
+    results = []
     for size in sizes:
         row = [Measured(lane.name, size, lane.ranks, failure=failures.get(lane.name, "")) for lane in lanes]
         calls = [0] * len(lanes)
         for turn in range(turns + 1):
-            for place, (lane, result) in enumerate(zip(lanes, row, strict=True)):
+            for index, (lane, result) in enumerate(zip(lanes, row, strict=True)):
                 if result.failure:
                     continue
                 try:
                     if turn == 0:
-                        calls[place] = _warm_up(lane, size)
+                        calls[index] = _warm_up(lane, size)
                     else:
-                        result.add_turn(_times(lane, calls[place]))
+                        result.add_turn(_times(lane, calls[index]))
                 except LaneFailed as error:
                     result.failure = failures[lane.name] = str(error)
-        tell(row)
-        found.append(row)
-    return found
+        on_result(row)
+        results.append(row)
+    return results
 
 
 def _warm_up(lane: Lane, size: int) -> int:
-    """Checks one sum; returns how many calls make a turn."""
+    """Checks one sum; returns the number of calls of a turn."""
     lane.order(size=size)
     expected = lane.ranks * (lane.ranks + 1) / 2
     sums = [answer["sum"] for answer in lane.order(check=True)]
-    if any(found != expected for found in sums):
+    if any(total != expected for total in sums):
         lane.close()
         raise LaneFailed(f"{lane.name}: wrong sum at {size} bytes: {sums}, not {expected}")
     seconds = float(np.median(_times(lane, _WARM_CALLS)))
@@ -98,8 +106,8 @@ def _warm_up(lane: Lane, size: int) -> int:
 
 
 def calls_in_a_turn(seconds: float) -> int:
-    """How many calls of ``seconds`` each make a turn: long enough to measure, short enough to be fair."""
-    return max(1, min(_MOST_CALLS, round(_TURN_SECONDS / max(seconds, 1e-6))))
+    """The number of calls of a turn, if each takes ``seconds``: enough to measure, few enough to alternate often."""
+    return max(1, min(_MAX_CALLS, round(_TURN_SECONDS / max(seconds, 1e-6))))
 
 
 def _times(lane: Lane, calls: int) -> list[float]:

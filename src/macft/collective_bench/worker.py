@@ -1,7 +1,7 @@
 """One rank of a measured implementation: ``python -m macft.collective_bench.worker SOCKET NAME RANK SPECIFICATION``.
 
-It reads orders, one line of JSON each, from the Unix socket of :class:`~macft.collective_bench.lane.Lane` and answers
-each of them.
+It reads orders, each a line of JSON, from the Unix socket of :class:`~macft.collective_bench.lane.Lane`, and answers
+each one.
 """
 
 from __future__ import annotations
@@ -11,30 +11,41 @@ import os
 import socket
 import sys
 import time
-from typing import Any
+from typing import NotRequired, TypedDict
 
+from macft.collective_bench.lane import Answer
 from macft.collective_bench.sides import Joined, Mlx, Side, join
 
 
+class Order(TypedDict):
+    """An order; see :func:`execute`."""
+
+    size: NotRequired[int]
+    check: NotRequired[bool]
+    calls: NotRequired[int]
+    elements: NotRequired[list[int]]
+    fused: NotRequired[bool]
+
+
 def main(arguments: list[str]) -> int:
-    """Joins the group and works until the socket is closed."""
+    """Joins the group and executes orders until the socket is closed."""
     path, name, given_rank, specification = arguments
     rank = int(os.environ["OMPI_COMM_WORLD_RANK"] if given_rank == "mpi" else given_rank)
-    told = json.loads(specification)
+    group = json.loads(specification)
     with socket.socket(socket.AF_UNIX) as control:
         control.connect(path)
         orders, answers = control.makefile("r"), control.makefile("w")
 
-        def answer(message: dict[str, Any]) -> None:
+        def answer(message: Answer) -> None:
             answers.write(json.dumps(message) + "\n")
             answers.flush()
 
         answer({"rank": rank})
         try:
-            side = join(name, rank, told["addresses"], told["settings"])
+            side = join(name, rank, group["addresses"], group["settings"])
             answer({"joined": True})
             for line in orders:
-                answer(carry_out(json.loads(line), side))
+                answer(execute(json.loads(line), side))
             side.close()
         except Exception as error:
             answer({"error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
@@ -42,9 +53,10 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def carry_out(order: dict[str, Any], side: Side) -> dict[str, Any]:
-    """``{"size": bytes}`` makes the array, ``{"check": true}`` sums it once, ``{"calls": n}`` times n sums.
+def execute(order: Order, side: Side) -> Answer:
+    """Executes one order.
 
+    ``{"size": bytes}`` makes the array, ``{"check": true}`` sums it once, ``{"calls": n}`` times n sums.
     ``{"elements": [...], "calls": n, "fused": bool}`` makes and checks n all-reduces of arrays of these sizes.
     """
     if "elements" in order:
@@ -56,9 +68,9 @@ def carry_out(order: dict[str, Any], side: Side) -> dict[str, Any]:
     side.barrier()
     if "check" in order:
         side.reduce()
-        found = side.first()
+        total = side.first()
         side.clear()
-        return {"sum": found}
+        return {"sum": total}
     seconds = []
     for _ in range(order["calls"]):
         started = time.perf_counter()
@@ -70,5 +82,5 @@ def carry_out(order: dict[str, Any], side: Side) -> dict[str, Any]:
 if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stdout.flush()
-    # Without the interpreter's farewell: a peer's threads may hang there (MLX's ring, after its neighbour has gone).
+    # Skips the interpreter's shutdown, in which threads of a peer may hang (MLX's ring, if its neighbour is gone).
     os._exit(status)

@@ -1,1 +1,1 @@
-"""From the command line to one typed, checked configuration."""
+"""Command line and YAML to one typed, checked configuration."""

@@ -1,6 +1,6 @@
-"""Reads the command line before Hydra does: short forms, ``resume``, and errors in one line with exit status 2.
+"""Prepares the command line for Hydra: short forms, ``resume``, and every configuration error before anything starts.
 
-The rest is Hydra's: overrides, ``-m``, ``--cfg job``, ``--config-dir``, ``--help`` work as its documentation says.
+Overrides, ``-m``, ``--cfg job``, ``--config-dir`` and ``--help`` are Hydra's and work as in its documentation.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from macft.errors import ConfigError
 from macft.topology.topology_file import user_config_folder
 
 _FREE_FORM = ("dataset.columns", "optimizer.arguments")
-"""Keys below these are the user's own, and new ones need no ``+``."""
+"""Users add keys of their own below these, without Hydra's ``+``."""
 _MOST_JOBS_CHECKED = 200
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What Hydra is to see, and the run folder to resume, if any."""
+    """The arguments for Hydra, and the run folder to resume, if any."""
 
     argv: list[str]
     resume: Path | None
 
 
 def prepare(argv: list[str]) -> CommandLine:
-    """Expands macft's short forms and checks every job the command describes, without starting anything.
+    """Expands macft's short forms, and composes and checks every job of the command without starting it.
 
     Raises:
-        ConfigError: anything wrong with the command; each line names a key.
+        ConfigError: The command is wrong; there is one line for each problem, which names a key.
     """
     register_schema()
     arguments = get_args_parser().parse_args(argv)
@@ -51,8 +51,8 @@ def prepare(argv: list[str]) -> CommandLine:
     asks_for_information = arguments.help or arguments.hydra_help or arguments.info
     if asks_for_information or arguments.shell_completion:
         return CommandLine(argv, None)
-    own = [user_config_folder()] if user_config_folder().is_dir() else []
-    folders = [config_folder(), *own] + ([Path(arguments.config_dir)] if arguments.config_dir else [])
+    user_folders = [user_config_folder()] if user_config_folder().is_dir() else []
+    folders = [config_folder(), *user_folders] + ([Path(arguments.config_dir)] if arguments.config_dir else [])
     parsed = _parse(overrides)
     resume, others = _take_resume(parsed)
     if resume is not None and arguments.multirun:
@@ -65,10 +65,11 @@ def prepare(argv: list[str]) -> CommandLine:
         flags += ["--config-path", str(resume), "--config-name", "config"]
         rest = [f"hydra.run.dir='{resume}'", _search(folders), "hydra/job_logging=stdout", *rest]
     else:
-        own = [] if any(override.key_or_group == "hydra.searchpath" for override in others) else own
-        search = [_search(own)] if own else []
-        if arguments.config_dir:  # a flag, which only Hydra's own entry knows
-            _check_jobs(primary, name, [*rest, _search([Path(arguments.config_dir).absolute(), *own])])
+        if any(override.key_or_group == "hydra.searchpath" for override in others):
+            user_folders = []
+        search = [_search(user_folders)] if user_folders else []
+        if arguments.config_dir:  # hydra.main knows this flag, compose doesn't
+            _check_jobs(primary, name, [*rest, _search([Path(arguments.config_dir).absolute(), *user_folders])])
             return CommandLine([*flags, *search, *rest], resume)
         rest = [*search, *rest]
     _check_jobs(primary, name, rest)
@@ -111,12 +112,12 @@ def _take_resume(parsed: list[Override]) -> tuple[Path | None, list[Override]]:
     folder = Path(str(chosen[-1].value())).expanduser().absolute()
     if not (folder / "config.yaml").is_file():
         what = "is not a run's folder (it has no config.yaml)" if folder.is_dir() else "does not exist"
-        raise ConfigError(f"resume: {folder} {what}; give the folder that a run printed as its own, runs/NAME/TIME")
+        raise ConfigError(f"resume: {folder} {what}; give a run's folder, such as runs/NAME/TIME")
     return folder, rest
 
 
 def _expand(override: Override, folders: list[Path], *, resuming: bool) -> list[str]:
-    """One override as Hydra is to see it: several where a short form stands for more than one."""
+    """The override in Hydra's form; a short form may become several overrides."""
     text, group = str(override.input_line), override.key_or_group
     if group == "recipe" and not text.startswith(("+", "~")):
         return [f"+{text}"]
@@ -127,7 +128,7 @@ def _expand(override: Override, folders: list[Path], *, resuming: bool) -> list[
             return [f"{'+' if resuming else ''}{group}=custom", f"{group}.path={quoted}"]
     if _is_free_form(group) and not text.startswith(("+", "~")):
         return [f"++{text}"]
-    # A resumed run's configuration has no defaults list any more, so a group is added to it.
+    # A resumed run's configuration has no defaults list, so the group is added to it.
     if resuming and "/" not in group and not text.startswith(("+", "~")) and _is_group(group, folders):
         return [f"+{text}"]
     return [text]

@@ -1,13 +1,13 @@
-"""Turns a misspelt key into a hint."""
+"""Suggests the right key for a misspelt one."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any, cast, get_type_hints
+from typing import get_type_hints
 
-# What users of other trainers type, and what it is called here.
+# Keys of other trainers, with macft's name for them.
 KNOWN_ELSEWHERE = {
     "iters": "training.steps",
     "max_steps": "training.steps",
@@ -40,18 +40,18 @@ KNOWN_ELSEWHERE = {
 
 
 def schema_keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """All dotted keys of a dataclass schema, inner nodes included."""
+    """All dotted keys of a dataclass schema, including those of groups."""
     hints = get_type_hints(schema)
     for item in fields(schema):
         key = f"{prefix}{item.name}"
         yield key
-        kind: Any = hints[item.name]
-        if is_dataclass(kind):
-            yield from schema_keys(cast(type, kind), f"{key}.")
+        field_type = hints[item.name]
+        if isinstance(field_type, type) and is_dataclass(field_type):
+            yield from schema_keys(field_type, f"{key}.")
 
 
 def unknown_key(key: str, schema: type) -> str:
-    """One line for a key the schema doesn't have, with the nearest right name."""
+    """The error line for a key that is not in the schema, with the most similar key that is."""
     known = list(schema_keys(schema))
     leaf = key.rsplit(".", 1)[-1]
     if leaf in KNOWN_ELSEWHERE and KNOWN_ELSEWHERE[leaf] != key:

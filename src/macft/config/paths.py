@@ -1,4 +1,4 @@
-"""Where the YAML of ``configs/`` and ``recipes/`` is: beside the package when installed, at the root of a checkout."""
+"""Finds the YAML files: ``configs/`` in the installed package, or at the root of a checkout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``python -m macft.plan`` plans for: the Hydra group ``plan``."""
+"""The Hydra group ``plan``: what ``python -m macft.plan`` plans for."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from macft.errors import ConfigError
 
 @dataclass
 class PlanConfig:
-    """The Hydra group ``plan``. A run itself takes no notice of it."""
+    """The Hydra group ``plan``, which a run ignores."""
 
-    # Macs to plan for instead of this machine, one node each: [M1 Air 8GB, M4 Max 64GB]. On the command line of
-    # macft.plan also: --chips "M1 Air 8GB,M4 Max 64GB".
+    # Macs to plan for instead of this machine, one node each: [M1 Air 8GB, M4 Max 64GB]. For macft.plan also
+    # --chips "M1 Air 8GB,M4 Max 64GB".
     chips: list[str] = field(default_factory=list)
 
 
 def problems(config: PlanConfig) -> list[str]:
-    """One line for each value that can't be right; no I/O but the table of chips."""
-    found = []
+    """One line for each invalid value; reads no file except the table of chips."""
+    errors = []
     for chip in config.chips:
         try:
             find_mac(chip)
         except ConfigError as error:
-            found.append(str(error))
-    return found
+            errors.append(str(error))
+    return errors

@@ -1,7 +1,7 @@
 """``python -m macft.config.reference``: every configuration key as Markdown, for docs/config-reference.md.
 
-Keys, types and meanings are read from the schema and the comments above its fields; defaults are those of a run
-without overrides; what a key allows is what its check says when it gets a value that can't be right.
+Keys, types and meanings come from the schema and the comments above its fields. Defaults are those of a run without
+overrides. Allowed values come from the messages of the checks, which are called with invalid values.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ _LIMITS = (
     re.compile(r"; use (?P<limit>[^(;]+)"),
 )
 _REASONS = re.compile(r"; (?!use )| \(or |, a run |, or every ")
-"""Where a message goes on about why."""
+"""Where the reason begins in a message."""
 _OTHER_KEY = re.compile(r"(\w+\.\w+) \([\d.]+\)")
-"""Another key with the value it has just now."""
+"""Another key with its current value."""
 _HEAD = """\
 <!-- Made by `python -m macft.config.reference > docs/config-reference.md`; edit the comments in the schema instead. -->
 # Every configuration key
 
 Set a key with `key=value` on the command line of `macft.train`, `macft.plan` and `macft.bench`, or in a recipe
 ([recipes.md](recipes.md)). The default is that of a run without overrides; another option of a group (`thermal=quiet`)
-brings defaults of its own. A value that can't be right is one line, before anything is loaded.
+has its own defaults. An invalid value is reported in one line before anything is loaded.
 """
 
 
 @dataclass(frozen=True)
 class Key:
-    """A leaf of the schema: its dotted name, its type for people, and the comment above it."""
+    """A leaf of the schema: its dotted name, its type in words, and the comment above it."""
 
     name: str
     type: str
@@ -74,7 +74,7 @@ def keys(schema: type, prefix: str = "") -> Iterator[Key]:
 
 
 def type_name(kind: Any) -> str:
-    """A type as YAML's users know it: ``int or null``, ``list of str``."""
+    """A type in words, for users of YAML: ``int or null``, ``list of str``."""
     if kind is type(None):
         return "null"
     if kind is Any:
@@ -90,8 +90,8 @@ def type_name(kind: Any) -> str:
 
 
 def _comments(schema: type) -> dict[str, str]:
-    """The comment lines right above each field, those of inherited fields included."""
-    found: dict[str, str] = {}
+    """The comment lines directly above each field, including inherited fields."""
+    comments: dict[str, str] = {}
     for owner in reversed(schema.__mro__):
         if not is_dataclass(owner):
             continue
@@ -106,14 +106,14 @@ def _comments(schema: type) -> dict[str, str]:
                 while lines[above].lstrip().startswith("#"):
                     comment.insert(0, lines[above].lstrip().removeprefix("#").strip())
                     above -= 1
-                found[node.target.id] = " ".join(comment)
-    return found
+                comments[node.target.id] = " ".join(comment)
+    return comments
 
 
 def allowed(config: TrainConfig, name: str) -> str:
-    """What the check of a key says it must be; empty where every value of its type will do."""
+    """The values that the check of a key allows, in its own words; empty if it allows every value of the type."""
     *path, leaf = name.split(".")
-    said: list[str] = []
+    limits: list[str] = []
     before = set(problems(config))
     for wrong in _wrong_values(name):
         changed = copy.deepcopy(config)
@@ -122,8 +122,8 @@ def allowed(config: TrainConfig, name: str) -> str:
             part = getattr(part, step)
         setattr(part, leaf, wrong)
         for line in sorted(set(problems(changed)) - before):
-            said += [_limit(line, name)] if line.startswith(f"{name}: ") else []
-    return "; ".join(dict.fromkeys(filter(None, said)))
+            limits += [_limit(line, name)] if line.startswith(f"{name}: ") else []
+    return "; ".join(dict.fromkeys(filter(None, limits)))
 
 
 def _wrong_values(name: str) -> tuple[Any, ...]:
@@ -177,14 +177,14 @@ def _heading(group: str) -> str:
 
 def about(option: Path) -> str:
     """The first comment of a YAML file of a group, in one line."""
-    said: list[str] = []
+    comment: list[str] = []
     for line in option.read_text(encoding="utf-8").splitlines():
         if line.startswith("# @package"):
             continue
         if not line.startswith("#"):
             break
-        said.append(line.removeprefix("#").strip())
-    return " ".join(said)
+        comment.append(line.removeprefix("#").strip())
+    return " ".join(comment)
 
 
 def _row(key: Key, default: Any, limit: str) -> str:

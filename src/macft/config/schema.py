@@ -1,4 +1,4 @@
-"""The typed schema of a run: each room owns its part, this file only puts the parts together."""
+"""The typed schema of a run, put together from the settings of each package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCHEMA_NAME = "macft_schema"
 
 @dataclass
 class TrainConfig:
-    """Everything a run is made of."""
+    """The configuration of a run."""
 
     # Name of the run; part of its folder's name.
     name: str = "run"
@@ -38,7 +38,7 @@ class TrainConfig:
 
 
 def register_schema() -> None:
-    """Makes the schema known to Hydra, which then checks every key and type as it composes."""
-    from hydra.core.config_store import ConfigStore  # Hydra is slow to import, and only a command line needs it
+    """Registers the schema with Hydra, which then checks every key and type when it composes."""
+    from hydra.core.config_store import ConfigStore  # Hydra is slow to import, and only the command line needs it
 
     ConfigStore.instance().store(name=SCHEMA_NAME, node=TrainConfig)

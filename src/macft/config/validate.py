@@ -23,10 +23,10 @@ from macft.training import settings as training_settings
 
 
 def to_typed(config: DictConfig) -> TrainConfig:
-    """Turns a composed configuration into the typed one, checked value by value and as a whole.
+    """The typed configuration, with each value and their combinations checked.
 
     Raises:
-        ConfigError: one line for each problem, each naming its key.
+        ConfigError: There is one line for each problem, which names a key.
     """
     try:
         schema = OmegaConf.structured(TrainConfig)
@@ -40,13 +40,13 @@ def to_typed(config: DictConfig) -> TrainConfig:
     assert isinstance(typed, TrainConfig)
     if typed.dataset.metric is not None:
         metric(typed.dataset.metric)
-    if found := problems(typed):
-        raise ConfigError("\n".join(found))
+    if errors := problems(typed):
+        raise ConfigError("\n".join(errors))
     return typed
 
 
 def problems(config: TrainConfig) -> list[str]:
-    """All rooms' problems, then those of combinations; no I/O."""
+    """One line for each invalid value of any package, then for each invalid combination; no I/O."""
     return [
         *model_settings.problems(config.model),
         *dataset_settings.problems(config.dataset),
@@ -67,36 +67,36 @@ def world_size(config: TrainConfig) -> int:
 
 
 def is_elastic(config: TrainConfig) -> bool:
-    """Whether the run goes on without a lost node; see ``topology.elastic``."""
+    """Whether the run continues without a lost node; see ``topology.elastic``."""
     can = config.collective.backend == "ring" and config.training.sync != "diloco"
     return config.topology.elastic and can and (world_size(config) > 1 or config.topology.join is not None)
 
 
 def _combinations(config: TrainConfig) -> list[str]:
-    found = []
+    errors = []
     if config.seed < 0:
-        found.append(f"seed: {config.seed} must be 0 or more")
+        errors.append(f"seed: {config.seed} must be 0 or more")
     if config.training.sync == "diloco" and config.collective.codec == "auto":
-        found.append(
-            "collective.codec: auto goes by the exchange in each step, and with training.sync=diloco there is none; "
+        errors.append(
+            "collective.codec: auto measures the all-reduce of each step, and training.sync=diloco has none; "
             "use none, bfloat16, int8 or powersgd"
         )
     nodes = world_size(config)
     if nodes > config.training.batch_size > 0:
-        found.append(
+        errors.append(
             f"training.batch_size: {config.training.batch_size} rows can't be shared by {nodes} nodes; "
             f"use {nodes} or more, or fewer nodes"
         )
     if config.adapter.type == "full" and config.model.quantization in ("keep", "4bit", "8bit"):
-        found.append(
+        errors.append(
             f"adapter.type: full can't train a quantised base (model.quantization={config.model.quantization}); "
             "use model.quantization=none"
         )
-    return found
+    return errors
 
 
 def explain(error: OmegaConfBaseException) -> str:
-    """An OmegaConf error in one line that begins with the key."""
+    """An OmegaConf error as one line that begins with the key."""
     key = getattr(error, "full_key", None) or getattr(error, "key", None)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__

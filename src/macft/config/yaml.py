@@ -1,4 +1,4 @@
-"""The resolved configuration as YAML, as it is kept in a run's folder, and back."""
+"""The resolved configuration as YAML, as in a run's folder, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ def to_yaml(config: TrainConfig) -> str:
 
 
 def read(path: Path) -> TrainConfig:
-    """Reads what :func:`to_yaml` wrote; raises ConfigError for anything else."""
+    """Reads what :func:`to_yaml` wrote.
+
+    Raises:
+        ConfigError: The file is not a valid configuration.
+    """
     config = OmegaConf.load(path)
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{path}: not a configuration")
@@ -26,14 +30,15 @@ def read(path: Path) -> TrainConfig:
 
 
 def fingerprint(config: TrainConfig, *, of_newcomer: bool = False) -> str:
-    """SHA-256 over all that must be equal on every node; what may differ, such as reporting, is left out.
+    """SHA-256, in hexadecimal, of the settings that must be the same on all nodes; reporting, for instance, may differ.
 
-    ``of_newcomer``: of what one that joins later must have alike; the topology has grown or shrunk meanwhile.
+    Args:
+        of_newcomer: Leave out the topology, which may have changed by the time a node joins.
     """
     plain = to_plain(config)
     plain.pop("report")
     plain.pop("plan")
-    plain.pop("thermal")  # each Mac may have a budget of its own
+    plain.pop("thermal")  # each Mac may have its own budget
     topology = config.topology
     plain["topology"] = {
         "nodes": max(topology.nodes, len(topology.hosts)),

@@ -1,1 +1,1 @@
-"""From files and hub ids to the rows of a step."""
+"""Datasets: sources, row formats, the order of rows, batches."""

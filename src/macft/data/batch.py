@@ -1,4 +1,7 @@
-"""Rows of tokens as padded batches, or laid end to end."""
+"""Rows of tokens as padded batches, or packed end to end.
+
+Shapes: R rows, L the length of the longest row after padding, T tokens of a pack, N target positions of a pack.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,33 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from macft.data.formats import Row
 
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
 PAD_TO = 16
-"""Batch lengths are 1 more than a multiple of this, so that few shapes occur; the 1 is the last target."""
+"""Batch lengths are 1 more than a multiple of this, to limit the number of shapes; the 1 is the last target."""
+_MIN_LENGTH = 32
+"""Lengths for compiled steps are multiples of this."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """``tokens`` (rows, length) int32, padded with 0 at the end; the rest (rows,).
+    """Padded rows.
 
-    Targets of a row are its tokens from place ``max(prompt_length, 1)`` up to its length. (mlx-lm also trains on the
-    padding token after each row, by an off-by-one in its mask; macft does not.)
+    The targets of a row are its tokens from index ``max(prompt_length, 1)`` to its length. (mlx-lm also trains on the
+    padding token after each row, because of an off-by-one in its mask; macft does not.)
+
+    Attributes:
+        tokens: (R, L) int32, padded with 0 at the end.
+        prompt_lengths: (R,) int64, leading tokens that are not targets.
+        lengths: (R,) int64, tokens without padding.
+        row_ids: (R,) int64, the rows' numbers in the dataset.
     """
 
     tokens: NDArray[np.int32]
@@ -31,47 +44,45 @@ class Batch:
     row_ids: NDArray[np.int64]
 
 
-_LEAST = 32
+def coarse(count: int, multiple: int = 1) -> int:
+    """``count``, 1 or more, rounded up to one of few sizes: multiples of ``multiple``, four per power of 2.
 
-
-def coarse(count: int, least: int = 1) -> int:
-    """``count``, 1 or more, rounded up to one of few sizes: multiples of ``least``, four from a power of 2 to the next.
-
-    At most a quarter more, or ``least - 1``.
+    The result is larger by at most a quarter, or by ``multiple - 1``.
     """
-    step = max(least, (1 << (count - 1).bit_length()) // 8)
+    step = max(multiple, (1 << (count - 1).bit_length()) // 8)
     return -(-count // step) * step
 
 
 def coarse_length(length: int) -> int:
-    """The length of a batch for compiled steps whose longest row has ``length`` tokens: 1 more than a coarse size."""
-    return 1 + coarse(max(1, length - 1), _LEAST)
+    """L for compiled steps where the longest row has ``length`` tokens: 1 more than a coarse size."""
+    return 1 + coarse(max(1, length - 1), _MIN_LENGTH)
 
 
 def coarse_targets(count: int, positions: int) -> int:
-    """How many target positions a compiled step computes for ``count`` among ``positions``: all, half, a quarter ...
+    """Number of target positions that a compiled step computes for ``count`` targets in ``positions`` positions.
 
-    A pack can have more targets than positions, and then it is the double, the fourfold ...
+    It is ``positions`` times a power of 2: 1, a half, a quarter ... A pack can have more targets than positions; then
+    it is 2, 4 ...
     """
     while positions < count:
         positions *= 2
-    while positions // 2 >= max(count, _LEAST):
+    while positions // 2 >= max(count, _MIN_LENGTH):
         positions //= 2
     return positions
 
 
-def widened(batch: Batch) -> Batch:
-    """``batch`` padded to one of few lengths, so that what is compiled for one batch serves many."""
+def pad_to_bucket(batch: Batch) -> Batch:
+    """``batch`` padded to one of few lengths, so that a compiled step is used for many batches."""
     more = coarse_length(int(batch.lengths.max())) - batch.tokens.shape[1]
     return replace(batch, tokens=np.pad(batch.tokens, ((0, 0), (0, more))))
 
 
 def collate(rows: Sequence[Row], row_ids: NDArray[np.int64]) -> Batch:
-    """One batch of ``rows``, whose numbers in the dataset are ``row_ids``."""
+    """One batch of ``rows``; ``row_ids`` (R,) are their numbers in the dataset."""
     lengths = np.array([len(row.tokens) for row in rows], dtype=np.int64)
     tokens = np.zeros((len(rows), _width(lengths)), dtype=np.int32)
-    for place, row in enumerate(rows):
-        tokens[place, : len(row.tokens)] = row.tokens
+    for index, row in enumerate(rows):
+        tokens[index, : len(row.tokens)] = row.tokens
     prompts = np.array([row.prompt_length for row in rows], dtype=np.int64)
     return Batch(tokens, prompts, lengths, np.asarray(row_ids, dtype=np.int64))
 
@@ -105,8 +116,8 @@ def lanes_for(rows: int, lanes: int) -> int:
 
 
 def micro_batches(rows: Sequence[Row], row_ids: NDArray[np.int64], micro_batch_size: int | None) -> list[Batch]:
-    """``rows`` in batches of at most ``micro_batch_size`` (None: all at once), rows of like length together."""
-    by_length = sorted(range(len(rows)), key=lambda place: (len(rows[place].tokens), int(row_ids[place])))
+    """``rows`` in batches of at most ``micro_batch_size`` rows (None: one batch), sorted by length."""
+    by_length = sorted(range(len(rows)), key=lambda index: (len(rows[index].tokens), int(row_ids[index])))
     size = micro_batch_size or max(1, len(rows))
     groups = [by_length[start : start + size] for start in range(0, len(by_length), size)]
     return [collate([rows[i] for i in group], np.asarray(row_ids)[group]) for group in groups]
@@ -114,13 +125,19 @@ def micro_batches(rows: Sequence[Row], row_ids: NDArray[np.int64], micro_batch_s
 
 @dataclass(frozen=True)
 class Pack:
-    """Rows laid end to end without padding, shifted for next-token prediction; a common beginning stands there once.
+    """Rows packed end to end without padding, as inputs and targets; a common prefix of neighbours is stored once.
 
-    ``inputs`` (1, tokens) int32: the rows' tokens but the last of each, and of those that are the same as in the row
-    before, up to the first other one, none. ``paths`` (rows, longest) int32: where in ``inputs`` a row's tokens are,
-    filled with 0; ``lengths``: how many. ``owners`` and ``depths`` (tokens,) int32: the first row that has the token,
-    and the token's place in it. ``positions`` (n,) where in ``inputs`` there is a target, ``targets`` (n,) int32 and
-    ``weights`` (n,), 1 or, for filling, 0; ``row_ids`` (rows,).
+    Attributes:
+        inputs: (1, T) int32, each row's tokens except its last one, and except the prefix that it shares with the row
+            before.
+        paths: (R, L) int32, indices into ``inputs`` of each row's tokens, padded with 0.
+        lengths: R numbers of tokens, those of ``paths`` that are not padding.
+        owners: (T,) int32, the first row that has the token.
+        depths: (T,) int32, the token's index in that row.
+        positions: (N,) int32, indices into ``inputs`` that have a target.
+        targets: (N,) int32, the tokens to predict.
+        weights: (N,) float32, 1, or 0 for padding.
+        row_ids: (R,) int64, the rows' numbers in the dataset.
     """
 
     inputs: NDArray[np.int32]
@@ -135,11 +152,14 @@ class Pack:
 
 
 def pack(batch: Batch, most_tokens: int | None, *, shared: bool, lanes: int = 1) -> list[Pack]:
-    """The rows of ``batch`` that have a target in packs.
+    """The rows of ``batch`` that have a target, in packs.
 
-    A pack has at most ``most_tokens`` tokens (None: no limit), or one row that is longer. ``shared``: rows that begin
-    alike are put side by side, and what they have in common is in a pack once; without, the longest rows come first.
-    ``lanes``: so many packs are computed at the same time, so there is a multiple of that many, of about equal tokens.
+    Args:
+        most_tokens: Largest T, None for no limit; a row that is longer gets a pack of its own.
+        shared: Rows are sorted so that common prefixes are neighbours, and a pack stores each prefix once. Otherwise
+            the longest rows come first and nothing is shared.
+        lanes: So many packs are computed at the same time: the number of packs is a multiple of it, and they have about
+            equal numbers of tokens.
     """
     rows = np.flatnonzero(batch.lengths > np.maximum(batch.prompt_lengths, 1)).tolist()
     inputs = {row: batch.tokens[row, : int(batch.lengths[row]) - 1] for row in rows}
@@ -148,7 +168,7 @@ def pack(batch: Batch, most_tokens: int | None, *, shared: bool, lanes: int = 1)
     else:
         rows.sort(key=lambda row: (-len(inputs[row]), row))
     lengths = [len(inputs[row]) for row in rows]
-    common = [0, *(in_common(inputs[one], inputs[other]) if shared else 0 for one, other in pairwise(rows))]
+    common = [0, *(common_prefix_length(inputs[one], inputs[other]) if shared else 0 for one, other in pairwise(rows))]
     limit = sum(lengths) if most_tokens is None else most_tokens
     starts = _starts(lengths, common, limit)
     if (at_once := lanes_for(len(rows), lanes)) > 1:
@@ -178,8 +198,8 @@ def _starts(lengths: Sequence[int], common: Sequence[int], most_tokens: int) -> 
     return starts
 
 
-def in_common(one: NDArray[np.int32], *others: NDArray[np.int32]) -> int:
-    """How many tokens all of them begin with."""
+def common_prefix_length(one: NDArray[np.int32], *others: NDArray[np.int32]) -> int:
+    """Length of the prefix that all of the token rows, each (L,), have in common."""
     common = len(one)
     for other in others:
         common = min(common, len(other))
@@ -189,21 +209,21 @@ def in_common(one: NDArray[np.int32], *others: NDArray[np.int32]) -> int:
 
 
 def _lay_out(batch: Batch, group: list[tuple[int, int]]) -> Pack:
-    """Rows with the number of tokens that each has in common with the row before."""
+    """The pack of ``group``: pairs of a row's index and the length of the prefix it shares with the row before."""
     inputs, owners, depths = [], [], []
     positions, targets = [], []
     lengths = tuple(int(batch.lengths[row]) - 1 for row, _ in group)
     paths = np.zeros((len(group), max(lengths)), np.int32)
     start = 0
-    for place, ((row, common), length) in enumerate(zip(group, lengths, strict=True)):
+    for index, ((row, common), length) in enumerate(zip(group, lengths, strict=True)):
         end = start + length - common
-        paths[place, :common] = paths[place - 1, :common]
-        paths[place, common:length] = np.arange(start, end)
+        paths[index, :common] = paths[index - 1, :common]
+        paths[index, common:length] = np.arange(start, end)
         inputs.append(batch.tokens[row, common:length])
-        owners.append(np.full(end - start, place))
+        owners.append(np.full(end - start, index))
         depths.append(np.arange(common, length))
         first = max(int(batch.prompt_lengths[row]), 1)
-        positions.append(paths[place, first - 1 : length])
+        positions.append(paths[index, first - 1 : length])
         targets.append(batch.tokens[row, first : length + 1])
         start = end
     where = np.concatenate(positions)
@@ -220,24 +240,24 @@ def _lay_out(batch: Batch, group: list[tuple[int, int]]) -> Pack:
     )
 
 
-def widened_pack(item: Pack) -> Pack:
-    """``item`` with filling, so that what is compiled for one pack serves many."""
+def pad_pack_to_bucket(item: Pack) -> Pack:
+    """``item`` padded to one of few sizes, so that a compiled step is used for many packs."""
 
-    def filled(values: Any, *sizes: int) -> Any:
+    def padded(values: NDArray[_Scalar], *sizes: int) -> NDArray[_Scalar]:
         return np.pad(values, [(0, size - old) for size, old in zip(sizes, values.shape, strict=True)])
 
-    tokens = coarse(item.inputs.shape[1], _LEAST)
+    tokens = coarse(item.inputs.shape[1], _MIN_LENGTH)
     targets = coarse_targets(len(item.positions), tokens)
-    # Attention is the smaller part, so that few shapes are worth more here than little filling.
-    rows, longest = coarse(len(item.lengths)), max(_LEAST, 1 << (item.paths.shape[1] - 1).bit_length())
+    # Attention is the smaller part of a step, so fewer shapes matter more here than less padding.
+    rows, longest = coarse(len(item.lengths)), max(_MIN_LENGTH, 1 << (item.paths.shape[1] - 1).bit_length())
     return replace(
         item,
-        inputs=filled(item.inputs, 1, tokens),
-        paths=filled(item.paths, rows, longest),
-        owners=filled(item.owners, tokens),
-        depths=filled(item.depths, tokens),
-        positions=filled(item.positions, targets),
-        targets=filled(item.targets, targets),
-        weights=filled(item.weights, targets),
-        row_ids=filled(item.row_ids, rows),
+        inputs=padded(item.inputs, 1, tokens),
+        paths=padded(item.paths, rows, longest),
+        owners=padded(item.owners, tokens),
+        depths=padded(item.depths, tokens),
+        positions=padded(item.positions, targets),
+        targets=padded(item.targets, targets),
+        weights=padded(item.weights, targets),
+        row_ids=padded(item.row_ids, rows),
     )

@@ -1,21 +1,26 @@
-"""A configured dataset as tokenised rows."""
+"""Reads and tokenises a configured dataset."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from macft.data.formats import Row, rename_columns, tokenize
+from macft.data.formats import Record, Row, Tokenizer, rename_columns, tokenize
 from macft.data.settings import DatasetConfig, SourceConfig
-from macft.data.sources import SPLITS, Record, read_source
+from macft.data.sources import SPLITS, read_source
 from macft.errors import DataError
+
+Sources = list[tuple[SourceConfig, dict[str, list[Record]]]]
+"""Each source with its raw records by split."""
 
 
 @dataclass
 class Split:
-    """``rows`` and the ``records`` they were made of, source by source."""
+    """Tokenised rows and the raw records they were made from, in the order of the sources.
+
+    ``source_sizes`` and ``source_weights`` hold one value for each source that has rows.
+    """
 
     rows: list[Row] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
@@ -25,7 +30,7 @@ class Split:
 
 @dataclass
 class LoadedData:
-    """All splits; ``notes`` are lines for the user, on rows that were cut for instance."""
+    """All splits; ``notes`` are lines for the user, for instance about rows that were cut."""
 
     train: Split
     valid: Split
@@ -33,34 +38,34 @@ class LoadedData:
     notes: list[str]
 
 
-def read(config: DatasetConfig, *, seed: int) -> list[tuple[SourceConfig, dict[str, list[Record]]]]:
-    """Each source with its raw records by split; needs no model, so that a missing file is found before one loads.
+def read(config: DatasetConfig, *, seed: int) -> Sources:
+    """Each source with its raw records by split. Needs no model, so a missing file is reported before a model loads.
 
     Raises:
-        DataError: a source is missing, can't be read or has no training rows.
+        DataError: A source is missing, can't be read or has no training rows.
     """
-    found = []
+    sources = []
     for source in config.all_sources():
         raw = read_source(source)
         if not raw["valid"] and config.valid_fraction:
             raw["train"], raw["valid"] = _split_off(raw["train"], config.valid_fraction, seed)
         if not raw["train"]:
             raise DataError(f"dataset.path: {source.path} has no training rows")
-        found.append((source, raw))
-    return found
+        sources.append((source, raw))
+    return sources
 
 
 def tokenize_all(
-    sources: list[tuple[SourceConfig, dict[str, list[Record]]]],
+    sources: Sources,
     config: DatasetConfig,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     need_test: bool,
 ) -> LoadedData:
-    """Tokenises what :func:`read` returned; the test split only if it is needed.
+    """Tokenises what :func:`read` returned; the test split only if ``need_test``.
 
     Raises:
-        DataError: a row doesn't fit any format; the message names the split, the row and the field.
+        DataError: A row is in none of the formats; the message names the split, the row and the field.
     """
     data = LoadedData(Split(), Split(), Split(), [])
     for name in SPLITS if need_test else SPLITS[:2]:
@@ -71,18 +76,16 @@ def tokenize_all(
         raise DataError("dataset.max_seq_length: no training row has a target left after cutting; raise it")
     if not data.valid.rows:
         data.notes.append(
-            "no validation rows: training goes without validation (dataset.valid_fraction splits some off)"
+            "no validation rows, so there is no validation (dataset.valid_fraction takes some from the training rows)"
         )
     return data
 
 
-def tokenize_split(
-    sources: list[tuple[SourceConfig, dict[str, list[Record]]]], config: DatasetConfig, tokenizer: Any, name: str
-) -> tuple[Split, list[str]]:
-    """One split of what :func:`read` returned, and lines for the user.
+def tokenize_split(sources: Sources, config: DatasetConfig, tokenizer: Tokenizer, name: str) -> tuple[Split, list[str]]:
+    """Tokenises one split of what :func:`read` returned; returns it with lines for the user.
 
     Raises:
-        DataError: a row doesn't fit any format; the message names the split, the row and the field.
+        DataError: A row is in none of the formats; the message names the split, the row and the field.
     """
     split, notes = Split(), []
     for source, raw in sources:
@@ -99,17 +102,22 @@ def tokenize_split(
     return split, notes
 
 
-def chosen_rows(count: int, wanted: int, seed: int) -> list[int]:
-    """``wanted`` row numbers out of ``count``, the same ones for the same seed; all of them for -1."""
+def sample_rows(count: int, wanted: int, seed: int) -> list[int]:
+    """``wanted`` sorted row numbers below ``count``, the same ones for the same seed; all of them for -1."""
     if wanted < 0 or wanted >= count:
         return list(range(count))
     return sorted(int(i) for i in np.random.default_rng(seed).permutation(count)[:wanted])
 
 
 def _add(
-    split: Split, records: list[Record], where: str, columns: dict[str, str], config: DatasetConfig, tokenizer: Any
+    split: Split,
+    records: list[Record],
+    where: str,
+    columns: dict[str, str],
+    config: DatasetConfig,
+    tokenizer: Tokenizer,
 ) -> tuple[int, int]:
-    """Appends the rows of one source; returns how many were cut and how many dropped."""
+    """Appends the rows of one source to ``split``; returns how many were cut and how many dropped."""
     cut = dropped = 0
     for number, raw in enumerate(records, 1):
         try:
@@ -134,7 +142,7 @@ def _add(
 
 
 def _split_off(records: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """A seeded share of ``records`` for validation; both parts keep their order."""
+    """``records`` in training and validation rows, chosen by ``seed``; both keep their order."""
     count = min(len(records) - 1, max(1, round(len(records) * fraction)))
     chosen = set(np.random.default_rng(seed).permutation(len(records))[:count].tolist())
     return (

@@ -1,4 +1,4 @@
-"""Which rows make up a step's global batch: a pure function of (dataset, seed, step)."""
+"""The rows of each step's global batch: a pure function of (dataset, seed, step)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,26 @@ _CACHED_EPOCHS = 4
 
 
 class RowOrder:
-    """The endless stream of rows, cut into batches of ``batch_size``; a batch may straddle two epochs.
+    """An endless stream of row numbers, in batches of ``batch_size``; a batch may contain rows of two epochs.
 
-    An epoch of a single source visits each row once, in an order that depends only on (seed, epoch). With several
-    sources an epoch is as long as all of them together, and source i fills a share of it proportional to
-    ``sizes[i] * weights[i]``: a row of weight 2 is drawn twice as often as a row of weight 1. Every source fills at
-    least one place an epoch, however small its weight, and runs through all its rows before it repeats one. Rows are
-    numbered through the sources in order.
+    An epoch of a single source has each row once, in an order that depends only on (seed, epoch). With several sources
+    an epoch has as many rows as all of them together, and source i's share of it is proportional to
+    ``sizes[i] * weights[i]``: a row of weight 2 is drawn twice as often as a row of weight 1. Every source has at least
+    one row in an epoch, however small its weight, and repeats a row only after all its other rows. Rows are numbered
+    from 0 through all sources in order.
+
+    Args:
+        sizes: Number of rows of each source.
+        weights: Weight of each source, more than 0.
+        batch_size: Rows of a global batch.
+
+    Raises:
+        ValueError: A source without rows or with weight 0, or a batch without rows.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], *, batch_size: int, seed: int):
         if not sizes or min(sizes) < 1 or len(sizes) != len(weights) or min(weights) <= 0 or batch_size < 1:
-            raise ValueError("every source needs rows and a weight above 0, and a batch at least one row")
+            raise ValueError("every source needs rows and a weight above 0, and a batch needs at least one row")
         self._sizes = list(sizes)
         self._starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         self._batch_size = batch_size
@@ -35,15 +43,15 @@ class RowOrder:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Epoch length in batches; seldom a whole number."""
+        """Length of an epoch in batches; usually not a whole number."""
         return self._epoch_length / self._batch_size
 
     def epoch_of(self, step: int) -> float:
-        """Epochs completed after ``step`` batches."""
+        """Number of epochs, with fraction, after ``step`` batches."""
         return step / self.steps_per_epoch
 
     def rows(self, step: int) -> NDArray[np.int64]:
-        """Row numbers (batch_size,) of batch ``step``, from 0; any step directly, without those before it."""
+        """Row numbers (batch_size,) int64 of batch ``step``, counted from 0; any step can be asked for directly."""
         first = step * self._batch_size
         pieces, wanted = [], self._batch_size
         while wanted:
@@ -59,7 +67,7 @@ class RowOrder:
         return self._generator(0, epoch).permutation(np.concatenate(drawn))
 
     def _draw(self, source: int, first: int, count: int) -> NDArray[np.int64]:
-        """``count`` rows of a source's own endless stream of permutations, from place ``first``."""
+        """``count`` rows of a source's own endless stream of permutations, from index ``first``."""
         pieces = [np.empty(0, dtype=np.int64)]
         while count:
             number, offset = divmod(first, self._sizes[source])

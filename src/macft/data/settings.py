@@ -1,4 +1,4 @@
-"""What to train on: the Hydra group ``dataset``."""
+"""The Hydra group ``dataset``: what to train on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import difflib
 import math
 from dataclasses import dataclass, field
 
-COLUMNS = ("text", "prompt", "completion", "messages", "tools")
+from macft.data.formats import FIELDS
+
 _SINGLE_SOURCE = ("name", "weight", "train_split", "valid_split", "test_split", "columns")
 
 
@@ -32,7 +33,7 @@ class SourceConfig:
 
 @dataclass
 class DatasetConfig(SourceConfig):
-    """The Hydra group ``dataset``. A single source stands here itself; several stand in ``sources``."""
+    """The Hydra group ``dataset``: a single source given here, or several in ``sources``."""
 
     # Several datasets at once, each with a weight.
     sources: list[SourceConfig] = field(default_factory=list)
@@ -46,33 +47,33 @@ class DatasetConfig(SourceConfig):
     metric: str | None = None
 
     def all_sources(self) -> list[SourceConfig]:
-        """The sources, whichever way they were given."""
+        """The sources: ``sources``, or this dataset as the only one."""
         return list(self.sources) or [self]
 
 
 def problems(config: DatasetConfig) -> list[str]:
-    """One line for each value that can't be right; no I/O."""
-    found = []
+    """One line for each invalid value; no I/O."""
+    errors = []
     if config.path and config.sources:
-        found.append("dataset.path and dataset.sources: give one of them, not both")
+        errors.append("dataset.path and dataset.sources: give one of them, not both")
     for name in _SINGLE_SOURCE if config.sources else ():
         if getattr(config, name) != getattr(DatasetConfig(), name):
-            found.append(f"dataset.{name}: has no effect beside dataset.sources; set it in each source")
+            errors.append(f"dataset.{name}: has no effect when dataset.sources is given; set it in each source")
     if not config.path and not config.sources:
-        found.append("dataset.path: say what to train on: a folder, a file, a Hugging Face id or builtin:sql")
+        errors.append("dataset.path: name what to train on: a folder, a file, a Hugging Face id or builtin:sql")
     for number, source in enumerate(config.all_sources()):
         where = f"dataset.sources[{number}]" if config.sources else "dataset"
         if config.sources and not source.path:
-            found.append(f"{where}.path: say where this source is")
+            errors.append(f"{where}.path: a source needs a path")
         if not (math.isfinite(source.weight) and source.weight > 0):
-            found.append(f"{where}.weight: {source.weight} must be greater than 0; leave the source out instead")
+            errors.append(f"{where}.weight: {source.weight} must be greater than 0; leave the source out instead")
         for name in source.columns:
-            if name not in COLUMNS:
-                near = difflib.get_close_matches(name, COLUMNS, 1)
-                hint = f"did you mean '{near[0]}'?" if near else f"the fields are {', '.join(COLUMNS)}"
-                found.append(f"{where}.columns.{name}: no such field; {hint}")
+            if name not in FIELDS:
+                near = difflib.get_close_matches(name, FIELDS, 1)
+                hint = f"did you mean '{near[0]}'?" if near else f"the fields are {', '.join(FIELDS)}"
+                errors.append(f"{where}.columns.{name}: no such field; {hint}")
     if config.max_seq_length < 2:
-        found.append(f"dataset.max_seq_length: {config.max_seq_length} must be 2 or more")
+        errors.append(f"dataset.max_seq_length: {config.max_seq_length} must be 2 or more")
     if not 0.0 <= config.valid_fraction < 1.0:
-        found.append(f"dataset.valid_fraction: {config.valid_fraction} is not in [0, 1)")
-    return found
+        errors.append(f"dataset.valid_fraction: {config.valid_fraction} is not in [0, 1)")
+    return errors

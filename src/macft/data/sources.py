@@ -1,4 +1,4 @@
-"""Reads raw records from local files and from the Hugging Face hub."""
+"""Reads raw records from local files and from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from macft.data.formats import Record
 from macft.data.settings import SourceConfig
 from macft.errors import DataError
 
-Record = dict[str, Any]
 _Loaded = TypeVar("_Loaded")
 SPLITS = ("train", "valid", "test")
 _BUILTIN = Path(__file__).parent / "builtin"
@@ -20,17 +20,19 @@ _HUB_PROBE_SECONDS = 5.0
 
 
 def read_source(source: SourceConfig) -> dict[str, list[Record]]:
-    """Raw records by split: train, valid, test; a split the source doesn't have is empty.
+    """Raw records by split: train, valid, test; a split that the source doesn't have is empty.
 
     Raises:
-        DataError: nothing is there, or it can't be read; the message names the file and line, or the id.
+        DataError: The source doesn't exist or can't be read; the message names the file and line, or the id.
     """
     if source.path.startswith("builtin:"):
         return _choose(source, _read_folder(_builtin_folder(source.path)))
     try:
         path = Path(source.path).expanduser()
     except RuntimeError as error:
-        raise DataError(f"dataset.path: {source.path} names no user's home folder; write ~/ for your own") from error
+        raise DataError(
+            f"dataset.path: {source.path} is not in a home folder that exists; write ~/ for your own"
+        ) from error
     if path.is_dir():
         return _choose(source, _read_folder(path))
     if path.is_file():
@@ -40,26 +42,26 @@ def read_source(source: SourceConfig) -> dict[str, list[Record]]:
     return _read_hub(source)
 
 
-def _choose(source: SourceConfig, found: dict[str, list[Record]]) -> dict[str, list[Record]]:
-    """Applies the source's split names, slices included, to local rows as ``datasets`` does to those of the hub."""
+def _choose(source: SourceConfig, splits: dict[str, list[Record]]) -> dict[str, list[Record]]:
+    """Applies the source's split names and slices to local rows, as ``datasets`` does to those of the Hub."""
     if source.name:
         raise DataError(f"dataset.name: {source.path} is local and has no subset {source.name}; give its path instead")
     wanted = {split: getattr(source, f"{split}_split") for split in SPLITS}
     return {
-        split: found[split] if wanted[split] in (None, split) else _slice(found, split, wanted[split])
+        split: splits[split] if wanted[split] in (None, split) else _slice(splits, split, wanted[split])
         for split in SPLITS
     }
 
 
-def _slice(found: dict[str, list[Record]], split: str, spec: str) -> list[Record]:
+def _slice(splits: dict[str, list[Record]], split: str, spec: str) -> list[Record]:
     import datasets
 
-    sizes = {name: len(records) for name, records in found.items() if records}
+    sizes = {name: len(records) for name, records in splits.items() if records}
     try:
         parts = datasets.ReadInstruction.from_spec(spec).to_absolute(sizes)
     except (ValueError, AssertionError) as error:
         raise DataError(f"dataset.{split}_split: {spec} can't be taken from local rows: {_one_line(error)}") from error
-    return [record for part in parts for record in found[part.splitname][part.from_ : part.to]]
+    return [record for part in parts for record in splits[part.splitname][part.from_ : part.to]]
 
 
 def _builtin_folder(path: str) -> Path:
@@ -71,16 +73,16 @@ def _builtin_folder(path: str) -> Path:
 
 
 def _read_folder(folder: Path) -> dict[str, list[Record]]:
-    found: dict[str, list[Record]] = {}
+    splits: dict[str, list[Record]] = {}
     for split in SPLITS:
         files = [folder / f"{split}{suffix}" for suffix in (".jsonl", *_LOADERS)]
         present = [file for file in files if file.is_file()]
         if len(present) > 1:
             raise DataError(f"dataset.path: {folder} has both {present[0].name} and {present[1].name}; keep one")
-        found[split] = _read_file(present[0]) if present else []
-    if not found["train"]:
+        splits[split] = _read_file(present[0]) if present else []
+    if not splits["train"]:
         raise DataError(f"dataset.path: {folder} has no train.jsonl (nor train.json, .parquet or .csv) with rows in it")
-    return found
+    return splits
 
 
 def _read_file(path: Path) -> list[Record]:
@@ -90,9 +92,9 @@ def _read_file(path: Path) -> list[Record]:
 
 
 def _read_jsonl(path: Path) -> list[Record]:
-    records = []
+    records: list[Record] = []
     try:
-        with path.open("rb") as file:  # json decodes each line, so that a wrong byte is blamed on its line
+        with path.open("rb") as file:  # bytes: json decodes each line, so an invalid byte is reported with its line
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -100,7 +102,7 @@ def _read_jsonl(path: Path) -> list[Record]:
                     record = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
-                except (ValueError, RecursionError) as error:  # wrong encoding, endless digits or brackets
+                except (ValueError, RecursionError) as error:  # wrong encoding, too many digits or brackets
                     raise DataError(f"{path}, line {number}: can't be read: {_one_line(error)}") from error
                 if not isinstance(record, dict):
                     raise DataError(f'{path}, line {number}: a row must be a JSON object such as {{"text": "..."}}')
@@ -116,37 +118,37 @@ def _read_hub(source: SourceConfig) -> dict[str, list[Record]]:
     def load() -> dict[str, list[Record]]:
         builder = datasets.load_dataset_builder(source.path, source.name)
         builder.download_and_prepare()
-        there = builder.info.splits
-        # The names mlx-lm looks for, and validation, as most datasets call it.
-        valid = source.valid_split or next((name for name in ("valid", "validation") if name in there), None)
-        test = source.test_split or ("test" if "test" in there else None)
+        available = builder.info.splits
+        # valid and test are mlx-lm's names; most datasets have validation.
+        valid = source.valid_split or next((name for name in ("valid", "validation") if name in available), None)
+        test = source.test_split or ("test" if "test" in available else None)
         wanted = {"train": source.train_split, "valid": valid, "test": test}
         chosen = builder.as_dataset(split={split: name for split, name in wanted.items() if name})
         return {split: [dict(record) for record in chosen.get(split, ())] for split in SPLITS}
 
-    away = _hub_problem(source.path)
-    if away is None:
+    hub_problem = _hub_problem(source.path)
+    if hub_problem is None:
         return _quietly(load, source.path)
-    # What was prepared before needs no hub, but datasets would retry for half a minute before it looked.
+    # A dataset in the cache needs no hub, but datasets would retry for half a minute before it looked there.
     before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
     try:
         return _quietly(load, source.path)
     except DataError as error:
         if not isinstance(error.__cause__, (ConnectionError, FileNotFoundError)):
-            raise  # it is in the cache, and something else is wrong
+            raise  # it is in the cache, and the problem is another one
         raise DataError(
-            f"dataset.path: {source.path} is neither a local path nor in the cache nor to be had from the "
-            f"Hugging Face hub ({away}); check the id, or give a local folder or file"
+            f"dataset.path: can't reach the Hugging Face Hub ({hub_problem}), and {source.path} is neither a local "
+            "path nor in the cache; check the id, or give a local folder or file"
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = before
 
 
 def _hub_problem(name: str) -> str | None:
-    """Why the hub can't be asked for ``name``, within seconds; None if it can.
+    """Why the Hub can't be asked for ``name``, found out within seconds; None if it can.
 
     Raises:
-        DataError: the hub answered that there is no such dataset, or that it is gated.
+        DataError: The Hub answered that there is no such dataset, or that it is gated.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
@@ -161,9 +163,9 @@ def _hub_problem(name: str) -> str | None:
         raise DataError(f"dataset.path: {name} is gated; accept its terms on the hub and set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
         raise DataError(
-            f"dataset.path: the Hugging Face hub has no dataset {name}; check the id, or give a local folder or file"
+            f"dataset.path: the Hugging Face Hub has no dataset {name}; check the id, or give a local folder or file"
         ) from error
-    except Exception as error:  # whatever the HTTP library of the day raises
+    except Exception as error:  # the Hub client's HTTP library has changed over time, and so have its errors
         return type(error).__name__
     return None
 
@@ -177,14 +179,14 @@ def _load_file(kind: str, path: Path) -> list[Record]:
 
 
 def _quietly(load: Callable[[], _Loaded], what: str) -> _Loaded:
-    """Calls ``load`` without progress bars where nobody watches; every failure becomes one line."""
+    """Calls ``load``, with progress bars only on a terminal; every failure becomes a DataError of one line."""
     import datasets
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         return load()
-    except Exception as error:  # datasets raises its own, pyarrow's, fsspec's and plain ValueErrors
+    except Exception as error:  # datasets raises its own errors, pyarrow's, fsspec's and plain ValueErrors
         raise DataError(f"dataset.path: {what} can't be read: {_one_line(error)}") from error
 
 

@@ -1,4 +1,4 @@
-"""What ``python -m macft.doctor`` looks at; each check returns findings."""
+"""The checks of ``python -m macft.doctor``; each returns findings."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ class Finding:
     """One line of the doctor's report.
 
     Attributes:
-        topic: What was looked at, one or two words.
+        topic: What was checked, one or two words.
         level: One of :data:`LEVELS`.
-        text: What was found.
-        mend: The command that mends it, or what to do; empty if all is well.
+        text: The result.
+        mend: The command that fixes it, or what to do; empty if there is no problem. The name is a key of the JSON
+            report.
     """
 
     topic: str

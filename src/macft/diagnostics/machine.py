@@ -13,13 +13,13 @@ from macft.diagnostics import Finding
 from macft.network.system_tools import output_of
 
 _GIB = 2**30
-_LITTLE_MEMORY = 2 * _GIB
-_LITTLE_DISK, _NO_DISK = 10 * _GIB, 1 * _GIB
+_LOW_MEMORY = 2 * _GIB
+_LOW_DISK, _FULL_DISK = 10 * _GIB, 1 * _GIB
 _PRESSURE = ("nominal", "moderate", "heavy", "trapping", "sleeping")
 
 
 def check(folder: Path) -> list[Finding]:
-    """Findings for this machine; ``folder`` is where runs are kept."""
+    """Checks this machine; runs are stored in ``folder``."""
     findings = [memory(psutil.virtual_memory().available, psutil.virtual_memory().total)]
     findings.append(disk(shutil.disk_usage(folder).free, folder))
     if platform.system() == "Darwin":
@@ -32,25 +32,25 @@ def check(folder: Path) -> list[Finding]:
 
 
 def memory(available: int, total: int) -> Finding:
-    """Bytes that can be had now, and in all."""
+    """Checks the available memory, in bytes."""
     text = f"{available / _GIB:.1f} of {total / _GIB:.1f} GiB free"
-    if available < _LITTLE_MEMORY:
+    if available < _LOW_MEMORY:
         return Finding("memory", "warning", text, "close other programs, or use model.quantization=4bit")
     return Finding("memory", "ok", text)
 
 
 def disk(free: int, folder: Path) -> Finding:
-    """Bytes free where runs are kept."""
+    """Checks the free disk space (bytes) in the folder of the runs."""
     text = f"{free / _GIB:.1f} GiB free below {folder}"
-    if free < _NO_DISK:
+    if free < _FULL_DISK:
         return Finding("disk", "problem", text, "remove old runs, or give hydra.run.dir on another disk")
-    if free < _LITTLE_DISK:
+    if free < _LOW_DISK:
         return Finding("disk", "warning", text, "remove old runs: a model and its checkpoints take several GiB")
     return Finding("disk", "ok", text)
 
 
 def sleep_settings(text: str) -> list[Finding]:
-    """``pmset -g``: low-power mode and when the Mac falls asleep."""
+    """Checks the output of ``pmset -g``: low-power mode, and when the Mac sleeps."""
     settings = dict(re.findall(r"^ (\w+)\s+(\d+)", text, re.MULTILINE))
     if not settings:
         return [Finding("power", "warning", "`pmset -g` gave nothing", "pmset -g")]
@@ -72,7 +72,7 @@ def sleep_settings(text: str) -> list[Finding]:
 
 
 def pressure(text: str) -> list[Finding]:
-    """``notifyutil -g com.apple.system.thermalpressurelevel``."""
+    """Checks the output of ``notifyutil -g com.apple.system.thermalpressurelevel``."""
     match = re.fullmatch(r"com\.apple\.system\.thermalpressurelevel (\d)", text.strip())
     if match is None or int(match[1]) >= len(_PRESSURE):
         return [Finding("thermal", "warning", "the thermal pressure can't be read", "sw_vers")]
@@ -83,7 +83,7 @@ def pressure(text: str) -> list[Finding]:
 
 
 def wired_limit(text: str) -> list[Finding]:
-    """``sysctl iogpu.wired_limit_mb``: how much memory the GPU may hold."""
+    """Checks the output of ``sysctl iogpu.wired_limit_mb``: how much memory the GPU may use."""
     match = re.search(r"iogpu\.wired_limit_mb: (\d+)", text)
     if match is None:
         return []
@@ -94,5 +94,5 @@ def wired_limit(text: str) -> list[Finding]:
 def _linux_thermal(root: Path = Path("/sys/class/thermal")) -> Finding:
     count = sum(1 for zone in root.glob("thermal_zone*/temp"))
     if not count:
-        return Finding("thermal", "ok", "this machine shows no thermal sensors; training goes on without them")
+        return Finding("thermal", "ok", "this machine shows no thermal sensors; training runs without them")
     return Finding("thermal", "ok", f"{count} thermal sensors")

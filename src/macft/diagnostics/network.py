@@ -1,4 +1,4 @@
-"""Links, ports and clocks."""
+"""Checks of links, ports and clocks."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _CLOCK_SECONDS = 5.0
 
 
 def check(port: int) -> list[Finding]:
-    """Findings for this machine; a run needs ``port`` and the next one."""
+    """Checks this machine; a run needs ``port`` and the next two."""
     return [*link_findings(links.discover()), *_thunderbolt(), *port_findings(port)]
 
 
-def link_findings(found: tuple[links.Link, ...]) -> list[Finding]:
-    """One for each link; a machine without a cable is warned of."""
-    if not found:
+def link_findings(own_links: tuple[links.Link, ...]) -> list[Finding]:
+    """One finding for each link, and a warning if there is no cable."""
+    if not own_links:
         return [Finding("links", "problem", "no network but loopback", "plug in a Thunderbolt or Ethernet cable")]
-    findings = [Finding("links", "ok", describe(link)) for link in found]
-    if all(link.kind == "wifi" for link in found):
+    findings = [Finding("links", "ok", describe(link)) for link in own_links]
+    if all(link.kind == "wifi" for link in own_links):
         text = "Wi-Fi alone; gradients take many times longer than over a cable"
         findings.append(Finding("links", "warning", text, "plug in a Thunderbolt or Ethernet cable"))
     return findings
@@ -42,7 +42,7 @@ def describe(link: links.Link) -> str:
 
 
 def port_findings(port: int) -> list[Finding]:
-    """Whether ``port`` (where the ranks meet) and the next two (the ring, the membership) can be listened on."""
+    """Checks ``port`` (rendezvous) and the next two (ring, membership)."""
     findings = []
     for number in (port, port + 1, port + 2):
         with socket.socket() as probe:
@@ -51,8 +51,8 @@ def port_findings(port: int) -> list[Finding]:
                 probe.bind(("0.0.0.0", number))
             except OSError as error:
                 text = f"port {number} can't be listened on: {error.strerror}"
-                mend = f"lsof -nP -iTCP:{number} -sTCP:LISTEN   # or set topology.port"
-                findings.append(Finding("ports", "problem", text, mend))
+                fix = f"lsof -nP -iTCP:{number} -sTCP:LISTEN   # or set topology.port"
+                findings.append(Finding("ports", "problem", text, fix))
     return findings or [Finding("ports", "ok", f"{port} to {port + 2} are free")]
 
 
@@ -64,7 +64,7 @@ def _thunderbolt() -> list[Finding]:
 
 
 def thunderbolt_findings(ports: list[macos.ThunderboltPort]) -> list[Finding]:
-    """One for each socket with a computer behind it."""
+    """One finding for each Thunderbolt port that leads to a computer."""
     return [
         Finding(
             "Thunderbolt", "ok", f"port {port.number}: {', '.join(port.hosts)} at {port.speed_mbit / 1000:g} Gbit/s"
@@ -75,11 +75,11 @@ def thunderbolt_findings(ports: list[macos.ThunderboltPort]) -> list[Finding]:
 
 
 def clock_findings(offsets: Mapping[str, float]) -> list[Finding]:
-    """{host: seconds its clock is ahead of this one's}."""
+    """Checks the clocks; ``offsets`` is {host: seconds that its clock is ahead of this machine's}."""
     findings = []
     for host, offset in offsets.items():
         if abs(offset) > _CLOCK_SECONDS:
             text = f"{host}'s clock is {offset:+.0f} s off; logs and TensorBoard will not line up"
-            mend = f"ssh {host} sudo sntp -sS time.apple.com"
-            findings.append(Finding("clocks", "warning", text, mend))
-    return findings or [Finding("clocks", "ok", "alike")]
+            fix = f"ssh {host} sudo sntp -sS time.apple.com"
+            findings.append(Finding("clocks", "warning", text, fix))
+    return findings or [Finding("clocks", "ok", "synchronised")]

@@ -1,4 +1,4 @@
-"""Python, packages and the BLAS behind MLX."""
+"""Checks of Python, packages and the BLAS that MLX uses."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from macft.device import blas
 from macft.diagnostics import Finding
 
 PACKAGES = ("macft", "mlx", "mlx-lm", "pyzmq")
-"""What must be alike on all nodes for one run to give the same numbers."""
+"""Packages that need the same version on all nodes, so that a run gives the same numbers."""
 
 
 def versions() -> dict[str, str]:
-    """Version of Python and of each of :data:`PACKAGES`; ``missing`` where it is not installed."""
-    found = {"python": platform.python_version()}
+    """The versions of Python and of each of :data:`PACKAGES`; ``missing`` if it is not installed."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
+            installed[name] = "missing"
+    return installed
 
 
 def check() -> list[Finding]:
-    """Findings for this machine."""
-    found = versions()
-    listed = ", ".join(f"{name} {version}" for name, version in found.items())
-    missing = [name for name, version in found.items() if version == "missing"]
+    """Checks this machine."""
+    installed = versions()
+    listed = ", ".join(f"{name} {version}" for name, version in installed.items())
+    missing = [name for name, version in installed.items() if version == "missing"]
     findings = [
         Finding("packages", "problem", f"{', '.join(missing)} not installed", f"{sys.executable} -m pip install macft")
         if missing
@@ -45,28 +45,28 @@ def check() -> list[Finding]:
     if blas.is_fast():
         findings.append(Finding("BLAS", "ok", blas.describe()))
     else:
-        mend = f"{sys.executable} -m pip install ngsolve-openblas"
-        findings.append(Finding("BLAS", "warning", blas.describe(), mend))
+        fix = f"{sys.executable} -m pip install ngsolve-openblas"
+        findings.append(Finding("BLAS", "warning", blas.describe(), fix))
     return findings
 
 
 def differences(reports: Mapping[str, Mapping[str, str]]) -> list[Finding]:
-    """Compares the versions of several hosts, {host: {package: version}}; the first host sets the standard."""
+    """Compares the versions of all hosts, {host: {package: version}}, with those of the first host."""
     hosts = list(reports)
     findings = []
-    for package, wanted in reports[hosts[0]].items() if hosts else ():
+    for package, required in reports[hosts[0]].items() if hosts else ():
         for host in hosts[1:]:
             theirs = reports[host].get(package, "missing")
             if package == "python":
-                same = theirs.split(".")[:2] == wanted.split(".")[:2]
-                mend = f"install Python {wanted} on {host}"
+                same = theirs.split(".")[:2] == required.split(".")[:2]
+                fix = f"install Python {required} on {host}"
             else:
-                same = theirs == wanted
-                mend = f"ssh {host} python3 -m pip install {package}=={wanted}"
+                same = theirs == required
+                fix = f"ssh {host} python3 -m pip install {package}=={required}"
             if not same:
                 level = "warning" if package == "python" else "problem"
-                text = f"{host} has {package} {theirs}, {hosts[0]} has {wanted}"
-                findings.append(Finding("versions", level, text, mend))
+                text = f"{host} has {package} {theirs}, {hosts[0]} has {required}"
+                findings.append(Finding("versions", level, text, fix))
     if len(hosts) > 1 and not findings:
-        findings.append(Finding("versions", "ok", f"alike on {len(hosts)} hosts"))
+        findings.append(Finding("versions", "ok", f"the same on {len(hosts)} hosts"))
     return findings

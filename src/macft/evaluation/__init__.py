@@ -1,1 +1,1 @@
-"""How good the answers are: generation and metrics."""
+"""Generation, metrics, and the comparison of two models."""

@@ -1,18 +1,17 @@
-"""Lets the model answer questions of the test set and scores the answers with the dataset's metric."""
+"""Generates answers to the test rows and scores them with the dataset's metric."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.nn as nn
 import msgpack
 from mlx_lm.generate import batch_generate
 
 from macft.collective.base import Collective
-from macft.data.formats import prompt_tokens
+from macft.data.formats import Record, Tokenizer, prompt_tokens
 from macft.evaluation.metrics import Metric
 
 _PROMPTS_AT_ONCE = 32
@@ -20,7 +19,14 @@ _PROMPTS_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Scored:
-    """``value`` is the share of right answers, 0 to 1; ``answers`` and ``right`` stand in the order of the records."""
+    """Generated answers with their score.
+
+    Attributes:
+        value: Share of right answers, 0 to 1.
+        answers: The answers, in the order of the records.
+        right: Whether each of them is right.
+        seconds: Duration of generation and scoring.
+    """
 
     value: float
     answers: list[str]
@@ -30,32 +36,38 @@ class Scored:
 
 def score_answers(
     model: nn.Module,
-    tokenizer: Any,
-    records: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    records: Sequence[Record],
     metric: Metric,
     collective: Collective,
     *,
     max_tokens: int,
     progress: Callable[[int, int], None],
 ) -> Scored:
-    """Generates greedily, each rank a share of ``records``; every rank gets the whole result.
+    """Generates answers greedily, on each rank for its share of ``records``; every rank returns the whole result.
 
-    ``progress`` is told (done, total) records of this rank.
+    Args:
+        max_tokens: Longest answer, in tokens.
+        progress: Called with the numbers of this rank's finished records and of all its records.
+
+    Raises:
+        DataError: A record has no question or no right answer.
+        CollectiveError: Another rank failed.
     """
     started = time.perf_counter()
     model.eval()
     mine = list(range(collective.rank, len(records), collective.world_size))
-    # Prompts of like length go together, so that little is padded.
+    # Prompts of similar length are batched together, which needs little padding.
     prompts = {index: prompt_tokens(records[index], tokenizer) for index in mine}
     mine.sort(key=lambda index: len(prompts[index]))
-    found: list[tuple[int, str]] = []
+    generated: list[tuple[int, str]] = []
     for start in range(0, len(mine), _PROMPTS_AT_ONCE):
         chunk = mine[start : start + _PROMPTS_AT_ONCE]
         texts = batch_generate(model, tokenizer, [prompts[i] for i in chunk], max_tokens=max_tokens).texts
-        found += zip(chunk, texts, strict=True)
-        progress(len(found), len(mine))
+        generated += zip(chunk, texts, strict=True)
+        progress(len(generated), len(mine))
     answers = [""] * len(records)
-    for payload in collective.all_gather(msgpack.packb(found)):
+    for payload in collective.all_gather(msgpack.packb(generated)):
         for index, text in msgpack.unpackb(payload):
             answers[index] = text
     right = [metric.score(record, answer) for record, answer in zip(records, answers, strict=True)]

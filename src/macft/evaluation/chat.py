@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from macft.errors import DataError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: the options of ``mlx_lm.generate``, with its names and defaults."""
+    """How the next token is sampled: the options of ``mlx_lm.generate``, with its names and defaults."""
 
     max_tokens: int = 256
     temp: float = 0.0
@@ -30,27 +30,27 @@ class Sampling:
     max_kv_size: int | None = None
 
     def problems(self) -> list[str]:
-        """One line for each value that can't be right."""
-        found = []
+        """One line for each invalid value."""
+        errors = []
         if self.max_tokens < 1 and self.max_tokens != -1:
-            found.append(f"--max-tokens: {self.max_tokens} must be 1 or more, or -1 for no limit")
+            errors.append(f"--max-tokens: {self.max_tokens} must be 1 or more, or -1 for no limit")
         if not self.temp >= 0.0:
-            found.append(f"--temp: {self.temp} must be 0 (always the likeliest token) or more")
+            errors.append(f"--temp: {self.temp} must be 0 (always the most likely token) or more")
         for name in ("top_p", "min_p", "xtc_probability"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                found.append(f"--{name.replace('_', '-')}: {getattr(self, name)} is not in [0, 1]")
+                errors.append(f"--{name.replace('_', '-')}: {getattr(self, name)} is not in [0, 1]")
         if not 0.0 <= self.xtc_threshold <= 0.5:
-            found.append(f"--xtc-threshold: {self.xtc_threshold} is not in [0, 0.5]")
+            errors.append(f"--xtc-threshold: {self.xtc_threshold} is not in [0, 0.5]")
         if self.top_k < 0:
-            found.append(f"--top-k: {self.top_k} must be 0 (off) or more")
+            errors.append(f"--top-k: {self.top_k} must be 0 (off) or more")
         if self.min_tokens_to_keep < 1:
-            found.append(f"--min-tokens-to-keep: {self.min_tokens_to_keep} must be 1 or more")
+            errors.append(f"--min-tokens-to-keep: {self.min_tokens_to_keep} must be 1 or more")
         if self.max_kv_size is not None and self.max_kv_size < 16:
-            found.append(f"--max-kv-size: {self.max_kv_size} must be 16 or more")
-        return found
+            errors.append(f"--max-kv-size: {self.max_kv_size} must be 16 or more")
+        return errors
 
-    def sampler(self, tokenizer: Any) -> Callable[[Any], Any]:
-        """mlx-lm's sampler of these options."""
+    def sampler(self, tokenizer: Any) -> Callable[[mx.array], mx.array]:
+        """mlx-lm's sampler for these options: log-probabilities (batch, vocabulary) to tokens (batch,)."""
         return make_sampler(  # type: ignore[no-any-return]
             self.temp,
             self.top_p,
@@ -65,7 +65,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens of the last prompt and answer, and their rates in tokens a second."""
+    """Number of tokens of the last prompt and answer, and their rates in tokens per second."""
 
     prompt_tokens: int
     prompt_rate: float
@@ -74,9 +74,12 @@ class Speed:
 
 
 class Chat:
-    """Keeps the conversation and, between turns, what the model has computed of it.
+    """A conversation that keeps its messages and the model's key-value cache between turns.
 
-    ``template=False`` gives the model the bare text, for models that were tuned on text rows.
+    Args:
+        system_prompt: The first message, with the role system.
+        template: Whether to apply the model's chat template. Without it the model gets the plain text, for models that
+            were tuned on text rows.
     """
 
     def __init__(
@@ -93,20 +96,20 @@ class Chat:
         self._template = template and tokenizer.has_chat_template
         self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self.speed: Speed | None = None
-        self._held: list[int] = []
+        self._cached_tokens: list[int] = []
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the conversation."""
+        """Starts a new conversation."""
         self._messages = list(self._system)
         self._text = ""
-        self._forget()
+        self._clear_cache()
 
-    def say(self, text: str) -> Iterator[str]:
-        """Streams the answer to ``text``; the caller may stop listening at any point.
+    def say(self, text: str) -> Generator[str]:
+        """Yields the answer to ``text`` in pieces. The generator may be closed at any point: the answer so far is kept.
 
         Raises:
-            DataError: the model's chat template refuses the conversation.
+            DataError: The model's chat template refuses the conversation.
         """
         prompt = self._tokens_with(text)
         answer, generated = "", []
@@ -124,13 +127,13 @@ class Chat:
                 self.speed = Speed(part.prompt_tokens, part.prompt_tps, part.generation_tokens, part.generation_tps)
                 yield part.text
         finally:
-            # The newest token was sampled but not yet fed, or was fed ahead: the cache knows how many it holds.
-            held = prompt + generated
-            fed = getattr(self._cache[0], "offset", len(held) + 1)
-            if fed <= len(held) and can_trim_prompt_cache(self._cache):
-                self._held = held[:fed]
+            # The newest token may or may not be in the cache yet: the cache's own offset says how many are.
+            tokens = prompt + generated
+            offset = getattr(self._cache[0], "offset", len(tokens) + 1)
+            if offset <= len(tokens) and can_trim_prompt_cache(self._cache):
+                self._cached_tokens = tokens[:offset]
             else:
-                self._forget()
+                self._clear_cache()
             self._messages.append({"role": "assistant", "content": answer})
             self._text += answer
 
@@ -141,26 +144,26 @@ class Chat:
         messages = [*self._messages, {"role": "user", "content": text}]
         try:
             tokens = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # templates are the model's own code and raise what they like
+        except Exception as error:  # a template is the model's own code and may raise anything
             raise DataError(f"the model's chat template refuses it: {' '.join(str(error).split())}") from error
         self._messages = messages
         return [int(token) for token in tokens]
 
     def _not_in_cache(self, prompt: list[int]) -> list[int]:
-        """The end of ``prompt`` that the model hasn't seen; at least its last token."""
+        """The end of ``prompt`` that is not in the cache, at least its last token; trims the cache to the rest."""
         same = 0
-        for old, new in zip(self._held, prompt[:-1], strict=False):
+        for old, new in zip(self._cached_tokens, prompt[:-1], strict=False):
             if old != new:
                 break
             same += 1
-        if same < len(self._held):
+        if same < len(self._cached_tokens):
             if can_trim_prompt_cache(self._cache):
-                trim_prompt_cache(self._cache, len(self._held) - same)
+                trim_prompt_cache(self._cache, len(self._cached_tokens) - same)
             else:
-                self._forget()
+                self._clear_cache()
                 return prompt
         return prompt[same:]
 
-    def _forget(self) -> None:
+    def _clear_cache(self) -> None:
         self._cache = make_prompt_cache(self._model, self._sampling.max_kv_size)
-        self._held = []
+        self._cached_tokens = []

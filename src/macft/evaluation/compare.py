@@ -1,4 +1,4 @@
-"""One model's results on rows of a dataset, and two models' side by side."""
+"""The results of one model on rows of a dataset, and the comparison of two models."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from macft.collective.solo import Solo
-from macft.data.formats import Row
-from macft.data.sources import Record
+from macft.data.formats import Record, Row
 from macft.evaluation.answers import Scored, score_answers
 from macft.evaluation.metrics import Metric
 from macft.evaluation.record import expected_text, question_text
@@ -100,7 +99,7 @@ def answers(records: Sequence[Record], base: Result, tuned: Result) -> list[dict
 
 
 def agreement(base: Result, tuned: Result) -> dict[str, int]:
-    """How many questions both, only one, or neither answers rightly; empty without a metric."""
+    """How many questions both, only one, or neither answers right; empty without a metric."""
     if base.scored is None or tuned.scored is None:
         return {}
     pairs = list(zip(base.scored.right, tuned.scored.right, strict=True))

@@ -1,16 +1,14 @@
-"""Exact match: the same text but for white space."""
+"""Exact match: the same text, except for white space."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from macft.data.formats import Record
 from macft.evaluation.record import expected_text
 
 
 class ExactMatch:
-    """Right if the answer is the expected text, runs of white space counting as one."""
+    """Right if the answer is the expected text, where any run of white space counts as one space."""
 
-    def score(self, record: Mapping[str, Any], generated: str) -> bool:
+    def score(self, record: Record, generated: str) -> bool:
         """Whether ``generated`` equals the record's answer."""
         return generated.split() == expected_text(record).split()

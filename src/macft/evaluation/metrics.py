@@ -1,24 +1,29 @@
-"""What a metric is, and which ones there are."""
+"""The interface of a metric, and the registry of metrics."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
+from macft.data.formats import Record
 from macft.errors import ConfigError
 from macft.evaluation.exact_match import ExactMatch
 from macft.evaluation.sql_execution import SqlExecution
 
 
 class Metric(Protocol):
-    """Judges one generated answer."""
+    """Scores one generated answer."""
 
-    def score(self, record: Mapping[str, Any], generated: str) -> bool:
-        """Whether ``generated`` is a right answer to ``record``, a raw row of the test split."""
+    def score(self, record: Record, generated: str) -> bool:
+        """Whether ``generated`` is a right answer to ``record``, a raw row of the test split.
+
+        Raises:
+            DataError: The record doesn't have what the metric needs.
+        """
         ...
 
 
+# By the name in dataset.metric.
 METRICS: dict[str, type[Metric]] = {"exact_match": ExactMatch, "sql_execution": SqlExecution}
 
 
@@ -26,7 +31,7 @@ def metric(name: str) -> Metric:
     """The metric called ``name``.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: There is no metric of that name.
     """
     if name not in METRICS:
         near = difflib.get_close_matches(name, METRICS, 1)

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from macft.data.formats import Record, parse
 from macft.errors import DataError
 
 
-def expected_text(record: Mapping[str, Any]) -> str:
+def expected_text(record: Record) -> str:
     """The right answer: the completion, or the last message.
 
     Raises:
-        DataError: the row has neither.
+        DataError: The row is a text, which has no answer, or is in none of the formats.
     """
-    if "completion" in record:
-        return str(record["completion"])
-    if record.get("messages"):
-        return str(record["messages"][-1].get("content", ""))
-    raise DataError("dataset.metric: a test row has neither `completion` nor `messages`, so no right answer")
+    conversation = parse(record)
+    if isinstance(conversation, str):
+        raise DataError("dataset.metric: a test row is a text, without a right answer; set training.metric_rows=0")
+    return str(conversation.messages[-1].get("content", ""))
 
 
-def question_text(record: Mapping[str, Any]) -> str:
-    """The question as a person would read it: the prompt, or the last message before the answer."""
-    if "prompt" in record:
-        return str(record["prompt"])
-    messages = record.get("messages") or []
-    return str(messages[-2].get("content", "")) if len(messages) > 1 else ""
+def question_text(record: Record) -> str:
+    """The question as a person would read it: the prompt, or the message before the answer; empty for a text row."""
+    conversation = parse(record)
+    if isinstance(conversation, str) or len(conversation.messages) < 2:
+        return ""
+    return str(conversation.messages[-2].get("content", ""))

@@ -1,8 +1,8 @@
 """Execution accuracy (Yu et al. 2018, Spider): a query is right if it returns what the expected query returns.
 
-Generated queries are untrusted. They run on a throw-away in-memory database that can only be read, within limits on
-time (in the compiler as well as in the virtual machine), on SQLite's heap and on what the rows take in Python. All rows
-are compared; a query that passes a limit has failed.
+Generated queries are untrusted. They run on a temporary in-memory database, may only read, and have limits on time (in
+SQLite's compiler and in its virtual machine), on SQLite's heap and on the size of the rows in Python. All rows are
+compared; a query that exceeds a limit is wrong.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import math
 import re
 import sqlite3
 import time
-from collections.abc import Mapping
-from typing import Any
 
+from macft.data.formats import Record
 from macft.errors import DataError
 from macft.evaluation.record import expected_text
 
@@ -29,7 +28,7 @@ _MAX_PATTERN_BYTES = 1000
 _MAX_HEAP_BYTES = 256 * 2**20
 _MAX_RESULT_BYTES = 64 * 2**20
 _ROW_BYTES, _VALUE_BYTES = 64, 48
-# They make big values of nothing, or another value each time: no answer to a question needs them.
+# They make large values from small ones, or a different value each time; no answer needs them.
 _DENIED_FUNCTIONS = {"load_extension", "randomblob", "zeroblob", "fts3_tokenizer"}
 _ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 _QUERY = re.compile(
@@ -39,27 +38,28 @@ _FENCE = re.compile(r"```\w*\n?(.*?)(?:```|\Z)", re.DOTALL)
 _END = re.compile(r"'[^']*'|\"[^\"]*\"|(;|```|\n\s*\n)")
 _NOT_CODE = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/", re.DOTALL)
 _CLAUSES = r"from|where|group|order|having|limit|offset|join|left|inner|cross|on|and|or|union|intersect|except|window"
-# Not capitalised, as prose after an answer would be.
+# Capitalised words are not matched: prose after an answer begins with one.
 _CONTINUED = re.compile(rf"(?:{_CLAUSES}|{_CLAUSES.upper()})\b|[),]")
 _SELECT = re.compile(r"\bselect\b", re.IGNORECASE)
 _OPEN_END = re.compile(
     r"(?:\b(?:union|all|intersect|except|select|from|where|and|or|by|on|join)|,)\s*\Z", re.IGNORECASE
 )
 
-Rows = list[tuple[Any, ...]]
+Value = int | float | str | bytes | None
+Rows = list[tuple[Value, ...]]
 
 
 class SqlExecution:
-    """Needs, in each test row, ``database``: an SQL script that builds the database the question is about."""
+    """Compares the rows that two queries return. Each test row needs ``database``, an SQL script that creates it."""
 
     def __init__(self) -> None:
         self._databases: dict[str, bytes] = {}
 
-    def score(self, record: Mapping[str, Any], generated: str) -> bool:
-        """Whether the first query in ``generated`` returns the expected rows, in order where order is asked for.
+    def score(self, record: Record, generated: str) -> bool:
+        """Whether the first query in ``generated`` returns the expected rows; in their order if that query sorts them.
 
         Raises:
-            DataError: the row has no usable ``database``, or its expected query fails.
+            DataError: The row has no usable ``database``, or its expected query fails.
         """
         script = record.get("database")
         if not isinstance(script, str):
@@ -68,17 +68,17 @@ class SqlExecution:
         expected = self._run(script, expected_query)
         if expected is None:
             raise DataError(f"dataset.metric: the expected query of a test row fails: {expected_query}")
-        found = self._run(script, first_query(generated))
-        if found is None:
+        actual = self._run(script, first_query(generated))
+        if actual is None:
             return False
         ordered = re.search(r"\border\s+by\b", _outermost(expected_query)[0], re.IGNORECASE) is not None
-        return same_rows(expected, found, ordered=ordered)
+        return same_rows(expected, actual, ordered=ordered)
 
     def _run(self, script: str, query: str) -> Rows | None:
-        """All of the query's rows, or None if it fails, passes a limit or does anything but read."""
+        """All rows that the query returns; None if it fails, exceeds a limit or does anything but read."""
         connection = sqlite3.connect(":memory:")
         try:
-            # Sorting must not spill past the heap limit to the disk.
+            # Otherwise sorting would use the disk to get around the heap limit.
             connection.execute("PRAGMA temp_store = MEMORY")
             connection.execute(f"PRAGMA hard_heap_limit = {_MAX_HEAP_BYTES}")
             connection.deserialize(self._built(script))
@@ -88,7 +88,7 @@ class SqlExecution:
             checks, deadline = 0, time.monotonic() + _MAX_SECONDS
 
             def permit(action: int, _: str | None, name: str | None, *__: str | None) -> int:
-                # Nested WITHs can double the compiler's work with each line, before any step runs.
+                # Each nested WITH can double the compiler's work, before the first step runs.
                 late = time.monotonic() > deadline
                 denied = action == sqlite3.SQLITE_FUNCTION and (name or "").lower() in _DENIED_FUNCTIONS
                 return sqlite3.SQLITE_DENY if late or denied or action not in _ALLOWED else sqlite3.SQLITE_OK
@@ -135,23 +135,23 @@ def _bounded(cursor: sqlite3.Cursor) -> Rows | None:
 
 
 def first_query(text: str) -> str:
-    """The first SELECT (or WITH) statement in ``text``, without code fences and what follows its semicolon.
+    """The first SELECT (or WITH) statement in ``text``, without code fences and without what follows its semicolon.
 
-    A blank line ends it too, unless it is inside parentheses or the next line goes on with SQL.
+    A blank line ends it too, unless it is inside parentheses or the next line continues the statement.
     """
     text = text[:_MAX_QUERY_CHARACTERS]
     fence = _FENCE.search(text)
     if fence is not None and _QUERY.search(fence[1]):
         text = fence[1]
-    found = _QUERY.search(text)
-    if found is None:
+    match = _QUERY.search(text)
+    if match is None:
         return text
-    statement = text[found.start() :]
-    ends = (match.start() for match in _END.finditer(statement) if match[1] and not _goes_on(statement, match))
+    statement = text[match.start() :]
+    ends = (end.start() for end in _END.finditer(statement) if end[1] and not _continues(statement, end))
     return statement[: next(ends, len(statement))].strip()
 
 
-def _goes_on(statement: str, end: re.Match[str]) -> bool:
+def _continues(statement: str, end: re.Match[str]) -> bool:
     if end[1].strip():
         return False
     before, depth = _outermost(statement[: end.start()])
@@ -162,7 +162,7 @@ def _goes_on(statement: str, end: re.Match[str]) -> bool:
 
 
 def _outermost(query: str) -> tuple[str, int]:
-    """``query`` without strings, comments and what stands in parentheses; and how many of these are left open."""
+    """``query`` without strings, comments and what is in parentheses; and the number of parentheses left open."""
     depth = 0
     kept = []
     for character in _NOT_CODE.sub(" x ", query):
@@ -172,26 +172,26 @@ def _outermost(query: str) -> tuple[str, int]:
     return "".join(kept), max(depth, 0)
 
 
-def same_rows(expected: Rows, found: Rows, *, ordered: bool) -> bool:
-    """Whether two results are equal: as sequences if ``ordered``, else as multisets; floats up to 1e-6 relative."""
-    if len(expected) != len(found):
+def same_rows(expected: Rows, actual: Rows, *, ordered: bool) -> bool:
+    """Whether two results are equal: as sequences if ``ordered``, else as multisets; floats within 1e-6 relative."""
+    if len(expected) != len(actual):
         return False
     if not ordered:
-        expected, found = sorted(expected, key=_sort_key), sorted(found, key=_sort_key)
+        expected, actual = sorted(expected, key=_sort_key), sorted(actual, key=_sort_key)
     return all(
         len(left) == len(right) and all(map(_same_value, left, right))
-        for left, right in zip(expected, found, strict=True)
+        for left, right in zip(expected, actual, strict=True)
     )
 
 
-def _same_value(left: Any, right: Any) -> bool:
+def _same_value(left: Value, right: Value) -> bool:
     if isinstance(left, int | float) and isinstance(right, int | float):
         return math.isclose(left, right, rel_tol=1e-6, abs_tol=1e-9)
     return type(left) is type(right) and bool(left == right)
 
 
-def _sort_key(row: tuple[Any, ...]) -> list[tuple[str, float, str]]:
-    """Numbers by value, everything else by type and text; any two rows can be compared."""
+def _sort_key(row: tuple[Value, ...]) -> list[tuple[str, float, str]]:
+    """Sorts numbers by value, everything else by type and text, so that any two rows can be compared."""
     return [
         ("number", round(float(value), 6), "")
         if isinstance(value, int | float)

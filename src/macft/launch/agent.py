@@ -1,11 +1,13 @@
 """A rank's process on a host, started over SSH: ``python -m macft.launch.agent RUN_FOLDER RANK [--resume]``.
 
-Its standard input is the line to the terminal that started it: ``stop`` asks for an orderly end, and so does its end,
-which comes when that terminal, its machine or the connection dies. ``key HEX`` gives the key of an encrypted run.
+The terminal that started it writes commands to its standard input: ``stop`` stops the run cleanly, ``key HEX`` gives
+the key of an encrypted run. When standard input ends, because that terminal, its machine or the connection is gone, the
+run is stopped cleanly too.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import queue
@@ -18,68 +20,71 @@ from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 
-from macft.cli.status import exit_status
+from macft.cli.run_command import exit_status, run_command
 from macft.config.yaml import read
 from macft.errors import LaunchError
-from macft.launch.hosts import run_on_hosts
+from macft.launch.run_on_hosts import run_on_hosts
 from macft.logs.run_log import start_log
 from macft.rendezvous.keystore import Keyring, needs_keys, run_keyring
-from macft.training.stop import StopRequest
+from macft.training.stop_request import StopRequest
 
 _LOG_SECONDS = 5.0
 _KEY_SECONDS = 30.0
-_LAST_SECONDS = 60.0
-"""How long an orderly end may take once nobody listens any more."""
+_STOP_SECONDS = 60.0
+"""How long a clean stop may take after standard input has ended."""
+_log = logging.getLogger("macft.launch")
 
 
 def main(argv: list[str]) -> int:
     """Runs one rank of the run in a folder; returns the exit status."""
     folder, rank = Path(argv[0]), int(argv[1])
-    end_log = _keep_log(folder / "logs" / f"rank-{rank}.log")
-    _keep_awake()
-    gone = threading.Event()
+    close_log = _copy_output_to(folder / "logs" / f"rank-{rank}.log")
+    _prevent_sleep()
+    must_stop = threading.Event()
     keys: SimpleQueue[bytes] = SimpleQueue()
-    threading.Thread(target=_listen, args=(gone, keys), name="terminal", daemon=True).start()
+    threading.Thread(target=_read_commands, args=(must_stop, keys), name="terminal", daemon=True).start()
     stop = StopRequest()
 
     def run() -> str:
         config = read(folder / "config.yaml")
         config.topology.rank = rank
-        keyring = _given_keyring(keys) if needs_keys(config.topology, config.collective) else None
+        keyring = _receive_keyring(keys) if needs_keys(config.topology, config.collective) else None
         with start_log(folder, rank, config.report.log_level):
             return run_on_hosts(config, folder, resume="--resume" in argv, stop=stop, keyring=keyring)
 
-    with stop.listening(gone):
-        status = exit_status(run)
-    end_log()
+    with stop.listening(must_stop):
+        status = run_command(lambda _: exit_status(run()), interrupted="interrupted; the newest checkpoint is kept")
+    close_log()
     return status
 
 
-def _given_keyring(keys: SimpleQueue[bytes]) -> Keyring:
+def _receive_keyring(keys: SimpleQueue[bytes]) -> Keyring:
     try:
         return run_keyring(bytes.fromhex(keys.get(timeout=_KEY_SECONDS).decode()))
     except (queue.Empty, ValueError):
-        raise LaunchError("the terminal that started this node gave it no proper key for the run") from None
+        raise LaunchError("the terminal that started this node sent it no valid key for the run") from None
 
 
-def _listen(gone: threading.Event, keys: SimpleQueue[bytes]) -> None:
-    waiting = b""
+def _read_commands(must_stop: threading.Event, keys: SimpleQueue[bytes]) -> None:
+    incomplete = b""
     while piece := os.read(0, 1024):
-        *lines, waiting = (waiting + piece)[-1024:].split(b"\n")
+        *lines, incomplete = (incomplete + piece)[-1024:].split(b"\n")
         if b"stop" in lines:
-            gone.set()
+            _log.info("the terminal asks to stop")
+            must_stop.set()
         for line in lines:
             if line.startswith(b"key "):
                 keys.put(line.removeprefix(b"key "))
-    gone.set()
-    time.sleep(_LAST_SECONDS)
+    _log.info("the terminal is gone; stopping")
+    must_stop.set()
+    time.sleep(_STOP_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _keep_log(path: Path) -> Callable[[], None]:
-    """Sends what this process prints to ``path`` too: the terminal may go away, and the run must not care.
+def _copy_output_to(path: Path) -> Callable[[], None]:
+    """Copies the output of this process to ``path``, so that the run continues when the terminal is gone.
 
-    Returns what sends the rest, to be called at the end.
+    Returns a function that flushes the output, to be called at the end.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     terminal, (reading, writing) = os.dup(1), os.pipe()
@@ -91,34 +96,34 @@ def _keep_log(path: Path) -> Callable[[], None]:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def copy() -> None:
-        listens = True
+        has_terminal = True
         while piece := os.read(reading, 65536):
             log.write(piece)
-            if listens:
+            if has_terminal:
                 try:
                     os.write(terminal, piece)
                 except OSError:
-                    listens = False
+                    has_terminal = False
 
     thread = threading.Thread(target=copy, name="log", daemon=True)
     thread.start()
 
-    def end() -> None:
+    def close() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1)
+        os.dup2(devnull, 2)
         thread.join(_LOG_SECONDS)
 
-    return end
+    return close
 
 
-def _keep_awake() -> None:
-    """Keeps a Mac from falling asleep while this process lives."""
+def _prevent_sleep() -> None:
+    """Keeps a Mac awake while this process runs."""
     if platform.system() == "Darwin":
-        nothing = subprocess.DEVNULL
-        subprocess.Popen(["caffeinate", "-i", "-w", str(os.getpid())], stdin=nothing, stdout=nothing, stderr=nothing)
+        devnull = subprocess.DEVNULL
+        subprocess.Popen(["caffeinate", "-i", "-w", str(os.getpid())], stdin=devnull, stdout=devnull, stderr=devnull)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,38 @@
-"""Several nodes as processes on this machine: starts them, passes Ctrl-C on, leaves none behind."""
+"""Several ranks as processes on this machine: starts them, forwards Ctrl-C, and leaves none running."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from macft.device.blas import available_cores
 from macft.errors import MacftError
 from macft.rendezvous.keystore import Keyring
-from macft.rendezvous.rendezvous import RendezvousServer
+from macft.rendezvous.server import RendezvousServer
 
 _GRACE_SECONDS = 20.0
-"""How long the other ranks may take to end by themselves once one has failed."""
+"""How long the other ranks may take to end after one has failed."""
 _LOG_LINES = 5
+_log = logging.getLogger("macft.launch")
 
 
 class RankFailed(MacftError):
-    """A rank's process ended with an error of its own."""
+    """A rank's process ended with an error."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
 
 
-def launch(
+def launch_local(
     world_size: int,
     folder: Path,
     *,
@@ -44,14 +46,23 @@ def launch(
 ) -> int:
     """Runs ``world_size`` ranks of the run in ``folder`` and waits for them; returns rank 0's exit status.
 
-    Rank 0 has this terminal; the others write to ``folder/logs/rank-N.log``. SIGINT and SIGTERM are passed on once to
-    rank 0, which ends the whole run in order. The ranks watch their standard input: if this process dies, they stop.
+    Rank 0 uses this terminal; the others write to ``folder/logs/rank-N.log``. SIGINT and SIGTERM are forwarded to rank
+    0, which stops the whole run cleanly. The ranks watch their standard input: if this process ends, they stop.
 
-    ``elastic``: the others go on without a rank that dies; the one that then leads is shown here, and takes the
-    signals. ``restart``: a rank that was killed is started again, and joins.
+    Args:
+        world_size: The number of ranks.
+        folder: The run's folder, with its ``config.yaml``.
+        run_id: Of the run; see :class:`~macft.rendezvous.connect.RankConfig`.
+        fingerprint: SHA-256 of the resolved configuration.
+        start_timeout: Seconds within which all ranks must meet.
+        resume: Whether the ranks continue from the last checkpoint.
+        keyring: This machine's keys. None: no encryption.
+        elastic: Whether the other ranks continue without a rank that ends. If rank 0 ends, the output of the next rank
+            is shown here, and that rank gets the signals.
+        restart: Whether a rank that was killed is started again and joins.
 
     Raises:
-        RankFailed: a rank other than 0 failed; the message holds the last lines of its log.
+        RankFailed: a rank other than 0 failed; the message contains the last lines of its log.
     """
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -66,20 +77,20 @@ def launch(
     )
     processes: list[subprocess.Popen[bytes]] = []
 
-    def pass_on(number: int, _frame: FrameType | None) -> None:
+    def forward(number: int, _frame: FrameType | None) -> None:
         for process in processes:
             if process.poll() is None:
-                process.send_signal(number)  # the others learn of it from this one
+                process.send_signal(number)  # this rank tells the others
                 return
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.start()
         for rank in range(world_size):
             command = [sys.executable, "-m", "macft.launch.worker", str(folder), str(rank), server.address, run_id]
             processes.append(_start([*command, *(["--resume"] if resume else [])], rank, logs, threads))
-        again = _Again(folder, logs, threads) if restart else None
-        return _wait_elastic(processes, logs, again) if elastic else _wait(processes, logs)
+        restarter = _Restarter(folder, logs, threads) if restart else None
+        return _wait_elastic(processes, logs, restarter) if elastic else _wait(processes, logs)
     finally:
         for process in processes:
             _end(process)
@@ -90,25 +101,33 @@ def launch(
 
 def _start(command: list[str], rank: int, logs: Path, threads: int) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": str(threads)}
-    # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which passes it on exactly once.
-    arguments: dict[str, Any] = {"env": environment, "stdin": subprocess.PIPE, "start_new_session": True}
-    if rank == 0:
-        return subprocess.Popen(command, **arguments)
-    with (logs / f"rank-{rank}.log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **arguments)
+    # A session of its own: Ctrl-C in the terminal reaches only the launcher, which forwards it exactly once.
+    with nullcontext() if rank == 0 else (logs / f"rank-{rank}.log").open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=None if log is None else subprocess.STDOUT,
+            start_new_session=True,
+        )
+    _log.info("rank %d started, process %d, %d threads", rank, process.pid, threads)
+    return process
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
-    """Waits for all ranks; once one has failed the others get a moment to report it, then are ended."""
+    """Waits for all ranks. After one has failed, the others have ``_GRACE_SECONDS`` to report it and end."""
     failed: int | None = None
     deadline = float("inf")
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         for rank, process in enumerate(processes):
             if failed is None and process.poll() not in (None, 0, 130):
                 failed, deadline = rank, time.monotonic() + _GRACE_SECONDS
+                _log.warning("rank %d ended with status %d; the others have %g s", rank, process.poll(), _GRACE_SECONDS)
         time.sleep(0.05)
-    for process in processes:
+    for rank, process in enumerate(processes):
         _end(process)
+        _log.info("rank %d ended with status %d", rank, process.returncode)
     first = processes[0].returncode
     if failed is None or failed == 0:
         return first if first >= 0 else 128 - first
@@ -117,8 +136,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
     raise RankFailed(f"rank {failed} {how}; {_tail(logs / f'rank-{failed}.log')}", 1)
 
 
-class _Again:
-    """Starts ranks again."""
+class _Restarter:
+    """Starts a rank again, which then joins the run."""
 
     def __init__(self, folder: Path, logs: Path, threads: int):
         self._folder, self._logs, self._threads = folder, logs, threads
@@ -128,23 +147,28 @@ class _Again:
         return _start(command, rank, self._logs, self._threads)
 
 
-def _wait_elastic(processes: list[subprocess.Popen[bytes]], logs: Path, again: _Again | None) -> int:
-    """Waits for all ranks, and shows the log of the one that leads once rank 0 is gone; returns how the run ended."""
+def _wait_elastic(processes: list[subprocess.Popen[bytes]], logs: Path, restarter: _Restarter | None) -> int:
+    """Waits for all ranks, and shows the log of the next rank if rank 0 ends; returns the run's exit status."""
     shown: dict[int, int] = {}
     ended: dict[int, int] = {}
     while any(process.poll() is None for process in processes):
         for rank, process in enumerate(processes):
             if rank in ended or (code := process.poll()) is None:
                 continue
-            goes_on = 0 not in ended.values() and any(other.poll() is None for other in processes)
-            if again is not None and code < 0 and goes_on:
-                processes[rank] = again(rank)
+            is_running = 0 not in ended.values() and any(other.poll() is None for other in processes)
+            if restarter is not None and code < 0 and is_running:
+                _log.warning("rank %d was ended by signal %d; starting it again", rank, -code)
+                processes[rank] = restarter(rank)
             else:
                 ended[rank] = code
+                _log.info("rank %d ended with status %d", rank, code)
         leader = next((rank for rank, process in enumerate(processes) if process.poll() is None), 0)
         _show(logs, leader, shown)
         time.sleep(0.05)
     codes = [process.returncode for process in processes]
+    for rank, code in enumerate(codes):
+        if rank not in ended:
+            _log.info("rank %d ended with status %d", rank, code)
     for rank in shown:
         _show(logs, rank, shown)
     for code in (0, 130):
@@ -157,7 +181,7 @@ def _wait_elastic(processes: list[subprocess.Popen[bytes]], logs: Path, again: _
 
 
 def _show(logs: Path, rank: int, shown: dict[int, int]) -> None:
-    """Prints what has come to a rank's log since it leads."""
+    """Prints what a rank has written to its log since it leads the run."""
     log = logs / f"rank-{rank}.log"
     if rank == 0 or not log.exists():
         return
@@ -190,7 +214,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def watch_launcher(on_loss: threading.Event) -> None:
-    """Sets ``on_loss`` when the launcher dies, seen as the end of standard input; kills this process a minute later."""
+    """Sets ``on_loss`` when standard input ends, as it does with the launcher; kills this process a minute later."""
 
     def watch() -> None:
         while os.read(0, 1024):

@@ -1,6 +1,6 @@
 """Runs one job on the nodes of its topology.
 
-What a rank needs is imported where a rank runs in this process: the launcher of a local run starts without MLX.
+Modules that only a rank needs are imported where a rank runs in this process, so that a launcher starts without MLX.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
 from macft.config.yaml import fingerprint, to_yaml
 from macft.logs.run_log import start_log
-from macft.training.stop import StopRequest
+from macft.training.stop_request import StopRequest
 
 
 def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
@@ -20,7 +20,7 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     if config.topology.join is not None:
-        from macft.launch.join import join_run
+        from macft.launch.join_run import join_run
 
         with start_log(folder, "joined", config.report.log_level):
             return join_run(config, folder, config.topology.join)
@@ -28,14 +28,14 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
         with start_log(folder, "launcher", config.report.log_level):
             return _run_local(config, folder, resume=resume)
     if config.topology.kind == "ssh":
-        from macft.launch.ssh_run import run_over_ssh
+        from macft.launch.run_over_ssh import run_over_ssh
 
         with start_log(folder, "launcher", config.report.log_level):
-            return _ended(run_over_ssh(config, folder, resume=resume))
+            return _how_it_ended(run_over_ssh(config, folder, resume=resume))
     stop = StopRequest()
     with stop.listening():
         if config.topology.kind == "hosts":
-            from macft.launch.hosts import run_on_hosts
+            from macft.launch.run_on_hosts import run_on_hosts
             from macft.topology.hosts import own_rank
 
             with start_log(folder, own_rank(config.topology), config.report.log_level):
@@ -43,9 +43,9 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
         from macft.run.node import run_node
 
         if config.collective.backend == "mlx":
-            from macft.collective.mlx_group import join_launched, launched
+            from macft.collective.mlx_group import is_launched, join_launched
 
-            if launched():
+            if is_launched():
                 with (
                     join_launched(config.collective) as group,
                     start_log(folder, group.rank, config.report.log_level),
@@ -53,18 +53,18 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
                     return run_node(config, group, folder, resume=resume, stop=stop)
         from macft.collective.solo import Solo
 
-        with Solo() as alone, start_log(folder, 0, config.report.log_level):
-            return run_node(config, alone, folder, resume=resume, stop=stop)
+        with Solo() as collective, start_log(folder, 0, config.report.log_level):
+            return run_node(config, collective, folder, resume=resume, stop=stop)
 
 
 def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
-    from macft.launch.local import launch
+    from macft.launch.local import launch_local
     from macft.model.resolve import resolve
     from macft.rendezvous.keystore import keyring_for
 
     keyring = keyring_for(config.topology, config.collective)
-    resolve(config.model)  # fetched once, here, where its progress can be seen
-    status = launch(
+    resolve(config.model)  # downloaded once, here, where its progress is visible
+    status = launch_local(
         config.topology.nodes,
         folder,
         run_id=folder.name,
@@ -75,10 +75,10 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
         elastic=is_elastic(config),
         restart=config.topology.restart,
     )
-    return _ended(status)
+    return _how_it_ended(status)
 
 
-def _ended(status: int) -> str:
+def _how_it_ended(status: int) -> str:
     if status == 0:
         return "finished"
     if status == 130:

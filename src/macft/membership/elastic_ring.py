@@ -1,45 +1,49 @@
-"""The collective of an elastic run: a ring that is made anew, with whoever is there, when a node is lost or joins."""
+"""The collective of an elastic run: a ring that is formed again by all reachable nodes when one is lost or joins."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.base import Collective
-from macft.collective.codecs.wire_codec import WireCodec
+from macft.collective.base import Collective, ReducibleArray
+from macft.collective.codecs.quantization import WireCodec
 from macft.collective.elastic import ElasticCollective, MembershipView
 from macft.collective.listener import Listener
 from macft.collective.ring import Ring
 from macft.collective.solo import Solo
 from macft.errors import CollectiveError, MembershipChanged, PeerLost, PeerTimeout
 from macft.logs.run_log import log_context
-from macft.membership import heartbeats
+from macft.membership import heartbeat_codec
 from macft.membership.paxos import View
 from macft.membership.service import MembershipService
 
-_MOST_TRIES = 10
-"""Rings of the same nodes that may fail one after the other before they are given up."""
+_MAX_ATTEMPTS = 10
+"""Rings that may fail to form, one after the other, before `regroup` gives up."""
+_log = logging.getLogger("macft.ring")
 
 
 class ElasticRing(ElasticCollective):
-    """The :class:`~macft.collective.elastic.ElasticCollective` of the members that there are just now.
+    """The :class:`~macft.collective.elastic.ElasticCollective` of the current members.
 
-    When the ring breaks, or the nodes have agreed to let one in, calls raise MembershipChanged, and :meth:`regroup`
-    makes the next ring. Rank and world size are then others.
+    When the ring fails, or another node has left it to let one join, calls raise MembershipChanged. :meth:`regroup`
+    then forms the next ring; rank and world size may change.
 
     Args:
-        ring: Of the members of ``view``; a newcomer, which is not in it yet, is alone in a
-        :class:`~macft.collective.solo.Solo`.
-        open_listener: Opens the port of the next ring.
-        secret: Of the run.
+        membership: This node's membership service, which the elastic ring starts and owns.
+        ring: The ring of the members of ``view``. A newcomer, which is not in the view, passes a
+            :class:`~macft.collective.solo.Solo`.
+        view: The newest view.
+        secret: Known to the members of the run only.
+        open_listener: Opens the ports of the next ring.
     """
 
     def __init__(
@@ -52,51 +56,54 @@ class ElasticRing(ElasticCollective):
         open_listener: Callable[[], Listener],
     ):
         self._membership, self._ring, self._view = membership, ring, view
-        self._secret, self._open = secret, open_listener
-        self._sent = 0
-        self._is_in = membership.seat.id in view.ids
+        self._secret, self._open_listener = secret, open_listener
+        self._bytes_sent_before = 0
+        self._is_member = membership.own.id in view.ids
         self._update_log_context()
-        membership.begin(view, secret)
+        membership.start(view, secret)
 
     @classmethod
-    def of_ring(
+    def from_ring(
         cls, ring: Collective, membership: MembershipService, open_listener: Callable[[], Listener]
     ) -> ElasticRing:
-        """The team of all ranks of a ring that has just come together. A call of all ranks."""
-        seats = tuple(
-            heartbeats.to_member_record(msgpack.unpackb(blob))
-            for blob in ring.all_gather(msgpack.packb(list(membership.seat)))
+        """The elastic ring of all ranks of ``ring``. A collective call: all ranks make it."""
+        members = tuple(
+            heartbeat_codec.decode_member(msgpack.unpackb(blob))
+            for blob in ring.all_gather(msgpack.packb(list(membership.own)))
         )
         secret = ring.broadcast(secrets.token_bytes(16))
-        return cls(membership, ring, View(0, seats), secret=secret, open_listener=open_listener)
+        return cls(membership, ring, View(0, members), secret=secret, open_listener=open_listener)
 
     @property
     def members(self) -> MembershipView:
-        """Who takes part now; the generation counts the rings of the run from 0."""
-        names = tuple(seat.name for seat in self._view.seats)
-        addresses = tuple(seat.address for seat in self._view.seats)
-        return MembershipView(self._view.generation, self._view.ids, names, addresses, dict(self._membership.why))
+        """The current members; the generation counts the rings of the run from 0."""
+        view = self._view
+        addresses = tuple(member.address for member in view.members)
+        return MembershipView(view.generation, view.ids, view.names, addresses, dict(self._membership.state.departures))
 
     @property
     def is_member(self) -> bool:
-        """False for a newcomer that has not regrouped yet, or one that has stepped out."""
-        return self._is_in
+        """False for a newcomer that has not regrouped yet, and for a node that has left."""
+        return self._is_member
 
     @property
     def wants_change(self) -> bool:
-        """Whether a node is at the door, so that all should regroup after this step."""
-        return bool(self._membership.candidates)
+        """Whether a node waits to join, so that all ranks should regroup after this step."""
+        return bool(self._membership.state.candidates)
 
     def check(self) -> None:
-        """Costs nothing; raises MembershipChanged where the ring is known not to go on."""
-        if reason := self._membership.disturbed:
+        """Raises MembershipChanged if the ring is known to have failed. No communication."""
+        if reason := self._membership.state.ring_failure:
             raise MembershipChanged(reason)
 
     def regroup(self, waiting: Callable[[str], bool]) -> bool:
-        """Leaves the ring and joins the next one, with those who are there."""
+        """Leaves the ring and forms the next one with all reachable members.
+
+        See :meth:`~macft.collective.elastic.ElasticCollective.regroup`.
+        """
         self.step_out()
-        for _ in range(_MOST_TRIES):
-            listener = self._open()
+        for attempt in range(1, _MAX_ATTEMPTS + 1):
+            listener = self._open_listener()
             key = b"" if listener.security is None else listener.security.public_key
             try:
                 view = self._membership.next_view(listener.address, key, after=self._view.generation, waiting=waiting)
@@ -109,40 +116,47 @@ class ElasticRing(ElasticCollective):
             self._view = view
             self._update_log_context()
             try:
-                self._ring = self._join(view, listener)
+                self._ring = self._form_ring(view, listener)
             except CollectiveError as error:
                 failure = error
+                _log.warning("ring of generation %d did not form (attempt %d): %s", view.generation, attempt, error)
                 continue
-            self._is_in = True
+            self._is_member = True
             return True
         raise failure
 
     def _update_log_context(self) -> None:
-        ids, own = self._view.ids, self._membership.seat.id
+        ids, own = self._view.ids, self._membership.own.id
         log_context.update(rank=ids.index(own) if own in ids else None, generation=self._view.generation)
 
     def step_out(self) -> None:
-        """Leaves the ring. Until it has regrouped this node is by itself, like a newcomer."""
-        self._sent += self._ring.bytes_sent
+        """Leaves the ring. Until it regroups, this node is alone, like a newcomer."""
+        self._bytes_sent_before += self._ring.bytes_sent
         self._ring.close()
-        self._ring, self._is_in = Solo(), False
+        self._ring, self._is_member = Solo(), False
 
-    def _join(self, view: View, listener: Listener) -> Collective:
-        rank = view.ids.index(self._membership.seat.id)
-        if len(view.seats) == 1:
+    def _failure_of(self, view: View) -> str:
+        """Why the ring of ``view`` can't form; empty if it can, or if the members have changed since."""
+        state = self._membership.state
+        return state.ring_failure if state.view == view else ""
+
+    def _form_ring(self, view: View, listener: Listener) -> Collective:
+        rank, members = view.ids.index(self._membership.own.id), view.members
+        if len(members) == 1:
             listener.close()
+            _log.info("generation %d has one member; no ring is needed", view.generation)
             return Solo()
         if listener.security is not None:
-            listener.security.meet([seat.ring_key for seat in view.seats], rank)
+            listener.security.meet([member.ring_key for member in members], rank)
         ring = Ring(
             rank,
-            len(view.seats),
-            [seat.ring for seat in view.seats],
+            len(members),
+            [member.ring for member in members],
             listener,
-            names=[seat.name for seat in view.seats],
+            names=view.names,
             ring_id=hashlib.sha256(self._secret + b"%d" % view.generation).hexdigest()[:32],
             generation=view.generation,
-            abandon=lambda: self._membership.disturbed if self._membership.view == view else "",
+            stop_reason=lambda: self._failure_of(view),
         )
         try:
             ring.tune()
@@ -153,51 +167,51 @@ class ElasticRing(ElasticCollective):
 
     @property
     def rank(self) -> int:
-        """This node's place among the members."""
+        """This node's rank among the members."""
         return self._ring.rank
 
     @property
     def world_size(self) -> int:
-        """How many members there are."""
+        """The number of members."""
         return self._ring.world_size
 
     @property
     def bytes_sent(self) -> int:
         """Bytes of data this node has sent so far, in all rings."""
-        return self._sent + self._ring.bytes_sent
+        return self._bytes_sent_before + self._ring.bytes_sent
 
     @property
     def lost_paths(self) -> list[str]:
-        """As the ring's."""
+        """See :class:`~macft.collective.ring.Ring`."""
         return self._ring.lost_paths
 
-    def all_reduce(self, arrays: Sequence[Any]) -> None:
-        """As the ring's, or raises MembershipChanged."""
-        with _as_change():
+    def all_reduce(self, arrays: Sequence[ReducibleArray]) -> None:
+        """See :class:`~macft.collective.ring.Ring`; raises MembershipChanged if a rank is lost."""
+        with _as_membership_change():
             self._ring.all_reduce(arrays)
 
     def all_reduce_coded(self, array: NDArray[np.float32], codec: WireCodec, residual: NDArray[np.float32]) -> None:
-        """As the ring's, or raises MembershipChanged."""
-        with _as_change():
+        """See :class:`~macft.collective.ring.Ring`; raises MembershipChanged if a rank is lost."""
+        with _as_membership_change():
             self._ring.all_reduce_coded(array, codec, residual)
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:
-        """As the ring's, or raises MembershipChanged."""
-        with _as_change():
+        """See :class:`~macft.collective.ring.Ring`; raises MembershipChanged if a rank is lost."""
+        with _as_membership_change():
             return self._ring.broadcast(payload, root)
 
     def all_gather(self, payload: bytes) -> list[bytes]:
-        """As the ring's, or raises MembershipChanged."""
-        with _as_change():
+        """See :class:`~macft.collective.ring.Ring`; raises MembershipChanged if a rank is lost."""
+        with _as_membership_change():
             return self._ring.all_gather(payload)
 
     def barrier(self) -> None:
-        """As the ring's, or raises MembershipChanged."""
-        with _as_change():
+        """See :class:`~macft.collective.ring.Ring`; raises MembershipChanged if a rank is lost."""
+        with _as_membership_change():
             self._ring.barrier()
 
     def close(self) -> None:
-        """Leaves the ring, then the members. Safe to call twice."""
+        """Closes the ring, then the membership service. Safe to call twice."""
         self._ring.close()
         self._membership.close()
 
@@ -212,7 +226,7 @@ class ElasticRing(ElasticCollective):
 
 
 @contextlib.contextmanager
-def _as_change() -> Iterator[None]:
+def _as_membership_change() -> Iterator[None]:
     try:
         yield
     except (PeerLost, PeerTimeout) as error:

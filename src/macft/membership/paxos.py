@@ -1,21 +1,31 @@
-"""Who is in the run: the members agree on one view after another. Pure logic: no sockets, no threads, no clock.
+"""Which nodes are members: they agree on one view after another. Pure logic: no sockets, no threads, no clock.
 
 A *view* is a generation and its members by rank. The members of view g choose view g + 1 by Paxos (Lamport, "Paxos Made
-Simple", 2001): one instance for each generation, whose acceptors are the members of view g. So two different views of
-the same generation can't both be chosen, whoever proposes, however messages are lost, repeated, delayed or reordered.
-All state travels in one kind of message, the beat: each is a set of facts that stay true, so any of them may be missed.
+Simple", 2001): one instance for each generation, whose acceptors are the members of view g. All state is sent in one
+kind of message, the heartbeat. Each one has the whole current state of its sender, so any of them may be lost.
 
-A quorum is more than half of a view's members, or half of them with the lowest rank among them, or all that are not
-*known* to have ended. docs/elastic.md says what follows from that.
+A quorum is one of:
+
+1. more than half of a view's members, or half of them including the lowest rank. Two of these always share a member. So
+   two different views of one generation are never both chosen, whoever proposes, and however messages are lost,
+   repeated, delayed or reordered.
+2. all members that are not *known* to have ended. This one need not share a member with another quorum, so it is safe
+   only under an assumption about time: clocks run at the same rate, and a heartbeat is processed soon after it was
+   sent. :meth:`PaxosMembership.mark_ended` states the bound.
+
+docs/elastic.md explains the consequences.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 _RETRY_SECONDS = 0.5
+_log = logging.getLogger("macft.membership")
 
 
 class MemberRecord(NamedTuple):
@@ -30,26 +40,31 @@ class MemberRecord(NamedTuple):
 
 
 class View(NamedTuple):
-    """The members of ``generation``; a member's place is its rank."""
+    """The members of ``generation``, ordered by rank."""
 
     generation: int
-    seats: tuple[MemberRecord, ...]
+    members: tuple[MemberRecord, ...]
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """The members' ids by rank."""
-        return tuple(seat.id for seat in self.seats)
+        """The members' ids, ordered by rank."""
+        return tuple(member.id for member in self.members)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The members' names, ordered by rank."""
+        return tuple(member.name for member in self.members)
 
 
 class Ballot(NamedTuple):
-    """Numbers a proposal; no two proposers share one."""
+    """The number of a proposal, unique to its proposer."""
 
     number: int
     proposer: str
 
 
 class Vote(NamedTuple):
-    """``view`` was proposed, or accepted, under ``ballot``."""
+    """``view`` was proposed, or accepted, with ``ballot``."""
 
     ballot: Ballot
     view: View
@@ -57,11 +72,18 @@ class Vote(NamedTuple):
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a node tells all others, again and again.
+    """The state of a node, which it sends to all others periodically.
 
-    ``view`` is the newest it knows, ``hears`` whom it has heard lately. ``ready``: it has left the ring of this view,
-    its next ring listens at ``sender.ring``, and it waits for the next view. The rest is about the view after this one:
-    the ballot it proposes, what it proposes there, the ballot it has promised to, and what it has accepted.
+    Attributes:
+        sender: The node.
+        view: The newest view it knows.
+        hears: Ids of the nodes from which it has received heartbeats recently.
+        ready: Whether it has left the ring of this view. It then listens at ``sender.ring`` for its next ring and waits
+            for the next view.
+        ballot: The ballot with which it proposes the next view.
+        proposed: What it proposes as the next view.
+        promised: The highest ballot it has promised to.
+        accepted: What it has accepted as the next view.
     """
 
     sender: MemberRecord
@@ -75,70 +97,87 @@ class Heartbeat:
 
 
 class PaxosMembership:
-    """One node's part. All times in seconds of one clock that never goes back.
+    """One node's part in the agreement. All times are in seconds of one clock that never goes back.
 
     Args:
-        own: This node. view: The newest view it knows; it need not be a member of it.
-        silence: After so long without a beat a node is taken for lost. patience: So long the others wait for one that
-        beats but does not leave its ring.
+        own: This node.
+        view: The newest view it knows. The node need not be a member of it.
+        silence: Seconds without a heartbeat after which a node is lost.
+        patience: Seconds that the others wait for a node that sends heartbeats but does not leave its ring.
+        now: The current time.
     """
 
     def __init__(self, own: MemberRecord, view: View, *, silence: float, patience: float, now: float):
         self.own = own
         self._silence, self._patience = silence, patience
-        self._beats: dict[str, Heartbeat] = {}
-        self._heard: dict[str, float] = {}
+        self._heartbeats: dict[str, Heartbeat] = {}
+        self._last_heard: dict[str, float] = {}
         self._ended: set[str] = set()
-        self.why: dict[str, str] = {}
-        """Why members of the view before are no longer in this one, by id."""
+        self.departures: dict[str, str] = {}
+        """Why members of the previous view are not in this one, by id."""
         self.view = view
         self._ready = False
-        self._begin(view, now)
+        self._ready_since = now
+        self._ballot: Ballot | None = None
+        self._proposed: Vote | None = None
+        self._promised: Ballot | None = None
+        self._accepted: Vote | None = None
+        self._attempts = 0
+        self._retry_at = 0.0
+        self._start_instance(view, now)
 
     @property
     def is_member(self) -> bool:
         """Whether this node is in the newest view it knows."""
         return self.own.id in self.view.ids
 
-    def take(self, beat: Heartbeat, now: float) -> None:
-        """Takes note of another node's beat."""
-        sender = beat.sender.id
+    def receive(self, heartbeat: Heartbeat, now: float) -> None:
+        """Processes another node's heartbeat."""
+        sender = heartbeat.sender.id
         if sender == self.own.id:
             return
-        known = self._beats.get(sender)
-        if known is not None and known.view.generation > beat.view.generation:
-            return  # late
-        self._beats[sender], self._heard[sender] = beat, now
+        known = self._heartbeats.get(sender)
+        if known is not None and known.view.generation > heartbeat.view.generation:
+            return  # delayed
+        self._heartbeats[sender], self._last_heard[sender] = heartbeat, now
         self._ended.discard(sender)
-        for seat in self.view.seats if beat.ready else ():
-            if seat.address == beat.sender.address and seat.id != sender:
-                self.ended(seat.id, now)  # its place is taken by a new process
-        if beat.view.generation > self.view.generation:
-            self._install(beat.view, now)
-        elif beat.view.generation == self.view.generation and self._votes_with(sender):
-            self._follow(beat)
+        if heartbeat.ready:
+            for member in self.view.members:
+                if member.address == heartbeat.sender.address and member.id != sender:
+                    self.mark_ended(member.id, now)  # a new process has its port
+        if heartbeat.view.generation > self.view.generation:
+            self._install(heartbeat.view, now)
+        elif heartbeat.view.generation == self.view.generation and self._is_acceptor_for(sender):
+            self._accept_from(heartbeat)
         self.tick(now)
 
-    def ended(self, member: str, now: float) -> None:
-        """There is proof that ``member``'s process is gone. It counts only from one that was in touch till the end.
+    def mark_ended(self, member: str, now: float) -> None:
+        """There is proof that ``member``'s process has ended. It counts only if the two were in contact until then.
 
-        If this node heard it less than half of ``silence`` ago, and it heard this node then, it can't have taken this
-        node for lost in between: there is no later view without this node that only the dead knew of.
+        A heartbeat says that its sender has heard this node in the ``silence / 2`` before it was sent. So the sender
+        cannot have declared this node lost within ``silence / 2`` after that, and no later view without this node is
+        known only to processes that have ended.
+
+        The age of that heartbeat is measured from when this node processed it. So the proof is valid if its delay and
+        its age are at most ``silence / 2`` together. This is an assumption: a heartbeat that was delayed by more, for
+        example because this process was stopped, can lead to a second view of a generation.
         """
-        beat = self._beats.get(member)
-        in_touch = beat is None or self.own.id in beat.hears or beat.view.generation < self.view.generation
-        if in_touch and now - self._heard.get(member, now - self._silence) <= self._silence / 2:
+        heartbeat = self._heartbeats.get(member)
+        in_contact = (
+            heartbeat is None or self.own.id in heartbeat.hears or heartbeat.view.generation < self.view.generation
+        )
+        if in_contact and now - self._last_heard.get(member, now - self._silence) <= self._silence / 2:
             self._ended.add(member)
 
-    def ready(self, ring: str, ring_key: bytes, now: float) -> None:
-        """This node has left the ring of its view; its next one listens at ``ring``."""
+    def set_ready(self, ring: str, ring_key: bytes, now: float) -> None:
+        """This node has left the ring of its view; it listens at ``ring`` for the next one."""
         self.own = self.own._replace(ring=ring, ring_key=ring_key)
         self._ready = True
         self._ready_since = now
         self.tick(now)
 
     def tick(self, now: float) -> None:
-        """Draws the conclusions from all that is known, and from the time."""
+        """Proposes a view, or adopts a chosen one, if the known facts and the time allow it."""
         if not self.is_member:
             return
         if self._ready:
@@ -149,8 +188,8 @@ class PaxosMembership:
                 self._install(vote.view, now)
                 return
 
-    def beat(self, now: float) -> Heartbeat:
-        """What is to be told to all others."""
+    def heartbeat(self, now: float) -> Heartbeat:
+        """This node's state, for all others."""
         return Heartbeat(
             sender=self.own,
             view=self.view,
@@ -163,96 +202,108 @@ class PaxosMembership:
         )
 
     def lost(self, now: float) -> dict[str, str]:
-        """Members of the view that are taken for lost, and why."""
-        return {member: why for member in self.view.ids if (why := self._loss(member, now))}
+        """Members of the view that are lost, and why, by id."""
+        return {member: reason for member in self.view.ids if (reason := self._loss_reason(member, now))}
 
-    def disturbed(self, now: float) -> str:
-        """Why this view's ring can't be used any more, if so."""
-        for member, why in self.lost(now).items():
-            return f"{self._name(member)} is lost: {why}"
+    def ring_failure(self, now: float) -> str:
+        """Why this view's ring can no longer be used; empty if it can."""
+        for member, reason in self.lost(now).items():
+            return f"{self._name(member)} is lost: {reason}"
         for member in self.view.ids:
-            beat = self._beats.get(member)
-            if beat is not None and beat.ready and beat.view.generation == self.view.generation:
+            heartbeat = self._heartbeats.get(member)
+            if heartbeat is not None and heartbeat.ready and heartbeat.view.generation == self.view.generation:
                 return f"{self._name(member)} has left the ring"
         return ""
 
     def candidates(self, now: float) -> list[MemberRecord]:
-        """Nodes that want to join and could: they and all members that are not lost hear each other."""
-        members = [member for member in self.view.ids if not self._loss(member, now)]
+        """Nodes that wait to join and could: they and all members that are not lost hear each other."""
+        members = [member for member in self.view.ids if not self._loss_reason(member, now)]
         return self._candidates(members, now)
 
     def newcomers(self, now: float) -> list[MemberRecord]:
-        """Nodes that are heard and no members; they have to hear this one before they can be let in."""
+        """Nodes that are heard and not members; they must hear this node before they can join."""
         members = self.view.ids
-        return [beat.sender for name, beat in self._beats.items() if name not in members and not self._loss(name, now)]
+        return [
+            heartbeat.sender
+            for node, heartbeat in self._heartbeats.items()
+            if node not in members and not self._loss_reason(node, now)
+        ]
 
-    def waits_for(self, now: float) -> str:
-        """Whom this node, which is ready, waits for, in words."""
+    def waiting_for(self, now: float) -> str:
+        """What this node, which is ready, waits for, in words that continue "this node waits for"."""
         lost = self.lost(now)
         if not self.is_member:
-            return "the others to let it in"
+            return "the other nodes to accept it"
         if not self._is_quorum([member for member in self.view.ids if member not in lost]):
-            names = ", ".join(f"{self._name(member)} ({why})" for member, why in lost.items())
-            have = len(self.view.ids) - len(lost)
-            return f"{names}: {have} of {len(self.view.ids)} nodes can't go on alone"
+            names = ", ".join(f"{self._name(member)} ({reason})" for member, reason in lost.items())
+            remaining = len(self.view.ids) - len(lost)
+            return f"{names}; {remaining} of {len(self.view.ids)} nodes are too few to continue"
         late = [self._name(m) for m in self.view.ids if m != self.own.id and m not in lost and not self._is_ready(m)]
-        return f"{', '.join(late)} to finish a step" if late else "the others to agree"
+        return f"{', '.join(late)} to finish the step" if late else "the other nodes to agree on the members"
 
     def _install(self, view: View, now: float) -> None:
-        gone = [member for member in self.view.ids if member not in view.ids]
-        self.why = {member: self._loss(member, now) or "it left" for member in gone}
-        self._ready = self._ready and self.own.id not in view.ids  # one that was left out waits on, to be let in again
-        self._begin(view, now)
+        left = [member for member in self.view.ids if member not in view.ids]
+        self.departures = {member: self._loss_reason(member, now) or "it left" for member in left}
+        reasons = ", ".join(f"{self._name(member)} left ({reason})" for member, reason in self.departures.items())
+        joined = ", ".join(member.name for member in view.members if member.id not in self.view.ids)
+        _log.info(
+            "view %d adopted: %s%s%s",
+            view.generation,
+            ", ".join(view.names),
+            f"; {reasons}" if reasons else "",
+            f"; {joined} joined" if joined else "",
+        )
+        self._ready = self._ready and self.own.id not in view.ids  # a node that was left out keeps waiting to join
+        self._start_instance(view, now)
 
-    def _begin(self, view: View, now: float) -> None:
+    def _start_instance(self, view: View, now: float) -> None:
+        """Starts the Paxos instance that chooses the view after ``view``."""
         self.view = view
         self._ready_since = now
-        self._ballot: Ballot | None = None
-        self._proposed: Vote | None = None
-        self._promised: Ballot | None = None
-        self._accepted: Vote | None = None
-        self._retry_at = 0.0
-        self._tries = 0
+        self._ballot = self._proposed = self._promised = self._accepted = None
+        self._attempts, self._retry_at = 0, 0.0
         self._ended &= set(view.ids)
-        for member in view.ids:  # they have just agreed, so they live; those who have not told yet get their time
-            if member not in self._beats or self._beats[member].view.generation < view.generation:
-                self._heard[member] = now
+        for member in view.ids:  # they have just agreed, so they are alive; the silence of each starts now
+            if member not in self._heartbeats or self._heartbeats[member].view.generation < view.generation:
+                self._last_heard[member] = now
 
-    def _votes_with(self, sender: str) -> bool:
+    def _is_acceptor_for(self, sender: str) -> bool:
         return self.is_member and sender in self.view.ids
 
-    def _follow(self, beat: Heartbeat) -> None:
-        """An acceptor's part."""
-        if beat.ballot is not None and (self._promised is None or beat.ballot > self._promised):
-            self._promised = beat.ballot
-        vote = beat.proposed
+    def _accept_from(self, heartbeat: Heartbeat) -> None:
+        """The acceptor: promises to the highest ballot, accepts its proposal."""
+        if heartbeat.ballot is not None and (self._promised is None or heartbeat.ballot > self._promised):
+            self._promised = heartbeat.ballot
+        vote = heartbeat.proposed
         if vote is not None and (self._promised is None or vote.ballot >= self._promised):
             self._promised, self._accepted = vote.ballot, vote
 
     def _propose(self, now: float) -> None:
-        """A proposer's part: only the lowest rank among those that are not lost proposes."""
-        members = self._choose(now)
-        if members is None or not self._is_quorum([m for m in self.view.ids if not self._loss(m, now)]):
+        """The proposer: only the lowest rank of those that are not lost proposes."""
+        members = self._choose_members(now)
+        if members is None or not self._is_quorum([m for m in self.view.ids if not self._loss_reason(m, now)]):
             return
         outbid = self._ballot is not None and self._promised is not None and self._promised > self._ballot
         if self._ballot is None or now >= self._retry_at or (outbid and self._proposed is None):
-            self._tries += 1
-            highest = max(
-                [b.number for b in (self._promised, *(beat.promised for beat in self._beats.values())) if b], default=0
-            )
+            self._attempts += 1
+            known = (self._promised, *(heartbeat.promised for heartbeat in self._heartbeats.values()))
+            highest = max([ballot.number for ballot in known if ballot], default=0)
             self._ballot, self._proposed = Ballot(highest + 1, self.own.id), None
             self._promised = self._ballot
-            self._retry_at = now + _RETRY_SECONDS * (self.view.ids.index(self.own.id) + self._tries)
+            self._retry_at = now + _RETRY_SECONDS * (self.view.ids.index(self.own.id) + self._attempts)
         if self._proposed is None and not outbid:
             promises = [member for member in self.view.ids if self._promise(member) == self._ballot]
             if self._is_quorum(promises):
                 earlier = [vote for member in promises if (vote := self._acceptance(member)) is not None]
                 view = max(earlier).view if earlier else self._next_view(members, now)
                 self._proposed = self._accepted = Vote(self._ballot, view)
+                _log.info(
+                    "view %d proposed: %s (ballot %d)", view.generation, ", ".join(view.names), self._ballot.number
+                )
 
-    def _choose(self, now: float) -> list[str] | None:
-        """Members of the next view out of this one; None while another one should propose, or a member isn't ready."""
-        alive = [member for member in self.view.ids if not self._loss(member, now)]
+    def _choose_members(self, now: float) -> list[str] | None:
+        """The members that stay in the next view; None while another node should propose, or a member isn't ready."""
+        alive = [member for member in self.view.ids if not self._loss_reason(member, now)]
         if alive[0] != self.own.id:
             return None
         if now - self._ready_since > self._patience:
@@ -266,46 +317,48 @@ class PaxosMembership:
         return chosen
 
     def _next_view(self, members: Sequence[str], now: float) -> View:
-        seats = [self.own if member == self.own.id else self._beats[member].sender for member in members]
-        return View(self.view.generation + 1, (*seats, *self._candidates(members, now)))
+        records = [self.own if member == self.own.id else self._heartbeats[member].sender for member in members]
+        return View(self.view.generation + 1, (*records, *self._candidates(members, now)))
 
     def _candidates(self, members: Collection[str], now: float) -> list[MemberRecord]:
-        found: list[MemberRecord] = []
-        for name, beat in sorted(self._beats.items()):
-            wants = beat.ready and name not in self.view.ids and name not in beat.view.ids
+        candidates: list[MemberRecord] = []
+        for node, heartbeat in sorted(self._heartbeats.items()):
+            wants_to_join = heartbeat.ready and node not in self.view.ids and node not in heartbeat.view.ids
             if (
-                wants
-                and not self._loss(name, now)
-                and all(self._hear_each_other(name, member, now) for member in members)
-                and all(self._hear_each_other(name, seat.id, now) for seat in found)
-                and beat.sender.address not in [seat.address for seat in found]
+                wants_to_join
+                and not self._loss_reason(node, now)
+                and all(self._hear_each_other(node, member, now) for member in members)
+                and all(self._hear_each_other(node, other.id, now) for other in candidates)
+                and heartbeat.sender.address not in [other.address for other in candidates]
             ):
-                found.append(beat.sender)
-        return found
+                candidates.append(heartbeat.sender)
+        return candidates
 
     def _hear_each_other(self, one: str, other: str, now: float) -> bool:
-        return one == other or (other in self._hears_of(one, now) and one in self._hears_of(other, now))
+        return one == other or (other in self._heard_by(one, now) and one in self._heard_by(other, now))
 
-    def _hears_of(self, member: str, now: float) -> tuple[str, ...]:
+    def _heard_by(self, member: str, now: float) -> tuple[str, ...]:
         if member == self.own.id:
             return self._hears(now)
-        return self._beats[member].hears if member in self._beats else ()
+        return self._heartbeats[member].hears if member in self._heartbeats else ()
 
     def _hears(self, now: float) -> tuple[str, ...]:
-        return tuple(sorted(name for name, at in self._heard.items() if now - at <= self._silence / 2))
+        return tuple(sorted(node for node, at in self._last_heard.items() if now - at <= self._silence / 2))
 
-    def _loss(self, member: str, now: float) -> str:
+    def _loss_reason(self, member: str, now: float) -> str:
+        """Why a member is lost; empty if it is not."""
         if member == self.own.id:
             return ""
         if member in self._ended:
             return "its process ended"
-        return f"silent for {self._silence:g} s" if now - self._heard.get(member, -1e9) > self._silence else ""
+        silent = now - self._last_heard.get(member, -math.inf)
+        return f"silent for {self._silence:g} s" if silent > self._silence else ""
 
     def _is_ready(self, member: str) -> bool:
         if member == self.own.id:
             return self._ready
-        beat = self._beats.get(member)
-        return beat is not None and beat.ready and beat.view.generation == self.view.generation
+        heartbeat = self._heartbeats.get(member)
+        return heartbeat is not None and heartbeat.ready and heartbeat.view.generation == self.view.generation
 
     def _is_quorum(self, voters: Collection[str]) -> bool:
         members = self.view.ids
@@ -317,22 +370,23 @@ class PaxosMembership:
         return bool(voters) and all(member in voters or member in self._ended for member in members)
 
     def _promise(self, member: str) -> Ballot | None:
-        beat = self._told(member)
-        return beat.promised if beat is not None else None
+        heartbeat = self._state_of(member)
+        return heartbeat.promised if heartbeat is not None else None
 
     def _acceptance(self, member: str) -> Vote | None:
-        beat = self._told(member)
-        return beat.accepted if beat is not None else None
+        heartbeat = self._state_of(member)
+        return heartbeat.accepted if heartbeat is not None else None
 
     def _accepted_votes(self) -> list[Vote]:
         return sorted({vote for member in self.view.ids if (vote := self._acceptance(member)) is not None})
 
-    def _told(self, member: str) -> Heartbeat | None:
-        """What a member has said about the next view."""
+    def _state_of(self, member: str) -> Heartbeat | None:
+        """A member's state in this Paxos instance, if known."""
         if member == self.own.id:
             return Heartbeat(self.own, self.view, promised=self._promised, accepted=self._accepted)
-        beat = self._beats.get(member)
-        return beat if beat is not None and beat.view.generation == self.view.generation else None
+        heartbeat = self._heartbeats.get(member)
+        is_current = heartbeat is not None and heartbeat.view.generation == self.view.generation
+        return heartbeat if is_current else None
 
     def _name(self, member: str) -> str:
-        return self.view.seats[self.view.ids.index(member)].name
+        return self.view.members[self.view.ids.index(member)].name

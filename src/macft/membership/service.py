@@ -1,19 +1,21 @@
-"""The membership service: a thread of each node that beats, listens to the others, and agrees with them who takes part.
+"""The membership service: a thread in each node that sends heartbeats, receives those of others, and agrees on views.
 
-It runs while the node computes, so a node that is busy is never taken for one that is gone. What is decided, and when,
-is :mod:`~macft.membership.paxos`'s business; here are the sockets. Beats go over every cable to every node.
+It runs while the node computes, so a busy node is never considered lost. The agreement itself is in
+:mod:`~macft.membership.paxos`; this module has the sockets. Heartbeats go over every cable to every node.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import secrets
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import msgpack
 import zmq
@@ -22,44 +24,93 @@ from zmq.utils.monitor import recv_monitor_message
 import macft
 from macft.collective.security import Gate, encrypt_to
 from macft.collective.settings import CollectiveConfig
-from macft.collective.wire import PROTOCOL_VERSION, bind, knock, set_endpoint, split_paths
+from macft.collective.wire import PROTOCOL_VERSION, bind, probe, set_endpoint, split_paths
 from macft.errors import CollectiveError, PeerLost
-from macft.membership import heartbeats
+from macft.membership import heartbeat_codec
 from macft.membership.paxos import MemberRecord, PaxosMembership, View
 from macft.rendezvous.keystore import Keyring
 
-_LOOK_SECONDS = 0.1
-_KNOCK_SECONDS = 0.3
-_KNOCK_EVERY = 0.5
-_MAX_WAITING = 64
-# A clock that goes on while a laptop sleeps; on macOS CLOCK_MONOTONIC does.
+_POLL_SECONDS = 0.1
+_PROBE_INTERVAL = 0.5
+_PROBE_SECONDS = 0.3
+"""Most seconds of a round of probes. This node sends no heartbeats meanwhile, so it is also limited by the timeout."""
+_MAX_QUEUED = 64
+# A clock that advances while a laptop sleeps; on macOS CLOCK_MONOTONIC does.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+_log = logging.getLogger("macft.membership")
+
+
+class JoinReply(TypedDict):
+    """The reply to a node that wants to join: the run's secret and newest view, or why it is refused."""
+
+    refused: NotRequired[str]
+    secret: NotRequired[bytes]
+    view: NotRequired[heartbeat_codec.EncodedView]
+
+
+@dataclass(frozen=True)
+class MembershipState:
+    """What the thread of the membership service knows, at one moment.
+
+    Attributes:
+        view: The newest view.
+        departures: Why members of the previous view are not in this one, by id.
+        ring_failure: Why the ring of this view can no longer be used; empty if it can.
+        candidates: Names of nodes that could join now.
+        waiting_for: What this node waits for if it has left its ring, in words.
+        alone_since: When the last other node was found to have ended; None while there are others.
+    """
+
+    view: View
+    departures: Mapping[str, str] = field(default_factory=dict)
+    ring_failure: str = ""
+    candidates: tuple[str, ...] = ()
+    waiting_for: str = ""
+    alone_since: float | None = None
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """The last probe of a node without a connection."""
+
+    at: float
+    has_ended: bool
 
 
 class MembershipService:
-    """This node's seat among the members, from :meth:`begin` to :meth:`close`.
+    """This node's part in the agreement on members, from :meth:`start` to :meth:`close`.
+
+    Attributes:
+        own: This node.
+        state: What the thread knows. It replaces the whole object, so the values of one object belong together.
 
     Args:
         address: Where to listen: ``host:port``, port 0 for a free one; several paths with ``+``.
-        name: For people. settings: ``timeout`` is the silence after which a node is lost, ``heartbeat`` the longest
-        time between two beats, ``patience`` how long the others wait for one that lives but doesn't come. keyring: Of
-        this machine: only its members are heard, encrypted. None: no encryption. fingerprint: Of what a newcomer must
-        have alike.
+        name: This node's name in messages.
+        settings: ``timeout`` is the silence after which a node is lost, ``heartbeat`` the longest time between two
+            heartbeats, ``patience`` how long the others wait for a node that is alive but busy.
+        keyring: Heartbeats are encrypted and only those of its members accepted. None: no encryption.
+        fingerprint: Of the configuration that a newcomer must share.
 
     Raises:
-        CollectiveError: the address can't be listened on.
+        CollectiveError: the address cannot be listened on.
     """
+
+    own: MemberRecord
+    state: MembershipState
+    _paxos: PaxosMembership  # of the thread, from `start` on
 
     def __init__(
         self, address: str, *, name: str, settings: CollectiveConfig, keyring: Keyring | None, fingerprint: str
     ):
         self._settings, self._keyring, self._fingerprint = settings, keyring, fingerprint
-        self._links: dict[str, _Link] = {}
-        self._context: zmq.Context[Any] = zmq.Context()
+        self._peers: dict[str, _PeerConnection] = {}
+        self._probes: dict[str, _Probe] = {}
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._gate = None if keyring is None else Gate(self._context, keyring.own)
-        self._inbox: zmq.Socket[Any] = self._context.socket(zmq.ROUTER)
+        self._inbox: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self._inbox.linger = 0
-        self._inbox.maxmsgsize = heartbeats.MAX_BYTES
+        self._inbox.maxmsgsize = heartbeat_codec.MAX_BYTES
         if self._gate is not None and keyring is not None:
             self._gate.guard(self._inbox)
             self._gate.admit(keyring.members)
@@ -69,54 +120,47 @@ class MembershipService:
             self._close_sockets()
             raise
         key = b"" if keyring is None else keyring.own.public
-        self.seat = MemberRecord(secrets.token_hex(8), name, bound, key)
-        self._orders: SimpleQueue[Callable[[float], None]] = SimpleQueue()
-        self._news = threading.Condition()
+        self.own = MemberRecord(secrets.token_hex(8), name, bound, key)
+        self._commands: SimpleQueue[Callable[[float], None]] = SimpleQueue()
+        self._changed = threading.Condition()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="membership", daemon=True)
-        self.view = View(0, (self.seat,))
-        """The newest view this node knows."""
-        self.disturbed = ""
-        """Why the ring of this view can't go on, if so."""
-        self.candidates: tuple[str, ...] = ()
-        """Names of nodes that could be let in now."""
-        self.why: dict[str, str] = {}
-        """Why members of the view before are gone, by id."""
-        self.waits_for = ""
+        self.state = MembershipState(View(0, (self.own,)))
         self._secret = b""
-        self._deserted_since: float | None = None
+        self._alone_since: float | None = None
 
-    def begin(self, view: View, secret: bytes) -> None:
-        """Takes part from now on. ``secret`` is known to the members of this run only."""
+    def start(self, view: View, secret: bytes) -> None:
+        """Starts the thread. ``secret`` is known to the members of this run only."""
         self._secret = secret
         now = _now()
-        self._agreement = PaxosMembership(
-            self.seat, view, silence=self._settings.timeout, patience=self._settings.patience, now=now
+        self._paxos = PaxosMembership(
+            self.own, view, silence=self._settings.timeout, patience=self._settings.patience, now=now
         )
         self._publish(now)
         self._thread.start()
 
     def next_view(self, ring: str, ring_key: bytes, *, after: int, waiting: Callable[[str], bool]) -> View | None:
-        """Waits for a view beyond generation ``after`` with this node in it, whose next ring listens at ``ring``.
+        """Waits for a view with a generation above ``after`` that has this node, whose next ring listens at ``ring``.
 
-        A node that has been dropped is let in again this way, and a newcomer for the first time. ``waiting`` is asked
-        about every tenth of a second, and told whom this node waits for; None once it answers not to wait any longer.
+        A newcomer joins this way, and a node that was dropped rejoins. ``waiting`` is called about ten times a second
+        with what this node waits for; if it returns False, the result is None.
 
         Raises:
-            PeerLost: nobody is left who could let it in; has been so for the time after which a node is lost.
+            PeerLost: all other nodes have been gone for the time after which a node is lost, or the thread of this
+                service has ended.
         """
-        self._orders.put(lambda now: self._agreement.ready(ring, ring_key, now))
+        self._commands.put(lambda now: self._paxos.set_ready(ring, ring_key, now))
         while True:
-            with self._news:
-                self._news.wait(_LOOK_SECONDS)
+            with self._changed:
+                self._changed.wait(_POLL_SECONDS)
                 if not self._thread.is_alive():
                     raise PeerLost("this node's membership service has ended")
-                if self.view.generation > after and self.seat.id in self.view.ids:
-                    return self.view
-                text, deserted_since = self.waits_for, self._deserted_since
-            if deserted_since is not None and _now() - deserted_since > self._settings.timeout:
-                raise PeerLost("all other nodes have ended: the run is over, or can't go on, without this one")
-            if not waiting(text):
+                state = self.state
+            if state.view.generation > after and self.own.id in state.view.ids:
+                return state.view
+            if state.alone_since is not None and _now() - state.alone_since > self._settings.timeout:
+                raise PeerLost("all other nodes have ended; the run has finished, or can't continue, without this node")
+            if not waiting(state.waiting_for):
                 return None
 
     def close(self) -> None:
@@ -129,91 +173,113 @@ class MembershipService:
     def _serve(self) -> None:
         poller = zmq.Poller()
         poller.register(self._inbox, zmq.POLLIN)
-        beat_at = knock_at = 0.0
-        told: object = None
+        send_at = probe_at = 0.0
+        sent: object = None
         while not self._stop.is_set():
-            poller.poll(int(_LOOK_SECONDS * 1000) if self._orders.empty() else 0)
+            poller.poll(int(_POLL_SECONDS * 1000) if self._commands.empty() else 0)
             now = _now()
             self._read(now)
-            while not self._orders.empty():
-                self._orders.get()(now)
-            self._agreement.tick(now)
-            self._keep_links()
-            if now >= knock_at:
-                self._look_for_the_dead()
-                knock_at = now + _KNOCK_EVERY
-            beat = self._agreement.beat(now)
+            while not self._commands.empty():
+                self._commands.get()(now)
+            self._paxos.tick(now)
+            self._update_peers()
+            if now >= probe_at:
+                self._probe_broken_peers()
+                probe_at = now + _PROBE_INTERVAL
+            beat = self._paxos.heartbeat(now)
             facts = (beat.view, beat.ready, beat.ballot, beat.proposed, beat.promised, beat.accepted, beat.hears)
-            if facts != told or now >= beat_at:
-                told, beat_at = facts, now + self._settings.heartbeat / 2
-                data = heartbeats.encode(beat, self._secret)
-                for link in self._links.values():
-                    link.send(data)
+            if facts != sent or now >= send_at:
+                sent, send_at = facts, now + self._settings.heartbeat / 2
+                data = heartbeat_codec.encode_heartbeat(beat, self._secret)
+                for peer in self._peers.values():
+                    peer.send(data)
             self._publish(now)
 
     def _read(self, now: float) -> None:
-        for _ in range(_MAX_WAITING):
+        for _ in range(_MAX_QUEUED):
             try:
                 parts = self._inbox.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             if len(parts) != 2:
                 continue
-            beat = heartbeats.decode(parts[1], self._secret)
-            if beat is not None:
-                self._agreement.take(beat, now)
-            elif (answer := self._answer(parts[1])) is not None:
-                self._inbox.send_multipart([parts[0], msgpack.packb(answer)], zmq.NOBLOCK)
+            heartbeat = heartbeat_codec.decode_heartbeat(parts[1], self._secret)
+            if heartbeat is not None:
+                self._paxos.receive(heartbeat, now)
+            elif (reply := self._reply(parts[1])) is not None:
+                self._inbox.send_multipart([parts[0], msgpack.packb(reply)], zmq.NOBLOCK)
 
-    def _answer(self, data: bytes) -> dict[str, Any] | None:
-        """To one that wants to join: the run's secret and members, or why not. None for a stranger."""
+    def _reply(self, data: bytes) -> JoinReply | None:
+        """The reply to a join request; None if ``data`` is not one."""
         try:
-            hello = msgpack.unpackb(data)
+            request = msgpack.unpackb(data)
         except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException):
             return None
-        if not isinstance(hello, dict) or hello.get("join") is not True:
+        if not isinstance(request, dict) or request.get("join") is not True:
             return None
-        for key, ours in _own(self._fingerprint).items():
-            if hello.get(key) != ours:
-                return {"refused": _REFUSALS[key].format(theirs=str(hello.get(key))[:80], ours=ours)}
-        return {"secret": self._secret, "view": heartbeats.plain_view(self._agreement.view)}
+        for key, ours in _requirements(self._fingerprint).items():
+            if request.get(key) != ours:
+                theirs = "".join(filter(str.isprintable, str(request.get(key))[:80]))
+                reason = _REFUSALS[key].format(theirs=theirs, ours=ours)
+                _log.warning("refused a node that wants to join: %s", reason)
+                return {"refused": reason}
+        _log.info("a node asks to join; sent it view %d", self._paxos.view.generation)
+        return {"secret": self._secret, "view": heartbeat_codec.encode_view(self._paxos.view)}
 
-    def _keep_links(self) -> None:
-        """A link to every member, and to every one that would like to be."""
-        wanted = {seat.id: seat for seat in (*self._agreement.view.seats, *self._agreement.newcomers(_now()))}
-        wanted.pop(self.seat.id, None)
-        for name in [name for name, link in self._links.items() if wanted.get(name) != link.seat]:
-            if name not in wanted or wanted[name].address != self._links[name].seat.address:
-                self._links.pop(name).close()
-        for name, seat in wanted.items():
-            if name not in self._links:
-                self._links[name] = _Link(self._context, seat, self._keyring, self._settings)
+    def _update_peers(self) -> None:
+        """Keeps a connection to every member and every newcomer."""
+        wanted = {node.id: node for node in (*self._paxos.view.members, *self._paxos.newcomers(_now()))}
+        wanted.pop(self.own.id, None)
+        for node, peer in list(self._peers.items()):
+            if node not in wanted or wanted[node].address != peer.member.address:
+                self._peers.pop(node).close()
+        for node, member in wanted.items():
+            if node not in self._peers:
+                self._peers[node] = _PeerConnection(self._context, member, self._keyring, self._settings)
 
-    def _look_for_the_dead(self) -> None:
-        """Tells a process that has ended from a machine that is silent: a port without a listener refuses."""
-        is_anyone_there = not self._links
-        for name, link in self._links.items():
-            if link.is_broken() and all(knock(path, _KNOCK_SECONDS) == "ended" for path in link.paths):
-                self._agreement.ended(name, _now())
-            else:
-                is_anyone_there = True
-        self._deserted_since = None if is_anyone_there else self._deserted_since or _now()
+    def _probe_broken_peers(self) -> None:
+        """Distinguishes a process that has ended from a silent machine: its port refuses connections.
+
+        A silent machine takes all the time that is left for its probe. So those that were probed longest ago are first.
+        """
+        broken = [node for node, peer in self._peers.items() if peer.is_broken()]
+        self._probes = {node: last for node, last in self._probes.items() if node in broken}
+        deadline = _now() + min(_PROBE_SECONDS, self._settings.timeout / 4)
+        never = _Probe(-math.inf, has_ended=False)
+        for node in sorted(broken, key=lambda node: self._probes.get(node, never).at):
+            if _now() >= deadline:
+                break
+            has_ended = all(_has_ended(path, deadline) for path in self._peers[node].paths)
+            self._probes[node] = _Probe(_now(), has_ended)
+            if has_ended:
+                self._paxos.mark_ended(node, _now())
+        ended = [node for node, last in self._probes.items() if last.has_ended]
+        is_alone = bool(self._peers) and len(ended) == len(self._peers)
+        self._alone_since = (self._alone_since or _now()) if is_alone else None
 
     def _publish(self, now: float) -> None:
-        with self._news:
-            agreement = self._agreement
-            if agreement.view.generation != self.view.generation:
-                self.why = dict(agreement.why)
-            self.view = agreement.view
-            left_out = "" if agreement.is_member else "the others went on without it"
-            self.disturbed = agreement.disturbed(now) or left_out
-            self.candidates = tuple(seat.name for seat in agreement.candidates(now)) if agreement.is_member else ()
-            self.waits_for = agreement.waits_for(now)
-            self._news.notify_all()
+        """Replaces the state that the main thread reads."""
+        paxos, before = self._paxos, self.state
+        left_out = "" if paxos.is_member else "the other nodes continued without this one"
+        state = MembershipState(
+            view=paxos.view,
+            departures=paxos.departures,
+            ring_failure=paxos.ring_failure(now) or left_out,
+            candidates=tuple(node.name for node in paxos.candidates(now)) if paxos.is_member else (),
+            waiting_for=paxos.waiting_for(now),
+            alone_since=self._alone_since,
+        )
+        if state.ring_failure and not before.ring_failure:
+            _log.info("the ring of view %d can't be used any more: %s", state.view.generation, state.ring_failure)
+        if state.candidates and state.candidates != before.candidates:
+            _log.info("nodes that can join: %s", ", ".join(state.candidates))
+        with self._changed:
+            self.state = state
+            self._changed.notify_all()
 
     def _close_sockets(self) -> None:
-        for link in self._links.values():
-            link.close()
+        for peer in self._peers.values():
+            peer.close()
         self._inbox.close()
         if self._gate is not None:
             self._gate.close()
@@ -224,72 +290,82 @@ def _now() -> float:
     return time.clock_gettime(_CLOCK)
 
 
+def _has_ended(path: str, deadline: float) -> bool:
+    """Whether the process that listened at ``path`` has ended, as far as a probe shows until ``deadline``."""
+    remaining = deadline - _now()
+    return remaining > 0 and probe(path, remaining) == "ended"
+
+
 @dataclass
-class _Line:
-    sock: zmq.Socket[Any]
-    monitor: zmq.Socket[Any]
-    stands: bool = True
+class _PathConnection:
+    sock: zmq.Socket[bytes]
+    monitor: zmq.Socket[bytes]
+    is_open: bool = True
 
 
-class _Link:
-    """The way to another node: a DEALER over each of its cables; what can't be sent at once is not sent."""
+class _PeerConnection:
+    """The connections to another node: a DEALER over each of its cables. What cannot be sent at once is dropped."""
 
     def __init__(
-        self, context: zmq.Context[Any], seat: MemberRecord, keyring: Keyring | None, settings: CollectiveConfig
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        member: MemberRecord,
+        keyring: Keyring | None,
+        settings: CollectiveConfig,
     ):
-        self.seat, self.paths = seat, split_paths(seat.address)
-        self._lines: list[_Line] = []
+        self.member, self.paths = member, split_paths(member.address)
+        self._connections: list[_PathConnection] = []
         for path in self.paths:
-            sock: zmq.Socket[Any] = context.socket(zmq.DEALER)
-            sock.linger, sock.immediate, sock.sndhwm = 0, True, _MAX_WAITING
+            sock: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+            sock.linger, sock.immediate, sock.sndhwm = 0, True, _MAX_QUEUED
             sock.heartbeat_ivl = int(settings.heartbeat * 1000)
             sock.heartbeat_timeout = int(settings.timeout * 1000)
             sock.reconnect_ivl_max = 1000
             if keyring is not None:
-                encrypt_to(sock, keyring.own, seat.key)
-            where = f"inproc://link-{id(sock)}"
-            sock.monitor(where, zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
-            monitor: zmq.Socket[Any] = context.socket(zmq.PAIR)
+                encrypt_to(sock, keyring.own, member.key)
+            monitor_address = f"inproc://peer-{id(sock)}"
+            sock.monitor(monitor_address, zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
+            monitor: zmq.Socket[bytes] = context.socket(zmq.PAIR)
             monitor.linger = 0
-            monitor.connect(where)
-            with contextlib.suppress(CollectiveError):  # a name that is unknown here: the other paths will do
+            monitor.connect(monitor_address)
+            with contextlib.suppress(CollectiveError):  # a name that is unknown here; another path may work
                 sock.connect(set_endpoint(sock, path))
-            self._lines.append(_Line(sock, monitor))
+            self._connections.append(_PathConnection(sock, monitor))
 
     def send(self, data: bytes) -> None:
-        """Over every path that stands."""
-        for line in self._lines:
+        """Sends over every open connection."""
+        for connection in self._connections:
             with contextlib.suppress(zmq.Again):
-                line.sock.send(data, zmq.NOBLOCK)
+                connection.sock.send(data, zmq.NOBLOCK)
 
     def is_broken(self) -> bool:
-        """Whether no path stands."""
-        for line in self._lines:
-            while line.monitor.poll(0):
-                line.stands = recv_monitor_message(line.monitor)["event"] == zmq.EVENT_CONNECTED
-        return not any(line.stands for line in self._lines)
+        """Whether no connection is open."""
+        for connection in self._connections:
+            while connection.monitor.poll(0):
+                connection.is_open = recv_monitor_message(connection.monitor)["event"] == zmq.EVENT_CONNECTED
+        return not any(connection.is_open for connection in self._connections)
 
     def close(self) -> None:
         """Safe to call twice."""
-        for line in self._lines:
-            if not line.sock.closed:
-                line.sock.disable_monitor()
-            line.sock.close()
-            line.monitor.close()
+        for connection in self._connections:
+            if not connection.sock.closed:
+                connection.sock.disable_monitor()
+            connection.sock.close()
+            connection.monitor.close()
 
 
 _REFUSALS = {
     "protocol": "it speaks protocol version {theirs}, the run {ours}; install the same macft on all nodes",
     "version": "it runs macft {theirs}, the run {ours}; install the same macft on all nodes",
-    "fingerprint": "it has another configuration than the run; give the same model, dataset and settings",
+    "fingerprint": "its configuration differs from the run's; use the same model, dataset and settings",
 }
 
 
-def hello(fingerprint: str) -> bytes:
-    """What a newcomer says first."""
-    packed: bytes = msgpack.packb({"join": True, **_own(fingerprint)})
+def join_request(fingerprint: str) -> bytes:
+    """The first message of a node that wants to join."""
+    packed: bytes = msgpack.packb({"join": True, **_requirements(fingerprint)})
     return packed
 
 
-def _own(fingerprint: str) -> dict[str, Any]:
+def _requirements(fingerprint: str) -> dict[str, object]:
     return {"protocol": PROTOCOL_VERSION, "version": macft.__version__, "fingerprint": fingerprint}

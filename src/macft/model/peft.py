@@ -1,9 +1,9 @@
 """Adapters to and from the format of Hugging Face's PEFT: ``adapter_model.safetensors``, ``adapter_config.json``.
 
-Both hold the same numbers. mlx-lm has ``lora_a`` (in, r) and ``lora_b`` (r, out), and adds ``scale * x @ a @ b``; PEFT
-has ``lora_A.weight`` (r, in) and ``lora_B.weight`` (out, r), and adds ``lora_alpha / r * B @ A @ x``, with
-rsLoRA ``lora_alpha / sqrt(r)`` (Kalajdzievski 2023, arXiv:2312.03732). DoRA's magnitude (Liu et al. 2024,
-arXiv:2402.09353), ``m`` there and ``lora_magnitude_vector`` here, is (out,) in both.
+Both formats hold the same numbers. mlx-lm has ``lora_a`` (in, r) and ``lora_b`` (r, out), and adds
+``scale * x @ a @ b``; PEFT has ``lora_A.weight`` (r, in) and ``lora_B.weight`` (out, r), and adds
+``lora_alpha / r * B @ A @ x``, with rsLoRA ``lora_alpha / sqrt(r)`` (Kalajdzievski 2023, arXiv:2312.03732). DoRA's
+magnitude (Liu et al. 2024, arXiv:2402.09353), mlx-lm's ``m`` and PEFT's ``lora_magnitude_vector``, is (out,) in both.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ _PREFIX = "base_model.model."
 _BLOCK = re.compile(r"(?P<blocks>.*\blayers)\.(?P<number>\d+)\.(?P<name>.+)")
 _OURS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
 _THEIRS = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.default)?(\.weight)?")
-# Settings of PEFT under which W + scale * B @ A is not the whole truth, and the values that switch them off.
+# Settings of PEFT that change more than W + scale * B @ A; they must be unset or false.
 _WITHOUT_EQUIVALENT = (
     "modules_to_save rank_pattern alpha_pattern layer_replication trainable_token_indices target_parameters lora_bias "
     "fan_in_fan_out alora_invocation_tokens use_qalora use_bdlora arrow_config kasa_config "
     "monteclora_config velora_config"
 ).split()
-# Initialisations that leave the base model's weights as they are; the others (pissa, olora, ...) change them too.
-_HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Initialisations that don't change the base model's weights; the others (pissa, olora, ...) do.
+_SUPPORTED_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def export_peft(
     source: Path, target: Path, *, base_model: str, alpha: float | None = None, rslora: bool = False
 ) -> str:
-    """Writes the mlx-lm adapter in ``source`` as a PEFT adapter into ``target``; returns what it is, in words.
+    """Writes the mlx-lm adapter in ``source`` as a PEFT adapter to ``target``; returns a short description of it.
 
     Args:
-        base_model: its name for ``base_model_name_or_path``.
-        alpha, rslora: as the adapter was configured, if so; else alpha is ``scale * rank``.
+        base_model: The value of ``base_model_name_or_path``.
+        alpha: The adapter's alpha if it was configured with one; otherwise alpha is ``scale * rank``.
+        rslora: Whether the scale is ``alpha / sqrt(rank)``.
 
     Raises:
-        ModelError: ``source`` is no adapter.
+        ModelError: ``source`` is not an adapter.
         ConfigError: PEFT has no equivalent of it.
     """
     config = read_adapter_config(source)
@@ -92,10 +93,10 @@ def export_peft(
 
 
 def import_peft(source: Path, target: Path) -> str:
-    """Writes the PEFT adapter in ``source`` as an mlx-lm adapter into ``target``; returns what it is, in words.
+    """Writes the PEFT adapter in ``source`` as an mlx-lm adapter to ``target``; returns a short description of it.
 
     Raises:
-        ModelError: ``source`` is no PEFT adapter, or it is damaged.
+        ModelError: ``source`` is not a PEFT adapter, or it is damaged.
         ConfigError: mlx-lm has no equivalent of it.
     """
     config = _peft_config(source)
@@ -104,12 +105,12 @@ def import_peft(source: Path, target: Path) -> str:
     weights: dict[str, mx.array] = {}
     shapes: dict[str, set[str]] = {}
     for name, value in read_tensors(source / _WEIGHTS).items():
-        found = _THEIRS.fullmatch(name.removeprefix(_PREFIX))
-        if found is None:
+        match = _THEIRS.fullmatch(name.removeprefix(_PREFIX))
+        if match is None:
             raise ConfigError(
-                f"PEFT_FOLDER: the tensor {name} has no equivalent in mlx-lm; only linear layers' LoRA has"
+                f"PEFT_FOLDER: the tensor {name} has no equivalent in mlx-lm; only LoRA of linear layers has"
             )
-        module, part = found["module"], found["part"]
+        module, part = match["module"], match["part"]
         ours = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}[part]
         if part != "lora_magnitude_vector" and (value.ndim != 2 or value.shape[part == "lora_B"] != rank):
             raise ModelError(f"{source}: {name} has shape {tuple(value.shape)}, which is not of rank {rank}")
@@ -126,7 +127,7 @@ def import_peft(source: Path, target: Path) -> str:
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     settings = {
         "fine_tune_type": "dora" if config.get("use_dora") else "lora",
-        # Full paths instead of a number of blocks: a PEFT adapter doesn't know its model's depth.
+        # keys holds full paths instead: a PEFT adapter doesn't know how many blocks its model has.
         "num_layers": 0,
         "lora_parameters": {
             "rank": rank,
@@ -148,10 +149,9 @@ def _parameters(source: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _targets(modules: set[str]) -> tuple[list[str], list[int] | None]:
-    """PEFT's ``target_modules`` and ``layers_to_transform``: short names where they say it exactly, else full paths."""
-    found = [_BLOCK.fullmatch(module) for module in sorted(modules)]
-    if all(found):
-        matches = [match for match in found if match is not None]
+    """PEFT's ``target_modules`` and ``layers_to_transform``: short names where these are exact, else full paths."""
+    matches = [match for module in sorted(modules) if (match := _BLOCK.fullmatch(module))]
+    if len(matches) == len(modules):
         numbers = sorted({int(match["number"]) for match in matches})
         names = sorted({match["name"] for match in matches})
         if len({match["blocks"] for match in matches}) == 1 and len(numbers) * len(names) == len(modules):
@@ -177,10 +177,10 @@ def _peft_config(source: Path) -> dict[str, Any]:
             raise ConfigError(f"PEFT_FOLDER: {key}={json.dumps(config[key])} has no equivalent in mlx-lm")
     if config.get("bias", "none") != "none":
         raise ConfigError(f"PEFT_FOLDER: bias={config['bias']} has no equivalent in mlx-lm; only none has")
-    start = config.get("init_lora_weights", True)
-    if start not in _HARMLESS_STARTS:
+    init = config.get("init_lora_weights", True)
+    if init not in _SUPPORTED_INITS:
         raise ConfigError(
-            f"PEFT_FOLDER: init_lora_weights={start} changed the base model's weights too; save it from PEFT with "
+            f"PEFT_FOLDER: init_lora_weights={init} changed the base model's weights too; save it from PEFT with "
             "path_initial_model_for_weight_conversion first"
         )
     if not isinstance(config.get("r"), int) or config["r"] < 1:

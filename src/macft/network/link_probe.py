@@ -1,7 +1,7 @@
 """Measures latency and bandwidth between two machines over plain TCP.
 
 ``python -m macft.network.link_probe serve`` prints a port and answers until its standard input ends; ``measure ADDRESS
-PORT`` prints what it found as JSON. Both read the token, hexadecimal, from the first line of standard input.
+PORT`` prints the result as JSON. Both read the token, in hexadecimal, from the first line of standard input.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ TOKEN_BYTES = 16
 
 @dataclass(frozen=True)
 class LinkMeasurement:
-    """Latency one way in seconds, bandwidth in bytes a second."""
+    """One-way latency in seconds, bandwidth in bytes a second."""
 
     latency: float
     bandwidth: float
 
     @property
     def cost(self) -> float:
-        """Seconds to pass on a piece of one megabyte."""
+        """Seconds to send one megabyte."""
         return self.latency + _PIECE_BYTES / self.bandwidth
 
 
 class ProbeServer:
-    """Answers :func:`measure` of those who know ``token``, in a thread of its own, one after the other."""
+    """Answers :func:`measure` of clients that know ``token`` (16 bytes), in a thread of its own, one at a time."""
 
     def __init__(self, token: bytes):
         self._token = token
@@ -46,11 +46,11 @@ class ProbeServer:
         threading.Thread(target=self._serve, name="link-probe", daemon=True).start()
 
     def admit(self, token: bytes) -> None:
-        """Answers those who know ``token`` from now on."""
+        """Replaces the token."""
         self._token = token
 
     def close(self) -> None:
-        """Answers no more."""
+        """Stops answering."""
         self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
@@ -73,51 +73,52 @@ class ProbeServer:
             return
         for _ in range(_PINGS):
             connection.sendall(_receive(connection, 1))
-        left = _BULK_BYTES
-        while left:
-            left -= len(_receive_some(connection, left))
+        remaining = _BULK_BYTES
+        while remaining:
+            remaining -= len(_receive_some(connection, remaining))
         connection.sendall(b".")
 
 
 def measure(address: str, port: int, token: bytes) -> LinkMeasurement:
-    """Measures the way to a :class:`ProbeServer`.
+    """Measures the link to a :class:`ProbeServer`.
 
     Raises:
-        LaunchError: it can't be reached.
+        LaunchError: it cannot be reached.
     """
     try:
         with socket.create_connection((address, port), 10.0) as connection:
             connection.settimeout(_SECONDS)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.sendall(token)
-            trips = []
+            round_trips = []
             for _ in range(_PINGS):
-                began = time.perf_counter()
+                started = time.perf_counter()
                 connection.sendall(b".")
                 _receive(connection, 1)
-                trips.append(time.perf_counter() - began)
-            piece = bytes(2**20)
-            began = time.perf_counter()
-            for _ in range(_BULK_BYTES // len(piece)):
-                connection.sendall(piece)
+                round_trips.append(time.perf_counter() - started)
+            block = bytes(2**20)
+            started = time.perf_counter()
+            for _ in range(_BULK_BYTES // len(block)):
+                connection.sendall(block)
             _receive(connection, 1)
-            return LinkMeasurement(sorted(trips)[_PINGS // 2] / 2, _BULK_BYTES / (time.perf_counter() - began))
+            bandwidth = _BULK_BYTES / (time.perf_counter() - started)
+            return LinkMeasurement(sorted(round_trips)[_PINGS // 2] / 2, bandwidth)
     except OSError as error:
         raise LaunchError(f"{address}:{port} can't be reached ({error}); is a firewall on?") from None
 
 
 def _receive_some(connection: socket.socket, at_most: int) -> bytes:
-    piece = connection.recv(min(at_most, 2**20))
-    if not piece:
+    data = connection.recv(min(at_most, 2**20))
+    if not data:
         raise ConnectionError("ended")
-    return piece
+    return data
 
 
 def _receive(connection: socket.socket, count: int) -> bytes:
-    parts = bytearray()
-    while len(parts) < count:
-        parts += _receive_some(connection, count - len(parts))
-    return bytes(parts)
+    data = bytearray()
+    while len(data) < count:
+        data += _receive_some(connection, count - len(data))
+    return bytes(data)
 
 
 def main(argv: list[str]) -> int:
@@ -130,11 +131,11 @@ def main(argv: list[str]) -> int:
         server.close()
         return 0
     try:
-        found = measure(argv[1], int(argv[2]), token)
+        measurement = measure(argv[1], int(argv[2]), token)
     except LaunchError as error:
         print(error, file=sys.stderr)
         return 1
-    print(json.dumps({"latency": found.latency, "bandwidth": found.bandwidth}))
+    print(json.dumps({"latency": measurement.latency, "bandwidth": measurement.bandwidth}))
     return 0
 
 

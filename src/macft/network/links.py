@@ -28,7 +28,7 @@ class Link:
         name: The system's name, ``en0``.
         kind: One of :data:`KINDS`.
         address: IPv4 with prefix length, ``192.168.0.1/24``.
-        speed_mbit: Negotiated, in Mbit/s; None where the system does not say.
+        speed_mbit: The negotiated speed in Mbit/s; None if the system does not report it.
     """
 
     name: str
@@ -53,10 +53,10 @@ class Link:
 
 
 def discover() -> tuple[Link, ...]:
-    """All links but loopback, Thunderbolt first, Wi-Fi last, the faster first within a kind."""
-    mac = _mac_kinds() if platform.system() == "Darwin" else None
+    """All links except loopback, ordered by kind (Thunderbolt, Ethernet, Wi-Fi, other), then by speed."""
+    mac_kinds = _mac_kinds() if platform.system() == "Darwin" else None
     stats = psutil.net_if_stats()
-    found = []
+    result = []
     for name, entries in psutil.net_if_addrs().items():
         if name not in stats or not stats[name].isup:
             continue
@@ -64,18 +64,18 @@ def discover() -> tuple[Link, ...]:
             if entry.family != socket.AF_INET or entry.address.startswith("127."):
                 continue
             prefix = ipaddress.ip_network(f"0.0.0.0/{entry.netmask or '255.255.255.255'}").prefixlen
-            kind, speed = mac.get(name, ("other", None)) if mac is not None else linux_kind(name)
-            found.append(Link(name, kind, f"{entry.address}/{prefix}", speed or stats[name].speed or None))
-    return tuple(sorted(found, key=order))
+            kind, speed = mac_kinds.get(name, ("other", None)) if mac_kinds is not None else linux_kind(name)
+            result.append(Link(name, kind, f"{entry.address}/{prefix}", speed or stats[name].speed or None))
+    return tuple(sorted(result, key=order))
 
 
 def order(link: Link) -> tuple[int, int, str]:
-    """Sort key: the better link first."""
+    """The sort key that puts the better link first."""
     return KINDS.index(link.kind), -(link.speed_mbit or 0), link.name
 
 
 def linux_kind(name: str, root: Path = _SYS) -> tuple[str, int | None]:
-    """Kind and speed of a Linux interface, from sysfs below ``root``."""
+    """Kind and speed (Mbit/s) of a Linux interface, from sysfs below ``root``."""
     folder = root / name
     if (folder / "wireless").is_dir() or (folder / "phy80211").exists():
         return "wifi", None
@@ -88,7 +88,7 @@ def linux_kind(name: str, root: Path = _SYS) -> tuple[str, int | None]:
 
 def _speed(folder: Path) -> int | None:
     text = _read(folder / "speed")
-    return int(text) if text.isdigit() else None  # -1 where the driver does not know
+    return int(text) if text.isdigit() else None  # -1 if the driver does not know it
 
 
 def _read(path: Path) -> str:

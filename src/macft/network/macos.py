@@ -1,4 +1,4 @@
-"""Reads what macOS tells of its network: ``networksetup``, ``system_profiler`` and ``ifconfig``."""
+"""Parses what macOS reports about its network: ``networksetup``, ``system_profiler`` and ``ifconfig``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 _PORT = re.compile(r"Hardware Port: (?P<port>.+)\nDevice: (?P<device>\S+)")
 _SPEED = re.compile(r"^(?P<gigabits>\d+(?:\.\d+)?) Gb/s")
@@ -17,12 +16,12 @@ _MAX_DEPTH = 16
 
 @dataclass(frozen=True)
 class ThunderboltPort:
-    """A socket of this Mac.
+    """A Thunderbolt port of this Mac.
 
     Attributes:
         number: As in ``Thunderbolt 1``.
-        speed_mbit: Of the link in use, Mbit/s; None while nothing is plugged in.
-        hosts: Names of the computers at the other end, however many docks lie between.
+        speed_mbit: The speed of the link in Mbit/s; None if nothing is plugged in.
+        hosts: Names of the computers at the other end, also behind docks.
     """
 
     number: str
@@ -31,32 +30,32 @@ class ThunderboltPort:
 
 
 def hardware_ports(text: str) -> dict[str, str]:
-    """``networksetup -listallhardwareports`` to {device: port's name}."""
+    """Parses ``networksetup -listallhardwareports`` to {device: name of the port}."""
     return {match["device"]: match["port"].strip() for match in _PORT.finditer(text)}
 
 
 def thunderbolt_ports(text: str) -> list[ThunderboltPort]:
-    """``system_profiler SPThunderboltDataType -json``; what does not look like it gives an empty list."""
+    """Parses ``system_profiler SPThunderboltDataType -json``; an empty list for anything else."""
     try:
         buses = json.loads(text)["SPThunderboltDataType"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return []
-    found = []
+    ports = []
     for bus in buses if isinstance(buses, list) else []:
         if not isinstance(bus, dict):
             continue
         hosts = tuple(_hosts(bus.get("_items"), 0))
         for key, tag in bus.items():
             if key.startswith("receptacle_") and key.endswith("_tag") and isinstance(tag, dict):
-                # "Up to 40 Gb/s" is what an empty socket can do.
+                # An unused port says "Up to 40 Gb/s", which does not match.
                 speed = _SPEED.match(str(tag.get("current_speed_key", "")))
                 mbit = round(float(speed["gigabits"]) * 1000) if speed else None
-                found.append(ThunderboltPort(str(tag.get("receptacle_id_key", "?")), mbit, hosts))
-    return found
+                ports.append(ThunderboltPort(str(tag.get("receptacle_id_key", "?")), mbit, hosts))
+    return ports
 
 
-def _hosts(items: Any, depth: int) -> Iterator[str]:
-    """Devices with a domain of their own are computers; drives and docks have none."""
+def _hosts(items: object, depth: int) -> Iterator[str]:
+    """Names of the devices that are computers: only these have a domain of their own."""
     for item in items if isinstance(items, list) and depth < _MAX_DEPTH else []:
         if isinstance(item, dict):
             if "domain_uuid_key" in item:
@@ -65,7 +64,7 @@ def _hosts(items: Any, depth: int) -> Iterator[str]:
 
 
 def interfaces(text: str) -> dict[str, str]:
-    """``ifconfig`` to {name: its block of lines}."""
+    """Parses ``ifconfig`` to {interface: its block of lines}."""
     starts = [(match["name"], match.start()) for match in _INTERFACE.finditer(text)]
     ends = [start for _, start in starts[1:]] + [len(text)]
     return {name: text[start:end] for (name, start), end in zip(starts, ends, strict=True)}
@@ -78,20 +77,20 @@ def media_speed(block: str) -> int | None:
 
 
 def kinds(ports_text: str, thunderbolt_text: str, ifconfig_text: str) -> dict[str, tuple[str, int | None]]:
-    """{device: (kind, speed in Mbit/s)} for all hardware ports."""
+    """{device: (kind, speed in Mbit/s)} of all hardware ports, from the output of the three tools."""
     ports = hardware_ports(ports_text)
     blocks = interfaces(ifconfig_text)
     speeds = {f"Thunderbolt {port.number}": port.speed_mbit for port in thunderbolt_ports(thunderbolt_text)}
-    found: dict[str, tuple[str, int | None]] = {}
+    result: dict[str, tuple[str, int | None]] = {}
     for device, port in ports.items():
         if port == "Wi-Fi":
-            found[device] = "wifi", None
+            result[device] = "wifi", None
         elif port == "Thunderbolt Bridge":
             members = re.findall(r"\tmember: (\w+) ", blocks.get(device, ""))
             used = [speed for member in members if (speed := speeds.get(ports.get(member, ""))) is not None]
-            found[device] = "thunderbolt", max(used, default=None)
+            result[device] = "thunderbolt", max(used, default=None)
         elif re.fullmatch(r"Thunderbolt \d+", port):
-            found[device] = "thunderbolt", speeds.get(port)
+            result[device] = "thunderbolt", speeds.get(port)
         else:
-            found[device] = "ethernet", media_speed(blocks.get(device, ""))
-    return found
+            result[device] = "ethernet", media_speed(blocks.get(device, ""))
+    return result

@@ -1,4 +1,4 @@
-"""Finds machines that form a cluster, on the same network, by the service ``_macft._tcp``."""
+"""Finds clusters that are being formed on the same network, by the mDNS service ``_macft._tcp``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SERVICE = "_macft._tcp.local."
 
 @dataclass(frozen=True)
 class Offer:
-    """A cluster that is being formed: its name, and where to knock."""
+    """A cluster that is being formed: its name, and the host's addresses and port."""
 
     cluster: str
     addresses: tuple[str, ...]
@@ -23,24 +23,27 @@ class Offer:
 
 
 @contextmanager
-def offered(cluster: str, addresses: Sequence[str], port: int) -> Iterator[None]:
-    """Announces the cluster while active."""
+def announce(cluster: str, addresses: Sequence[str], port: int) -> Iterator[None]:
+    """Announces the cluster while the context is active."""
     service = ServiceInfo(
         SERVICE, f"{cluster}.{SERVICE}", port, addresses=[socket.inet_aton(address) for address in addresses]
     )
-    announcer = Zeroconf(interfaces=list(addresses))
+    zeroconf = Zeroconf(interfaces=list(addresses))
     try:
-        announcer.register_service(service, allow_name_change=True)
+        zeroconf.register_service(service, allow_name_change=True)
         yield
     finally:
-        announcer.unregister_all_services()
-        announcer.close()
+        zeroconf.unregister_all_services()
+        zeroconf.close()
 
 
-def seek(addresses: Sequence[str], seconds: float, *, cluster: str | None = None) -> list[Offer]:
-    """Looks around on this machine's ``addresses``; ends early once ``cluster``, or without a name any, is found."""
-    found: dict[str, Offer] = {}
-    enough = threading.Event()
+def discover_offers(addresses: Sequence[str], seconds: float, *, cluster: str | None = None) -> list[Offer]:
+    """Searches on the networks of this machine's ``addresses`` for up to ``seconds``.
+
+    Returns early once ``cluster`` is found; without a name, once any cluster is found.
+    """
+    offers: dict[str, Offer] = {}
+    is_found = threading.Event()
 
     def on_change(zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
         if state_change is ServiceStateChange.Removed:
@@ -48,14 +51,14 @@ def seek(addresses: Sequence[str], seconds: float, *, cluster: str | None = None
         info = zeroconf.get_service_info(service_type, name, 2000)
         if info is not None and info.port:
             offer = Offer(name.removesuffix(f".{SERVICE}"), tuple(info.parsed_addresses()), info.port)
-            found[name] = offer
+            offers[name] = offer
             if cluster in (None, offer.cluster):
-                enough.set()
+                is_found.set()
 
-    browser_of = Zeroconf(interfaces=list(addresses))
+    zeroconf = Zeroconf(interfaces=list(addresses))
     try:
-        ServiceBrowser(browser_of, SERVICE, handlers=[on_change])
-        enough.wait(seconds)
+        ServiceBrowser(zeroconf, SERVICE, handlers=[on_change])
+        is_found.wait(seconds)
     finally:
-        browser_of.close()
-    return list(found.values())
+        zeroconf.close()
+    return list(offers.values())

@@ -1,4 +1,4 @@
-"""What a machine tells of itself when a cluster is formed, and what is made of it."""
+"""How a machine describes itself when a cluster is formed, and the topology that results from all of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import getpass
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TypedDict, cast
 
 from macft.diagnostics import software
 from macft.errors import LaunchError
@@ -17,12 +17,34 @@ from macft.topology.settings import MAX_PATHS, TopologyConfig
 _MAX_LINKS = 64
 
 
+class _PlainLink(TypedDict):
+    name: str
+    kind: str
+    address: str
+    speed_mbit: int | None
+
+
+class _PlainMember(TypedDict):
+    name: str
+    user: str
+    python: str
+    key: str
+    versions: dict[str, str]
+    links: list[_PlainLink]
+    probe_port: int
+
+
 @dataclass(frozen=True)
 class Member:
-    """A machine of the cluster to be.
+    """A machine of the cluster that is being formed.
 
     Attributes:
-        key: Public key of :mod:`macft.rendezvous.keystore`, hexadecimal.
+        name: As :func:`macft.rendezvous.keystore.own_name`.
+        user: Its user, for SSH.
+        python: The path of its Python.
+        key: Its public key (:mod:`macft.rendezvous.keystore`), hexadecimal.
+        versions: {package: version}.
+        links: Its network links.
         probe_port: Where its :class:`~macft.network.link_probe.ProbeServer` listens.
     """
 
@@ -34,71 +56,82 @@ class Member:
     links: tuple[links.Link, ...]
     probe_port: int
 
-    def to_message(self) -> dict[str, Any]:
-        """As it is sent."""
+    def to_message(self) -> dict[str, object]:
+        """The message that describes it."""
         return asdict(self)
 
     @staticmethod
-    def of_message(message: Mapping[str, Any]) -> Member:
-        """The reverse of :meth:`to_message`, for what a stranger sent. Raises LaunchError if it is not one."""
+    def from_message(message: Mapping[str, object]) -> Member:
+        """The inverse of :meth:`to_message`, for an untrusted sender. Raises LaunchError if it is not valid."""
         try:
-            found = tuple(links.Link(**link) for link in message["links"])
-            member = Member(**{**message, "links": found})
+            if message.keys() != _PlainMember.__annotations__.keys():
+                raise KeyError("not the keys of a member")
+            plain = cast(_PlainMember, message)  # its values are checked below
+            own_links = tuple(links.Link(**link) for link in plain["links"])
+            member = Member(
+                name=plain["name"],
+                user=plain["user"],
+                python=plain["python"],
+                key=plain["key"],
+                versions=plain["versions"],
+                links=own_links,
+                probe_port=plain["probe_port"],
+            )
             texts = [member.name, member.user, member.python, member.key, *member.versions.values()]
-            texts += [text for link in found for text in (link.name, link.kind, link.address)]
-            proper = all(isinstance(text, str) and 0 < len(text) < 1024 and text.isprintable() for text in texts)
-            proper = proper and len(found) <= _MAX_LINKS and all(link.kind in links.KINDS for link in found)
-            proper = proper and type(member.probe_port) is int and 0 < member.probe_port < 65536
-            for link in found:
-                link.reaches(link)
+            texts += [text for link in own_links for text in (link.name, link.kind, link.address)]
+            is_valid = all(isinstance(text, str) and 0 < len(text) < 1024 and text.isprintable() for text in texts)
+            is_valid = is_valid and len(own_links) <= _MAX_LINKS
+            is_valid = is_valid and all(link.kind in links.KINDS for link in own_links)
+            is_valid = is_valid and type(member.probe_port) is int and 0 < member.probe_port < 65536
+            for link in own_links:
+                link.reaches(link)  # raises for an invalid address
         except (KeyError, TypeError, ValueError, AttributeError):
-            proper = False
-        if not proper:
-            raise LaunchError("pairing: the other side does not describe itself properly")
+            is_valid = False
+        if not is_valid:
+            raise LaunchError("pairing: the other side does not describe itself correctly")
         return member
 
 
 def this_machine(probe_port: int) -> Member:
-    """This machine, which gets a key if it has none.
+    """This machine. It gets a key if it has none.
 
     Raises:
-        ConfigError: its keys can't be used.
+        ConfigError: its keys cannot be used.
         LaunchError: it has no network.
     """
-    found = links.discover()
-    if not found:
-        raise LaunchError("this machine has no network; plug in a cable, then look at `python -m macft.doctor`")
-    ring, _ = keystore.make(keystore.key_folder())
-    public = ring.own.public.hex()
+    own_links = links.discover()
+    if not own_links:
+        raise LaunchError("this machine has no network; plug in a cable, then run `python -m macft.doctor`")
+    keyring, _ = keystore.make(keystore.key_folder())
     return Member(
         keystore.own_name(),
         getpass.getuser(),
         sys.executable,
-        public,
+        keyring.own.public.hex(),
         software.versions(),
-        found[:_MAX_LINKS],
+        own_links[:_MAX_LINKS],
         probe_port,
     )
 
 
 def version_objection(member: Member) -> str:
-    """Why a machine's software does not fit this one's, or nothing."""
+    """How a machine's packages differ from this one's, with the command that fixes it; empty if they do not."""
     for package, ours in software.versions().items():
         theirs = member.versions.get(package)
         if package != "python" and theirs != ours:
-            mend = f"python3 -m pip install {package}=={ours}"
-            return f"{member.name} has {package} {theirs}, the others have {ours}; run on {member.name}: {mend}"
+            fix = f"python3 -m pip install {package}=={ours}"
+            return f"{member.name} has {package} {theirs}, the others have {ours}; run on {member.name}: {fix}"
     return ""
 
 
 def networks(members: Sequence[Member]) -> list[list[links.Link]]:
-    """One link of each member for every network that has all of them: Thunderbolt before Ethernet before Wi-Fi.
+    """The networks that connect all members, as one link of each member: Thunderbolt, then Ethernet, then Wi-Fi.
 
-    The first network is the one to use; the others are further cables. Wi-Fi and tunnels are no further cables: what
-    they add to a cable is little, and they would hold it up.
+    The first network is the main one; the others are additional cables. Wi-Fi and tunnels are never additional: they
+    would add little to a cable and slow it down.
 
     Raises:
-        LaunchError: no network has all of them.
+        LaunchError: no network connects all members.
     """
     candidates = []
     for first in members[0].links:
@@ -109,26 +142,32 @@ def networks(members: Sequence[Member]) -> list[list[links.Link]]:
                 break
             chosen.append(same[0])
         else:
-            if len({link.host for link in chosen}) == len(chosen):  # every machine has the same one in its own bridges
+            if len({link.host for link in chosen}) == len(chosen):  # local bridges have the same address everywhere
                 candidates.append((max(links.order(link) for link in chosen), chosen))
     if not candidates:
         names = ", ".join(member.name for member in members)
         raise LaunchError(
-            f"{names} are in no common network; connect them to one switch or Wi-Fi, or, with cables from Mac to Mac, "
+            f"{names} have no common network; connect them to one switch or Wi-Fi, or, with cables from Mac to Mac, "
             "turn on Thunderbolt Bridge (System Settings > Network) on all of them"
         )
-    found: list[list[links.Link]] = []
+    result: list[list[links.Link]] = []
     for _, chosen in sorted(candidates, key=lambda candidate: candidate[0]):
         is_cable = all(link.kind in ("thunderbolt", "ethernet") for link in chosen)
-        if not found or (is_cable and not any(chosen[0].overlaps(other[0]) for other in found)):
-            found.append(chosen)
-    return found[:MAX_PATHS]
+        if not result or (is_cable and not any(chosen[0].overlaps(other[0]) for other in result)):
+            result.append(chosen)
+    return result[:MAX_PATHS]
 
 
-def topology_of(
+def topology_from(
     members: Sequence[Member], chosen: Sequence[Sequence[links.Link]], order: Sequence[int]
 ) -> TopologyConfig:
-    """The cluster as a topology, in ring order; ``chosen`` as of :func:`networks`."""
+    """The cluster as a topology of kind ``ssh``.
+
+    Args:
+        members: All machines.
+        chosen: The networks to use, as :func:`networks` returns them.
+        order: Indices of ``members`` in ring order.
+    """
     pythons = [members[index].python for index in order]
     return TopologyConfig(
         kind="ssh",

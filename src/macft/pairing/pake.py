@@ -1,7 +1,8 @@
-"""Two machines that share a short code agree on strong keys, and a wrong code learns nothing but that it is wrong.
+"""A password-authenticated key exchange: two machines that share a short code agree on strong keys.
 
-SPEKE (Jablon, ISO/IEC 11770-4) over the 2048-bit group of RFC 3526: Diffie-Hellman with a generator made from the code,
-so that each exchange tests one guess. Then ChaCha20-Poly1305 with a key for each direction.
+SPEKE (Jablon, ISO/IEC 11770-4) over the 2048-bit group of RFC 3526: Diffie-Hellman with a generator derived from the
+code. An exchange tests a single guess of the code and reveals nothing else. Messages are then encrypted with
+ChaCha20-Poly1305, with a key for each direction.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import hmac
 import secrets
 import socket
 import struct
-from typing import Any
+from collections.abc import Mapping
+from typing import TypeAlias
 
 import msgpack
 from cryptography.exceptions import InvalidTag
@@ -32,17 +34,22 @@ _BYTES = 256
 _LABEL = b"macft pairing 1\0"
 _MAX_MESSAGE = 262_144
 
+Message: TypeAlias = Mapping[str, object]
+
 
 class WrongCode(LaunchError):
-    """The other side has another code."""
+    """The other side has a different code."""
 
 
 class PakeExchange:
     """One side of one exchange.
 
     Args:
-        code: As typed; case and dashes don't matter.
-        is_host: Whether this is the side that made the code.
+        code: As typed; case, spaces and dashes are ignored.
+        is_host: Whether this side made the code.
+
+    Attributes:
+        public: The value to send to the other side, 256 bytes.
     """
 
     def __init__(self, code: str, *, is_host: bool):
@@ -54,11 +61,14 @@ class PakeExchange:
     def keys(self, theirs: bytes) -> list[bytes]:
         """Four keys of 32 bytes: confirmation and cipher of the host, then of the guest.
 
+        Args:
+            theirs: The other side's public value.
+
         Raises:
-            LaunchError: ``theirs`` is not a proper public value.
+            LaunchError: it is not a valid public value.
         """
         value = int.from_bytes(theirs)
-        # 0, 1 and -1 would fix the result whatever the code; our own value comes from a mirror.
+        # 0, 1 and -1 would give a known result for any code; this side's own value would be sent by a reflection.
         if len(theirs) != _BYTES or not 2 <= value <= _PRIME - 2 or theirs == self.public:
             raise LaunchError("pairing: the other side does not follow the protocol")
         shared = pow(value, self._secret, _PRIME).to_bytes(_BYTES)
@@ -68,15 +78,19 @@ class PakeExchange:
 
 
 class Channel:
-    """A socket on which the two sides of an :class:`PakeExchange` speak in secret."""
+    """An encrypted connection between the two sides of a :class:`PakeExchange`.
+
+    Raises:
+        WrongCode: the other side has a different code.
+        LaunchError: it is silent or does not follow the protocol.
+    """
 
     def __init__(self, connection: socket.socket, code: str, *, is_host: bool):
-        """Runs the exchange. Raises WrongCode, or LaunchError for silence and nonsense."""
         self._socket = connection
         exchange = PakeExchange(code, is_host=is_host)
         self._write(exchange.public)
         host_confirms, host_cipher, guest_confirms, guest_cipher = exchange.keys(self._read())
-        # The guest shows first that it knows the code; a wrong guess gets no answer to test further guesses on.
+        # The guest first proves that it knows the code. A wrong guess gets no answer with which to test other guesses.
         if is_host:
             self._expect(guest_confirms)
             self._write(_confirmation(host_confirms))
@@ -87,13 +101,17 @@ class Channel:
         self._sending, self._receiving = ChaCha20Poly1305(own), ChaCha20Poly1305(other)
         self._sent = self._received = 0
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: Message) -> None:
         """Sends one message."""
         self._write(self._sending.encrypt(struct.pack("<4xQ", self._sent), msgpack.packb(message), None))
         self._sent += 1
 
-    def receive(self, seconds: float) -> dict[str, Any]:
-        """Waits for one message. Raises LaunchError for silence, a broken line or a changed message."""
+    def receive(self, seconds: float) -> Message:
+        """Waits up to ``seconds`` for one message.
+
+        Raises:
+            LaunchError: there is none, the connection ended, or the message was changed.
+        """
         self._socket.settimeout(seconds)
         try:
             plain = self._receiving.decrypt(struct.pack("<4xQ", self._received), self._read(), None)
@@ -106,15 +124,15 @@ class Channel:
         return message
 
     def close(self) -> None:
-        """Ends the conversation."""
+        """Closes the connection."""
         self._socket.close()
 
     def _expect(self, key: bytes) -> None:
         try:
-            said = self._read()
+            confirmation = self._read()
         except LaunchError:
             raise WrongCode("pairing: the code is wrong, or the other side has ended") from None
-        if not hmac.compare_digest(said, _confirmation(key)):
+        if not hmac.compare_digest(confirmation, _confirmation(key)):
             raise WrongCode("pairing: the code is wrong")
 
     def _write(self, message: bytes) -> None:
@@ -124,22 +142,22 @@ class Channel:
             raise LaunchError(f"pairing: the connection broke ({error})") from None
 
     def _read(self) -> bytes:
-        (length,) = struct.unpack(">I", self._exactly(4))
+        (length,) = struct.unpack(">I", self._read_exactly(4))
         if length > _MAX_MESSAGE:
             raise LaunchError("pairing: the other side does not follow the protocol")
-        return self._exactly(length)
+        return self._read_exactly(length)
 
-    def _exactly(self, count: int) -> bytes:
-        parts = bytearray()
-        while len(parts) < count:
+    def _read_exactly(self, count: int) -> bytes:
+        data = bytearray()
+        while len(data) < count:
             try:
-                piece = self._socket.recv(count - len(parts))
+                received = self._socket.recv(count - len(data))
             except OSError as error:
                 raise LaunchError(f"pairing: the other side is silent ({error})") from None
-            if not piece:
+            if not received:
                 raise LaunchError("pairing: the other side has ended")
-            parts += piece
-        return bytes(parts)
+            data += received
+        return bytes(data)
 
 
 def new_code() -> str:

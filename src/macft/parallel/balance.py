@@ -19,7 +19,7 @@ _RELATIVE, _ABSOLUTE = 0.08, 0.01
 # are computed, until it gets rows again.
 _DRIFT = 0.05
 # Shorter times are not used.
-_LEAST_SECONDS = 1e-6
+_MIN_SECONDS = 1e-6
 
 
 class ShareBalancer:
@@ -41,7 +41,7 @@ class ShareBalancer:
         self._steps = 0
         self.shares = _normalized(base)
 
-    def plain(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The whole state, in types that msgpack and JSON have."""
         return {
             "auto": self._is_auto,
@@ -53,23 +53,23 @@ class ShareBalancer:
         }
 
     @classmethod
-    def reseated(cls, plain: Mapping[str, Any], old_ranks: Sequence[int | None]) -> ShareBalancer:
-        """The state of :meth:`plain` for another group of nodes.
+    def from_state_dict(cls, state: Mapping[str, Any], old_ranks: Sequence[int | None]) -> ShareBalancer:
+        """The state of :meth:`state_dict` for another group of nodes.
 
         ``old_ranks``: for each new rank the rank that the node had, None for a node that joined. That one counts as the
         mean of the others until it has been measured.
         """
-        stayed = [float(plain["base"][old]) for old in old_ranks if old is not None]
+        stayed = [float(state["base"][old]) for old in old_ranks if old is not None]
         mean = sum(stayed) / len(stayed) if sum(stayed) > 0 else 1.0
-        base = [mean if old is None else float(plain["base"][old]) for old in old_ranks]
-        balance = cls(base if sum(base) > 0 else [1.0] * len(base), len(base), every=plain["every"])
-        balance._is_auto, balance._steps = plain["auto"], plain["steps"]
-        balance._speeds = [None if old is None else plain["speeds"][old] for old in old_ranks]
+        base = [mean if old is None else float(state["base"][old]) for old in old_ranks]
+        balancer = cls(base if sum(base) > 0 else [1.0] * len(base), len(base), every=state["every"])
+        balancer._is_auto, balancer._steps = state["auto"], state["steps"]
+        balancer._speeds = [None if old is None else state["speeds"][old] for old in old_ranks]
         # The first step of a node that joined is a warm-up and isn't measured.
-        balance._measurements = [0 if old is None else plain["measurements"][old] for old in old_ranks]
-        if balance._is_auto:
-            balance.shares = _normalized(balance._known_speeds())
-        return balance
+        balancer._measurements = [0 if old is None else state["measurements"][old] for old in old_ranks]
+        if balancer._is_auto:
+            balancer.shares = _normalized(balancer._known_speeds())
+        return balancer
 
     def observe(self, statuses: Sequence[NodeStatus]) -> bool:
         """Takes the statuses of a step, by rank; returns whether the shares have changed."""
@@ -86,7 +86,7 @@ class ShareBalancer:
         return True
 
     def _measure(self, rank: int, status: NodeStatus) -> None:
-        if status.tokens <= 0 or status.busy_seconds < _LEAST_SECONDS:
+        if status.tokens <= 0 or status.busy_seconds < _MIN_SECONDS:
             return
         self._measurements[rank] += 1
         if self._measurements[rank] == 1:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.data.batch import in_common
+from macft.data.batch import common_prefix_length
 
 
 class DataShard(NamedTuple):
@@ -55,6 +55,6 @@ def rows_of_shard(shard: DataShard, rows: Sequence[NDArray[np.int32]], *, shared
     ``shared``: common beginnings of rows are computed once. What all rows begin with then costs a node the same however
     many of them it has, so it isn't counted.
     """
-    common = in_common(*(row[:-1] for row in rows)) if shared and len(rows) else 0
+    common = common_prefix_length(*(row[:-1] for row in rows)) if shared and len(rows) else 0
     lengths = np.array([len(row) - common for row in rows], dtype=np.int64)
     return assign(lengths, shard.world_size, shard.shares)[shard.rank]

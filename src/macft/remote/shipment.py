@@ -1,4 +1,4 @@
-"""Sends files to a host, only those that differ there: SHA-256 of both sides are compared first."""
+"""Sends files to a host, only those whose SHA-256 differs there."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _SKIPPED = {"__pycache__", ".git", ".DS_Store"}
 
 @dataclass(frozen=True)
 class Shipment:
-    """A file or folder here, and its place on the host: absolute, or below the home folder."""
+    """A file or folder of this machine, and its path on the host: absolute, or below the home folder."""
 
     source: Path
     destination: str
 
     def files(self) -> dict[str, Path]:
-        """{path relative to the destination: file here}; links are followed."""
+        """{path relative to the destination: file on this machine}; links are followed."""
         if self.source.is_file():
             return {"": self.source}
         return {
@@ -32,9 +32,9 @@ class Shipment:
         }
 
 
-def changed(shipment: Shipment, there: dict[str, str]) -> dict[str, Path]:
-    """The files that ``there``, {relative path: SHA-256}, lacks or has otherwise."""
-    return {name: path for name, path in shipment.files().items() if there.get(name) != sha256(path)}
+def changed(shipment: Shipment, on_host: dict[str, str]) -> dict[str, Path]:
+    """The files that are missing on the host or differ there; ``on_host`` is {relative path: SHA-256}."""
+    return {name: path for name, path in shipment.files().items() if on_host.get(name) != sha256(path)}
 
 
 def sha256(path: Path) -> str:
@@ -44,12 +44,12 @@ def sha256(path: Path) -> str:
 
 
 async def send(connection: asyncssh.SSHClientConnection, shipment: Shipment, files: dict[str, Path]) -> int:
-    """Puts ``files`` in place, each whole or not at all; returns the number of bytes.
+    """Copies ``files`` to the host, each atomically; returns the number of bytes.
 
     Raises:
-        LaunchError: the host can't store them.
+        LaunchError: the host cannot store them.
     """
-    count = 0
+    total = 0
     try:
         async with connection.start_sftp_client() as sftp:
             for name, path in files.items():
@@ -58,17 +58,17 @@ async def send(connection: asyncssh.SSHClientConnection, shipment: Shipment, fil
                 partial = f"{target}.partial"
                 await sftp.put(str(path), partial)
                 await sftp.posix_rename(partial, target)
-                count += path.stat().st_size
+                total += path.stat().st_size
     except (asyncssh.SFTPError, asyncssh.ChannelOpenError) as error:
         raise LaunchError(f"can't store {shipment.destination}: {error}") from None
-    return count
+    return total
 
 
 async def fetch(connection: asyncssh.SSHClientConnection, source: str, destination: Path) -> None:
     """Copies the folder ``source`` on the host over the folder ``destination``.
 
     Raises:
-        LaunchError: it can't be read, or not be stored here.
+        LaunchError: it cannot be read there or stored here.
     """
     destination.mkdir(parents=True, exist_ok=True)
     try:

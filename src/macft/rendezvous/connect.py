@@ -1,57 +1,134 @@
-"""Meets the other ranks and joins the collective that the configuration names."""
+"""Meets the other ranks at the rendezvous and forms the collective that the configuration names."""
 
 from __future__ import annotations
 
+import logging
+import time
+from dataclasses import dataclass
+
+import msgpack
+import zmq
+
 from macft.collective.base import Collective
+from macft.collective.listener import Listener
 from macft.collective.mlx_group import MlxListener
+from macft.collective.ring import Ring
 from macft.collective.settings import CollectiveConfig
+from macft.errors import RendezvousError
 from macft.rendezvous.keystore import Keyring
-from macft.rendezvous.rendezvous import connect_ring, join
+from macft.rendezvous.roster import MAX_NAME, Roster, agreed_values, unpack_message
+from macft.rendezvous.sockets import RendezvousClient
+
+_MAX_REASON = 1000
+_REPLY_SECONDS = 1.0
+"""How much longer than the server a rank waits: the server's reply names the missing ranks."""
+_log = logging.getLogger("macft.rendezvous")
 
 
-def connect(
-    server: str,
-    *,
-    rank: int,
-    world_size: int,
-    run_id: str,
-    fingerprint: str,
-    name: str,
-    settings: CollectiveConfig,
-    start_timeout: float,
-    bind: str = "127.0.0.1:0",
-    keyring: Keyring | None = None,
-) -> Collective:
-    """The collective of ``settings.backend``; see :func:`~macft.rendezvous.rendezvous.connect_ring`.
+@dataclass(frozen=True)
+class RankConfig:
+    """What a rank needs to join a run.
 
-    MLX's own communication knows no encryption, so only the ring takes a ``keyring``.
+    Attributes:
+        server: ``host:port`` of the rendezvous.
+        rank: This rank.
+        world_size: The number of ranks.
+        run_id: Of the run.
+        fingerprint: SHA-256 of the resolved configuration.
+        name: This rank's name in messages.
+        timeout: Seconds to wait until all ranks have met.
+        keyring: The server must be one of its members, and trust this machine. None: no encryption.
+    """
+
+    server: str
+    rank: int
+    world_size: int
+    run_id: str
+    fingerprint: str
+    name: str
+    timeout: float = 60.0
+    keyring: Keyring | None = None
+
+
+def connect(config: RankConfig, settings: CollectiveConfig, *, bind: str = "127.0.0.1:0") -> Collective:
+    """Meets the other ranks and joins the collective of ``settings.backend``; see :func:`connect_ring`.
+
+    MLX's own communication is not encrypted, so only the ring uses ``config.keyring``.
     """
     if settings.backend == "ring":
-        return connect_ring(
-            server,
-            rank=rank,
-            world_size=world_size,
-            run_id=run_id,
-            fingerprint=fingerprint,
-            name=name,
-            settings=settings,
-            start_timeout=start_timeout,
-            bind=bind,
-            keyring=keyring,
-        )
-    listener = MlxListener(bind.split("+")[0], settings)  # MLX has paths of its own
+        return connect_ring(config, settings, bind=bind)
+    listener = MlxListener(bind, settings)
     try:
-        membership = join(
-            server,
-            rank=rank,
-            world_size=world_size,
-            run_id=run_id,
-            fingerprint=fingerprint,
-            ring_address=listener.address,
-            name=name,
-            timeout=start_timeout,
-        )
+        roster = join_rendezvous(config, listener.address)
     except BaseException:
         listener.close()
         raise
-    return listener.join(rank, membership.addresses, names=membership.names, secret=membership.ring_id)
+    return listener.join(config.rank, roster.addresses, names=roster.names, secret=roster.ring_id)
+
+
+def connect_ring(config: RankConfig, settings: CollectiveConfig, *, bind: str = "127.0.0.1:0") -> Ring:
+    """Meets the other ranks and forms the ring with them.
+
+    Args:
+        config: This rank.
+        settings: The configuration group ``collective``.
+        bind: Where this rank listens for its left neighbour (``host:port``, several paths with ``+``). The port is open
+            before the others get its address.
+
+    Raises:
+        RendezvousError: see :func:`join_rendezvous`.
+        CollectiveError: ``bind`` cannot be listened on, or a neighbour cannot be reached; names it.
+    """
+    listener = Listener(bind, settings, encrypted=config.keyring is not None)
+    try:
+        ring_key = b"" if listener.security is None else listener.security.public_key
+        roster = join_rendezvous(config, listener.address, ring_key)
+        if listener.security is not None:
+            listener.security.meet(roster.keys, config.rank)
+    except BaseException:
+        listener.close()
+        raise
+    ring = Ring(config.rank, config.world_size, roster.addresses, listener, names=roster.names, ring_id=roster.ring_id)
+    ring.tune()
+    return ring
+
+
+def join_rendezvous(config: RankConfig, ring_address: str, ring_key: bytes = b"") -> Roster:
+    """Reports to the server and waits until all ranks have met.
+
+    Args:
+        config: This rank.
+        ring_address: Where its ring listens.
+        ring_key: The public key of its ring (32 bytes); only with ``config.keyring``.
+
+    Raises:
+        RendezvousError: the server does not answer, a rank is missing, or one is refused; says which and why.
+    """
+    server, keyring = config.server, config.keyring
+    message = {
+        **agreed_values(config.run_id, config.world_size),
+        "rank": config.rank,
+        "name": config.name[:MAX_NAME],
+        "address": ring_address,
+        "fingerprint": config.fingerprint,
+    }
+    if keyring is not None:
+        message["key"] = ring_key
+    problem = no_answer = "no answer"
+    deadline = time.monotonic() + config.timeout + _REPLY_SECONDS
+    with zmq.Context() as context, RendezvousClient(context, server, keyring, msgpack.packb(message)) as client:
+        while (data := client.receive(deadline)) is not None:
+            answer = unpack_message(data) or {}
+            if "refused" in answer:
+                raise RendezvousError(f"rendezvous at {server}: {str(answer['refused'])[:_MAX_REASON]}")
+            if "addresses" in answer:
+                roster = Roster.from_message(answer, config.world_size, is_encrypted=keyring is not None)
+                if roster is None:
+                    raise RendezvousError(
+                        f"rendezvous at {server}: its list of ranks is malformed; is that this macft?"
+                    )
+                _log.info("met the other ranks at %s: %s", server, ", ".join(roster.addresses))
+                return roster
+            problem = str(answer.get("waiting", ""))[:_MAX_REASON] or problem
+    reason = f"{problem} within {config.timeout:g} s; is macft running there, and is the port open?"
+    raise RendezvousError(f"rendezvous at {server}: {reason if problem == no_answer else problem}")

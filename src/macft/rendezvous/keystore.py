@@ -1,7 +1,7 @@
 """This machine's key and the keys it trusts, in files that only their owner can read.
 
 ``secret`` holds the secret key, ``trusted`` a line ``NAME KEY`` for each other machine; a key is 64 hexadecimal digits.
-They lie in the user's configuration folder, or in the folder that ``MACFT_KEYS`` names.
+The files are in the user's configuration folder, or in the folder that ``MACFT_KEYS`` names.
 """
 
 from __future__ import annotations
@@ -39,42 +39,42 @@ class Keyring:
 
     @property
     def members(self) -> tuple[bytes, ...]:
-        """Public keys of all machines that may take part, this one's first."""
+        """Public keys of all machines that may join a run, this one's first."""
         return (self.own.public, *(key for key in self.trusted.values() if key != self.own.public))
 
 
 def key_folder() -> Path:
-    """Where this user's keys lie."""
-    named = os.environ.get("MACFT_KEYS")
-    return Path(named).expanduser() if named else platformdirs.user_config_path("macft") / "keys"
+    """The folder of this user's keys."""
+    override = os.environ.get("MACFT_KEYS")
+    return Path(override).expanduser() if override else platformdirs.user_config_path("macft") / "keys"
 
 
 def own_name() -> str:
-    """This machine's name, as others may call it in ``trust``."""
+    """This machine's name, as other machines use it in ``trust``."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", platform.node().removesuffix(".local")).strip("-._")
     return name[:64] or "mac"
 
 
 def needs_keys(topology: TopologyConfig, collective: CollectiveConfig) -> bool:
-    """Whether the ranks of a run encrypt what they say: ``collective.encryption``, with ``auto`` decided.
+    """Whether a run is encrypted: ``collective.encryption``, with ``auto`` resolved.
 
-    Comes out alike on all ranks: names are not looked up, for each machine may take its own name for loopback.
+    The result is the same on all ranks. Names are not resolved, because a machine may resolve its own name to loopback.
 
     Raises:
-        ConfigError: they would, but the backend can't.
+        ConfigError: it should be encrypted, but the backend can't.
     """
     is_needed = collective.encryption == "on" or (collective.encryption == "auto" and not _is_loopback(topology))
     if is_needed and collective.backend != "ring":
         raise ConfigError(
-            f"collective.backend: {collective.backend} knows no encryption; use collective=ring, or, on cables that "
+            f"collective.backend: {collective.backend} has no encryption; use collective=ring, or, on cables that "
             "nobody else can reach, collective.encryption=off"
         )
     return is_needed
 
 
 def run_keyring(secret: bytes) -> Keyring:
-    """For a run whose nodes are all given the same ``secret`` (32 bytes), made for it, over a safe way."""
-    return Keyring(KeyPair.of_secret(secret), {})
+    """The keyring of a run whose nodes all have the same ``secret`` (32 bytes), made for this run."""
+    return Keyring(KeyPair.from_secret(secret), {})
 
 
 def _is_loopback(topology: TopologyConfig) -> bool:
@@ -83,10 +83,10 @@ def _is_loopback(topology: TopologyConfig) -> bool:
 
 
 def keyring_for(topology: TopologyConfig, collective: CollectiveConfig) -> Keyring | None:
-    """The keys for a run; None where it is not encrypted.
+    """The keys for a run; None if it is not encrypted.
 
     Raises:
-        ConfigError: it is encrypted, and this machine has no usable keys; says what mends it.
+        ConfigError: it is encrypted, and this machine has no usable keys; says how to fix it.
     """
     return load(key_folder()) if needs_keys(topology, collective) else None
 
@@ -95,7 +95,7 @@ def load(folder: Path) -> Keyring:
     """Reads the keys in ``folder``.
 
     Raises:
-        ConfigError: there are none, others can read them, or they are malformed; says what mends it.
+        ConfigError: there are none, others can read them, or they are malformed; says how to fix it.
     """
     if not (folder / "secret").exists():
         raise ConfigError(
@@ -111,13 +111,13 @@ def load(folder: Path) -> Keyring:
     for number, line in enumerate(lines, 1):
         name, _, key = line.strip().partition(" ")
         if not _NAME.fullmatch(name) or not _KEY.fullmatch(key):
-            raise ConfigError(f"{folder / 'trusted'}: line {number} is not NAME KEY; mend or remove it")
+            raise ConfigError(f"{folder / 'trusted'}: line {number} is not NAME KEY; correct or remove it")
         trusted[name] = bytes.fromhex(key)
-    return Keyring(KeyPair.of_secret(bytes.fromhex(secret)), trusted)
+    return Keyring(KeyPair.from_secret(bytes.fromhex(secret)), trusted)
 
 
 def make(folder: Path) -> tuple[Keyring, bool]:
-    """This machine's keys, made if there are none; whether they were made now. Raises as :func:`load` does."""
+    """This machine's keys, made if there are none, and whether they are new. Raises as :func:`load` does."""
     with _locked(folder):
         is_new = not (folder / "secret").exists()
         if is_new:
@@ -126,14 +126,14 @@ def make(folder: Path) -> tuple[Keyring, bool]:
 
 
 def trust(folder: Path, name: str, key: str) -> None:
-    """Lets the machine that holds the secret of ``key`` (hexadecimal) take part in runs with this one.
+    """Lets the machine that holds the secret of ``key`` (hexadecimal) join runs with this one.
 
     Raises:
-        ConfigError: the name or key is malformed, or the name is another key's; and as :func:`load` does.
+        ConfigError: the name or key is malformed, or the name has another key; and as :func:`load` does.
     """
     key = key.strip().lower()
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"'{name[:80]}' is not a name: up to 64 letters, digits, dots, dashes and underscores")
+        raise ConfigError(f"{name[:80]!r} is not a name: up to 64 letters, digits, dots, dashes and underscores")
     if not _KEY.fullmatch(key):
         raise ConfigError(
             f"'{key[:80]}' is not a key: {2 * KEY_BYTES} hexadecimal digits, as `python -m macft.keys show` prints "
@@ -145,14 +145,14 @@ def trust(folder: Path, name: str, key: str) -> None:
             raise ConfigError(f"{key}: this is this machine's own key; type the line on the other machine")
         if known.trusted.get(name, bytes.fromhex(key)) != bytes.fromhex(key):
             raise ConfigError(
-                f"{name} is trusted with another key; if it has been set up anew, run "
+                f"{name} is trusted with another key; if it has been set up again, run "
                 f"`python -m macft.keys forget {name}` first"
             )
         _write_trusted(folder, {**known.trusted, name: bytes.fromhex(key)})
 
 
 def forget(folder: Path, name: str) -> None:
-    """Trusts ``name`` no longer. Raises ConfigError if it is not trusted, and as :func:`load` does."""
+    """Stops trusting ``name``. Raises ConfigError if it is not trusted, and as :func:`load` does."""
     with _locked(folder):
         trusted = dict(load(folder).trusted)
         if trusted.pop(name, None) is None:
@@ -166,13 +166,13 @@ def _write_trusted(folder: Path, trusted: Mapping[str, bytes]) -> None:
 
 
 def _check_private(path: Path, mode: int) -> None:
-    """Refuses what another user could read or change."""
+    """Raises ConfigError if another user could read or change ``path``."""
     status = path.stat()
     if status.st_uid != os.geteuid():
         raise ConfigError(f"{path}: belongs to another user; keys must be your own")
     if stat.S_IMODE(status.st_mode) & 0o077:
-        found = stat.S_IMODE(status.st_mode)
-        raise ConfigError(f"{path}: others may use it (mode {found:o}); run `chmod {mode:o} '{path}'`")
+        actual = stat.S_IMODE(status.st_mode)
+        raise ConfigError(f"{path}: others may use it (mode {actual:o}); run `chmod {mode:o} '{path}'`")
 
 
 def _read(path: Path) -> str:
@@ -180,12 +180,12 @@ def _read(path: Path) -> str:
     with path.open("rb") as file:
         content = file.read(_MAX_FILE_BYTES + 1)
     if len(content) > _MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: more than {_MAX_FILE_BYTES} bytes are no file of keys")
+        raise ConfigError(f"{path}: more than {_MAX_FILE_BYTES} bytes, so not a file of keys")
     return content.decode("ascii", errors="replace")
 
 
 def _write(path: Path, text: str) -> None:
-    """Replaces a file in one step, readable by its owner from the first moment."""
+    """Replaces a file atomically; only its owner can ever read it."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -201,7 +201,7 @@ def _write(path: Path, text: str) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keeps two commands from changing the files at the same time."""
+    """Prevents two commands from changing the files at the same time."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_private(folder, 0o700)

@@ -19,7 +19,7 @@ from macft.report.run_folder import RunFolder, write_atomically
 from macft.run.prepare import Run, planned_world_size, prepare
 from macft.run.results import choose_final_adapter, save_final_adapter, score_after, score_before
 from macft.thermal.energy import summarize
-from macft.training.stop import StopRequest
+from macft.training.stop_request import StopRequest
 
 
 def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resume: bool, stop: StopRequest) -> str:

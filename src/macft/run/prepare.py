@@ -16,7 +16,7 @@ from macft.collective.newest import find_newest
 from macft.config.execution import requires_packing, with_execution
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain
-from macft.data.load import LoadedData, chosen_rows, read, tokenize_all
+from macft.data.load import LoadedData, read, sample_rows, tokenize_all
 from macft.data.order import RowOrder
 from macft.device.mlx_device import prepare_device
 from macft.model.adapt import Adaptation, adapt
@@ -31,14 +31,14 @@ from macft.report import fan_out
 from macft.report.events import Reporter
 from macft.report.run_folder import RunFolder
 from macft.thermal.throttle import ThermalThrottle
-from macft.training.assembly import make_trainer
+from macft.training.build_trainer import build_trainer
 from macft.training.diloco import OuterOptimizer
 from macft.training.gradient import GradientComputer
 from macft.training.gradient_reducer import GradientReducer
 from macft.training.loop import Trainer
 from macft.training.optimizer import make_optimizer
 from macft.training.state import TrainState
-from macft.training.stop import StopRequest
+from macft.training.stop_request import StopRequest
 
 log = logging.getLogger("macft.run")
 
@@ -151,8 +151,8 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         bucket_bytes=config.collective.bucket_bytes,
     )
     world_size = planned_world_size(collective)
-    valid_rows = [data.valid.rows[i] for i in chosen_rows(len(data.valid.rows), training.eval_rows, config.seed)]
-    trainer = make_trainer(
+    valid_rows = [data.valid.rows[i] for i in sample_rows(len(data.valid.rows), training.eval_rows, config.seed)]
+    trainer = build_trainer(
         training,
         config.optimizer,
         state,

@@ -8,8 +8,8 @@ from typing import Any
 
 from macft.checkpoint.snapshot import Snapshot, restore_adapter
 from macft.collective.newest import find_newest
-from macft.data.load import chosen_rows
-from macft.data.sources import Record
+from macft.data.formats import Record
+from macft.data.load import sample_rows
 from macft.errors import CheckpointError, DataError, ModelError
 from macft.evaluation.answers import Scored, score_answers
 from macft.evaluation.metrics import metric
@@ -20,7 +20,7 @@ from macft.run.prepare import Run, is_scored
 
 
 def _records(run: Run) -> list[Record]:
-    rows = chosen_rows(len(run.data.test.records), run.config.training.metric_rows, run.config.seed)
+    rows = sample_rows(len(run.data.test.records), run.config.training.metric_rows, run.config.seed)
     return [run.data.test.records[i] for i in rows]
 
 

@@ -1,1 +1,1 @@
-"""Which machines take part in a run: the Hydra group ``topology`` and clusters as files."""
+"""Which machines form a run: the Hydra group ``topology``, and cluster files."""

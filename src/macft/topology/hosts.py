@@ -1,4 +1,4 @@
-"""Nodes on several machines: which of the listed hosts this machine is."""
+"""Finds which of the listed hosts this machine is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from macft.topology.settings import TopologyConfig, host_paths
 
 
 def own_rank(config: TopologyConfig) -> int:
-    """This machine's place in ``topology.hosts``.
+    """This machine's index in ``topology.hosts``.
 
     Raises:
         ConfigError: none of the hosts, or more than one, is this machine; the message lists its addresses.
@@ -32,7 +32,7 @@ def own_rank(config: TopologyConfig) -> int:
 
 
 def own_addresses() -> set[str]:
-    """IPv4 and IPv6 addresses of all interfaces."""
+    """The IPv4 and IPv6 addresses of all interfaces."""
     families = (socket.AF_INET, socket.AF_INET6)
     return {
         entry.address.split("%", 1)[0]

@@ -1,4 +1,4 @@
-"""Which machines or processes take part: the Hydra group ``topology``."""
+"""Which machines or processes form a run: the Hydra group ``topology``."""
 
 from __future__ import annotations
 
@@ -25,57 +25,57 @@ _DESTINATION = re.compile(
 class TopologyConfig:
     """The Hydra group ``topology``."""
 
-    # single: this process alone. local: `nodes` processes on this machine. hosts: one process on each of `hosts`.
-    # ssh: the same, and one command starts them all.
+    # single: this process alone. local: `nodes` processes on this machine. hosts: one process on each of `hosts`,
+    # started there by hand. ssh: the same, started on all hosts by one command.
     kind: str = "single"
-    # Number of nodes; with `hosts` it follows from the list.
+    # Number of nodes. With `hosts` it is the length of the list.
     nodes: int = 1
-    # Addresses of all nodes in ring order, the same list on every node: [192.168.0.1, 192.168.0.2:7070]. The first one
-    # is where the others report. A node with several cables has an address for each: 192.168.0.1+192.168.1.1; they
-    # share the traffic by their speed, and the loss of one is survived.
+    # Addresses of all nodes in ring order, the same list on every node: [192.168.0.1, 192.168.0.2:7070]. The others
+    # connect to the first one at the start. A node with several cables has an address for each:
+    # 192.168.0.1+192.168.1.1. The cables share the traffic by their speed; if one fails, the others are used.
     hosts: list[str] = field(default_factory=list)
-    # This machine's place in `hosts`, from 0. Null: found by comparing `hosts` with this machine's own addresses.
+    # This machine's index in `hosts`, from 0. Null: found by comparing `hosts` with this machine's own addresses.
     rank: int | None = None
     # Default port in `hosts`. Each node also uses the next two ports, for the ring and for the membership service.
     port: int = 7070
     # How the rows of a batch are divided. auto: by measured speed. equal: evenly. Or one number for each node: [2, 1].
-    # On top of that a node that has to save heat or power gets fewer rows.
+    # A node that is throttled, to limit heat or power, gets fewer rows in all cases.
     shares: Any = "equal"
-    # Steps between two looks at the shares.
+    # Steps between two updates of the shares.
     rebalance_every: int = 4
-    # Whether the run goes on without a node that is lost, and lets nodes join. With collective=mlx, with
-    # training.sync=diloco and on a single node it can't.
+    # Whether the run continues without a node that is lost, and lets nodes join. Not supported with collective=mlx,
+    # with training.sync=diloco and on a single node.
     elastic: bool = True
-    # Joins a run that goes on: a host that takes part in it (192.168.0.1 or 192.168.0.1:7070, as in `hosts`), or the
-    # folder of a local run. `hosts` and the other keys of the topology are then not needed.
+    # Joins a running run: one of its hosts (192.168.0.1 or 192.168.0.1:7070, as in `hosts`), or the folder of a local
+    # run. `hosts` and the other keys of the topology are then not needed.
     join: str | None = None
-    # With topology=local, starts a node again that has died.
+    # With topology=local, starts a node again if its process is killed.
     restart: bool = False
     # Seconds to wait for all nodes to report at the start.
     start_timeout: float = 120.0
-    # fixed: micro-batch and checkpointing as `training` says. auto: each node picks them so that they use its memory
-    # without exceeding `memory_budget`; the loss curve stays the same.
+    # fixed: micro-batch and checkpointing as set in `training`. auto: each node chooses them to use its memory up to
+    # `memory_budget`; the loss curve stays the same.
     batch: str = "fixed"
-    # What a run may take on each node: a fraction of the memory its GPU may use (0.9) or a size (12GB). A run that is
-    # predicted to need more is refused before its model loads.
+    # Memory that a run may use on each node: a fraction of the memory available to its GPU (0.9) or a size (12GB). A
+    # run that is predicted to need more is refused before its model loads.
     memory_budget: str = "0.95"
-    # With topology=ssh, where SSH finds each of `hosts`, in the same order: [studio, me@192.168.0.2:22]; names of
-    # ~/.ssh/config will do. Empty: as in `hosts`.
+    # With topology=ssh, the SSH destination of each of `hosts`, in the same order: [studio, me@192.168.0.2:22]. Names
+    # of ~/.ssh/config work. Empty: as in `hosts`.
     ssh: list[str] = field(default_factory=list)
     # With topology=ssh, the Python that has macft: one for all hosts, or one for each.
     python: list[str] = field(default_factory=lambda: ["python3"])
-    # With topology=ssh, the folder on the hosts that runs and relative paths are below; itself below the home folder.
+    # With topology=ssh, the folder on the hosts for runs and relative paths, below the home folder.
     folder: str = "macft"
-    # With topology=ssh, what is sent to the hosts first, as far as it has changed: code (this macft), data (a local
-    # dataset), model (its files on this machine).
+    # With topology=ssh, what is sent to the hosts first, if it has changed: code (this macft), data (a local dataset),
+    # model (its files on this machine).
     ship: list[str] = field(default_factory=list)
 
     def ssh_of(self, rank: int) -> str:
-        """Where SSH finds the host of ``rank``."""
+        """The SSH destination of the host of ``rank``."""
         return self.ssh[rank] if self.ssh else split_host(self.hosts[rank], self.port)[0].strip("[]")
 
     def python_of(self, rank: int) -> str:
-        """Python on the host of ``rank``."""
+        """The Python on the host of ``rank``."""
         return self.python[rank if len(self.python) > 1 else 0]
 
 
@@ -85,83 +85,83 @@ def split_host(host: str, default_port: int) -> tuple[str, int]:
 
 
 def host_paths(host: str, default_port: int) -> list[tuple[str, int]]:
-    """``"name:port"``, ``"name"``, or one of these for each cable as in ``"name+name"``, to (name, port) pairs.
+    """Splits a host into (name, port) pairs, one for each cable: ``"name:port"``, ``"name"``, or ``"name+name"``.
 
     Raises:
         ValueError: it is none of these.
     """
-    found: list[tuple[str, int]] = []
+    paths: list[tuple[str, int]] = []
     for path in host.split("+"):
         match = _HOST.fullmatch(path)
         if match is None:
             raise ValueError(f"'{host}' is not a host name or address with an optional :port")
-        port = int(match["port"]) if match["port"] else (found[0][1] if found else default_port)
+        port = int(match["port"]) if match["port"] else (paths[0][1] if paths else default_port)
         if not 1 <= port <= MAX_PORT:
             raise ValueError(f"'{host}': port {port} is not from 1 to {MAX_PORT}")
-        found.append((match["name"], port))
-    if len(found) > MAX_PATHS:
-        raise ValueError(f"'{host}' has {len(found)} addresses; {MAX_PATHS} are the most")
-    return found
+        paths.append((match["name"], port))
+    if len(paths) > MAX_PATHS:
+        raise ValueError(f"'{host}' has {len(paths)} addresses; {MAX_PATHS} are the most")
+    return paths
 
 
 def problems(config: TopologyConfig) -> list[str]:
-    """One line for each value that can't be right; no I/O."""
-    found = []
+    """One line for each invalid value; no I/O."""
+    lines = []
     if config.kind not in KINDS:
-        found.append(f"topology.kind: '{config.kind}' is not one of {', '.join(KINDS)}")
+        lines.append(f"topology.kind: '{config.kind}' is not one of {', '.join(KINDS)}")
     if config.nodes < 1:
-        found.append(f"topology.nodes: {config.nodes} must be 1 or more")
+        lines.append(f"topology.nodes: {config.nodes} must be 1 or more")
     if config.kind == "single" and config.nodes != 1:
-        found.append(f"topology.nodes: topology=single has 1 node, not {config.nodes}; did you mean topology=local?")
+        lines.append(f"topology.nodes: topology=single has 1 node, not {config.nodes}; did you mean topology=local?")
     if config.kind in ("hosts", "ssh"):
         if len(config.hosts) < 2 and config.join is None:
-            found.append("topology.hosts: list two or more addresses, for instance [192.168.0.1,192.168.0.2]")
+            lines.append("topology.hosts: list two or more addresses, for instance [192.168.0.1,192.168.0.2]")
         if config.rank is not None and not 0 <= config.rank < len(config.hosts):
-            found.append(
-                f"topology.rank: {config.rank} is not a place in topology.hosts (0 to {len(config.hosts) - 1})"
+            lines.append(
+                f"topology.rank: {config.rank} is not an index of topology.hosts (0 to {len(config.hosts) - 1})"
             )
         if len(set(config.hosts)) != len(config.hosts):
-            found.append("topology.hosts: an address stands twice")
+            lines.append("topology.hosts: an address is listed twice")
     elif config.hosts:
-        found.append(f"topology.hosts: only topology=hosts and topology=ssh use them, this is topology={config.kind}")
-    found += _share_problems(config)
+        lines.append(f"topology.hosts: only topology=hosts and topology=ssh use them, this is topology={config.kind}")
+    lines += _share_problems(config)
     for host in config.hosts:
         try:
             split_host(host, config.port)
         except ValueError as error:
-            found.append(f"topology.hosts: {error}")
+            lines.append(f"topology.hosts: {error}")
     if not 1 <= config.port <= MAX_PORT:
-        found.append(f"topology.port: {config.port} is not from 1 to {MAX_PORT}")
+        lines.append(f"topology.port: {config.port} is not from 1 to {MAX_PORT}")
     if config.restart and config.kind != "local":
-        found.append(f"topology.restart: only topology=local starts nodes again, this is topology={config.kind}")
+        lines.append(f"topology.restart: only topology=local starts nodes again, this is topology={config.kind}")
     if not config.start_timeout > 0:
-        found.append(f"topology.start_timeout: {config.start_timeout} must be greater than 0")
+        lines.append(f"topology.start_timeout: {config.start_timeout} must be greater than 0")
     if config.batch not in BATCHES:
-        found.append(f"topology.batch: '{config.batch}' is not one of {', '.join(BATCHES)}")
+        lines.append(f"topology.batch: '{config.batch}' is not one of {', '.join(BATCHES)}")
     if not _is_budget(config.memory_budget):
-        found.append(
+        lines.append(
             f"topology.memory_budget: '{config.memory_budget}' is neither a fraction above 0 and up to 1 (0.9) "
             "nor a size (12GB, 800MB)"
         )
-    return found + _ssh_problems(config)
+    return lines + _ssh_problems(config)
 
 
 def _share_problems(config: TopologyConfig) -> list[str]:
-    found, shares = [], config.shares
+    lines, shares = [], config.shares
     if config.rebalance_every < 1:
-        found.append(f"topology.rebalance_every: {config.rebalance_every} must be 1 or more")
+        lines.append(f"topology.rebalance_every: {config.rebalance_every} must be 1 or more")
     if isinstance(shares, str):
         if shares not in SHARES:
-            found.append(f"topology.shares: '{shares}' is not auto, equal or a list of numbers such as [2,1]")
-        return found
+            lines.append(f"topology.shares: '{shares}' is not auto, equal or a list of numbers such as [2,1]")
+        return lines
     nodes = len(config.hosts) if config.kind in ("hosts", "ssh") else config.nodes
     if not isinstance(shares, list) or any(isinstance(n, bool) or not isinstance(n, int | float) for n in shares):
-        found.append(f"topology.shares: {shares} is not auto, equal or a list of numbers such as [2,1]")
+        lines.append(f"topology.shares: {shares} is not auto, equal or a list of numbers such as [2,1]")
     elif len(shares) != nodes:
-        found.append(f"topology.shares: {shares} has {len(shares)} numbers, and there are {nodes} nodes")
+        lines.append(f"topology.shares: {shares} has {len(shares)} numbers, and there are {nodes} nodes")
     elif not all(math.isfinite(n) and n >= 0 for n in shares) or not any(shares):
-        found.append(f"topology.shares: {shares} must be numbers of 0 or more, and one of them above 0")
-    return found
+        lines.append(f"topology.shares: {shares} must be numbers of 0 or more, and one of them above 0")
+    return lines
 
 
 def _is_budget(text: str) -> bool:
@@ -172,7 +172,10 @@ def _is_budget(text: str) -> bool:
 
 
 def parse_budget(text: str, usable: float) -> float:
-    """``"0.9"``, a fraction of ``usable`` bytes, or a size such as ``"12GB"`` or ``"800 MiB"``, in bytes.
+    """Parses a memory budget: a fraction of ``usable`` bytes (``"0.9"``) or a size (``"12GB"``, ``"800 MiB"``).
+
+    Returns:
+        Bytes.
 
     Raises:
         ValueError: it is neither.
@@ -186,28 +189,28 @@ def parse_budget(text: str, usable: float) -> float:
 
 
 def _ssh_problems(config: TopologyConfig) -> list[str]:
-    found = []
+    lines = []
     if config.kind != "ssh":
         return ["topology.ship: only topology=ssh sends anything"] if config.ship else []
     if config.ssh and len(config.ssh) != len(config.hosts):
-        found.append(
-            f"topology.ssh: {len(config.ssh)} places for {len(config.hosts)} hosts; list one for each, or none"
+        lines.append(
+            f"topology.ssh: {len(config.ssh)} destinations for {len(config.hosts)} hosts; list one for each, or none"
         )
     if len(config.python) not in (1, len(config.hosts)):
-        found.append(f"topology.python: {len(config.python)} of them; list one for all hosts, or one for each")
+        lines.append(f"topology.python: {len(config.python)} of them; list one for all hosts, or one for each")
     for item in config.ssh:
         if _DESTINATION.fullmatch(item) is None:
-            found.append(f"topology.ssh: '{item}' is not [user@]name[:port]")
+            lines.append(f"topology.ssh: '{item}' is not [user@]name[:port]")
     for item in config.ship:
         if item not in SHIPMENTS:
-            found.append(f"topology.ship: '{item}' is not one of {', '.join(SHIPMENTS)}")
+            lines.append(f"topology.ship: '{item}' is not one of {', '.join(SHIPMENTS)}")
     if not config.folder or config.folder.startswith(("/", "~")) or ".." in config.folder.split("/"):
-        found.append(f"topology.folder: '{config.folder}' must be a path below the home folder, such as macft")
-    return found
+        lines.append(f"topology.folder: '{config.folder}' must be a path below the home folder, such as macft")
+    return lines
 
 
 def split_destination(text: str) -> tuple[str | None, str, int | None]:
-    """``"[user@]name[:port]"`` to (user, name, port); raises ValueError if it is not of that form."""
+    """Splits ``"[user@]name[:port]"`` into (user, name, port). Raises ValueError if it is not of that form."""
     match = _DESTINATION.fullmatch(text)
     if match is None:
         raise ValueError(f"'{text}' is not [user@]name[:port]")

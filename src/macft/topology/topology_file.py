@@ -1,4 +1,4 @@
-"""Clusters as files: ``NAME.yaml`` in the user's configuration folder, where ``topology=NAME`` finds them."""
+"""Cluster files: ``NAME.yaml`` in the user's configuration folder, read by ``topology=NAME``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import platformdirs
 from omegaconf import DictConfig, OmegaConf
@@ -26,13 +25,13 @@ _HEAD = """\
 
 
 def user_config_folder() -> Path:
-    """Where this user's own Hydra groups are; ``MACFT_CONFIG`` names another place."""
-    named = os.environ.get("MACFT_CONFIG")
-    return Path(named).expanduser().absolute() if named else platformdirs.user_config_path("macft")
+    """The folder of this user's own Hydra groups; the variable ``MACFT_CONFIG`` overrides it."""
+    override = os.environ.get("MACFT_CONFIG")
+    return Path(override).expanduser().absolute() if override else platformdirs.user_config_path("macft")
 
 
 def path_of(name: str) -> Path:
-    """The file of the cluster ``name``. Raises ConfigError for a name that can't be one."""
+    """The file of the cluster ``name``. Raises ConfigError for an invalid name."""
     if _NAME.fullmatch(name) is None or name in _RESERVED:
         raise ConfigError(
             f"'{name[:80]}' can't name a cluster: letters, digits, dots, dashes; not {', '.join(_RESERVED)}"
@@ -65,19 +64,19 @@ def load_topology(name: str) -> TopologyConfig:
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())[:200]}") from None
     assert isinstance(merged, TopologyConfig)
-    if found := problems(merged):
-        raise ConfigError("\n".join(f"{path}: {line}" for line in found))
+    if lines := problems(merged):
+        raise ConfigError("\n".join(f"{path}: {line}" for line in lines))
     return merged
 
 
 def save_topology(name: str, config: TopologyConfig) -> Path:
-    """Writes a cluster's file in one step, with what differs from the defaults only; returns its path."""
+    """Writes a cluster's file atomically, only with values that differ from the defaults; returns its path."""
     path = path_of(name)
     plain = OmegaConf.to_container(OmegaConf.structured(config))
-    usual = OmegaConf.to_container(OmegaConf.structured(TopologyConfig))
+    defaults = OmegaConf.to_container(OmegaConf.structured(TopologyConfig))
     assert isinstance(plain, dict)
-    assert isinstance(usual, dict)
-    kept = {key: value for key, value in plain.items() if key in ("kind", "hosts") or value != usual[key]}
+    assert isinstance(defaults, dict)
+    kept = {key: value for key, value in plain.items() if key in ("kind", "hosts") or value != defaults[key]}
     text = _HEAD.format(name=name) + OmegaConf.to_yaml(OmegaConf.create(kept))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
@@ -95,14 +94,16 @@ def remove_topology(name: str) -> None:
 
 
 def from_hostfile(path: Path) -> TopologyConfig:
-    """Reads a hostfile of ``mlx.launch``: ``[{"ssh": "studio", "ips": ["10.0.0.1"]}, ...]``, bare or below ``hosts``.
+    """Reads a hostfile of ``mlx.launch``: ``[{"ssh": "studio", "ips": ["10.0.0.1"]}, ...]``.
+
+    The list may also be the value of the key ``hosts``.
 
     Raises:
         ConfigError: it is not one.
     """
     try:
         with path.open("rb") as file:
-            content: Any = json.loads(file.read(_MAX_BYTES))
+            content: object = json.loads(file.read(_MAX_BYTES))
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
     except (ValueError, RecursionError):
@@ -116,11 +117,11 @@ def from_hostfile(path: Path) -> TopologyConfig:
         if not isinstance(destination, str):
             raise ConfigError(f'{path}: each host is written {{"ssh": "NAME", "ips": ["ADDRESS"]}}')
         ssh.append(destination)
-        several = [str(item) for item in addresses] if isinstance(addresses, list) else []
-        hosts.append("+".join(several) or destination.split("@")[-1])
+        paths = [str(item) for item in addresses] if isinstance(addresses, list) else []
+        hosts.append("+".join(paths) or destination.split("@")[-1])
     config = TopologyConfig(kind="ssh", nodes=1, hosts=hosts, ssh=ssh)
-    if found := problems(config):
-        raise ConfigError("\n".join(f"{path}: {line}" for line in found))
+    if lines := problems(config):
+        raise ConfigError("\n".join(f"{path}: {line}" for line in lines))
     return config
 
 

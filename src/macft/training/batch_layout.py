@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.data.batch import Batch, pack, split_rows, widened, widened_pack
+from macft.data.batch import Batch, pack, pad_pack_to_bucket, pad_to_bucket, split_rows
 from macft.model.execution import Execution
 from macft.model.packing import PackLayout, packed
 from macft.training.loss import target_positions
@@ -74,13 +74,13 @@ class BatchLayout:
         """
         if self.packing:
             for item in pack(batch, self.max_tokens, shared=self.shared_prefixes, lanes=self.lanes):
-                item = widened_pack(item) if self.compiled else item
+                item = pad_pack_to_bucket(item) if self.compiled else item
                 layout = item.paths, item.owners, item.depths
                 yield DeviceBatch(
                     item.inputs, item.positions, item.targets, item.weights, item.row_ids, layout, item.lengths
                 )
             return
-        batch = widened(batch) if self.compiled else batch
+        batch = pad_to_bucket(batch) if self.compiled else batch
         for part in split_rows(batch, self.lanes):
             yield DeviceBatch(part.tokens[:, :-1], *target_positions(part, coarse=self.compiled), part.row_ids)
 

@@ -27,13 +27,15 @@ class CheckpointPolicy:
         return bool(self._every) and step % self._every == 0
 
     def save_if_due(self) -> None:
-        """Saves if it is time to, or if the adapter is the best one so far. A call of all ranks."""
+        """Saves if it is time to, or if the adapter is the best one so far. Collective: every rank must call it."""
         progress = self._state.progress
         if progress.step > 0 and (progress.step == progress.best_step or self.is_due(progress.step)):
             self.save()
 
     def save(self) -> None:
-        """Begins to write a checkpoint, once all ranks have shown that they hold the same adapter. A call of all ranks.
+        """Begins to write a checkpoint, once all ranks have shown that they hold the same adapter.
+
+        Collective: every rank must call it.
 
         Raises:
             RanksDiverged: they do not.

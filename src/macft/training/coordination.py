@@ -72,7 +72,10 @@ class NodeCoordinator:
         return replace(self._throttle.status(tokens, seconds), messages=self._messages.collect())
 
     def end_step(self) -> list[str]:
-        """Sets the shares of the next steps from :attr:`statuses`; returns lines to show. A call of all ranks."""
+        """Sets the shares of the next steps from :attr:`statuses`; returns lines to show.
+
+        Collective: every rank must call it.
+        """
         if self._follow_speed:
             self.balancer.observe(self.statuses)
         shown = self._throttle.messages(self.statuses, self.balancer.shares)

@@ -22,7 +22,7 @@ from macft.errors import CheckpointError, NonFiniteLoss
 from macft.parallel.node_status import NodeStatus
 from macft.training.gradient_reducer import GradientReducer
 from macft.training.reduce import ReducedGradient, StepMetrics
-from macft.training.stop import StopRequest
+from macft.training.stop_request import StopRequest
 from macft.training.synchronization import Agreement
 
 
@@ -46,7 +46,9 @@ class OuterOptimizer:
         self._start = _values(model)
 
     def step(self, model: nn.Module, reducer: GradientReducer) -> int:
-        """Synchronizes: afterwards all nodes have the same parameters, bit for bit. A call of all ranks.
+        """Synchronizes: afterwards all nodes have the same parameters, bit for bit.
+
+        Collective: every rank must call it.
 
         Returns the target tokens of all nodes since the last synchronization. Raises as the collective does.
         """
@@ -71,7 +73,10 @@ class OuterOptimizer:
         return int(weight[0])
 
     def capture(self, optimizer: optim.Optimizer, reducer: GradientReducer) -> list[bytes]:
-        """Every rank's inner optimizer, and the outer velocity, for a checkpoint. A call of all ranks."""
+        """Every rank's inner optimizer, and the outer velocity, for a checkpoint.
+
+        Collective: every rank must call it.
+        """
         velocity = {name: mx.array(value) for name, value in self._velocity.items()}
         own: bytes = msgpack.packb({"inner": pack_tensors(optimizer.state), "velocity": pack_tensors(velocity)})
         return reducer.collective.all_gather(own)
@@ -142,7 +147,9 @@ class DiLoCo:
             return Agreement(False, stop=False, change=False, target_tokens=metrics.target_tokens)
         for rank, description in enumerate(collective.all_gather(self._not_finite.encode())):
             if description:
-                raise NonFiniteLoss(f"rank {rank}, {description.decode()}", updates=step + 1)
+                raise NonFiniteLoss(
+                    f"rank {rank}, {description.decode()}; that rank has made no update since", updates=step + 1
+                )
         own_before = self._outer.target_tokens
         of_all = self._outer.step(self._model, self._across_nodes)
         values = np.array([float(self._stop.requested), *metrics.nodes[0].numbers()])

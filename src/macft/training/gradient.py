@@ -119,12 +119,12 @@ class GradientComputer:
             for number, part in enumerate(self._layout.parts(batch)):
                 if losses:
                     start([losses[-1], *total.values()])
-                if not self._backend.computes_while_building:  # while the device is at what comes before
+                if not self._backend.is_eager:  # while the device is at what comes before
                     loss, total = self._add_gradient(total, step, part)
                 mx.synchronize()  # one at a time: activations are freed before the next begin
                 if number == 0:
                     before_micro_batch()
-                if self._backend.computes_while_building:
+                if self._backend.is_eager:
                     loss, total = self._add_gradient(total, step, part)
                 losses.append(loss)
                 target_tokens += int(part.weights.sum())

@@ -49,7 +49,7 @@ class GradientReducer:
     def observe(self, step_seconds: float, exposed_seconds: float) -> str:
         """Takes a step's seconds, ``exposed_seconds`` of them for communication; returns a line once a codec is chosen.
 
-        A call of all ranks: they choose at the same step.
+        Collective, every rank must call it: they choose at the same step.
         """
         if not self._is_open:
             return ""
@@ -72,7 +72,7 @@ class GradientReducer:
         self._codec, self._is_open, self._seen = make(name, self._powersgd_rank), is_open, []
 
     def capture(self) -> list[bytes]:
-        """Every rank's error memory, for a checkpoint. A call of all ranks."""
+        """Every rank's error memory, for a checkpoint. Collective: every rank must call it."""
         if self.codec == "none" and not self._is_open:
             return [msgpack.packb({"codec": "none", "open": False, "arrays": {}})]
         arrays = {name: [list(value.shape), value.tobytes()] for name, value in self._codec.state().items()}

@@ -22,8 +22,8 @@ class Trainer:
     """One rank's training run. All ranks take the same decisions, because all decide on reduced values.
 
     Args:
-        make_stepper: Called whenever the nodes have changed, for one node may queue its steps and several can't.
-        recovery: Of an elastic run; None: a lost node ends the run.
+        make_stepper: Called whenever the nodes have changed, because only a single node can queue its steps.
+        recovery: For an elastic run. None: a lost node ends the run.
         epoch_of: The epoch that a step, from 1, belongs to.
     """
 
@@ -60,15 +60,15 @@ class Trainer:
         if state.ended:
             return state.ended
         self._validate_and_save()
-        while progress.step < self.total_steps and not self._validation.stops_training:
+        while progress.step < self.total_steps and not self._validation.should_stop_early:
             state.begun_step = progress.step
-            with self._advice():
+            with self._explaining_non_finite():
                 result, agreement = self._stepper.step(progress.step, self.nodes.shard)
                 progress.step += 1
                 progress.target_tokens += agreement.target_tokens
                 self._report(result)
-                wants_end = agreement.stop or agreement.change
-                if not agreement.is_synced or not (wants_end or self._is_due(progress.step)):
+                must_flush = agreement.stop or agreement.change
+                if not agreement.is_synced or not (must_flush or self._is_due(progress.step)):
                     continue
                 self._report(self._stepper.flush())
             self._validate_and_save()
@@ -79,13 +79,13 @@ class Trainer:
                 raise MembershipChanged("a node wants to join")
         self.checkpoints.save()
         self.checkpoints.report(wait=True)
-        state.ended = "early_stopped" if self._validation.stops_training else "finished"
+        state.ended = "early_stopped" if self._validation.should_stop_early else "finished"
         return state.ended
 
     def regroup(self) -> bool:
-        """Goes on with the nodes that there are now; see :meth:`Recovery.regroup`."""
+        """Forms a new ring with the nodes that can be reached; see :meth:`Recovery.regroup`."""
         assert self.recovery is not None
-        with self._advice():
+        with self._explaining_non_finite():
             self._report(self._stepper.flush())
         self.nodes.step_computed()  # the interrupted step: this node is idle now
         is_together = self.recovery.regroup()
@@ -106,13 +106,13 @@ class Trainer:
         self.checkpoints.save_if_due()
 
     def _report(self, result: StepResult | None) -> None:
-        """Reports a step; then the nodes set the shares of the next ones. A call of all ranks."""
+        """Reports a step; then the nodes set the shares of the next ones. Collective: every rank must call it."""
         if result is None:
             return
         state, nodes, metrics = self.state, self.nodes, result.metrics
         state.progress.seconds += result.seconds
         self.tokens += metrics.tokens
-        if note := state.reducer.observe(result.seconds, result.parts["all_reduce"]):
+        if note := state.reducer.observe(result.seconds, result.phase_seconds["all_reduce"]):
             self._reporter.handle(Noted(note))
         self._reporter.handle(
             StepDone(
@@ -126,7 +126,7 @@ class Trainer:
                 tokens=metrics.tokens,
                 node_tokens=result.node_tokens,
                 seconds=result.seconds,
-                parts=result.parts,
+                parts=result.phase_seconds,
                 bytes_sent=result.bytes_sent,
                 residual_norm=state.reducer.residual_norm,
                 peak_memory=mx.get_peak_memory(),
@@ -143,14 +143,14 @@ class Trainer:
         self.checkpoints.report()
 
     @contextmanager
-    def _advice(self) -> Iterator[None]:
-        """Completes the error of a step that is not finite: what is left, and what helps."""
+    def _explaining_non_finite(self) -> Iterator[None]:
+        """Sets the progress back to the last update made; adds the newest checkpoint to the error, and advice."""
         try:
             yield
         except NonFiniteLoss as error:
             self.state.progress.step = error.updates
             raise NonFiniteLoss(
-                f"{error}; no update was made and {self.checkpoints.last()}. A lower optimizer.learning_rate or a "
+                f"{error} and {self.checkpoints.last()}. A lower optimizer.learning_rate or a "
                 "smaller adapter.scale usually helps",
                 error.updates,
             ) from error

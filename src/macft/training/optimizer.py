@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import ModuleType
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from macft.device.mlx_device import start
 from macft.errors import ConfigError
 from macft.model.parameter_refs import ParameterRefs
+from macft.training.clipping import clip_by_global_norm
 from macft.training.optimizer_table import OPTIMIZERS
 from macft.training.settings import OptimizerConfig
 
@@ -54,35 +54,8 @@ def make_optimizer(config: OptimizerConfig) -> optim.Optimizer:
         raise ConfigError(f"optimizer.arguments: {config.name} takes no such argument ({error})") from error
 
 
-Scalar = TypeVar("Scalar", float, mx.array)
-"""A number, or an array of shape ()."""
 OptimizerState = dict[str, Any]
 """A tree of arrays, as MLX's optimizers keep it."""
-
-
-class StepScalars(NamedTuple, Generic[Scalar]):
-    """Mean loss in nats, L2 norm of its gradient, and the factor of the summed gradient in the update."""
-
-    loss: Scalar
-    norm: Scalar
-    scale: Scalar
-    is_finite: Scalar
-
-
-def mean_and_clip(
-    loss_sum: Scalar, norm_of_sum: Scalar, target_tokens: Scalar, max_norm: float, *, xp: ModuleType
-) -> StepScalars[Scalar]:
-    """From sums over all target tokens to what an update needs: mean, clipping by the global norm, finite or not.
-
-    ``norm_of_sum`` is the L2 norm of the summed gradient. The update uses the summed gradient times ``scale``, whose
-    norm is at most ``max_norm``; 0 means no limit. ``xp`` computes: ``numpy`` on numbers, or ``mlx.core`` on arrays of
-    shape () that may not have been computed yet.
-    """
-    count = xp.maximum(target_tokens, 1.0)
-    factor = 1.0 / count
-    loss, norm = loss_sum / count, factor * norm_of_sum
-    clip = max_norm / xp.maximum(norm, max_norm) if max_norm else 1.0
-    return StepScalars(loss, norm, factor * clip, xp.isfinite(loss) & xp.isfinite(norm))
 
 
 class OptimizerStep:
@@ -144,7 +117,7 @@ class OptimizerStep:
     ) -> tuple[dict[str, mx.array], OptimizerState, mx.array, mx.array, mx.array]:
         squares = [mx.square(value).sum() for value in gradient.values()]
         norm_of_sum = mx.sqrt(sum(squares, mx.array(0.0)))
-        loss, norm, scale, is_finite = mean_and_clip(loss_sum, norm_of_sum, target_tokens, max_norm, xp=mx)
+        loss, norm, scale, is_finite = clip_by_global_norm(loss_sum, norm_of_sum, target_tokens, max_norm, xp=mx)
         is_sound = is_sound & is_finite
         updated, state = self._updated(parameters, gradient, state, scale)
         kept = {name: mx.where(is_sound, value, parameters[name]) for name, value in updated.items()}

@@ -20,7 +20,7 @@ from macft.report.events import NodesChanged, Noted, Reporter
 from macft.training.checkpoint_policy import CheckpointPolicy
 from macft.training.coordination import NodeCoordinator
 from macft.training.state import TrainState
-from macft.training.stop import StopRequest
+from macft.training.stop_request import StopRequest
 
 _PATIENT_SECONDS = 3.0
 
@@ -161,7 +161,7 @@ class Recovery:
         state.ended, state.has_final_adapter = shared["ended"], shared["has_final_adapter"]
         state.reducer.start_anew(shared["codec"], is_open=shared["codec_is_open"])
         left, joined = self._tracker.advance(members, self._nodes.statuses)
-        self._nodes.regrouped(ShareBalancer.reseated(shared["balance"], shared["old_ranks"]))
+        self._nodes.regrouped(ShareBalancer.from_state_dict(shared["balance"], shared["old_ranks"]))
         self._checkpoints.members_changed()
         return NodesChanged(
             step=state.progress.step,
@@ -190,7 +190,7 @@ class Recovery:
             "state": self._state.capture().pack() if with_state else b"",
             "ended": self._state.ended,
             "has_final_adapter": self._state.has_final_adapter,
-            "balance": self._nodes.balancer.plain(),
+            "balance": self._nodes.balancer.state_dict(),
             "old_ranks": self._tracker.old_ranks(members),
             "codec": codec,
             "codec_is_open": is_open,

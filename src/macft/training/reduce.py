@@ -17,9 +17,9 @@ import mlx.core as mx
 import numpy as np
 
 from macft.parallel.node_status import NodeStatus
+from macft.training.clipping import clip_by_global_norm
 from macft.training.gradient import LocalGradient
 from macft.training.gradient_reducer import GradientReducer
-from macft.training.optimizer import mean_and_clip
 
 _STILL_COMPUTING_SECONDS = 2e-4
 
@@ -78,7 +78,7 @@ def reduce_gradient(
     """Sums gradients, losses and counts over all ranks, to be divided once by the global count of target tokens.
 
     Nodes with more target tokens weigh more, exactly as if one machine had computed the batch. ``max_norm``: see
-    :func:`~macft.training.optimizer.mean_and_clip`. ``stop``: this rank wants the run to end after this step;
+    :func:`~macft.training.clipping.clip_by_global_norm`. ``stop``: this rank wants the run to end after this step;
     ``change``: it wants to let a node join. One rank's wish is enough. ``computed`` is called once this rank's gradient
     is there and only the others' are waited for, ``status`` after that with the seconds it took.
 
@@ -95,7 +95,7 @@ def reduce_gradient(
     collective.all_reduce([sums])
     loss_sum, target_tokens, tokens, stops, changes = (float(value) for value in sums[: len(counts)])
     seconds["all_reduce"] += time.perf_counter() - ready
-    scalars = mean_and_clip(loss_sum, _norm(local.gradient), target_tokens, max_norm, xp=np)
+    scalars = clip_by_global_norm(loss_sum, _norm(local.gradient), target_tokens, max_norm, xp=np)
     metrics = StepMetrics(
         loss=float(scalars.loss),
         norm=float(scalars.norm),

@@ -37,7 +37,10 @@ class TrainState:
         return capture(self.model, self.optimizer, self.progress)
 
     def capture_all_ranks(self, *, is_writer: bool) -> Snapshot | None:
-        """The same with every rank's own part; None where this rank is no writer. A call of all ranks."""
+        """The same with every rank's own part; None where this rank is no writer.
+
+        Collective: every rank must call it.
+        """
         codec = self.reducer.capture()
         outer = self.outer.capture(self.optimizer, self.reducer) if self.outer else []
         return capture(self.model, self.optimizer, self.progress, codec=codec, outer=outer) if is_writer else None

@@ -24,13 +24,13 @@ from macft.training.coordination import NodeCoordinator
 from macft.training.gradient import GradientComputer
 from macft.training.optimizer import OptimizerStep
 from macft.training.reduce import StepMetrics, reduce_gradient
-from macft.training.stop import StopRequest
+from macft.training.stop_request import StopRequest
 from macft.training.synchronization import Agreement, Synchronization
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step whose numbers are known. ``step`` counts from 1; ``parts`` are the seconds of its phases."""
+    """A step whose numbers are known. ``step`` counts from 1; ``phase_seconds`` are the seconds of its phases."""
 
     step: int
     learning_rate: float
@@ -38,9 +38,9 @@ class StepResult:
     # Tokens of this node's rows.
     node_tokens: int
     seconds: float
-    parts: Mapping[str, float]
+    phase_seconds: Mapping[str, float]
     bytes_sent: int
-    # Every rank's status, by rank; empty while the ranks are not in step.
+    # Every rank's status, by rank; empty between two synchronizations.
     statuses: Sequence[NodeStatus]
 
 
@@ -69,8 +69,8 @@ class Stepper(Protocol):
 
 
 @dataclass(frozen=True)
-class StepParts:
-    """What both steppers are made of. ``learning_rate`` is a function of the step, from 0."""
+class StepContext:
+    """The objects that both steppers use. ``learning_rate`` is a function of the step, from 0."""
 
     loader: BatchLoader
     compute: GradientComputer
@@ -84,31 +84,31 @@ class StepParts:
 class SynchronousStepper:
     """Computes a step, sums it over the nodes, reads its numbers, and makes the update."""
 
-    def __init__(self, parts: StepParts, synchronization: Synchronization):
-        self._parts, self._synchronization = parts, synchronization
+    def __init__(self, context: StepContext, synchronization: Synchronization):
+        self._context, self._synchronization = context, synchronization
 
     def step(self, step: int, shard: DataShard) -> StepOutcome:
         """See :class:`Stepper`."""
-        parts, nodes, sync = self._parts, self._parts.nodes, self._synchronization
+        context, nodes, sync = self._context, self._context.nodes, self._synchronization
         started, sent = time.perf_counter(), nodes.collective.bytes_sent
-        batches = parts.loader.batches(step, shard)
+        batches = context.loader.batches(step, shard)
         loaded = time.perf_counter()
         nodes.begin_step(len(batches))
-        local = parts.compute(step, batches, nodes.before_micro_batch)
-        parts.loader.prepare(step + 1, shard)  # while MLX computes
+        local = context.compute(step, batches, nodes.before_micro_batch)
+        context.loader.prepare(step + 1, shard)  # while MLX computes
         reduced = reduce_gradient(
             sync.reducer,
             local,
-            max_norm=parts.max_grad_norm,
-            stop=parts.stop.requested,
+            max_norm=context.max_grad_norm,
+            stop=context.stop.requested,
             change=nodes.wants_change,
             computed=nodes.step_computed,
             status=partial(nodes.status, local.tokens),
         )
-        metrics, rate = reduced.metrics, parts.learning_rate(step)
+        metrics, rate = reduced.metrics, context.learning_rate(step)
         updating = time.perf_counter()
         if sync.accepts(step, metrics):
-            parts.update(reduced.gradient, rate, reduced.scale)
+            context.update(reduced.gradient, rate, reduced.scale)
         updated = time.perf_counter()
         agreement = sync.after_update(step, reduced)
         ended = time.perf_counter()
@@ -121,19 +121,19 @@ class SynchronousStepper:
             metrics=metrics,
             node_tokens=local.tokens,
             seconds=ended - started,
-            parts=seconds,
+            phase_seconds=seconds,
             bytes_sent=nodes.collective.bytes_sent - sent,
             statuses=agreement.statuses,
         )
         return StepOutcome(result, agreement)
 
     def flush(self) -> None:
-        """There is never a step left."""
+        """Returns None: a step is completed when :meth:`step` returns."""
 
 
 @dataclass(frozen=True)
 class _Queued:
-    """A step that the device is computing. The update owns the gradient's arrays, so only its counts are kept."""
+    """A step that the device is computing. It holds no gradient, so that MLX can reuse the memory."""
 
     step: int
     learning_rate: float
@@ -151,26 +151,31 @@ class QueuedStepper:
     computed where the gradient is, and an update that is not finite leaves the parameters as they are.
     """
 
-    def __init__(self, parts: StepParts):
-        self._parts = parts
+    def __init__(self, context: StepContext):
+        self._context = context
         self._queued: _Queued | None = None
         self._computed: StepResult | None = None
-        self._is_first = True
+        self._awaits_first_micro_batch = True
         self._begun = self._ended = 0.0
 
     def step(self, step: int, shard: DataShard) -> StepOutcome:
         """See :class:`Stepper`; the result is that of the step before."""
-        parts, nodes = self._parts, self._parts.nodes
-        batches = parts.loader.batches(step, shard)
+        context, nodes = self._context, self._context.nodes
+        batches = context.loader.batches(step, shard)
         nodes.begin_step(len(batches))
-        self._is_first = True
-        local = parts.compute(step, batches, self._before_micro_batch, in_buckets=False)
+        self._awaits_first_micro_batch = True
+        local = context.compute(step, batches, self._before_micro_batch, in_buckets=False)
         previous = self.flush()
-        rate = parts.learning_rate(step)
+        rate = context.learning_rate(step)
         loss_sum = sum(local.losses, mx.array(0.0))
-        loss, norm = parts.update.queue(local.gradient, rate, loss_sum, local.target_tokens, parts.max_grad_norm)
+        loss, norm = context.update.queue(local.gradient, rate, loss_sum, local.target_tokens, context.max_grad_norm)
         self._queued = _Queued(step + 1, rate, loss, norm, local.tokens, local.target_tokens, local.started)
-        agreement = Agreement(True, parts.stop.requested, nodes.wants_change, local.target_tokens)
+        agreement = Agreement(
+            is_synced=True,
+            stop=context.stop.requested,
+            change=nodes.wants_change,
+            target_tokens=local.target_tokens,
+        )
         return StepOutcome(previous, agreement)
 
     def flush(self) -> StepResult | None:
@@ -178,32 +183,33 @@ class QueuedStepper:
         self._finish()
         computed, self._computed = self._computed, None
         if computed is not None and not computed.metrics.is_finite:
-            raise NonFiniteLoss(computed.metrics.describe_not_finite(computed.step), updates=computed.step - 1)
+            text = f"{computed.metrics.describe_not_finite(computed.step)}; no update was made"
+            raise NonFiniteLoss(text, updates=computed.step - 1)
         return computed
 
     def _before_micro_batch(self) -> None:
-        if self._is_first:  # all before it is computed, the step before too
-            self._is_first = False
+        if self._awaits_first_micro_batch:  # all earlier work is finished, the step before included
+            self._awaits_first_micro_batch = False
             self._finish()
             self._begun = time.perf_counter()
-        self._parts.nodes.before_micro_batch()
+        self._context.nodes.before_micro_batch()
 
     def _finish(self) -> None:
         if (queued := self._queued) is None:
             return
         self._queued = None
         loss, norm = float(np.asarray(queued.loss)), float(np.asarray(queued.norm))
-        self._parts.nodes.step_computed()
+        self._context.nodes.step_computed()
         ended = time.perf_counter()
         compute, since = ended - self._begun, max(queued.started, self._ended)
-        # What the device waited for is the host with its next batch.
+        # The device was idle while the host prepared the batch.
         seconds = {"data": max(ended - since - compute, 0.0), "compute": compute, "all_reduce": 0.0, "update": 0.0}
         metrics = StepMetrics(
             loss=loss,
             norm=norm,
             target_tokens=queued.target_tokens,
             tokens=queued.tokens,
-            nodes=[self._parts.nodes.status(queued.tokens, compute)],
+            nodes=[self._context.nodes.status(queued.tokens, compute)],
             seconds=seconds,
         )
         self._computed = StepResult(
@@ -212,16 +218,16 @@ class QueuedStepper:
             metrics=metrics,
             node_tokens=queued.tokens,
             seconds=ended - since,
-            parts=seconds,
+            phase_seconds=seconds,
             bytes_sent=0,
             statuses=metrics.nodes,
         )
         self._ended = ended
 
 
-def make_stepper(parts: StepParts, synchronization: Synchronization) -> Stepper:
+def make_stepper(context: StepContext, synchronization: Synchronization) -> Stepper:
     """The stepper for the nodes that there are now: a node that compiles its steps queues them while it is alone."""
-    alone = parts.nodes.collective.world_size == 1 and not synchronization.has_rounds
-    if alone and parts.compute.execution.compiled:
-        return QueuedStepper(parts)
-    return SynchronousStepper(parts, synchronization)
+    alone = context.nodes.collective.world_size == 1 and not synchronization.has_rounds
+    if alone and context.compute.execution.compiled:
+        return QueuedStepper(context)
+    return SynchronousStepper(context, synchronization)

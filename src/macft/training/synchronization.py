@@ -68,10 +68,16 @@ class EveryStep:
     def accepts(self, step: int, metrics: StepMetrics) -> bool:
         """True; a step that is not finite raises NonFiniteLoss, on all ranks."""
         if not metrics.is_finite:
-            raise NonFiniteLoss(metrics.describe_not_finite(step + 1), updates=step)
+            raise NonFiniteLoss(f"{metrics.describe_not_finite(step + 1)}; no update was made", updates=step)
         return True
 
     def after_update(self, step: int, reduced: ReducedGradient) -> Agreement:  # noqa: ARG002
         """What travelled along with the gradient."""
         metrics = reduced.metrics
-        return Agreement(True, reduced.wants_stop, reduced.wants_change, metrics.target_tokens, metrics.nodes)
+        return Agreement(
+            is_synced=True,
+            stop=reduced.wants_stop,
+            change=reduced.wants_change,
+            target_tokens=metrics.target_tokens,
+            statuses=metrics.nodes,
+        )

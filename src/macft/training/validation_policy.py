@@ -35,7 +35,7 @@ class ValidationPolicy:
         self._every, self._total_steps, self._patience = every, total_steps, patience
 
     @property
-    def stops_training(self) -> bool:
+    def should_stop_early(self) -> bool:
         """Whether the loss has not fallen for too long."""
         return 0 < self._patience <= self._state.progress.stale_evaluations
 
@@ -45,7 +45,10 @@ class ValidationPolicy:
         return wanted and (step == self._total_steps or step % self._every == 0)
 
     def validate_if_due(self) -> None:
-        """Validates if it is time to and was not done yet, and records the best loss. A call of all ranks."""
+        """Validates if it is time to and was not done yet, and records the best loss.
+
+        Collective: every rank must call it.
+        """
         progress = self._state.progress
         if self._validate is None or not self.is_due(progress.step) or progress.evaluated_step == progress.step:
             return

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.base import Collective
+from macft.collective.base import Collective, ReducibleArray
 
 
 class GradientCodec(Protocol):
@@ -16,43 +16,53 @@ class GradientCodec(Protocol):
 
     name: str
 
-    def all_reduce(self, collective: Collective, names: Sequence[str], arrays: Sequence[Any]) -> None:
-        """Sums float32 arrays in place, to the same bits on all ranks. ``names`` stay with their arrays for good.
+    def all_reduce(self, collective: Collective, names: Sequence[str], arrays: Sequence[ReducibleArray]) -> None:
+        """Sums float32 arrays in place, to the same bits on all ranks.
 
-        NumPy or evaluated MLX arrays, row-contiguous, any shapes; raises as the collective does.
+        Args:
+            names: Parameter names. A name always belongs to the same array.
+            arrays: float32, row-contiguous, any shapes; NumPy or evaluated MLX arrays.
+
+        Raises:
+            CollectiveError: as the collective does.
         """
         ...
 
     def state(self) -> dict[str, NDArray[np.float32]]:
-        """This rank's memory, for checkpoints; empty if it has none."""
+        """This rank's state for checkpoints; empty for a codec without state."""
         ...
 
     def load(self, states: Sequence[Mapping[str, NDArray[np.float32]]], rank: int, world_size: int) -> None:
-        """Takes back the states of all ranks. On another number of ranks what was owed is paid by rank 0."""
+        """Restores the ``states`` of all ranks. With another number of ranks, rank 0 takes all residuals."""
         ...
 
 
 class Exact:
-    """No codec: the sum of all bits."""
+    """No codec: the exact sum."""
 
     name = "none"
 
-    def all_reduce(self, collective: Collective, names: Sequence[str], arrays: Sequence[Any]) -> None:  # noqa: ARG002
-        """The collective's own."""
+    def all_reduce(
+        self,
+        collective: Collective,
+        names: Sequence[str],  # noqa: ARG002
+        arrays: Sequence[ReducibleArray],
+    ) -> None:
+        """Calls the collective's own all-reduce."""
         collective.all_reduce(arrays)
 
     def state(self) -> dict[str, NDArray[np.float32]]:
-        """Nothing is kept."""
+        """Empty: there is no state."""
         return {}
 
     def load(self, states: Sequence[Mapping[str, NDArray[np.float32]]], rank: int, world_size: int) -> None:
-        """Nothing to take back."""
+        """Does nothing: there is no state."""
 
 
-def owed(
+def restore_residuals(
     states: Sequence[Mapping[str, NDArray[np.float32]]], rank: int, world_size: int, prefix: str
 ) -> dict[str, NDArray[np.float32]]:
-    """The error memory under ``prefix`` that ``rank`` goes on with; nothing of it is lost when ranks come or go."""
+    """The residuals under ``prefix`` that ``rank`` continues with. When ranks join or leave, rank 0 takes the sum."""
     if len(states) == world_size:
         return {name: value.copy() for name, value in states[rank].items() if name.startswith(prefix)}
     if rank:

@@ -1,34 +1,40 @@
-"""Which codec a run uses: the one configured, or the least lossy one that the measured link asks for."""
+"""Which codec a run uses: the configured one, or with ``auto`` the least lossy one that the measured link allows."""
 
 from __future__ import annotations
 
-from macft.collective.codecs.base import Exact, GradientCodec
-from macft.collective.codecs.coded import Coded
-from macft.collective.codecs.powersgd import PowerSGD
-from macft.collective.codecs.wire_codec import WIRE_CODECS
+from macft.collective.codecs.base import GradientCodec
+from macft.collective.codecs.registry import CODECS
+from macft.errors import CollectiveError
 
 ACCEPTABLE = 0.05
-"""Part of a step that the exchange may take before a codec has to shrink it."""
-_BYTES = {"none": 1.0, "bfloat16": 0.5, "int8": 0.254}
+"""Share of a step that communication may take before ``auto`` chooses a codec that sends less."""
 
 
 def make(name: str, powersgd_rank: int) -> GradientCodec:
-    """The codec called ``name``; ``auto`` begins exact, until a few steps have been measured."""
-    if name in WIRE_CODECS:
-        return Coded(WIRE_CODECS[name])
-    return PowerSGD(powersgd_rank) if name == "powersgd" else Exact()
+    """The codec called ``name``. ``auto`` starts with the exact one, until a few steps have been measured.
+
+    Raises:
+        CollectiveError: there is no such codec.
+    """
+    if name == "auto":
+        name = "none"
+    if name not in CODECS:
+        raise CollectiveError(f"collective.codec: '{name}' is not one of {', '.join(CODECS)}")
+    return CODECS[name].make(powersgd_rank)
 
 
 def choose(step_seconds: float, exposed_seconds: float) -> tuple[str, str]:
-    """The codec for a step of which the exact exchange takes ``exposed_seconds``, and why, in words.
+    """The codec for a step of which the exact exchange takes ``exposed_seconds``, and the reason in words.
 
-    The least lossy one that brings the exchange below 5% of the step; int8 where none does. PowerSGD, whose effect on
-    what is learnt is the largest, is never chosen by itself.
+    The least lossy codec that brings the exchange below 5% of the step, or else the one that sends the fewest bytes.
+    PowerSGD is never chosen: it affects training most, and its ratio depends on the shapes.
     """
-    rest = max(step_seconds - exposed_seconds, 1e-9)
-    times = {name: exposed_seconds * part for name, part in _BYTES.items()}
-    name = next((name for name, time in times.items() if time <= ACCEPTABLE * (rest + time)), "int8")
+    other_seconds = max(step_seconds - exposed_seconds, 1e-9)
+    ratios = {name: codec.ratio for name, codec in CODECS.items() if codec.ratio is not None}
+    by_loss = sorted(ratios, key=lambda name: -ratios[name])
+    times = {name: exposed_seconds * ratios[name] for name in by_loss}
+    name = next((name for name in by_loss if times[name] <= ACCEPTABLE * (other_seconds + times[name])), by_loss[-1])
     before = f"exchanging the gradient took {exposed_seconds:.3f} s of a step of {step_seconds:.3f} s"
     if name == "none":
         return name, f"{before}: less than {ACCEPTABLE:.0%}, so it stays exact"
-    return name, f"{before}: {name} takes {_BYTES[name]:.0%} of the bytes"
+    return name, f"{before}: {name} takes {ratios[name]:.0%} of the bytes"

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.base import Collective
-from macft.collective.codecs.base import owed
+from macft.collective.base import Collective, ReducibleArray
+from macft.collective.codecs.base import restore_residuals
 
 _TINY = 1e-20
 
 
 class PowerSGD:
-    """Matrices travel as two thin factors, all the rest as it is.
+    """Sends each matrix as two low-rank factors, and everything else uncompressed.
 
-    What must come out alike on all ranks is made from reduced values by element-wise operations and running sums, whose
-    bits do not depend on the processor. ``rank`` is that of the factors; a matrix is factored where that saves half.
+    For a gradient matrix M of shape (m, n) and the factor Q of shape (n, rank) of the step before::
+
+        P = all_reduce(M @ Q);  P = orthonormalize(P);  Q = all_reduce(M.T @ P);  M = P @ Q.T
+
+    P has shape (m, rank). A matrix is factored only where the factors are at most half its size. Matrices of one shape
+    are stacked. Values that must be equal on all ranks are computed from reduced values by element-wise operations and
+    running sums, whose bits do not depend on the processor.
+
+    Args:
+        rank: The rank of the factors.
     """
 
     name = "powersgd"
@@ -29,47 +36,47 @@ class PowerSGD:
         self._errors: dict[str, NDArray[np.float32]] = {}
         self._q: dict[str, NDArray[np.float32]] = {}
 
-    def all_reduce(self, collective: Collective, names: Sequence[str], arrays: Sequence[Any]) -> None:
-        """As of :class:`~macft.collective.codecs.base.GradientCodec`."""
+    def all_reduce(self, collective: Collective, names: Sequence[str], arrays: Sequence[ReducibleArray]) -> None:
+        """See :class:`~macft.collective.codecs.base.GradientCodec`."""
         if collective.world_size == 1:
             return
         views = [np.asarray(array) for array in arrays]
         groups: dict[tuple[int, int], list[int]] = {}
-        for place, value in enumerate(views):
+        for index, value in enumerate(views):
             if value.ndim == 2 and 2 * self._rank * sum(value.shape) <= value.size:
-                groups.setdefault((value.shape[0], value.shape[1]), []).append(place)
-        whole = [value for place, value in enumerate(views) if not any(place in group for group in groups.values())]
-        stacks = {shape: np.stack([views[place] for place in places]) for shape, places in groups.items()}
-        keys = {shape: f"{shape[0]}x{shape[1]}/{names[places[0]]}" for shape, places in groups.items()}
-        left = {}
+                groups.setdefault((value.shape[0], value.shape[1]), []).append(index)
+        uncompressed = [v for index, v in enumerate(views) if not any(index in group for group in groups.values())]
+        stacks = {shape: np.stack([views[index] for index in indices]) for shape, indices in groups.items()}
+        keys = {shape: f"{shape[0]}x{shape[1]}/{names[indices[0]]}" for shape, indices in groups.items()}
+        p = {}
         for shape, stack in stacks.items():
             error = self._errors.get(f"error/{keys[shape]}")
             if error is not None:
                 stack += error
-            left[shape] = np.ascontiguousarray(stack @ self._warm(keys[shape], stack.shape))
-        collective.all_reduce([*left.values(), *whole])
-        right = {}
+            p[shape] = np.ascontiguousarray(stack @ self._start_factor(keys[shape], stack.shape))
+        collective.all_reduce([*p.values(), *uncompressed])
+        q = {}
         for shape, stack in stacks.items():
-            _orthonormalize(left[shape])
-            right[shape] = np.ascontiguousarray(stack.transpose(0, 2, 1) @ left[shape])
-        collective.all_reduce(list(right.values()))
-        for shape, places in groups.items():
-            total = _product(left[shape], right[shape])
-            self._q[f"q/{keys[shape]}"] = right[shape]
+            _orthonormalize(p[shape])
+            q[shape] = np.ascontiguousarray(stack.transpose(0, 2, 1) @ p[shape])
+        collective.all_reduce(list(q.values()))
+        for shape, indices in groups.items():
+            total = _product(p[shape], q[shape])
+            self._q[f"q/{keys[shape]}"] = q[shape]
             self._errors[f"error/{keys[shape]}"] = stacks[shape] - total / np.float32(collective.world_size)
-            for place, value in zip(places, total, strict=True):
-                views[place][...] = value
+            for index, value in zip(indices, total, strict=True):
+                views[index][...] = value
 
     def state(self) -> dict[str, NDArray[np.float32]]:
-        """Errors, and the factors that the next step starts from."""
+        """The residuals, and the factors Q that the next step starts from."""
         return {**self._errors, **self._q}
 
     def load(self, states: Sequence[Mapping[str, NDArray[np.float32]]], rank: int, world_size: int) -> None:
-        """Goes on with errors and factors."""
-        self._errors = owed(states, rank, world_size, "error/")
+        """Continues with the residuals and factors of ``states``."""
+        self._errors = restore_residuals(states, rank, world_size, "error/")
         self._q = {name: value.copy() for name, value in states[0].items() if name.startswith("q/")}
 
-    def _warm(self, key: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    def _start_factor(self, key: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         known = self._q.get(f"q/{key}")
         if known is not None:
             return known
@@ -89,7 +96,7 @@ def _orthonormalize(stack: NDArray[np.float32]) -> None:
 
 
 def _dot(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    total: NDArray[np.float64] = np.cumsum(a * b, axis=1)[:, -1]  # one after the other, on every machine
+    total: NDArray[np.float64] = np.cumsum(a * b, axis=1)[:, -1]  # a running sum: the same order on every machine
     return total
 
 

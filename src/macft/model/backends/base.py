@@ -1,4 +1,4 @@
-"""What the portable code asks of a backend.
+"""The interface of kernel backends.
 
 A backend knows how attention, activations, loss and gradient of a model are computed. :meth:`Backend.installed` gives
 one model the backend's operations and takes them back at the end; no other model and nothing of MLX or mlx-lm changes.
@@ -63,12 +63,12 @@ class Backend(Protocol):
         ...
 
     @property
-    def computes_while_building(self) -> bool:
+    def is_eager(self) -> bool:
         """Whether a gradient is computed as it is asked for, not when MLX evaluates its graph."""
         ...
 
     def installed(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Inside, ``model`` is computed by this backend, for training and inference; its adapter is on it already.
+        """Inside, this backend computes ``model``, for training and inference; the adapter must be attached before.
 
         Raises:
             ConfigError: the execution packs rows and this model can't take them.

@@ -36,7 +36,7 @@ class CpuBackend:
     """
 
     name = "cpu"
-    computes_while_building = True
+    is_eager = True
 
     def __init__(self, execution: Execution):
         obstacles = {

@@ -24,7 +24,7 @@ class MlxBackend:
     """See :class:`~macft.model.backends.base.Backend`. Everything is lazy, and can be compiled."""
 
     name = "mlx"
-    computes_while_building = False
+    is_eager = False
 
     def __init__(self, execution: Execution):
         self._execution = execution

@@ -9,21 +9,23 @@ from pathlib import Path
 from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
 from macft.config.yaml import fingerprint
-from macft.membership.form_ring import MemberConfig, form_elastic_ring
-from macft.rendezvous.connect import connect
+from macft.membership.join import MemberConfig, form_elastic_ring
+from macft.rendezvous.connect import RankConfig, connect
 from macft.rendezvous.keystore import Keyring, keyring_for
-from macft.rendezvous.rendezvous import RendezvousServer
+from macft.rendezvous.server import RendezvousServer
 from macft.run.node import run_node
 from macft.topology.hosts import own_rank
 from macft.topology.settings import host_paths, split_host
-from macft.training.stop import StopRequest
+from macft.training.stop_request import StopRequest
 
 
 def run_on_hosts(
     config: TrainConfig, folder: Path, *, resume: bool, stop: StopRequest, keyring: Keyring | None = None
 ) -> str:
-    """Runs this machine's rank of a run on several hosts; returns why it ended. ``keyring``: if not this machine's."""
+    """Runs this machine's rank of a run on several hosts; returns why it ended.
 
+    ``keyring`` replaces this machine's own keys.
+    """
     topology = config.topology
     rank, world_size = own_rank(topology), len(topology.hosts)
     keyring = keyring or keyring_for(topology, config.collective)
@@ -44,21 +46,20 @@ def run_on_hosts(
                 on_refusal=lambda line: print(f"note: {line}", file=sys.stderr),
             )
             server.start()
-        with connect(
-            f"{addresses[0][0]}:{addresses[0][1]}",
+        rank_config = RankConfig(
+            server=f"{addresses[0][0]}:{addresses[0][1]}",
             rank=rank,
             world_size=world_size,
             run_id=run_id,
             fingerprint=fingerprint(config),
             name=topology.hosts[rank],
-            settings=config.collective,
-            start_timeout=topology.start_timeout,
-            bind=bind_addresses(paths, 1),
+            timeout=topology.start_timeout,
             keyring=keyring,
-        ) as ring:
+        )
+        with connect(rank_config, config.collective, bind=bind_addresses(paths, 1)) as ring:
             if not is_elastic(config):
                 return run_node(config, ring, folder, resume=resume, stop=stop)
-            place = MemberConfig(
+            member_config = MemberConfig(
                 bind=bind_addresses(paths, 2),
                 ring_bind=bind_addresses(paths, 1),
                 name=topology.hosts[rank],
@@ -66,13 +67,13 @@ def run_on_hosts(
                 keyring=keyring,
                 fingerprint=fingerprint(config, of_newcomer=True),
             )
-            with form_elastic_ring(ring, place) as team:
-                return run_node(config, team, folder, resume=resume, stop=stop)
+            with form_elastic_ring(ring, member_config) as elastic_ring:
+                return run_node(config, elastic_ring, folder, resume=resume, stop=stop)
     finally:
         if server is not None:
             server.close()
 
 
-def bind_addresses(paths: Sequence[tuple[str, int]], after: int) -> str:
-    """``host:port`` of each cable, joined by ``+``, ``after`` ports further; 0 stays 0."""
-    return "+".join(f"{name}:{port and port + after}" for name, port in paths)
+def bind_addresses(paths: Sequence[tuple[str, int]], offset: int) -> str:
+    """``host:port`` of each cable, joined by ``+``, with ``offset`` added to the port; port 0 stays 0."""
+    return "+".join(f"{name}:{port and port + offset}" for name, port in paths)

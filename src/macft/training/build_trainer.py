@@ -1,4 +1,4 @@
-"""Puts a trainer together from its parts."""
+"""Builds a trainer from its parts."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from macft.training.optimizer import OptimizerStep, learning_rate
 from macft.training.recovery import Recovery
 from macft.training.settings import OptimizerConfig, TrainingConfig, steps_for
 from macft.training.state import TrainState
-from macft.training.stepper import StepParts, make_stepper
-from macft.training.stop import StopRequest
+from macft.training.stepper import StepContext, make_stepper
+from macft.training.stop_request import StopRequest
 from macft.training.synchronization import EveryStep, Synchronization
 from macft.training.throttle import NoThrottle, Throttle
 from macft.training.validation import ValidationResult, validation_loss
 from macft.training.validation_policy import ValidationPolicy
 
 
-def make_trainer(
+def build_trainer(
     config: TrainingConfig,
     optimizer_config: OptimizerConfig,
     state: TrainState,
@@ -44,7 +44,7 @@ def make_trainer(
     throttle: Throttle | None = None,
     stop: StopRequest | None = None,
 ) -> Trainer:
-    """A trainer of ``state`` on the ranks of its reducer's collective.
+    """Builds the trainer of ``state``; its ranks are those of ``state.reducer.collective``.
 
     Left out, ``balancer`` gives all ranks equal shares, ``throttle`` never rests, and ``stop`` is never requested.
     """
@@ -56,7 +56,7 @@ def make_trainer(
         throttle or NoThrottle(),
         follow_speed=state.outer is None,
     )
-    parts = StepParts(
+    context = StepContext(
         loader=BatchLoader(train_rows, order, config.micro_batch_size, shared=compute.execution.shared_prefixes),
         compute=compute,
         update=OptimizerStep(model, state.optimizer, compiled=compute.execution.compiled),
@@ -94,7 +94,7 @@ def make_trainer(
     checkpoints = CheckpointPolicy(state, collective, saver, reporter, every=config.save_every)
     return Trainer(
         state,
-        partial(make_stepper, parts, synchronization),
+        partial(make_stepper, context, synchronization),
         nodes,
         validation,
         checkpoints,

@@ -1,4 +1,4 @@
-"""Joins a run that is under way."""
+"""Joins a running run."""
 
 from __future__ import annotations
 
@@ -7,27 +7,26 @@ from pathlib import Path
 
 from macft.config.schema import TrainConfig
 from macft.config.yaml import fingerprint
-from macft.launch.hosts import bind_addresses
-from macft.membership.form_ring import MemberConfig, join_elastic_ring, local_address_towards, member_addresses
+from macft.launch.run_on_hosts import bind_addresses
+from macft.membership.join import MemberConfig, join_elastic_ring, local_address_towards, member_addresses
 from macft.rendezvous.keystore import keyring_for
 from macft.run.node import run_node
 from macft.topology.hosts import own_rank
 from macft.topology.settings import host_paths
-from macft.training.stop import StopRequest
+from macft.training.stop_request import StopRequest
 
 
 def join_run(config: TrainConfig, folder: Path, target: str) -> str:
-    """Joins the run that the nodes at ``target`` train; returns why it ended."""
-
+    """Joins the run of the nodes at ``target`` (a value of ``topology.join``); returns why it ended."""
     topology = config.topology
-    doors = member_addresses(target, topology.port)
+    addresses = member_addresses(target, topology.port)
     is_listed = bool(topology.hosts)
-    own = topology.hosts[own_rank(topology)] if is_listed else local_address_towards(doors[0])
+    own = topology.hosts[own_rank(topology)] if is_listed else local_address_towards(addresses[0])
     is_local = own in ("127.0.0.1", "[::1]")
     paths = [(own, 0)] if is_local and not is_listed else host_paths(own, topology.port)
     stop = StopRequest()
     with stop.listening():
-        place = MemberConfig(
+        member_config = MemberConfig(
             bind=bind_addresses(paths, 2),
             ring_bind=bind_addresses(paths, 1),
             name=own if is_listed else platform.node() or own,
@@ -35,5 +34,5 @@ def join_run(config: TrainConfig, folder: Path, target: str) -> str:
             keyring=keyring_for(topology, config.collective),
             fingerprint=fingerprint(config, of_newcomer=True),
         )
-        with join_elastic_ring(doors, place, timeout=topology.start_timeout) as team:
-            return run_node(config, team, folder, resume=False, stop=stop)
+        with join_elastic_ring(addresses, member_config, timeout=topology.start_timeout) as elastic_ring:
+            return run_node(config, elastic_ring, folder, resume=False, stop=stop)

@@ -18,12 +18,12 @@ async def connect(destination: str) -> asyncssh.SSHClientConnection:
     """Opens a connection to ``[user@]name[:port]``; ``~/.ssh/config``, agent, keys and ``known_hosts`` apply.
 
     Raises:
-        LaunchError: one line that says what stands in the way, and what mends it.
+        LaunchError: one line with the reason and how to fix it.
     """
-    asyncssh.set_log_level(logging.WARNING)  # Hydra shows everybody's log of level INFO
+    asyncssh.set_log_level(logging.WARNING)  # Hydra prints all logs of level INFO
     user, name, port = split_destination(destination)
     plain = f"{user}@{name}" if user else name
-    mended = f"{'-p ' + str(port) + ' ' if port else ''}{plain}"
+    arguments = f"{'-p ' + str(port) + ' ' if port else ''}{plain}"
     try:
         return await asyncssh.connect(
             name,
@@ -35,11 +35,11 @@ async def connect(destination: str) -> asyncssh.SSHClientConnection:
         )
     except asyncssh.HostKeyNotVerifiable:
         raise LaunchError(
-            f"{destination}: its host key is not in known_hosts, or is another one; run `ssh {mended}` once and "
+            f"{destination}: its host key is not in known_hosts, or is another one; run `ssh {arguments}` once and "
             "compare the fingerprint with the one that the host shows"
         ) from None
     except asyncssh.PermissionDenied:
-        raise LaunchError(f"{destination}: refuses your SSH key; run `ssh-copy-id {mended}`") from None
+        raise LaunchError(f"{destination}: refuses your SSH key; run `ssh-copy-id {arguments}`") from None
     except (TimeoutError, OSError, asyncssh.ConnectionLost, asyncssh.DisconnectError) as error:
         reason = getattr(error, "strerror", None) or str(error) or "no answer"
         raise LaunchError(
@@ -53,5 +53,5 @@ async def connect(destination: str) -> asyncssh.SSHClientConnection:
 
 
 def python_command(python: str) -> str:
-    """The path as the remote shell is to see it, ``~`` unquoted."""
+    """The path quoted for the remote shell, with ``~`` left unquoted."""
     return "~/" + shlex.quote(python[2:]) if python.startswith("~/") else shlex.quote(python)

@@ -1,4 +1,4 @@
-"""A run of ``topology=ssh``: what goes to the hosts, and where its run folder is there."""
+"""A run of ``topology=ssh``: which files are sent to the hosts, and where its run folder is there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
 from macft.config.yaml import to_yaml
 from macft.errors import ConfigError
-from macft.launch.ssh import LaunchPlan, launch, show
+from macft.launch.ssh_launcher import LaunchPlan, launch_over_ssh, show
 from macft.model.resolve import resolve
 from macft.remote.shipment import Shipment
 from macft.rendezvous.keystore import needs_keys
@@ -23,9 +23,9 @@ def run_over_ssh(config: TrainConfig, folder: Path, *, resume: bool) -> int:
     """Runs ``config`` on the hosts of its topology, with the results in ``folder``; returns rank 0's exit status.
 
     Raises:
-        MacftError: a host is not fit, or a rank failed.
+        MacftError: a host is not ready, or a rank failed.
     """
-    return launch(
+    return launch_over_ssh(
         LaunchPlan(
             topology=config.topology,
             config=to_yaml(config),
@@ -42,16 +42,17 @@ def run_over_ssh(config: TrainConfig, folder: Path, *, resume: bool) -> int:
 
 
 def shipments(config: TrainConfig) -> list[Shipment]:
-    """What ``topology.ship`` asks for.
+    """What ``topology.ship`` sends.
 
     Raises:
-        ConfigError: a dataset that is not on this machine.
-        ModelError: the model can't be had here.
+        ConfigError: a dataset is not on this machine.
+        ModelError: the model is neither on this machine nor can it be downloaded.
     """
-    topology, found = config.topology, []
+    topology = config.topology
+    result: list[Shipment] = []
     if "code" in topology.ship:
         code = posixpath.join(topology.folder, "code", "macft")
-        found += [
+        result += [
             Shipment(Path(macft.__file__).parent, code),
             Shipment(config_folder(), posixpath.join(code, "configs")),
         ]
@@ -62,19 +63,19 @@ def shipments(config: TrainConfig) -> list[Shipment]:
             path = Path(source.path).expanduser()
             if not path.exists():
                 raise ConfigError(f"topology.ship: data can't be sent, for '{source.path}' is not on this machine")
-            found.append(Shipment(path, destination(source.path, topology)))
+            result.append(Shipment(path, destination(source.path, topology)))
     if "model" in topology.ship:
         here = resolve(config.model).absolute()
         given = Path(config.model.path).expanduser()
-        found.append(Shipment(here, destination(config.model.path if given.is_dir() else str(here), topology)))
+        result.append(Shipment(here, destination(config.model.path if given.is_dir() else str(here), topology)))
         reference = here.parents[1] / "refs" / "main"
-        if here.parent.name == "snapshots" and reference.is_file():  # how the Hugging Face cache knows its newest
-            found.append(Shipment(reference, destination(str(reference), topology)))
-    return found
+        if here.parent.name == "snapshots" and reference.is_file():  # how the Hugging Face cache finds the snapshot
+            result.append(Shipment(reference, destination(str(reference), topology)))
+    return result
 
 
 def destination(text: str, topology: TopologyConfig) -> str:
-    """Where a path of the configuration is on the hosts: the home folder stands for the home folder there."""
+    """Where a path of the configuration is on the hosts. This machine's home folder becomes that of the host."""
     path = Path(text).expanduser()
     if not path.is_absolute():
         return posixpath.join(topology.folder, path.as_posix())
@@ -84,7 +85,7 @@ def destination(text: str, topology: TopologyConfig) -> str:
 
 
 def _run_folder(folder: Path) -> str:
-    """The run's folder below ``topology.folder``: as it is here below the working folder, or its last two names."""
+    """The run's folder below ``topology.folder``: its path below the working folder here, or its last two parts."""
     if folder.absolute().is_relative_to(Path.cwd()):
         return folder.absolute().relative_to(Path.cwd()).as_posix()
     return posixpath.join("runs", *folder.parts[-2:])

@@ -1,8 +1,8 @@
-"""Codecs of the wire: a ring's partial sums, smaller on every hop."""
+"""Wire codecs: they encode the partial sums of a ring on every hop."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,20 +14,22 @@ BLOCK = 256
 
 
 class WireCodec(Protocol):
-    """float32 values to fewer bytes and back, lossy. A pure function, so that equal bytes decode to equal bits."""
+    """float32 values to fewer bytes and back, lossy. A pure function: equal bytes decode to equal bits."""
 
     name: str
+    ratio: float
+    """Encoded bytes per byte of float32, for long arrays."""
 
     def encoded_bytes(self, size: int) -> int:
-        """Bytes that ``size`` values take."""
+        """The number of bytes that ``size`` values take."""
         ...
 
     def encode(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Flat values to ``encoded_bytes(values.size)`` bytes."""
+        """Values (float32, shape (n,)) to bytes (uint8, shape (encoded_bytes(n),))."""
         ...
 
-    def decode(self, data: Any, size: int) -> NDArray[np.float32]:
-        """The inverse, up to rounding. NaN and infinity come back as something that isn't finite."""
+    def decode(self, data: bytes | memoryview, size: int) -> NDArray[np.float32]:
+        """The inverse, up to rounding: float32, shape (size,). NaN and infinity become non-finite values."""
         ...
 
 
@@ -35,31 +37,33 @@ class Bfloat16:
     """Half the bytes: float32's range with 8 bits of precision."""
 
     name = "bfloat16"
+    ratio = 0.5
 
     def encoded_bytes(self, size: int) -> int:
-        """2 a value."""
+        """2 bytes a value."""
         return 2 * size
 
     def encode(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Rounds to nearest, ties to even."""
         return to_bfloat16(values).view(np.uint8)
 
-    def decode(self, data: Any, size: int) -> NDArray[np.float32]:
+    def decode(self, data: bytes | memoryview, size: int) -> NDArray[np.float32]:
         """Exact."""
         return from_bfloat16(np.frombuffer(data, np.uint16, size))
 
 
 class Int8:
-    """About a quarter: blocks of 256 values, each with a float32 scale of largest magnitude / 127."""
+    """About a quarter of the bytes: blocks of 256 values, each with a float32 scale of largest magnitude / 127."""
 
     name = "int8"
+    ratio = (BLOCK + 4) / (4 * BLOCK)
 
     def encoded_bytes(self, size: int) -> int:
-        """1 a value and 4 a block."""
+        """1 byte a value and 4 bytes a block."""
         return size + 4 * -(-size // BLOCK)
 
     def encode(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Scales first, then the rounded values."""
+        """The scales, then the rounded values."""
         blocks = -(-values.size // BLOCK)
         padded = np.zeros(blocks * BLOCK, np.float32)
         padded[: values.size] = values
@@ -70,11 +74,11 @@ class Int8:
         out = np.empty(self.encoded_bytes(values.size), np.uint8)
         out[: 4 * blocks] = scales.view(np.uint8)
         np.rint(table, out=table)
-        np.clip(np.nan_to_num(table, copy=False), -127, 127, out=table)  # an infinite block is told by its scale
+        np.clip(np.nan_to_num(table, copy=False), -127, 127, out=table)  # the scale marks a block as not finite
         out[4 * blocks :] = padded[: values.size].astype(np.int8).view(np.uint8)
         return out
 
-    def decode(self, data: Any, size: int) -> NDArray[np.float32]:
+    def decode(self, data: bytes | memoryview, size: int) -> NDArray[np.float32]:
         """Value times scale."""
         blocks = -(-size // BLOCK)
         scales = np.frombuffer(data, np.float32, blocks)
@@ -83,6 +87,3 @@ class Int8:
         table = padded.reshape(blocks, BLOCK)
         table *= scales[:, None]
         return padded[:size]
-
-
-WIRE_CODECS: dict[str, WireCodec] = {codec.name: codec for codec in (Bfloat16(), Int8())}

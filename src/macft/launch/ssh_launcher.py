@@ -1,10 +1,11 @@
-"""Starts every node of a run from one terminal over SSH, and ends them all with it."""
+"""Starts all ranks of a run over SSH from one terminal, and stops them with it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
+import logging
 import posixpath
 import shlex
 import signal
@@ -14,22 +15,24 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import asyncssh
 
 from macft.diagnostics import software
 from macft.errors import LaunchError, MacftError
 from macft.remote import host_probe
+from macft.remote.connection import connect, python_command
+from macft.remote.host_probe import HostReport
 from macft.remote.shipment import Shipment, changed, fetch, send
-from macft.remote.ssh import connect, python_command
 from macft.topology.settings import TopologyConfig, split_host
 
 _GRACE_SECONDS = 20.0
-"""How long the other ranks may take to end by themselves once one has failed."""
+"""How long the other ranks may take to end after one has failed."""
 _PROBE_SECONDS = 120.0
 _MIN_FREE_BYTES = 200 * 2**20
 _LOG_LINES = 5
+_log = logging.getLogger("macft.launch")
 
 
 @dataclass
@@ -37,9 +40,12 @@ class RemoteHost:
     """One host of the run.
 
     Attributes:
-        rank: Its place in ``topology.hosts``.
-        destination: Where SSH finds it.
-        name: What its lines in the terminal begin with.
+        rank: Its index in ``topology.hosts``.
+        destination: ``[user@]name[:port]`` for SSH.
+        name: The prefix of its lines in the terminal.
+        connection: The open connection.
+        last_lines: The last lines of its rank's output.
+        process: The rank's agent, once started.
     """
 
     rank: int
@@ -52,17 +58,19 @@ class RemoteHost:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """What is to run.
+    """What to run, and where.
 
     Attributes:
-        topology: Kind ``ssh``.
-        config: Text of the run's ``config.yaml``.
-        run_folder: The run's folder on the hosts, below ``topology.folder``; results come back to ``folder`` here.
-        shipments: To be sent to all hosts first.
+        topology: Of kind ``ssh``.
+        config: The text of the run's ``config.yaml``.
+        folder: The run's folder on this machine, which gets the results.
+        run_folder: The run's folder on the hosts, below ``topology.folder``.
+        shipments: Files to send to all hosts first.
         has_code: Whether macft itself is among them, in ``code`` below ``topology.folder``.
+        resume: Whether the ranks continue from the last checkpoint.
         show: Prints a line.
-        secret: Key of this run, for the agents; empty where it is not encrypted.
-        elastic: Whether the others go on without a host that is lost.
+        secret: The key of this run, for the agents; empty without encryption.
+        elastic: Whether the other ranks continue without a host that is lost.
     """
 
     topology: TopologyConfig
@@ -77,14 +85,14 @@ class LaunchPlan:
     elastic: bool = False
 
 
-def launch(plan: LaunchPlan) -> int:
+def launch_over_ssh(plan: LaunchPlan) -> int:
     """Runs all ranks and waits for them; returns rank 0's exit status.
 
-    The first SIGINT or SIGTERM asks rank 0 for an orderly end with a checkpoint; a second one cuts all hosts off, which
-    makes each of them stop by itself.
+    The first SIGINT or SIGTERM asks rank 0 to stop cleanly, with a checkpoint. The second one disconnects all hosts,
+    and each of them then stops by itself.
 
     Raises:
-        LaunchError: one line for each host that is not fit, before anything is started; or why a rank failed.
+        LaunchError: one line for each host that is not ready, before anything is started; or why a rank failed.
     """
     return asyncio.run(_launch(plan))
 
@@ -105,24 +113,24 @@ async def _launch(plan: LaunchPlan) -> int:
 
 
 async def _holder_of_results(hosts: list[RemoteHost], remote: str) -> RemoteHost:
-    """The host that led at the end: it has written the newest summary."""
-    written = []
+    """The host that led at the end, which has written the newest summary."""
+    summaries = []
     for host in hosts[: None if len(hosts) > 1 else 0]:
         with contextlib.suppress(asyncssh.Error, OSError):
             async with host.connection.start_sftp_client() as sftp:
-                found = await sftp.stat(posixpath.join(remote, "summary.json"))
-                written.append((found.mtime or 0, host))
-    return max(written, key=lambda item: item[0], default=(0, hosts[0]))[1]
+                attributes = await sftp.stat(posixpath.join(remote, "summary.json"))
+                summaries.append((attributes.mtime or 0, host))
+    return max(summaries, key=lambda summary: summary[0], default=(0, hosts[0]))[1]
 
 
 async def _connect_all(topology: TopologyConfig, stack: AsyncExitStack) -> list[RemoteHost]:
     destinations = [topology.ssh_of(rank) for rank in range(len(topology.hosts))]
-    found = await asyncio.gather(*(connect(item) for item in destinations), return_exceptions=True)
+    results = await asyncio.gather(*(connect(item) for item in destinations), return_exceptions=True)
     connections = []
-    for item in found:
-        if isinstance(item, asyncssh.SSHClientConnection):
-            connections.append(await stack.enter_async_context(item))
-    _raise_all(found)
+    for result in results:
+        if isinstance(result, asyncssh.SSHClientConnection):
+            connections.append(await stack.enter_async_context(result))
+    _raise_all(results)
     names = [destination.split("@")[-1] for destination in destinations]
     return [
         RemoteHost(
@@ -132,8 +140,8 @@ async def _connect_all(topology: TopologyConfig, stack: AsyncExitStack) -> list[
     ]
 
 
-def _raise_all(results: Sequence[Any]) -> None:
-    """Raises what went wrong, one line for each host."""
+def _raise_all(results: Sequence[object]) -> None:
+    """Raises the errors among ``results`` as one, with a line for each host."""
     errors = [result for result in results if isinstance(result, BaseException)]
     for error in errors:
         if not isinstance(error, MacftError):
@@ -142,13 +150,17 @@ def _raise_all(results: Sequence[Any]) -> None:
         raise LaunchError("\n".join(str(error) for error in errors))
 
 
-async def probe(
-    host: RemoteHost, topology: TopologyConfig, paths: Sequence[str], ports: Sequence[int]
-) -> dict[str, Any]:
-    """What :mod:`macft.remote.host_probe` finds on a host.
+async def probe(host: RemoteHost, topology: TopologyConfig, paths: Sequence[str], ports: Sequence[int]) -> HostReport:
+    """Runs :mod:`macft.remote.host_probe` on a host.
+
+    Args:
+        host: The host.
+        topology: The run's topology.
+        paths: Files and folders to hash.
+        ports: Ports that must be free.
 
     Raises:
-        LaunchError: its Python can't be run.
+        LaunchError: its Python cannot be run.
     """
     python = topology.python_of(host.rank)
     request = {
@@ -161,21 +173,21 @@ async def probe(
     source = Path(host_probe.__file__).read_text(encoding="utf-8")
     command = f"{python_command(python)} - {shlex.quote(json.dumps(request))}"
     try:
-        done = await asyncio.wait_for(host.connection.run(command, input=source), _PROBE_SECONDS)
+        completed = await asyncio.wait_for(host.connection.run(command, input=source), _PROBE_SECONDS)
     except (TimeoutError, asyncssh.Error) as error:
         raise LaunchError(f"{host.destination}: no answer from Python there ({error or 'too slow'})") from None
-    lines = str(done.stdout or "").strip().splitlines()
+    lines = str(completed.stdout or "").strip().splitlines()
     try:
         answer = json.loads(lines[-1])
     except (IndexError, ValueError):
-        said = (str(done.stderr or "").strip().splitlines() or [f"status {done.exit_status}"])[-1]
+        reason = (str(completed.stderr or "").strip().splitlines() or [f"status {completed.exit_status}"])[-1]
         raise LaunchError(
-            f"{host.destination}: '{python}' can't look at the host there ({said[:200]}); set topology.python to the "
+            f"{host.destination}: '{python}' can't examine the host ({reason[:200]}); set topology.python to the "
             "Python that has macft"
         ) from None
     if not isinstance(answer, dict) or not isinstance(answer.get("versions"), dict):
-        raise LaunchError(f"{host.destination}: '{python}' gave no proper answer")
-    return answer
+        raise LaunchError(f"{host.destination}: '{python}' gave no valid answer")
+    return cast(HostReport, answer)
 
 
 async def _prepare_all(plan: LaunchPlan, hosts: list[RemoteHost]) -> None:
@@ -186,11 +198,11 @@ async def _prepare(plan: LaunchPlan, host: RemoteHost) -> None:
     _, port = split_host(plan.topology.hosts[host.rank], plan.topology.port)
     paths = [shipment.destination for shipment in plan.shipments]
     ports = [port, port + 1, port + 2] if host.rank == 0 else [port + 1, port + 2]
-    answer = await probe(host, plan.topology, paths, ports)
-    if objection := _objection(plan, answer):
+    report = await probe(host, plan.topology, paths, ports)
+    if objection := _objection(plan, report):
         raise LaunchError(f"{host.destination}: {objection}")
     for shipment in plan.shipments:
-        files = changed(shipment, answer["files"].get(shipment.destination, {}))
+        files = changed(shipment, report["files"].get(shipment.destination, {}))
         if files:
             plan.show(f"[{host.name}] {len(files)} files are sent to {shipment.destination}")
         try:
@@ -200,10 +212,10 @@ async def _prepare(plan: LaunchPlan, host: RemoteHost) -> None:
     await _send_config(plan, host)
 
 
-def _objection(plan: LaunchPlan, answer: dict[str, Any]) -> str:
-    """Why a host is not fit, or nothing."""
-    ours, theirs = software.versions(), answer["versions"]
-    if "free" not in answer:
+def _objection(plan: LaunchPlan, report: HostReport) -> str:
+    """Why a host is not ready; empty if it is."""
+    ours, theirs = software.versions(), report["versions"]
+    if "free" not in report:
         return f"has Python {theirs.get('python')}; macft needs 3.11 or newer: set topology.python"
     for package in software.PACKAGES:
         if package == "macft" and plan.has_code:
@@ -213,17 +225,17 @@ def _objection(plan: LaunchPlan, answer: dict[str, Any]) -> str:
                 f"has {package} {theirs.get(package)}, this machine has {ours[package]}; run there: "
                 f"python3 -m pip install {package}=={ours[package]}"
             )
-    for port, error in answer["ports"].items():
+    for port, error in report["ports"].items():
         if error:
             return f"can't listen on port {port} ({error}); end what uses it, or set topology.port"
     needed = _MIN_FREE_BYTES + sum(
         path.stat().st_size
         for shipment in plan.shipments
-        for path in changed(shipment, answer["files"].get(shipment.destination, {})).values()
+        for path in changed(shipment, report["files"].get(shipment.destination, {})).values()
     )
-    if answer["free"] < needed:
+    if report["free"] < needed:
         return (
-            f"has {answer['free'] / 2**20:.0f} MiB of disk free, {needed / 2**20:.0f} MiB are needed; remove old runs"
+            f"has {report['free'] / 2**20:.0f} MiB of disk free, {needed / 2**20:.0f} MiB are needed; remove old runs"
         )
     return ""
 
@@ -244,26 +256,27 @@ async def _start(plan: LaunchPlan, host: RemoteHost) -> None:
     code = "PYTHONPATH=code " if plan.has_code else ""
     resume = " --resume" if plan.resume else ""
     folder, run = shlex.quote(plan.topology.folder), shlex.quote(plan.run_folder)
-    # `env` and `exec` work in every login shell; the agent ends when its standard input does.
+    # `env` and `exec` work in every login shell. The agent ends when its standard input does.
     command = f"cd {folder} && exec env {code}{python} -u -m macft.launch.agent {run} {host.rank}{resume}"
     host.process = await host.connection.create_process(command, stderr=asyncssh.STDOUT, errors="replace")
     if plan.secret:  # not in the command, which every user of the host can see
         host.process.stdin.write(f"key {plan.secret.hex()}\n")
+    _log.info("rank %d started on %s", host.rank, host.destination)
 
 
 async def _run(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[RemoteHost]]:
-    asked = 0
+    signals = 0
 
     def stop() -> None:
-        nonlocal asked
-        asked += 1
+        nonlocal signals
+        signals += 1
         running = [host.process for host in hosts if host.process is not None and host.process.exit_status is None]
         first = next((process for process in running if not process.stdin.is_closing()), None)
-        if asked == 1 and first is not None:
-            plan.show("stopping: the run ends after this step, with a checkpoint; Ctrl-C again to cut it off")
+        if signals == 1 and first is not None:
+            plan.show("stopping: the run ends after this step, with a checkpoint; Ctrl-C again to disconnect")
             first.stdin.write("stop\n")
         else:
-            _cut_off(hosts)
+            _disconnect(hosts)
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -276,8 +289,8 @@ async def _run(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[Rem
 
 
 async def _wait(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[RemoteHost]]:
-    """How the run ended, and the hosts on which it ended so."""
-    tasks = {asyncio.create_task(_follow(plan, host)): host for host in hosts}
+    """The run's exit status, and the hosts whose rank ended with it."""
+    tasks = {asyncio.create_task(_show_output(plan, host)): host for host in hosts}
     waiting = set(tasks)
     failed: tuple[RemoteHost, int] | None = None
     while waiting:
@@ -287,8 +300,9 @@ async def _wait(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[Re
             return_when=asyncio.FIRST_COMPLETED,
         )
         if not done:
-            _cut_off(hosts)
+            _disconnect(hosts)
         for task in done:
+            _log.info("rank %d on %s %s", tasks[task].rank, tasks[task].destination, _how(task.result()))
             if task.result() not in (0, 130):
                 failed = failed or (tasks[task], task.result())
                 if plan.elastic and waiting:
@@ -298,14 +312,14 @@ async def _wait(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[Re
             return status, [host for task, host in tasks.items() if task.result() == status]
     assert failed is not None
     host, how = failed[0], _how(failed[1])
-    raise LaunchError(f"{host.name} {how}; it said last: {' | '.join(host.last_lines) or 'nothing'}")
+    raise LaunchError(f"{host.name} {how}; its last lines: {' | '.join(host.last_lines) or 'nothing'}")
 
 
 def _how(status: int) -> str:
     return "lost its connection" if status < 0 else f"ended with status {status}"
 
 
-async def _follow(plan: LaunchPlan, host: RemoteHost) -> int:
+async def _show_output(plan: LaunchPlan, host: RemoteHost) -> int:
     """Shows a rank's output line by line, with the host's name; returns its exit status, -1 if the connection broke."""
     assert host.process is not None
     try:
@@ -319,18 +333,18 @@ async def _follow(plan: LaunchPlan, host: RemoteHost) -> int:
             text = line.rstrip("\r\n")
             host.last_lines.append(text)
             plan.show(f"[{host.name}] {text}")
-        done = await host.process.wait()
+        completed = await host.process.wait()
     except (asyncssh.Error, OSError):
         return -1
-    return -1 if done.exit_status is None else done.exit_status
+    return -1 if completed.exit_status is None else completed.exit_status
 
 
-def _cut_off(hosts: list[RemoteHost]) -> None:
+def _disconnect(hosts: list[RemoteHost]) -> None:
     for host in hosts:
         if host.process is not None:
             host.process.stdin.write_eof() if not host.process.stdin.is_closing() else None
 
 
 def show(line: str) -> None:
-    """Prints to the terminal at once."""
+    """Prints a line to the terminal immediately."""
     print(line, flush=True, file=sys.stdout)
