@@ -20,6 +20,7 @@ import pytest
 
 import macft
 from harness.runs import environment, uneven_dataset
+from harness.tiny_model import TINY_CONFIG, make_tiny_model
 from helpers.docs import NOT_RUN, PAGES, ROOT, Command, blocks, commands
 from macft import errors
 from macft.config.command_line import prepare
@@ -43,14 +44,16 @@ BRIEFLY = {"monitor": ["--once"], "plan": ["dataset=./rows", "topology.batch=aut
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Path]:
+def sandbox(tmp_path_factory: pytest.TempPathFactory, bundled_model: Path) -> Iterator[Path]:
     """A folder with what the documentation's paths name: a model, rows, runs' folders, a cluster."""
     folder = tmp_path_factory.mktemp("reader")
     rows = uneven_dataset(folder / "rows")
+    # As many blocks as the recipes adapt.
+    model = make_tiny_model(folder / "tiny", bundled_model, {**TINY_CONFIG, "num_hidden_layers": 16})
     for name in ("path/to/folder", "model"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(rows, folder / name)
-        for item in tiny_model_folder.iterdir():
+        for item in model.iterdir():
             (folder / name / item.name).symlink_to(item)
     (folder / "recipes").symlink_to(ROOT / "recipes")
     config = TrainConfig()
