@@ -75,6 +75,7 @@ def test_bandwidths_are_those_of_nccl_tests() -> None:
     assert other.ratio_to(result) == pytest.approx((2 + 3) / 2)
 
 
+@pytest.mark.slow
 def test_local_ranks_with_peers(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     arguments = [
@@ -167,6 +168,7 @@ def test_the_limits_are_measured_or_unknown() -> None:
     assert link_speed("no-such-host.invalid") is None
 
 
+@pytest.mark.slow
 def test_thousands_of_adapter_shaped_calls_do_not_hang() -> None:
     """The short form of benchmarks/deadlock.py; every sum is checked there."""
     command = [sys.executable, str(BENCHMARKS / "deadlock.py"), "--names", "macft", "--ranks", "3", "--calls", "1260"]

@@ -123,6 +123,7 @@ def test_another_adapter_is_refused() -> None:
         restore(capture(model, optimizer, Progress(step=1)), other, optim.AdamW(1e-3))
 
 
+@pytest.mark.slow
 @given(
     st.one_of(
         st.binary(max_size=60),

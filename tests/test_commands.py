@@ -68,6 +68,7 @@ def test_an_unknown_command_is_one_line(script: list[str], word: str, hint: str)
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_help_names_the_program_as_it_was_started(script: list[str]) -> None:
     name = "keys"
     for command, program in (
@@ -108,6 +109,7 @@ def test_a_sweep_started_by_macft_has_a_folder_for_each_job(
     assert [len(losses(sweep / job)) for job in ("0", "1")] == [1, 1]
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_a_command_quietly(script: list[str]) -> None:
     command, pipe = [*script, "train", "--help"], subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment(), text=True) as process:

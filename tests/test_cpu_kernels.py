@@ -45,6 +45,7 @@ def longest(vectors: Any) -> float:
     return float(mx.linalg.norm(vectors, axis=-1).max())
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(
     rows=st.integers(1, 2),

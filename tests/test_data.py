@@ -155,6 +155,7 @@ def test_a_broken_parquet_file_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_fails_fast_with_one_line() -> None:
     code = (
         "from macft.data.sources import read_source\nfrom macft.data.settings import SourceConfig\n"
@@ -405,6 +406,7 @@ for options in ({}, {"train_split": "train[:80%]", "valid_split": "train[80%:]"}
 """
 
 
+@pytest.mark.slow
 def test_a_hub_dataset_that_was_prepared_before_needs_no_hub(tmp_path: Path) -> None:
     """Its splits are found by name, as mlx-lm does; slices are taken; a split that isn't there is named."""
     from datasets.packaged_modules.json.json import Json

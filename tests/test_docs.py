@@ -233,6 +233,7 @@ def test_files_named_in_the_documentation_exist() -> None:
                 assert (ROOT / name).exists() or (ROOT / "src/macft" / name).exists(), f"{page.name}: {name}"
 
 
+@pytest.mark.slow
 def test_the_small_benchmark_prints_its_table(sandbox: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "macft.bench", "--sizes", "4K", "--turns", "1"],

@@ -105,6 +105,7 @@ def test_a_mac_behind_a_dock_is_seen_and_a_drive_is_no_mac() -> None:
     assert network.thunderbolt_findings(macos.thunderbolt_ports(json.dumps({"SPThunderboltDataType": [IDLE]}))) == []
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     st.recursive(

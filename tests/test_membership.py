@@ -124,6 +124,7 @@ def test_a_newcomer_is_let_in_when_all_stop_for_it(nodes: list[Node]) -> None:
         newcomer.close()
 
 
+@pytest.mark.slow
 def test_one_that_was_dropped_learns_it_and_comes_back_as_the_last(nodes: list[Node]) -> None:
     """The first loses its ring alone, as a node does that wakes from sleep: the others are in another generation."""
     stale = nodes[0]
@@ -241,6 +242,7 @@ ballots = st.builds(Ballot, st.integers(0, 1 << 40), texts)
 votes = st.builds(Vote, ballots, views)
 
 
+@pytest.mark.slow
 @given(
     st.builds(
         Heartbeat,
@@ -266,6 +268,7 @@ parts = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(
     st.binary(max_size=300)
     | st.lists(parts, max_size=10).map(lambda rest: msgpack.packb([heartbeat_codec.run_mark(b"s"), *rest]))

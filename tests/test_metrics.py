@@ -230,6 +230,7 @@ VALUES = st.none() | st.integers(-(2**63), 2**63 - 1) | st.text(max_size=4) | st
 ROWS = st.integers(1, 3).flatmap(lambda width: st.lists(st.tuples(*[VALUES] * width), max_size=8))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(rows=ROWS, seed=st.integers(0, 99))
 def test_order_counts_only_where_it_is_asked_for(rows: list[tuple[Any, ...]], seed: int) -> None:

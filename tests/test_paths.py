@@ -55,6 +55,7 @@ def test_both_cables_carry_and_sums_are_right(world_size: int) -> None:
         assert all(cable.carried > 200_000 for pair in cables for cable in pair)
 
 
+@pytest.mark.slow
 def test_the_faster_cable_carries_more() -> None:
     with two_cables(2) as (listeners, addresses, cables):
         for pair in cables:
@@ -64,6 +65,7 @@ def test_the_faster_cable_carries_more() -> None:
             assert pair[0].carried > 2 * pair[1].carried
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cut", "silent"])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_lost_cable_costs_no_row_and_no_run(how: str, world_size: int) -> None:
@@ -86,6 +88,7 @@ def test_a_lost_cable_costs_no_row_and_no_run(how: str, world_size: int) -> None
         assert lost[0] == [cables[1][1].address]
 
 
+@pytest.mark.slow
 def test_a_cable_that_is_unplugged_from_the_start_is_left_out() -> None:
     with two_cables(2) as (listeners, addresses, cables):
         cables[0][1].cut()
@@ -210,6 +213,7 @@ def test_a_real_cable_that_is_pulled_costs_no_sum_and_no_run() -> None:
         assert [rank.wait(20) for rank in ranks] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_ring_and_its_lost_path_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     """The second path of rank 0 is to a port where nothing listens."""
     caplog.set_level(logging.INFO, "macft")

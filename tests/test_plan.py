@@ -290,6 +290,7 @@ def planned(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_command_plans_for_macs_one_does_not_own(bundled_model: Path) -> None:
     done = planned("+recipe=llama-lora", "model=llama-3.1-8b", "--chips", "M1 Air 8GB,M4 Max 64GB")
     assert done.returncode == 0, done.stderr

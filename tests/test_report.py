@@ -427,6 +427,7 @@ def test_plain_values_are_always_json(value: Any) -> None:
     assert json.loads(json.dumps(plain(value), allow_nan=False)) == plain(value)
 
 
+@pytest.mark.slow
 @given(until=st.integers(0, 19), first=st.integers(0, 19), torn=st.binary(max_size=40))
 def test_after_a_resume_each_step_stands_once(
     until: int, first: int, torn: bytes, tmp_path_factory: pytest.TempPathFactory

@@ -202,6 +202,7 @@ def test_a_rank_that_fails_by_itself_tells_the_others_why() -> None:
     assert all("rank 0" in message and "loss is not finite" in message for message in told), told
 
 
+@pytest.mark.slow
 def test_a_rank_that_computes_is_alive_for_as_long_as_patience_lasts() -> None:
     released = threading.Event()
     config = CollectiveConfig(timeout=2.0, heartbeat=0.2, patience=4.0)
@@ -289,6 +290,7 @@ def processes(world_size: int, call_bytes: int, **options: float) -> Iterator[li
             rank.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "call_bytes"),
     [

@@ -78,6 +78,7 @@ def live(request: pytest.FixtureRequest) -> Iterator[LiveRing]:
         assert psutil.Process().memory_info().rss - before < 250_000_000
 
 
+@pytest.mark.slow
 @FUZZ
 @given(
     st.sampled_from([b"", GREETING, NULL, CURVE, NULL + READY]),
@@ -133,6 +134,7 @@ def test_a_flood_of_a_stranger_takes_no_memory_of_an_encrypted_ring() -> None:
         assert psutil.Process().memory_info().rss - before < 100_000_000
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(frames(0), st.booleans(), st.sampled_from([3, 100_000]))
 def test_frames_of_a_neighbour_that_is_let_in(parts: list[bytes], backwards: bool, size: int) -> None:

@@ -127,6 +127,7 @@ def test_a_server_that_is_not_trusted_hears_nothing(pool: ThreadPoolExecutor) ->
     server.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("server_encrypts", [True, False])
 def test_one_that_encrypts_and_one_that_does_not_tell_each_other(
     pool: ThreadPoolExecutor, server_encrypts: bool
@@ -272,6 +273,7 @@ def test_two_machines_train_encrypted_over_hosts(tmp_path: Path, tiny_model_fold
     assert len(losses(tmp_path / "run0")) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", [["topology=local"], ["topology=hosts", "topology.hosts=[192.0.2.1,192.0.2.2]"]])
 def test_without_a_key_a_run_ends_before_it_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, topology: list[str]

@@ -57,6 +57,7 @@ def trivial_queries(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_regenerating_gives_the_committed_bytes(tmp_path: Path) -> None:
     write(tmp_path)
     for split in SPLITS:
@@ -94,6 +95,7 @@ def test_every_expected_query_is_right(rows: dict[str, list[dict[str, Any]]], sp
     assert [row["family"] for row in rows[split] if not SQL.score(row, expected_text(row))] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", JUDGED)
 def test_trivial_answers_are_nearly_always_wrong(rows: dict[str, list[dict[str, Any]]], split: str) -> None:
     right: dict[str, int] = {}
@@ -133,6 +135,7 @@ def test_training_rows_hold_no_database(rows: dict[str, list[dict[str, Any]]]) -
     assert not any("database" in row for row in rows["train"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_rows_are_at_most_128_tokens(rows: dict[str, list[dict[str, Any]]], bundled_model: Path, split: str) -> None:
     tokenizer = load_tokenizer(bundled_model)

@@ -17,6 +17,7 @@ from macft.thermal.simulated_mac import CHIPS, SimulatedMac
 loads = st.lists(st.tuples(st.floats(0, 1), st.integers(20, 300)), min_size=1, max_size=8)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     chip=st.sampled_from(sorted(CHIPS)),
