@@ -94,6 +94,7 @@ def test_every_job_of_a_sweep_is_checked_before_the_first_runs() -> None:
         prepare(["-m", RECIPE, "adapter.rank=8,16,-4"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", ["training.stepz=5", "training.steps=abc", "topology.nodes=2", "model=smolm2"])
 def test_a_mistake_ends_the_command_with_status_2(tmp_path: Path, mistake: str) -> None:
     done = train(RECIPE, mistake, cwd=tmp_path)
@@ -151,6 +152,7 @@ def test_cfg_job_prints_the_whole_configuration(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_help_shows_a_newcomer_what_to_type(tmp_path: Path) -> None:
     done = train("--help", cwd=tmp_path)
     assert done.status == 0

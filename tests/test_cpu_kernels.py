@@ -101,6 +101,7 @@ def test_parts_of_the_softmax() -> None:
     close(powers / sums, mx.softmax(logits, axis=-1))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(
     count=st.integers(1, 700),

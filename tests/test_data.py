@@ -130,6 +130,7 @@ def test_a_folder_without_training_rows_is_named(tmp_path: Path) -> None:
         read_source(SourceConfig(path=str(tmp_path)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
 def test_local_files_of_every_kind(tmp_path: Path, suffix: str) -> None:
     import pyarrow

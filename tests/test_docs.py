@@ -323,6 +323,7 @@ def _literals() -> str:
     return "\n".join(found)
 
 
+@pytest.mark.slow
 def test_troubleshooting_knows_every_error_and_no_other() -> None:
     text = (ROOT / "docs/troubleshooting.md").read_text()
     kinds = {

@@ -203,6 +203,7 @@ def test_versions_and_clocks_that_differ_are_named() -> None:
     assert [f.level for f in network.clock_findings({"a": 0.1, "b": -20.0})] == ["warning"]
 
 
+@pytest.mark.slow
 def test_the_command_reports_this_machine(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "macft.doctor", "--json", "--model", "smollm2-135m-instruct"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
@@ -215,6 +216,7 @@ def test_the_command_reports_this_machine(tmp_path: Path) -> None:
     assert report["versions"] == software.versions()
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MACFT_CONFIG", str(tmp_path))
     command = [sys.executable, "-m", "macft.doctor", "--topology", "desk"]

@@ -219,6 +219,7 @@ QUERY_PIECES = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(answer=st.text(st.characters(), max_size=80) | st.lists(QUERY_PIECES, max_size=14).map(" ".join))
 def test_any_text_is_judged(answer: str) -> None:

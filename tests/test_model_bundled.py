@@ -281,6 +281,7 @@ def test_an_unwritable_cache_is_one_clear_line(index: BundledModel, tmp_path: Pa
         ensure_bundled(index, cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_two_processes_fetch_at_once(index: BundledModel, tmp_path: Path) -> None:
     call = f"ensure_bundled({index!r}, cache_dir=Path({str(tmp_path)!r}))"
     script = f"from macft.model.bundled import *\nprint({call})"

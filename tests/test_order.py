@@ -58,6 +58,7 @@ def test_weights_are_sampling_proportions() -> None:
     assert max(light) - min(light) <= 1
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 500), min_size=1, max_size=40),

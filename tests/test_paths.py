@@ -48,6 +48,7 @@ def reduce_many(calls: int, each: Callable[[int, int], None] | None = None) -> C
     return work
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_both_cables_carry_and_sums_are_right(world_size: int) -> None:
     with two_cables(world_size) as (listeners, addresses, cables):

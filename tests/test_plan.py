@@ -176,6 +176,7 @@ def sizes_by_hand(batch: Batch, execution: Execution) -> list[tuple[int, int, in
     return [(rows, length, rows * length, len(target_positions(batch, coarse=execution.compiled)[0]))]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     data=st.lists(st.tuples(st.integers(0, 2), st.integers(2, 300), st.integers(0, 300)), min_size=1, max_size=24),

@@ -417,6 +417,7 @@ def test_numpy_scalars_are_numbers() -> None:
     assert plain(values) == {"a": 0.5, "b": 3, "c": "nan"}
 
 
+@pytest.mark.slow
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -587,6 +588,7 @@ def test_a_newcomer_says_that_it_has_joined(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out == line
 
 
+@pytest.mark.slow
 @given(lost=st.integers(1, TOTAL), is_validation_told=st.booleans(), behind=st.booleans())
 @settings(deadline=None, max_examples=20)
 def test_who_takes_over_tells_what_the_lost_node_could_not(lost: int, is_validation_told: bool, behind: bool) -> None:

@@ -45,6 +45,7 @@ def step(guard: ThermalThrottle, work: float) -> NodeStatus:
     return guard.status(10, time.perf_counter() - begun)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(time.localtime().tm_hour == 23 and time.localtime().tm_min > 57, reason="the quiet day ends")
 def test_rest_is_as_long_as_work_unless_others_are_waited_for() -> None:
     guard = at_half()

@@ -110,6 +110,7 @@ PARSERS: list[tuple[Callable[[bytes], object], bytes]] = [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), which=st.sampled_from(range(len(PARSERS))))
 def test_parsers_take_anything(data: st.DataObject, which: int) -> None:
@@ -226,6 +227,7 @@ def test_the_next_source_takes_over_and_failures_are_told_once() -> None:
     assert first.closed.wait(10)
 
 
+@pytest.mark.slow
 def test_a_sensor_that_hangs_holds_nobody_up() -> None:
     release = threading.Event()
 
