@@ -17,7 +17,7 @@ def execution_for(config: TrainConfig, shape: ModelShape | None, checkpoint: Wei
     """How ``device`` computes ``config``; ``shape`` is None where the architecture isn't known before it is loaded.
 
     Raises:
-        ConfigError: a wish that model or device can't fulfil; one line.
+        ConfigError: the model or the device does not support a setting; one line.
     """
     training, adapter = config.training, config.adapter
     has_dropout = adapter.type != "full" and adapter.dropout > 0

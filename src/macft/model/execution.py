@@ -172,8 +172,14 @@ def resolve(
     ).with_batch(micro_batch_size, "blocks" if grad_checkpoint else "none")
 
 
-def _kernels(wanted: str, weights: WeightFormat, device: Device, *, compiled: bool) -> str:
-    """The backend, "mlx" or "cpu", for ``training.kernels``."""
+def require_cpu_kernels(weights: WeightFormat, device: Device, *, compiled: bool) -> None:
+    """Raises ConfigError, with what would help, where the CPU backend can't compute a model; one line."""
+    if obstacle := _obstacle_to_cpu_kernels(weights, device, compiled=compiled):
+        raise ConfigError(f"training.kernels: cpu needs a float32 model on a Linux CPU, and {obstacle}")
+
+
+def _obstacle_to_cpu_kernels(weights: WeightFormat, device: Device, *, compiled: bool) -> str:
+    """Why the CPU backend can't compute such a model, and what would help; empty if it can."""
     obstacles = [
         (device.kind != "cpu", "this node computes on a GPU; use auto or mlx"),
         (weights.bits is not None, "the model is quantised; add model.quantization=none"),
@@ -181,10 +187,14 @@ def _kernels(wanted: str, weights: WeightFormat, device: Device, *, compiled: bo
         (compiled, "they can't be compiled; add training.compile=false"),
         (not device.openblas, "no OpenBLAS is loaded (macft.doctor says why); use auto or mlx"),
     ]
-    reasons = [reason for applies, reason in obstacles if applies]
-    if wanted == "cpu" and reasons:
-        raise ConfigError(f"training.kernels: cpu needs a float32 model on a Linux CPU, and {reasons[0]}")
-    return "cpu" if wanted != "mlx" and not reasons else "mlx"
+    return next((reason for applies, reason in obstacles if applies), "")
+
+
+def _kernels(wanted: str, weights: WeightFormat, device: Device, *, compiled: bool) -> str:
+    """The backend, "mlx" or "cpu", for ``training.kernels``."""
+    if wanted == "cpu":
+        require_cpu_kernels(weights, device, compiled=compiled)
+    return "cpu" if wanted != "mlx" and not _obstacle_to_cpu_kernels(weights, device, compiled=compiled) else "mlx"
 
 
 def cannot_pack() -> ConfigError:

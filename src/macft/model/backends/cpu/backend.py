@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from macft.device import blas
-from macft.errors import ConfigError
+from macft.device.kind import Device
 from macft.model.backends.base import CrossEntropy, Lanes, Loss, LossAndGradient
 from macft.model.backends.cpu.activations import fast_swiglu, softmax_parts
 from macft.model.backends.cpu.attention import fast_attention
@@ -20,7 +20,7 @@ from macft.model.backends.cpu.lanes import ThreadLanes, replica_of
 from macft.model.backends.lanes import OneLane
 from macft.model.backends.mlx.backend import MlxBackend
 from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy, whole_cross_entropy
-from macft.model.execution import Execution
+from macft.model.execution import Execution, require_cpu_kernels
 from macft.model.head import Head
 from macft.model.module_classes import replaced_functions
 from macft.model.packing import ATTENTION_FUNCTION, packed_ropes
@@ -39,15 +39,8 @@ class CpuBackend:
     is_eager = True
 
     def __init__(self, execution: Execution):
-        obstacles = {
-            "the device is a GPU": execution.device != "cpu",
-            f"its type is {execution.dtype}": execution.dtype != "float32",
-            "it is quantised": execution.bits is not None,
-            "it is compiled": execution.compiled,
-            "no OpenBLAS is loaded": blas.library() is None,
-        }
-        if reasons := [reason for reason, applies in obstacles.items() if applies]:
-            raise ConfigError(f"training.kernels: cpu is for an uncompiled float32 model on a CPU, and {reasons[0]}")
+        device = Device(execution.device, openblas=blas.library() is not None)
+        require_cpu_kernels(execution.weight_format, device, compiled=execution.compiled)
         self._execution = execution
         self._layers = EagerLayers(checkpoint_blocks=execution.recompute == "blocks")
         self._lanes: dict[int, ThreadLanes] = {}
