@@ -160,20 +160,26 @@ class GradientComputer:
         if parts:
             mx.synchronize()
             before_micro_batch()
-        for loss, gradient in self.loss.lanes.map(lambda lane, part: self._gradient(lane, step, part), parts):
-            total = {name: total[name] + value for name, value in gradient.items()} if total else gradient
+
+        def compute(lane: int, part: DeviceBatch) -> tuple[mx.array, Gradient]:
+            inputs, layout, keys = self._arrays(step, part)
+            loss, gradient = self._gradient(lane, layout, keys, *inputs, lengths=part.lengths)
+            mx.eval(loss, gradient)
+            return loss, gradient
+
+        for loss, gradient in self.loss.lanes.map(compute, parts):
+            total = _added(total, gradient)
             losses.append(loss)
             start(list(total.values()))
         return total
 
-    def _gradient(self, lane: int, step: int, part: DeviceBatch) -> tuple[mx.array, Gradient]:
-        """The summed loss of ``part`` and its gradient, as ``lane`` computes them."""
-        inputs, layout, keys = self._arrays(step, part)
-        with laid_out(layout, part.lengths), self._keys.using(keys):
+    def _gradient(
+        self, lane: int, layout: list[mx.array], keys: mx.array, *inputs: mx.array, lengths: Sequence[int] = ()
+    ) -> tuple[mx.array, Gradient]:
+        """The summed loss of a part and its gradient, computed by the model of ``lane``."""
+        with laid_out(layout, lengths), self._keys.using(keys):
             loss, gradient = self._value_and_grad[lane](*inputs)
-        gradient = {name: value.astype(mx.float32) for name, value in gradient.items()}
-        mx.eval(loss, gradient)
-        return loss, gradient
+        return loss, {name: value.astype(mx.float32) for name, value in gradient.items()}
 
     def _arrays(self, step: int, part: DeviceBatch) -> tuple[list[mx.array], list[mx.array], mx.array]:
         """Inputs of the loss, layout and row keys."""
@@ -193,10 +199,8 @@ class GradientComputer:
     def _sum(
         self, total: Gradient, layout: list[mx.array], keys: mx.array, *inputs: mx.array, lengths: Sequence[int] = ()
     ) -> tuple[mx.array, Gradient]:
-        with laid_out(layout, lengths), self._keys.using(keys):
-            loss, gradient = self._value_and_grad[0](*inputs)
-        gradient = {name: value.astype(mx.float32) for name, value in gradient.items()}
-        return loss, {name: total[name] + value for name, value in gradient.items()} if total else gradient
+        loss, gradient = self._gradient(0, layout, keys, *inputs, lengths=lengths)
+        return loss, _added(total, gradient)
 
     def _trace(
         self, total: Gradient, layout: list[mx.array], keys: mx.array, *inputs: mx.array
@@ -207,6 +211,11 @@ class GradientComputer:
             return self._sum(total, layout, keys, *inputs)
         finally:
             self._model.update(parameters)
+
+
+def _added(total: Gradient, gradient: Gradient) -> Gradient:
+    """Their sum; an empty ``total`` is zero."""
+    return {name: total[name] + value for name, value in gradient.items()} if total else gradient
 
 
 def _buckets(shapes: dict[str, tuple[int, ...]], bucket_bytes: int) -> list[list[str]]:
