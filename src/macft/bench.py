@@ -40,11 +40,10 @@ from macft.config.schema import TrainConfig
 from macft.config.validate import to_typed
 from macft.config.yaml import fingerprint
 from macft.errors import CollectiveError, ConfigError
-from macft.rendezvous.connect import RankConfig, connect
+from macft.rendezvous.hosts import connect_hosts
 from macft.rendezvous.keystore import keyring_for
-from macft.rendezvous.server import RendezvousServer
 from macft.topology.hosts import own_rank
-from macft.topology.settings import host_paths, split_host
+from macft.topology.settings import split_host
 
 SIZES = "4K,16K,64K,256K,1M,4M,16M,64M"
 PEERS = ("mlx", "gloo", "mpi", "tcp")
@@ -150,36 +149,14 @@ def _measure_hosts(options: argparse.Namespace, config: TrainConfig) -> tuple[li
     topology = config.topology
     rank, count = own_rank(topology), len(topology.hosts)
     endpoints = [split_host(host, topology.port) for host in topology.hosts]
-    host, port = endpoints[rank]
     run_id = f"bench:{','.join(topology.hosts)}"
     keyring = keyring_for(topology, config.collective)
     # All hosts must also measure the same.
     measured = json.dumps([fingerprint(config), options.sizes, options.turns, options.peers])
     with ExitStack() as stack:
-        if rank == 0:
-            server = RendezvousServer(
-                f"{host}:{port}",
-                world_size=count,
-                run_id=run_id,
-                fingerprint=measured,
-                timeout=topology.start_timeout,
-                keyring=keyring,
-                on_refusal=lambda line: print(f"note: {line}", file=sys.stderr),
-            )
-            stack.callback(server.close)
-            server.start()
-        rank_config = RankConfig(
-            server=f"{endpoints[0][0]}:{endpoints[0][1]}",
-            rank=rank,
-            world_size=count,
-            run_id=run_id,
-            fingerprint=measured,
-            name=topology.hosts[rank],
-            timeout=topology.start_timeout,
-            keyring=keyring,
+        collective = stack.enter_context(
+            connect_hosts(topology, config.collective, run_id=run_id, fingerprint=measured, keyring=keyring)
         )
-        bind = "+".join(f"{name}:{number + 1}" for name, number in host_paths(topology.hosts[rank], topology.port))
-        collective = stack.enter_context(connect(rank_config, config.collective, bind=bind))
         Console().print(f"rank {rank} of {count} ({topology.hosts[rank]}), collective={config.collective.backend}")
         sides: dict[str, Side] = {"macft": Joined(collective)}
         if "tcp" in options.peers:
@@ -193,7 +170,9 @@ def _measure_hosts(options: argparse.Namespace, config: TrainConfig) -> tuple[li
             results = measure_here(
                 sides, collective, options.sizes, options.turns, lambda row: status.update(_progress(row))
             )
-        options.speed = options.speed or _slowest_link(collective.all_gather(json.dumps(link_speed(host)).encode()))
+        options.speed = options.speed or _slowest_link(
+            collective.all_gather(json.dumps(link_speed(endpoints[rank][0])).encode())
+        )
     return results, rank
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from macft.config.schema import TrainConfig
 from macft.config.yaml import fingerprint
-from macft.launch.run_on_hosts import bind_addresses
 from macft.membership.join import MemberConfig, join_elastic_ring, local_address_towards, member_addresses
+from macft.rendezvous.hosts import bind_addresses
 from macft.rendezvous.keystore import keyring_for
 from macft.run.node import run_node
 from macft.topology.hosts import own_rank
