@@ -2,8 +2,8 @@
 """A small configuration of each architecture that mlx-lm ships: what a family's config.json would say, in small sizes.
 
 Most families ask for the same keys, so each entry of ``CONFIGURATIONS`` says only its own. ``DENSE`` goes under
-every entry, ``MIXTURE``, ``LATENT``, ``DELTA`` and ``MAMBA`` under those that name them. Sizes are multiples of 32 where
-mlx-lm quantises a weight along them, and different from each other where a mistake would hide in equal ones.
+every entry, ``MIXTURE``, ``LATENT``, ``DELTA`` and ``MAMBA`` under those that name them. Sizes are multiples of 32 so
+that weights can be quantised, and different from each other where a mistake would hide in equal ones.
 """
 
 from __future__ import annotations
