@@ -130,7 +130,8 @@ for options in ({}, {"train_split": "train[:80%]", "valid_split": "train[80%:]"}
     except DataError as error:
         print(error)
     else:
-        print(*(f"{split}: {rows[0].record['text']} to {rows[-1].record['text']}" for split, rows in found.items()), sep="; ")
+        texts = {split: [row.record["text"] for row in rows] for split, rows in found.items()}
+        print(*(f"{split}: {rows[0]} to {rows[-1]}" for split, rows in texts.items()), sep="; ")
 """
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import types
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from mlx_lm.tuner.datasets import create_dataset
 from mlx_lm.utils import load_tokenizer
 
 from harness.runs import write_jsonl
-from helpers.templates import tokenizer_with
+from helpers.templates import beginning_with, with_template
 from macft.data.conversation import Conversation
 from macft.data.load import read, tokenize_all
 from macft.data.settings import DatasetConfig
@@ -56,7 +55,8 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 TOOLS = (
-    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
     "{% if m['content'] %}{{ m['content'] }}{% endif %}{% for c in m['tool_calls'] or [] %}"
     "{{ c['function']['name'] + ': ' + (c['function']['arguments'] | tojson) }}{% endfor %}{{ '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -95,18 +95,23 @@ def test_the_prompt_is_what_masking_hides(tokenizer: Any) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    contents=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), min_size=2, max_size=5),
+    contents=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), min_size=4, max_size=4),
+    turns=st.integers(1, 2),
     system=st.booleans(),
     masked=st.booleans(),
 )
-def test_any_chat_has_mlx_lms_tokens(tokenizer: Any, contents: list[str], system: bool, masked: bool) -> None:
-    roles = ["system", "user", "assistant", "user", "assistant"][0 if system else 1 :]
+def test_any_chat_has_mlx_lms_tokens(
+    tokenizer: Any, contents: list[str], turns: int, system: bool, masked: bool
+) -> None:
+    roles = ["user", "assistant"] * turns
     messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
-    record = {"messages": messages}
+    record = {"messages": [*([{"role": "system", "content": "Be brief."}] if system else []), *messages]}
     theirs = create_dataset([record], tokenizer, types.SimpleNamespace(mask_prompt=masked))
     tokens, offset = theirs.process(record)
     row = tokenize(record, tokenizer, mask_prompt=masked)
     assert row.tokens.tolist() == list(tokens)
+    if masked:  # mlx-lm trusts the prompt's length, also where the answer's first white space joins its last token
+        offset = common_prefix(prompt_tokens(record, tokenizer), tokens)
     assert row.prompt_length == offset
 
 
@@ -124,6 +129,12 @@ def test_an_empty_text_is_the_end_token_and_has_no_target(tokenizer: Any) -> Non
     assert row.target_tokens == 0
 
 
+@pytest.fixture(scope="module")
+def tool_tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer whose template writes tools and tool calls."""
+    return with_template(tokenizer, TOOLS)
+
+
 def targets(row: Any, tokenizer: Any) -> str:
     """The text of a row's targets."""
     return str(tokenizer.decode(row.tokens[row.prompt_length :].tolist()))
@@ -138,15 +149,14 @@ def targets(row: Any, tokenizer: Any) -> str:
     ],
     ids=["more than is written", "other tokens", "a prefix"],
 )
-def test_no_token_of_an_answer_is_masked(
-    tmp_path: Path, bundled_model: Path, written: str, opening: str, kept: str
-) -> None:
+def test_no_token_of_an_answer_is_masked(tmp_path: Path, tokenizer: Any, written: str, opening: str, kept: str) -> None:
     template = (
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|im_start|>user\\n' + m['content'] + '<|im_end|>\\n' }}"
+        "{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{{ '<|im_start|>user\\n' + m['content'] + '<|im_end|>\\n' }}"
         f"{{% else %}}{{{{ '{written}' + m['content'] + '<|im_end|>' }}}}{{% endif %}}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{{{{ '{opening}' }}}}{{% endif %}}"
     )
-    tokenizer = tokenizer_with(tmp_path / "model", bundled_model, template)
+    tokenizer = with_template(tokenizer, template)
     record = {"prompt": "Two plus two?", "completion": "Four, of course."}
     remarks: list[str] = []
     row = tokenize(record, tokenizer, mask_prompt=True, remark=remarks.append)
@@ -164,12 +174,10 @@ def test_no_token_of_an_answer_is_masked(
     assert all(note.endswith("(first: row 1)") for note in notes if "begin the answer" in note)
 
 
-def test_an_answer_that_begins_as_the_generation_prompt_does_is_masked_no_further(
-    tmp_path: Path, bundled_model: Path
-) -> None:
+def test_an_answer_that_begins_as_the_generation_prompt_does_is_masked_no_further(tokenizer: Any) -> None:
     """As in mlx-lm: what the prompt gives is no target, and all that follows is."""
     template = CHATML.replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif")
-    tokenizer = tokenizer_with(tmp_path, bundled_model, template)
+    tokenizer = with_template(tokenizer, template)
     record = {"prompt": "Why?", "completion": "<think>\nSo.\n</think>\nBecause."}
     row = tokenize(record, tokenizer, mask_prompt=True)
     theirs = create_dataset([record], tokenizer, types.SimpleNamespace(mask_prompt=True))
@@ -177,7 +185,7 @@ def test_an_answer_that_begins_as_the_generation_prompt_does_is_masked_no_furthe
     assert targets(row, tokenizer) == "So.\n</think>\nBecause.<|im_end|>\n"
 
 
-def test_history_that_the_answer_changes_is_no_target(tmp_path: Path, bundled_model: Path) -> None:
+def test_history_that_the_answer_changes_is_no_target(tokenizer: Any) -> None:
     """The template writes reasoning only while no answer follows, as gpt-oss's does."""
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
@@ -185,7 +193,7 @@ def test_history_that_the_answer_changes_is_no_target(tmp_path: Path, bundled_mo
         "{{ m['content'] + '<|im_end|>\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
-    tokenizer = tokenizer_with(tmp_path, bundled_model, template)
+    tokenizer = with_template(tokenizer, template)
     remarks: list[str] = []
     for answer in ("It rains.", "0", "?", "0?"):
         messages = [
@@ -202,7 +210,7 @@ def test_history_that_the_answer_changes_is_no_target(tmp_path: Path, bundled_mo
 
 def test_the_token_that_begins_a_text_comes_once(tmp_path: Path, bundled_model: Path) -> None:
     template = "{{ bos_token }}" + CHATML
-    tokenizer = tokenizer_with(tmp_path, bundled_model, template, begin="<|endoftext|>")
+    tokenizer = beginning_with(tmp_path, bundled_model, "<|endoftext|>", template)
     begin = tokenizer.bos_token_id
     assert tokenizer.encode("<|endoftext|>Hi.")[:2] == [begin, begin]
     plain = tokenize({"text": "Hi."}, tokenizer, mask_prompt=False).tokens.tolist()
@@ -216,15 +224,15 @@ def test_the_token_that_begins_a_text_comes_once(tmp_path: Path, bundled_model: 
 
 
 def test_a_begin_token_elsewhere_stays(tmp_path: Path, bundled_model: Path) -> None:
-    tokenizer = tokenizer_with(tmp_path, bundled_model, CHATML, begin="<|endoftext|>")
+    tokenizer = beginning_with(tmp_path, bundled_model, "<|endoftext|>", CHATML)
     begin = tokenizer.bos_token_id
     tokens = text_tokens("a<|endoftext|><|endoftext|>b", tokenizer)
     assert tokens.count(begin) == 3
     assert tokens[0] == begin
 
 
-def test_without_a_chat_template_only_texts_train(tmp_path: Path, bundled_model: Path) -> None:
-    tokenizer = tokenizer_with(tmp_path / "model", bundled_model, None)
+def test_without_a_chat_template_only_texts_train(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer = with_template(tokenizer, None)
     assert len(tokenize(TEXT, tokenizer, mask_prompt=False).tokens) > 3
     write_jsonl(tmp_path / "train.jsonl", [PAIR])
     config = DatasetConfig(path=str(tmp_path))
@@ -235,36 +243,28 @@ def test_without_a_chat_template_only_texts_train(tmp_path: Path, bundled_model:
 
 @pytest.mark.parametrize(
     "body",
-    ["{{ m['content'] | trim }}", "{{ m['content'] + '' }}", "{% if m['content'] is not none %}{{ m['content'] }}{% endif %}"],
-    ids=["prints None", "refuses None", "asks for None"],
+    [
+        "{{ m['content'] | trim }}",
+        "{{ m['content'] + '' }}",
+        "{% if m['content'] is defined %}{{ m['content'] }}{% endif %}",
+    ],
+    ids=["prints it", "needs it", "asks for it"],
 )
-def test_missing_content_is_nothing(tmp_path: Path, bundled_model: Path, body: str) -> None:
+def test_missing_content_is_nothing(tokenizer: Any, body: str) -> None:
     template = (
         "{% for m in messages %}{{ '<|im_start|>' }}"
         + body
         + "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] }}{% endfor %}{% endfor %}"
     )
-    tokenizer = tokenizer_with(tmp_path, bundled_model, template)
+    tokenizer = with_template(tokenizer, template)
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "now"}}]}
     record = {"messages": [{"role": "user", "content": "None of them?"}, call]}
     tokens = tokenize(record, tokenizer, mask_prompt=False).tokens.tolist()
     assert tokenizer.decode(tokens) == "<|im_start|>None of them?<|im_start|>now"
 
 
-def test_a_template_that_writes_calls_only_beside_none_gets_none(tmp_path: Path, bundled_model: Path) -> None:
-    template = (
-        "{% for m in messages %}{{ '<|im_start|>' }}{% if m['content'] is none %}{{ m['tool_calls'][0]['function']['name'] }}"
-        "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
-    )
-    tokenizer = tokenizer_with(tmp_path, bundled_model, template)
-    call = {"role": "assistant", "tool_calls": [{"function": {"name": "now"}}]}
-    record = {"messages": [{"role": "user", "content": "Time?"}, call]}
-    tokens = tokenize(record, tokenizer, mask_prompt=False).tokens.tolist()
-    assert tokenizer.decode(tokens) == "<|im_start|>Time?<|im_start|>now"
-
-
-def test_prompts_for_generation_are_in_the_one_form(tmp_path: Path, bundled_model: Path) -> None:
-    tokenizer = tokenizer_with(tmp_path, bundled_model, TOOLS)
+def test_prompts_for_generation_are_in_the_one_form(tokenizer: Any) -> None:
+    tokenizer = with_template(tokenizer, TOOLS)
     asked = {"role": "user", "content": "1 + 1?"}
     calls = [{"function": {"name": "add", "arguments": {"a": 1}}}]
     plain = [asked, {"role": "assistant", "content": None, "tool_calls": calls}, {"role": "tool", "content": "2"}]
@@ -276,32 +276,81 @@ def test_prompts_for_generation_are_in_the_one_form(tmp_path: Path, bundled_mode
     assert prompt_tokens({"messages": [*other, *end]}, tokenizer) == expected
 
 
+KINDS = {"city": pyarrow.string(), "days": pyarrow.int64(), "zone": pyarrow.list_(pyarrow.bool_())}
 ARGUMENTS = st.fixed_dictionaries(
-    {}, optional={"city": st.text("abc", max_size=4), "days": st.integers(0, 9), "zone": st.lists(st.booleans(), max_size=2)}
+    {},
+    optional={
+        "city": st.text("abc", max_size=4),
+        "days": st.integers(0, 9),
+        "zone": st.lists(st.booleans(), max_size=2),
+    },
 )
 QUESTIONS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=10)
 
 
-@pytest.mark.slow
-@settings(max_examples=15)
+def arrow_table(records: list[dict[str, Any]]) -> pyarrow.Table:
+    """``records`` with the keys of all rows in each."""
+
+    def function(name: str, content: pyarrow.DataType) -> pyarrow.DataType:
+        inner = pyarrow.struct({"name": pyarrow.string(), name: content})
+        return pyarrow.list_(pyarrow.struct({"type": pyarrow.string(), "function": inner}))
+
+    properties = pyarrow.struct({name: pyarrow.struct({"type": pyarrow.string()}) for name in KINDS})
+    message = pyarrow.struct(
+        {
+            "role": pyarrow.string(),
+            "content": pyarrow.string(),
+            "tool_calls": function("arguments", pyarrow.struct(KINDS)),
+        }
+    )
+    tools = function("parameters", pyarrow.struct({"properties": properties}))
+    return pyarrow.Table.from_pylist(records, pyarrow.schema({"messages": pyarrow.list_(message), "tools": tools}))
+
+
+def tool_record(question: str, arguments: dict[str, Any], has_tools: bool) -> dict[str, Any]:
+    """A question that is answered by a tool call, with or without the description of the tool."""
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "tool_calls": [call]}]
+    properties = {name: {"type": "string"} for name in arguments}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}
+    return {"messages": messages, **({"tools": [tool]} if has_tools else {})}
+
+
+@settings(max_examples=40)
 @given(rows=st.lists(st.tuples(QUESTIONS, ARGUMENTS, st.booleans()), min_size=1, max_size=4))
-def test_parquet_has_the_tokens_of_jsonl(
-    tmp_path_factory: pytest.TempPathFactory, tool_tokenizer: Any, rows: list[tuple[str, dict[str, Any], bool]]
+def test_rows_from_arrow_have_the_tokens_of_json(
+    tool_tokenizer: Any, rows: list[tuple[str, dict[str, Any], bool]]
 ) -> None:
     """Arrow gives each row the keys of all rows; the template sees those that the row has."""
-    records: list[dict[str, Any]] = []
-    for question, arguments, has_tools in rows:
-        call = {"type": "function", "function": {"name": "f", "arguments": {key: arguments[key] for key in sorted(arguments)}}}
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "tool_calls": [call]}]
-        parameters = {key: {"type": "string"} for key in sorted(arguments)}
-        tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": parameters}}}
-        records.append({"messages": messages, **({"tools": [tool]} if has_tools else {})})
-    folder = tmp_path_factory.mktemp("rows")
-    write_jsonl(folder / "rows.jsonl", records)
+    records = [
+        tool_record(question, {name: drawn[name] for name in KINDS if name in drawn}, has_tools)
+        for question, drawn, has_tools in rows
+    ]
+    for written, read_back in zip(records, arrow_table(records).to_pylist(), strict=True):
+        assert read_back["messages"][1]["content"] is None
+        ours, theirs = (tokenize(record, tool_tokenizer, mask_prompt=True) for record in (written, read_back))
+        assert ours.tokens.tolist() == theirs.tokens.tolist()
+        assert ours.prompt_length == theirs.prompt_length
+
+
+@pytest.mark.slow
+def test_parquet_has_the_tokens_of_jsonl(tmp_path: Path, tool_tokenizer: Any) -> None:
+    records = [
+        tool_record("Rain in Oslo?", {"city": "Oslo", "days": 2}, True),
+        tool_record("Which zones?", {"zone": [True, False]}, True),
+        tool_record("Now?", {}, False),
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", records)
+    pyarrow.parquet.write_table(arrow_table(records), tmp_path / "rows.parquet")
     found = []
-    pyarrow.parquet.write_table(_as_table(records), folder / "rows.parquet")
     for suffix in ("jsonl", "parquet"):
-        config = DatasetConfig(path=str(folder / f"rows.{suffix}"), mask_prompt=True)
+        config = DatasetConfig(path=str(tmp_path / f"rows.{suffix}"), mask_prompt=True)
         found.append(tokenize_all(read(config, seed=0), config, tool_tokenizer, need_test=False).train.rows)
     assert [row.tokens.tolist() for row in found[0]] == [row.tokens.tolist() for row in found[1]]
     assert [row.prompt_length for row in found[0]] == [row.prompt_length for row in found[1]]
+    texts = [targets(row, tool_tokenizer) for row in found[1]]
+    assert texts == [
+        'f: {"city": "Oslo", "days": 2}<|im_end|>\n',
+        'f: {"zone": [true, false]}<|im_end|>\n',
+        "f: {}<|im_end|>\n",
+    ]
