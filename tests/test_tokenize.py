@@ -23,7 +23,8 @@ from helpers.templates import begin_texts, with_template
 from macft.data.conversation import Conversation
 from macft.data.load import read, tokenize_all
 from macft.data.settings import DatasetConfig
-from macft.data.tokenize import common_prefix, prompt_tokens, template_tokens, text_tokens, tokenize
+from macft.data.template import template_tokens
+from macft.data.tokenize import common_prefix, prompt_tokens, text_tokens, tokenize
 from macft.errors import DataError
 from macft.evaluation.chat import Chat, Sampling
 
@@ -281,6 +282,24 @@ def test_missing_content_is_nothing(tokenizer: Any, body: str) -> None:
     record = {"messages": [{"role": "user", "content": "None of them?"}, call]}
     tokens = tokenize(record, tokenizer, mask_prompt=False).tokens.tolist()
     assert tokenizer.decode(tokens) == "<|im_start|>None of them?<|im_start|>now"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["call.function.arguments | tojson", "call.function.arguments", "'' + call.function.arguments"],
+    ids=["as JSON", "as they are", "added to a text"],
+)
+@pytest.mark.parametrize("written", [{"city": "Ålesund", "dry": True}, '{"city": "Ålesund", "dry": true}'])
+def test_arguments_come_out_as_json_once(tokenizer: Any, arguments: str, written: Any) -> None:
+    template = (
+        "{% for m in messages %}{{ m['content'] or '' }}{% for call in m['tool_calls'] or [] %}"
+        "{{ '<|im_start|>' + call.function.name }}{{ " + arguments + " }}{% endfor %}{% endfor %}"
+    )
+    tokenizer = with_template(tokenizer, template)
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": written}}]}
+    record = {"messages": [{"role": "user", "content": "Rain?"}, call]}
+    row = tokenize(record, tokenizer, mask_prompt=True)
+    assert targets(row, tokenizer) == '<|im_start|>f{"city": "Ålesund", "dry": true}'
 
 
 def test_prompts_for_generation_are_in_the_one_form(tokenizer: Any) -> None:
