@@ -305,21 +305,3 @@ def test_an_unknown_metric_names_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=f"dataset.metric: no metric '{name}'") as error:
         metric(name)
     assert hint in str(error.value)
-
-
-def test_question_and_answer_are_found_in_every_way_to_write_them() -> None:
-    """Parts, other roles, and a conversation that goes on after the answer."""
-    messages = [
-        {"role": "user", "content": [{"type": "text", "text": "Two plus "}, {"type": "text", "text": "two?"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "Four."}]},
-        {"role": "user", "content": "Thanks!"},
-    ]
-    sharegpt = [{"from": "human", "value": "Two plus two?"}, {"from": "gpt", "value": "Four."}]
-    for row in ({"messages": messages}, {"conversations": sharegpt}):
-        assert question_text(row) == "Two plus two?"
-        assert expected_text(row) == "Four."
-        assert ExactMatch().score(row, " Four.\n")
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "now"}}]}
-    assert expected_text({"messages": [messages[0], call]}) == ""
-    with pytest.raises(DataError, match="no message is the assistant's"):
-        expected_text({"messages": messages[:1]})
