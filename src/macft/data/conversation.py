@@ -89,7 +89,7 @@ def conversation(messages: Any, tools: Any, field: str) -> Conversation:
         try:
             message, written = _message(drop_nulls(item))
         except DataError as error:
-            raise DataError(f"{field}, message {number}: {error}") from error
+            raise DataError(f"{field}, message {number}: {' '.join(str(error).split())}") from error
         formed.append(message)
         if written != message["role"]:
             renamed.add(written)
