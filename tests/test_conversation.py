@@ -105,6 +105,14 @@ def test_nulls_that_were_meant_stay() -> None:
         ({"from": "gpt", "value": "ho", "weight": 1}, {"role": "assistant", "content": "ho", "weight": 1}),
         ({"from": "observation", "value": "3"}, {"role": "tool", "content": "3"}),
         ({"role": "developer", "content": "x"}, {"role": "developer", "content": "x"}),
+        ({"role": "function", "name": "add", "content": "3"}, {"role": "tool", "content": "3", "name": "add"}),
+        (
+            {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}},
+            {
+                "role": "assistant",
+                "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
+            },
+        ),
         (
             {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
             {
