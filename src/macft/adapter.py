@@ -9,6 +9,7 @@ from pathlib import Path
 
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
+from macft.cli.shell import command
 from macft.config.yaml import read
 from macft.errors import ConfigError
 from macft.run.tuned_model import find_run, finished_adapter
@@ -54,7 +55,7 @@ def _import(source: Path, target: Path) -> None:
     from macft.model.peft import import_peft
 
     print(f"{target}: {import_peft(source, target)}, in mlx-lm's format")
-    print(f'try it: python -m macft.generate --adapter-path {target} --prompt "..."')
+    print(f'try it: {command("python", "-m", "macft.generate", "--adapter-path", target)} --prompt "..."')
 
 
 def _parser() -> Parser:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
+from macft.cli.shell import command
 from macft.errors import ConfigError
 from macft.run.tuned_model import TunedModel, add_model_arguments
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
         print("note: the fused weights were quantised again, which loses some accuracy; --dequantize avoids this")
     if arguments.export_gguf:
         print(f"{target / arguments.gguf_path}: GGUF; like mlx-lm, macft writes its vocabulary in SentencePiece's form")
-    print(f'try it: python -m macft.generate --model {target} --prompt "..."')
+    print(f'try it: {command("python", "-m", "macft.generate", "--model", target)} --prompt "..."')
 
 
 def _parser() -> Parser:

@@ -7,7 +7,7 @@ for MLX and transformers, nor does the launcher of a local run, whose ranks are 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hydra
@@ -18,32 +18,66 @@ from macft.cli.parser import program_name
 from macft.cli.run_command import exit_status, run_command
 from macft.config.command_line import prepare
 from macft.config.paths import config_folder
+from macft.config.schema import TrainConfig
 from macft.config.validate import to_typed
+from macft.errors import MacftError
 from macft.launch.run import run
+from macft.run.claim import Claim, after_interrupt, claim, claim_sweep
 
 
 def main(argv: Sequence[str]) -> None:
-    """Checks the command line, lets Hydra compose each job, and trains.
+    """Checks the command line, claims a folder, lets Hydra compose each job, and trains.
 
     Raises:
-        ConfigError: the command line is wrong; no job has started.
+        ConfigError: the command line is wrong, or its folder can't be used; no job has started.
         SystemExit: a job has failed or was interrupted; its status is the command's.
     """
     OmegaConf.register_new_resolver("program", lambda: program_name("train"), replace=True)  # for the help text
     command = prepare(list(argv))
-    sys.argv[1:] = command.argv  # hydra.main reads them from there
+    output, job, resume = command.output, command.job, command.resume is not None
+    if output is None or job is None:
+        _call_hydra(command.argv, lambda _: None)
+    elif command.is_sweep:
+        folder = claim_sweep(output.path, job, key=output.key, is_named=output.is_named)
+        _call_hydra(command.with_output(folder, is_new=True), _sweep_job)
+    else:
+        with claim(output.path, job, key=output.key, is_named=output.is_named, resume=resume) as taken:
+            argv = command.with_output(taken.path, is_new=taken.is_new)
+            _call_hydra(argv, lambda config: _job(to_typed(config), taken, resume=resume))
 
-    def job(config: DictConfig) -> None:
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        # Here rather than around hydra.main, which would print a traceback of its own.
-        status = run_command(
-            lambda _: exit_status(run(to_typed(config), folder, resume=command.resume is not None)),
-            interrupted="interrupted; the newest checkpoint is kept",
-        )
-        if status:
-            sys.exit(status)
 
+def _call_hydra(argv: list[str], job: Callable[[DictConfig], None]) -> None:
+    sys.argv[1:] = argv  # hydra.main reads them from there
     hydra.main(str(config_folder()), "train", version_base="1.3")(job)()
+
+
+def _sweep_job(config: DictConfig) -> None:
+    job = to_typed(config)
+    # As it stands there: a path may look like an interpolation.
+    runtime = OmegaConf.to_container(HydraConfig.get().runtime, resolve=False)
+    assert isinstance(runtime, dict)
+    with claim(Path(str(runtime["output_dir"])), job, key="hydra.sweep.subdir") as taken:
+        _job(job, taken, resume=False)
+
+
+def _job(config: TrainConfig, taken: Claim, *, resume: bool) -> None:
+    # Here rather than around hydra.main, which would print a traceback of its own.
+    status = run_command(
+        lambda _: exit_status(_run(config, taken, resume=resume)), interrupted=lambda: after_interrupt(taken.path)
+    )
+    if status:
+        sys.exit(status)
+
+
+def _run(config: TrainConfig, taken: Claim, *, resume: bool) -> str:
+    try:
+        return run(config, taken.path, resume=resume)
+    except MacftError as error:
+        taken.keeps_logs = error.needs_logs
+        raise
+    except Exception:
+        taken.keeps_logs = True
+        raise
 
 
 if __name__ == "__main__":

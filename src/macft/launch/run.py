@@ -11,14 +11,21 @@ from pathlib import Path
 from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
 from macft.config.yaml import fingerprint, to_yaml
+from macft.device.durable import write_atomically
 from macft.logs.run_log import start_log
+from macft.report.run_folder import RunFolder
+from macft.run.resume import check_resume
 from macft.training.stop_request import StopRequest
 
 
 def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
-    """Runs one job in ``folder`` on the nodes of its topology; returns why it ended."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(config))
+    """Runs one job in ``folder``, which it has claimed, on the nodes of its topology; returns why it ended.
+
+    Raises:
+        MacftError: the run is refused, in which case ``config.yaml`` is as it was, or it has failed.
+    """
+    if resume:
+        check_resume(RunFolder(folder), config)
     if config.topology.join is not None:
         from macft.launch.join_run import join_run
 
@@ -64,17 +71,22 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
 
     keyring = keyring_for(config.topology, config.collective)
     resolve(config.model)  # downloaded once, here, where its progress is visible
-    status = launch_local(
-        config.topology.nodes,
-        folder,
-        run_id=folder.name,
-        fingerprint=fingerprint(config),
-        start_timeout=config.topology.start_timeout,
-        resume=resume,
-        keyring=keyring,
-        elastic=is_elastic(config),
-        restart=config.topology.restart,
-    )
+    proposed = RunFolder(folder).proposed
+    write_atomically(proposed, to_yaml(config))
+    try:
+        status = launch_local(
+            config.topology.nodes,
+            folder,
+            run_id=folder.name,
+            fingerprint=fingerprint(config),
+            start_timeout=config.topology.start_timeout,
+            resume=resume,
+            keyring=keyring,
+            elastic=is_elastic(config),
+            restart=config.topology.restart,
+        )
+    finally:
+        proposed.unlink(missing_ok=True)
     return _how_it_ended(status)
 
 

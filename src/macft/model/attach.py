@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 
+from macft.cli.shell import command
 from macft.errors import ModelError
 from macft.model.adapter_files import read_tensors
 
@@ -35,7 +36,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{file} must hold a JSON object")
     if "peft_type" in config:
         raise ModelError(
-            f"{folder} is in PEFT's format; convert it first: python -m macft.adapter import {folder} --save-path ..."
+            f"{folder} is in PEFT's format; convert it first: "
+            f"{command('python', '-m', 'macft.adapter', 'import', folder)} --save-path ..."
         )
     return config
 

@@ -23,6 +23,9 @@ class ReportConfig:
     samples: int = 3
     # Level of each rank's log, logs/macft-rank-N.log in the run's folder: debug, info, warning or error.
     log_level: str = "info"
+    # Replaces the run that is in the folder hydra.run.dir, once all checks have passed. Without it such a folder is
+    # refused.
+    overwrite: bool = False
 
 
 def problems(config: ReportConfig) -> list[str]:
