@@ -41,7 +41,9 @@ def main(argv: Sequence[str]) -> None:
         folder = claim_sweep(output.path, job, key=output.key, is_named=output.is_named)
         _call_hydra(command.with_output(folder, is_new=True), _sweep_job)
     else:
-        with claim(output.path, job, key=output.key, is_named=output.is_named, resume=resume) as taken:
+        with claim(
+            output.path, job, key="resume" if resume else output.key, is_named=output.is_named, resume=resume
+        ) as taken:
             argv = command.with_output(taken.path, is_new=taken.is_new)
             _call_hydra(argv, lambda config: _job(to_typed(config), taken, resume=resume))
 

@@ -5,12 +5,14 @@ Overrides, ``-m``, ``--cfg job``, ``--config-dir`` and ``--help`` are Hydra's an
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -85,7 +87,7 @@ def prepare(argv: list[str]) -> CommandLine:
         ConfigError: The command is wrong; there is one line for each problem, which names a key.
     """
     register_schema()
-    arguments = get_args_parser().parse_args(argv)
+    arguments = _arguments(argv)
     flags = _without(argv, arguments.overrides)
     if arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion:
         return CommandLine(argv)
@@ -122,6 +124,17 @@ def prepare(argv: list[str]) -> CommandLine:
     return CommandLine(
         [*flags, *search, *rest], resume, _typed(job), is_sweep, None if arguments.cfg is not None else output
     )
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    """Hydra's flags and the overrides, in any order."""
+    parser = get_args_parser()
+
+    def error(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; `python -m macft.train --help` shows what there is")
+
+    parser.error = error  # type: ignore[method-assign]
+    return parser.parse_intermixed_args(argv)
 
 
 def _output(job: DictConfig, *, is_sweep: bool) -> OutputFolder:
@@ -170,14 +183,19 @@ def _as_path(text: str, *, is_sweep: bool) -> str:
     try:
         parsed = OverridesParser.create().parse_override(text)
         is_text = isinstance(parsed.value(), str) and not parsed.is_sweep_override()
-        if is_text and parsed.value() == value:
+        if is_text and parsed.value() == value and "${" not in value:
             return text
     except HydraException:
         if not (is_sweep and "," in value):
             return f"{key}={quoted(value)}"
         is_text = False
-    is_path = os.path.lexists(Path(value).expanduser()) or (not is_text and plain_key in _FOLDERS)
+    is_path = _exists(Path(value).expanduser()) or (not is_text and plain_key in _FOLDERS)
     return f"{key}={quoted(value)}" if is_path else text
+
+
+def _exists(path: Path) -> bool:
+    """Whether ``path`` is there, or is to be made in a folder whose name looks like an interpolation."""
+    return any(os.path.lexists(part) for part in (path, *path.parents) if part == path or "${" in str(part))
 
 
 def _parse(overrides: list[str]) -> list[Override]:

@@ -16,6 +16,7 @@ from mlx_lm.utils import save
 from macft.device.durable import write_atomically
 from macft.errors import ModelError
 from macft.model.load import LoadedModel
+from macft.model.plain_path import plain_path
 
 
 def save_adapter(folder: Path, model: nn.Module, settings: Mapping[str, Any], *, model_name: str) -> None:
@@ -34,7 +35,8 @@ def save_adapter(folder: Path, model: nn.Module, settings: Mapping[str, Any], *,
 
 def save_model(folder: Path, loaded: LoadedModel) -> None:
     """Writes the whole model in mlx-lm's format."""
-    save(folder, loaded.path, loaded.model, loaded.tokenizer, dict(loaded.config), donate_model=False)
+    with plain_path(loaded.path) as plain:
+        save(folder, plain, loaded.model, loaded.tokenizer, dict(loaded.config), donate_model=False)
 
 
 def load_adapter_weights(path: Path, model: nn.Module) -> None:

@@ -61,7 +61,7 @@ def check_steps(done: int, total: int) -> None:
 
 def no_checkpoint(folder: RunFolder, unreadable: int, reasons: list[str]) -> CheckpointError:
     """The error where ``unreadable`` checkpoints are there, on any node, and none can be read."""
-    why = f" ({reasons[0]})" if reasons else ", see the other nodes"
+    why = f" ({reasons[0].partition('; skipped')[0]})" if reasons else ", see the other nodes"
     return CheckpointError(
         f"resume: none of the {unreadable} checkpoints in {folder.checkpoints} can be used{why}; to begin from step 0, "
         f"remove them: {command('rm', '-r', folder.checkpoints)}"
