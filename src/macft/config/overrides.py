@@ -37,8 +37,11 @@ def quoted(text: str) -> str:
 
 
 def override(key: str, value: str | Path) -> str:
-    """``key=value`` for Hydra, with quotes only where they are needed."""
-    text = str(value)
+    """``key=value`` for Hydra, with quotes only where they are needed.
+
+    A path that is ``???``, which OmegaConf takes for a value that is missing, becomes ``./???``.
+    """
+    text = f"./{value}" if str(value) == "???" else str(value)
     return f"{key}={text if _PLAIN.fullmatch(text) else quoted(text)}"
 
 
