@@ -11,6 +11,7 @@ from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.cli.shell import command
 from macft.config.yaml import read
+from macft.device.durable import new_folder
 from macft.errors import ConfigError
 from macft.run.tuned_model import find_run, finished_adapter
 
@@ -47,14 +48,17 @@ def _export(arguments: argparse.Namespace, target: Path) -> None:
     from macft.model.peft import export_peft
 
     model = model or str(read_adapter_config(source).get("model", ""))
-    description = export_peft(source, target, base_model=model, alpha=alpha, rslora=rslora)
+    with new_folder(target) as written:
+        description = export_peft(source, written, base_model=model, alpha=alpha, rslora=rslora)
     print(f"{target}: {description}, in PEFT's format, for {model or 'an unnamed base model (--model names it)'}")
 
 
 def _import(source: Path, target: Path) -> None:
     from macft.model.peft import import_peft
 
-    print(f"{target}: {import_peft(source, target)}, in mlx-lm's format")
+    with new_folder(target) as written:
+        description = import_peft(source, written)
+    print(f"{target}: {description}, in mlx-lm's format")
     print(f'try it: {command("python", "-m", "macft.generate", "--adapter-path", target)} --prompt "..."')
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from macft.errors import MacftError, ModelError
 
 # On macOS fsync returns before the drive has written; this waits for the drive.
 _FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
@@ -36,6 +39,28 @@ def replacement(path: Path) -> Iterator[Path]:
             sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` to fill. At the end it becomes ``path``, which may be an empty folder until then.
+
+    After an exception it is removed; a :class:`MacftError` about it then names ``path``.
+
+    Raises:
+        ModelError: it can't be made.
+    """
+    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(path)
+    except OSError as error:
+        raise ModelError(f"{path} can't be written: {error.strerror or error}") from error
+    except MacftError as error:
+        raise type(error)(str(error).replace(str(partial), str(path))) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def sync(descriptor: int) -> None:
