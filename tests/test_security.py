@@ -28,10 +28,10 @@ from macft.config.validate import to_typed
 from macft.config.yaml import to_yaml
 from macft.errors import CollectiveError, ConfigError, RendezvousError
 from macft.rendezvous import keystore
-from macft.report.run_folder import RunFolder
 from macft.rendezvous.connect import RankConfig, connect_ring
 from macft.rendezvous.keystore import Keyring
 from macft.rendezvous.server import RendezvousServer
+from macft.report.run_folder import RunFolder
 from macft.topology.settings import TopologyConfig
 
 QUICK = CollectiveConfig(timeout=3.0, heartbeat=0.5)
