@@ -69,8 +69,9 @@ def configuration(name: str) -> Config:
         return {**general, "vocab_size": VOCABULARY, **own}
     merged = {**general, **DENSE, **own}
     _, arguments = _get_classes(merged)
-    known = inspect.signature(arguments).parameters
-    return {key: value for key, value in merged.items() if key in known or key in general or key == "architectures"}
+    # transformers reads the last two, whatever mlx-lm does with them.
+    known = inspect.signature(arguments).parameters.keys() | general.keys() | {"architectures", "layer_types"}
+    return {key: value for key, value in merged.items() if key in known}
 
 
 def new_model(config: Config, seed: int = 7) -> nn.Module:

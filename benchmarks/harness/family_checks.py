@@ -119,8 +119,7 @@ class Case:
     def plain(self, *, quantized: bool = False) -> nn.Module:
         """The model as mlx-lm loads it, frozen."""
         model, config = load_model(self.folder)
-        if quantized:
-            model = _quantized(model, config)
+        model = _quantized(model, config) if quantized else model
         model.freeze()
         return model
 
@@ -295,7 +294,11 @@ def check_dora(case: Case) -> str:
 
 
 def check_quantized(case: Case) -> str:
-    """Loss and gradient with weights of four bits, 32 to a group."""
+    """Loss and gradient with weights of four bits, 32 to a group, where mlx-lm can quantise this family."""
+    try:
+        _quantized(*load_model(case.folder))
+    except (ValueError, TypeError):
+        return "no"
     execution = execution_with("mlx", bits=4, group_size=32)
     adapted = case.adapted(execution=execution)
     if not adapted.loaded.is_quantized:

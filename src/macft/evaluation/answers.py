@@ -8,13 +8,11 @@ from dataclasses import dataclass
 
 import mlx.nn as nn
 import msgpack
-from mlx_lm.generate import batch_generate
 
 from macft.collective.base import Collective
 from macft.data.formats import Record, Tokenizer, prompt_tokens
+from macft.evaluation.batched import greedy_answers
 from macft.evaluation.metrics import Metric
-
-_PROMPTS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -57,15 +55,11 @@ def score_answers(
     started = time.perf_counter()
     model.eval()
     mine = list(range(collective.rank, len(records), collective.world_size))
-    # Prompts of similar length are batched together, which needs little padding.
-    prompts = {index: prompt_tokens(records[index], tokenizer) for index in mine}
-    mine.sort(key=lambda index: len(prompts[index]))
-    generated: list[tuple[int, str]] = []
-    for start in range(0, len(mine), _PROMPTS_AT_ONCE):
-        chunk = mine[start : start + _PROMPTS_AT_ONCE]
-        texts = batch_generate(model, tokenizer, [prompts[i] for i in chunk], max_tokens=max_tokens).texts
-        generated += zip(chunk, texts, strict=True)
-        progress(len(generated), len(mine))
+    prompts = [prompt_tokens(records[index], tokenizer) for index in mine]
+    texts = greedy_answers(
+        model, tokenizer, prompts, max_tokens=max_tokens, progress=lambda done: progress(done, len(mine))
+    )
+    generated = list(zip(mine, texts, strict=True))
     answers = [""] * len(records)
     for payload in collective.all_gather(msgpack.packb(generated)):
         for index, text in msgpack.unpackb(payload):

@@ -25,6 +25,7 @@ from mlx_lm.tuner.lora import LoRALinear
 from macft.model.backends.base import Loss, LossAndGradient
 from macft.model.backends.cpu.layers import Kernel, kernel_for
 from macft.model.backends.operation import operation
+from macft.model.backends.trees import floats_of, holds_state, with_floats
 from macft.model.module_classes import Members, ModuleCall, replaced_members
 from macft.model.packing import PackedRope
 from macft.model.parameter_refs import ParameterRefs
@@ -103,50 +104,62 @@ class EagerLayers:
     def _members(self, kind: type[nn.Module]) -> Members:
         call = kind.__call__
 
-        def layer_call(layer: nn.Module, x: mx.array, *rest: Any, **named: Any) -> Any:
+        def layer_call(layer: nn.Module, *arguments: Any, **named: Any) -> Any:
             if not self._thread.is_building:
-                return call(layer, x, *rest, **named)
-            return self._call(call, layer, x, rest, named)
+                return call(layer, *arguments, **named)
+            return self._call(call, layer, arguments, named)
 
         return {"__call__": layer_call}
 
-    def _call(
-        self, call: ModuleCall, layer: nn.Module, x: mx.array, rest: Sequence[Any], named: dict[str, Any]
-    ) -> mx.array:
-        """``call(layer, x, *rest, **named)`` as one operation to MLX."""
+    def _call(self, call: ModuleCall, layer: nn.Module, arguments: Sequence[Any], named: dict[str, Any]) -> Any:
+        """``call(layer, *arguments, **named)`` as one operation to MLX."""
+        given = (arguments, named)
         if id(layer) in self._frozen:
-            return detached(call(layer, detached(x), *rest, **named))
-        is_block = id(layer) in self._checkpointed
+            arguments, named = with_floats(given, map(detached, floats_of(given)))
+            result = call(layer, *arguments, **named)
+            return with_floats(result, map(detached, floats_of(result)))
+        is_block = id(layer) in self._checkpointed and not holds_state(given)
         if not is_block and not isinstance(layer, _KINDS):
-            output: mx.array = call(layer, x, *rest, **named)
-            return output
+            return call(layer, *arguments, **named)
         refs = self._trained[id(layer)]
-        trained = refs.get()
-        kernel = None if is_block else kernel_for(layer, refs.names, x)
-        if kernel is not None:
-            return _kernel_operation(kernel)(x, *trained)
+        if not is_block:
+            x: mx.array = arguments[0] if arguments else next(iter(named.values()))
+            kernel = kernel_for(layer, refs.names, x)
+            if kernel is not None:
+                return _kernel_operation(kernel)(x, *refs.get())
+        return self._traced_operation(call, layer, refs, given, is_block=is_block)
 
-        def compute(x: mx.array, *values: mx.array) -> mx.array:
-            refs.put(values)
-            output: mx.array = call(layer, x, *rest, **named)
-            return output
+    def _traced_operation(
+        self, call: ModuleCall, layer: nn.Module, refs: ParameterRefs, given: Any, *, is_block: bool
+    ) -> Any:
+        """The layer for the arguments ``given``, by MLX's own operations; also the gradient by what is in them."""
+        trained, inputs = refs.get(), floats_of(given)
+        result: Any = None
 
-        def forward(x: mx.array, *values: mx.array) -> mx.array:
+        def compute(*values: mx.array) -> list[mx.array]:
+            nonlocal result
+            refs.put(values[len(inputs) :])
+            arguments, named = with_floats(given, values[: len(inputs)])
+            result = call(layer, *arguments, **named)
+            return floats_of(result)
+
+        def forward(*values: mx.array) -> tuple[mx.array, ...]:
             with self._building(is_block):
-                output = compute(detached(x), *map(detached, values))
+                outputs = compute(*map(detached, values))
                 if trained:  # evaluated alone, DoRA's result was seen to hold what led to it
-                    return detached(output)
-                mx.eval(output)
-                return output
+                    return tuple(map(detached, outputs))
+                mx.eval(outputs)
+                return tuple(outputs)
 
-        def backward(inputs: Sequence[mx.array], grad_output: mx.array, _output: mx.array) -> list[mx.array]:
+        def backward(values: Sequence[mx.array], grad_outputs: Any, _outputs: Any) -> list[mx.array]:
             with self._building(is_block):
-                _, gradients = mx.vjp(compute, list(map(detached, inputs)), [detached(grad_output)])
+                _, gradients = mx.vjp(compute, list(map(detached, values)), list(map(detached, grad_outputs)))
                 mx.eval(gradients)  # all at once: they have parts in common
                 return list(map(detached, gradients))
 
         try:
-            return operation(forward, backward)(x, *trained)
+            outputs = operation(forward, backward)(*inputs, *trained)
+            return with_floats(result, outputs)
         finally:
             refs.put(trained)
 
