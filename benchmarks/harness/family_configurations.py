@@ -311,7 +311,7 @@ CONFIGURATIONS: dict[str, Config] = {
     ),
     "hunyuan_v1_dense": dict(rope_scaling={"type": "dynamic", "factor": 1.0, "alpha": 1000.0}),
     "internlm2": dict(bias=False),
-    "internlm3": dict(qkv_bias=True),
+    "internlm3": {},
     "iquestloopcoder": dict(loop_num=2, loop_window_size=WINDOW),
     "jamba": {
         **MIXTURE,
