@@ -182,7 +182,8 @@ def _attributes_read(block: nn.Module) -> Iterator[tuple[str, str]]:
     """(name of a module inside ``block``, attribute) that the code of the modules above it names."""
     modules: dict[str, nn.Module] = dict(block.named_modules())
     for name, module in modules.items():
-        for chain in _chains(type(module)):
+        kind: type = type(module)
+        for chain in _chains(kind):
             for end in range(1, len(chain)):
                 inner = ".".join([*([name] if name else []), *chain[:end]])
                 if inner in modules:
