@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import get_total_parameters
 
-from macft.errors import ConfigError
+from macft.errors import ConfigError, ModelError
 from macft.model.adaptable import Block, adaptable_blocks
 from macft.model.adapter_layers import AdapterLayers, chosen_layers, select_layers
 from macft.model.adapter_settings import AdapterConfig
@@ -40,6 +40,7 @@ def adapt(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adaptation:
 
     Raises:
         ConfigError: a layer number or projection the model doesn't have, or one that can't have such an adapter.
+        ModelError: the model has no gradient.
     """
     total = int(get_total_parameters(model))
     available = adaptable_blocks(model)
@@ -51,6 +52,7 @@ def adapt(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adaptation:
         settings = _add_low_rank(model, chosen, available, config)
     keys = make_dropout_reproducible(model)
     mx.eval(model.parameters())
+    _check_gradient(model)
     trainable = sum(int(value.size) for _, value in tree_flatten(model.trainable_parameters()))
     return Adaptation(settings, keys, trainable, total, _describe(config, chosen, available))
 
@@ -111,6 +113,19 @@ def _unfreeze(model: nn.Module, chosen: AdapterLayers, config: AdapterConfig) ->
             if name in chosen.projections:
                 module.unfreeze()
     return {"fine_tune_type": "full", "num_layers": len(chosen.blocks), "lora_parameters": None}
+
+
+def _check_gradient(model: nn.Module) -> None:
+    """Raises ModelError where the adapted ``model`` fails, or has no gradient. Nothing is evaluated."""
+    was_training = model.training
+    model.train()
+    try:
+        nn.value_and_grad(model, lambda tokens: model(tokens).sum())(mx.arange(1, 9)[None])
+    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, KeyError, NotImplementedError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"mlx-lm's code of this model can't be trained: {reason}") from error
+    finally:
+        model.train(was_training)
 
 
 def _describe(config: AdapterConfig, chosen: AdapterLayers, available: Sequence[Block]) -> str:

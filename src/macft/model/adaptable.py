@@ -84,7 +84,7 @@ def _block(block: nn.Module, known: dict[Any, Layer | None]) -> Block:
     read = set(_attributes_read(block))
     layers = []
     for name, module in block.named_modules():
-        if not name or module.children():
+        if not name:
             continue
         parameters = tree_flatten(module.parameters())
         look = (type(module), *((key, value.shape, value.dtype) for key, value in parameters))

@@ -62,11 +62,11 @@ def _check(config: AdapterConfig, layers: Sequence[Layer], chosen: set[str]) -> 
     line = f"adapter.targets: {kind} can't be added to {refused[0]}"
     line += f" and {len(refused) - 1} more" if len(refused) > 1 else ""
     line += f" ({bad[refused[0]]})"
-    instead = shortest_targets([name for name in good if not config.targets or name in chosen] or good, list(bad))
+    instead = _shortest_targets([name for name in good if not config.targets or name in chosen] or good, list(bad))
     raise ConfigError(f"{line}; use adapter.targets=[{','.join(instead)}]" if instead else line)
 
 
-def shortest_targets(names: Sequence[str], others: Sequence[str]) -> list[str]:
+def _shortest_targets(names: Sequence[str], others: Sequence[str]) -> list[str]:
     """Ends of ``names``, as ``adapter.targets`` takes them, that match all of these and none of ``others``."""
     ends: dict[str, None] = {}
     for name in names:
@@ -76,7 +76,7 @@ def shortest_targets(names: Sequence[str], others: Sequence[str]) -> list[str]:
             if not any(other == end or other.endswith("." + end) for other in others):
                 ends[end] = None
                 break
-    return list(ends)
+    return sorted(ends)
 
 
 def _select_blocks(config: AdapterConfig, count: int) -> list[int]:
