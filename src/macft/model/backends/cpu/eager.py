@@ -26,6 +26,7 @@ from macft.model.backends.base import Loss, LossAndGradient
 from macft.model.backends.cpu.layers import Kernel, kernel_for
 from macft.model.backends.operation import operation
 from macft.model.backends.trees import floats_of, holds_state, with_floats
+from macft.model.head import trains_only_blocks
 from macft.model.module_classes import Members, ModuleCall, replaced_members
 from macft.model.packing import PackedRope
 from macft.model.parameter_refs import ParameterRefs
@@ -63,7 +64,7 @@ class EagerLayers:
         """
         blocks = list(getattr(model, "layers", []))
         below = list(itertools.takewhile(lambda block: not tree_flatten(block.trainable_parameters()), blocks))
-        if any(".layers." not in name for name, _ in tree_flatten(model.trainable_parameters())):
+        if not trains_only_blocks(model):
             below = []  # an embedding perhaps
         above = blocks[len(below) :] if self._checkpoint_blocks else []
         layers = [layer for layer in model.modules() if isinstance(layer, _KINDS)]

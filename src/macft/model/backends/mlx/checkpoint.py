@@ -19,9 +19,8 @@ from macft.model.module_classes import Members, replaced_members
 
 @contextmanager
 def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
-    """Inside, the blocks of ``model`` that are of the same kind as its first are checkpointed."""
-    kind = type(model.layers[0])
-    with replaced_members((block for block in model.layers if type(block) is kind), _checkpointed):
+    """Inside, the blocks of ``model`` are checkpointed, of whatever kinds they are."""
+    with replaced_members(model.layers, _checkpointed):
         yield
 
 
