@@ -27,6 +27,7 @@ from macft.collective.solo import Solo
 from macft.data.batch import collate
 from macft.data.formats import Row, prompt_tokens
 from macft.device.mlx_device import on_cpu
+from macft.errors import ConfigError
 from macft.evaluation.answers import score_answers
 from macft.evaluation.chat import Chat, Sampling
 from macft.evaluation.metrics import metric
@@ -44,11 +45,14 @@ from macft.training.gradient import GradientComputer
 from macft.training.loss import TokenLoss
 from macft.training.validation import validation_loss
 
+from .families import TARGETS
+
 LOSS_TOLERANCE = 1e-6
 """Largest relative difference of a summed float32 loss."""
 GRADIENT_TOLERANCE = 1e-4
 """Largest L2 norm of a gradient's difference, relative to the gradient's own."""
 ANSWER_TOKENS = 6
+FAILED = "FAILED: "
 RANK, SCALE = 4, 10.0
 SEED, STEP = 11, 3
 
@@ -109,6 +113,7 @@ class Case:
         self.name = name
         self.folder = folder
         self.kernels = kernels
+        self.targets = TARGETS.get(name, [])
         self.rows = seven_rows()
         self._packs: dict[str, bool] = {}
 
@@ -145,7 +150,7 @@ class Case:
     def adapted(self, kind: str = "lora", *, dropout: float = 0.0, execution: Execution | None = None) -> Adapted:
         """macft's model with an adapter of random values on all blocks."""
         loaded = self.load(execution)
-        config = AdapterConfig(type=kind, rank=RANK, scale=SCALE, dropout=dropout)
+        config = AdapterConfig(type=kind, rank=RANK, scale=SCALE, dropout=dropout, targets=self.targets)
         adaptation = adapt(loaded.model, config, seed=SEED)
         randomize(loaded.model)
         return Adapted(loaded, adaptation)
@@ -218,8 +223,16 @@ def plain_sums(model: nn.Module, rows: Sequence[Row]) -> Sums:
 
 
 def check_layers(case: Case) -> str:
-    """The trained parameters are those of mlx-lm's default."""
+    """The trained parameters are those of mlx-lm's default; where that fails, macft names other ones."""
     model = case.plain()
+    if case.targets:
+        try:
+            adapt(case.load().model, AdapterConfig(rank=RANK, scale=SCALE), seed=SEED)
+        except ConfigError as error:
+            if "adapter.targets=[" in str(error):
+                return "targets"
+            raise
+        raise Failed("the default layers are taken, which mlx-lm's code can't train")
     linear_to_lora_layers(model, len(model.layers), {"rank": RANK, "scale": SCALE, "dropout": 0.0})
     expected = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
     found = {name: value.shape for name, value in tree_flatten(case.adapted().model.trainable_parameters())}
@@ -280,11 +293,15 @@ def check_dropout(case: Case) -> str:
 
 def check_dora(case: Case) -> str:
     """Loss and gradient with DoRA, where mlx-lm has it for this family."""
+    settings = case.adapted().adaptation.mlx_lm_config
+    model = case.plain()
     try:
-        model = case.plain()
-        linear_to_lora_layers(model, -1, {"rank": RANK, "scale": SCALE, "dropout": 0.0}, use_dora=True)
+        linear_to_lora_layers(model, settings["num_layers"], settings["lora_parameters"], use_dora=True)
         plain_sums(model, case.rows[:1])
     except (ValueError, TypeError, AttributeError, NotImplementedError):
+        with contextlib.suppress(ConfigError):
+            case.adapted("dora")
+            raise Failed("mlx-lm has no DoRA for a layer, and macft does not say so") from None
         return "no"
     reference = case.reference_of("dora")
     for kernels in case.kernels:
@@ -344,7 +361,7 @@ def check_files(case: Case) -> str:
     attach(attached, folder)
     _same_logits(logits(attached, tokens), expected, "attached")
     begun = case.load().model
-    adapt(begun, AdapterConfig(rank=RANK, scale=SCALE), seed=SEED + 1)
+    adapt(begun, AdapterConfig(rank=RANK, scale=SCALE, targets=case.targets), seed=SEED + 1)
     load_adapter_weights(folder, begun)
     _same_logits(logits(begun, tokens), expected, "begun from")
     return "yes"
@@ -414,16 +431,16 @@ CHECKS: dict[str, Callable[[Case], str]] = {
 
 
 def run(case: Case, names: Sequence[str] = tuple(CHECKS)) -> dict[str, str]:
-    """The word of each check, or "FAILED: reason"; no check keeps another from being made."""
+    """The word of each check, or "FAILED: " and the reason; no check keeps another from being made."""
     words = {}
     for name in names:
         try:
             words[name] = CHECKS[name](case)
         except Failed as failed:
-            words[name] = f"FAILED: {failed}"
+            words[name] = f"{FAILED}{failed}"
         except Exception as error:
             reason = " ".join(str(error).split())
-            words[name] = f"FAILED: {type(error).__name__}: {reason[:200]}"
+            words[name] = f"{FAILED}{type(error).__name__}: {reason[:200]}"
     return words
 
 
