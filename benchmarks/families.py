@@ -59,7 +59,7 @@ def row_of(family: str, words: dict[str, str]) -> list[str]:
     if words["layers"] == "targets":
         remarks.append("`adapter.targets` must be given: mlx-lm's default takes a layer whose weight its code reads")
     if words["quantized"] == "no":
-        remarks.append("mlx-lm can't quantise it")
+        remarks.append("mlx-lm can't compute it quantised")
     remarks += [f"wrong: {', '.join(failed)}"] if failed else []
 
     def cell(*checks: str) -> str:

@@ -311,9 +311,9 @@ def check_dora(case: Case) -> str:
 
 
 def check_quantized(case: Case) -> str:
-    """Loss and gradient with weights of four bits, 32 to a group, where mlx-lm can quantise this family."""
+    """Loss and gradient with weights of four bits, 32 to a group, where mlx-lm can compute them."""
     try:
-        _quantized(*load_model(case.folder))
+        plain_sums(case.plain(quantized=True), case.rows[:1])
     except (ValueError, TypeError):
         return "no"
     execution = execution_with("mlx", bits=4, group_size=32)
