@@ -121,7 +121,7 @@ class EagerLayers:
             return call(layer, x, *rest, **named)
         refs = self._trained[id(layer)]
         trained = refs.get()
-        kernel = None if is_block else kernel_for(layer, refs.names, x)
+        kernel = None if is_block or x.dtype != mx.float32 else kernel_for(layer, refs.names, x)
         if kernel is not None:
             return _kernel_operation(kernel)(x, *trained)
         # Blocks may take and return more than one array: keys and values that later blocks share, for example. The
