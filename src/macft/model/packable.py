@@ -25,8 +25,9 @@ from macft.model.packing import (
 
 _LONG_ROW = 1 << 16
 """Tokens of the row with which a model is traced: no mask that looks causal at this length has a window below it."""
-_FAR = 131_101
-"""A position beyond what scales that grow with the position begin at; a prime, so that no period hides it."""
+_POSITIONS = (3, 131_101)
+"""Positions to compare with the first: the least, where learned ones show, and one beyond what scales that grow with
+the position begin at. That is a prime, so that no period hides it."""
 
 
 def may_pack(model: nn.Module) -> bool:
@@ -54,10 +55,12 @@ def ignores_positions(model: nn.Module) -> bool:
     It is told by a cache that its tokens stand there, as in generation. A scale of the attention that grows with the
     position, as some architectures have from thousands of tokens on, shows here and in no short row.
     """
+    tokens = mx.arange(1, 9)[None]
     try:
         with replaced_ropes(model, lambda _rope: _Unturned()):
-            near, far = (model(mx.arange(1, 9)[None], cache=[_EmptyCache(at)] * len(model.layers)) for at in (0, _FAR))
-            return bool(mx.array_equal(near, far, equal_nan=True).item())
+            first, *others = ([_EmptyCache(at)] * len(model.layers) for at in (0, *_POSITIONS))
+            expected = model(tokens, cache=first)
+            return all(mx.array_equal(model(tokens, cache=cache), expected, equal_nan=True).item() for cache in others)
     except Exception:  # the code of an architecture may raise anything
         return False
 

@@ -25,7 +25,7 @@ from mlx_lm.tuner.lora import LoRALinear
 from macft.model.backends.base import Loss, LossAndGradient
 from macft.model.backends.cpu.layers import Kernel, kernel_for
 from macft.model.backends.operation import operation
-from macft.model.backends.trees import floats_of, holds_state, with_floats
+from macft.model.backends.trees import holds_state, put_together, take_apart
 from macft.model.head import trains_only_blocks
 from macft.model.module_classes import Members, ModuleCall, replaced_members
 from macft.model.packing import PackedRope
@@ -114,53 +114,62 @@ class EagerLayers:
 
     def _call(self, call: ModuleCall, layer: nn.Module, arguments: Sequence[Any], named: dict[str, Any]) -> Any:
         """``call(layer, *arguments, **named)`` as one operation to MLX."""
-        given = (arguments, named)
         if id(layer) in self._frozen:
-            arguments, named = with_floats(given, map(detached, floats_of(given)))
-            result = call(layer, *arguments, **named)
-            return with_floats(result, map(detached, floats_of(result)))
-        is_block = id(layer) in self._checkpointed and not holds_state(given)
+            frame, given = take_apart((arguments, named))
+            arguments, named = put_together(frame, list(map(detached, given)))
+            frame, outputs = take_apart(call(layer, *arguments, **named))
+            return put_together(frame, list(map(detached, outputs)))
+        is_block = id(layer) in self._checkpointed and not holds_state((arguments, named))
         if not is_block and not isinstance(layer, _KINDS):
             return call(layer, *arguments, **named)
         refs = self._trained[id(layer)]
         if not is_block:
             x: mx.array = arguments[0] if arguments else next(iter(named.values()))
-            kernel = kernel_for(layer, refs.names, x)
+            kernel = kernel_for(layer, refs.names, x) if x.dtype == mx.float32 else None
             if kernel is not None:
                 return _kernel_operation(kernel)(x, *refs.get())
-        return self._traced_operation(call, layer, refs, given, is_block=is_block)
+        frame, given = take_apart((arguments, named))
+        return self._traced(call, layer, frame, given, is_block=is_block)
 
-    def _traced_operation(
-        self, call: ModuleCall, layer: nn.Module, refs: ParameterRefs, given: Any, *, is_block: bool
+    def _traced(
+        self, call: ModuleCall, layer: nn.Module, frame: Any, given: Sequence[mx.array], *, is_block: bool
     ) -> Any:
-        """The layer for the arguments ``given``, by MLX's own operations; also the gradient by what is in them."""
-        trained, inputs = refs.get(), floats_of(given)
-        result: Any = None
+        """The layer by MLX's own operations, for the arguments ``given`` in ``frame``.
+
+        Blocks may take and return more than one array: keys and values that later blocks share, for example. The
+        functions in here hold nothing of the graph.
+        """
+        refs = self._trained[id(layer)]
+        trained, count = refs.get(), len(given)
+        is_trained = bool(trained)
+        frame_of_result: Any = None
 
         def compute(*values: mx.array) -> list[mx.array]:
-            nonlocal result
-            refs.put(values[len(inputs) :])
-            arguments, named = with_floats(given, values[: len(inputs)])
-            result = call(layer, *arguments, **named)
-            return floats_of(result)
+            nonlocal frame_of_result
+            refs.put(values[count:])
+            arguments, named = put_together(frame, values[:count])
+            frame_of_result, outputs = take_apart(call(layer, *arguments, **named))
+            return outputs
 
         def forward(*values: mx.array) -> tuple[mx.array, ...]:
             with self._building(is_block):
                 outputs = compute(*map(detached, values))
-                if trained:  # evaluated alone, DoRA's result was seen to hold what led to it
+                if is_trained:  # evaluated alone, DoRA's result was seen to hold what led to it
                     return tuple(map(detached, outputs))
                 mx.eval(outputs)
                 return tuple(outputs)
 
-        def backward(values: Sequence[mx.array], grad_outputs: Any, _outputs: Any) -> list[mx.array]:
+        def backward(
+            inputs: Sequence[mx.array], grad_outputs: Sequence[mx.array], _outputs: Sequence[mx.array]
+        ) -> list[mx.array]:
             with self._building(is_block):
-                _, gradients = mx.vjp(compute, list(map(detached, values)), list(map(detached, grad_outputs)))
+                _, gradients = mx.vjp(compute, list(map(detached, inputs)), list(map(detached, grad_outputs)))
                 mx.eval(gradients)  # all at once: they have parts in common
                 return list(map(detached, gradients))
 
         try:
-            outputs = operation(forward, backward)(*inputs, *trained)
-            return with_floats(result, outputs)
+            outputs = operation(forward, backward)(*given, *trained)
+            return put_together(frame_of_result, outputs)
         finally:
             refs.put(trained)
 
@@ -171,6 +180,6 @@ def _kernel_operation(kernel: Kernel) -> Callable[..., mx.array]:
 
 def detached(value: mx.array) -> mx.array:
     """The same numbers, of the same type, in an array that no graph leads to."""
-    if value.dtype == mx.float32:
+    if value.dtype != mx.bfloat16:
         return mx.array(np.asarray(value))
-    return mx.array(np.asarray(value.astype(mx.float32))).astype(value.dtype)
+    return mx.array(np.asarray(value.astype(mx.float32))).astype(value.dtype)  # NumPy has no bfloat16
