@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm.models
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -14,9 +15,11 @@ from mlx_lm.utils import load_model
 from harness.families import FAMILIES, NOT_TRAINED, build, shipped_families
 from harness.family_checks import CHECKS, Case, plain_sums, run, seven_rows
 from helpers.docs import ROOT
+from macft.data.formats import Row
 from macft.device import blas
 from macft.device.mlx_device import on_cpu
-from macft.errors import ModelError
+from macft.errors import DataError, ModelError
+from macft.model.learned_positions import check_lengths
 from macft.model.load import load
 from macft.model.settings import ModelConfig
 
@@ -77,3 +80,13 @@ def test_an_architecture_that_ends_the_program_is_an_error_of_one_line(
     monkeypatch.setattr(mlx_lm.models, "__path__", [*mlx_lm.models.__path__, str(tmp_path)])
     with pytest.raises(ModelError, match=r"can't be read .*: its code in mlx-lm ends the program"):
         load(ModelConfig(), folder)
+
+
+def test_a_row_longer_than_the_learned_positions_is_refused(tmp_path: Path) -> None:
+    """MLX would read past the end of the table."""
+    folder = build("gpt2", tmp_path / "gpt2")
+    rows = [Row(np.zeros(length, np.int32), 0) for length in (5, 1024, 1025)]
+    check_lengths(folder, {"train": rows[:2]})
+    with pytest.raises(DataError, match=r"valid: row 3 has 1025 tokens.* 1024 positions; use .*max_seq_length=1024"):
+        check_lengths(folder, {"train": rows[:2], "valid": rows})
+    check_lengths(build("llama", tmp_path / "llama"), {"train": rows})

@@ -23,6 +23,7 @@ from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_files import load_adapter_weights
 from macft.model.backends.choose import make_backend
 from macft.model.confirm import confirm
+from macft.model.learned_positions import check_lengths
 from macft.model.load import LoadedModel, load, load_tokenizer
 from macft.model.resolve import resolve
 from macft.parallel.balance import ShareBalancer
@@ -95,6 +96,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
 
     log.info("tokenizing")
     data = tokenize_all(raw, config.dataset, tokenizer, need_test=is_scored(config))
+    check_lengths(model_folder, {"train": data.train.rows, "valid": data.valid.rows})
     order = RowOrder(
         data.train.source_sizes, data.train.source_weights, batch_size=config.training.batch_size, seed=config.seed
     )
