@@ -53,8 +53,9 @@ def _groups(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], order: 
         yield from ([index] for index in order)
         return
     shortest, longest = prompts[order[0]], prompts[order[-1]]
-    # Three, since two rows may pass for the two groups of heads that a mask is spread over.
-    if _is_right_together(model, tokenizer, shortest, longest, shortest):
+    # Three, since two rows may pass for the two groups of heads that a mask is spread over; one with padding of a
+    # single token, which no block of a sparse attention is a multiple of.
+    if _is_right_together(model, tokenizer, shortest, longest, longest[1:] or shortest):
         yield from _chunks(order, _TOGETHER)
     elif _is_right_together(model, tokenizer, shortest, longest[-len(shortest) :], shortest):
         for _, alike in groupby(order, key=lambda index: len(prompts[index])):
