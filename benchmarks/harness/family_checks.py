@@ -25,7 +25,8 @@ from mlx_lm.utils import load_model
 
 from macft.collective.solo import Solo
 from macft.data.batch import collate
-from macft.data.formats import Row, prompt_tokens
+from macft.data.formats import Row
+from macft.data.tokenize import prompt_tokens
 from macft.device.mlx_device import on_cpu
 from macft.errors import ConfigError
 from macft.evaluation.answers import score_answers

@@ -10,7 +10,9 @@ import mlx.nn as nn
 import msgpack
 
 from macft.collective.base import Collective
-from macft.data.formats import Record, Tokenizer, prompt_tokens
+from macft.data.formats import Record
+from macft.data.template import Tokenizer
+from macft.data.tokenize import prompt_tokens
 from macft.evaluation.batched import greedy_answers
 from macft.evaluation.metrics import Metric
 
