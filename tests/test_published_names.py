@@ -95,10 +95,11 @@ def test_transposed_weights_and_models_without_a_head_are_refused(tmp_path: Path
     modules = trained_adapter("gpt2", tmp_path / "ours", base)
     with pytest.raises(ConfigError, match=r"no layer of its own in transformers, or a transposed one"):
         published_names(base, modules)
+    base = published("gpt_neox", tmp_path / "headless", {"model.": ""})
     with pytest.raises(
-        ConfigError, match=r"calls model\.embed .*, without the name of the model around|no layer of its"
+        ConfigError, match=r"calls model\.h\.0\.mlp\..* h\.0\.mlp.*, without the name of the model around"
     ):
-        published_names(base, ["model.embed", *modules])
+        published_names(base, ["model.h.0.mlp.dense_h_to_4h"])
 
 
 def test_a_base_that_is_not_here_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import get_total_parameters
 
 from macft.errors import ConfigError, ModelError
-from macft.model.adaptable import Block, adaptable_blocks
+from macft.model.adaptable import AdaptableBlock, adaptable_blocks
 from macft.model.adapter_layers import AdapterLayers, chosen_layers, select_layers
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.dropout import DropoutKeys, make_dropout_reproducible
@@ -58,7 +58,7 @@ def adapt(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adaptation:
 
 
 def _add_low_rank(
-    model: nn.Module, chosen: AdapterLayers, available: Sequence[Block], config: AdapterConfig
+    model: nn.Module, chosen: AdapterLayers, available: Sequence[AdaptableBlock], config: AdapterConfig
 ) -> dict[str, Any]:
     blocks, names = chosen
     count = len(model.layers)
@@ -81,7 +81,7 @@ def _add_low_rank(
     return settings
 
 
-def _named_otherwise(model: nn.Module, chosen: AdapterLayers, available: Sequence[Block]) -> bool:
+def _named_otherwise(model: nn.Module, chosen: AdapterLayers, available: Sequence[AdaptableBlock]) -> bool:
     """Whether a module that can't be adapted has the name of one in another block."""
     wanted = set(chosen.projections)
     blocks = [dict(model.layers[number].named_modules()).keys() for number in chosen.blocks]
@@ -89,7 +89,7 @@ def _named_otherwise(model: nn.Module, chosen: AdapterLayers, available: Sequenc
     return any((names & wanted) - own for names, own in zip(blocks, taken, strict=True))
 
 
-def _paths(model: nn.Module, chosen: AdapterLayers, available: Sequence[Block]) -> list[str]:
+def _paths(model: nn.Module, chosen: AdapterLayers, available: Sequence[AdaptableBlock]) -> list[str]:
     """Where in the model the chosen layers are."""
     names = {id(module): name for name, module in model.named_modules()}
     blocks = [(names.get(id(model.layers[number])), available[number]) for number in chosen.blocks]
@@ -128,7 +128,7 @@ def _check_gradient(model: nn.Module) -> None:
         model.train(was_training)
 
 
-def _describe(config: AdapterConfig, chosen: AdapterLayers, available: Sequence[Block]) -> str:
+def _describe(config: AdapterConfig, chosen: AdapterLayers, available: Sequence[AdaptableBlock]) -> str:
     layers = [chosen_layers(available[number], chosen.projections) for number in chosen.blocks]
     counts = {len(each) for each in layers}
     where = f"{len(layers)} blocks, "
