@@ -13,7 +13,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import get_total_parameters
 
 from macft.errors import ConfigError, ModelError
-from macft.model.adaptable import Block, adaptable_blocks
+from macft.model.adaptable import AdaptableBlock, adaptable_blocks
 from macft.model.adapter_layers import AdapterLayers, chosen_layers, select_layers
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.dropout import DropoutKeys, make_dropout_reproducible
@@ -58,7 +58,7 @@ def adapt(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adaptation:
 
 
 def _add_low_rank(
-    model: nn.Module, chosen: AdapterLayers, available: Sequence[Block], config: AdapterConfig
+    model: nn.Module, chosen: AdapterLayers, available: Sequence[AdaptableBlock], config: AdapterConfig
 ) -> dict[str, Any]:
     blocks, names = chosen
     count = len(model.layers)
@@ -81,7 +81,7 @@ def _add_low_rank(
     return settings
 
 
-def _named_otherwise(model: nn.Module, chosen: AdapterLayers, available: Sequence[Block]) -> bool:
+def _named_otherwise(model: nn.Module, chosen: AdapterLayers, available: Sequence[AdaptableBlock]) -> bool:
     """Whether a module that can't be adapted has the name of one in another block."""
     wanted = set(chosen.projections)
     blocks = [dict(model.layers[number].named_modules()).keys() for number in chosen.blocks]
@@ -89,7 +89,7 @@ def _named_otherwise(model: nn.Module, chosen: AdapterLayers, available: Sequenc
     return any((names & wanted) - own for names, own in zip(blocks, taken, strict=True))
 
 
-def _paths(model: nn.Module, chosen: AdapterLayers, available: Sequence[Block]) -> list[str]:
+def _paths(model: nn.Module, chosen: AdapterLayers, available: Sequence[AdaptableBlock]) -> list[str]:
     """Where in the model the chosen layers are."""
     names = {id(module): name for name, module in model.named_modules()}
     blocks = [(names.get(id(model.layers[number])), available[number]) for number in chosen.blocks]
@@ -116,23 +116,26 @@ def _unfreeze(model: nn.Module, chosen: AdapterLayers, config: AdapterConfig) ->
 
 
 def _check_gradient(model: nn.Module) -> None:
-    """Raises ModelError where the adapted ``model`` fails, or has no gradient. Nothing is evaluated."""
+    """Raises ModelError where the adapted ``model`` fails on a few tokens, or has no gradient; none is computed."""
     was_training = model.training
     model.train()
     try:
-        nn.value_and_grad(model, lambda tokens: model(tokens).sum())(mx.arange(1, 9)[None])
+        value, _ = nn.value_and_grad(model, lambda tokens: model(tokens).sum())(mx.arange(1, 9)[None])
+        mx.eval(value)
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, KeyError, NotImplementedError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"mlx-lm's code of this model can't be trained: {reason}") from error
+        raise ModelError(f"this model can't be trained on this device with mlx-lm's code: {reason}") from error
     finally:
         model.train(was_training)
 
 
-def _describe(config: AdapterConfig, chosen: AdapterLayers, available: Sequence[Block]) -> str:
+def _describe(config: AdapterConfig, chosen: AdapterLayers, available: Sequence[AdaptableBlock]) -> str:
     layers = [chosen_layers(available[number], chosen.projections) for number in chosen.blocks]
     counts = {len(each) for each in layers}
     where = f"{len(layers)} blocks, "
-    where += f"{counts.pop()} projections each" if len(counts) == 1 else f"{sum(map(len, layers))} projections"
+    is_same = len(counts) == 1
+    count = counts.pop() if is_same else sum(map(len, layers))
+    where += f"{count} projection{'' if count == 1 else 's'}{' each' if is_same else ''}"
     if any(layer.is_experts for each in layers for layer in each):
         where += ", those of experts too"
     if config.type == "full":

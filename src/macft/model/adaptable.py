@@ -37,7 +37,7 @@ class Addition:
 
 
 @dataclass(frozen=True)
-class Layer:
+class AdaptableLayer:
     """A layer of a block that mlx-lm's LoRA takes by default.
 
     ``name`` is its name in the block, ``parameters`` the number of its own. ``lora`` and ``dora`` say what such an
@@ -65,21 +65,21 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Block:
+class AdaptableBlock:
     """A block: the number of all its parameters, and those of its layers that may get an adapter."""
 
     parameters: int
-    layers: tuple[Layer, ...]
+    layers: tuple[AdaptableLayer, ...]
 
 
-def adaptable_blocks(model: nn.Module) -> tuple[Block, ...]:
+def adaptable_blocks(model: nn.Module) -> tuple[AdaptableBlock, ...]:
     """The blocks of ``model``, which is frozen as a whole by this."""
     model.freeze()
-    known: dict[Any, Layer | None] = {}
+    known: dict[Any, AdaptableLayer | None] = {}
     return tuple(_block(block, known) for block in model.layers)
 
 
-def _block(block: nn.Module, known: dict[Any, Layer | None]) -> Block:
+def _block(block: nn.Module, known: dict[Any, AdaptableLayer | None]) -> AdaptableBlock:
     """``known``: layers that were looked at, by what they are like."""
     read = set(_attributes_read(block))
     layers = []
@@ -97,10 +97,10 @@ def _block(block: nn.Module, known: dict[Any, Layer | None]) -> Block:
             reason = f"the model's code reads its {gone[0]}"
             layer = replace(layer, lora=reason, dora=reason)
         layers.append(layer)
-    return Block(sum(int(value.size) for _, value in tree_flatten(block.parameters())), tuple(layers))
+    return AdaptableBlock(sum(int(value.size) for _, value in tree_flatten(block.parameters())), tuple(layers))
 
 
-def _layer(module: nn.Module) -> Layer | None:
+def _layer(module: nn.Module) -> AdaptableLayer | None:
     """What can be made of ``module``; None where mlx-lm's LoRA doesn't take it."""
     try:
         made = converted(module, "lora")
@@ -108,7 +108,7 @@ def _layer(module: nn.Module) -> Layer | None:
         made = module  # it would be taken, but fails
     if made is None:
         return None
-    return Layer(
+    return AdaptableLayer(
         name="",
         parameters=sum(int(value.size) for _, value in tree_flatten(module.parameters())),
         lora=_addition(module, "lora"),
@@ -216,6 +216,6 @@ def _chain(node: ast.AST) -> tuple[str, ...]:
     return tuple(reversed(names)) if is_self else ()
 
 
-def names_of(blocks: Sequence[Block]) -> list[str]:
+def names_of(blocks: Sequence[AdaptableBlock]) -> list[str]:
     """The names of all layers in ``blocks``, each once, in their order."""
     return list(dict.fromkeys(layer.name for block in blocks for layer in block.layers))

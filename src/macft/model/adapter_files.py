@@ -52,7 +52,8 @@ def load_adapter_weights(path: Path, model: nn.Module) -> None:
     expected = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
     if difference := _difference({name: value.shape for name, value in weights.items()}, expected):
         raise ModelError(
-            f"adapter {file} doesn't fit: {difference}; it must have the adapter's type, layers, targets and rank"
+            f"adapter {file} doesn't fit: {difference}; "
+            "adapter.type, rank, layers and targets must be those it was trained with"
         )
     model.load_weights(list(weights.items()), strict=False)
     mx.eval(model.parameters())

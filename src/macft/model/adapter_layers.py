@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from macft.errors import ConfigError
-from macft.model.adaptable import Block, Layer, names_of
+from macft.model.adaptable import AdaptableBlock, AdaptableLayer, names_of
 from macft.model.adapter_settings import AdapterConfig
 
 
@@ -20,7 +20,7 @@ class AdapterLayers(NamedTuple):
     projections: list[str]
 
 
-def select_layers(config: AdapterConfig, available: Sequence[Block]) -> AdapterLayers:
+def select_layers(config: AdapterConfig, available: Sequence[AdaptableBlock]) -> AdapterLayers:
     """What ``config`` chooses of a model with these blocks.
 
     Raises:
@@ -37,7 +37,7 @@ def select_layers(config: AdapterConfig, available: Sequence[Block]) -> AdapterL
     return AdapterLayers(blocks, chosen)
 
 
-def chosen_layers(block: Block, projections: Iterable[str]) -> list[Layer]:
+def chosen_layers(block: AdaptableBlock, projections: Iterable[str]) -> list[AdaptableLayer]:
     """Those layers of ``block`` that have one of these names."""
     wanted = set(projections)
     return [layer for layer in block.layers if layer.name in wanted]
@@ -51,7 +51,7 @@ def _matches(target: str, names: Sequence[str]) -> list[str]:
     return matches
 
 
-def _check(config: AdapterConfig, layers: Sequence[Layer], chosen: set[str]) -> None:
+def _check(config: AdapterConfig, layers: Sequence[AdaptableLayer], chosen: set[str]) -> None:
     """Raises ConfigError where an adapter of this kind can't be added to one of the layers that were ``chosen``."""
     bad = {layer.name: reason for layer in layers if (reason := layer.obstacle(config.type)) is not None}
     refused = [name for name in bad if name in chosen]

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from macft.errors import ModelError
-from macft.model.adaptable import Block, adaptable_blocks
+from macft.model.adaptable import AdaptableBlock, adaptable_blocks
 from macft.model.execution import FLOAT_BYTES, WeightFormat
 from macft.model.packable import may_pack
 
@@ -59,7 +59,7 @@ class ModelShape:
     parameters: int
     # Parameters of matrices that a quantised checkpoint holds in few bits: linear layers and embeddings.
     matrix_parameters: int
-    adaptable: tuple[Block, ...]
+    adaptable: tuple[AdaptableBlock, ...]
     checkpoint: WeightFormat
     packs: bool
     has_dropout: bool
