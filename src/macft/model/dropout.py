@@ -29,6 +29,25 @@ class _Current(threading.local):
         self.keys = mx.zeros((1,), dtype=mx.uint32)
 
 
+class _FirstPosition(threading.local):
+    """Position in its row of the first token that this thread computes; not 0 where it computes rows in chunks."""
+
+    value = 0
+
+
+_first = _FirstPosition()
+
+
+@contextmanager
+def positions_from(first: int) -> Iterator[None]:
+    """Inside, this thread's sequences are the part of each row that begins at position ``first``."""
+    before, _first.value = _first.value, first
+    try:
+        yield
+    finally:
+        _first.value = before
+
+
 class DropoutKeys:
     """The keys of the rows that a thread computes, shared by all dropout layers of a model and of its replicas."""
 
@@ -81,7 +100,7 @@ class RowDropout(nn.Module):
         rows, length, features = x.shape
         layout = layout_of_pack()
         if layout is None:
-            place = mx.arange(length, dtype=mx.uint32)
+            place = mx.arange(_first.value, _first.value + length, dtype=mx.uint32)
             keys = _mix(self._keys.value)[:rows, None, None]
         else:
             place = layout.depths.astype(mx.uint32)

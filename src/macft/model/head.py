@@ -72,7 +72,9 @@ class Head:
         """The logits of ``hidden``."""
         self._given.append(hidden)
         try:
-            with replaced_members([self._backbone], lambda _kind: {"__call__": lambda *_args, **_named: self._given[0]}):
+            with replaced_members(
+                [self._backbone], lambda _kind: {"__call__": lambda *_args, **_named: self._given[0]}
+            ):
                 logits: mx.array = self._model(mx.zeros(hidden.shape[:-1], mx.int32))
         finally:
             self._given.clear()

@@ -30,6 +30,7 @@ from macft.model.module_classes import Members, ModuleCall, replaced_members
 from macft.model.packing import PackedRope
 from macft.model.parameter_refs import ParameterRefs
 
+Arrays = tuple[mx.array, ...]
 _KINDS = (nn.Linear, LoRALinear, DoRALinear, nn.RMSNorm, nn.LayerNorm, nn.RoPE, PackedRope)
 
 
@@ -93,6 +94,16 @@ class EagerLayers:
 
         return value_and_grad
 
+    def recomputed(self, function: Callable[..., Arrays], trained: ParameterRefs) -> Callable[..., Arrays]:
+        """See :data:`macft.model.backends.mlx.recurrence.Recomputed`."""
+
+        def call(*arrays: mx.array) -> Arrays:
+            if not self._thread.is_building:
+                return function(*arrays)
+            return self._operation(function, arrays, trained, within=True)
+
+        return call
+
     @contextmanager
     def _building(self, is_building: bool) -> Iterator[None]:
         before, self._thread.is_building = self._thread.is_building, is_building
@@ -122,32 +133,41 @@ class EagerLayers:
             output: mx.array = call(layer, x, *rest, **named)
             return output
         refs = self._trained[id(layer)]
-        trained = refs.get()
         kernel = None if is_block else kernel_for(layer, refs.names, x)
         if kernel is not None:
-            return _kernel_operation(kernel)(x, *trained)
+            return _kernel_operation(kernel)(x, *refs.get())
 
-        def compute(x: mx.array, *values: mx.array) -> mx.array:
-            refs.put(values)
-            output: mx.array = call(layer, x, *rest, **named)
-            return output
+        return self._operation(lambda x: (call(layer, x, *rest, **named),), (x,), refs, within=is_block)[0]
 
-        def forward(x: mx.array, *values: mx.array) -> mx.array:
-            with self._building(is_block):
-                output = compute(detached(x), *map(detached, values))
+    def _operation(
+        self, function: Callable[..., Arrays], arrays: Arrays, refs: ParameterRefs, *, within: bool
+    ) -> Arrays:
+        """``function(*arrays)``, which uses the parameters of ``refs``, as one operation to MLX.
+
+        ``within``: layers that it calls are computed one by one, too.
+        """
+        trained = refs.get()
+
+        def compute(*inputs: mx.array) -> Arrays:
+            refs.put(inputs[len(arrays) :])
+            return function(*inputs[: len(arrays)])
+
+        def forward(*inputs: mx.array) -> Arrays:
+            with self._building(within):
+                outputs = compute(*map(detached, inputs))
                 if trained:  # evaluated alone, DoRA's result was seen to hold what led to it
-                    return detached(output)
-                mx.eval(output)
-                return output
+                    return tuple(map(detached, outputs))
+                mx.eval(outputs)
+                return outputs
 
-        def backward(inputs: Sequence[mx.array], grad_output: mx.array, _output: mx.array) -> list[mx.array]:
-            with self._building(is_block):
-                _, gradients = mx.vjp(compute, list(map(detached, inputs)), [detached(grad_output)])
+        def backward(inputs: Sequence[mx.array], grad_outputs: Arrays, _outputs: Arrays) -> list[mx.array]:
+            with self._building(within):
+                _, gradients = mx.vjp(compute, list(map(detached, inputs)), list(map(detached, grad_outputs)))
                 mx.eval(gradients)  # all at once: they have parts in common
                 return list(map(detached, gradients))
 
         try:
-            return operation(forward, backward)(x, *trained)
+            return operation(forward, backward)(*arrays, *trained)
         finally:
             refs.put(trained)
 
