@@ -31,6 +31,7 @@ from macft.model.module_classes import Members, ModuleCall, replaced_members
 from macft.model.packing import PackedRope
 from macft.model.parameter_refs import ParameterRefs
 
+Arrays = tuple[mx.array, ...]
 _KINDS = (nn.Linear, LoRALinear, DoRALinear, nn.RMSNorm, nn.LayerNorm, nn.RoPE, PackedRope)
 
 
@@ -94,6 +95,16 @@ class EagerLayers:
 
         return value_and_grad
 
+    def recomputed(self, function: Callable[..., Arrays], trained: ParameterRefs) -> Callable[..., Arrays]:
+        """See :data:`macft.model.backends.mlx.recurrence.Recomputed`."""
+
+        def call(*arrays: mx.array) -> Arrays:
+            if not self._thread.is_building:
+                return function(*arrays)
+            return self._operation(function, arrays, trained, within=True)
+
+        return call
+
     @contextmanager
     def _building(self, is_building: bool) -> Iterator[None]:
         before, self._thread.is_building = self._thread.is_building, is_building
@@ -129,47 +140,57 @@ class EagerLayers:
             if kernel is not None:
                 return _kernel_operation(kernel)(x, *refs.get())
         frame, given = take_apart((arguments, named))
-        return self._traced(call, layer, frame, given, is_block=is_block)
+        return self._on_arrays(call, layer, frame, given, within=is_block)
 
-    def _traced(
-        self, call: ModuleCall, layer: nn.Module, frame: Any, given: Sequence[mx.array], *, is_block: bool
+    def _on_arrays(
+        self, call: ModuleCall, layer: nn.Module, frame: Any, given: Sequence[mx.array], *, within: bool
     ) -> Any:
-        """The layer by MLX's own operations, for the arguments ``given`` in ``frame``.
+        """The layer for the arguments ``given`` in ``frame``, as one operation.
 
-        Blocks may take and return more than one array: keys and values that later blocks share, for example. The
-        functions in here hold nothing of the graph.
+        Blocks may take and return more than one array: keys and values that later blocks share, for example. What the
+        operation keeps holds nothing of the graph.
         """
-        refs = self._trained[id(layer)]
-        trained, count = refs.get(), len(given)
-        is_trained = bool(trained)
         frame_of_result: Any = None
 
-        def compute(*values: mx.array) -> list[mx.array]:
+        def function(*arrays: mx.array) -> Arrays:
             nonlocal frame_of_result
-            refs.put(values[count:])
-            arguments, named = put_together(frame, values[:count])
+            arguments, named = put_together(frame, arrays)
             frame_of_result, outputs = take_apart(call(layer, *arguments, **named))
-            return outputs
+            return tuple(outputs)
 
-        def forward(*values: mx.array) -> tuple[mx.array, ...]:
-            with self._building(is_block):
-                outputs = compute(*map(detached, values))
+        outputs = self._operation(function, tuple(given), self._trained[id(layer)], within=within)
+        return put_together(frame_of_result, outputs)
+
+    def _operation(
+        self, function: Callable[..., Arrays], arrays: Arrays, refs: ParameterRefs, *, within: bool
+    ) -> Arrays:
+        """``function(*arrays)``, which uses the parameters of ``refs``, as one operation to MLX.
+
+        ``within``: layers that it calls are computed one by one, too.
+        """
+        trained, count = refs.get(), len(arrays)
+        is_trained = bool(trained)  # the functions below hold no array of the graph
+
+        def compute(*inputs: mx.array) -> Arrays:
+            refs.put(inputs[count:])
+            return function(*inputs[:count])
+
+        def forward(*inputs: mx.array) -> Arrays:
+            with self._building(within):
+                outputs = compute(*map(detached, inputs))
                 if is_trained:  # evaluated alone, DoRA's result was seen to hold what led to it
                     return tuple(map(detached, outputs))
                 mx.eval(outputs)
-                return tuple(outputs)
+                return outputs
 
-        def backward(
-            inputs: Sequence[mx.array], grad_outputs: Sequence[mx.array], _outputs: Sequence[mx.array]
-        ) -> list[mx.array]:
-            with self._building(is_block):
+        def backward(inputs: Sequence[mx.array], grad_outputs: Arrays, _outputs: Arrays) -> list[mx.array]:
+            with self._building(within):
                 _, gradients = mx.vjp(compute, list(map(detached, inputs)), list(map(detached, grad_outputs)))
                 mx.eval(gradients)  # all at once: they have parts in common
                 return list(map(detached, gradients))
 
         try:
-            outputs = operation(forward, backward)(*given, *trained)
-            return put_together(frame_of_result, outputs)
+            return operation(forward, backward)(*arrays, *trained)
         finally:
             refs.put(trained)
 
