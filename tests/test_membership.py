@@ -38,7 +38,7 @@ class Node:
     def __init__(self, name: str, keyring: Keyring | None):
         self.keyring = keyring
         self.membership = MembershipService(
-            "127.0.0.1:0", name=name, settings=SETTINGS, keyring=keyring, fingerprint="same"
+            "127.0.0.1:0", name=name, settings=SETTINGS, keyring=keyring, fingerprint="same", started="at noon"
         )
         self.ring: ElasticRing | None = None
         self.thread = ThreadPoolExecutor(1)
@@ -174,8 +174,9 @@ def test_strangers_learn_and_change_nothing() -> None:
             sock.send(join_request("same"))
             assert sock.poll(10_000)
             answer = msgpack.unpackb(sock.recv())
-            assert (answer["secret"], heartbeat_codec.decode_view(answer["view"])) == (
+            assert (answer["secret"], answer["started"], heartbeat_codec.decode_view(answer["view"])) == (
                 b"secret of this run",
+                "at noon",
                 node.membership.state.view,
             )
             assert not sock.poll(100)

@@ -22,6 +22,7 @@ from macft.data.load import read as read_dataset
 from macft.data.settings import DatasetConfig, SourceConfig
 from macft.data.settings import problems as dataset_problems
 from macft.data.sources import SPLITS
+from macft.data.template_clock import fix_clock
 from macft.errors import ConfigError, DataError
 from macft.evaluation.metrics import METRICS, metric
 from macft.report.run_folder import write_atomically
@@ -58,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
     console = Console(highlight=False)
     prepare_device()
     loaded = tuned.load(tuned=False)
+    fix_clock(loaded.tokenizer, dataset.template_time)
     data, notes = tokenize_split(sources, dataset, loaded.tokenizer, split)
     if not data.rows:
         raise DataError(f"--split: no {split} row has a target token left")
@@ -81,6 +83,7 @@ def main(argv: Sequence[str]) -> None:
             attach(loaded.model, tuned.adapter)
         else:
             loaded = tuned.load()
+            fix_clock(loaded.tokenizer, dataset.template_time)
         after = measure("tuned")
     for note in notes:
         console.print(note, markup=False)

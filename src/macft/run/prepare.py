@@ -18,6 +18,7 @@ from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain
 from macft.data.load import LoadedData, read, sample_rows, tokenize_all
 from macft.data.order import RowOrder
+from macft.data.template_clock import fix_clock
 from macft.device.mlx_device import prepare_device
 from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_files import load_adapter_weights
@@ -92,6 +93,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
     log.info("finding the model %s", config.model.path)
     model_folder = resolve(config.model)
     tokenizer = load_tokenizer(config.model, model_folder)
+    clock_notes = fix_clock(tokenizer, config.dataset.template_time)
 
     log.info("tokenizing")
     data = tokenize_all(raw, config.dataset, tokenizer, need_test=is_scored(config))
@@ -180,7 +182,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         reporter=reporter,
         trainer=trainer,
         installed=installed,
-        notes=[*loaded.notes, *plan_notes, *revisions, *data.notes, *state_notes],
+        notes=[*loaded.notes, *plan_notes, *revisions, *clock_notes, *data.notes, *state_notes],
     )
 
 
