@@ -25,6 +25,7 @@ from harness.runs import (
     wait_for_events,
     wait_for_step,
 )
+from macft.config.yaml import read
 
 pytestmark = pytest.mark.slow
 

@@ -48,7 +48,7 @@ class At(datetime):
     """A clock that stands at :data:`TIME`."""
 
     @classmethod
-    def now(cls, tz: Any = None) -> datetime:
+    def now(cls, _: Any = None) -> datetime:
         return datetime.fromisoformat(TIME)
 
 

@@ -39,7 +39,8 @@ def shows_time(tokenizer: Any) -> bool:
 def fix_clock(tokenizer: Any, time: str | None) -> list[str]:
     """Makes the chat templates of ``tokenizer``, mlx-lm's ``TokenizerWrapper``, see ``time`` from now on.
 
-    Returns lines for the user: one where a template shows the time, otherwise none. The template that is saved with the tokenizer stays as it is.
+    Returns lines for the user: one where a template shows the time, otherwise none. The template that is saved with the
+    tokenizer stays as it is.
 
     Args:
         time: ISO 8601, as :func:`now` returns it; None: the time of this call.
@@ -63,7 +64,7 @@ def fix_clock(tokenizer: Any, time: str | None) -> list[str]:
 
 
 def _macro(template: str, moment: datetime) -> str:
-    """``strftime_now`` at ``moment``, in Jinja, for the directives that ``template`` has; a function can't be passed."""
+    """``strftime_now`` at ``moment`` for the directives in ``template``; in Jinja, for a function can't be passed."""
     directives = sorted(set(_DIRECTIVE.findall(template)), key=len, reverse=True)
     calls = "".join(f".replace({item!r}, {moment.strftime(item)!r})" for item in directives)
     return _MACRO.replace("__REPLACED__", calls)

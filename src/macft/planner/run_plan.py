@@ -15,8 +15,8 @@ from macft.config.execution import execution_for
 from macft.config.schema import TrainConfig
 from macft.config.validate import world_size
 from macft.data.load import read, tokenize_all
-from macft.data.template_clock import fix_clock
 from macft.data.order import RowOrder
+from macft.data.template_clock import fix_clock
 from macft.device.chips import Mac, find_mac
 from macft.device.kind import METAL, Device
 from macft.device.memory import usable_bytes
