@@ -17,10 +17,10 @@ from mlx_lm.tuner.datasets import create_dataset
 from mlx_lm.utils import load_tokenizer
 
 from harness.runs import environment, write_jsonl
-from macft.data.formats import prompt_tokens, tokenize
 from macft.data.load import LoadedData, read, tokenize_all
 from macft.data.settings import DatasetConfig, SourceConfig, problems
 from macft.data.sources import read_source
+from macft.data.tokenize import prompt_tokens, tokenize
 from macft.errors import DataError
 
 

@@ -7,7 +7,7 @@ from macft.errors import DataError
 
 
 def expected_text(record: Record) -> str:
-    """The right answer: the completion, or the last message.
+    """The right answer: the completion, or the assistant's last message; empty if that is only a tool call.
 
     Raises:
         DataError: The row is a text, which has no answer, or is in none of the formats.
@@ -15,12 +15,12 @@ def expected_text(record: Record) -> str:
     conversation = parse(record)
     if isinstance(conversation, str):
         raise DataError("dataset.metric: a test row is a text, without a right answer; set training.metric_rows=0")
-    return str(conversation.messages[-1].get("content", ""))
+    return conversation.until_answer().messages[-1]["content"] or ""
 
 
 def question_text(record: Record) -> str:
     """The question as a person would read it: the prompt, or the message before the answer; empty for a text row."""
     conversation = parse(record)
-    if isinstance(conversation, str) or len(conversation.messages) < 2:
+    if isinstance(conversation, str):
         return ""
-    return str(conversation.messages[-2].get("content", ""))
+    return conversation.until_answer().messages[-2]["content"] or ""
