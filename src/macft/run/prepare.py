@@ -16,6 +16,7 @@ from macft.collective.newest import find_newest
 from macft.config.execution import requires_packing, with_execution
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain
+from macft.data.checks import check_rows
 from macft.data.load import LoadedData, read, sample_rows, tokenize_all
 from macft.data.order import RowOrder
 from macft.data.template_clock import fix_clock
@@ -26,6 +27,7 @@ from macft.model.backends.choose import make_backend
 from macft.model.confirm import confirm
 from macft.model.load import LoadedModel, load, load_tokenizer
 from macft.model.resolve import resolve
+from macft.model.vocabulary import vocabulary_of
 from macft.parallel.balance import ShareBalancer
 from macft.planner.preflight import preflight
 from macft.report import fan_out
@@ -97,6 +99,12 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
 
     log.info("tokenizing")
     data = tokenize_all(raw, config.dataset, tokenizer, need_test=is_scored(config))
+    data.notes += check_rows(
+        {"train": data.train, "valid": data.valid, "test": data.test},
+        tokenizer,
+        vocabulary=vocabulary_of(model_folder),
+        max_seq_length=config.dataset.max_seq_length,
+    )
     order = RowOrder(
         data.train.source_sizes, data.train.source_weights, batch_size=config.training.batch_size, seed=config.seed
     )
