@@ -105,8 +105,8 @@ def _check_vocabulary(part: _Part, tokenizer: Any, vocabulary: int) -> None:
     token = int(tokens[tokens >= vocabulary][0])
     raise DataError(
         f"{part.places[beyond[0]]}: token {token} ({_text(tokenizer, token)!r}) is beyond the model's vocabulary of "
-        f"{vocabulary}; {len(beyond)} of {len(part.rows)} rows have such tokens; take the tokenizer that belongs to the "
-        "model, or a model with embeddings for the tokens added"
+        f"{vocabulary}; {len(beyond)} of {len(part.rows)} rows have such tokens; take the tokenizer that belongs to "
+        "the model, or a model with embeddings for the tokens added"
     )
 
 
