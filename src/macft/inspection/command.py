@@ -10,6 +10,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from macft.cli.parser import Parser, command_parser
+from macft.data.formats import parse
 from macft.data.load import Sources, Split, read, tokenize_split
 from macft.data.settings import DatasetConfig
 from macft.data.settings import problems as dataset_problems
@@ -61,6 +62,8 @@ def main(argv: Sequence[str]) -> None:
         markup=False,
         soft_wrap=True,
     )
+    if not dataset.mask_prompt and split.records and not isinstance(parse(split.records[0]), str):
+        console.print("prompts are trained on, too; with --mask-prompt only the answers are", soft_wrap=True)
     if split.rows:
         printer = RowPrinter(
             console,
