@@ -16,7 +16,7 @@ from typing import Any
 from macft.errors import DataError
 
 Message = Mapping[str, Any]
-"""``role``, ``content`` (a string, or None beside ``tool_calls``), and what else the chat template reads."""
+"""``role``, ``content`` (a string; a message with ``tool_calls`` may have none), and what else the template reads."""
 
 ROLES = {
     "human": "user",
@@ -67,8 +67,8 @@ def conversation(messages: Any, tools: Any, field: str) -> Conversation:
     - ``messages`` and ``tools`` may be strings of JSON; an empty list of tools is None.
     - A message has ``role`` and ``content``, or ShareGPT's ``from`` and ``value``; roles of :data:`ROLES` get their
       usual name. The role ``function_call`` becomes a message of the assistant with ``tool_calls``.
-    - Content given as parts becomes their text, joined as ``mlx_lm.server`` does. Missing content is None beside
-      ``tool_calls`` and empty otherwise.
+    - Content given as parts becomes their text, joined as ``mlx_lm.server`` does. Missing content is empty; beside
+      ``tool_calls`` it stays missing, as chat templates expect it.
     - The arguments of a tool call given as a string of JSON become an object.
     - Keys whose value is null are dropped, at any depth: Arrow gives each object all keys of the column. A null inside
       a string of JSON was written on purpose, and stays.
@@ -119,11 +119,14 @@ def _message(written: dict[str, Any]) -> tuple[dict[str, Any], str]:
         raise DataError(f"`role` must be a string, not {type(role).__name__}")
     text = _text(content)
     if role in _CALL_ROLES:
-        return {"role": "assistant", "content": None, "tool_calls": _called(text), **rest}, role
+        return {"role": "assistant", "tool_calls": _called(text), **rest}, role
+    message: dict[str, Any] = {"role": ROLES.get(role, role)}
     calls = _tool_calls(rest.pop("tool_calls", None))
-    if text is None and not calls:
-        text = ""
-    return {"role": ROLES.get(role, role), "content": text, **({"tool_calls": calls} if calls else {}), **rest}, role
+    if text is not None or not calls:
+        message["content"] = text or ""
+    if calls:
+        message["tool_calls"] = calls
+    return message | rest, role
 
 
 def _text(content: Any) -> str | None:

@@ -6,7 +6,7 @@ as it begins a generated one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -44,8 +44,15 @@ class Tokenizer(Protocol):
         """The tokens of ``text``, with those that the tokenizer adds to each text."""
         ...
 
-    def apply_chat_template(self, conversation: Sequence[Message], **options: Any) -> Any:
-        """A conversation as a text, or its tokens."""
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        return_dict: bool,
+    ) -> Sequence[int]:
+        """The tokens of a conversation, with the start of an answer if ``add_generation_prompt``."""
         ...
 
 
@@ -76,7 +83,7 @@ def tokenize(record: Record, tokenizer: Tokenizer, *, mask_prompt: bool, remark:
     try:
         answered = found.until_answer()
     except DataError as error:
-        raise DataError(f"{error}; dataset.mask_prompt needs both") from error
+        raise DataError(f"{error}; dataset.mask_prompt needs a prompt and an answer") from error
     if len(answered.messages) < len(found.messages):
         remark("go on after the assistant's last message; dataset.mask_prompt leaves the rest out")
     tokens = template_tokens(answered, tokenizer)
@@ -122,33 +129,25 @@ def template_tokens(conversation: Conversation, tokenizer: Tokenizer, *, opens_a
             "the model's tokenizer has no chat template, which rows with a prompt or messages need; take the model's "
             "instruct (chat) version, or write rows with `text`"
         )
-    options = {"tools": conversation.tools, "add_generation_prompt": opens_answer}
-    messages = _with_contents(conversation.messages, tokenizer, options)
-    return [int(token) for token in _apply(tokenizer, messages, options, tokenize=True)]
-
-
-def _apply(tokenizer: Tokenizer, messages: Sequence[Message], options: dict[str, Any], *, tokenize: bool) -> Any:
     try:
-        return tokenizer.apply_chat_template(messages, **options, tokenize=tokenize, return_dict=False)
+        return _apply(conversation, tokenizer, opens_answer)
+    except DataError:
+        if all("content" in message for message in conversation.messages):
+            raise
+        # A template may want content beside tool calls too.
+        filled = [{"content": "", **message} for message in conversation.messages]
+        return _apply(replace(conversation, messages=filled), tokenizer, opens_answer)
+
+
+def _apply(conversation: Conversation, tokenizer: Tokenizer, opens_answer: bool) -> list[int]:
+    try:
+        tokens = tokenizer.apply_chat_template(
+            conversation.messages, tools=conversation.tools, add_generation_prompt=opens_answer, return_dict=False
+        )
     except Exception as error:  # a template is the model's own code and may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"the model's chat template refuses it: {reason}") from error
-
-
-def _with_contents(messages: Sequence[Message], tokenizer: Tokenizer, options: dict[str, Any]) -> Sequence[Message]:
-    """The messages; missing content is an empty string where the template can't take None or prints it.
-
-    Some templates write the tool calls of a message only where its content is None, so that None is tried first.
-    """
-    if all(message.get("content") is not None for message in messages):
-        return messages
-    filled = [message if message.get("content") is not None else {**message, "content": ""} for message in messages]
-    try:
-        with_none = _apply(tokenizer, messages, options, tokenize=False)
-    except DataError:
-        return filled
-    without = _apply(tokenizer, filled, options, tokenize=False)
-    return filled if with_none.count("None") > without.count("None") else messages
+    return [int(token) for token in tokens]
 
 
 def _prompt_length(answered: Conversation, tokens: list[int], tokenizer: Tokenizer, remark: Remark) -> int:

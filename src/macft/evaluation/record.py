@@ -15,7 +15,7 @@ def expected_text(record: Record) -> str:
     conversation = parse(record)
     if isinstance(conversation, str):
         raise DataError("dataset.metric: a test row is a text, without a right answer; set training.metric_rows=0")
-    return conversation.until_answer().messages[-1]["content"] or ""
+    return str(conversation.until_answer().messages[-1].get("content", ""))
 
 
 def question_text(record: Record) -> str:
@@ -23,4 +23,4 @@ def question_text(record: Record) -> str:
     conversation = parse(record)
     if isinstance(conversation, str):
         return ""
-    return conversation.until_answer().messages[-2]["content"] or ""
+    return str(conversation.until_answer().messages[-2].get("content", ""))
