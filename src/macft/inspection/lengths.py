@@ -46,7 +46,7 @@ class Lengths:
         dropped = int((self.masked >= longest).sum())
         line = f"max_seq_length {longest:,} cuts {cut:,} of {len(self.tokens):,} rows ({cut / len(self.tokens):.1%}) "
         line += f"and {lost:.1%} of all tokens"
-        return line + (f"; {dropped:,} rows lose their whole target and are dropped" if dropped else "")
+        return line + (f"; no target is left in {dropped:,} of them, which a run drops" if dropped else "")
 
 
 def percentile(values: NDArray[np.int64], percent: int) -> int:
