@@ -30,7 +30,7 @@ class RowPrinter:
     def legend(self) -> None:
         """Says which colour is which."""
         if self._has_colours:
-            self._console.print(Text.assemble(("prompt", _PROMPT), " ", ("target, which is trained on", _TARGET)))
+            self._print(Text.assemble(("prompt", _PROMPT), " ", ("target, which is trained on", _TARGET)))
 
     def show(self, row: RowView) -> None:
         """Prints one row."""
