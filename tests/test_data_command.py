@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from harness.runs import write_jsonl
+from helpers.docs import ROOT
 from macft.data.formats import Place, Row
 from macft.errors import MacftError
 from macft.inspection.command import main
@@ -165,6 +166,15 @@ def test_columns_have_other_names(tmp_path: Path, shown: Shown) -> None:
     output = shown(path, "--column", "prompt=question", "--column", "completion=answer", "--mask-prompt")
     assert "row 1 (line 2): " in output
     assert "target  Lima<|im_end|>⏎\n" in output
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_is_printed(bundled_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bundled_model.is_dir()
+    main(["builtin:sql", "--mask-prompt", "--rows", "1"])
+    page = (ROOT / "docs/data.md").read_text()
+    (block,) = re.findall(r"```\n(builtin:sql, train: .*?)\.\.\.\n```", page, re.DOTALL)
+    assert capsys.readouterr().out.startswith(block)
 
 
 def styled(text: str) -> list[tuple[str, str]]:
