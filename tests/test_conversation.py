@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from macft.data.conversation import Conversation, conversation, drop_nulls
 from macft.data.formats import parse
 from macft.errors import DataError
+from macft.evaluation.exact_match import ExactMatch
+from macft.evaluation.record import expected_text, question_text
 
 NAMES = st.text("abcdefgh_", min_size=1, max_size=6)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -209,3 +211,21 @@ def test_a_system_prompt_comes_first(record: dict[str, Any]) -> None:
     assert isinstance(found, Conversation)
     assert [message["content"] for message in found.messages] == ["s", "a", "b"]
     assert found.messages[0]["role"] == "system"
+
+
+def test_question_and_answer_are_found_in_every_way_to_write_them() -> None:
+    """Parts, other roles, and a conversation that goes on after the answer."""
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Two plus "}, {"type": "text", "text": "two?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Four."}]},
+        {"role": "user", "content": "Thanks!"},
+    ]
+    sharegpt = [{"from": "human", "value": "Two plus two?"}, {"from": "gpt", "value": "Four."}]
+    for row in ({"messages": messages}, {"conversations": sharegpt}):
+        assert question_text(row) == "Two plus two?"
+        assert expected_text(row) == "Four."
+        assert ExactMatch().score(row, " Four.\n")
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "now"}}]}
+    assert expected_text({"messages": [messages[0], call]}) == ""
+    with pytest.raises(DataError, match="no message is the assistant's"):
+        expected_text({"messages": messages[:1]})

@@ -240,9 +240,9 @@ def test_json_is_read_as_it_is_written(tmp_path: Path, text: str) -> None:
         ("rows.json", b'{"text": "caf\xe9"}', r"rows\.json can't be read"),
         ("rows.json", b'{"text": "a"}\n{"text": oops}', r"rows\.json, line 2: not JSON"),
         ("rows.csv", b"prompt,completion\na,b\nc,d,e\n", r"rows\.csv, line 3: 3 cells, .* 2 columns"),
-        ("rows.csv", b"prompt,prompt\na,b\n", r"two columns are named 'prompt'"),
+        ("rows.csv", b"prompt,prompt\na,b\n", r"two columns are named prompt; rename one"),
         ("rows.csv", b"prompt,completion\ncaf\xe9,b\n", r"rows\.csv can't be read"),
-        ("rows.csv", b'prompt,completion\n"a,b\n', r"rows\.csv can't be read"),
+        ("rows.csv", b'prompt,completion\n"a,b\n', r"rows\.csv, line 2: not CSV"),
     ],
 )
 def test_a_file_that_is_wrong_is_one_line(tmp_path: Path, name: str, content: bytes, words: str) -> None:
@@ -267,6 +267,12 @@ def test_rows_know_their_lines(tmp_path: Path) -> None:
     }
     assert str(places["valid"][1]) == f"{tmp_path}, valid row 2 (line 5)"
     assert str(places["test"][0]) == f"{tmp_path}, test row 1"
+
+
+def test_rows_of_csv_may_be_shorter_than_the_header(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,completion,,\na,b,,\nc\n")
+    found = records(SourceConfig(path=str(tmp_path / "rows.csv")))["train"]
+    assert found == [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": None}]
 
 
 def test_a_long_cell_is_read(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import mlx_lm
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -17,12 +18,15 @@ from mlx_lm.tuner.datasets import create_dataset
 from mlx_lm.utils import load_tokenizer
 
 from harness.runs import write_jsonl
-from helpers.templates import beginning_with, with_template
+from harness.tiny_model import make_tiny_model
+from helpers.templates import begin_texts, with_template
 from macft.data.conversation import Conversation
 from macft.data.load import read, tokenize_all
 from macft.data.settings import DatasetConfig
-from macft.data.tokenize import common_prefix, prompt_tokens, template_tokens, text_tokens, tokenize
+from macft.data.template import template_tokens
+from macft.data.tokenize import common_prefix, prompt_tokens, text_tokens, tokenize
 from macft.errors import DataError
+from macft.evaluation.chat import Chat, Sampling
 
 
 @pytest.fixture(scope="module")
@@ -208,27 +212,44 @@ def test_history_that_the_answer_changes_is_no_target(tokenizer: Any) -> None:
     assert len(remarks) == 4
 
 
-def test_the_token_that_begins_a_text_comes_once(tmp_path: Path, bundled_model: Path) -> None:
-    template = "{{ bos_token }}" + CHATML
-    tokenizer = beginning_with(tmp_path, bundled_model, "<|endoftext|>", template)
-    begin = tokenizer.bos_token_id
-    assert tokenizer.encode("<|endoftext|>Hi.")[:2] == [begin, begin]
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory, bundled_model: Path) -> tuple[Any, Any]:
+    """A tiny model and its tokenizer, which puts a token before each text, as the template does before each chat."""
+    folder = make_tiny_model(tmp_path_factory.mktemp("begun"), bundled_model)
+    begin_texts(folder, "<|endoftext|>", "{{ bos_token }}" + CHATML)
+    model, tokenizer = mlx_lm.load(str(folder))
+    assert tokenizer.encode("<|endoftext|>Hi.")[:2] == [tokenizer.bos_token_id] * 2
+    return model, tokenizer
+
+
+def test_the_token_that_begins_a_text_comes_once(begun: tuple[Any, Any]) -> None:
+    _, tokenizer = begun
     plain = tokenize({"text": "Hi."}, tokenizer, mask_prompt=False).tokens.tolist()
     assert plain == [*tokenizer.encode("Hi."), tokenizer.eos_token_id]
     for text in ("<|endoftext|>Hi.", "<|endoftext|><|endoftext|>Hi."):
         assert tokenize({"text": text}, tokenizer, mask_prompt=False).tokens.tolist() == plain
-    assert text_tokens("<|endoftext|>Hi.", tokenizer) == text_tokens("Hi.", tokenizer)
     for tokens in (tokenize(PAIR, tokenizer, mask_prompt=False).tokens.tolist(), prompt_tokens(PAIR, tokenizer)):
-        assert tokens.count(begin) == 1
-        assert tokens[0] == begin
+        assert tokens[0] == tokenizer.bos_token_id
+        assert tokens.count(tokenizer.bos_token_id) == 1
 
 
-def test_a_begin_token_elsewhere_stays(tmp_path: Path, bundled_model: Path) -> None:
-    tokenizer = beginning_with(tmp_path, bundled_model, "<|endoftext|>", CHATML)
-    begin = tokenizer.bos_token_id
+@pytest.mark.parametrize("template", [False, True])
+def test_a_chat_begins_as_the_rows_did(begun: tuple[Any, Any], template: bool) -> None:
+    """Its prompt has as many tokens as the row's, whether or not the text brings the token itself."""
+    _, tokenizer = begun
+    expected = prompt_tokens({"prompt": "Hi.", "completion": ""}, tokenizer) if template else tokenizer.encode("Hi.")
+    for text in ("Hi.",) if template else ("Hi.", "<|endoftext|>Hi."):
+        chat = Chat(*begun, Sampling(max_tokens=1), template=template)
+        assert len(list(chat.say(text))) == 1
+        assert chat.speed is not None
+        assert chat.speed.prompt_tokens == len(expected)
+
+
+def test_a_begin_token_elsewhere_stays(begun: tuple[Any, Any]) -> None:
+    _, tokenizer = begun
     tokens = text_tokens("a<|endoftext|><|endoftext|>b", tokenizer)
-    assert tokens.count(begin) == 3
-    assert tokens[0] == begin
+    assert tokens.count(tokenizer.bos_token_id) == 3
+    assert tokens[0] == tokenizer.bos_token_id
 
 
 def test_without_a_chat_template_only_texts_train(tmp_path: Path, tokenizer: Any) -> None:
@@ -261,6 +282,24 @@ def test_missing_content_is_nothing(tokenizer: Any, body: str) -> None:
     record = {"messages": [{"role": "user", "content": "None of them?"}, call]}
     tokens = tokenize(record, tokenizer, mask_prompt=False).tokens.tolist()
     assert tokenizer.decode(tokens) == "<|im_start|>None of them?<|im_start|>now"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["call.function.arguments | tojson", "call.function.arguments", "'' + call.function.arguments"],
+    ids=["as JSON", "as they are", "added to a text"],
+)
+@pytest.mark.parametrize("written", [{"city": "Ålesund", "dry": True}, '{"city": "Ålesund", "dry": true}'])
+def test_arguments_come_out_as_json_once(tokenizer: Any, arguments: str, written: Any) -> None:
+    template = (
+        "{% for m in messages %}{{ m['content'] or '' }}{% for call in m['tool_calls'] or [] %}"
+        "{{ '<|im_start|>' + call.function.name }}{{ " + arguments + " }}{% endfor %}{% endfor %}"
+    )
+    tokenizer = with_template(tokenizer, template)
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": written}}]}
+    record = {"messages": [{"role": "user", "content": "Rain?"}, call]}
+    row = tokenize(record, tokenizer, mask_prompt=True)
+    assert targets(row, tokenizer) == '<|im_start|>f{"city": "Ålesund", "dry": true}'
 
 
 def test_prompts_for_generation_are_in_the_one_form(tokenizer: Any) -> None:

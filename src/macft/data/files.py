@@ -9,6 +9,7 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,16 +102,19 @@ def _read_csv(path: Path) -> list[Numbered]:
     """Cells as they are written; an empty cell is None."""
     csv.field_size_limit(_LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
         try:
-            return list(_csv_rows(path, csv.reader(file, strict=True)))
-        except (csv.Error, UnicodeDecodeError) as error:
+            return list(_csv_rows(path, reader))
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
+        except UnicodeDecodeError as error:
             raise DataError(f"{path} can't be read: {one_line(error)}") from error
 
 
 def _csv_rows(path: Path, reader: Any) -> Iterator[Numbered]:
     header: list[str] = next(reader, [])
-    if twice := {name for name in header if header.count(name) > 1}:
-        raise DataError(f"{path}: two columns are named {sorted(twice)[0]!r}; rename one")
+    if twice := {name for name in header if name and header.count(name) > 1}:
+        raise DataError(f"{path}: two columns are named {min(twice)}; rename one")
     first = reader.line_num + 1
     for cells in reader:
         if len(cells) > len(header):
@@ -119,7 +123,8 @@ def _csv_rows(path: Path, reader: Any) -> Iterator[Numbered]:
                 "commas in quotation marks"
             )
         if cells:
-            yield dict.fromkeys(header) | {name: cell or None for name, cell in zip(header, cells, strict=False)}, first
+            # Spreadsheets write columns without a name after the last one.
+            yield {name: cell or None for name, cell in zip_longest(header, cells) if name}, first
         first = reader.line_num + 1
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from macft.data.formats import Place, RawRow, Record, Row, rename_columns
 from macft.data.settings import DatasetConfig, SourceConfig
 from macft.data.sources import SPLITS, read_source
-from macft.data.tokenize import Tokenizer, tokenize
+from macft.data.template import Tokenizer
+from macft.data.tokenize import tokenize
 from macft.errors import DataError
 
 Sources = list[tuple[SourceConfig, dict[str, list[RawRow]]]]

@@ -6,54 +6,20 @@ as it begins a generated one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
 
 import numpy as np
 
-from macft.data.conversation import Conversation, Message
+from macft.data.conversation import Conversation
 from macft.data.formats import Record, Row, parse
+from macft.data.template import Tokenizer, template_tokens
 from macft.errors import DataError
 
 Remark = Callable[[str], None]
 """Takes what a user should know about a row: what follows after '3 of 7 rows'."""
 
 _OTHER_ANSWERS = ("0", "?")
-
-
-class Tokenizer(Protocol):
-    """What is used here of mlx-lm's ``TokenizerWrapper``."""
-
-    @property
-    def eos_token_id(self) -> int:
-        """The token that ends a text."""
-        ...
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """The token that begins a text; None where the model has none."""
-        ...
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether the model comes with a chat template."""
-        ...
-
-    def encode(self, text: str) -> Sequence[int]:
-        """The tokens of ``text``, with those that the tokenizer adds to each text."""
-        ...
-
-    def apply_chat_template(
-        self,
-        conversation: Sequence[Message],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None,
-        add_generation_prompt: bool,
-        return_dict: bool,
-    ) -> Sequence[int]:
-        """The tokens of a conversation, with the start of an answer if ``add_generation_prompt``."""
-        ...
 
 
 def tokenize(record: Record, tokenizer: Tokenizer, *, mask_prompt: bool, remark: Remark = lambda _: None) -> Row:
@@ -116,38 +82,6 @@ def text_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
     while begin is not None and tokens[:2] == [begin, begin]:
         del tokens[0]
     return tokens
-
-
-def template_tokens(conversation: Conversation, tokenizer: Tokenizer, *, opens_answer: bool = False) -> list[int]:
-    """The tokens of a conversation by the model's chat template, with the start of an answer if ``opens_answer``.
-
-    Raises:
-        DataError: There is no chat template, or it refuses the conversation.
-    """
-    if not tokenizer.has_chat_template:
-        raise DataError(
-            "the model's tokenizer has no chat template, which rows with a prompt or messages need; take the model's "
-            "instruct (chat) version, or write rows with `text`"
-        )
-    try:
-        return _apply(conversation, tokenizer, opens_answer)
-    except DataError:
-        if all("content" in message for message in conversation.messages):
-            raise
-        # A template may want content beside tool calls too.
-        filled = [{"content": "", **message} for message in conversation.messages]
-        return _apply(replace(conversation, messages=filled), tokenizer, opens_answer)
-
-
-def _apply(conversation: Conversation, tokenizer: Tokenizer, opens_answer: bool) -> list[int]:
-    try:
-        tokens = tokenizer.apply_chat_template(
-            conversation.messages, tools=conversation.tools, add_generation_prompt=opens_answer, return_dict=False
-        )
-    except Exception as error:  # a template is the model's own code and may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"the model's chat template refuses it: {reason}") from error
-    return [int(token) for token in tokens]
 
 
 def _prompt_length(answered: Conversation, tokens: list[int], tokenizer: Tokenizer, remark: Remark) -> int:

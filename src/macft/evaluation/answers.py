@@ -12,7 +12,8 @@ from mlx_lm.generate import batch_generate
 
 from macft.collective.base import Collective
 from macft.data.formats import Record
-from macft.data.tokenize import Tokenizer, prompt_tokens
+from macft.data.template import Tokenizer
+from macft.data.tokenize import prompt_tokens
 from macft.evaluation.metrics import Metric
 
 _PROMPTS_AT_ONCE = 32

@@ -13,7 +13,8 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from mlx_lm.sample_utils import make_sampler
 
 from macft.data.conversation import Conversation
-from macft.data.tokenize import template_tokens, text_tokens
+from macft.data.template import template_tokens
+from macft.data.tokenize import text_tokens
 
 
 @dataclass(frozen=True)
