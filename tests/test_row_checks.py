@@ -12,6 +12,7 @@ import pytest
 
 from harness.runs import train, write_jsonl
 from harness.tiny_model import TINY_CONFIG
+from macft import evaluate
 from macft.data.checks import check_rows, ignored_columns
 from macft.data.load import read, tokenize_all
 from macft.data.settings import DatasetConfig, SourceConfig
@@ -208,6 +209,16 @@ def small_model(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Pat
     (folder / "model.safetensors").write_bytes(b"not weights")
     (folder / "config.json").write_text(json.dumps({**TINY_CONFIG, "vocab_size": 260}))
     return folder
+
+
+def test_an_evaluation_stops_before_the_weights_load(tmp_path: Path, small_model: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora", "num_layers": 1}))
+    (adapter / "adapters.safetensors").write_bytes(b"not an adapter")
+    source = written(tmp_path / "rows", [PAIR])
+    with pytest.raises(DataError, match=r"rows, train row 1: token \d+ .* is beyond the model's vocabulary of 260"):
+        evaluate.main(["--model", str(small_model), "--adapter-path", str(adapter), "--dataset", str(source)])
 
 
 @pytest.mark.slow

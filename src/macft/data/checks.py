@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from macft.data.conversation import Conversation
 from macft.data.formats import FORMATS, Place, Record, Row, parse
 from macft.data.load import Remarks, Split
-from macft.data.tokenize import template_tokens
+from macft.data.template import template_tokens
 from macft.errors import DataError
 
-_TAIL = 4
+END_WITHIN = 4
 """Tokens at the end of a row among which the one that ends the answer is looked for: a template may write a line break
 or two behind it."""
 _SHORT = 16
@@ -113,7 +113,7 @@ def _check_vocabulary(part: _Part, tokenizer: Any, vocabulary: int) -> None:
 def _check_ends(part: _Part, tokenizer: Any, max_seq_length: int, remarks: Remarks) -> None:
     """Remarks on rows whose last target is not a token at which generation stops; white space may follow it."""
     stops = sorted(tokenizer.eos_token_ids)
-    tails = [_targets(row)[-_TAIL:] for row in part.rows]
+    tails = [_targets(row)[-END_WITHIN:] for row in part.rows]
     is_ended = _reduced(np.logical_or, tails, lambda tokens: np.isin(tokens, stops))
     names = " or ".join(repr(_text(tokenizer, token)) for token in stops[:3]) or "it has none"
     line = f"do not end with a token that ends an answer ({names}), so the tuned model will not stop by itself"

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from macft.data.checks import END_WITHIN
 from macft.data.formats import Place, Row
-
-_TAIL = 4
-"""Tokens among which the one that ends the answer is looked for, as in :mod:`macft.data.checks`."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,8 @@ def _cut(tokens: int, targets: int) -> str:
 
 def _end(targets: list[int], tokenizer: Any) -> str:
     """How the row with these target tokens ends."""
-    texts = [tokenizer.decode([token]) for token in targets[-_TAIL:]]
-    stops = [place for place, token in enumerate(targets[-_TAIL:]) if token in tokenizer.eos_token_ids]
+    texts = [tokenizer.decode([token]) for token in targets[-END_WITHIN:]]
+    stops = [place for place, token in enumerate(targets[-END_WITHIN:]) if token in tokenizer.eos_token_ids]
     last = f"last token {texts[-1]!r}"
     if not stops:
         names = " or ".join(repr(tokenizer.decode([token])) for token in sorted(tokenizer.eos_token_ids)[:3])
