@@ -22,9 +22,10 @@ def started(config: TrainConfig, time: str | None = None) -> TrainConfig:
 
 
 def started_together(config: TrainConfig, collective: Collective, folder: Path) -> TrainConfig:
-    """``config`` with rank 0's time, which is also stored in ``folder``. A call of all ranks."""
-    own = started(config).dataset.template_time or ""
-    return stored(started(config, collective.broadcast(own.encode()).decode()), folder)
+    """``config`` with rank 0's time; stored in ``folder`` where it was another one. A call of all ranks."""
+    own = started(config)
+    time = collective.broadcast(str(own.dataset.template_time).encode()).decode()
+    return own if time == config.dataset.template_time else stored(started(config, time), folder)
 
 
 def stored(config: TrainConfig, folder: Path) -> TrainConfig:
