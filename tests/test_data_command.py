@@ -96,7 +96,7 @@ def test_without_a_mask_all_but_the_first_token_is_a_target(rows: Path, shown: S
     assert "prompt  <|im_start|>\ntarget  user⏎\n        Two plus two?<|im_end|>⏎\n" in output
 
 
-def test_what_is_cut_is_told(rows: Path, shown: Shown) -> None:
+def test_what_is_cut_is_told(rows: Path, shown: Shown, capsys: pytest.CaptureFixture[str]) -> None:
     output = shown(rows, "--mask-prompt", "--row", 3, "--max-seq-length", 24)
     tokens, prompt, target, cut = map(
         int, re.search(r"row 3: (\d+) tokens, (\d+) \w+, (\d+) \w+, (\d+)", output).groups()
@@ -106,7 +106,9 @@ def test_what_is_cut_is_told(rows: Path, shown: Shown) -> None:
     assert f"dataset.max_seq_length cuts off the last {cut} tokens\n" in output
     assert "max_seq_length 24 cuts " in output
     assert "do not end with" not in output  # the whole row does
-    short = shown(rows, "--mask-prompt", "--row", 3, "--max-seq-length", 5)
+    with pytest.raises(MacftError, match="--max-seq-length: no train row has a target left after cutting; raise it"):
+        shown(rows, "--mask-prompt", "--row", 3, "--max-seq-length", 5)
+    short = capsys.readouterr().out
     assert "no target is left, so the row is dropped" in short
     assert "; no target is left in 3 of them, which a run drops" in short
 

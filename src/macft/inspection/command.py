@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 
@@ -54,40 +55,43 @@ def main(argv: Sequence[str]) -> None:
     whole = replace(dataset, max_seq_length=sys.maxsize)
     with console.status(f"tokenizing {count}"):
         split, row_notes = tokenize_split(sources, whole, tokenizer, arguments.split)
-    notes += row_notes
 
     size = f"which knows {vocabulary:,} tokens" if vocabulary else "whose number of tokens is not known"
-    console.print(
-        f"{dataset.path}, {arguments.split}: {count}, for {model.path}, {size}",
-        markup=False,
-        soft_wrap=True,
-    )
-    if not dataset.mask_prompt and split.records and not isinstance(parse(split.records[0]), str):
-        console.print("prompts are trained on, too; with --mask-prompt only the answers are", soft_wrap=True)
+    _print(console, [f"{dataset.path}, {arguments.split}: {count}, for {model.path}, {size}"])
     if split.rows:
-        printer = RowPrinter(
-            console,
-            {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()},
-            None if arguments.row is not None else _SHOWN_CHARACTERS,
-        )
-        printer.legend()
-        for index in _chosen(split, arguments):
-            printer.show(RowView.of(split.rows[index], split.places[index], tokenizer, dataset.max_seq_length))
-        show_lengths(Lengths.of(split.rows), dataset.max_seq_length, console)
-    for note in notes:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
+        _show(split, dataset, tokenizer, arguments, console)
+    _print(console, [f"note: {note}" for note in notes + row_notes])
     checks = check_rows({arguments.split: split}, tokenizer, vocabulary=vocabulary, max_seq_length=sys.maxsize)
-    for note in checks:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    _print(console, [f"note: {note}" for note in checks])
+    if all(row.prompt_length >= dataset.max_seq_length for row in split.rows):
+        raise DataError(f"--max-seq-length: no {arguments.split} row has a target left after cutting; raise it")
+
+
+def _show(
+    split: Split, dataset: DatasetConfig, tokenizer: Any, arguments: argparse.Namespace, console: Console
+) -> None:
+    """Prints the rows asked for and the lengths of all."""
+    if not dataset.mask_prompt and not isinstance(parse(split.records[0]), str):
+        _print(console, ["prompts are trained on, too; with --mask-prompt only the answers are"])
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    printer = RowPrinter(console, special, None if arguments.row is not None else _SHOWN_CHARACTERS)
+    printer.legend()
+    for index in _chosen(split, arguments):
+        printer.show(RowView.of(split.rows[index], split.places[index], tokenizer, dataset.max_seq_length))
+    show_lengths(Lengths.of(split.rows), dataset.max_seq_length, console)
+
+
+def _print(console: Console, lines: Sequence[str]) -> None:
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _dataset(arguments: argparse.Namespace) -> DatasetConfig:
     if arguments.rows < 0:
         raise ConfigError(f"--rows: {arguments.rows} must be 0 or more")
-    columns = dict(arguments.column)
     dataset = DatasetConfig(
         path=arguments.dataset,
-        columns=columns,
+        columns=dict(arguments.column),
         mask_prompt=arguments.mask_prompt,
         max_seq_length=arguments.max_seq_length,
     )
