@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from macft.data.conversation import Conversation, conversation, drop_nulls
-from macft.data.formats import parse
+from macft.data.formats import FIELDS, parse
 from macft.errors import DataError
 from macft.evaluation.exact_match import ExactMatch
 from macft.evaluation.record import expected_text, question_text
@@ -105,6 +105,14 @@ def test_nulls_that_were_meant_stay() -> None:
         ({"from": "gpt", "value": "ho", "weight": 1}, {"role": "assistant", "content": "ho", "weight": 1}),
         ({"from": "observation", "value": "3"}, {"role": "tool", "content": "3"}),
         ({"role": "developer", "content": "x"}, {"role": "developer", "content": "x"}),
+        ({"role": "function", "name": "add", "content": "3"}, {"role": "tool", "content": "3", "name": "add"}),
+        (
+            {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}},
+            {
+                "role": "assistant",
+                "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
+            },
+        ),
         (
             {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
             {
@@ -130,6 +138,7 @@ def test_a_message_has_one_form(message: dict[str, Any], form: dict[str, Any]) -
     [
         ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "has the type image_url; only parts"),
         ({"role": "user", "content": ["hello"]}, "has the type str; only parts"),
+        ({"role": "user", "content": [{"type": "a\nb"}]}, "has the type a b; only parts"),
         ({"role": "user", "content": [{"type": "text"}]}, "has no `text`"),
         ({"role": "user", "content": 5}, "`content` must be a string or a list of text parts, not int"),
         ({"role": 5, "content": "x"}, "`role` must be a string, not int"),
@@ -181,6 +190,44 @@ def test_no_tools_are_none(tools: Any) -> None:
 )
 def test_every_format_comes_to_one_form(record: dict[str, Any]) -> None:
     assert parse(record) == Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+
+
+WORDS = st.sampled_from(
+    ["role", "content", "from", "value", "type", "text", "tool_calls", "function", "arguments", "name", "user", "gpt"]
+)
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 9)
+    | WORDS
+    | st.sampled_from(["function_call", "{}", "[{}]", '"x"', ""]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), ANYTHING, max_size=4))
+def test_a_row_is_in_the_form_or_refused_in_one_line(record: dict[str, Any]) -> None:
+    message, found = "", None
+    try:
+        found = parse(record)
+    except DataError as error:
+        message = str(error)
+    assert "\n" not in message
+    if isinstance(found, Conversation):
+        assert found.messages
+        assert all(isinstance(message["role"], str) for message in found.messages)
+        assert all(isinstance(message.get("content", ""), str) for message in found.messages)
+        assert all("content" in message or message["tool_calls"] for message in found.messages)
+        assert formed(found.messages, found.tools).messages == found.messages
+
+
+def test_messages_nested_without_end_are_refused() -> None:
+    value: Any = "x"
+    for _ in range(100_000):
+        value = [value]
+    with pytest.raises(DataError, match="nested too deeply"):
+        formed([{"role": "user", "content": "x", "extra": value}])
 
 
 def test_formats_of_mlx_lm_come_first() -> None:

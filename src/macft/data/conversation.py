@@ -26,6 +26,7 @@ ROLES = {
     "observation": "tool",
     "tool_response": "tool",
     "function_response": "tool",
+    "function": "tool",
 }
 """Other names of roles, and the usual ones that chat templates know."""
 _CALL_ROLES = ("function_call", "tool_call")
@@ -66,7 +67,7 @@ def conversation(messages: Any, tools: Any, field: str) -> Conversation:
 
     - ``messages`` and ``tools`` may be strings of JSON; an empty list of tools is None.
     - A message has ``role`` and ``content``, or ShareGPT's ``from`` and ``value``; roles of :data:`ROLES` get their
-      usual name. The role ``function_call`` becomes a message of the assistant with ``tool_calls``.
+      usual name. The role ``function_call``, and a field of that name, become ``tool_calls`` of the assistant.
     - Content given as parts becomes their text, joined as ``mlx_lm.server`` does. Missing content is empty; beside
       ``tool_calls`` it stays missing, as chat templates expect it.
     - The arguments of a tool call given as a string of JSON become an object.
@@ -89,7 +90,7 @@ def conversation(messages: Any, tools: Any, field: str) -> Conversation:
         try:
             message, written = _message(drop_nulls(item))
         except DataError as error:
-            raise DataError(f"{field}, message {number}: {error}") from error
+            raise DataError(f"{field}, message {number}: {' '.join(str(error).split())}") from error
         formed.append(message)
         if written != message["role"]:
             renamed.add(written)
@@ -122,6 +123,8 @@ def _message(written: dict[str, Any]) -> tuple[dict[str, Any], str]:
         return {"role": "assistant", "tool_calls": _called(text), **rest}, role
     message: dict[str, Any] = {"role": ROLES.get(role, role)}
     calls = _tool_calls(rest.pop("tool_calls", None))
+    if "function_call" in rest:  # OpenAI's older way
+        calls += _tool_calls([{"type": "function", "function": rest.pop("function_call")}])
     if text is not None or not calls:
         message["content"] = text or ""
     if calls:

@@ -109,7 +109,10 @@ def parse(record: Record) -> Conversation | str:
     present = {name: value for name, value in record.items() if value is not None}
     for row_format in FORMATS:
         if all(name in present for name in row_format.fields):
-            return row_format.parse(present)
+            try:
+                return row_format.parse(present)
+            except RecursionError as error:
+                raise DataError("its values are nested too deeply") from error
     *others, last = [" and ".join(f"`{name}`" for name in row_format.fields) for row_format in FORMATS]
     have = ", ".join(sorted(present)) or "none"
     empty = ", ".join(sorted(name for name in record if name in FIELDS and name not in present))
