@@ -15,7 +15,8 @@ from mlx_lm.utils import load_model
 from harness.families import FAMILIES, NOT_TRAINED, build, shipped_families
 from harness.family_checks import CHECKS, Case, plain_sums, run, seven_rows
 from helpers.docs import ROOT
-from macft.data.formats import Row
+from macft.data.formats import Place, Row
+from macft.data.load import Split
 from macft.device import blas
 from macft.device.mlx_device import on_cpu
 from macft.errors import DataError, ModelError
@@ -84,9 +85,13 @@ def test_an_architecture_that_ends_the_program_is_an_error_of_one_line(
 
 def test_a_row_longer_than_the_learned_positions_is_refused(tmp_path: Path) -> None:
     """MLX would read past the end of the table."""
+
+    def split(*lengths: int) -> Split:
+        rows = [Row(np.zeros(length, np.int32), 0) for length in lengths]
+        return Split(rows, [{}] * len(rows), [Place("some.jsonl", "train", number + 1) for number in range(len(rows))])
+
     folder = build("gpt2", tmp_path / "gpt2")
-    rows = [Row(np.zeros(length, np.int32), 0) for length in (5, 1024, 1025)]
-    check_lengths(folder, {"train": rows[:2]})
-    with pytest.raises(DataError, match=r"valid: row 3 has 1025 tokens.* 1024 positions; use .*max_seq_length=1024"):
-        check_lengths(folder, {"train": rows[:2], "valid": rows})
-    check_lengths(build("llama", tmp_path / "llama"), {"train": rows})
+    check_lengths(folder, [split(5, 1024)])
+    with pytest.raises(DataError, match=r"row 3: it has 1025 tokens.* 1024 positions; use .*max_seq_length=1024"):
+        check_lengths(folder, [split(5), split(5, 1024, 1025)])
+    check_lengths(build("llama", tmp_path / "llama"), [split(1025)])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from macft.config.schema import TrainConfig
 from macft.config.yaml import fingerprint
+from macft.launch.run_clock import started, stored
 from macft.membership.join import MemberConfig, join_elastic_ring, local_address_towards, member_addresses
 from macft.rendezvous.hosts import bind_addresses
 from macft.rendezvous.keystore import keyring_for
@@ -35,4 +36,5 @@ def join_run(config: TrainConfig, folder: Path, target: str) -> str:
             fingerprint=fingerprint(config, of_newcomer=True),
         )
         with join_elastic_ring(addresses, member_config, timeout=topology.start_timeout) as elastic_ring:
+            config = stored(started(config, elastic_ring.started), folder)
             return run_node(config, elastic_ring, folder, resume=False, stop=stop)

@@ -7,6 +7,7 @@ from pathlib import Path
 from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
 from macft.config.yaml import fingerprint
+from macft.launch.run_clock import started_together
 from macft.membership.join import MemberConfig, form_elastic_ring
 from macft.rendezvous.hosts import bind_addresses, connect_hosts
 from macft.rendezvous.keystore import Keyring, keyring_for
@@ -30,6 +31,7 @@ def run_on_hosts(
     with connect_hosts(
         topology, config.collective, run_id=run_id, fingerprint=fingerprint(config), keyring=keyring
     ) as ring:
+        config = started_together(config, ring, folder)
         if not is_elastic(config):
             return run_node(config, ring, folder, resume=resume, stop=stop)
         paths = host_paths(name, split_host(name, topology.port)[1])
@@ -40,6 +42,7 @@ def run_on_hosts(
             settings=config.collective,
             keyring=keyring,
             fingerprint=fingerprint(config, of_newcomer=True),
+            started=str(config.dataset.template_time),
         )
         with form_elastic_ring(ring, member_config) as elastic_ring:
             return run_node(config, elastic_ring, folder, resume=resume, stop=stop)

@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
             settings=config.collective,
             keyring=keyring,
             fingerprint=fingerprint(config, of_newcomer=True),
+            started=str(config.dataset.template_time),
         )
         with ExitStack() as stack:
             stack.enter_context(start_log(folder, rank, config.report.log_level))

@@ -11,15 +11,15 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.data.formats import Row
+from macft.data.load import Split
 from macft.errors import DataError
 from macft.model.module_classes import Members, replaced_members
 
 _TOKENS = 8
 
 
-def check_lengths(folder: Path, rows: dict[str, Sequence[Row]]) -> None:
-    """Checks that the model in ``folder`` has a position for each token of ``rows``, by split.
+def check_lengths(folder: Path, splits: Sequence[Split]) -> None:
+    """Checks that the model in ``folder`` has a position for each token of the rows.
 
     MLX reads past the end of a table without an error.
 
@@ -29,12 +29,12 @@ def check_lengths(folder: Path, rows: dict[str, Sequence[Row]]) -> None:
     positions = learned_positions(folder)
     if positions is None:
         return
-    for split, some in rows.items():
-        for number, row in enumerate(some, start=1):
+    for split in splits:
+        for row, place in zip(split.rows, split.places, strict=True):
             if len(row.tokens) > positions:
                 raise DataError(
-                    f"{split}: row {number} has {len(row.tokens)} tokens, and the model has learned {positions} "
-                    f"positions; use dataset.max_seq_length={positions}"
+                    f"{place}: it has {len(row.tokens)} tokens, and the model has learned {positions} positions; "
+                    f"use dataset.max_seq_length={positions}"
                 )
 
 
