@@ -8,6 +8,9 @@ random models on MLX's CPU backend (see docs/plan.md); the fit is within 13%.
 
 The CPU's kernels compute layer by layer (:mod:`macft.model.backends.cpu.eager`) and hold other arrays. Their formula is
 fitted to gradients of 104 random models, within 17%. With checkpointed blocks it is rough, and a fifth is added.
+
+Other blocks (mixtures, latent attention, windows, wrappers of such) have no formula: what they take is counted in the
+graph of their own code (:mod:`macft.planner.trace`). Where that can't show it, the prediction says so.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from macft.model.adapter_layers import chosen_layers, select_layers
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape
+from macft.planner.trace import Traced, traced
 from macft.training.optimizer_table import OPTIMIZERS
 
 # Fitted: transient floats per token while a block is computed, and floats per logit while the loss is.
@@ -67,6 +71,8 @@ class MemoryParts:
     activations: float
     logits: float
     other_peak: float
+    # Why the activations aren't known, where they aren't: they and the logits are then 0, and the peak is a least one.
+    unknown: str | None = None
 
     @property
     def step(self) -> float:
@@ -117,6 +123,8 @@ def predict(
     shape: ModelShape, execution: Execution, adapter: AdapterConfig, optimizer: str, work: ComputeShape
 ) -> MemoryParts:
     """Peak memory of a run on one node that computes ``work`` as ``execution`` says, by part, in bytes."""
+    if shape.odd_block is not None:
+        return _predict_from_graph(shape, execution, adapter, optimizer, work)
     trained = trained_part(shape, adapter)
     width = execution.weight_format.float_bytes
     weights = shape.weight_bytes(execution.weight_format)
@@ -157,6 +165,37 @@ def predict(
             # New parameters and states beside the old ones, and the gradient.
             resident + parameter_bytes * trained.parameters * 1.4,
         ),
+    )
+
+
+def _predict_from_graph(
+    shape: ModelShape, execution: Execution, adapter: AdapterConfig, optimizer: str, work: ComputeShape
+) -> MemoryParts:
+    """For blocks that no formula here is for: from the graph of the model's own code, where that shows it."""
+    trained = trained_part(shape, adapter)
+    parameter_bytes = execution.weight_format.float_bytes if adapter.type == "full" else 4
+    weights = shape.weight_bytes(execution.weight_format)
+    adapter_bytes = 0.0 if adapter.type == "full" else 4.0 * trained.parameters
+    optimizer_bytes = OPTIMIZERS[optimizer].states * parameter_bytes * trained.parameters
+    resident = weights + adapter_bytes + optimizer_bytes
+    # Tokens of a pack are laid out as rows to attend, and are fewer elsewhere.
+    rows = max(1, -(-work.tokens // work.length))
+    found = traced(shape.config, execution, adapter, rows, work.length, work.targets)
+    known = found if isinstance(found, Traced) else Traced(0.0, 0.0)
+    return MemoryParts(
+        weights=weights,
+        adapter=adapter_bytes,
+        optimizer=optimizer_bytes,
+        # The graph's own gradient is among its activations.
+        gradients=4.0 * trained.parameters * (work.accumulated or known is not found),
+        activations=known.step,
+        logits=0.0,
+        other_peak=max(
+            _loading(shape, execution, weights),
+            resident + work.validation * known.validation,
+            resident + parameter_bytes * trained.parameters * 1.4,
+        ),
+        unknown=None if found is known else f"activations of {shape.odd_block} are not predicted: {found}",
     )
 
 

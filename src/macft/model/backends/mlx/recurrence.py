@@ -59,18 +59,32 @@ def find_recurrences(model: nn.Module) -> Recurrences:
     By trials, in which graphs are built and a few tokens computed; ``model`` must not be installed in a backend yet,
     whose operations may leave no graph. Empty for models that have no such layers.
     """
-    make_cache = getattr(model, "make_cache", None)
-    if make_cache is None or not any(isinstance(cache, ArraysCache) for cache in make_cache()):
+    if not loops_over_time(model):
         return {}
     was_training = model.training
     model.train()
     try:
-        if _operations(model, 2 * _TRIAL_TOKENS) == _operations(model, _TRIAL_TOKENS):
-            return {}
-        layers = _layers_with_arrays(model, make_cache())
+        layers = _layers_with_arrays(model, model.make_cache())
         return layers if _reproduces(model, layers) else {}
     except (TypeError, ValueError, AttributeError, RuntimeError):
         return {}
+    finally:
+        model.train(was_training)
+
+
+def loops_over_time(model: nn.Module) -> bool:
+    """Whether the graph of a row grows with its length, in a model that keeps arrays from token to token.
+
+    Computes nothing.
+    """
+    was_training = model.training
+    model.train()
+    try:
+        if not any(isinstance(cache, ArraysCache) for cache in model.make_cache()):
+            return False
+        return _operations(model, 2 * _TRIAL_TOKENS) != _operations(model, _TRIAL_TOKENS)
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        return False
     finally:
         model.train(was_training)
 
@@ -190,5 +204,5 @@ class _Step:
             outputs = differentiable(partial(self, start))(*slices, *state)
             parts.append(outputs[: len(self._results)])
             state = outputs[len(self._results) :]
-        results = [mx.concatenate(pieces, axis=1) for pieces in zip(*parts, strict=True)]
+        results = [mx.concatenate(list(pieces), axis=1) for pieces in zip(*parts, strict=True)]
         return results[0] if self._single else tuple(results)
