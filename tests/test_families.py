@@ -20,6 +20,8 @@ from macft.data.load import Split
 from macft.device import blas
 from macft.device.mlx_device import on_cpu
 from macft.errors import DataError, ModelError
+from macft.model.causal import sees_later_tokens
+from macft.model.confirm import confirm
 from macft.model.learned_positions import check_lengths
 from macft.model.load import load
 from macft.model.settings import ModelConfig
@@ -68,6 +70,8 @@ def train_by_mlx_lm(family: str, folder: Path) -> None:
     linear_to_lora_layers(model, len(model.layers), {"rank": 2, "scale": 1.0, "dropout": 0.0})
     if not tree_flatten(model.trainable_parameters()):
         raise ValueError("no layer is trained")
+    if sees_later_tokens(model):
+        raise ValueError("it is not causal")
     plain_sums(model, seven_rows()[:1])
 
 
@@ -95,3 +99,11 @@ def test_a_row_longer_than_the_learned_positions_is_refused(tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"row 3: it has 1025 tokens.* 1024 positions; use .*max_seq_length=1024"):
         check_lengths(folder, [split(5), split(5, 1024, 1025)])
     check_lengths(build("llama", tmp_path / "llama"), [split(1025)])
+
+
+def test_a_model_that_sees_later_tokens_is_refused(tmp_path: Path) -> None:
+    """Of mlx-lm's families one does, whose attention adds a boolean mask to the scores."""
+    loaded = load(ModelConfig(precision="float32"), build("phi3small", tmp_path / "model"))
+    with pytest.raises(ModelError, match="lets a token see later ones"):
+        confirm(loaded.execution, loaded)
+    assert not sees_later_tokens(load_model(build("gemma3_text", tmp_path / "other"))[0])

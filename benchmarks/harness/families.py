@@ -40,6 +40,7 @@ NOT_TRAINED: dict[str, str] = {
     "deepseek_v41": "mlx-lm's model has no gradient: [gather_axis] Cannot calculate VJP with respect to indices",
     "muse_spark": "its attention has a Metal kernel only, which has no gradient",
     "olmo": "mlx-lm's model needs the package ai2-olmo",
+    "phi3small": "mlx-lm's code adds a mask of true and false to the attention's scores, so tokens see later ones",
     "prism_hadamard_qwen35": "exists in packed 2-bit weights only, whose layers mlx-lm does not adapt",
     "recurrent_gemma": "mlx-lm's model cannot be frozen: 'Model' object has no attribute '_no_grad'",
 }
