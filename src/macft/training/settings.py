@@ -74,7 +74,7 @@ class TrainingConfig:
     eval_rows: int = -1
     # Test rows to score before and after training, where dataset.metric says how; 0 means none, -1 all.
     metric_rows: int = 0
-    # Longest answer generated for the metric, in tokens.
+    # Longest answer generated for the metric, in tokens, with the model's thinking.
     metric_max_tokens: int = 64
     # Save a checkpoint every so many steps, and at the end; 0 means at the end only.
     save_every: int = 50
