@@ -25,7 +25,7 @@ class OptimizerConfig:
     schedule: str = "cosine"
     # Steps over which the learning rate climbs from 0 to its peak.
     warmup_steps: int = 0
-    # Learning rate at the last step of a linear or cosine schedule.
+    # Learning rate of the last step of a linear or cosine schedule; at 0 that step changes nothing.
     final_learning_rate: float = 0.0
     # Decoupled weight decay; only for adamw, lion, muon, sgd and adafactor.
     weight_decay: float = 0.0
