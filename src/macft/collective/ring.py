@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft.collective.base import ReducibleArray
+from macft.collective.buffers import fuse, unfuse
 from macft.collective.codecs.quantization import WireCodec
 from macft.collective.handshake import RingIdentity
 from macft.collective.link import Links
@@ -26,7 +27,7 @@ from macft.collective.listener import COPY_BELOW, Listener
 from macft.collective.path import WINDOW
 from macft.collective.settings import CollectiveConfig
 from macft.collective.stream import new_buffer
-from macft.collective.transfer import BlobTransfer, CodedReduction, GatherReduce, Reduction, Transfer, fuse, unfuse
+from macft.collective.transfer import BlobTransfer, CodedReduction, GatherReduce, Reduction, Transfer
 from macft.collective.wire import (
     CALL_NAMES,
     MAX_BLOB_BYTES,
