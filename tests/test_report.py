@@ -620,37 +620,6 @@ def test_who_takes_over_tells_what_the_lost_node_could_not(lost: int, is_validat
         first.close()
 
 
-@pytest.mark.parametrize("is_leader_behind", [True, False])
-@pytest.mark.parametrize("is_step_told", [True, False])
-def test_who_is_left_behind_by_a_step_catches_up(tmp_path: Path, is_leader_behind: bool, is_step_told: bool) -> None:
-    """A ring may break when one rank has completed a step, or the validation after it, and the leader has not."""
-    config, folder = ReportConfig(console=False, tensorboard=False), RunFolder(tmp_path)
-    leader, other = (
-        fan_out.build(config, folder, hparams=HPARAMS, is_main=is_main, first_step=0) for is_main in (True, False)
-    )
-    ahead, behind = (other, leader) if is_leader_behind else (leader, other)
-    for reporter in (ahead, behind):
-        for number in (1, 2, 3):
-            reporter.handle(step(number))
-            reporter.handle(Evaluated(number, 3.0, 900, 1.0, True))
-    if is_step_told:
-        behind.handle(step(4))
-    ahead.handle(step(4))
-    ahead.handle(Evaluated(4, 2.5, 900, 1.0, True))
-    for _ in range(2):  # the ring may break once more before all agree
-        behind.catch_up(ahead.newest_events())
-    leader.lead(is_main=False, step=4)
-    other.lead(is_main=True, step=4)
-    other.close()
-    found = lines(folder.metrics, "step_done")
-    assert [event["step"] for event in found] == [1, 2, 3, 4]
-    assert found[3].keys() == found[2].keys()
-    assert found[3]["nodes"] == found[2]["nodes"]
-    assert [(event["step"], event["loss"]) for event in lines(folder.metrics, "evaluated")] == [
-        (1, 3.0), (2, 3.0), (3, 3.0), (4, 2.5),
-    ]  # fmt: skip
-
-
 def test_a_reporter_that_cannot_be_set_up_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = RunFolder(tmp_path)
     folder.metrics.mkdir()  # where the file belongs

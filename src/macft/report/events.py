@@ -246,14 +246,6 @@ class Reporter(Sink, Protocol):
         """Tells whether this rank reports the run from now on, after ``step`` updates."""
         ...
 
-    def newest_events(self) -> bytes:
-        """The last replayed events, for :meth:`catch_up` of a rank that was left behind by a step."""
-        ...
-
-    def catch_up(self, newest_events: bytes) -> None:
-        """Handles those of another rank's newest events that this rank has not had."""
-        ...
-
 
 class NullReporter:
     """Ignores every event."""
@@ -263,13 +255,6 @@ class NullReporter:
 
     def lead(self, *, is_main: bool, step: int) -> None:
         """Ignores the change."""
-
-    def newest_events(self) -> bytes:
-        """Knows none."""
-        return b""
-
-    def catch_up(self, newest_events: bytes) -> None:
-        """Ignores them."""
 
     def close(self) -> None:
         """Has nothing to release."""

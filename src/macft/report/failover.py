@@ -7,12 +7,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from macft.report.event_codec import pack_events, unpack_events
 from macft.report.events import Event, Noted, ReplayedEvent, Reporter, RunStarted, Sink, StepDone
 
 _MAX_REMEMBERED_EVENTS = 100_000
-# Two ranks of a ring are at most one collective call apart, which is one step and what belongs to it.
-_NEWEST_EVENTS = 8
 log = logging.getLogger("macft.report")
 
 
@@ -44,15 +41,12 @@ class FailoverReporter(Reporter):
         self._every_rank, self._last_reported = every_rank, last_reported
         self._started: RunStarted | None = None
         self._missed: deque[ReplayedEvent] = deque(maxlen=_MAX_REMEMBERED_EVENTS)
-        self._newest: deque[ReplayedEvent] = deque(maxlen=_NEWEST_EVENTS)
 
     def handle(self, event: Event) -> None:
         """Passes the event to the leader or the follower sink."""
         self._every_rank.handle(event)
         if isinstance(event, RunStarted):
             self._started = event
-        if isinstance(event, ReplayedEvent):
-            self._newest.append(event)
         if self._leader is not None:
             self._leader.handle(event)
             return
@@ -78,22 +72,6 @@ class FailoverReporter(Reporter):
             for event in missed:
                 self._leader.handle(event)
             self._missed.clear()
-
-    def newest_events(self) -> bytes:
-        """The last replayed events, for :meth:`catch_up` of a rank that was left behind by a step."""
-        return pack_events(self._newest)
-
-    def catch_up(self, newest_events: bytes) -> None:
-        """Handles those of another rank's newest events that this rank has not had.
-
-        When a ring breaks, one rank may have completed a step and another, perhaps the leader, not. That one takes over
-        the state after the step, and would never report it.
-        """
-        step = self._newest[-1].step if self._newest else 0
-        known = {(event.type_name, event.step) for event in self._newest}
-        for event in unpack_events(newest_events):
-            if event.step >= step and (event.type_name, event.step) not in known:
-                self.handle(event)
 
     def close(self) -> None:
         """Closes all sinks. Safe to call twice."""

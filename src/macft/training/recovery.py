@@ -158,8 +158,6 @@ class Recovery:
         shared = msgpack.unpackb(payload, max_bin_len=len(payload))
         if is_behind[self.elastic.rank]:
             state.restore(Snapshot.unpack(shared["state"]))
-            if position.generation == newest.position[0]:  # it was there, and missed the end of a step at most
-                self._reporter.catch_up(shared["events"])
         state.ended, state.has_final_adapter = shared["ended"], shared["has_final_adapter"]
         state.reducer.start_anew(shared["codec"], is_open=shared["codec_is_open"])
         left, joined = self._tracker.advance(members, self._nodes.statuses)
@@ -190,7 +188,6 @@ class Recovery:
         codec, is_open = self._state.reducer.agreed()
         values = {
             "state": self._state.capture().pack() if with_state else b"",
-            "events": self._reporter.newest_events(),
             "ended": self._state.ended,
             "has_final_adapter": self._state.has_final_adapter,
             "balance": self._nodes.balancer.state_dict(),
