@@ -37,7 +37,7 @@ class DatasetConfig(SourceConfig):
 
     # Several datasets at once, each with a weight.
     sources: list[SourceConfig] = field(default_factory=list)
-    # Train on the answer only: the prompt of prompt/completion rows, all but the last message of chats, is no target.
+    # Train on the answer only, the assistant's last message or the completion; what comes before it is no target.
     mask_prompt: bool = False
     # Longer rows are cut to this many tokens; the run says how many.
     max_seq_length: int = 2048

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from macft.data.formats import Record, Tokenizer, tokenize
+from macft.data.formats import Record
+from macft.data.template import Tokenizer
+from macft.data.tokenize import tokenize
 from macft.errors import DataError
 from macft.evaluation.record import with_answer
 

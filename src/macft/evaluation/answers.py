@@ -11,7 +11,8 @@ import msgpack
 from mlx_lm.generate import batch_generate
 
 from macft.collective.base import Collective
-from macft.data.formats import Record, prompt_tokens
+from macft.data.formats import Record
+from macft.data.tokenize import prompt_tokens
 from macft.evaluation.answer_form import AnswerForm, AnswerTokenizer
 from macft.evaluation.metrics import Metric
 from macft.evaluation.record import expected_text, with_answer
