@@ -12,9 +12,10 @@ from mlx_lm.generate import batch_generate
 
 from macft.collective.base import Collective
 from macft.data.formats import Record
-from macft.data.template import Tokenizer
 from macft.data.tokenize import prompt_tokens
+from macft.evaluation.answer_form import AnswerForm, AnswerTokenizer
 from macft.evaluation.metrics import Metric
+from macft.evaluation.record import expected_text, with_answer
 
 _PROMPTS_AT_ONCE = 32
 
@@ -25,20 +26,25 @@ class Scored:
 
     Attributes:
         value: Share of right answers, 0 to 1.
-        answers: The answers, in the order of the records.
+        expected: The right answers, in the order of the records, without thinking.
+        answers: The generated answers, without thinking and what else the chat template writes around an answer; empty
+            where the model was still thinking.
         right: Whether each of them is right.
+        unanswered: How many answers ran out of tokens within the model's thinking.
         seconds: Duration of generation and scoring.
     """
 
     value: float
+    expected: list[str]
     answers: list[str]
     right: list[bool]
+    unanswered: int
     seconds: float
 
 
 def score_answers(
     model: nn.Module,
-    tokenizer: Tokenizer,
+    tokenizer: AnswerTokenizer,
     records: Sequence[Record],
     metric: Metric,
     collective: Collective,
@@ -62,15 +68,31 @@ def score_answers(
     # Prompts of similar length are batched together, which needs little padding.
     prompts = {index: prompt_tokens(records[index], tokenizer) for index in mine}
     mine.sort(key=lambda index: len(prompts[index]))
-    generated: list[tuple[int, str]] = []
+    form = AnswerForm.of(tokenizer, records[0]) if records else AnswerForm()
+    generated: list[tuple[int, str | None]] = []
     for start in range(0, len(mine), _PROMPTS_AT_ONCE):
         chunk = mine[start : start + _PROMPTS_AT_ONCE]
-        texts = batch_generate(model, tokenizer, [prompts[i] for i in chunk], max_tokens=max_tokens).texts
-        generated += zip(chunk, texts, strict=True)
+        inputs = [prompts[index] for index in chunk]
+        found = batch_generate(model, tokenizer, inputs, max_tokens=max_tokens, return_token_ids=True)
+        for index, text, tokens in zip(chunk, found.texts, found.token_ids, strict=True):
+            # A model that ends its turn in a block that its prompt began has learned to answer without thinking.
+            is_thinking = len(tokens) == max_tokens and form.opens_thinking(tokenizer.decode(prompts[index]))
+            generated.append((index, form.answer(text, is_thinking=is_thinking)))
         progress(len(generated), len(mine))
-    answers = [""] * len(records)
-    for payload in collective.all_gather(msgpack.packb(generated)):
-        for index, text in msgpack.unpackb(payload):
-            answers[index] = text
-    right = [metric.score(record, answer) for record, answer in zip(records, answers, strict=True)]
-    return Scored(sum(right) / max(1, len(right)), answers, right, time.perf_counter() - started)
+    gathered = [
+        pair for payload in collective.all_gather(msgpack.packb(generated)) for pair in msgpack.unpackb(payload)
+    ]
+    answers: list[str | None] = [answer for _, answer in sorted(gathered, key=lambda pair: int(pair[0]))]
+    expected = [form.answer(expected_text(record)) for record in records]
+    right = [
+        wanted is not None and answer is not None and metric.score(with_answer(record, wanted), answer)
+        for record, wanted, answer in zip(records, expected, answers, strict=True)
+    ]
+    return Scored(
+        value=sum(right) / max(1, len(right)),
+        expected=[wanted or "" for wanted in expected],
+        answers=[answer or "" for answer in answers],
+        right=right,
+        unanswered=answers.count(None),
+        seconds=time.perf_counter() - started,
+    )
