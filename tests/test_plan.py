@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.families import configuration, new_model
 from harness.runs import environment, events, train, write_jsonl
 from harness.tiny_model import TINY_CONFIG, make_tiny_model
 from helpers.models import FAMILIES, SMALL, make_model
@@ -87,6 +88,27 @@ def test_trainable_parameters_are_those_that_the_model_gets(tiny_model_folder: P
     shape = read_shape(tiny_model_folder)
     assert shape.parameters == made.total_parameters
     assert trained_part(shape, adapter).parameters == made.trainable_parameters
+
+
+@pytest.mark.parametrize("family", ["deepseek", "llama4", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        AdapterConfig(),
+        AdapterConfig(rank=3, layers=[0, 1], targets=["gate_proj", "up_proj", "down_proj"]),
+        AdapterConfig(type="dora", targets=["q_proj", "v_proj"]),
+        AdapterConfig(type="full", num_layers=1),
+        AdapterConfig(type="full", targets=["down_proj"]),
+    ],
+)
+def test_trainable_parameters_of_mixtures_too(family: str, adapter: AdapterConfig) -> None:
+    """Experts, and blocks that differ."""
+    made = adapt(new_model(configuration(family)), adapter, seed=0)
+    planned = trained_part(shape_of(configuration(family), family), adapter)
+    assert planned.parameters == made.trainable_parameters
+    if adapter == AdapterConfig():
+        experts = (4 * (64 + 32) * 8) * 3
+        assert planned.parameters > experts
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"model_type": "llama"}', '{"model_type": "no-such-thing"}', "\x00"])

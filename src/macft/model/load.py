@@ -78,7 +78,8 @@ def load(
         _cast(model, _DTYPES[execution.dtype])
     with _readable(path, "weights"):
         mx.eval(model.parameters())
-    model.freeze()
+    with _readable(path, "as a model"):
+        model.freeze()
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,

@@ -14,9 +14,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from macft.errors import ModelError
-from macft.model.adapter_layers import adaptable_projections
+from macft.model.adaptable import AdaptableBlock, adaptable_blocks
 from macft.model.execution import FLOAT_BYTES, WeightFormat
-from macft.model.packing import may_pack
+from macft.model.packable import may_pack
 
 _LARGEST_CONFIG = 4 << 20
 # Where exports of NVIDIA's ModelOpt say how they are quantised.
@@ -43,8 +43,8 @@ class Linear:
 class ModelShape:
     """Sizes of a decoder. ``linears`` are those of one block; ``parameters`` counts all blocks, embeddings and head.
 
-    ``projections`` are the names of the layers that may be trained, block by block. ``checkpoint`` is how the files
-    hold the weights. ``packs``: it is built as packed rows need it. ``has_dropout``: it drops elements of its own.
+    ``adaptable`` are the layers that may be trained, block by block. ``checkpoint`` is how the files hold the weights.
+    ``packs``: it is built as packed rows need it. ``has_dropout``: it drops elements of its own.
     ``plain_head``: logits are a product, not scaled or capped.
     """
 
@@ -59,7 +59,7 @@ class ModelShape:
     parameters: int
     # Parameters of matrices that a quantised checkpoint holds in few bits: linear layers and embeddings.
     matrix_parameters: int
-    projections: tuple[tuple[str, ...], ...]
+    adaptable: tuple[AdaptableBlock, ...]
     checkpoint: WeightFormat
     packs: bool
     has_dropout: bool
@@ -200,7 +200,7 @@ def shape_of(config: dict[str, Any], source: str) -> ModelShape:
             for name, module in blocks[-1].named_modules()
             if isinstance(module, nn.Linear)
         )
-        projections = tuple(tuple(adaptable_projections(block)) for block in blocks)
+        adaptable = adaptable_blocks(model)
         text = _text_part(config)
         hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
         head_dim = int(text.get("head_dim") or hidden // heads)
@@ -221,7 +221,7 @@ def shape_of(config: dict[str, Any], source: str) -> ModelShape:
         linears=linears,
         parameters=sum(size for _, size in sizes),
         matrix_parameters=sum(size for dimensions, size in sizes if dimensions > 1),
-        projections=projections,
+        adaptable=adaptable,
         checkpoint=_format_from_config(config),
         packs=may_pack(model),
         has_dropout=any(isinstance(module, nn.Dropout) and module._p_1 < 1 for module in model.modules()),

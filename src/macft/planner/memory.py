@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from macft.model.adapter_layers import select_layers
+from macft.model.adapter_layers import chosen_layers, select_layers
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape
@@ -100,16 +100,17 @@ def trained_part(shape: ModelShape, adapter: AdapterConfig) -> Trained:
     Raises:
         ConfigError: a block number or projection the model doesn't have.
     """
-    blocks, projections = select_layers(adapter, shape.projections)
-    chosen = [linear for linear in shape.linears if linear.name in projections]
-    if adapter.type == "full":
-        each = sum(linear.inputs * linear.outputs for linear in chosen)
-        each += 0 if adapter.targets else 2 * shape.hidden
-    else:
-        each = sum((linear.inputs + linear.outputs) * adapter.rank for linear in chosen)
-        each += sum(linear.outputs for linear in chosen) if adapter.type == "dora" else 0
-    names = frozenset(linear.name.rsplit(".", 1)[-1] for linear in chosen)
-    return Trained(each * len(blocks), shape.blocks - min(blocks, default=shape.blocks), names)
+    blocks, projections = select_layers(adapter, shape.adaptable)
+    parameters = 0
+    for number in blocks:
+        block = shape.adaptable[number]
+        if adapter.type == "full" and not adapter.targets:
+            parameters += block.parameters
+            continue
+        for layer in chosen_layers(block, projections):
+            parameters += layer.trained_parameters(adapter.type, adapter.rank)
+    names = frozenset(name.rsplit(".", 1)[-1] for name in projections)
+    return Trained(parameters, shape.blocks - min(blocks, default=shape.blocks), names)
 
 
 def predict(

@@ -24,6 +24,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from macft.model.backends.base import Loss, LossAndGradient
 from macft.model.backends.cpu.layers import Kernel, kernel_for
+from macft.model.backends.cpu.trees import put_together, take_apart
 from macft.model.backends.operation import operation
 from macft.model.module_classes import Members, ModuleCall, replaced_members
 from macft.model.packing import PackedRope
@@ -110,45 +111,57 @@ class EagerLayers:
 
         return {"__call__": layer_call}
 
-    def _call(
-        self, call: ModuleCall, layer: nn.Module, x: mx.array, rest: Sequence[Any], named: dict[str, Any]
-    ) -> mx.array:
+    def _call(self, call: ModuleCall, layer: nn.Module, x: mx.array, rest: Sequence[Any], named: dict[str, Any]) -> Any:
         """``call(layer, x, *rest, **named)`` as one operation to MLX."""
         if id(layer) in self._frozen:
-            return detached(call(layer, detached(x), *rest, **named))
+            frame, arrays = take_apart(call(layer, detached(x), *rest, **named))
+            return put_together(frame, list(map(detached, arrays)))
         is_block = id(layer) in self._checkpointed
         if not is_block and not isinstance(layer, _KINDS):
-            output: mx.array = call(layer, x, *rest, **named)
-            return output
+            return call(layer, x, *rest, **named)
         refs = self._trained[id(layer)]
         trained = refs.get()
-        kernel = None if is_block else kernel_for(layer, refs.names, x)
+        kernel = None if is_block or x.dtype != mx.float32 else kernel_for(layer, refs.names, x)
         if kernel is not None:
             return _kernel_operation(kernel)(x, *trained)
+        # Blocks may take and return more than one array: keys and values that later blocks share, for example. The
+        # functions below hold nothing of the graph.
+        frame, given = take_apart((x, rest, named))
+        count = len(given)
+        frames: list[Any] = []
 
-        def compute(x: mx.array, *values: mx.array) -> mx.array:
-            refs.put(values)
-            output: mx.array = call(layer, x, *rest, **named)
-            return output
+        def compute(*values: mx.array) -> list[mx.array]:
+            refs.put(values[count:])
+            x, rest, named = put_together(frame, values[:count])
+            frames[:], outputs = _framed(call(layer, x, *rest, **named))
+            return outputs
 
-        def forward(x: mx.array, *values: mx.array) -> mx.array:
+        def forward(*values: mx.array) -> tuple[mx.array, ...]:
             with self._building(is_block):
-                output = compute(detached(x), *map(detached, values))
+                outputs = compute(*map(detached, values))
                 if trained:  # evaluated alone, DoRA's result was seen to hold what led to it
-                    return detached(output)
-                mx.eval(output)
-                return output
+                    return tuple(map(detached, outputs))
+                mx.eval(outputs)
+                return tuple(outputs)
 
-        def backward(inputs: Sequence[mx.array], grad_output: mx.array, _output: mx.array) -> list[mx.array]:
+        def backward(
+            inputs: Sequence[mx.array], grad_outputs: Sequence[mx.array], _outputs: Sequence[mx.array]
+        ) -> list[mx.array]:
             with self._building(is_block):
-                _, gradients = mx.vjp(compute, list(map(detached, inputs)), [detached(grad_output)])
+                _, gradients = mx.vjp(compute, list(map(detached, inputs)), list(map(detached, grad_outputs)))
                 mx.eval(gradients)  # all at once: they have parts in common
                 return list(map(detached, gradients))
 
         try:
-            return operation(forward, backward)(x, *trained)
+            outputs = operation(forward, backward)(*given, *trained)
+            return put_together(frames[0], outputs)
         finally:
             refs.put(trained)
+
+
+def _framed(output: Any) -> tuple[list[Any], list[mx.array]]:
+    frame, arrays = take_apart(output)
+    return [frame], arrays
 
 
 def _kernel_operation(kernel: Kernel) -> Callable[..., mx.array]:
@@ -157,6 +170,6 @@ def _kernel_operation(kernel: Kernel) -> Callable[..., mx.array]:
 
 def detached(value: mx.array) -> mx.array:
     """The same numbers, of the same type, in an array that no graph leads to."""
-    if value.dtype == mx.float32:
+    if value.dtype != mx.bfloat16:
         return mx.array(np.asarray(value))
-    return mx.array(np.asarray(value.astype(mx.float32))).astype(value.dtype)
+    return mx.array(np.asarray(value.astype(mx.float32))).astype(value.dtype)  # NumPy has no bfloat16
