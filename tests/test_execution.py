@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 import macft
 from harness.tiny_model import TINY_CONFIG
-from macft.config.execution import execution_for, requires_packing, with_execution
+from macft.config.execution import execution_for, with_execution
 from macft.config.schema import TrainConfig
 from macft.data.batch import micro_batches
 from macft.data.formats import Row
@@ -146,7 +147,7 @@ def test_the_planner_counts_what_is_loaded_and_trained(
         assert loaded.execution is execution
         assert str(loaded.dtype).removeprefix("mlx.core.") == execution.dtype
         assert loaded.is_quantized == (execution.bits is not None)
-        confirmed, revisions = confirm(execution, loaded, packing_required=requires_packing(config))
+        confirmed, revisions = confirm(execution, loaded)
         assert (confirmed, revisions) == (execution, [])
         types = {value.dtype for _, value in tree_flatten(loaded.model.parameters())}
         assert execution.kernels == "mlx" or types == {mx.float32}
@@ -175,7 +176,7 @@ def test_a_model_of_unknown_architecture_is_confirmed_once_it_is_loaded(tiny_mod
     assert revised == execution.padded()
     assert notes == ["this model's attention can't take packed rows, so rows are padded"]
     with pytest.raises(ConfigError, match=r"training\.packing"):
-        confirm(execution, loaded, packing_required=True)
+        confirm(replace(execution, requires_packing=True), loaded)
     loaded.model.model.norm.weight = loaded.model.model.norm.weight.astype(mx.float16)
     assert confirm(execution, loaded)[0].kernels == "mlx"
 

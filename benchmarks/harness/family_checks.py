@@ -30,6 +30,7 @@ from macft.data.tokenize import prompt_tokens
 from macft.device.mlx_device import on_cpu
 from macft.errors import ConfigError
 from macft.evaluation.answers import score_answers
+from macft.evaluation.batched import greedy_answers
 from macft.evaluation.chat import Chat, Sampling
 from macft.evaluation.metrics import metric
 from macft.model.adapt import Adaptation, adapt
@@ -375,21 +376,24 @@ def check_generate(case: Case) -> str:
     model.eval()
     prompts = ["Repeat: red", "How many rows?", "SELECT name FROM users WHERE id is 7"]
     records = [{"prompt": prompt, "completion": "none"} for prompt in prompts]
+    inputs = [prompt_tokens(record, tokenizer) for record in records]
+    expected = [greedy_tokens(model, tokenizer, tokens) for tokens in inputs]
+    found = greedy_answers(model, tokenizer, inputs, max_tokens=ANSWER_TOKENS, progress=lambda _: None)
+    if found != expected:
+        raise Failed(f"in a batch: the answers are {found}, not {expected}")
     scored = score_answers(
         model, tokenizer, records, metric("exact_match"), Solo(), max_tokens=ANSWER_TOKENS, progress=lambda *_: None
     )
-    for record, answer in zip(records, scored.answers, strict=True):
-        tokens = greedy_tokens(model, tokenizer, prompt_tokens(record, tokenizer))
-        chat = Chat(model, tokenizer, Sampling(max_tokens=ANSWER_TOKENS))
-        said = "".join(chat.say(record["prompt"]))
+    if [answer.strip() for answer in scored.answers] != [tokenizer.decode(tokens).strip() for tokens in expected]:
+        raise Failed(f"scored: the answers are {scored.answers}")
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        said = "".join(Chat(model, tokenizer, Sampling(max_tokens=ANSWER_TOKENS)).say(prompt))
         in_pieces = tokenizer.detokenizer
         for token in tokens:
             in_pieces.add_token(token)
         in_pieces.finalize()
-        pairs = ((said, in_pieces.text, "in a chat"), (answer, tokenizer.decode(tokens), "in a batch"))
-        for found, expected, what in pairs:
-            if found != expected:
-                raise Failed(f"{what}: the answer is {found!r}, not {expected!r}")
+        if said != in_pieces.text:
+            raise Failed(f"in a chat: the answer is {said!r}, not {in_pieces.text!r}")
     return "yes"
 
 

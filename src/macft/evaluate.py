@@ -103,6 +103,12 @@ def main(argv: Sequence[str]) -> None:
     if both:
         words = "right in both {both}, only tuned {only_tuned}, only base {only_base}, neither {neither}"
         console.print(words.format(**both), markup=False)
+    for which, result in (("base", base), ("tuned", after)):
+        if result.scored is not None and result.scored.unanswered:
+            console.print(
+                f"{which}: {result.scored.unanswered} of {len(rows)} answers were still thinking when they reached "
+                "--max-tokens; they count as wrong"
+            )
     if arguments.json is not None:
         report = {
             "model": tuned.model.path,

@@ -23,8 +23,8 @@ _TRIAL_TOKENS = 3
 
 def greedy_answers(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], *, max_tokens: int, progress: Callable[[int], None]
-) -> list[str]:
-    """The most likely answer to each of ``prompts``, of at most ``max_tokens`` tokens.
+) -> list[list[int]]:
+    """The most likely answer to each of ``prompts``, of at most ``max_tokens`` tokens, without the one that ends it.
 
     mlx-lm pads prompts of different lengths in a batch. Not every architecture copes: some attend to the padding or
     keep it in their state, and some can't compute a batch at all. So three prompts are tried first. Prompts of
@@ -32,16 +32,16 @@ def greedy_answers(
     one after the other. ``progress`` is called with the number of finished answers.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # which needs little padding
-    answers = [""] * len(prompts)
+    answers: list[list[int]] = [[] for _ in prompts]
     done = 0
     for group in _groups(model, tokenizer, prompts, order):
         if len(group) == 1:
-            tokens = [token for token, _ in _alone(model, tokenizer, prompts[group[0]], max_tokens)]
-            texts = [tokenizer.decode(tokens)]
+            answers[group[0]] = [token for token, _ in _alone(model, tokenizer, prompts[group[0]], max_tokens)]
         else:
-            texts = batch_generate(model, tokenizer, [list(prompts[i]) for i in group], max_tokens=max_tokens).texts
-        for index, text in zip(group, texts, strict=True):
-            answers[index] = text
+            inputs = [list(prompts[index]) for index in group]
+            found = batch_generate(model, tokenizer, inputs, max_tokens=max_tokens, return_token_ids=True)
+            for index, tokens in zip(group, found.token_ids, strict=True):
+                answers[index] = tokens
         done += len(group)
         progress(done)
     return answers

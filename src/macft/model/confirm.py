@@ -15,16 +15,14 @@ from macft.model.execution import Execution, cannot_pack
 from macft.model.load import LoadedModel
 
 
-def confirm(
-    execution: Execution, loaded: LoadedModel, *, packing_required: bool = False
-) -> tuple[Execution, list[str]]:
+def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[str]]:
     """``execution`` as ``loaded`` can really be computed, and a line for the user for each revision.
 
     :func:`~macft.model.execution.resolve` decides from config.json, before weights are loaded. That is right for the
     architectures of mlx-lm; a model with code of its own may differ: its rows are then padded, its kernels portable.
 
     Raises:
-        ConfigError: ``packing_required``, and the model can't take packed rows.
+        ConfigError: ``execution`` requires packing, and the model can't take packed rows.
         ModelError: the model's code lets a token see later ones.
     """
     if sees_later_tokens(loaded.model):
@@ -35,7 +33,7 @@ def confirm(
         execution = replace(execution, kernels="mlx")
         notes.append("the model isn't wholly float32, so MLX's own operations compute it, more slowly")
     if execution.packing and not can_pack(loaded.model, execution):
-        if packing_required:
+        if execution.requires_packing:
             raise cannot_pack()
         execution = execution.padded()
         notes.append("this model's attention can't take packed rows, so rows are padded")

@@ -23,8 +23,9 @@ from macft.model.packing import (
     replaced_ropes,
 )
 
-_LONG_ROW = 1 << 16
-"""Tokens of the row with which a model is traced: no mask that looks causal at this length has a window below it."""
+_ROWS = (8, 1 << 16)
+"""Tokens of the rows with which a model is traced. A mask that looks causal at the longer has no window below it; the
+shorter comes first, since blocks that loop over time take long to trace, and show there that they don't attend."""
 _POSITIONS = (3, 131_101)
 """Positions to compare with the first: the least, where learned ones show, and one beyond what scales that grow with
 the position begin at. That is a prime, so that no period hides it."""
@@ -37,11 +38,15 @@ def may_pack(model: nn.Module) -> bool:
     the rows, window or not. A mask that the architecture makes or changes by itself, as attention in chunks does, would
     be one for the pack as a whole.
     """
-    trace = _Trace()
+    return all(_attends_by_rows(model, length) for length in _ROWS)
+
+
+def _attends_by_rows(model: nn.Module, length: int) -> bool:
+    trace = _Trace(length)
     try:
-        # Weights may not exist yet, and a row this long could not be computed: MLX follows the code, and raises where
-        # the code would need a value.
-        mx.compile(lambda tokens: trace.follow(model, tokens))(mx.zeros((1, 2 * _LONG_ROW), mx.int32))
+        # Weights may not exist yet, and a long row could not be computed: MLX follows the code, and raises where the
+        # code would need a value.
+        mx.compile(lambda tokens: trace.follow(model, tokens))(mx.zeros((1, 2 * length), mx.int32))
     except _Traced:
         return trace.calls >= len(model.layers)
     except Exception:  # the code of an architecture may raise anything
@@ -74,15 +79,16 @@ class _Unfit(Exception):
 
 
 class _Trace:
-    """Follows a model through a pack of two rows and looks at the masks that its attention gets."""
+    """Follows a model through a pack of two rows of ``length`` tokens and looks at its attention's masks."""
 
-    def __init__(self) -> None:
+    def __init__(self, length: int) -> None:
         self.calls = 0
+        self._length = length
         self._masks: list[Any] = []
 
     def follow(self, model: nn.Module, tokens: mx.array) -> None:
         place = mx.zeros((tokens.shape[1],), mx.int32)
-        layout = PackLayout(mx.zeros((2, _LONG_ROW), mx.int32), owners=place, depths=place)
+        layout = PackLayout(mx.zeros((2, self._length), mx.int32), owners=place, depths=place)
         with ExitStack() as inside:
             inside.enter_context(prepared_for_packs(model, self._attention))
             inside.enter_context(replaced_functions(model, {MASK_FUNCTION: self._mask}))

@@ -13,7 +13,7 @@ from macft.checkpoint.store import CheckpointStore
 from macft.collective.base import Collective
 from macft.collective.elastic import ElasticCollective
 from macft.collective.newest import find_newest
-from macft.config.execution import requires_packing, with_execution
+from macft.config.execution import with_execution
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain
 from macft.data.checks import check_rows
@@ -121,7 +121,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
 
     log.info("loading %s on %s", model_folder, device)
     loaded = load(config.model, model_folder, execution, tokenizer)
-    execution, revisions = confirm(execution, loaded, packing_required=requires_packing(config))
+    execution, revisions = confirm(execution, loaded)
     adaptation = adapt(loaded.model, config.adapter, seed=config.seed)
     if config.adapter.init_from is not None and collective.rank == 0:
         load_adapter_weights(Path(config.adapter.init_from).expanduser(), loaded.model)
