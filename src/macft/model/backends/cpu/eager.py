@@ -104,36 +104,38 @@ class EagerLayers:
     def _members(self, kind: type[nn.Module]) -> Members:
         call = kind.__call__
 
-        def layer_call(layer: nn.Module, x: mx.array, *rest: Any, **named: Any) -> Any:
+        def layer_call(layer: nn.Module, *given: Any, **named: Any) -> Any:
             if not self._thread.is_building:
-                return call(layer, x, *rest, **named)
-            return self._call(call, layer, x, rest, named)
+                return call(layer, *given, **named)
+            return self._call(call, layer, given, named)
 
         return {"__call__": layer_call}
 
-    def _call(self, call: ModuleCall, layer: nn.Module, x: mx.array, rest: Sequence[Any], named: dict[str, Any]) -> Any:
-        """``call(layer, x, *rest, **named)`` as one operation to MLX."""
+    def _call(self, call: ModuleCall, layer: nn.Module, given: Sequence[Any], named: dict[str, Any]) -> Any:
+        """``call(layer, *given, **named)`` as one operation to MLX."""
         if id(layer) in self._frozen:
-            frame, arrays = take_apart(call(layer, detached(x), *rest, **named))
-            return put_together(frame, list(map(detached, arrays)))
+            given, named = _detached_tree((given, named))
+            return _detached_tree(call(layer, *given, **named))
         is_block = id(layer) in self._checkpointed
         if not is_block and not isinstance(layer, _KINDS):
-            return call(layer, x, *rest, **named)
+            return call(layer, *given, **named)
         refs = self._trained[id(layer)]
         trained = refs.get()
-        kernel = None if is_block or x.dtype != mx.float32 else kernel_for(layer, refs.names, x)
-        if kernel is not None:
-            return _kernel_operation(kernel)(x, *trained)
+        if not is_block and given and given[0].dtype == mx.float32:
+            kernel = kernel_for(layer, refs.names, given[0])
+            if kernel is not None:
+                return _kernel_operation(kernel)(given[0], *trained)
         # Blocks may take and return more than one array: keys and values that later blocks share, for example. The
         # functions below hold nothing of the graph.
-        frame, given = take_apart((x, rest, named))
-        count = len(given)
+        frame, arrays = take_apart((given, named))
+        count = len(arrays)
         frames: list[Any] = []
 
         def compute(*values: mx.array) -> list[mx.array]:
             refs.put(values[count:])
-            x, rest, named = put_together(frame, values[:count])
-            frames[:], outputs = _framed(call(layer, x, *rest, **named))
+            given, named = put_together(frame, values[:count])
+            output, outputs = take_apart(call(layer, *given, **named))
+            frames[:] = [output]
             return outputs
 
         def forward(*values: mx.array) -> tuple[mx.array, ...]:
@@ -153,15 +155,15 @@ class EagerLayers:
                 return list(map(detached, gradients))
 
         try:
-            outputs = operation(forward, backward)(*given, *trained)
+            outputs = operation(forward, backward)(*arrays, *trained)
             return put_together(frames[0], outputs)
         finally:
             refs.put(trained)
 
 
-def _framed(output: Any) -> tuple[list[Any], list[mx.array]]:
-    frame, arrays = take_apart(output)
-    return [frame], arrays
+def _detached_tree(tree: Any) -> Any:
+    frame, arrays = take_apart(tree)
+    return put_together(frame, list(map(detached, arrays)))
 
 
 def _kernel_operation(kernel: Kernel) -> Callable[..., mx.array]:
