@@ -190,9 +190,9 @@ def test_a_pack_is_right_where_it_packs(family: str, kernels: str) -> None:
     assert_trains_as_mlx_lm_does(family, kernels, packing=True)
 
 
-# Attention in chunks, a scale that grows with the position, learned positions, a softmax of its own, state spaces,
-# keys that are chosen.
-@pytest.mark.parametrize("family", ["llama4", "ministral3", "gpt2", "gemma2", "jamba", "qwen3_next", "deepseek_v32"])
+# Attention in chunks, a scale that grows with the position, learned positions, a softmax of its own, state spaces, a
+# mask that is more than a mask.
+@pytest.mark.parametrize("family", ["llama4", "ministral3", "gpt2", "gemma2", "jamba", "qwen3_next", "deepseek_v3"])
 def test_other_models_are_padded(family: str) -> None:
     assert not packs(new_model(configuration(family)), "mlx")
 
