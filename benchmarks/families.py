@@ -34,7 +34,8 @@ def main() -> int:
         parser.error("--write needs all checks")
     print(f"{'family':24}", *options.check)
     failures = 0
-    rows = {family: row_of(family, {}) for family in NOT_TRAINED}
+    if options.write:
+        write_table({family: row_of(family, {}) for family in NOT_TRAINED})
     with tempfile.TemporaryDirectory() as folder:
         for family in options.family:
             words = run(Case(family, build(family, Path(folder) / family)), options.check)
@@ -43,10 +44,8 @@ def main() -> int:
             failures += len(reasons)
             print(*(f"    {reason}\n" for reason in reasons), sep="", end="", flush=True)
             if options.write:
-                rows[family] = row_of(family, words)
+                write_table({family: row_of(family, words)})
     print(f"{len(options.family)} families, {failures} failures")
-    if options.write:
-        write_table(rows)
     return failures > 0
 
 
@@ -71,7 +70,7 @@ def row_of(family: str, words: dict[str, str]) -> list[str]:
 
 
 def write_table(rows: dict[str, list[str]]) -> None:
-    """Replaces the rows of these families in docs/models.md, and leaves the others."""
+    """Puts the rows of these families into docs/models.md, and leaves the others."""
     before, rest = PAGE.read_text().split(BEGIN)
     table, after = rest.split(END)
     lines = {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
