@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,6 +26,7 @@ from macft.model.confirm import confirm
 from macft.model.learned_positions import check_lengths
 from macft.model.load import load
 from macft.model.settings import ModelConfig
+from macft.model.traceable import is_traceable
 
 KERNELS = ("mlx", "cpu") if on_cpu() and blas.library() is not None else ("mlx",)
 
@@ -107,3 +109,13 @@ def test_a_model_that_sees_later_tokens_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="lets a token see later ones"):
         confirm(loaded.execution, loaded)
     assert not sees_later_tokens(load_model(build("gemma3_text", tmp_path / "other"))[0])
+
+
+def test_a_model_whose_code_needs_values_is_not_compiled(tmp_path: Path) -> None:
+    """In training, the experts of dbrx are chosen in Python."""
+    loaded = load(ModelConfig(precision="float32"), build("dbrx", tmp_path / "dbrx"))
+    wanted = replace(loaded.execution.padded(), kernels="mlx", compiled=True)
+    revised, notes = confirm(wanted, loaded)
+    assert revised == replace(wanted, compiled=False)
+    assert notes == ["this model's code needs values of arrays, so its steps aren't compiled"]
+    assert is_traceable(load_model(build("qwen3_moe", tmp_path / "other"))[0])

@@ -315,7 +315,7 @@ def check_dora(case: Case) -> str:
 def check_quantized(case: Case) -> str:
     """Loss and gradient with weights of four bits, 32 to a group, where mlx-lm can compute them."""
     try:
-        plain_sums(case.plain(quantized=True), case.rows[:1])
+        mx.eval(case.plain(quantized=True)(mx.array(case.rows[0].tokens)[None]))
     except (ValueError, TypeError):
         return "no"
     execution = execution_with("mlx", bits=4, group_size=32)
@@ -358,7 +358,11 @@ def check_files(case: Case) -> str:
     folder = case.folder / "adapter"
     save_adapter(folder, adapted.model, adapted.adaptation.mlx_lm_config, model_name=str(case.folder))
     expected = logits(adapted.model, tokens)
-    _same_logits(logits(load_adapters(case.plain(), str(folder)), tokens), expected, "in mlx-lm")
+    word = "yes"
+    if any(name.rsplit(".", 1)[-1].isdigit() for name, _ in tree_flatten(adapted.model.trainable_parameters())):
+        word = "macft only"  # mlx-lm does not load adapters that are kept in a list, its own neither
+    else:
+        _same_logits(logits(load_adapters(case.plain(), str(folder)), tokens), expected, "in mlx-lm")
     attached = case.load().model
     attach(attached, folder)
     _same_logits(logits(attached, tokens), expected, "attached")
@@ -366,7 +370,7 @@ def check_files(case: Case) -> str:
     adapt(begun, AdapterConfig(rank=RANK, scale=SCALE, targets=case.targets), seed=SEED + 1)
     load_adapter_weights(folder, begun)
     _same_logits(logits(begun, tokens), expected, "begun from")
-    return "yes"
+    return word
 
 
 def check_generate(case: Case) -> str:

@@ -13,6 +13,7 @@ from macft.model.backends.choose import can_pack
 from macft.model.causal import sees_later_tokens
 from macft.model.execution import Execution, cannot_pack
 from macft.model.load import LoadedModel
+from macft.model.traceable import is_traceable
 
 
 def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[str]]:
@@ -37,4 +38,7 @@ def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[
             raise cannot_pack()
         execution = execution.padded()
         notes.append("this model's attention can't take packed rows, so rows are padded")
+    if execution.compiled and not is_traceable(loaded.model):
+        execution = replace(execution, compiled=False)
+        notes.append("this model's code needs values of arrays, so its steps aren't compiled")
     return execution, notes
