@@ -280,7 +280,13 @@ def check_recompute(case: Case) -> str:
 
 
 def check_dropout(case: Case) -> str:
-    """A row's masks are the same alone, beside others and in a pack."""
+    """A row's masks are the same alone, beside others and in a pack, or dropout is refused."""
+    try:
+        case.adapted(dropout=0.4)
+    except ConfigError as error:
+        if str(error).startswith("adapter.dropout:"):
+            return "refused"
+        raise
     for kernels in case.kernels:
         adapted = case.adapted(dropout=0.4)
         expected = _added(adapted.sums([row], kernels, [number]) for number, row in enumerate(case.rows))
