@@ -391,7 +391,7 @@ LATENT = {
     "qk_rope_head_dim": 16,
     "v_head_dim": 32,
     "qk_nope_head_dim": 32,
-    "topk_method": "greedy",
+    "topk_method": "noaux_tc",
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 1,
@@ -411,7 +411,7 @@ WINDOW = {"query_pre_attn_scalar": 32, "sliding_window": 32, "sliding_window_pat
 GEMMA = {**MEDIUM, **WINDOW, "model_type": "gemma3_text"}
 KINDS = {
     "mixture": {**MEDIUM, **MIXTURE, "model_type": "qwen3_moe"},
-    "latent attention": {**MEDIUM, **LATENT, "model_type": "deepseek_v2"},
+    "latent attention": {**MEDIUM, **LATENT, "model_type": "deepseek_v3"},
     "window": GEMMA,
     "wrapper": {"model_type": "gemma3", "vocab_size": 4096, "text_config": GEMMA},
     "fused projections": {**MEDIUM, "model_type": "phi3"},
