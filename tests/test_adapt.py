@@ -172,7 +172,7 @@ def test_embeddings_inside_of_blocks_and_weights_that_are_read() -> None:
 
 
 def test_a_model_without_a_gradient_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"can't be trained: \[gather_axis\] Cannot calculate VJP"):
+    with pytest.raises(ModelError, match=r"can't be trained on .*: \[gather_axis\] Cannot calculate VJP"):
         adapt(new_model(configuration("deepseek_v41")), AdapterConfig(), seed=0)
 
 

@@ -118,14 +118,15 @@ def _unfreeze(model: nn.Module, chosen: AdapterLayers, config: AdapterConfig) ->
 
 
 def _check_gradient(model: nn.Module) -> None:
-    """Raises ModelError where the adapted ``model`` fails, or has no gradient. Nothing is evaluated."""
+    """Raises ModelError where the adapted ``model`` fails on a few tokens, or has no gradient; none is computed."""
     was_training = model.training
     model.train()
     try:
-        nn.value_and_grad(model, lambda tokens: model(tokens).sum())(mx.arange(1, 9)[None])
+        value, _ = nn.value_and_grad(model, lambda tokens: model(tokens).sum())(mx.arange(1, 9)[None])
+        mx.eval(value)
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, KeyError, NotImplementedError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"mlx-lm's code of this model can't be trained: {reason}") from error
+        raise ModelError(f"this model can't be trained on this device with mlx-lm's code: {reason}") from error
     finally:
         model.train(was_training)
 
@@ -134,7 +135,9 @@ def _describe(config: AdapterConfig, chosen: AdapterLayers, available: Sequence[
     layers = [chosen_layers(available[number], chosen.projections) for number in chosen.blocks]
     counts = {len(each) for each in layers}
     where = f"{len(layers)} blocks, "
-    where += f"{counts.pop()} projections each" if len(counts) == 1 else f"{sum(map(len, layers))} projections"
+    is_same = len(counts) == 1
+    count = counts.pop() if is_same else sum(map(len, layers))
+    where += f"{count} projection{'' if count == 1 else 's'}{' each' if is_same else ''}"
     if any(layer.is_experts for each in layers for layer in each):
         where += ", those of experts too"
     if config.type == "full":

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from macft.errors import ModelError
 from macft.model.adaptable import AdaptableBlock, adaptable_blocks
 from macft.model.execution import FLOAT_BYTES, WeightFormat
-from macft.model.packing import may_pack
+from macft.model.packable import may_pack
 
 _LARGEST_CONFIG = 4 << 20
 # Where exports of NVIDIA's ModelOpt say how they are quantised.

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from macft.model.backends.trees import holds_state
 from macft.model.module_classes import Members, replaced_members
 
 
@@ -27,6 +28,9 @@ def _checkpointed(kind: type[nn.Module]) -> Members:
     call = kind.__call__
 
     def checkpointed_call(block: nn.Module, *arguments: Any, **named: Any) -> Any:
+        if holds_state((arguments, named)):  # what it writes there would be without a gradient
+            return call(block, *arguments, **named)
+
         def computed(parameters: dict[str, Any], *arguments: Any, **named: Any) -> Any:
             block.update(parameters)
             return call(block, *arguments, **named)
