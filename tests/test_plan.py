@@ -414,7 +414,6 @@ KINDS = {
     "latent attention": {**MEDIUM, **LATENT, "model_type": "deepseek_v3"},
     "window": GEMMA,
     "wrapper": {"model_type": "gemma3", "vocab_size": 4096, "text_config": GEMMA},
-    "fused projections": {**MEDIUM, "model_type": "phi3"},
 }
 
 
