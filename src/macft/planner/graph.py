@@ -17,7 +17,8 @@ import mlx.core as mx
 
 # As in MLX: most operations that wait while the graph is laid in order.
 _WIDTH = 20
-# MLX's CPU backend runs up to this many operations behind, and inputs are held until an operation has run.
+# MLX's CPU backend runs up to this many operations behind. Inputs are held, and not written over, until an operation
+# has run.
 _BEHIND = 10
 _VIEWS = {
     "AsStrided", "Broadcast", "BroadcastAxes", "CustomTransforms", "Depends", "ExpandDims", "Slice", "Split", "Squeeze",
@@ -97,6 +98,8 @@ class _Memory:
         self._buffer: dict[str, int] = {}
         self._size: list[int] = []
         self._arrays: list[int] = []
+        # When an operation last read it: such that may still run hold it.
+        self._read_at: dict[int, int] = {}
         # Arrays whose values don't lie row by row, and permutations of axes that views stand for.
         self._scattered: set[str] = set()
         self._transposed: dict[str, tuple[str, list[int]]] = {}
@@ -151,7 +154,7 @@ class _Memory:
         copied = 0
         if operation.name in _COPY_INPUTS:
             copied = sum(self._size[self._buffer[name]] for name in operation.inputs if self._must_copy(name))
-        target = self._written_over(operation)
+        target = self._written_over(operation, time)
         for number, (name, size) in enumerate(operation.outputs):
             if number == 0 and target is not None:
                 self._buffer[name] = self._buffer[target]
@@ -173,7 +176,7 @@ class _Memory:
         by_columns = [*range(len(axes) - 2), len(axes) - 1, len(axes) - 2] if len(axes) > 1 else []
         return base in self._scattered or axes != by_columns
 
-    def _written_over(self, operation: _Operation) -> str | None:
+    def _written_over(self, operation: _Operation, time: int) -> str | None:
         if operation.name not in _IN_PLACE:
             return None
         for name in dict.fromkeys(operation.inputs):
@@ -182,6 +185,7 @@ class _Memory:
                 buffer is not None
                 and name not in self._scattered
                 and self._arrays[buffer] == 1
+                and self._read_at.get(buffer, -_BEHIND) <= time - _BEHIND
                 and self._readers[name] == operation.inputs.count(name)
                 and self._size[buffer] == operation.outputs[0][1]
             ):
@@ -190,6 +194,8 @@ class _Memory:
 
     def _read(self, name: str, time: int) -> None:
         self._readers[name] -= 1
+        if name in self._buffer:
+            self._read_at[self._buffer[name]] = time
         if not self._readers[name]:
             self._release(name, time)
 

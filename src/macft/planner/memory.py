@@ -136,10 +136,9 @@ def predict(
     saved = _saved_by_block(shape, adapter, trained, width, work)
     transient = _transient_of_block(shape, width, work)
     scores = shape.heads * work.rows * work.length**2 * width
-    at_once = min(work.targets, work.parts * execution.loss_chunk_for(shape.vocabulary))
-    per_logit = _FLOATS_PER_LOGIT if at_once == work.targets else _FLOATS_PER_CHUNKED_LOGIT
-    logits = per_logit * 4 * at_once * shape.vocabulary
+    logits = _logits(shape, execution, work)
     if execution.kernels == "cpu":
+        at_once = min(work.targets, work.parts * execution.loss_chunk_for(shape.vocabulary))
         activations, logits, grad_bytes = _layer_by_layer(shape, execution, trained, work, at_once)
     elif execution.recompute == "blocks" and trained.depth:
         # A block's forward pass runs a second time inside its backward pass, so that more of it exists at once.
@@ -168,6 +167,13 @@ def predict(
     )
 
 
+def _logits(shape: ModelShape, execution: Execution, work: ComputeShape) -> float:
+    """Bytes that the loss holds at once, with MLX's operations."""
+    at_once = min(work.targets, work.parts * execution.loss_chunk_for(shape.vocabulary))
+    per_logit = _FLOATS_PER_LOGIT if at_once == work.targets else _FLOATS_PER_CHUNKED_LOGIT
+    return per_logit * 4 * at_once * shape.vocabulary
+
+
 def _predict_from_graph(
     shape: ModelShape, execution: Execution, adapter: AdapterConfig, optimizer: str, work: ComputeShape
 ) -> MemoryParts:
@@ -180,7 +186,15 @@ def _predict_from_graph(
     resident = weights + adapter_bytes + optimizer_bytes
     # Tokens of a pack are laid out as rows to attend, and are fewer elsewhere.
     rows = max(1, -(-work.tokens // work.length))
-    found = traced(shape.config, execution, adapter, rows, work.length, work.targets)
+    found = traced(
+        shape.config,
+        execution,
+        adapter,
+        rows,
+        work.length,
+        logits=_logits(shape, execution, work),
+        validation_logits=_VALIDATION_FLOATS_PER_LOGIT * 4 * work.targets * shape.vocabulary,
+    )
     known = found if isinstance(found, Traced) else Traced(0.0, 0.0)
     return MemoryParts(
         weights=weights,

@@ -48,9 +48,20 @@ def chunked_cross_entropy(
     """
 
     def loss_and_gradient(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        return losses_and_gradients(
-            head, detached(hidden), targets, weights, chunk=chunk, exponentials=exponentials, detached=detached
-        )
+        hidden = detached(hidden)
+        value = loss = mx.zeros(())
+        grad_parts: list[mx.array] = []
+        for start in range(0, hidden.shape[0], chunk):
+            part = hidden[start : start + chunk]
+            if grad_parts:  # one chunk after the other, its loss included, so that only one's logits exist
+                part = mx.depends([part], [grad_parts[-1], value])[0]
+            end = start + chunk
+            logits = head(part[None])[0]
+            value, grad_logits = _loss_and_gradient(logits, targets[start:end], weights[start:end], exponentials)
+            grad_parts.append(detached(mx.vjp(lambda part: head(part[None])[0], [part], [grad_logits])[1][0]))
+            value = detached(value)
+            loss = loss + value
+        return loss, mx.concatenate(grad_parts, axis=0)
 
     def grad_hidden(
         _inputs: Sequence[mx.array], cotangents: tuple[mx.array, mx.array], output: tuple[mx.array, mx.array]
@@ -58,32 +69,6 @@ def chunked_cross_entropy(
         return [cotangents[0].astype(output[1].dtype) * output[1]]
 
     return operation(loss_and_gradient, grad_hidden)(hidden)[0]
-
-
-def losses_and_gradients(
-    head: Callable[[mx.array], mx.array],
-    hidden: mx.array,
-    targets: mx.array,
-    weights: mx.array,
-    *,
-    chunk: int,
-    exponentials: Exponentials = exponentials,
-    detached: Callable[[mx.array], mx.array] = lambda value: value,
-) -> tuple[mx.array, mx.array]:
-    """The loss of :func:`chunked_cross_entropy`, and its gradient by ``hidden`` (N, D)."""
-    value = loss = mx.zeros(())
-    grad_parts: list[mx.array] = []
-    for start in range(0, hidden.shape[0], chunk):
-        part = hidden[start : start + chunk]
-        if grad_parts:  # one chunk after the other, its loss included, so that only one's logits exist
-            part = mx.depends([part], [grad_parts[-1], value])[0]
-        end = start + chunk
-        logits = head(part[None])[0]
-        value, grad_logits = _loss_and_gradient(logits, targets[start:end], weights[start:end], exponentials)
-        grad_parts.append(detached(mx.vjp(lambda part: head(part[None])[0], [part], [grad_logits])[1][0]))
-        value = detached(value)
-        loss = loss + value
-    return loss, mx.concatenate(grad_parts, axis=0)
 
 
 def _loss_and_gradient(
