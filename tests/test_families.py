@@ -27,6 +27,7 @@ from macft.model.learned_positions import check_lengths
 from macft.model.load import load
 from macft.model.settings import ModelConfig
 from macft.model.traceable import is_traceable
+from macft.model.vocabulary import vocabulary_of
 
 KERNELS = ("mlx", "cpu") if on_cpu() and blas.library() is not None else ("mlx",)
 
@@ -103,6 +104,7 @@ def test_an_architecture_that_ends_the_program_is_an_error_of_one_line(
     (folder / "config.json").write_text((folder / "config.json").read_text().replace('"llama"', '"ends_it_all"'))
     (tmp_path / "ends_it_all.py").write_text("import sys\nsys.exit(1)\n")
     monkeypatch.setattr(mlx_lm.models, "__path__", [*mlx_lm.models.__path__, str(tmp_path)])
+    assert vocabulary_of(folder) is None
     with pytest.raises(ModelError, match=r"can't be read .*: its code in mlx-lm ends the program"):
         load(ModelConfig(), folder)
 
