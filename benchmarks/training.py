@@ -109,7 +109,7 @@ def execution_of(model: Any, **training: Any) -> Any:
     from macft.device.kind import Device
     from macft.model.execution import resolve
     from macft.model.load import weight_format_of
-    from macft.model.packing import may_pack
+    from macft.model.packable import may_pack
     from macft.model.settings import ModelConfig
 
     config = ModelConfig(precision="checkpoint", quantization="keep")

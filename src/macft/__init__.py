@@ -5,9 +5,13 @@ this has to happen before the first ``import mlx.core`` anywhere in the process,
 what mlx-lm's import needs where few files may be open.
 """
 
+import logging
+
 from macft.device import blas, open_files
 
 __version__ = "0.1.0"
 
+# Without a log file, Python would print warnings to the console.
+logging.getLogger("macft").addHandler(logging.NullHandler())
 blas.preload()
 open_files.allow_low_limit()

@@ -12,6 +12,7 @@ from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
 from macft.config.yaml import fingerprint, to_yaml
 from macft.device.durable import write_atomically
+from macft.launch.run_clock import started, started_together
 from macft.logs.run_log import start_log
 from macft.report.run_folder import RunFolder
 from macft.run.resume import check_resume
@@ -24,6 +25,7 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
     Raises:
         MacftError: the run is refused, in which case ``config.yaml`` is as it was, or it has failed.
     """
+    config = started(config)
     if resume:
         check_resume(RunFolder(folder), config)
     if config.topology.join is not None:
@@ -57,6 +59,7 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
                     join_launched(config.collective) as group,
                     start_log(folder, group.rank, config.report.log_level),
                 ):
+                    config = started_together(config, group)
                     return run_node(config, group, folder, resume=resume, stop=stop)
         from macft.collective.solo import Solo
 

@@ -28,7 +28,8 @@ class AdapterConfig:
     num_layers: int = -1
     # Block numbers, from 0, instead of `num_layers`: [0, 1, 28, 29].
     layers: list[int] = field(default_factory=list)
-    # Projections by the end of their name: [q_proj, v_proj], [self_attn.o_proj]. Empty: every linear layer of a block.
+    # Projections by the end of their name: [q_proj, v_proj], [self_attn.o_proj], [switch_mlp.up_proj]. Empty: mlx-lm's
+    # choice, every linear layer of a block, experts and embeddings inside of it too.
     targets: list[str] = field(default_factory=list)
     # Folder of an adapter to start from, of the same kind, rank and layers (mlx-lm: resume_adapter_file).
     init_from: str | None = None
@@ -52,7 +53,7 @@ def problems(config: AdapterConfig) -> list[str]:
     if config.num_layers < -1 or config.num_layers == 0:
         lines.append(f"adapter.num_layers: {config.num_layers} trains nothing; use -1 for all or 1 and more")
     if config.layers and config.num_layers != -1:
-        lines.append("adapter.layers and adapter.num_layers: give one of them, not both")
+        lines.append(f"adapter.layers: adapter.num_layers={config.num_layers} chooses blocks, too; set that to -1")
     if any(layer < 0 for layer in config.layers) or len(set(config.layers)) != len(config.layers):
         lines.append(f"adapter.layers: {list(config.layers)} must be different block numbers, counted from 0")
     if config.rslora and config.alpha is None:

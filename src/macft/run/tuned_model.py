@@ -16,6 +16,8 @@ from macft.model.settings import ModelConfig
 from macft.report.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
     from macft.model.load import LoadedModel
 
 
@@ -67,8 +69,10 @@ class TunedModel:
         trust = model.trust_remote_code or arguments.trust_remote_code
         return cls(replace(model, trust_remote_code=trust), adapter, whole, run)
 
-    def load(self, *, tuned: bool = True) -> LoadedModel:
+    def load(self, *, tuned: bool = True, tokenizer: TokenizerWrapper | None = None) -> LoadedModel:
         """Loads the model, as training would on this device; ``tuned=False`` leaves the tuning out.
+
+        ``tokenizer`` is the base model's, if it was loaded before.
 
         Raises:
             MacftError: the model can't be found or read, or the adapter doesn't fit it.
@@ -83,7 +87,7 @@ class TunedModel:
         else:
             model, folder = self.model, resolve(self.model)
         micro_batch_size = self.run.training.micro_batch_size if self.run else None
-        loaded = load(model, folder, inference_execution(model, folder, micro_batch_size=micro_batch_size))
+        loaded = load(model, folder, inference_execution(model, folder, micro_batch_size=micro_batch_size), tokenizer)
         if tuned and self.adapter is not None:
             attach(loaded.model, self.adapter)
         loaded.model.eval()
