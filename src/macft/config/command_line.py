@@ -5,37 +5,34 @@ Overrides, ``-m``, ``--cfg job``, ``--config-dir`` and ``--help`` are Hydra's an
 
 from __future__ import annotations
 
-import difflib
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra._internal.utils import get_args_parser
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, MissingConfigException
-from omegaconf.errors import OmegaConfBaseException
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import HydraException
 
+from macft.config.composing import hydra_at, typed
 from macft.config.nearest import schema_keys, unknown_key
 from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig, register_schema
-from macft.config.validate import explain, to_typed
+from macft.config.sweeps import SweepPlan, no_sweep, plan_sweep
 from macft.errors import ConfigError
 from macft.topology.topology_file import user_config_folder
 
 _FREE_FORM = ("dataset.columns", "optimizer.arguments")
 """Users add keys of their own below these, without Hydra's ``+``."""
-_MOST_JOBS_CHECKED = 200
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """The arguments for Hydra, and the run folder to resume, if any."""
+    """The arguments for Hydra, the run folder to resume, if any, and what is known of a sweep."""
 
     argv: list[str]
     resume: Path | None
+    sweep: SweepPlan | None = None
 
 
 def prepare(argv: list[str]) -> CommandLine:
@@ -45,7 +42,7 @@ def prepare(argv: list[str]) -> CommandLine:
         ConfigError: The command is wrong; there is one line for each problem, which names a key.
     """
     register_schema()
-    arguments = get_args_parser().parse_args(argv)
+    arguments = get_args_parser().parse_intermixed_args(argv)
     overrides: list[str] = arguments.overrides
     flags = _without(argv, overrides)
     asks_for_information = arguments.help or arguments.hydra_help or arguments.info
@@ -53,7 +50,13 @@ def prepare(argv: list[str]) -> CommandLine:
         return CommandLine(argv, None)
     user_folders = [user_config_folder()] if user_config_folder().is_dir() else []
     folders = [config_folder(), *user_folders] + ([Path(arguments.config_dir)] if arguments.config_dir else [])
+    if sum(map(bool, (arguments.cfg, arguments.multirun, arguments.run))) > 1:
+        raise ConfigError("--cfg, --run and -m: give one of them; --cfg shows the configuration of one run")
+    if arguments.resolve and not arguments.cfg:
+        raise ConfigError("--resolve: needs --cfg")
     parsed = _parse(overrides)
+    if not arguments.multirun:
+        no_sweep(parsed)
     resume, others = _take_resume(parsed)
     if resume is not None and arguments.multirun:
         raise ConfigError("resume: one run at a time; leave -m out")
@@ -69,11 +72,11 @@ def prepare(argv: list[str]) -> CommandLine:
             user_folders = []
         search = [_search(user_folders)] if user_folders else []
         if arguments.config_dir:  # hydra.main knows this flag, compose doesn't
-            _check_jobs(primary, name, [*rest, _search([Path(arguments.config_dir).absolute(), *user_folders])])
-            return CommandLine([*flags, *search, *rest], resume)
+            searched = _search([Path(arguments.config_dir).absolute(), *user_folders])
+            plan = _check(primary, name, [*rest, searched], is_sweep=arguments.multirun)
+            return CommandLine([*flags, *search, *rest], resume, plan)
         rest = [*search, *rest]
-    _check_jobs(primary, name, rest)
-    return CommandLine(flags + rest, resume)
+    return CommandLine(flags + rest, resume, _check(primary, name, rest, is_sweep=arguments.multirun))
 
 
 def _search(folders: list[Path]) -> str:
@@ -136,6 +139,8 @@ def _expand(override: Override, folders: list[Path], *, resuming: bool) -> list[
 
 def _values(override: Override) -> list[str]:
     if override.is_sweep_override():
+        if override.value_type not in (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP):
+            return []
         return [str(value).strip("'\"") for value in override.sweep_string_iterator()]
     value = override.value()
     return [str(value)] if value is not None else []
@@ -167,41 +172,10 @@ def _check_keys(parsed: list[Override], folders: list[Path]) -> None:
             raise ConfigError(unknown_key(key, TrainConfig))
 
 
-def _check_jobs(primary: Path, name: str, overrides: list[str]) -> None:
-    """Composes and checks each job of a sweep, or the one job there is."""
-    choices = []
-    for override in _parse(overrides):
-        if override.is_sweep_override():
-            key = str(override.input_line).split("=", 1)[0]
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            choices.append([str(override.input_line)])
-    for job in itertools.islice(itertools.product(*choices), _MOST_JOBS_CHECKED):
-        _check_job(primary, name, list(job))
-
-
-def _check_job(primary: Path, name: str, overrides: list[str]) -> None:
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(primary.absolute()), version_base="1.3"):
-            config = compose(name, overrides=overrides)
-        to_typed(config)
-    except MissingConfigException as error:
-        raise ConfigError(_no_such_option(error)) from error
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__
-        if isinstance(cause, OmegaConfBaseException):
-            raise ConfigError(explain(cause)) from error
-        raise ConfigError(" ".join(str(error).split())) from error
-    finally:
-        GlobalHydra.instance().clear()
-
-
-def _no_such_option(error: MissingConfigException) -> str:
-    group, _, option = (error.missing_cfg_file or "").rpartition("/")
-    options = [str(item) for item in error.options or []]
-    if not group:
-        return " ".join(str(error).split())
-    near = difflib.get_close_matches(option, options, 1)
-    hint = f"did you mean {group}={near[0]}? " if near else ""
-    return f"{group}: no option '{option}'; {hint}There are {', '.join(options)}"
+def _check(primary: Path, name: str, overrides: list[str], *, is_sweep: bool) -> SweepPlan | None:
+    """Composes and checks the one job there is, or those of a sweep."""
+    with hydra_at(primary):
+        if is_sweep:
+            return plan_sweep(name, overrides)
+        typed(compose(name, overrides=overrides))
+    return None
