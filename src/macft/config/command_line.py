@@ -55,10 +55,11 @@ def prepare(argv: list[str]) -> CommandLine:
     if arguments.resolve and not arguments.cfg:
         raise ConfigError("--resolve: needs --cfg")
     parsed = _parse(overrides)
-    if not arguments.multirun:
+    is_sweep = arguments.multirun or any(item.input_line == "hydra.mode=MULTIRUN" for item in parsed)
+    if not is_sweep:
         no_sweep(parsed)
     resume, others = _take_resume(parsed)
-    if resume is not None and arguments.multirun:
+    if resume is not None and is_sweep:
         raise ConfigError("resume: one run at a time; leave -m out")
     rest = [text for override in others for text in _expand(override, folders, resuming=resume is not None)]
     _check_keys(_parse(rest), folders)
@@ -73,10 +74,10 @@ def prepare(argv: list[str]) -> CommandLine:
         search = [_search(user_folders)] if user_folders else []
         if arguments.config_dir:  # hydra.main knows this flag, compose doesn't
             searched = _search([Path(arguments.config_dir).absolute(), *user_folders])
-            plan = _check(primary, name, [*rest, searched], is_sweep=arguments.multirun)
+            plan = _check(primary, name, [*rest, searched], is_sweep=is_sweep)
             return CommandLine([*flags, *search, *rest], resume, plan)
         rest = [*search, *rest]
-    return CommandLine(flags + rest, resume, _check(primary, name, rest, is_sweep=arguments.multirun))
+    return CommandLine(flags + rest, resume, _check(primary, name, rest, is_sweep=is_sweep))
 
 
 def _search(folders: list[Path]) -> str:
@@ -126,7 +127,13 @@ def _expand(override: Override, folders: list[Path], *, resuming: bool) -> list[
         return [f"+{text}"]
     if group in ("model", "dataset"):
         values = _values(override)
-        if values and all(_is_location(value, group, folders) for value in values):
+        locations = [value for value in values if _is_location(value, group, folders)]
+        if locations and len(locations) < len(values):
+            (option, *_) = set(values) - set(locations)
+            raise ConfigError(
+                f"{group}: {option} is a name and {locations[0]} is not; sweep over names, or over ids and paths"
+            )
+        if locations:
             quoted = ",".join("'" + value.replace("'", "\\'") + "'" for value in values)
             return [f"{'+' if resuming else ''}{group}=custom", f"{group}.path={quoted}"]
     if _is_free_form(group) and not text.startswith(("+", "~")):

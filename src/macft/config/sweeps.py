@@ -17,6 +17,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from macft.config.composing import explained, typed
 from macft.config.schema import TrainConfig
@@ -24,8 +25,8 @@ from macft.errors import ConfigError
 
 _GRID = "BasicSweeper"
 _ONE_AFTER_ANOTHER = "BasicLauncher"
-_MOST_JOBS_CHECKED = 200
-"""Of a larger sweep each value is checked once, not each combination."""
+_MOST_JOBS_CHECKED = 50
+"""Composing a job takes a tenth of a second or more. Of a larger sweep values are checked one by one, up to so many."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,8 @@ def plan_sweep(name: str, overrides: list[str]) -> SweepPlan:
         ConfigError: the sweep or one of its jobs is wrong; the line names the job.
         HydraException: as in :func:`~macft.config.composing.hydra_at`, which makes it a ConfigError.
     """
-    hydra, loader = GlobalHydra.instance().hydra, GlobalHydra.instance().config_loader()
-    assert hydra is not None
-    master = hydra.compose_config(name, overrides, run_mode=RunMode.MULTIRUN)
-    sweeper, launcher = (str(master.hydra[part]._target_).rpartition(".")[2] for part in ("sweeper", "launcher"))
+    loader, master = GlobalHydra.instance().config_loader(), _compose(name, overrides)
+    sweeper, launcher = (_class(master, part) for part in ("sweeper", "launcher"))
     if launcher != _ONE_AFTER_ANOTHER:
         raise ConfigError(f"hydra/launcher: {launcher} is not supported; a sweep's jobs run one after the other")
     is_grid = sweeper == _GRID
@@ -98,7 +97,7 @@ def plan_sweep(name: str, overrides: list[str]) -> SweepPlan:
             checked = typed(config)
             if not is_grid:
                 _check_sampled(checked, master.hydra.sweeper)
-        except (ConfigError, HydraException) as error:
+        except (ConfigError, HydraException, OmegaConfBaseException) as error:
             raise _of_job(error, number, job, swept) from error
         first = config if first is None else first
     assert first is not None
@@ -108,6 +107,23 @@ def plan_sweep(name: str, overrides: list[str]) -> SweepPlan:
         first=first,
         more=_going_on(master.hydra.sweeper, overrides),
     )
+
+
+def _compose(name: str, overrides: list[str]) -> DictConfig:
+    """The configuration that a sweep begins with, without the values that it varies."""
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    try:
+        return hydra.compose_config(name, overrides, run_mode=RunMode.MULTIRUN)
+    except (AttributeError, AssertionError, TypeError) as error:  # Hydra's own, for a value it can't merge
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def _class(master: DictConfig, part: str) -> str:
+    chosen = master.hydra[part]
+    if chosen is None or "_target_" not in chosen:
+        raise ConfigError(f"hydra.{part}: is not set; a sweep needs one, such as hydra/{part}=basic")
+    return str(chosen._target_).rpartition(".")[2]
 
 
 def job_values(overrides: Sequence[str]) -> dict[str, object]:
@@ -153,16 +169,17 @@ def _discrete(item: Override, *, is_grid: bool) -> list[str]:
 
 
 def _jobs(choices: list[_Choice], *, is_grid: bool) -> Iterator[tuple[int | None, list[str]]]:
-    """Number and overrides of each job; or where there are too many, jobs that have each value at least once."""
+    """Number and overrides of each job; or where there are too many, jobs with one value each from its list."""
     lists = [choice.overrides for choice in choices]
     if is_grid and prod(map(len, lists)) <= _MOST_JOBS_CHECKED:
         yield from enumerate(map(list, itertools.product(*lists)))
         return
     first = [each[0] for each in lists]
     yield None, first
-    for index, each in enumerate(lists):
-        for value in each[1:]:
-            yield None, [*first[:index], value, *first[index + 1 :]]
+    others = [[(index, value) for value in (each[-1], *each[1:-1])] for index, each in enumerate(lists) if each[1:]]
+    by_turns = (item for turn in itertools.zip_longest(*others) for item in turn if item is not None)
+    for index, value in itertools.islice(by_turns, _MOST_JOBS_CHECKED):
+        yield None, [*first[:index], value, *first[index + 1 :]]
 
 
 def _of_job(error: Exception, number: int | None, job: list[str], swept: list[_Choice]) -> ConfigError:
