@@ -116,7 +116,7 @@ def _compose(name: str, overrides: list[str]) -> DictConfig:
     try:
         return hydra.compose_config(name, overrides, run_mode=RunMode.MULTIRUN)
     except (AttributeError, AssertionError, TypeError) as error:  # Hydra's own, for a value it can't merge
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(f"Hydra can't merge the overrides: {' '.join(str(error).split())}") from error
 
 
 def _class(master: DictConfig, part: str) -> str:

@@ -169,7 +169,7 @@ def _leaf(key: str) -> str:
 
 def _value(value: object) -> str:
     """A value of the command; of a long path only its end."""
-    text = " ".join(str(value).split())
+    text = f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
     return text if len(text) <= 24 else f"...{text[-21:]}"
 
 
