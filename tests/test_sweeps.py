@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hydra.core.config_store import ConfigStore
 
-from harness.runs import command, environment, free_ports, losses, train, wait_for_step
+from harness.runs import adapter, command, environment, free_ports, losses, train, wait_for_step
 from macft.config.command_line import prepare
 from macft.errors import ConfigError
 from macft.report.sweep_table import SweepRow, SweepTable
@@ -60,6 +60,11 @@ def test_a_sweep_is_written_in_hydras_grammar(override: str, count: int) -> None
     assert len(swept) == 1
 
 
+def test_a_sweep_over_models_by_id() -> None:
+    argv = prepare(["-m", SMOKE, "model=org/a,org/b"]).argv
+    assert "model.path='org/a','org/b'" in argv
+
+
 def test_only_keys_with_several_values_are_swept_and_the_last_of_a_key_counts() -> None:
     assert jobs("seed=1,2", "adapter.rank=choice(4)", "training.steps=3,4", "training.steps=5") == (["seed"], 2)
 
@@ -81,8 +86,8 @@ def test_a_recipe_may_hold_the_swept_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("adapter.rank=4,8", "adapter.rank: 4,8 means several runs; add -m"),
-        ("optimizer.learning_rate=interval(1e-5,1e-3)", "means several runs; add -m"),
+        ("adapter.rank=4,8", "adapter.rank: 4,8 means several runs; for macft.train add -m"),
+        ("optimizer.learning_rate=interval(1e-5,1e-3)", "means several runs; for macft.train add -m"),
         ("-m optimizer.learning_rate=interval(1e-5,1e-3)", "needs a sweeper that chooses values from it"),
         ("-m optimizer.learning_rate=tag(log,interval(1e-5,1e-3))", "needs a sweeper that chooses values from it"),
         ("-m adapter.rank=range(8,4)", "adapter.rank: range(8,4) has no values"),
@@ -98,7 +103,7 @@ def test_a_recipe_may_hold_the_swept_values(tmp_path: Path) -> None:
             "-m adapter=lora,lorra",
             "did you mean adapter=lora? There are dora, full, lora, rslora (job 1, adapter=lorra)",
         ),
-        ("-m adapter.rank=${none},4", "(job 0, adapter.rank=${none})"),
+        ("-m adapter.rank=${none},4", "(job 0, adapter.rank="),
         # Too many jobs to compose each: the last value is among those that are tried.
         ("-m seed=range(40,-3,-1) adapter.rank=4,8", "seed: -2 must be 0 or more (a job with seed=-2"),
     ],
@@ -111,7 +116,8 @@ def test_what_a_sweep_can_not_have_is_one_line_before_the_first_job(argv: str, w
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("adapter.rank=interval(-2,8)", "adapter.rank: -2 is too small; use 1 or more (8 is usual) (a job with"),
+        ("adapter.rank=int(interval(-2,8))", "adapter.rank: -2 is too small; use 1 or more (8 is usual) (a job with"),
+        ("adapter.rank=interval(2,8)", "for whole numbers write int(interval(...))"),
         ("optimizer.learning_rate=interval(1e-3,1e-5)", "interval(1e-3,1e-5) ends before it begins"),
         ("training.eval_every=0", "report.objective: valid_loss needs validations; set training.eval_every"),
         ("report.objective=metric dataset.metric=null", "report.objective: metric needs dataset.metric and training.m"),
@@ -243,6 +249,37 @@ def test_two_hosts_run_the_same_sweep_on_the_same_ports(tmp_path: Path, basics: 
     assert [process.returncode for process in processes] == [1, 1], outputs
     for rank in range(2):
         assert statuses(tmp_path / str(rank)) == ["finished", "failed", "finished"], outputs[rank]
+
+
+@pytest.mark.slow
+def test_a_sweep_has_a_folder_and_an_hparams_session_for_each_job(tmp_path: Path, basics: list[str]) -> None:
+    from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins import base_plugin
+    from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+
+    done = train("-m", *basics, "adapter.rank=2,4", f"hydra.sweep.dir={tmp_path}", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    for job, rank in (("0", 2), ("1", 4)):
+        assert adapter(tmp_path / job)["model.layers.0.self_attn.q_proj.lora_a"].shape[1] == rank
+        assert len(losses(tmp_path / job)) == 2
+    multiplexer = EventMultiplexer()
+    multiplexer.AddRunsFromDirectory(str(tmp_path))
+    multiplexer.Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(tmp_path))
+    context = backend_context.Context(base_plugin.TBContext(data_provider=provider))
+    metadata = context.hparams_metadata(RequestContext(), "")
+    experiment = context.experiment_from_metadata(RequestContext(), "", False, metadata, None)
+    request = api_pb2.ListSessionGroupsRequest(
+        col_params=[api_pb2.ColParams(metric=info.name) for info in experiment.metric_infos],
+        allowed_statuses=[api_pb2.STATUS_SUCCESS],
+        slice_size=10,
+    )
+    handler = list_session_groups.Handler(RequestContext(), context, "", request)
+    groups = handler.run().session_groups
+    assert sorted(group.hparams["adapter.rank"].number_value for group in groups) == [2, 4]
+    assert all(any(value.value > 0 for value in group.metric_values) for group in groups)
 
 
 PLUGIN = '''

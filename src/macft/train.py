@@ -59,8 +59,12 @@ def _sweep(argv: list[str], plan: SweepPlan) -> int:
     def job(config: DictConfig) -> float | None:
         hydra_config = HydraConfig.get()
         folder = Path(hydra_config.runtime.output_dir)
-        values = job_values(hydra_config.overrides.task)
-        here = Job(hydra_config.job.num, values, folder, Path(hydra_config.sweep.dir).absolute())
+        here = Job(
+            number=hydra_config.job.num,
+            values=job_values(hydra_config),
+            folder=folder,
+            sweep_folder=Path(hydra_config.sweep.dir).absolute(),
+        )
         return sweep.run(here, lambda: run(to_typed(config), folder, resume=False))
 
     return sweep.run_all(lambda: _call_hydra([*argv, *plan.more], job))

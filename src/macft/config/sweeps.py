@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
@@ -68,7 +69,9 @@ def no_sweep(overrides: Sequence[Override]) -> None:
     for item in overrides:
         if item.is_sweep_override():
             what = f"{item.key_or_group}: {item.get_value_string()} means several runs"
-            raise ConfigError(f"{what}; add -m to make them one after the other, or give one value")
+            raise ConfigError(
+                f"{what}; for macft.train add -m, which makes them one after the other; or give one value"
+            )
 
 
 def plan_sweep(name: str, overrides: list[str]) -> SweepPlan:
@@ -84,9 +87,7 @@ def plan_sweep(name: str, overrides: list[str]) -> SweepPlan:
         raise ConfigError(f"hydra/launcher: {launcher} is not supported; a sweep's jobs run one after the other")
     is_grid = sweeper == _GRID
     arguments = [f"{key}={value}" for key, value in (master.hydra.sweeper.get("params") or {}).items()]
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides(
-        [*arguments, *map(str, master.hydra.overrides.task)]
-    )
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*arguments, *task_overrides(master.hydra)])
     choices = {item.get_key_element(): _choice(item, is_grid=is_grid) for item in parsed}  # the last one counts
     swept = [choice for choice in choices.values() if len(choice.overrides) > 1]
     jobs = _jobs(list(choices.values()), is_grid=is_grid)
@@ -126,9 +127,17 @@ def _class(master: DictConfig, part: str) -> str:
     return str(chosen._target_).rpartition(".")[2]
 
 
-def job_values(overrides: Sequence[str]) -> dict[str, object]:
+def task_overrides(hydra_config: HydraConf) -> list[str]:
+    """The overrides of a command or a job, without those of Hydra's own keys."""
+    # Not resolved: a text with ${ is not meant for this list.
+    texts = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+    assert isinstance(texts, list)
+    return [str(text) for text in texts]
+
+
+def job_values(hydra_config: HydraConf) -> dict[str, object]:
     """The value of each key that the overrides of a job set, groups included."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    parsed = OverridesParser.create().parse_overrides(task_overrides(hydra_config))
     return {item.key_or_group: item.value() for item in parsed if not item.is_delete()}
 
 
@@ -185,6 +194,8 @@ def _jobs(choices: list[_Choice], *, is_grid: bool) -> Iterator[tuple[int | None
 def _of_job(error: Exception, number: int | None, job: list[str], swept: list[_Choice]) -> ConfigError:
     """The error, with the job that it is of."""
     values = " ".join(text for text in job if any(text in choice.overrides for choice in swept))
+    if number is None and "could not be converted to Integer" in str(explained(error)):
+        values += "; for whole numbers write int(interval(...)) or a range"
     if not values:
         return explained(error)
     which = f"a job with {values}" if number is None else f"job {number}, {values}"
