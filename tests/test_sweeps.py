@@ -144,10 +144,10 @@ def test_the_table_has_what_varies_first_and_names_the_best() -> None:
         row(16, "early_stopped", loss=1.0, valid_loss=1.0, objective=1.0, seconds=3700),
     ]
     table = SweepTable(rows, ["adapter.rank"], "valid_loss", False, 5)
-    assert table.count == "1 finished, 1 failed, 1 stopped early, 2 not started"
+    assert table.count == "1 finished, 1 failed, 1 early stop, 2 not started"
     lines = table.text(None).splitlines()
     assert lines[0].split() == ["rank", "loss", "valid", "exact", "match", "time", "folder", "status"]
-    assert lines[1].split() == ["4", "1.500", "1.250", "50.0%", "0:01:01", "4", "finished"]
+    assert lines[1].split() == ["4", "1.500", "1.250", "50.0%", "01:01", "4", "finished"]
     assert lines[3] == f"  {reason}"
     assert lines[-1] == "best: 16 (adapter.rank=16): validation loss 1.000"
     assert SweepTable(rows, [], "exact_match", True, 5).best == rows[0]
@@ -159,6 +159,15 @@ def test_the_table_fits_the_terminal(width: int) -> None:
     text = SweepTable(rows, ["adapter.rank", "optimizer.learning_rate"], "valid_loss", False, 2).text(width)
     assert max(map(len, text.splitlines())) <= max(width, 26)  # of the narrowest, a key and its value
     assert text.count("failed") == 2
+    assert len(text.splitlines()[0].split()) == (6 if width >= 60 else 2)
+
+
+def test_at_60_columns_titles_are_broken_rather_than_the_table() -> None:
+    rows = [row(8, "early_stopped", loss=1.5, valid_loss=12.5), row(16, loss=12.25, valid_loss=1.5)]
+    lines = SweepTable(rows, ["adapter.rank", "optimizer.learning_rate"], "valid_loss", False, 2).text(60).splitlines()
+    assert lines[0].split() == ["rank", "learning_", "loss", "valid", "time", "folder", "status"]
+    assert lines[1].split() == ["rate"]
+    assert lines[2].split() == ["8", "0.0001", "1.500", "12.500", "00:00", "8", "early", "stop"]
 
 
 @pytest.fixture(scope="module")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 
 from macft.report.metrics_file import plain
 from macft.report.run_folder import write_atomically
 
 _GAP = "  "
-_STATUS = {"early_stopped": "stopped early"}
+_STATUS = {"early_stopped": "early stop"}
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,15 @@ class SweepTable:
     def text(self, width: int | None) -> str:
         """The table for a terminal of ``width`` columns; None for a file or a pipe, where no line is broken.
 
-        Where the columns don't fit, each job is a block of lines.
+        Where the columns don't fit, their titles are broken; where that is not enough, each job is a block of lines.
         """
         header, *lines = self._cells()
-        widths = [max(len(line[column]) for line in (header, *lines)) for column in range(len(header))]
-        fits = width is None or sum(widths) + len(_GAP) * (len(widths) - 1) <= width
-        shown = [_aligned(header, widths)] if fits else []
+        titles = [[name] for name in header]
+        if width is not None and _width(_widths(titles, lines)) > width:
+            titles = [re.findall(r"[^_ ]+_?", name) for name in header]
+        widths = _widths(titles, lines)
+        fits = width is None or _width(widths) <= width
+        shown = [_aligned(line, widths) for line in zip_longest(*titles, fillvalue="")] if fits else []
         for row, line in zip(self.rows, lines, strict=True):
             if fits:
                 shown.append(_aligned(line, widths))
@@ -104,7 +109,7 @@ class SweepTable:
                 shown += _broken(f"{_GAP}{row.reason}", width)
         if self.best is not None:
             shown += ["", *_broken(f"best: {self._named(self.best)}", width)]
-        return "\n".join(shown)
+        return "\n".join(shown).lstrip("\n")
 
     def write(self, folder: Path) -> None:
         """Writes ``sweep.json`` and ``sweep.md`` in ``folder``. Raises OSError where that fails."""
@@ -140,7 +145,7 @@ class SweepTable:
                 _loss(row.loss),
                 *([_loss(row.valid_loss)] * has_losses),
                 *(f"{row.metrics[name]:.1%}" if name in row.metrics else "-" for name in metrics),
-                str(timedelta(seconds=round(row.seconds))),
+                str(timedelta(seconds=round(row.seconds))).removeprefix("0:"),
                 row.folder,
                 _status(row),
             ]
@@ -179,6 +184,15 @@ def _loss(value: float | None) -> str:
 
 def _status(row: SweepRow) -> str:
     return _STATUS.get(row.status, row.status)
+
+
+def _widths(titles: Sequence[Sequence[str]], lines: Sequence[Sequence[str]]) -> list[int]:
+    """Of each column, whose title may have several lines."""
+    return [max(map(len, [*title, *(line[column] for line in lines)])) for column, title in enumerate(titles)]
+
+
+def _width(widths: Sequence[int]) -> int:
+    return sum(widths) + len(_GAP) * (len(widths) - 1)
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
