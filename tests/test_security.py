@@ -31,6 +31,7 @@ from macft.rendezvous import keystore
 from macft.rendezvous.connect import RankConfig, connect_ring
 from macft.rendezvous.keystore import Keyring
 from macft.rendezvous.server import RendezvousServer
+from macft.report.run_folder import RunFolder
 from macft.topology.settings import TopologyConfig
 
 QUICK = CollectiveConfig(timeout=3.0, heartbeat=0.5)
@@ -307,7 +308,7 @@ def test_nodes_started_over_ssh_get_the_runs_key_from_the_terminal(tmp_path: Pat
     secret, agents = KeyPair.new().secret.hex(), []
     for rank in range(2):
         (tmp_path / f"run{rank}").mkdir()
-        (tmp_path / f"run{rank}" / "config.yaml").write_text(to_yaml(config))
+        RunFolder(tmp_path / f"run{rank}").proposed.write_text(to_yaml(config))
         agents.append(
             subprocess.Popen(
                 [sys.executable, "-m", "macft.launch.agent", str(tmp_path / f"run{rank}"), str(rank)],

@@ -97,7 +97,7 @@ def test_a_recipe_may_hold_the_swept_values(tmp_path: Path) -> None:
         ("-m hydra/sweeper=optuna", "python3 -m pip install hydra-optuna-sweeper"),
         ("-m hydra.sweeper=null", "hydra.sweeper: is not set"),
         ("-m --cfg job", "--cfg, --run and -m: give one of them"),
-        ("-m hydra.run.dir=a,b", "Sweeping over Hydra's configuration is not supported"),
+        ("-m hydra.sweep.subdir=a,b", "Sweeping over Hydra's configuration is not supported"),
         ("-m adapter.rank=8,-4 seed=1,2", "adapter.rank: -4 is too small; use 1 or more (8 is usual) (job 2, seed=1"),
         (
             "-m adapter=lora,lorra",

@@ -20,7 +20,6 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from macft.cli.parser import Parser, program_name
@@ -35,9 +34,7 @@ from macft.collective_bench.table import LATENCY_BYTES, build, plot, summary, to
 from macft.collective_bench.tcp import RawTcp
 from macft.collective_bench.turns import Measured, measure
 from macft.config.command_line import prepare
-from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig
-from macft.config.validate import to_typed
 from macft.config.yaml import fingerprint
 from macft.errors import CollectiveError, ConfigError
 from macft.rendezvous.hosts import connect_hosts
@@ -110,9 +107,8 @@ def _compose(overrides: Sequence[str]) -> TrainConfig:
         given.insert(0, "topology=local")
     if not any(text.startswith("training.batch_size=") for text in given):
         given.append("training.batch_size=4096")  # nothing is trained; large enough for any number of nodes
-    command = prepare(given)
-    with initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
-        config = to_typed(compose("train", overrides=command.argv))
+    config = prepare(given).job
+    assert config is not None
     if config.topology.kind == "single" or (config.topology.kind == "local" and config.topology.nodes < 2):
         raise ConfigError("topology: one node has nothing to exchange; use topology=local topology.nodes=2, or hosts")
     return config

@@ -26,6 +26,8 @@ class MacftError(Exception):
     """Base of all errors macft raises on purpose."""
 
     exit_code = 1
+    needs_logs = False
+    """Whether the logs in the run's folder tell more than the message."""
 
 
 class ConfigError(MacftError):
@@ -52,6 +54,8 @@ class LaunchError(MacftError):
 
 class CollectiveError(MacftError):
     """Communication between the ranks failed."""
+
+    needs_logs = True
 
 
 class PeerTimeout(CollectiveError):

@@ -22,9 +22,9 @@ from macft.data.load import read as read_dataset
 from macft.data.settings import DatasetConfig, SourceConfig
 from macft.data.settings import problems as dataset_problems
 from macft.data.sources import SPLITS
+from macft.device.durable import write_atomically
 from macft.errors import ConfigError, DataError
 from macft.evaluation.metrics import METRICS, metric
-from macft.report.run_folder import write_atomically
 from macft.run.tuned_model import TunedModel, add_model_arguments
 from macft.training.settings import TrainingConfig
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
+from macft.cli.shell import command
+from macft.device.durable import new_folder
 from macft.errors import ConfigError
 from macft.run.tuned_model import TunedModel, add_model_arguments
 
@@ -39,14 +41,15 @@ def main(argv: Sequence[str]) -> None:
     prepare_device()
     loaded = replace(tuned, model=as_checkpoint(tuned.model)).load()
     count = fuse(loaded, dequantize=arguments.dequantize)
-    save_fused(target, loaded, gguf_name=arguments.gguf_path if arguments.export_gguf else None)
+    with new_folder(target) as folder:
+        save_fused(folder, loaded, gguf_name=arguments.gguf_path if arguments.export_gguf else None)
     what = f"{count} layers fused" if count else "no adapter layers to fuse, all weights were trained"
     print(f"{target}: {what}; {'quantised' if loaded.is_quantized else str(loaded.dtype).removeprefix('mlx.core.')}")
     if loaded.is_quantized and count:
         print("note: the fused weights were quantised again, which loses some accuracy; --dequantize avoids this")
     if arguments.export_gguf:
         print(f"{target / arguments.gguf_path}: GGUF; like mlx-lm, macft writes its vocabulary in SentencePiece's form")
-    print(f'try it: python -m macft.generate --model {target} --prompt "..."')
+    print(f'try it: {command("python", "-m", "macft.generate", "--model", target)} --prompt "..."')
 
 
 def _parser() -> Parser:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.config.command_line import prepare
-from macft.config.paths import config_folder
-from macft.config.validate import to_typed
 from macft.planner.run_plan import plan_run
 from macft.planner.table import show
 
@@ -30,9 +27,8 @@ def main(argv: Sequence[str]) -> int:
     overrides = list(arguments.overrides)
     if arguments.chips is not None:
         overrides.append(_chips_override(arguments.chips))
-    command = prepare(overrides)
-    with initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
-        config = to_typed(compose("train", overrides=command.argv))
+    config = prepare(overrides).job
+    assert config is not None
     plan = plan_run(config)
     show(plan, Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH))
     return 0 if plan.fits else 1

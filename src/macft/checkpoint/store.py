@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -22,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from macft.checkpoint.snapshot import ADAPTER, CODEC, OPTIMIZER, OUTER, PROGRESS, Snapshot
+from macft.device.durable import sync, sync_folder
 from macft.errors import CheckpointError
 
 log = logging.getLogger("macft.checkpoint")
@@ -31,8 +31,6 @@ _MANIFEST = "manifest.json"
 _NEEDED = {ADAPTER, OPTIMIZER, PROGRESS}
 _FILES = _NEEDED | {CODEC, OUTER}
 _DAY = 86400.0
-# On macOS fsync returns before the drive has written; this waits for the drive.
-_FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
 
 
 class CheckpointStore:
@@ -64,7 +62,7 @@ class CheckpointStore:
                 _move_into_place(partial, target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)  # on a full disk, frees the space at once
-            _sync_folder(self._folder)
+            sync_folder(self._folder)
         except OSError as error:
             log.warning("%s can't be written: %s", target.name, error)
             raise CheckpointError(f"checkpoint {target} can't be written: {error.strerror or error}") from error
@@ -158,8 +156,8 @@ def _write_all(folder: Path, files: dict[str, bytes]) -> None:
         with (folder / name).open("wb") as file:
             file.write(data)
             file.flush()
-            _sync(file.fileno())
-    _sync_folder(folder)
+            sync(file.fileno())
+    sync_folder(folder)
 
 
 def _move_into_place(partial: Path, target: Path) -> None:
@@ -184,19 +182,3 @@ def _difference(data: bytes, entry: dict[str, int | str]) -> str:
     if len(data) != entry["bytes"]:
         return f"size is {len(data)} bytes where {entry['bytes']} were written"
     return "SHA-256 is not that of what was written"
-
-
-def _sync(descriptor: int) -> None:
-    if _FULL_SYNC is not None:
-        with contextlib.suppress(OSError):  # not every file system supports it
-            fcntl.fcntl(descriptor, _FULL_SYNC)
-            return
-    os.fsync(descriptor)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        _sync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import select
 import sys
@@ -12,6 +14,7 @@ from macft.errors import MacftError
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells report it: 128 + SIGINT."""
 _STDOUT = 1
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _STATUS = {"finished": 0, "early_stopped": 0, "interrupted": INTERRUPTED}
 
 
@@ -19,19 +22,20 @@ def run_command(
     main: Callable[[Sequence[str]], int | None],
     argv: Sequence[str] | None = None,
     *,
-    interrupted: str = "interrupted",
+    interrupted: Callable[[], str] = lambda: "interrupted",
 ) -> int:
     """Calls ``main(argv)`` and returns the exit status; None from ``main`` means 0.
 
     A :class:`MacftError` is printed on standard error, each line after ``error:``, and gives its own exit status.
-    After Ctrl-C the line ``interrupted`` is printed. A closed pipe, as in ``macft cluster list | head -1``, ends the
-    command without a message, with status 1.
+    A disk that is full or can't be written is one line too. After Ctrl-C the line that ``interrupted`` returns is
+    printed. A closed pipe, as in ``macft cluster list | head -1``, ends the command without a message, with status 1.
 
     Args:
         argv: The arguments, without the program's name; by default those of the process.
     """
     # Without this, the tokenizers library prints a warning when a process that has used it forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _show_any_text()
     try:
         status = main(sys.argv[1:] if argv is None else argv) or 0
         sys.stdout.flush()
@@ -41,17 +45,29 @@ def run_command(
             print(f"error: {line}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
+        print(interrupted(), file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         if not _is_stdout_closed():
             raise
+        return 1
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        print(f"error: {error.filename or 'a file'} can't be written: {error.strerror}", file=sys.stderr)
         return 1
 
 
 def exit_status(reason: str) -> int:
     """The exit status of a run that ended for ``reason``, a value of ``RunEnded.reason``."""
     return _STATUS[reason]
+
+
+def _show_any_text() -> None:
+    """Lets a terminal that can't show a letter show its number instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _is_stdout_closed() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -31,7 +32,6 @@ def to_typed(config: DictConfig) -> TrainConfig:
     try:
         schema = OmegaConf.structured(TrainConfig)
         merged = OmegaConf.merge(schema, config)
-        OmegaConf.resolve(merged)
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise ConfigError(f"{missing[0]}: a value is needed; add {missing[0]}=... to the command")
         typed = OmegaConf.to_object(merged)
@@ -107,6 +107,4 @@ def explain(error: OmegaConfBaseException) -> str:
 
 def to_plain(config: TrainConfig) -> dict[str, Any]:
     """The resolved configuration as plain dicts, lists and scalars."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return asdict(config)

@@ -26,6 +26,8 @@ from macft.errors import LaunchError
 from macft.launch.run_on_hosts import run_on_hosts
 from macft.logs.run_log import start_log
 from macft.rendezvous.keystore import Keyring, needs_keys, run_keyring
+from macft.report.run_folder import RunFolder
+from macft.run.claim import after_interrupt
 from macft.training.stop_request import StopRequest
 
 _LOG_SECONDS = 5.0
@@ -46,14 +48,14 @@ def main(argv: list[str]) -> int:
     stop = StopRequest()
 
     def run() -> str:
-        config = read(folder / "config.yaml")
+        config = read(RunFolder(folder).proposed)
         config.topology.rank = rank
         keyring = _receive_keyring(keys) if needs_keys(config.topology, config.collective) else None
         with start_log(folder, rank, config.report.log_level):
             return run_on_hosts(config, folder, resume="--resume" in argv, stop=stop, keyring=keyring)
 
     with stop.listening(must_stop):
-        status = run_command(lambda _: exit_status(run()), interrupted="interrupted; the newest checkpoint is kept")
+        status = run_command(lambda _: exit_status(run()), interrupted=lambda: after_interrupt(folder))
     close_log()
     return status
 

@@ -27,6 +27,8 @@ _log = logging.getLogger("macft.launch")
 class RankFailed(MacftError):
     """A rank's process ended with an error."""
 
+    needs_logs = True
+
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
@@ -51,7 +53,7 @@ def launch_local(
 
     Args:
         world_size: The number of ranks.
-        folder: The run's folder, with its ``config.yaml``.
+        folder: The run's folder, with the configuration that is proposed.
         run_id: Of the run; see :class:`~macft.rendezvous.connect.RankConfig`.
         fingerprint: SHA-256 of the resolved configuration.
         start_timeout: Seconds within which all ranks must meet.

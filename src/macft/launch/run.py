@@ -5,20 +5,34 @@ Modules that only a rank needs are imported where a rank runs in this process, s
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
 from macft.config.yaml import fingerprint, to_yaml
-from macft.logs.run_log import start_log
+from macft.device.durable import write_atomically
+from macft.logs.run_log import last_error, start_log
+from macft.report.run_folder import RunFolder
+from macft.run.resume import check_resume
 from macft.training.stop_request import StopRequest
 
 
+class RanksFailed(SystemExit):
+    """Ranks in other processes have failed with a status, and rank 0 has printed why; ``reason`` is that line."""
+
+    def __init__(self, status: int, reason: str | None):
+        super().__init__(status)
+        self.reason = reason
+
+
 def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
-    """Runs one job in ``folder`` on the nodes of its topology; returns why it ended."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(config))
+    """Runs one job in ``folder``, which it has claimed, on the nodes of its topology; returns why it ended.
+
+    Raises:
+        MacftError: the run is refused, in which case ``config.yaml`` is as it was, or it has failed.
+    """
+    if resume:
+        check_resume(RunFolder(folder), config)
     if config.topology.join is not None:
         from macft.launch.join_run import join_run
 
@@ -31,7 +45,7 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
         from macft.launch.run_over_ssh import run_over_ssh
 
         with start_log(folder, "launcher", config.report.log_level):
-            return _how_it_ended(run_over_ssh(config, folder, resume=resume))
+            return _how_it_ended(run_over_ssh(config, folder, resume=resume), folder)
     stop = StopRequest()
     with stop.listening():
         if config.topology.kind == "hosts":
@@ -64,23 +78,28 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
 
     keyring = keyring_for(config.topology, config.collective)
     resolve(config.model)  # downloaded once, here, where its progress is visible
-    status = launch_local(
-        config.topology.nodes,
-        folder,
-        run_id=folder.name,
-        fingerprint=fingerprint(config),
-        start_timeout=config.topology.start_timeout,
-        resume=resume,
-        keyring=keyring,
-        elastic=is_elastic(config),
-        restart=config.topology.restart,
-    )
-    return _how_it_ended(status)
+    proposed = RunFolder(folder).proposed
+    write_atomically(proposed, to_yaml(config))
+    try:
+        status = launch_local(
+            config.topology.nodes,
+            folder,
+            run_id=folder.name,
+            fingerprint=fingerprint(config),
+            start_timeout=config.topology.start_timeout,
+            resume=resume,
+            keyring=keyring,
+            elastic=is_elastic(config),
+            restart=config.topology.restart,
+        )
+    finally:
+        proposed.unlink(missing_ok=True)
+    return _how_it_ended(status, folder)
 
 
-def _how_it_ended(status: int) -> str:
+def _how_it_ended(status: int, folder: Path) -> str:
     if status == 0:
         return "finished"
     if status == 130:
         return "interrupted"
-    sys.exit(status)  # rank 0 has printed why
+    raise RanksFailed(status, last_error(folder, 0))

@@ -34,6 +34,7 @@ def run_over_ssh(config: TrainConfig, folder: Path, *, resume: bool) -> int:
             shipments=shipments(config),
             has_code="code" in config.topology.ship,
             resume=resume,
+            replace=config.report.overwrite,
             show=show,
             elastic=is_elastic(config),
             secret=KeyPair.new().secret if needs_keys(config.topology, config.collective) else b"",

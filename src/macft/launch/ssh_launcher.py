@@ -21,6 +21,7 @@ import asyncssh
 
 from macft.diagnostics import software
 from macft.errors import LaunchError, MacftError
+from macft.launch.remote_config import own_config, send_config
 from macft.remote import host_probe
 from macft.remote.connection import connect, python_command
 from macft.remote.host_probe import HostReport
@@ -62,12 +63,13 @@ class LaunchPlan:
 
     Attributes:
         topology: Of kind ``ssh``.
-        config: The text of the run's ``config.yaml``.
+        config: The text of the run's ``config.yaml``, which a host writes once its checks have passed.
         folder: The run's folder on this machine, which gets the results.
         run_folder: The run's folder on the hosts, below ``topology.folder``.
         shipments: Files to send to all hosts first.
         has_code: Whether macft itself is among them, in ``code`` below ``topology.folder``.
         resume: Whether the ranks continue from the last checkpoint.
+        replace: Whether a run that the hosts have in that folder is replaced.
         show: Prints a line.
         secret: The key of this run, for the agents; empty without encryption.
         elastic: Whether the other ranks continue without a host that is lost.
@@ -80,6 +82,7 @@ class LaunchPlan:
     shipments: Sequence[Shipment]
     has_code: bool
     resume: bool
+    replace: bool
     show: Callable[[str], None]
     secret: bytes = field(default=b"", repr=False)
     elastic: bool = False
@@ -101,9 +104,10 @@ async def _launch(plan: LaunchPlan) -> int:
     async with AsyncExitStack() as stack:
         hosts = await _connect_all(plan.topology, stack)
         await _prepare_all(plan, hosts)
-        await asyncio.gather(*(_start(plan, host) for host in hosts))
-        status, completed = await _run(plan, hosts)
         remote = posixpath.join(plan.topology.folder, plan.run_folder)
+        async with own_config(plan.folder, plan.config, [host.connection for host in hosts], remote):
+            await asyncio.gather(*(_start(plan, host) for host in hosts))
+            status, completed = await _run(plan, hosts)
         source = await _holder_of_results(completed, remote)
         try:
             await fetch(source.connection, remote, plan.folder)
@@ -209,7 +213,11 @@ async def _prepare(plan: LaunchPlan, host: RemoteHost) -> None:
             await send(host.connection, shipment, files)
         except LaunchError as error:
             raise LaunchError(f"{host.destination}: {error}") from None
-    await _send_config(plan, host)
+    try:
+        remote = posixpath.join(plan.topology.folder, plan.run_folder)
+        await send_config(host.connection, remote, plan.config, may_exist=plan.resume or plan.replace)
+    except LaunchError as error:
+        raise LaunchError(f"{host.destination}: {error}") from None
 
 
 def _objection(plan: LaunchPlan, report: HostReport) -> str:
@@ -238,17 +246,6 @@ def _objection(plan: LaunchPlan, report: HostReport) -> str:
             f"has {report['free'] / 2**20:.0f} MiB of disk free, {needed / 2**20:.0f} MiB are needed; remove old runs"
         )
     return ""
-
-
-async def _send_config(plan: LaunchPlan, host: RemoteHost) -> None:
-    folder = posixpath.join(plan.topology.folder, plan.run_folder)
-    try:
-        async with host.connection.start_sftp_client() as sftp:
-            await sftp.makedirs(folder, exist_ok=True)
-            async with sftp.open(posixpath.join(folder, "config.yaml"), "w", encoding="utf-8") as file:
-                await file.write(plan.config)
-    except (asyncssh.SFTPError, asyncssh.ChannelOpenError) as error:
-        raise LaunchError(f"{host.destination}: can't store the run's configuration in {folder}: {error}") from None
 
 
 async def _start(plan: LaunchPlan, host: RemoteHost) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from macft.cli.run_command import INTERRUPTED, exit_status, run_command
 from macft.errors import LaunchError, MacftError
-from macft.logs.run_log import last_error
+from macft.launch.run import RanksFailed
 from macft.report.run_folder import RunFolder
 from macft.report.sweep_table import SweepRow, SweepTable
 
@@ -129,7 +129,7 @@ class Sweep:
         is_done = ended not in ("failed", "interrupted")
         objective = _number(results.get(self._metric or "valid_loss")) if is_done else None
         if ended == "failed" and not reason:
-            reason = summary.get("detail") or last_error(job.folder, 0) or "see its logs"
+            reason = summary.get("detail") or "see its logs"
         if is_done and objective is None and self._planned is None:
             reason = f"it has no {self._metric or 'validation loss'}, which the sweeper needs"
         return SweepRow(
@@ -173,8 +173,8 @@ def _ended(start: Callable[[], str]) -> tuple[str, str | None]:
 
     try:
         status: object = run_command(lambda _: attempt())
-    except SystemExit as error:  # the ranks are other processes, and have printed why
-        status = error.code
+    except SystemExit as error:
+        status, reason = error.code, error.reason if isinstance(error, RanksFailed) else None
     except Exception as error:  # of this job; the others may go well
         traceback.print_exc()
         return "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -21,6 +21,8 @@ from macft.logs.run_log import start_log
 from macft.membership.join import form_elastic_ring, join_elastic_ring, member_addresses
 from macft.rendezvous.connect import RankConfig, connect
 from macft.rendezvous.keystore import keyring_for
+from macft.report.run_folder import RunFolder
+from macft.run.claim import after_interrupt
 from macft.run.node import run_node
 from macft.training.stop_request import StopRequest
 
@@ -33,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     watch_launcher(launcher_gone)
 
     def run() -> str:
-        config = read(folder / "config.yaml")
+        config = read(RunFolder(folder).proposed)
         keyring = keyring_for(config.topology, config.collective)
         name = f"local-{rank}"
         member = member_config(config, ANY_PORT_HERE, name=name, keyring=keyring)
@@ -64,4 +66,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, interrupted="interrupted; the newest checkpoint is kept"))
+    sys.exit(run_command(main, interrupted=lambda: after_interrupt(Path(sys.argv[1]))))

@@ -13,8 +13,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import save
 
+from macft.device.durable import write_atomically
 from macft.errors import ModelError
 from macft.model.load import LoadedModel
+from macft.model.plain_path import plain_path
 
 
 def save_adapter(folder: Path, model: nn.Module, settings: Mapping[str, Any], *, model_name: str) -> None:
@@ -24,19 +26,17 @@ def save_adapter(folder: Path, model: nn.Module, settings: Mapping[str, Any], *,
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = {**settings, "model": model_name}
-    partial = folder / ".adapter_config.json"
-    partial.write_text(json.dumps(config, indent=4) + "\n")
-    partial.replace(folder / "adapter_config.json")
+    write_atomically(folder / "adapter_config.json", json.dumps(config, indent=4) + "\n")
     weights = io.BytesIO()
     mx.save_safetensors(weights, dict(tree_flatten(model.trainable_parameters())))
-    partial = folder / ".adapters.safetensors"
-    partial.write_bytes(weights.getbuffer())  # unlike MLX's own writing, this raises an error when the disk is full
-    partial.replace(folder / "adapters.safetensors")
+    # Unlike MLX's own writing, this raises an error when the disk is full.
+    write_atomically(folder / "adapters.safetensors", weights.getbuffer())
 
 
 def save_model(folder: Path, loaded: LoadedModel) -> None:
     """Writes the whole model in mlx-lm's format."""
-    save(folder, loaded.path, loaded.model, loaded.tokenizer, dict(loaded.config), donate_model=False)
+    with plain_path(loaded.path) as plain:
+        save(folder, plain, loaded.model, loaded.tokenizer, dict(loaded.config), donate_model=False)
 
 
 def load_adapter_weights(path: Path, model: nn.Module) -> None:

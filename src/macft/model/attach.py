@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 
+from macft.cli.shell import command
 from macft.errors import ModelError
 from macft.model.adapter_files import read_tensors
 
@@ -34,7 +35,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{file} must hold a JSON object")
     if "peft_type" in config:
         raise ModelError(
-            f"{folder} is in PEFT's format; convert it first: python -m macft.adapter import {folder} --save-path ..."
+            f"{folder} is in PEFT's format; convert it first: "
+            f"{command('python', '-m', 'macft.adapter', 'import', folder)} --save-path ..."
         )
     if not (folder / "adapters.safetensors").is_file():
         raise ModelError(f"{folder} is not an adapter in mlx-lm's format: it has no adapters.safetensors")

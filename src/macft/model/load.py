@@ -18,6 +18,7 @@ from macft.device.kind import Device
 from macft.errors import ModelError
 from macft.model.execution import Execution, WeightFormat
 from macft.model.execution import resolve as resolve_execution
+from macft.model.plain_path import plain_path
 from macft.model.settings import ModelConfig
 from macft.model.shape import read_weight_format
 
@@ -62,8 +63,8 @@ def load(
     """
     from mlx_lm.utils import dequantize_model, load_model
 
-    with _readable(path, "as a model"):
-        model, settings = load_model(path, lazy=True, trust_remote_code=config.trust_remote_code)
+    with _readable(path, "as a model"), plain_path(path) as plain:
+        model, settings = load_model(plain, lazy=True, trust_remote_code=config.trust_remote_code)
     tokenizer = tokenizer or load_tokenizer(config, path)
     execution = execution or resolve_execution(config, read_weight_format(path), Device.default())
     was_quantized = _is_quantized(model)

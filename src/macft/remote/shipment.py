@@ -73,6 +73,8 @@ async def fetch(connection: asyncssh.SSHClientConnection, source: str, destinati
     destination.mkdir(parents=True, exist_ok=True)
     try:
         async with connection.start_sftp_client() as sftp:
-            await sftp.mget(posixpath.join(source, "*"), str(destination), recurse=True, preserve=True)
+            names = [str(name) for name in await sftp.listdir(source) if not str(name).startswith(".")]
+            paths = [posixpath.join(source, name) for name in names]  # no pattern: a folder's name may look like one
+            await sftp.get(paths, str(destination), recurse=True, preserve=True)
     except (asyncssh.SFTPError, asyncssh.ChannelOpenError, OSError) as error:
         raise LaunchError(f"can't fetch {source}: {error}") from None

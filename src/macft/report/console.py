@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from macft.cli.shell import command
 from macft.report.events import (
     Evaluated,
     Event,
@@ -114,7 +114,7 @@ class ConsoleReporter:
             ("steps", f"{event.total_steps:,} of {event.batch_size} rows{resumed}", ""),
             ("nodes", nodes, ""),
             ("device", event.device, ""),
-            ("folder", _short(event.run_folder), ""),
+            ("folder", str(_short(event.run_folder)), ""),
         ]  # fmt: skip
         self._block("macft", rows, "blue")
         for note in event.notes:
@@ -192,17 +192,17 @@ class ConsoleReporter:
         if event.energy is not None:
             rows.append(("energy", event.energy.line, ""))
         if event.adapter_folder is not None:
-            rows.append(("adapter", _short(event.adapter_folder), ""))
+            rows.append(("adapter", str(_short(event.adapter_folder)), ""))
         self._block(title, rows, colour)
         for warning in event.warnings:
             self._show_note(warning, "warning")
         if event.detail:
-            self._line(_printable(event.detail), colour)
+            self._line(_one_line(event.detail), colour)
         if event.adapter_folder is not None:
-            self._line(f"try it: {_command(['python', '-m', 'macft.generate', _short(self._folder.path)])}")
+            self._line(f"try it: {command('python', '-m', 'macft.generate', _short(self._folder.path))}")
             self._line(f"with mlx-lm: {self._generate(event.adapter_folder)}")
         if self._folder.tensorboard.is_dir():
-            self._line(f"curves: {_command(['tensorboard', '--logdir', _short(self._folder.path)])}")
+            self._line(f"curves: {command('tensorboard', '--logdir', _short(self._folder.path))}")
 
     def _position(self, step: int) -> str:
         width = len(str(self._total_steps))
@@ -210,11 +210,11 @@ class ConsoleReporter:
 
     def _generate(self, adapter_folder: Path) -> str:
         if self._folder.model.is_dir():
-            words = ["mlx_lm.generate", "--model", _short(self._folder.model)]
+            words: list[str | Path] = ["mlx_lm.generate", "--model", _short(self._folder.model)]
         else:
             model = _base_model(adapter_folder) or self._model
             words = ["mlx_lm.generate", "--model", _short(Path(model)), "--adapter-path", _short(adapter_folder)]
-        return f'{_command(words)} --prompt "..."'
+        return f'{command(*words)} --prompt "..."'
 
     def _line(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style=style), soft_wrap=True)
@@ -322,17 +322,13 @@ def _result_rows(event: RunEnded) -> list[Row]:
     return rows
 
 
-def _short(path: Path) -> str:
+def _short(path: Path) -> Path:
     """A path as one would type it here: below the working folder or the home folder without what leads there."""
-    for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
+    for base, prefix in ((Path.cwd(), Path()), (Path.home(), Path("~"))):
         if path.is_absolute() and path.is_relative_to(base) and path != base:
-            return f"{prefix}{path.relative_to(base)}"
-    return str(path)
-
-
-def _command(words: list[str]) -> str:
-    """Words quoted for a shell, which still has to see the ``~`` of a home folder."""
-    return " ".join(f"~/{shlex.quote(word[2:])}" if word.startswith("~/") else shlex.quote(word) for word in words)
+            short = prefix / path.relative_to(base)
+            return path if str(short).startswith("~") and prefix == Path() else short
+    return path
 
 
 def _base_model(adapter_folder: Path) -> str | None:
@@ -347,6 +343,11 @@ def _base_model(adapter_folder: Path) -> str | None:
 def _printable(text: str) -> str:
     """One line without control characters: an untrained model's answer may hold any."""
     return "".join(letter if letter.isprintable() else "�" for letter in " ".join(text.split()))
+
+
+def _one_line(text: str) -> str:
+    """The same, with each space of the commands in it: the names of folders hold any."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _shortened(text: str) -> str:

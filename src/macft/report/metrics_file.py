@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from macft.device.durable import write_atomically
 from macft.report.events import Event, NodesChanged, SamplesShown, StepDone
-from macft.report.run_folder import write_atomically
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+from macft.device.durable import write_atomically
 
 
 @dataclass(frozen=True)
@@ -63,23 +65,35 @@ class RunFolder:
         """The log of each rank, and the output of those without a terminal."""
         return self.path / "logs"
 
+    @property
+    def proposed(self) -> Path:
+        """The configuration of a start, until its checks have passed: for the ranks in other processes."""
+        return self.path / ".config.proposed.yaml"
+
+    def results(self) -> list[str]:
+        """The names of what a run has left here; another run must not write over it."""
+        found = [path.name for path in (self.config, self.metrics, self.summary, self.adapters) if path.exists()]
+        return found + ([self.checkpoints.name] if self.has_checkpoint else [])
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether a checkpoint is stored."""
+        return any(self.checkpoints.glob("step-*"))
+
+    def clear(self) -> None:
+        """Removes a run that another one replaces: all but its logs. Raises OSError where that fails."""
+        files = (self.config, self.metrics, self.summary, self.summary_text, self.members)
+        for path in files:
+            path.unlink(missing_ok=True)
+        for path in (self.checkpoints, self.adapters, self.model, self.tensorboard):
+            if path.is_dir():
+                shutil.rmtree(path)
+
+    def begin(self, config: str) -> None:
+        """Makes the folder that of a run with ``config``, in YAML: all checks have passed. Raises OSError."""
+        self.create()
+        write_atomically(self.config, config)
+
     def create(self) -> None:
         """Makes the folder itself, if it does not exist."""
         self.path.mkdir(parents=True, exist_ok=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces the contents of ``path``; a reader sees the old file or the new one, never a part.
-
-    Raises:
-        OSError: it can't be written; the old file is left as it was.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # the name must not reach the disk before the contents do
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -28,6 +28,9 @@ class ReportConfig:
     # What a sweep compares, and a job returns to a sweeper such as Optuna's: valid_loss, of the exported adapter, or
     # metric, its score in dataset.metric.
     objective: str = "valid_loss"
+    # Replaces the run that is in the folder hydra.run.dir, once all checks have passed. Without it such a folder is
+    # refused.
+    overwrite: bool = False
 
 
 def problems(config: ReportConfig) -> list[str]:

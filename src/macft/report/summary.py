@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from macft import __version__
+from macft.device.durable import write_atomically
 from macft.report.events import Event, NodesChanged, RunEnded, RunStarted, StepDone
 from macft.report.metrics_file import plain
-from macft.report.run_folder import RunFolder, write_atomically
+from macft.report.run_folder import RunFolder
 
 _PACKAGES = ("mlx", "mlx-lm", "pyzmq", "numpy")
 

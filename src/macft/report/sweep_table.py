@@ -12,8 +12,8 @@ from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
 
+from macft.device.durable import write_atomically
 from macft.report.metrics_file import plain
-from macft.report.run_folder import write_atomically
 
 _GAP = "  "
 _STATUS = {"early_stopped": "early stop"}

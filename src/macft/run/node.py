@@ -11,11 +11,13 @@ from pathlib import Path
 from macft.checkpoint.snapshot import digest
 from macft.collective.base import Collective
 from macft.collective.elastic import ElasticCollective
+from macft.config.overrides import resume_command
 from macft.config.schema import TrainConfig
 from macft.config.yaml import to_yaml
+from macft.device.durable import write_atomically
 from macft.errors import MacftError, MembershipChanged
 from macft.report.events import RunEnded, RunStarted
-from macft.report.run_folder import RunFolder, write_atomically
+from macft.report.run_folder import RunFolder
 from macft.run.prepare import Run, planned_world_size, prepare
 from macft.run.results import choose_final_adapter, save_final_adapter, score_after, score_before
 from macft.thermal.energy import summarize
@@ -68,7 +70,7 @@ def _train(run: Run, started: float) -> str:
 
 
 def _interrupted(run: Run, started: float) -> str:
-    detail = f"go on with: python -m macft.train +resume={run.folder.path}"
+    detail = f"go on with: {resume_command(run.folder.path)}"
     return _report_end(run, "interrupted", started, detail=detail)
 
 

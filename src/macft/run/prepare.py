@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from macft.checkpoint.saver import CheckpointSaver
@@ -16,9 +16,11 @@ from macft.collective.newest import find_newest
 from macft.config.execution import with_execution
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain
+from macft.config.yaml import to_yaml
 from macft.data.load import LoadedData, read, sample_rows, tokenize_all
 from macft.data.order import RowOrder
 from macft.device.mlx_device import prepare_device
+from macft.errors import CheckpointError
 from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_files import load_adapter_weights
 from macft.model.backends.choose import make_backend
@@ -30,6 +32,7 @@ from macft.planner.preflight import preflight
 from macft.report import fan_out
 from macft.report.events import Reporter
 from macft.report.run_folder import RunFolder
+from macft.run.resume import check_resume, check_steps, no_checkpoint, notes_of_changes, previous_config
 from macft.thermal.throttle import ThermalThrottle
 from macft.training.build_trainer import build_trainer
 from macft.training.diloco import OuterOptimizer
@@ -37,6 +40,7 @@ from macft.training.gradient import GradientComputer
 from macft.training.gradient_reducer import GradientReducer
 from macft.training.loop import Trainer
 from macft.training.optimizer import make_optimizer
+from macft.training.settings import steps_for
 from macft.training.state import TrainState
 from macft.training.stop_request import StopRequest
 
@@ -85,6 +89,9 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         MembershipChanged: a node was lost before all were ready.
     """
     # Whatever can go wrong without a model goes wrong before one is fetched and loaded.
+    given, before = config, previous_config(folder) if resume else None
+    if resume:
+        check_resume(folder, config)
     optimizer = make_optimizer(config.optimizer)
     log.info("reading the dataset %s", config.dataset.path)
     raw = read(config.dataset, seed=config.seed)
@@ -118,26 +125,25 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
     reducer = GradientReducer(collective, config.collective.codec, config.collective.powersgd_rank)
     state = TrainState(loaded.model, optimizer, Progress(), reducer, _outer_optimizer(config, loaded))
     store = CheckpointStore(folder.checkpoints, keep_last=training.keep_last)
-    state_notes = share_state(state, store, resume=resume)
+    is_newcomer = isinstance(collective, ElasticCollective) and not collective.is_member
+    is_main = collective.rank == 0 and not is_newcomer
+    has_own_disk = config.topology.kind in ("hosts", "ssh")
+    keeps_folder = is_main or has_own_disk or config.topology.join is not None
+    if keeps_folder and config.report.overwrite and not resume:
+        folder.clear()
+    state_notes = share_state(state, store, folder, resume=resume)
+    check_steps(state.progress.step, steps_for(training, order.steps_per_epoch))
+    if before is not None:
+        state_notes += notes_of_changes(before, given, state.progress.step)
     if state.outer is not None:
         state_notes.append(
             f"training.sync=diloco: the nodes meet every {training.inner_steps} steps; between two meetings the loss "
             "and tokens/s shown are rank 0's own"
         )
 
-    is_newcomer = isinstance(collective, ElasticCollective) and not collective.is_member
-    reporter = fan_out.build(
-        config.report,
-        folder,
-        hparams=to_plain(config),
-        is_main=collective.rank == 0 and not is_newcomer,
-        first_step=state.progress.step,
-        is_newcomer=is_newcomer,
-    )
     throttle: ThermalThrottle | None = None
     if config.thermal.enabled:
         throttle = ThermalThrottle(config.thermal, rank=collective.rank, stop=lambda: stop.requested)
-    has_own_disk = config.topology.kind in ("hosts", "ssh")
     saver = CheckpointSaver(store, writers=training.replicas if has_own_disk else 1)
     backend = make_backend(execution)
     installed = ExitStack()
@@ -152,6 +158,17 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
     )
     world_size = planned_world_size(collective)
     valid_rows = [data.valid.rows[i] for i in sample_rows(len(data.valid.rows), training.eval_rows, config.seed)]
+    balancer = ShareBalancer(_shares(config, world_size), world_size, every=config.topology.rebalance_every)
+    if keeps_folder:
+        _begin(folder, given)
+    reporter = fan_out.build(
+        config.report,
+        folder,
+        hparams=to_plain(config),
+        is_main=is_main,
+        first_step=state.progress.step,
+        is_newcomer=is_newcomer,
+    )
     trainer = build_trainer(
         training,
         config.optimizer,
@@ -162,7 +179,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         saver,
         reporter,
         valid_rows=valid_rows,
-        balancer=ShareBalancer(_shares(config, world_size), world_size, every=config.topology.rebalance_every),
+        balancer=balancer,
         throttle=throttle,
         stop=stop,
     )
@@ -184,6 +201,14 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
     )
 
 
+def _begin(folder: RunFolder, config: TrainConfig) -> None:
+    rank_of_process = replace(config.topology, rank=None) if config.topology.kind == "ssh" else config.topology
+    try:
+        folder.begin(to_yaml(replace(config, topology=rank_of_process)))
+    except OSError as error:
+        raise CheckpointError(f"{folder.config} can't be written: {error.strerror or error}") from error
+
+
 def planned_world_size(collective: Collective) -> int:
     """How many nodes the run has, as far as a newcomer knows yet."""
     return len(collective.members.ids) if isinstance(collective, ElasticCollective) else collective.world_size
@@ -194,19 +219,23 @@ def is_scored(config: TrainConfig) -> bool:
     return config.dataset.metric is not None and config.training.metric_rows != 0
 
 
-def share_state(state: TrainState, store: CheckpointStore, *, resume: bool) -> list[str]:
+def share_state(state: TrainState, store: CheckpointStore, folder: RunFolder, *, resume: bool) -> list[str]:
     """Gives all ranks the same state: rank 0's initial one, or with ``resume`` that of the newest checkpoint.
 
     Any rank may hold the newest checkpoint that can be read. Returns lines for the user. A call of all ranks.
+
+    Raises:
+        CheckpointError: the run has checkpoints, and none of them can be read on any node.
     """
     stored, notes = store.newest_valid() if resume else (None, [])
-    newest = find_newest(state.reducer.collective, [stored.progress.step if stored else 0])
-    (step,) = newest.position
-    if newest.source:
+    newest = find_newest(state.reducer.collective, [stored.progress.step, 0] if stored else [0, len(notes)])
+    step, unreadable = newest.position
+    if not step and unreadable:
+        raise no_checkpoint(folder, unreadable, notes)
+    if newest.source and step:
         notes.append(f"the newest checkpoint that can be used, of step {step}, is on node {newest.source}'s disk")
     elif resume and not step:
-        why = "none of its checkpoints can be used" if notes else "no checkpoint was saved before the run stopped"
-        notes.append(f"{why}; it starts from the beginning")
+        notes.append("no checkpoint was saved before the run stopped; it starts from the beginning")
     payload = newest.share(lambda: (stored or state.capture()).pack())
     state.restore(Snapshot.unpack(payload))
     return notes

@@ -8,6 +8,7 @@ from typing import Any
 
 from macft.checkpoint.snapshot import Snapshot, restore_adapter
 from macft.collective.newest import find_newest
+from macft.config.overrides import resume_command
 from macft.data.formats import Record
 from macft.data.load import sample_rows
 from macft.errors import CheckpointError, DataError, ModelError
@@ -136,6 +137,6 @@ def save_final_adapter(run: Run) -> Path | None:
     except OSError as error:
         raise ModelError(
             f"the adapter can't be written to {folder} ({error.strerror or error}); make room there, then go on with: "
-            f"python -m macft.train +resume={run.folder.path}"
+            f"{resume_command(run.folder.path)}"
         ) from error
     return folder

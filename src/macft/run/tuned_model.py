@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from macft.cli.shell import command
+from macft.config.overrides import resume_command
 from macft.config.schema import TrainConfig
 from macft.config.yaml import read
 from macft.errors import ConfigError
@@ -105,7 +107,9 @@ def find_run(path: Path) -> RunFolder:
     folder = RunFolder(path.expanduser())
     if not folder.config.is_file():
         if (path / "adapter_config.json").is_file():
-            raise ConfigError(f"RUN_FOLDER: {path} is an adapter's folder; name it by --adapter-path {path}")
+            raise ConfigError(
+                f"RUN_FOLDER: {path} is an adapter's folder; name it by {command('--adapter-path', path)}"
+            )
         what = "is not a run's folder (it has no config.yaml)" if folder.path.is_dir() else "does not exist"
         raise ConfigError(f"RUN_FOLDER: {path} {what}; give a run's folder, such as runs/NAME/TIME")
     return folder
@@ -120,6 +124,6 @@ def finished_adapter(folder: RunFolder) -> Path:
     if not (folder.adapters / "adapters.safetensors").is_file():
         raise ConfigError(
             f"RUN_FOLDER: {folder.path} has no adapter yet; it is written when the run ends "
-            f"(python -m macft.train +resume={folder.path})"
+            f"({resume_command(folder.path)})"
         )
     return folder.adapters

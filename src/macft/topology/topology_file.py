@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from macft.device.durable import write_atomically
 from macft.errors import ConfigError
 from macft.topology.settings import TopologyConfig, host_paths, problems
 
@@ -79,9 +80,7 @@ def save_topology(name: str, config: TopologyConfig) -> Path:
     kept = {key: value for key, value in plain.items() if key in ("kind", "hosts") or value != defaults[key]}
     text = _HEAD.format(name=name) + OmegaConf.to_yaml(OmegaConf.create(kept))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
+    write_atomically(path, text)
     return path
 
 

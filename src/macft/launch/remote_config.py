@@ -1,0 +1,73 @@
+"""A run's configuration on the hosts of ``topology=ssh``, and on the machine at whose terminal it was started."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path, PurePosixPath
+
+import asyncssh
+
+from macft.device.durable import write_atomically
+from macft.errors import LaunchError
+from macft.report.run_folder import RunFolder
+
+
+async def send_config(
+    connection: asyncssh.SSHClientConnection, folder: str, config: str, *, may_exist: bool = False
+) -> None:
+    """Stores ``config``, a YAML text, in the run's ``folder`` on a host, as proposed.
+
+    ``may_exist`` tells that a run may be in that folder.
+
+    Raises:
+        LaunchError: it can't be stored, or another run is in the folder.
+    """
+    files = RunFolder(Path(folder))
+    try:
+        async with connection.start_sftp_client() as sftp:
+            if not may_exist and await sftp.exists(str(files.config)):
+                raise LaunchError(
+                    f"{folder} holds another run; give another hydra.run.dir, or replace that run by "
+                    "report.overwrite=true"
+                )
+            await sftp.makedirs(folder, exist_ok=True)
+            partial = f"{files.proposed}.partial"
+            async with sftp.open(partial, "w", encoding="utf-8") as file:
+                await file.write(config)
+            await sftp.posix_rename(partial, str(files.proposed))
+    except (asyncssh.SFTPError, asyncssh.ChannelOpenError) as error:
+        raise LaunchError(f"can't store the run's configuration in {folder}: {error}") from None
+
+
+@asynccontextmanager
+async def own_config(
+    folder: Path, config: str, connections: Sequence[asyncssh.SSHClientConnection], remote_folder: str
+) -> AsyncIterator[None]:
+    """Writes this machine's ``config.yaml``, with which the run can go on after this terminal was closed.
+
+    If the run has not begun on any host at the end, the old file is put back.
+    """
+    files = RunFolder(folder)
+    before = files.config.read_bytes() if files.config.exists() else None
+    files.begin(config)
+    try:
+        yield
+    finally:
+        path = str(PurePosixPath(remote_folder) / files.config.name)
+        answers = [answer for each in connections if (answer := await _content(each, path)) is not None]
+        if answers and config not in answers:
+            files.config.unlink() if before is None else write_atomically(files.config, before)
+
+
+async def _content(connection: asyncssh.SSHClientConnection, path: str) -> str | None:
+    """The text of a file, empty if there is none; None where the host can't be asked."""
+    with contextlib.suppress(asyncssh.Error, OSError):
+        async with connection.start_sftp_client() as sftp:
+            try:
+                async with sftp.open(path, "r", encoding="utf-8") as file:
+                    return str(await file.read())
+            except asyncssh.SFTPNoSuchFile:
+                return ""
+    return None

@@ -1,0 +1,327 @@
+"""A run's folder: it belongs to one run, and a command that is refused changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness.runs import adapter, losses, start, train, train_to_end, wait_for_step
+from macft.config.command_line import prepare
+from macft.config.schema import TrainConfig
+from macft.config.yaml import read, to_yaml
+from macft.device.durable import write_atomically
+from macft.errors import ConfigError
+from macft.report.run_folder import RunFolder
+from macft.run.claim import claim, claim_sweep
+from macft.run.resume import check_resume, notes_of_changes
+
+
+def configured(*overrides: str) -> TrainConfig:
+    config = prepare(["+recipe=smoke", *overrides]).job
+    assert config is not None
+    return config
+
+
+@pytest.fixture(scope="module")
+def config() -> TrainConfig:
+    return configured()
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file; logs, which tell of refused commands too, left out."""
+    files = [path for path in folder.rglob("*") if path.is_file() and "logs" not in path.parts]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+# One run in a folder.
+
+
+def test_runs_of_one_second_get_a_folder_each(tmp_path: Path, config: TrainConfig) -> None:
+    wanted = tmp_path / "runs" / "x" / "12-00-00"
+    taken = [claim(wanted, config, key="hydra.run.dir", is_named=False) for _ in range(3)]
+    assert [each.path.name for each in taken] == ["12-00-00", "12-00-00-2", "12-00-00-3"]
+    for each in reversed(taken):
+        each.__exit__()
+    assert list(tmp_path.iterdir()) == []  # none of them has begun
+
+
+def test_the_folder_of_another_run_is_refused(tmp_path: Path, config: TrainConfig) -> None:
+    with claim(tmp_path / "x", config, key="hydra.run.dir") as taken:
+        RunFolder(taken.path).begin(to_yaml(config))
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match=r"x holds another run; go on with it: python -m macft.train \+resume=/.*/x;"):
+        claim(tmp_path / "x", config, key="hydra.run.dir")
+    assert contents(tmp_path) == before
+    for allowed in (claim(tmp_path / "x", config, key="resume", resume=True),):
+        allowed.__exit__()
+    with claim(tmp_path / "x", configured("report.overwrite=true"), key="hydra.run.dir"):
+        assert contents(tmp_path) == before  # replaced once it begins
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_in_use_is_refused_even_to_a_resume(tmp_path: Path, config: TrainConfig) -> None:
+    with claim(tmp_path / "x", config, key="hydra.run.dir"):
+        for resume in (False, True):
+            with pytest.raises(ConfigError, match="a run is going on there"):
+                claim(tmp_path / "x", config, key="resume", resume=resume)
+
+
+def test_processes_of_one_run_share_a_folder(tmp_path: Path) -> None:
+    hosts = configured("topology=hosts", "topology.hosts=[a,b]")
+    with claim(tmp_path / "x", hosts, key="hydra.run.dir"), claim(tmp_path / "x", hosts, key="hydra.run.dir"):
+        assert (tmp_path / "x").is_dir()
+
+
+def test_a_node_joins_again_from_its_own_folder_only(tmp_path: Path) -> None:
+    joining = configured("topology.join=10.0.0.1")
+    with claim(tmp_path / "x", joining, key="hydra.run.dir") as taken:
+        RunFolder(taken.path).begin(to_yaml(joining))
+    with claim(tmp_path / "x", joining, key="hydra.run.dir"):
+        pass
+    with pytest.raises(ConfigError, match="holds another run"):
+        claim(tmp_path / "x", configured("topology.join=10.0.0.1", "seed=7"), key="hydra.run.dir")
+
+
+def test_a_folder_without_a_run_may_hold_anything_else(tmp_path: Path, config: TrainConfig) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with claim(tmp_path, config, key="hydra.run.dir") as taken:
+        (taken.path / "logs").mkdir()
+        (taken.path / "logs" / "macft-rank-0.log").write_text("refused")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_sweep_does_not_write_over_another(tmp_path: Path, config: TrainConfig) -> None:
+    first, second = (claim_sweep(tmp_path / "12-00", config, key="hydra.sweep.dir", is_named=False) for _ in range(2))
+    assert (first.name, second.name) == ("12-00", "12-00-2")
+    (first / "multirun.yaml").touch()
+    with pytest.raises(ConfigError, match=r"hydra\.sweep\.dir: .*12-00 holds another sweep"):
+        claim_sweep(first, config, key="hydra.sweep.dir", is_named=True)
+
+
+# Folders that can't be written.
+
+
+def test_a_file_where_the_folder_should_be_is_one_line(tmp_path: Path, config: TrainConfig) -> None:
+    (tmp_path / "file").touch()
+    for wanted in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(ConfigError, match=r"^hydra\.run\.dir: /.*/file is a file; give a folder$"):
+            claim(wanted, config, key="hydra.run.dir")
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB, for which there must be the right to mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("a read-only disk needs the mount command, which is not here")
+    if done.returncode:
+        pytest.skip(f"a read-only disk needs the right to mount one: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_and_one_that_is_read_only_are_one_line(mounted: Path, config: TrainConfig) -> None:
+    full = mounted / "full"
+    with pytest.raises(OSError, match="No space"):
+        full.write_bytes(bytes(1 << 20))
+    with pytest.raises(ConfigError, match=r"^hydra\.run\.dir: .* can't be written \(No space left on device\)"):
+        claim(mounted / "runs" / "x", config, key="hydra.run.dir")
+    assert [path.name for path in mounted.iterdir()] == ["full"]
+    full.unlink()
+    RunFolder(mounted / "run").begin(to_yaml(config))
+    subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
+    with pytest.raises(ConfigError, match=r"^hydra\.run\.dir: .* can't be made \(Read-only file system\)"):
+        claim(mounted / "runs" / "x", config, key="hydra.run.dir", is_named=False)
+    with pytest.raises(ConfigError, match=r"^resume: .* can't be written \(Read-only file system\)"):
+        claim(mounted / "run", config, key="resume", resume=True)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(mounted: Path) -> None:
+    path = mounted / "config.yaml"
+    write_atomically(path, "the old one")
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, "x" * (1 << 20))
+    assert path.read_text() == "the old one"
+    assert [each.name for each in mounted.iterdir()] == ["config.yaml"]
+
+
+# Going on.
+
+
+def test_a_damaged_configuration_is_one_line(tmp_path: Path, config: TrainConfig) -> None:
+    file = tmp_path / "config.yaml"
+    whole = to_yaml(config).encode()
+    cuts = [whole[: len(whole) * part // 8] for part in range(8)]
+    for content in (*cuts, b"- a\n", b"a: [\xff"):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"^resume: /.*/config\.yaml is damaged: [^\n]*$"):
+            prepare([f"+resume={tmp_path}"])
+        with pytest.raises(ConfigError, match=r"config\.yaml is damaged"):
+            read(file)
+
+
+def test_settings_that_the_checkpoints_do_not_fit_are_refused(tmp_path: Path, config: TrainConfig) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(to_yaml(config))
+    other = configured("adapter.rank=16", "optimizer=sgd", "optimizer.learning_rate=1e-5")
+    check_resume(folder, other)  # there is no checkpoint yet
+    (folder.checkpoints / "step-00000002").mkdir(parents=True)
+    check_resume(folder, configured("training.steps=99", "seed=3"))
+    with pytest.raises(ConfigError) as refused:
+        check_resume(folder, other)
+    rank, optimizer = str(refused.value).splitlines()
+    assert rank.startswith("adapter.rank: 16 doesn't fit the run's checkpoints, which were made with 8;")
+    assert optimizer.startswith("optimizer.name: sgd doesn't fit")
+
+
+def test_changes_are_told(config: TrainConfig) -> None:
+    assert notes_of_changes(config, configured("report.every=3", "training.keep_last=9"), 4) == []
+    assert notes_of_changes(config, configured("optimizer.learning_rate=1e-5"), 4) == [
+        f"changed after step 4: optimizer.learning_rate from {config.optimizer.learning_rate} to 1e-05"
+    ]
+    assert "another order" in notes_of_changes(config, configured("seed=5"), 4)[1]
+
+
+@pytest.fixture(scope="module")
+def basics(tiny_task: list[str]) -> list[str]:
+    steps = ["training.batch_size=4", "training.steps=2", "training.eval_every=0", "training.save_every=1"]
+    return [*tiny_task, *steps, "report.tensorboard=false", "thermal=off"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Path:
+    return train_to_end(*basics, folder=tmp_path_factory.mktemp("finished") / "run", cwd=tmp_path_factory.mktemp("x"))
+
+
+REFUSED = [
+    ("model=/nowhere", "model.path: folder '/nowhere' doesn't exist"),
+    ("dataset.path=/nowhere", "dataset.path: /nowhere does not exist"),
+    ("training.steps=1", "training.steps: 1 is less than the 2 steps already made"),
+    ("adapter.rank=16", "adapter.rank: 16 doesn't fit the run's checkpoints"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["single", "local"])
+def test_a_refused_command_changes_nothing(tmp_path: Path, basics: list[str], finished: Path, topology: str) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = contents(run)
+    for override, words in REFUSED[2:] if topology == "local" else REFUSED:
+        done = train(f"+resume={run}", override, f"topology={topology}", cwd=tmp_path)
+        assert (done.status, done.output) in ((1, ""), (2, ""))
+        assert done.errors.startswith(f"error: {words}")
+        assert len(done.errors.splitlines()) == 1
+        assert contents(run) == before
+    done = train(*basics, "dataset.path=/nowhere", f"topology={topology}", cwd=tmp_path)
+    assert done.status == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    done = train(f"+resume={run}", "training.steps=3", "seed=1", f"topology={topology}", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    assert "· changed after step 2: seed from 0 to 1, training.steps from 2 to 3" in done.output
+    assert read(run / "config.yaml").seed == 1
+
+
+@pytest.mark.slow
+def test_four_runs_at_once_and_a_named_one_twice(tmp_path: Path, basics: list[str]) -> None:
+    processes = [start(*basics, f"seed={seed}", cwd=tmp_path) for seed in range(3)]
+    for process in processes:
+        assert process.wait(120) == 0, process.communicate()
+    runs = sorted((tmp_path / "runs" / "run").iterdir())
+    assert sorted(read(run / "config.yaml").seed for run in runs) == [0, 1, 2]
+    assert all(adapter(run) for run in runs)
+    named = [*basics, f"hydra.run.dir={runs[0]}"]
+    done = train(*named, cwd=tmp_path)
+    assert done.status == 2
+    assert "holds another run" in done.errors
+    done = train(*named, "report.overwrite=true", "training.steps=1", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    assert len(losses(runs[0])) == 1
+    assert [path.name for path in (runs[0] / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.slow
+def test_checkpoints_that_cannot_be_read_are_kept(tmp_path: Path, finished: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    for file in run.glob("checkpoints/*/adapters.safetensors"):
+        file.write_bytes(b"")
+    before = contents(run)
+    for topology in ("single", "local"):
+        done = train(f"+resume={run}", f"topology={topology}", cwd=tmp_path)
+        assert done.status == 1
+        assert re_unreadable(done.errors, run), done.errors
+        assert contents(run) == before
+
+
+def re_unreadable(errors: str, run: Path) -> bool:
+    line = f"error: resume: none of the 2 checkpoints in {run}/checkpoints can be used (checkpoint"
+    return errors.startswith(line) and errors.endswith(f"remove them: rm -r {run}/checkpoints\n")
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_tells_only_of_checkpoints_there_are(tmp_path: Path, basics: list[str]) -> None:
+    run = tmp_path / "run"
+    longer = [*basics, "training.steps=100000", "training.save_every=0", f"hydra.run.dir={run}"]
+    process = start(*longer, cwd=tmp_path)
+    wait_for_step(process, run)
+    process.send_signal(signal.SIGSTOP)  # so that both signals are there before the step ends
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "interrupted; no checkpoint had been saved\n"
+
+
+# What the terminal and the machine may lack.
+
+
+@pytest.mark.slow
+def test_a_terminal_without_unicode_shows_the_run(
+    tmp_path: Path, basics: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = train(*basics, "training.steps=1", f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    assert "\\xb7 memory" in done.output
+    assert "step 1/1" in done.output
+    assert "stops reporting" not in done.errors
+
+
+def test_mlx_lm_is_imported_where_few_files_may_be_open() -> None:
+    script = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 2048)); import macft, mlx_lm.utils; "
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    # Root may raise the limit; without this right it is as for any user.
+    without = ["setpriv", "--bounding-set=-sys_resource"] if os.geteuid() == 0 and shutil.which("setpriv") else []
+    done = subprocess.run([*without, sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "(2048, 2048)\n", done.stderr
+
+
+@pytest.mark.slow
+def test_a_configuration_of_the_users_own(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    groups = "model: smollm2-135m,dataset: sql,adapter: lora,optimizer: adamw,training: default,topology: single"
+    more = ",collective: ring,report: default,thermal: balanced,recipe: smoke,_self_,override hydra/job_logging: stdout"
+    lines = ["macft_schema", *(groups + more).split(",")]
+    (own / "train.yaml").write_text("defaults:\n" + "".join(f"  - {line}\n" for line in lines) + "seed: 11\n")
+    done = train("--config-path", "own", "training.steps=7", "--cfg", "job", cwd=tmp_path)
+    assert done.status == 0, done.errors
+    assert "seed: 11" in done.output
+    assert "steps: 7" in done.output
+    wrong = train("training.steps=7", "--config-path", "own", "training.stepz=7", cwd=tmp_path)
+    assert wrong.errors == "error: training.stepz: no such key; did you mean training.steps?\n"
+    assert list(tmp_path.iterdir()) == [own]
