@@ -68,9 +68,10 @@ def no_sweep(overrides: Sequence[Override]) -> None:
     """
     for item in overrides:
         if item.is_sweep_override():
-            what = f"{item.key_or_group}: {item.get_value_string()} means several runs"
+            more = "-m hydra/sweeper=optuna" if item.is_interval_sweep() else "-m, which makes them one after the other"
             raise ConfigError(
-                f"{what}; for macft.train add -m, which makes them one after the other; or give one value"
+                f"{item.key_or_group}: {item.get_value_string()} means several runs; for macft.train add {more}; "
+                "or give one value"
             )
 
 
