@@ -135,7 +135,7 @@ def test_an_error_is_a_line_and_an_exit_status(
         assert list(argv) == ["x"]
         raise error
 
-    assert run_command(main, ["x"], interrupted="stopped") == status
+    assert run_command(main, ["x"], interrupted=lambda: "stopped") == status
     assert capsys.readouterr() == ("", lines)
 
 

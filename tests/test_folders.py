@@ -237,7 +237,8 @@ def test_a_refused_command_changes_nothing(tmp_path: Path, basics: list[str], fi
 def test_four_runs_at_once_and_a_named_one_twice(tmp_path: Path, basics: list[str]) -> None:
     processes = [start(*basics, f"seed={seed}", cwd=tmp_path) for seed in range(3)]
     for process in processes:
-        assert process.wait(120) == 0, process.communicate()
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
     runs = sorted((tmp_path / "runs" / "run").iterdir())
     assert sorted(read(run / "config.yaml").seed for run in runs) == [0, 1, 2]
     assert all(adapter(run) for run in runs)

@@ -163,7 +163,7 @@ def _folder_of(flag: str, value: str) -> Path:
 
 
 def _search(folders: list[Path]) -> str:
-    return "hydra.searchpath=[" + ",".join(quoted(f"file://{folder}") for folder in folders) + "]"
+    return "hydra.searchpath=[" + ",".join(quoted(f"file://{folder}", resolved=False) for folder in folders) + "]"
 
 
 def _without(argv: list[str], overrides: list[str]) -> list[str]:

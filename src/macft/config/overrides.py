@@ -30,9 +30,13 @@ def unescaped(value: object) -> str:
     return str(OmegaConf.create({"value": value})["value"])
 
 
-def quoted(text: str) -> str:
-    """``text``, whatever it holds, as a quoted string of Hydra's grammar."""
-    text = _BEFORE_QUOTE.sub(lambda found: found[1] * 2 + r"\'", escaped(text))
+def quoted(text: str, *, resolved: bool = True) -> str:
+    """``text``, whatever it holds, as a quoted string of Hydra's grammar.
+
+    Hydra takes some values as they are written, without OmegaConf: those are not ``resolved``.
+    """
+    text = escaped(text) if resolved else text
+    text = _BEFORE_QUOTE.sub(lambda found: found[1] * 2 + r"\'", text)
     return "'" + _AT_END.sub(lambda found: found[1] * 2, text) + "'"
 
 

@@ -131,8 +131,9 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
     keeps_folder = is_main or has_own_disk or config.topology.join is not None
     if keeps_folder and config.report.overwrite and not resume:
         folder.clear()
-    state_notes = share_state(state, store, folder, resume=resume)
-    check_steps(state.progress.step, steps_for(training, order.steps_per_epoch))
+    state_notes = share_state(
+        state, store, folder, total_steps=steps_for(training, order.steps_per_epoch), resume=resume
+    )
     if before is not None:
         state_notes += notes_of_changes(before, given, state.progress.step)
     if state.outer is not None:
@@ -219,19 +220,23 @@ def is_scored(config: TrainConfig) -> bool:
     return config.dataset.metric is not None and config.training.metric_rows != 0
 
 
-def share_state(state: TrainState, store: CheckpointStore, folder: RunFolder, *, resume: bool) -> list[str]:
+def share_state(
+    state: TrainState, store: CheckpointStore, folder: RunFolder, *, total_steps: int, resume: bool
+) -> list[str]:
     """Gives all ranks the same state: rank 0's initial one, or with ``resume`` that of the newest checkpoint.
 
     Any rank may hold the newest checkpoint that can be read. Returns lines for the user. A call of all ranks.
 
     Raises:
         CheckpointError: the run has checkpoints, and none of them can be read on any node.
+        ConfigError: the newest checkpoint is of a later step than ``total_steps``.
     """
     stored, notes = store.newest_valid() if resume else (None, [])
     newest = find_newest(state.reducer.collective, [stored.progress.step, 0] if stored else [0, len(notes)])
     step, unreadable = newest.position
     if not step and unreadable:
         raise no_checkpoint(folder, unreadable, notes)
+    check_steps(step, total_steps)
     if newest.source and step:
         notes.append(f"the newest checkpoint that can be used, of step {step}, is on node {newest.source}'s disk")
     elif resume and not step:
