@@ -89,11 +89,6 @@ def test_several_mistakes_give_a_line_each() -> None:
     assert len(str(error.value).splitlines()) >= 3
 
 
-def test_every_job_of_a_sweep_is_checked_before_the_first_runs() -> None:
-    with pytest.raises(ConfigError, match=r"adapter\.rank: -4"):
-        prepare(["-m", RECIPE, "adapter.rank=8,16,-4"])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", ["training.stepz=5", "training.steps=abc", "topology.nodes=2", "model=smolm2"])
 def test_a_mistake_ends_the_command_with_status_2(tmp_path: Path, mistake: str) -> None:
@@ -123,11 +118,6 @@ def test_a_model_or_dataset_may_be_an_option_an_id_or_a_path(override: str, expe
 
 def test_a_recipe_needs_no_plus() -> None:
     assert "+recipe=smoke" in prepare(["recipe=smoke"]).argv
-
-
-def test_a_sweep_over_models_by_id() -> None:
-    argv = prepare(["-m", RECIPE, "model=org/a,org/b"]).argv
-    assert "model.path='org/a','org/b'" in argv
 
 
 def test_a_users_own_recipe_and_model(tmp_path: Path) -> None:

@@ -188,36 +188,6 @@ def test_early_stopping_exports_the_best_adapter(tmp_path: Path, basics: list[st
             np.testing.assert_array_equal(np.array(kept[name]), value)
 
 
-def test_a_sweep_has_a_folder_and_an_hparams_session_for_each_job(tmp_path: Path, basics: list[str]) -> None:
-    from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
-    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
-    from tensorboard.context import RequestContext
-    from tensorboard.plugins import base_plugin
-    from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
-
-    done = train("-m", *basics, "training.steps=2", "adapter.rank=2,4", f"hydra.sweep.dir={tmp_path}", cwd=tmp_path)
-    assert done.status == 0, done.errors
-    for job, rank in (("0", 2), ("1", 4)):
-        assert adapter(tmp_path / job)["model.layers.0.self_attn.q_proj.lora_a"].shape[1] == rank
-        assert len(losses(tmp_path / job)) == 2
-    multiplexer = EventMultiplexer()
-    multiplexer.AddRunsFromDirectory(str(tmp_path))
-    multiplexer.Reload()
-    provider = MultiplexerDataProvider(multiplexer, str(tmp_path))
-    context = backend_context.Context(base_plugin.TBContext(data_provider=provider))
-    metadata = context.hparams_metadata(RequestContext(), "")
-    experiment = context.experiment_from_metadata(RequestContext(), "", False, metadata, None)
-    request = api_pb2.ListSessionGroupsRequest(
-        col_params=[api_pb2.ColParams(metric=info.name) for info in experiment.metric_infos],
-        allowed_statuses=[api_pb2.STATUS_SUCCESS],
-        slice_size=10,
-    )
-    handler = list_session_groups.Handler(RequestContext(), context, "", request)
-    groups = handler.run().session_groups
-    assert sorted(group.hparams["adapter.rank"].number_value for group in groups) == [2, 4]
-    assert all(any(value.value > 0 for value in group.metric_values) for group in groups)
-
-
 def test_gradient_checkpointing_and_micro_batches_change_no_loss(tmp_path: Path, basics: list[str]) -> None:
     found: list[list[float]] = []
     for name, more in (("plain", []), ("other", ["training.grad_checkpoint=true", "training.micro_batch_size=1"])):

@@ -19,9 +19,11 @@ from macft.cli.run_command import exit_status, run_command
 from macft.config.command_line import prepare
 from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig
+from macft.config.sweeps import job_values
 from macft.config.validate import to_typed
 from macft.errors import MacftError
 from macft.launch.run import run
+from macft.launch.sweep import Job, Sweep
 from macft.run.claim import Claim, after_interrupt, claim, claim_sweep
 
 
@@ -30,16 +32,19 @@ def main(argv: Sequence[str]) -> None:
 
     Raises:
         ConfigError: the command line is wrong, or its folder can't be used; no job has started.
-        SystemExit: a job has failed or was interrupted; its status is the command's.
+        SystemExit: a run, or one or more jobs of a sweep, has failed or was interrupted; with the command's status.
     """
     OmegaConf.register_new_resolver("program", lambda: program_name("train"), replace=True)  # for the help text
     command = prepare(list(argv))
     output, job, resume = command.output, command.job, command.resume is not None
     if output is None or job is None:
         _call_hydra(command.argv, lambda _: None)
-    elif command.is_sweep:
+    elif command.sweep is not None:
         folder = claim_sweep(output.path, job, key=output.key, is_named=output.is_named)
-        _call_hydra(command.with_output(folder, is_new=True), _sweep_job)
+        metric = job.dataset.metric if job.report.objective == "metric" else None
+        sweep = Sweep(command.sweep.swept, command.sweep.jobs, metric=metric, prints=job.report.console)
+        words = command.with_output(folder, is_new=True)
+        sys.exit(sweep.run_all(lambda: _call_hydra(words, lambda config: _sweep_job(config, sweep, folder))))
     else:
         with claim(
             output.path, job, key="resume" if resume else output.key, is_named=output.is_named, resume=resume
@@ -48,18 +53,25 @@ def main(argv: Sequence[str]) -> None:
             _call_hydra(argv, lambda config: _job(to_typed(config), taken, resume=resume))
 
 
-def _call_hydra(argv: list[str], job: Callable[[DictConfig], None]) -> None:
+def _call_hydra(argv: list[str], job: Callable[[DictConfig], float | None]) -> None:
     sys.argv[1:] = argv  # hydra.main reads them from there
     hydra.main(str(config_folder()), "train", version_base="1.3")(job)()
 
 
-def _sweep_job(config: DictConfig) -> None:
-    job = to_typed(config)
+def _sweep_job(config: DictConfig, sweep: Sweep, sweep_folder: Path) -> float | None:
+    hydra_config = HydraConfig.get()
     # As it stands there: a path may look like an interpolation.
-    runtime = OmegaConf.to_container(HydraConfig.get().runtime, resolve=False)
+    runtime = OmegaConf.to_container(hydra_config.runtime, resolve=False)
     assert isinstance(runtime, dict)
-    with claim(Path(str(runtime["output_dir"])), job, key="hydra.sweep.subdir") as taken:
-        _job(job, taken, resume=False)
+    folder = Path(str(runtime["output_dir"]))
+
+    def start() -> str:
+        job = to_typed(config)
+        with claim(folder, job, key="hydra.sweep.subdir") as taken:
+            return _run(job, taken, resume=False)
+
+    here = Job(hydra_config.job.num, job_values(hydra_config), folder, sweep_folder)
+    return sweep.run(here, start)
 
 
 def _job(config: TrainConfig, taken: Claim, *, resume: bool) -> None:

@@ -6,29 +6,26 @@ Overrides, ``-m``, ``--cfg job``, ``--config-dir`` and ``--help`` are Hydra's an
 from __future__ import annotations
 
 import argparse
-import difflib
-import itertools
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra._internal.utils import get_args_parser
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, MissingConfigException
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from macft.cli.shell import command
+from macft.config.composing import hydra_at, typed
 from macft.config.nearest import schema_keys, unknown_key
 from macft.config.overrides import override, quoted, unescaped
 from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig, register_schema
-from macft.config.validate import explain, to_typed
+from macft.config.sweeps import SweepPlan, no_sweep, plan_sweep
 from macft.config.yaml import check_whole
 from macft.errors import ConfigError
 from macft.topology.topology_file import user_config_folder
@@ -38,7 +35,6 @@ _FREE_FORM = ("dataset.columns", "optimizer.arguments")
 _FOLDERS = ("resume", "hydra.run.dir", "hydra.sweep.dir")
 _PATHS = (*_FOLDERS, "model", "model.path", "dataset", "dataset.path", "adapter.init_from", "topology.join")
 """Keys whose value may be a path: as a user's shell completes it, without the quotes of Hydra's grammar."""
-_MOST_JOBS_CHECKED = 200
 
 
 @dataclass(frozen=True)
@@ -61,14 +57,14 @@ class CommandLine:
         argv: The arguments in Hydra's own form.
         resume: The run folder to resume, if any.
         job: The configuration, of a sweep that of the first job; None where the command only asks for information.
-        is_sweep: Whether it starts several jobs, each with a folder of its own below ``output``.
+        sweep: What is known of a sweep, whose jobs have each a folder of its own below ``output``; None for one run.
         output: The folder for the results; None where none are made.
     """
 
     argv: list[str]
     resume: Path | None = None
     job: TrainConfig | None = None
-    is_sweep: bool = False
+    sweep: SweepPlan | None = None
     output: OutputFolder | None = None
 
     def with_output(self, folder: Path, *, is_new: bool) -> list[str]:
@@ -91,14 +87,17 @@ def prepare(argv: list[str]) -> CommandLine:
     flags = _without(argv, arguments.overrides)
     if arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion:
         return CommandLine(argv)
+    if sum(map(bool, (arguments.cfg, arguments.multirun, arguments.run))) > 1:
+        raise ConfigError("--cfg, --run and -m: give one of them; --cfg shows the configuration of one run")
+    if arguments.resolve and not arguments.cfg:
+        raise ConfigError("--resolve: needs --cfg")
     parsed = _parse([_as_path(text, is_sweep=arguments.multirun) for text in arguments.overrides])
     is_sweep = arguments.multirun or any(_asks_for_sweep(item) for item in parsed)
     resume, others = _take_resume(parsed)
     if resume is not None and is_sweep:
         raise ConfigError("resume: one run at a time; leave -m out")
-    for item in others:
-        if item.is_sweep_override() and not is_sweep:
-            raise ConfigError(f"{item.key_or_group}: several values; give one, or try each of them by macft.train -m")
+    if not is_sweep:
+        no_sweep(parsed)
 
     primary, name = config_folder(), arguments.config_name or "train"
     searched = [user_config_folder()] if user_config_folder().is_dir() else []
@@ -119,11 +118,11 @@ def prepare(argv: list[str]) -> CommandLine:
         searched = []
     search = [_search(searched)] if searched else []
     # hydra.main knows the flag --config-dir, compose doesn't.
-    jobs = _check_jobs(primary, name, [*rest, *([_search([*own, *searched])] if own or searched else [])])
-    job, output = jobs[0], _output(jobs[0], is_sweep=is_sweep)
-    return CommandLine(
-        [*flags, *search, *rest], resume, _typed(job), is_sweep, None if arguments.cfg is not None else output
-    )
+    checked = [*rest, *([_search([*own, *searched])] if own or searched else [])]
+    config, job, sweep = _check(primary, name, checked, is_sweep=is_sweep)
+    output = _output(config, is_sweep=is_sweep)
+    argv = [*flags, *search, *rest, *(sweep.more if sweep is not None else [])]
+    return CommandLine(argv, resume, job, sweep, None if arguments.cfg is not None else output)
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -243,7 +242,13 @@ def _expand(item: Override, folders: list[Path], *, resuming: bool) -> list[str]
         return [f"+{text}"]
     if group in ("model", "dataset"):
         values = _texts(item)
-        if values and all(_is_location(value, group, folders) for value in values):
+        locations = [value for value in values if _is_location(value, group, folders)]
+        if locations and len(locations) < len(values):
+            (option, *_) = set(values) - set(locations)
+            raise ConfigError(
+                f"{group}: {option} is a name and {locations[0]} is not; sweep over names, or over ids and paths"
+            )
+        if locations:
             return [f"{'+' if resuming else ''}{group}=custom", f"{group}.path={','.join(map(quoted, values))}"]
     if _is_free_form(group) and not text.startswith(("+", "~")):
         return [f"++{text}"]
@@ -257,6 +262,8 @@ def _texts(item: Override) -> list[str]:
     """The values of an override as texts, without quotes."""
     values = [item.value()]
     if item.is_sweep_override():
+        if item.value_type not in (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP):
+            return []
         parser = OverridesParser.create()
         values = [parser.parse_override(f"key={value}").value() for value in item.sweep_string_iterator()]
     try:
@@ -292,53 +299,13 @@ def _check_keys(parsed: list[Override], folders: list[Path]) -> None:
             raise ConfigError(unknown_key(key, TrainConfig))
 
 
-def _check_jobs(primary: Path, name: str, overrides: list[str]) -> list[DictConfig]:
-    """Composes and checks each job of a sweep, or the one job there is; returns what Hydra makes of the first."""
-    first: list[DictConfig] = []
-    for job in itertools.islice(_jobs(overrides), _MOST_JOBS_CHECKED):
-        config = _check_job(primary, name, job)
-        first = first or [config]
-    return first
-
-
-def _jobs(overrides: list[str]) -> Iterator[list[str]]:
-    choices = []
-    for item in _parse(overrides):
-        if item.is_sweep_override():
-            key = str(item.input_line).split("=", 1)[0]
-            choices.append([f"{key}={value}" for value in item.sweep_string_iterator()])
-        else:
-            choices.append([str(item.input_line)])
-    return map(list, itertools.product(*choices))
-
-
-def _check_job(primary: Path, name: str, overrides: list[str]) -> DictConfig:
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(primary.absolute()), job_name="train", version_base="1.3"):
-            config = compose(name, overrides=overrides, return_hydra_config=True)
-        _typed(config)
-    except MissingConfigException as error:
-        raise ConfigError(_no_such_option(error)) from error
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__
-        if isinstance(cause, OmegaConfBaseException):
-            raise ConfigError(explain(cause)) from error
-        raise ConfigError(" ".join(str(error).split())) from error
-    finally:
-        GlobalHydra.instance().clear()
-    return config
-
-
-def _typed(config: DictConfig) -> TrainConfig:
-    return to_typed(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
-
-
-def _no_such_option(error: MissingConfigException) -> str:
-    group, _, option = (error.missing_cfg_file or "").rpartition("/")
-    options = [str(item) for item in error.options or []]
-    if not group:
-        return " ".join(str(error).split())
-    near = difflib.get_close_matches(option, options, 1)
-    hint = f"did you mean {group}={near[0]}? " if near else ""
-    return f"{group}: no option '{option}'; {hint}There are {', '.join(options)}"
+def _check(
+    primary: Path, name: str, overrides: list[str], *, is_sweep: bool
+) -> tuple[DictConfig, TrainConfig, SweepPlan | None]:
+    """Composes and checks the one job there is, or those of a sweep; what Hydra makes of the first, and the plan."""
+    with hydra_at(primary):
+        if is_sweep:
+            plan = plan_sweep(name, overrides)
+            return plan.first, typed(plan.first), plan
+        config = compose(name, overrides=overrides, return_hydra_config=True)
+        return config, typed(config), None

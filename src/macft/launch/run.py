@@ -5,7 +5,6 @@ Modules that only a rank needs are imported where a rank runs in this process, s
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from macft.config.schema import TrainConfig
@@ -13,10 +12,18 @@ from macft.config.validate import is_elastic
 from macft.config.yaml import fingerprint, to_yaml
 from macft.device.durable import write_atomically
 from macft.launch.run_clock import started, started_together
-from macft.logs.run_log import start_log
+from macft.logs.run_log import last_error, start_log
 from macft.report.run_folder import RunFolder
 from macft.run.resume import check_resume
 from macft.training.stop_request import StopRequest
+
+
+class RanksFailed(SystemExit):
+    """Ranks in other processes have failed with a status, and rank 0 has printed why; ``reason`` is that line."""
+
+    def __init__(self, status: int, reason: str | None):
+        super().__init__(status)
+        self.reason = reason
 
 
 def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
@@ -40,7 +47,7 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
         from macft.launch.run_over_ssh import run_over_ssh
 
         with start_log(folder, "launcher", config.report.log_level):
-            return _how_it_ended(run_over_ssh(config, folder, resume=resume))
+            return _how_it_ended(run_over_ssh(config, folder, resume=resume), folder)
     stop = StopRequest()
     with stop.listening():
         if config.topology.kind == "hosts":
@@ -90,12 +97,12 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
         )
     finally:
         proposed.unlink(missing_ok=True)
-    return _how_it_ended(status)
+    return _how_it_ended(status, folder)
 
 
-def _how_it_ended(status: int) -> str:
+def _how_it_ended(status: int, folder: Path) -> str:
     if status == 0:
         return "finished"
     if status == 130:
         return "interrupted"
-    sys.exit(status)  # rank 0 has printed why
+    raise RanksFailed(status, last_error(folder, 0))

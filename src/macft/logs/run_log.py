@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+
+from macft.errors import MacftError
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -23,10 +26,12 @@ _FORMAT = (
     "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s rank=%(rank)s generation=%(generation)s step=%(step)s %(message)s"
 )
 _TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
+_ERROR = re.compile(r"\S+ \S+ ERROR +\S+ rank=\S+ generation=\S+ step=\S+ (.*)")
 _MAX_FILE_BYTES = 5_000_000
 _OLD_FILES = 2
 # A model is found before there is a reporter, so its warnings stay on the console.
 _CONSOLE_AREA = "macft.model"
+_log = logging.getLogger("macft.run")
 
 
 @dataclass
@@ -69,7 +74,8 @@ def start_log(folder: Path, rank: int | str, level: str) -> Iterator[None]:
 
     Nothing else changes: other libraries' loggers and the root logger stay as they are, and macft's lines do not reach
     the root logger, which Hydra prints. The file is rotated at 5 MB; two older ones are kept. A file that cannot be
-    written costs one line on stderr, not the run; without lines there is no file.
+    written costs one line on stderr, not the run; without lines there is no file. An error that ends the run is the
+    last line; see :func:`last_error`.
     """
     number = logging.getLevelNamesMapping()[level.upper()]
     macft, console_area = logging.getLogger("macft"), console_logger(_CONSOLE_AREA)
@@ -83,6 +89,9 @@ def start_log(folder: Path, rank: int | str, level: str) -> Iterator[None]:
     console_area.setLevel(min(number, logging.WARNING))
     try:
         yield
+    except MacftError as error:
+        _log.error("%s", error)
+        raise
     finally:
         macft.removeHandler(handler)
         handler.close()
@@ -90,6 +99,16 @@ def start_log(folder: Path, rank: int | str, level: str) -> Iterator[None]:
         macft.setLevel(before[0])
         console_area.setLevel(before[2])
         log_context.clear()
+
+
+def last_error(folder: Path, rank: int | str) -> str | None:
+    """The last error in the log of ``rank``, for a process that started it; None if there is none."""
+    try:
+        lines = log_path(folder, rank).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    errors = [found[1] for line in lines if (found := _ERROR.match(line))]
+    return errors[-1] if errors else None
 
 
 class _AddContext(logging.Filter):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from macft.logs.run_log import LEVELS
 
+OBJECTIVES = ("valid_loss", "metric")
+
 
 @dataclass
 class ReportConfig:
@@ -23,6 +25,9 @@ class ReportConfig:
     samples: int = 3
     # Level of each rank's log, logs/macft-rank-N.log in the run's folder: debug, info, warning or error.
     log_level: str = "info"
+    # What a sweep compares, and a job returns to a sweeper such as Optuna's: valid_loss, of the exported adapter, or
+    # metric, its score in dataset.metric.
+    objective: str = "valid_loss"
     # Replaces the run that is in the folder hydra.run.dir, once all checks have passed. Without it such a folder is
     # refused.
     overwrite: bool = False
@@ -37,4 +42,6 @@ def problems(config: ReportConfig) -> list[str]:
         lines.append(f"report.samples: {config.samples} must be 0 (none) or more")
     if config.log_level not in LEVELS:
         lines.append(f"report.log_level: '{config.log_level}' is not one of {', '.join(LEVELS)}")
+    if config.objective not in OBJECTIVES:
+        lines.append(f"report.objective: '{config.objective}' is not one of {', '.join(OBJECTIVES)}")
     return lines
