@@ -10,7 +10,7 @@ from pathlib import Path
 
 from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
-from macft.config.yaml import fingerprint
+from macft.config.yaml import must_match
 from macft.launch.run_clock import started, started_together, stored
 from macft.logs.run_log import start_log
 from macft.training.stop_request import StopRequest
@@ -70,7 +70,7 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
         config.topology.nodes,
         folder,
         run_id=folder.name,
-        fingerprint=fingerprint(config),
+        must_match=must_match(config),
         start_timeout=config.topology.start_timeout,
         resume=resume,
         keyring=keyring,

@@ -59,6 +59,11 @@ class RunFolder:
         return self.path / "members.json"
 
     @property
+    def contents(self) -> Path:
+        """What the rows and weights were that the run began with, for a resume."""
+        return self.path / "contents.json"
+
+    @property
     def logs(self) -> Path:
         """The log of each rank, and the output of those without a terminal."""
         return self.path / "logs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from macft.planner.preflight import preflight
 from macft.report import fan_out
 from macft.report.events import Reporter
 from macft.report.run_folder import RunFolder
+from macft.run.contents import agree_on_contents, contents_of, store_contents
 from macft.thermal.throttle import ThermalThrottle
 from macft.training.build_trainer import build_trainer
 from macft.training.diloco import OuterOptimizer
@@ -108,6 +110,11 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
     order = RowOrder(
         data.train.source_sizes, data.train.source_weights, batch_size=config.training.batch_size, seed=config.seed
     )
+    log.info("comparing contents")
+    contents = contents_of(config, data, order, model_folder, tokenizer)
+    contents_notes = agree_on_contents(
+        collective, _host(config, collective), contents, data.train, folder, resume=resume
+    )
 
     device = prepare_device()
     log.info("planning memory")
@@ -176,6 +183,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         throttle=throttle,
         stop=stop,
     )
+    store_contents(folder, contents)
     return Run(
         config=config,
         collective=collective,
@@ -190,8 +198,16 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         reporter=reporter,
         trainer=trainer,
         installed=installed,
-        notes=[*loaded.notes, *plan_notes, *revisions, *clock_notes, *data.notes, *state_notes],
+        notes=[*loaded.notes, *plan_notes, *revisions, *clock_notes, *contents_notes, *data.notes, *state_notes],
     )
+
+
+def _host(config: TrainConfig, collective: Collective) -> str:
+    """This node's name in messages."""
+    if isinstance(collective, ElasticCollective) and collective.is_member:
+        return collective.members.names[collective.rank]
+    hosts = config.topology.hosts
+    return hosts[collective.rank] if len(hosts) == collective.world_size else platform.node()
 
 
 def planned_world_size(collective: Collective) -> int:

@@ -1,0 +1,93 @@
+"""What all nodes must have alike, as texts by name: settings and versions when they meet, then contents."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import msgpack
+
+from macft.collective.base import Collective
+from macft.errors import RendezvousError
+
+Texts: TypeAlias = Mapping[str, str]
+"""For example ``{"seed": "0"}`` or ``{"training rows": "40 rows, 5ca1ab1e0ddba115"}``."""
+
+MAX_TEXTS = 500
+MAX_TEXT = 255
+_MAX_NAMED = 6
+_NOTHING = "nothing"
+
+
+def read_texts(value: object) -> dict[str, str] | None:
+    """``value``, which came from the wire; None if it is not :data:`Texts` or is larger than any node sends."""
+    if not isinstance(value, dict) or len(value) > MAX_TEXTS:
+        return None
+    texts = [text for item in value.items() for text in item]
+    return value if all(isinstance(text, str) and len(text) <= MAX_TEXT for text in texts) else None
+
+
+def difference(theirs: Texts, ours: Texts) -> str:
+    """What differs, in words: ``seed is 1 instead of 0``; empty if nothing does."""
+    return _listed(
+        [
+            f"{_shown(name)} is {_shown(theirs.get(name, _NOTHING))} instead of {_shown(ours.get(name, _NOTHING))}"
+            for name in {**ours, **theirs}
+            if theirs.get(name) != ours.get(name)
+        ]
+    )
+
+
+def disagreements(collective: Collective, host: str, own: Texts) -> dict[str, str]:
+    """Compares all ranks' texts: for each name whose texts differ, which rank has what. A call of all ranks.
+
+    Every rank gets the same result; empty if all are alike.
+
+    Args:
+        collective: Of the ranks.
+        host: This rank's name in messages.
+        own: Of this rank.
+    """
+    gathered = [_received(blob) for blob in collective.all_gather(msgpack.packb([host, dict(own)]))]
+    names = {name: None for _, texts in gathered for name in texts}
+    hosts = [f"rank {rank} ({_shown(host)})" for rank, (host, _) in enumerate(gathered)]
+    found = {}
+    for name in names:
+        values = [texts.get(name, _NOTHING) for _, texts in gathered]
+        if len(set(values)) > 1:
+            found[name] = _who_has_what(hosts, values)
+    return found
+
+
+def require_those_of(collective: Collective, source: int, own: Texts) -> None:
+    """Compares this rank's texts with those of rank ``source``. A call of all ranks.
+
+    Raises:
+        RendezvousError: They differ. The other ranks go on; they notice that this one leaves.
+    """
+    theirs = _received(collective.all_gather(msgpack.packb(["", dict(own)]))[source])[1]
+    if text := difference(own, theirs):
+        raise RendezvousError(f"this node differs from the run: {text}; give all nodes the same files and versions")
+
+
+def _received(blob: bytes) -> tuple[str, Texts]:
+    host, texts = msgpack.unpackb(blob)
+    return str(host), read_texts(texts) or {}
+
+
+def _who_has_what(hosts: Sequence[str], values: Sequence[str]) -> str:
+    """``rank 2 (c) has X, the other 2 nodes Y``; of two nodes both are named."""
+    common, count = Counter(values).most_common(1)[0]  # of equally frequent ones that of the lowest rank
+    odd = [f"{host} has {_shown(value)}" for host, value in zip(hosts, values, strict=True) if value != common]
+    rest = f"the other {count} nodes" if count > 1 else hosts[values.index(common)]
+    return f"{_listed(odd)}, {rest} {'have' if count > 1 else 'has'} {_shown(common)}"
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = [f"and {len(items) - _MAX_NAMED} more"] if len(items) > _MAX_NAMED else []
+    return ", ".join([*items[:_MAX_NAMED], *more])
+
+
+def _shown(text: str) -> str:
+    return "".join(filter(str.isprintable, text[:MAX_TEXT]))
