@@ -191,7 +191,9 @@ def test_a_newcomer_with_another_configuration_is_told_so(tmp_path: Path, basics
     wait_for_step(process, tmp_path / "run", 1)
     newcomer = train(*basics, "seed=5", f"topology.join={tmp_path / 'run'}", cwd=tmp_path)
     assert newcomer.status == 1
-    assert "refuses this node: its configuration differs from the run's" in newcomer.errors
+    assert (
+        "refuses this node: its settings or versions differ from the run's: seed is 5 instead of 0;" in newcomer.errors
+    )
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130

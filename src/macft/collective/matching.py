@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 import msgpack
 
 from macft.collective.base import Collective
-from macft.errors import RendezvousError
+from macft.errors import CollectiveError, MacftError, RendezvousError
 
 Texts: TypeAlias = Mapping[str, str]
-"""For example ``{"seed": "0"}`` or ``{"training rows": "40 rows, 5ca1ab1e0ddba115"}``."""
+"""For example ``{"seed": "0"}`` or ``{"training rows": "40 rows (5ca1ab1e0ddba115)"}``."""
 
 MAX_TEXTS = 500
 MAX_TEXT = 255
@@ -58,6 +59,16 @@ def disagreements(collective: Collective, host: str, own: Texts) -> dict[str, st
         if len(set(values)) > 1:
             found[name] = _who_has_what(hosts, values)
     return found
+
+
+def refuse_together(collective: Collective, error: MacftError) -> NoReturn:
+    """Raises ``error``, which all ranks raise alike, once all of them are about to. A call of all ranks.
+
+    A rank that left before the others know why would look lost to them, and an elastic run goes on without it.
+    """
+    with contextlib.suppress(CollectiveError):  # this rank knows enough
+        collective.barrier()
+    raise error
 
 
 def require_those_of(collective: Collective, source: int, own: Texts) -> None:

@@ -30,7 +30,7 @@ def split_digest(split: Split, *, with_records: bool = False) -> str:
         digest.update(group)
     for record in split.records if with_records else ():
         digest.update(json.dumps(record, sort_keys=True, default=str).encode())
-    return f"{len(split.rows)} rows, {short(digest.digest())}"
+    return f"{len(split.rows)} rows ({short(digest.digest())})"
 
 
 def row_digests(rows: Sequence[Row], *, size: int = GROUP) -> list[bytes]:

@@ -47,7 +47,7 @@ def model_contents(folder: Path, *, cache_dir: Path | None = None) -> dict[str, 
         source = source_of(folder, {path.name: digest for path, digest in digests.items()})
         size = sum(path.stat().st_size for path in weights)
         return {
-            "model weights": source or f"{_files_of(size, len(weights))}, {_combined(digests)}",
+            "model weights": source or f"{_files_of(size, len(weights))} ({_combined(digests)})",
             "model configuration": source or _combined({path: _meaning(path) for path in configuration}),
             "tokenizer": source or _combined({path: _meaning(path) for path in tokenizer}),
         }

@@ -41,9 +41,7 @@ def file_digests(files: Sequence[Path], *, cache_dir: Path | None = None) -> lis
     folder = (cache_dir or platformdirs.user_cache_path("macft")) / "digests"
     unknown = [path for path in files if path.stat().st_size >= _WORTH_KEEPING and _kept(path, folder) is None]
     if (size := sum(path.stat().st_size for path in unknown)) >= _WORTH_TELLING:
-        _log.warning(
-            "Reading the model's %d files (%.0f GB) once, to compare them between nodes", len(unknown), size / 1e9
-        )
+        _log.warning("Reading %d files of the model (%.0f GB) once, to compare the nodes", len(unknown), size / 1e9)
     with ThreadPoolExecutor(_THREADS) as pool:  # hashlib frees the interpreter while it works
         return list(pool.map(lambda path: _digest(path, folder), files))
 

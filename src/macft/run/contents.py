@@ -6,6 +6,7 @@ before the weights are loaded.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping
@@ -16,14 +17,14 @@ import msgpack
 
 from macft.collective.base import Collective
 from macft.collective.elastic import ElasticCollective
-from macft.collective.matching import Texts, difference, disagreements, read_texts
+from macft.collective.matching import Texts, difference, disagreements, read_texts, refuse_together
 from macft.config.schema import TrainConfig
 from macft.config.yaml import package_versions
 from macft.data.digest import GROUP, first_different, order_digest, row_digests, split_digest
 from macft.data.load import LoadedData, Split
 from macft.data.order import RowOrder
 from macft.data.template_clock import shows_time
-from macft.errors import CheckpointError, RendezvousError
+from macft.errors import CheckpointError, CollectiveError, RendezvousError
 from macft.model.contents import model_contents, template_contents
 from macft.report.run_folder import RunFolder, write_atomically
 
@@ -87,7 +88,7 @@ def agree_on_contents(
                 f"topology.join: this node's contents differ from the run's: {text}; copy the run's files here"
             )
     if differing := disagreements(collective, host, contents):
-        raise RendezvousError(_explained(collective, differing, train))
+        refuse_together(collective, RendezvousError(_explained(collective, differing, train)))
     log.info("the contents of all nodes are the same: %s", contents)
     if isinstance(collective, ElasticCollective):
         collective.contents = contents
@@ -105,7 +106,10 @@ def store_contents(folder: RunFolder, contents: Texts) -> None:
 def _explained(collective: Collective, differing: Mapping[str, str], train: Split) -> str:
     lines = []
     for part, who in differing.items():
-        first = f" (the first that differs is {_first_row(collective, train)})" if part == "training rows" else ""
+        first = ""
+        if part == "training rows":
+            with contextlib.suppress(CollectiveError):  # a lost node is no reason to go on
+                first = f" (the first that differs is {_first_row(collective, train)})"
         lines.append(f"{part} ({_KEYS.get(part, part)}): {who}{first}")
     return f"the nodes' contents differ: {'; '.join(lines)}; copy the same files to all nodes"
 
@@ -125,18 +129,14 @@ def _compare_with_stored(collective: Collective, host: str, contents: Texts, fol
     """Compares ``contents`` with those that each rank's folder holds. A call of all ranks."""
     stored = _stored(folder)
     changed = {part: text for part in _NEVER_CHANGE if (text := _changed(part, stored, contents))}
-    complaint = f"rank {collective.rank} ({host}): {'; '.join(changed.values())}" if changed else ""
-    where = f"{complaint}|{folder.contents}" if complaint else ""
-    complaints = [blob.decode() for blob in collective.all_gather(where.encode())]
-    if told := next(filter(None, complaints), ""):
-        text, _, path = told.partition("|")
-        raise CheckpointError(
-            f"resume: what the run is made of has changed, on {text}. Put back what it began with, or start a new run "
-            f"with adapter.init_from. To go on all the same, delete {path}, on each node"
-        )
-    others = [part for part in {**contents, **package_versions()} if part not in _NEVER_CHANGE]
+    record = f"{folder.contents} on {host} has what the run began with"
+    complaint = "; ".join([*changed.values(), record]) if changed else ""
+    if told := next(filter(None, collective.all_gather(complaint.encode())), b""):
+        advice = "Put back the earlier ones, or start a new run with adapter.init_from"
+        text = f"resume: the contents have changed: {told.decode()}. {advice}; to go on all the same, delete that file"
+        refuse_together(collective, CheckpointError(text))
     now = {**contents, **package_versions()}
-    notes = [text for part in others if (text := _changed(part, stored, now))]
+    notes = [text for part in now if part not in _NEVER_CHANGE and (text := _changed(part, stored, now))]
     return [f"resumed with other contents, so not bit for bit: {'; '.join(notes)}"] if notes else []
 
 
