@@ -192,7 +192,7 @@ def test_a_newcomer_with_another_configuration_is_told_so(tmp_path: Path, basics
     newcomer = train(*basics, "seed=5", f"topology.join={tmp_path / 'run'}", cwd=tmp_path)
     assert newcomer.status == 1
     assert (
-        "refuses this node: its settings or versions differ from the run's: seed is 5 instead of 0;" in newcomer.errors
+        "refuses this node: its settings or versions differ from the run's: seed: 5 instead of 0;" in newcomer.errors
     )
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)

@@ -131,7 +131,7 @@ def test_strangers_learn_and_change_nothing() -> None:
             sock.send(msgpack.packb({"join": 1}))
             sock.send(join_request({"seed": "1"}))
             assert sock.poll(10_000)
-            assert "differ from the run's: seed is 1 instead of 0;" in msgpack.unpackb(sock.recv())["refused"]
+            assert "differ from the run's: seed: 1 instead of 0;" in msgpack.unpackb(sock.recv())["refused"]
             sock.send(msgpack.packb({**msgpack.unpackb(join_request({})), "must_match": [1]}))
             assert sock.poll(10_000)
             assert "no valid settings" in msgpack.unpackb(sock.recv())["refused"]

@@ -57,9 +57,9 @@ def test_every_rank_gets_the_same_table(pool: ThreadPoolExecutor) -> None:
     [
         (
             {"must_match": {"seed": "1"}},
-            "rank 1 (node1) has other settings or versions than the others: seed is 1 instead of 0;",
+            "rank 1 (node1) has other settings or versions than the others: seed: 1 instead of 0;",
         ),
-        ({"must_match": {}}, "seed is nothing instead of 0; make them the same on all nodes"),
+        ({"must_match": {}}, "seed: nothing instead of 0; make them the same on all nodes"),
         ({"must_match": {"seed": "0", "more": "x" * 256}}, "rank 1 (node1) sent no valid settings"),
         ({"world_size": 3}, "rank 1 (node1) expects 3 nodes, the others 2"),
         ({"run_id": "old"}, "rank 1 (node1) belongs to run old, the others to run"),

@@ -162,13 +162,13 @@ def test_settings_that_differ_are_named_and_paths_are_a_node_s_own() -> None:
     theirs.seed, theirs.optimizer.learning_rate = 3, 0.5
     theirs.dataset.sources = [SourceConfig(path="/one", weight=2.0)] * 9
     text = difference(must_match(theirs), must_match(ours))
-    assert "seed is 3 instead of 0" in text
-    assert f"optimizer.learning_rate is 0.5 instead of {ours.optimizer.learning_rate}" in text
-    assert "dataset.sources is [{'name': None, 'train_split': 'train'," in text
+    assert "seed: 3 instead of 0" in text
+    assert f"optimizer.learning_rate: 0.5 instead of {ours.optimizer.learning_rate}" in text
+    assert "dataset.sources: [{'name': None, 'train_split': 'train'," in text
     assert "/one" not in text
     assert {"the version of mlx", "the version of mlx-lm"} <= must_match(ours).keys()
     assert len(difference({f"key{i}": "1" for i in range(99)}, {})) < 300
-    assert difference({"a": "\x1b[2J"}, {"a": ""}) == "a is [2J instead of "
+    assert difference({"a": "\x1b[2J"}, {"a": ""}) == "a: [2J instead of "
 
 
 def test_texts_from_the_wire_are_checked() -> None:
@@ -284,6 +284,17 @@ def test_hosts_with_other_weights_and_another_template_refuse_each_other(
 
 
 @pytest.mark.slow
+def test_a_host_that_cannot_read_its_rows_stops_the_others(
+    tmp_path: Path, basics: list[str], folders: tuple[Path, Path]
+) -> None:
+    (folders[1] / "train.jsonl").write_text('{"prompt": 1}\n')
+    done = two_hosts(tmp_path, basics, *folders)
+    assert_refused(done, "train row 1: it needs ")
+    assert "rank 1 (127.0.0.1:" in done[0].errors
+    assert "can't start: " in done[0].errors
+
+
+@pytest.mark.slow
 def test_hosts_with_the_same_contents_elsewhere_train(
     tmp_path: Path, basics: list[str], folders: tuple[Path, Path]
 ) -> None:
@@ -302,7 +313,7 @@ def test_hosts_with_another_mlx_refuse_each_other(
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: mlx\nVersion: 9.9.9\n")
     done = two_hosts(tmp_path, basics, *folders, PYTHONPATH=str(package.parent))
-    assert_refused(done, "rank 1 (127.0.0.1:", "the version of mlx is 9.9.9 instead of ")
+    assert_refused(done, "rank 1 (127.0.0.1:", "the version of mlx: 9.9.9 instead of ")
 
 
 @pytest.mark.slow
@@ -315,7 +326,7 @@ def test_a_newcomer_with_other_rows_is_refused_and_the_run_goes_on(
     wait_for_step(process, run, 1)
     change_row(folders[1])
     newcomer = train(*basics, *more, f"dataset={folders[1]}", f"topology.join={run}", cwd=tmp_path)
-    assert_refused([newcomer], "topology.join: this node's contents differ from the run's: training rows is 40 rows (")
+    assert_refused([newcomer], "topology.join: this node's contents differ from the run's: training rows: 40 rows (")
     wait_for_step(process, run, len(losses(run)) + 1)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)

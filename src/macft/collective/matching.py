@@ -30,34 +30,31 @@ def read_texts(value: object) -> dict[str, str] | None:
 
 
 def difference(theirs: Texts, ours: Texts) -> str:
-    """What differs, in words: ``seed is 1 instead of 0``; empty if nothing does."""
+    """What differs, in words: ``seed: 1 instead of 0``; empty if nothing does."""
     return _listed(
         [
-            f"{_shown(name)} is {_shown(theirs.get(name, _NOTHING))} instead of {_shown(ours.get(name, _NOTHING))}"
+            f"{_shown(name)}: {_shown(theirs.get(name, _NOTHING))} instead of {_shown(ours.get(name, _NOTHING))}"
             for name in {**ours, **theirs}
             if theirs.get(name) != ours.get(name)
         ]
     )
 
 
-def disagreements(collective: Collective, host: str, own: Texts) -> dict[str, str]:
-    """Compares all ranks' texts: for each name whose texts differ, which rank has what. A call of all ranks.
+def gather(collective: Collective, host: str, own: Texts) -> dict[str, Texts]:
+    """All ranks' texts, by a rank's number and ``host``, its name in messages. A call of all ranks."""
+    blobs = collective.all_gather(msgpack.packb([host, dict(own)]))
+    received = map(_received, blobs)
+    return {f"rank {rank} ({_shown(name)})": texts for rank, (name, texts) in enumerate(received)}
 
-    Every rank gets the same result; empty if all are alike.
 
-    Args:
-        collective: Of the ranks.
-        host: This rank's name in messages.
-        own: Of this rank.
-    """
-    gathered = [_received(blob) for blob in collective.all_gather(msgpack.packb([host, dict(own)]))]
-    names = {name: None for _, texts in gathered for name in texts}
-    hosts = [f"rank {rank} ({_shown(host)})" for rank, (host, _) in enumerate(gathered)]
+def disagreements(gathered: Mapping[str, Texts]) -> dict[str, str]:
+    """For each name whose texts differ between the ranks of :func:`gather`, which rank has what; empty if none does."""
+    names = {name: None for texts in gathered.values() for name in texts}
     found = {}
     for name in names:
-        values = [texts.get(name, _NOTHING) for _, texts in gathered]
+        values = [texts.get(name, _NOTHING) for texts in gathered.values()]
         if len(set(values)) > 1:
-            found[name] = _who_has_what(hosts, values)
+            found[name] = _who_has_what(list(gathered), values)
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,14 +17,14 @@ import msgpack
 
 from macft.collective.base import Collective
 from macft.collective.elastic import ElasticCollective
-from macft.collective.matching import Texts, difference, disagreements, read_texts, refuse_together
+from macft.collective.matching import MAX_TEXT, Texts, difference, disagreements, gather, read_texts, refuse_together
 from macft.config.schema import TrainConfig
 from macft.config.yaml import package_versions
 from macft.data.digest import GROUP, first_different, order_digest, row_digests, split_digest
 from macft.data.load import LoadedData, Split
 from macft.data.order import RowOrder
 from macft.data.template_clock import shows_time
-from macft.errors import CheckpointError, CollectiveError, RendezvousError
+from macft.errors import CheckpointError, CollectiveError, MacftError, RendezvousError
 from macft.model.contents import model_contents, template_contents
 from macft.report.run_folder import RunFolder, write_atomically
 
@@ -44,6 +44,8 @@ _KEYS = {
     "order of the training rows": "dataset",
 }
 """Each part, and the key that says where it comes from."""
+_FAILURE = "failure"
+"""The name of the text of a node that can't read its contents."""
 _NEVER_CHANGE = ("model weights", "model configuration", "training rows", "validation rows", "test rows")
 """What a resumed run must have as before. The other parts act through these, or they change bits only."""
 
@@ -67,6 +69,17 @@ def contents_of(
     return parts | ({"test rows": split_digest(data.test, with_records=True)} if data.test.rows else {})
 
 
+@contextlib.contextmanager
+def told_to_others(collective: Collective, host: str) -> Iterator[None]:
+    """Tells an error in reading the contents to the others, who wait to compare them: an elastic run would go on."""
+    try:
+        yield
+    except MacftError as error:
+        with contextlib.suppress(CollectiveError):
+            gather(collective, host, {_FAILURE: str(error)[:MAX_TEXT]})
+        refuse_together(collective, error)
+
+
 def agree_on_contents(
     collective: Collective, host: str, contents: Texts, train: Split, folder: RunFolder, *, resume: bool
 ) -> list[str]:
@@ -78,7 +91,8 @@ def agree_on_contents(
         host: This node's name in messages.
 
     Raises:
-        RendezvousError: The nodes' contents differ; says which part, and on which node. All ranks raise it alike.
+        RendezvousError: The nodes' contents differ; says which part, and on which node. Or a node can't read them. All
+            ranks raise it alike.
         CheckpointError: They are not what the checkpoints were made with. All ranks raise it alike.
     """
     if isinstance(collective, ElasticCollective):
@@ -87,7 +101,10 @@ def agree_on_contents(
             raise RendezvousError(
                 f"topology.join: this node's contents differ from the run's: {text}; copy the run's files here"
             )
-    if differing := disagreements(collective, host, contents):
+    gathered = gather(collective, host, contents)
+    if failed := [f"{who} can't start: {texts[_FAILURE]}" for who, texts in gathered.items() if _FAILURE in texts]:
+        refuse_together(collective, RendezvousError(failed[0]))
+    if differing := disagreements(gathered):
         refuse_together(collective, RendezvousError(_explained(collective, differing, train)))
     log.info("the contents of all nodes are the same: %s", contents)
     if isinstance(collective, ElasticCollective):
@@ -144,7 +161,7 @@ def _changed(part: str, stored: Texts, now: Texts) -> str:
     """How a part has changed, in words; empty where it has not, or one of both does not have it."""
     if part not in stored or part not in now or stored[part] == now[part]:
         return ""
-    return f"{part}: {now[part]} instead of {stored[part]}"
+    return difference({part: now[part]}, {part: stored[part]})
 
 
 def _stored(folder: RunFolder) -> Texts:

@@ -34,7 +34,7 @@ from macft.planner.preflight import preflight
 from macft.report import fan_out
 from macft.report.events import Reporter
 from macft.report.run_folder import RunFolder
-from macft.run.contents import agree_on_contents, contents_of, store_contents
+from macft.run.contents import agree_on_contents, contents_of, store_contents, told_to_others
 from macft.thermal.throttle import ThermalThrottle
 from macft.training.build_trainer import build_trainer
 from macft.training.diloco import OuterOptimizer
@@ -91,30 +91,30 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
     """
     # Whatever can go wrong without a model goes wrong before one is fetched and loaded.
     optimizer = make_optimizer(config.optimizer)
-    log.info("reading the dataset %s", config.dataset.path)
-    raw = read(config.dataset, seed=config.seed)
+    host = _host(config, collective)
+    with told_to_others(collective, host):
+        log.info("reading the dataset %s", config.dataset.path)
+        raw = read(config.dataset, seed=config.seed)
 
-    log.info("finding the model %s", config.model.path)
-    model_folder = resolve(config.model)
-    tokenizer = load_tokenizer(config.model, model_folder)
-    clock_notes = fix_clock(tokenizer, config.dataset.template_time)
+        log.info("finding the model %s", config.model.path)
+        model_folder = resolve(config.model)
+        tokenizer = load_tokenizer(config.model, model_folder)
+        clock_notes = fix_clock(tokenizer, config.dataset.template_time)
 
-    log.info("tokenizing")
-    data = tokenize_all(raw, config.dataset, tokenizer, need_test=is_scored(config))
-    data.notes += check_rows(
-        {"train": data.train, "valid": data.valid, "test": data.test},
-        tokenizer,
-        vocabulary=vocabulary_of(model_folder),
-        max_seq_length=config.dataset.max_seq_length,
-    )
-    order = RowOrder(
-        data.train.source_sizes, data.train.source_weights, batch_size=config.training.batch_size, seed=config.seed
-    )
+        log.info("tokenizing")
+        data = tokenize_all(raw, config.dataset, tokenizer, need_test=is_scored(config))
+        data.notes += check_rows(
+            {"train": data.train, "valid": data.valid, "test": data.test},
+            tokenizer,
+            vocabulary=vocabulary_of(model_folder),
+            max_seq_length=config.dataset.max_seq_length,
+        )
+        order = RowOrder(
+            data.train.source_sizes, data.train.source_weights, batch_size=config.training.batch_size, seed=config.seed
+        )
+        contents = contents_of(config, data, order, model_folder, tokenizer)
     log.info("comparing contents")
-    contents = contents_of(config, data, order, model_folder, tokenizer)
-    contents_notes = agree_on_contents(
-        collective, _host(config, collective), contents, data.train, folder, resume=resume
-    )
+    contents_notes = agree_on_contents(collective, host, contents, data.train, folder, resume=resume)
 
     device = prepare_device()
     log.info("planning memory")
