@@ -34,6 +34,8 @@ from macft.training.settings import OptimizerConfig, TrainingConfig, problems
 # isort: split
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.llama import Attention
 
 SOURCE = Path(macft.__file__).parent
 CPU = Device("cpu", openblas=True)
@@ -165,13 +167,20 @@ def test_the_planner_counts_what_is_loaded_and_trained(
         )
 
 
+class MaskingAttention(Attention):
+    """Makes a mask of its own, which in a pack would be one for all rows together."""
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:  # noqa: ARG002
+        return super().__call__(x, create_causal_mask(x.shape[1]), cache)
+
+
 def test_a_model_of_unknown_architecture_is_confirmed_once_it_is_loaded(tiny_model_folder: Path) -> None:
     config = TrainConfig(model=ModelConfig(path=str(tiny_model_folder)))
     execution = execution_for(config, None, read_weight_format(tiny_model_folder), CPU)
     assert execution.packing
     loaded = load(config.model, tiny_model_folder, execution)
     assert confirm(execution, loaded) == (execution, [])
-    loaded.model.args.sliding_window = 8  # an attention that packed rows can't have
+    loaded.model.model.layers[0].self_attn.__class__ = MaskingAttention
     revised, notes = confirm(execution, loaded)
     assert revised == execution.padded()
     assert notes == ["this model's attention can't take packed rows, so rows are padded"]

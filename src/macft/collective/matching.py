@@ -10,7 +10,7 @@ from typing import NoReturn, TypeAlias
 import msgpack
 
 from macft.collective.base import Collective
-from macft.errors import CollectiveError, MacftError, RendezvousError
+from macft.errors import CollectiveError, MacftError, MembershipChanged, RendezvousError
 
 Texts: TypeAlias = Mapping[str, str]
 """For example ``{"seed": "0"}`` or ``{"training rows": "40 rows (5ca1ab1e0ddba115)"}``."""
@@ -72,11 +72,15 @@ def require_those_of(collective: Collective, source: int, own: Texts) -> None:
     """Compares this rank's texts with those of rank ``source``. A call of all ranks.
 
     Raises:
-        RendezvousError: They differ. The other ranks go on; they notice that this one leaves.
+        RendezvousError: They differ.
+        MembershipChanged: Those of another rank differ, which leaves; the others can form a ring without it.
     """
-    theirs = _received(collective.all_gather(msgpack.packb(["", dict(own)]))[source])[1]
-    if text := difference(own, theirs):
+    gathered = list(gather(collective, "", own).values())
+    if text := difference(own, gathered[source]):
         raise RendezvousError(f"this node differs from the run: {text}; give all nodes the same files and versions")
+    for rank, theirs in enumerate(gathered):
+        if text := difference(theirs, own):
+            raise MembershipChanged(f"rank {rank} differs from the others: {text}")
 
 
 def _received(blob: bytes) -> tuple[str, Texts]:

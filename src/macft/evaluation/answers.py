@@ -8,16 +8,14 @@ from dataclasses import dataclass
 
 import mlx.nn as nn
 import msgpack
-from mlx_lm.generate import batch_generate
 
 from macft.collective.base import Collective
 from macft.data.formats import Record
 from macft.data.tokenize import prompt_tokens
 from macft.evaluation.answer_form import AnswerForm, AnswerTokenizer
+from macft.evaluation.batched import greedy_answers
 from macft.evaluation.metrics import Metric
 from macft.evaluation.record import expected_text, with_answer
-
-_PROMPTS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -65,20 +63,16 @@ def score_answers(
     started = time.perf_counter()
     model.eval()
     mine = list(range(collective.rank, len(records), collective.world_size))
-    # Prompts of similar length are batched together, which needs little padding.
-    prompts = {index: prompt_tokens(records[index], tokenizer) for index in mine}
-    mine.sort(key=lambda index: len(prompts[index]))
+    prompts = [prompt_tokens(records[index], tokenizer) for index in mine]
     form = AnswerForm.of(tokenizer, records[0]) if records else AnswerForm()
+    found = greedy_answers(
+        model, tokenizer, prompts, max_tokens=max_tokens, progress=lambda done: progress(done, len(mine))
+    )
     generated: list[tuple[int, str | None]] = []
-    for start in range(0, len(mine), _PROMPTS_AT_ONCE):
-        chunk = mine[start : start + _PROMPTS_AT_ONCE]
-        inputs = [prompts[index] for index in chunk]
-        found = batch_generate(model, tokenizer, inputs, max_tokens=max_tokens, return_token_ids=True)
-        for index, text, tokens in zip(chunk, found.texts, found.token_ids, strict=True):
-            # A model that ends its turn in a block that its prompt began has learned to answer without thinking.
-            is_thinking = len(tokens) == max_tokens and form.opens_thinking(tokenizer.decode(prompts[index]))
-            generated.append((index, form.answer(text, is_thinking=is_thinking)))
-        progress(len(generated), len(mine))
+    for index, prompt, tokens in zip(mine, prompts, found, strict=True):
+        # A model that ends its turn in a block that its prompt began has learned to answer without thinking.
+        is_thinking = len(tokens) == max_tokens and form.opens_thinking(tokenizer.decode(prompt))
+        generated.append((index, form.answer(tokenizer.decode(tokens), is_thinking=is_thinking)))
     gathered = [
         pair for payload in collective.all_gather(msgpack.packb(generated)) for pair in msgpack.unpackb(payload)
     ]

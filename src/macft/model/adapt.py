@@ -33,10 +33,11 @@ class Adaptation:
     description: str
 
 
-def adapt(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adaptation:
+def adapt(model: nn.Module, config: AdapterConfig, *, seed: int, evaluated: bool = True) -> Adaptation:
     """Adds the adapter to ``model`` in place and leaves only its parameters trainable.
 
-    The initial values depend on ``seed`` alone. They are float32, as in mlx-lm.
+    The initial values depend on ``seed`` alone. They are float32, as in mlx-lm. Without ``evaluated``, all of the
+    model's arrays stay to be computed: for a model whose sizes are wanted only.
 
     Raises:
         ConfigError: a layer number or projection the model doesn't have, or one that can't have such an adapter.
@@ -51,7 +52,8 @@ def adapt(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adaptation:
     else:
         settings = _add_low_rank(model, chosen, available, config)
     keys = make_dropout_reproducible(model)
-    mx.eval(model.parameters())
+    if evaluated:
+        mx.eval(model.parameters())
     _check_gradient(model)
     trainable = sum(int(value.size) for _, value in tree_flatten(model.trainable_parameters()))
     return Adaptation(settings, keys, trainable, total, _describe(config, chosen, available))

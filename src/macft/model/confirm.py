@@ -8,7 +8,9 @@ from dataclasses import replace
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from macft.errors import ModelError
 from macft.model.backends.choose import can_pack
+from macft.model.causal import sees_later_tokens
 from macft.model.execution import Execution, cannot_pack
 from macft.model.load import LoadedModel
 
@@ -21,7 +23,10 @@ def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[
 
     Raises:
         ConfigError: ``execution`` requires packing, and the model can't take packed rows.
+        ModelError: the model's code lets a token see later ones.
     """
+    if sees_later_tokens(loaded.model):
+        raise ModelError("the code of this model lets a token see later ones, so it can't learn to predict them")
     notes: list[str] = []
     types = {value.dtype for _, value in tree_flatten(loaded.model.parameters())}
     if execution.kernels == "cpu" and types != {mx.float32}:

@@ -34,6 +34,25 @@ class _Current(threading.local):
         self.keys = mx.zeros((1,), dtype=mx.uint32)
 
 
+class _FirstPosition(threading.local):
+    """Position in its row of the first token that this thread computes; not 0 where it computes rows in chunks."""
+
+    value = 0
+
+
+_first = _FirstPosition()
+
+
+@contextmanager
+def positions_from(first: int) -> Iterator[None]:
+    """Inside, this thread's sequences are the part of each row that begins at position ``first``."""
+    before, _first.value = _first.value, first
+    try:
+        yield
+    finally:
+        _first.value = before
+
+
 class DropoutKeys:
     """The keys of the rows that a thread computes, shared by all dropout layers of a model and of its replicas."""
 
@@ -89,7 +108,7 @@ class RowDropout(nn.Module):
         layout = layout_of_pack()
         if layout is None:
             rows, length = x.shape[:2]
-            return self._dropped(x, _mix(self._keys.value)[:rows, None], mx.arange(length)[None])
+            return self._dropped(x, _mix(self._keys.value)[:rows, None], _first.value + mx.arange(length)[None])
         return self._dropped(x, _mix(self._keys.value)[layout.owners][None], layout.depths[None])
 
     def _of_tokens(self, tokens: mx.array, count: int) -> tuple[mx.array, mx.array]:
@@ -99,7 +118,7 @@ class RowDropout(nn.Module):
         if layout is not None:
             return keys[layout.owners[tokens]], layout.depths[tokens]
         length = count // keys.shape[0]
-        return keys[tokens // length], tokens % length
+        return keys[tokens // length], _first.value + tokens % length
 
     def _dropped(self, x: mx.array, keys: mx.array, places: mx.array) -> mx.array:
         """``x`` (..., features) without some elements; ``keys`` and ``places`` have its first dimensions, or 1."""

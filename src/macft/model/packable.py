@@ -79,7 +79,7 @@ class _Unfit(Exception):
 
 
 class _Trace:
-    """Follows a model through a pack of two rows of ``length`` tokens and looks at its attention's masks."""
+    """Follows a model through a pack of two rows of ``length`` tokens, and looks at the masks of its attention."""
 
     def __init__(self, length: int) -> None:
         self.calls = 0

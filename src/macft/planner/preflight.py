@@ -86,9 +86,13 @@ def _decide(
     if (reason := planner.refusal(budget, auto=auto)) is not None:
         raise ConfigError(f"topology.memory_budget: {reason}")
     chosen = (planner.best(budget) if auto else None) or execution
-    peak = planner.parts(chosen).peak
-    keep_within(budget, peak)
-    note = f"memory: about {peak / 1e9:.2f} GB of {budget / 1e9:.1f} GB expected"
+    parts = planner.parts(chosen)
+    if parts.unknown:
+        keep_within(budget, budget)
+        note = f"memory: at least {parts.peak / 1e9:.2f} GB of {budget / 1e9:.1f} GB expected; {parts.unknown}"
+    else:
+        keep_within(budget, parts.peak)
+        note = f"memory: about {parts.peak / 1e9:.2f} GB of {budget / 1e9:.1f} GB expected"
     if auto:
         note += f"; topology.batch=auto chose {batch_overrides(chosen)}"
     return chosen, [note]

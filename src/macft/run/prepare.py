@@ -26,6 +26,7 @@ from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_files import load_adapter_weights
 from macft.model.backends.choose import make_backend
 from macft.model.confirm import confirm
+from macft.model.learned_positions import check_lengths
 from macft.model.load import LoadedModel, load, load_tokenizer
 from macft.model.resolve import resolve
 from macft.model.vocabulary import vocabulary_of
@@ -109,6 +110,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
             vocabulary=vocabulary_of(model_folder),
             max_seq_length=config.dataset.max_seq_length,
         )
+        check_lengths(model_folder, [data.train, data.valid, data.test])
         order = RowOrder(
             data.train.source_sizes, data.train.source_weights, batch_size=config.training.batch_size, seed=config.seed
         )

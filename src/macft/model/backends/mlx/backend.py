@@ -14,6 +14,7 @@ from macft.model.backends.lanes import OneLane
 from macft.model.backends.mlx.attention import row_attention
 from macft.model.backends.mlx.checkpoint import checkpointed_blocks
 from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy, whole_cross_entropy
+from macft.model.backends.mlx.recurrence import chunked_recurrences, find_recurrences
 from macft.model.execution import Execution
 from macft.model.head import Head
 from macft.model.packing import prepared_for_packs
@@ -32,6 +33,7 @@ class MlxBackend:
     def installed(self, model: nn.Module) -> Iterator[None]:
         """See :class:`~macft.model.backends.base.Backend`."""
         with ExitStack() as changes:
+            changes.enter_context(chunked_recurrences(find_recurrences(model)))
             if self._execution.packing:
                 changes.enter_context(prepared_for_packs(model, row_attention))
             if self._execution.recompute == "blocks":

@@ -1,4 +1,4 @@
-"""Trees of lists, tuples and dicts, as blocks take and return them, and the floating-point arrays in them."""
+"""Trees of lists, tuples and dicts, as modules take and return them, and the floating-point arrays in them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 
 class _Hole:
@@ -30,3 +30,9 @@ def put_together(tree: Any, arrays: Sequence[mx.array]) -> Any:
     """See :func:`take_apart`."""
     rest = iter(arrays)
     return tree_map(lambda leaf: next(rest) if leaf is _Hole else leaf, tree)
+
+
+def holds_state(tree: Any) -> bool:
+    """Whether ``tree`` has an object that a module could write arrays to, a cache say."""
+    plain = mx.array | str | int | float | None
+    return any(not isinstance(leaf, plain) for _, leaf in tree_flatten(tree))
