@@ -258,7 +258,7 @@ def assert_refused(done: list[Finished], *told: str) -> None:
         (change_row, ("training rows (dataset): rank 1 (127.0.0.1:", "(the first that differs is row 17)")),
         (
             lambda folder: write_jsonl(folder / "train.jsonl", [{"text": "only one row"}]),
-            ("has 1 rows (", "has 40 rows (", "(the first that differs is row 1)"),
+            ("has 1 rows (", "has 40 rows (", "(the first that differs is row 1); copy the same"),
         ),
     ],
     ids=["content", "number"],

@@ -123,6 +123,8 @@ def store_contents(folder: RunFolder, contents: Texts) -> None:
 def _explained(collective: Collective, differing: Mapping[str, str], train: Split) -> str:
     lines = []
     for part, who in differing.items():
+        if part == "order of the training rows" and "training rows" in differing:
+            continue  # it follows from their number
         first = ""
         if part == "training rows":
             with contextlib.suppress(CollectiveError):  # a lost node is no reason to go on
