@@ -59,6 +59,10 @@ def row_of(family: str, words: dict[str, str]) -> list[str]:
         remarks.append("`adapter.targets` must be given: mlx-lm's default takes a layer whose weight its code reads")
     if words["quantized"] == "no":
         remarks.append("mlx-lm can't compute it quantised")
+    if words["dropout"] == "refused":
+        remarks.append("no dropout: its code gives layers some tokens of a row only")
+    if words["files"] == "macft only":
+        remarks.append("mlx-lm can't load adapters of this family, nor its own")
     remarks += [f"wrong: {', '.join(failed)}"] if failed else []
 
     def cell(*checks: str) -> str:

@@ -48,7 +48,7 @@ MISTAKES = [
     ("training.patience=3 training.eval_every=0", "training.patience: early stopping needs validations"),
     ("adapter.rank=0", "adapter.rank: 0 is too small"),
     ("adapter.rslora=true", "adapter.rslora: needs adapter.alpha"),
-    ("adapter.layers=[1,2]", "adapter.layers and adapter.num_layers: give one of them"),
+    ("adapter.layers=[1,2]", "adapter.layers: adapter.num_layers=16 chooses blocks, too; set that to -1"),
     ("adapter.type=lokr", "adapter.type: 'lokr' is not one of lora, dora, full"),
     ("adapter=full model.quantization=4bit", "adapter.type: full can't train a quantised base"),
     ("topology.nodes=2", "topology=single has 1 node, not 2; did you mean topology=local?"),

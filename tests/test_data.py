@@ -235,9 +235,10 @@ def test_all_problems_are_told_at_once() -> None:
     assert len(problems(DatasetConfig(path="a", max_seq_length=0, valid_fraction=-1, columns={"x": "y"}))) == 3
 
 
-def test_half_a_surrogate_pair_is_blamed_on_its_row(tmp_path: Path, tokenizer: Any) -> None:
-    (tmp_path / "train.jsonl").write_text('{"text": "fine"}\n{"text": "\\ud83d"}\n')
-    with pytest.raises(DataError, match="train row 2: the tokenizer refuses the text"):
+@pytest.mark.parametrize("row", ['{"text": "\\ud83d"}', '{"prompt": "a \\ud83d", "completion": "b"}'])
+def test_half_a_surrogate_pair_is_blamed_on_its_row(tmp_path: Path, tokenizer: Any, row: str) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "fine"}\n' + row + "\n")
+    with pytest.raises(DataError, match=r"train row 2: .* refuses .*: it has '\\ud83d', half of a surrogate pair"):
         load(DatasetConfig(path=str(tmp_path)), tokenizer)
 
 
@@ -315,9 +316,30 @@ def test_a_chat_that_ends_with_the_user_is_not_trained_on_the_users_words(
     assert (f"{note} (first: row 2)" in data.notes) is masked
 
 
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": "Two?", "chosen": "2", "rejected": "3"}, "completion"),
+        ({"chosen": CHAT["messages"], "rejected": CHAT["messages"]}, "messages"),
+        ({"chosen": "Two? 2", "rejected": "Two? 3"}, "text"),
+    ],
+)
+def test_a_row_of_preferences_is_told_how_its_chosen_answer_is_trained_on(
+    tmp_path: Path, tokenizer: Any, row: dict[str, Any], columns: str
+) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [row])
+    with pytest.raises(DataError, match=rf"no training on preferences; dataset\.columns={{{columns}: chosen}} trains"):
+        load(DatasetConfig(path=str(tmp_path)), tokenizer)
+    chosen = load(DatasetConfig(path=str(tmp_path), columns={columns: "chosen"}), tokenizer)
+    assert chosen.train.rows[0].target_tokens > 0
+
+
 def test_a_chat_without_an_answer_can_not_be_masked(tmp_path: Path, tokenizer: Any) -> None:
     write_jsonl(tmp_path / "train.jsonl", [CHAT, {"messages": CHAT["messages"][:2]}])
-    with pytest.raises(DataError, match=r"train row 2: no message is the assistant's.*dataset\.mask_prompt needs"):
+    with pytest.raises(
+        DataError,
+        match=r"train row 2: no message is the assistant's.*; the roles are .*, user; dataset\.mask_prompt needs",
+    ):
         load(DatasetConfig(path=str(tmp_path), mask_prompt=True), tokenizer)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -167,6 +169,27 @@ def test_an_error_in_a_lane_reaches_the_caller(failing: int) -> None:
         compute.loss = loss
         assert_same_bits(compute(3, batches()), expected)
     assert threads_of_process() <= before
+
+
+COMPILES_IN_LANES = """
+import mlx.core as mx
+import mlx.nn as nn
+from macft.model.backends.cpu.lanes import ThreadLanes
+
+def compiled(lane, count):
+    functions = [mx.compile(lambda x, n=n: mx.exp(x) * n) for n in range(count)]
+    mx.eval([function(mx.ones(4)) for function in functions])
+    return functions
+
+kept = list(ThreadLanes([nn.Linear(2, 2) for _ in range(5)]).map(compiled, [200] * 4))
+"""
+
+
+def test_a_process_whose_lanes_compiled_functions_ends_in_order() -> None:
+    # Models bring such functions. Freed by a thread while the interpreter closes down, they would abort the process.
+    for _ in range(2):
+        ended = subprocess.run([sys.executable, "-c", COMPILES_IN_LANES], capture_output=True, text=True)
+        assert (ended.returncode, ended.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("packing", [True, False])

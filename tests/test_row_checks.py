@@ -147,6 +147,37 @@ def test_a_template_without_tools_is_told(tmp_path: Path, tiny_model_folder: Pat
     ]
 
 
+def test_tool_calls_are_found_in_every_format(tmp_path: Path, tiny_model_folder: Path) -> None:
+    asked, called = (
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": "Well.", "tool_calls": [CALL]},
+    )
+    function_call = {"from": "function_call", "value": '{"name": "rain", "arguments": {}}'}
+    rows: list[dict[str, Any]] = [
+        {"messages": json.dumps([asked, called])},
+        {"prompt": [asked], "completion": [called]},
+        {"conversations": [{"from": "human", "value": "Rain?"}, function_call, {"from": "gpt", "value": "Yes."}]},
+    ]
+    for number, row in enumerate(rows):
+        source = written(tmp_path / str(number), [row])
+        assert notes_of(tokenizer_with(tiny_model_folder, WITHOUT_CALLS), source) == [
+            "train: 1 of 1 rows have tool calls, which the model's chat template leaves out (first: row 1)"
+        ]
+        assert notes_of(tokenizer_with(tiny_model_folder, WITH_TOOLS), source) == []
+
+
+def test_keys_of_messages_that_the_template_leaves_out_are_told(tmp_path: Path, tiny_model_folder: Path) -> None:
+    thought = chat({"content": "Yes.", "reasoning_content": "Clouds.", "weight": 0, "name": "Ada"})
+    source = written(tmp_path, [PAIR, thought])
+    with_reasoning = CHATML.replace("{{ m.content }}", "{{ m.reasoning_content or '' }}{{ m.content }}")
+    reasoning, weight = (
+        f"train: 1 of 2 rows have messages with `{name}`, which the model's chat template leaves out (first: row 2)"
+        for name in ("reasoning_content", "weight")
+    )
+    assert notes_of(tokenizer_with(tiny_model_folder, CHATML), source) == [reasoning, weight]
+    assert notes_of(tokenizer_with(tiny_model_folder, with_reasoning), source) == [weight]
+
+
 def test_columns_that_no_format_reads_are_named_once(tmp_path: Path, tiny_model_folder: Path) -> None:
     source = written(tmp_path, [{**PAIR, "id": 1}, {**PAIR, "messages": [], "topic": "sums", "nothing": None}])
     written(source, [{**PAIR, "id": 2, "hard": True, "c": 1, "d": 2}], "valid")

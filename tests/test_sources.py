@@ -46,8 +46,52 @@ def test_a_missing_source_is_named(path: str, words: str) -> None:
 
 def test_a_folder_without_training_rows_is_named(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "valid.jsonl", [PAIR])
-    with pytest.raises(DataError, match=r"no train\.jsonl"):
+    with pytest.raises(DataError, match=r"no train\.jsonl .* with rows in it; it has valid\.jsonl$"):
         read_source(SourceConfig(path=str(tmp_path)))
+
+
+def test_validation_rows_may_have_the_hubs_name(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [PAIR])
+    write_jsonl(tmp_path / "validation.jsonl", [TEXT])
+    assert records(SourceConfig(path=str(tmp_path))) == {"train": [PAIR], "valid": [TEXT], "test": []}
+    write_jsonl(tmp_path / "valid.jsonl", [TEXT])
+    with pytest.raises(DataError, match=r"has both valid\.jsonl and validation\.jsonl; keep one"):
+        read_source(SourceConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "rows.csv",
+            b"prompt;completion\na;b\nc, d;e\n",
+            r"rows\.csv: its cells are separated by ';'; save it again with",
+        ),
+        ("rows.csv", b"prompt\tcompletion\na\tb\n", r"rows\.csv: its cells are separated by '\\t'; save it again with"),
+        (
+            "rows.tsv",
+            b"prompt\tcompletion\na\tb\n",
+            r"line 1: not JSON .*; it was read as JSON lines, for its suffix is",
+        ),
+        (
+            "rows.csv",
+            b"prompt,completion\n\xe0,\xe9\n",
+            r"rows\.csv can't be read: the file is not UTF-8 text; save it",
+        ),
+        (
+            "rows.jsonl",
+            '{"text": "one"}\n'.encode("utf-16"),
+            r"line 1: can't be read: the file is not UTF-8 text; save it",
+        ),
+    ],
+    ids=["semicolons", "tabs", "tsv", "latin-1", "utf-16"],
+)
+def test_a_file_of_another_kind_is_told_what_it_should_be(
+    tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        read_source(SourceConfig(path=str(tmp_path / name)))
 
 
 @pytest.mark.slow

@@ -38,6 +38,8 @@ CHAT_TEMPLATE = (
 NOT_TRAINED: dict[str, str] = {
     "bitnet": "mlx-lm finds no layer to adapt: its layers of ternary weights (BitLinear) have no LoRA",
     "deepseek_v41": "mlx-lm's model has no gradient: [gather_axis] Cannot calculate VJP with respect to indices",
+    "gemma3n": "in mlx-lm's code later blocks use the keys and values of earlier ones only where there is a cache, so "
+    "that training is of another network than generation",
     "muse_spark": "its attention has a Metal kernel only, which has no gradient",
     "olmo": "mlx-lm's model needs the package ai2-olmo",
     "phi3small": "mlx-lm's code adds a mask of true and false to the attention's scores, so tokens see later ones",
@@ -47,7 +49,6 @@ NOT_TRAINED: dict[str, str] = {
 
 # Families of which mlx-lm's default takes layers whose weight its own code reads, and fails: what is trained instead.
 TARGETS: dict[str, list[str]] = {
-    "gemma3n": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "kimi_k3": ["q_a_proj", "q_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 REMARKS: dict[str, str] = {

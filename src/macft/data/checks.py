@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.data.conversation import Conversation
 from macft.data.formats import FORMATS, Place, Record, Row, parse
 from macft.data.load import Remarks, Split
 from macft.data.template import template_tokens
@@ -29,6 +28,9 @@ _SHORT = 16
 """Targets with more tokens than this have something in them."""
 _ROWS_RENDERED = 4
 _COLUMNS_NAMED = 5
+_USUAL = ("role", "content", "name", "tool_call_id")
+"""Keys of messages that say who speaks, which most templates write for some roles only."""
+_WORDS = {"tools": "tools", "tool_calls": "tool calls"}
 
 
 @dataclass(frozen=True)
@@ -150,42 +152,39 @@ def _blank_tokens(tokens: Sequence[int], tokenizer: Any) -> set[int]:
 
 
 def _check_template(part: _Part, tokenizer: Any, remarks: Remarks) -> None:
-    """Remarks on rows whose tools or tool calls the chat template leaves out, which a few of them show."""
-    for line, has_it, without_it in (
-        (
-            "have tools, which the model's chat template leaves out",
-            _has_tools,
-            lambda found: replace(found, tools=None),
-        ),
-        ("have tool calls, which the model's chat template leaves out", _has_calls, _without_calls),
-    ):
-        having = [index for index, record in enumerate(part.records) if has_it(record)]
-        chosen = having[:: max(1, len(having) // _ROWS_RENDERED)][:_ROWS_RENDERED]
-        if chosen and all(_is_same(part.records[index], without_it, tokenizer) for index in chosen):
-            for index in having:
-                remarks.add(line, part.places[index])
+    """Remarks on tools, tool calls and other keys of messages that the chat template leaves out; a few rows show it."""
+    having: dict[str, list[int]] = {}
+    for index, record in enumerate(part.records):
+        for name in _beside_text(record):
+            having.setdefault(name, []).append(index)
+    for name, indices in having.items():
+        chosen = indices[:: max(1, len(indices) // _ROWS_RENDERED)][:_ROWS_RENDERED]
+        if all(_is_left_out(name, part.records[index], tokenizer) for index in chosen):
+            what = _WORDS.get(name, f"messages with `{name}`")
+            for index in indices:
+                remarks.add(f"have {what}, which the model's chat template leaves out", part.places[index])
 
 
-def _has_tools(record: Record) -> bool:
-    return bool(record.get("tools")) and record["tools"] != "[]"
+def _beside_text(record: Record) -> list[str]:
+    """What the record's conversation has beside roles and content: ``tools``, and keys of its messages."""
+    found = parse(record)
+    if isinstance(found, str):
+        return []
+    names = dict.fromkeys(name for message in found.messages for name in message if name not in _USUAL)
+    return [*(["tools"] if found.tools else []), *names]
 
 
-def _has_calls(record: Record) -> bool:
-    messages = record.get("messages")
-    return isinstance(messages, list) and any(message.get("tool_calls") for message in messages)
-
-
-def _without_calls(found: Conversation) -> Conversation:
-    messages = [{name: value for name, value in item.items() if name != "tool_calls"} for item in found.messages]
-    return replace(found, messages=[{**item, "content": item.get("content") or ""} for item in messages])
-
-
-def _is_same(record: Record, change: Callable[[Conversation], Conversation], tokenizer: Any) -> bool:
+def _is_left_out(name: str, record: Record, tokenizer: Any) -> bool:
+    """Whether the record has the same tokens without what :func:`_beside_text` calls ``name``."""
     found = parse(record)
     if isinstance(found, str):
         return False
+    without = replace(found, tools=None)
+    if name != "tools":
+        messages = [{key: value for key, value in item.items() if key != name} for item in found.messages]
+        without = replace(found, messages=[{"content": "", **item} for item in messages])
     try:
-        return template_tokens(found, tokenizer) == template_tokens(change(found), tokenizer)
+        return template_tokens(found, tokenizer) == template_tokens(without, tokenizer)
     except DataError:  # a template may need what was taken away
         return False
 

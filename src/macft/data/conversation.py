@@ -52,7 +52,8 @@ class Conversation:
         """
         answers = [n for n, message in enumerate(self.messages) if message["role"] == "assistant"]
         if not answers:
-            raise DataError("no message is the assistant's, so it has no answer")
+            roles = ", ".join(dict.fromkeys(str(message["role"]) for message in self.messages))
+            raise DataError(f"no message is the assistant's, so it has no answer; the roles are {roles}")
         if answers[-1] == 0:
             raise DataError("the answer is its first message, so it has no prompt")
         return Conversation(self.messages[: answers[-1] + 1], self.tools)

@@ -29,10 +29,17 @@ def read_file(path: Path) -> list[Numbered]:
     Raises:
         DataError: The file can't be read; the message names it, and the line where that is known.
     """
+    reader = READERS.get(path.suffix)
     try:
-        return READERS.get(path.suffix, _read_jsonl)(path)
+        return (reader or _read_jsonl)(path)
     except OSError as error:
         raise DataError(f"{path} can't be read: {error}") from error
+    except DataError as error:
+        if reader:
+            raise
+        raise DataError(
+            f"{error}; it was read as JSON lines, for its suffix is none of {', '.join(READERS)}"
+        ) from error
 
 
 def _read_jsonl(path: Path) -> list[Numbered]:
@@ -113,6 +120,8 @@ def _read_csv(path: Path) -> list[Numbered]:
 
 def _csv_rows(path: Path, reader: Any) -> Iterator[Numbered]:
     header: list[str] = next(reader, [])
+    if len(header) == 1 and (other := next((mark for mark in ";\t" if mark in header[0]), None)):
+        raise DataError(f"{path}: its cells are separated by {other!r}; save it again with commas between them")
     if twice := {name for name in header if name and header.count(name) > 1}:
         raise DataError(f"{path}: two columns are named {min(twice)}; rename one")
     first = reader.line_num + 1
@@ -158,4 +167,6 @@ def quietly(load: Callable[[], _Loaded], what: str) -> _Loaded:
 
 def one_line(error: BaseException) -> str:
     """The error's message on one line, its name if it has none."""
+    if isinstance(error, UnicodeDecodeError):
+        return "the file is not UTF-8 text; save it again as UTF-8"
     return " ".join(str(error).split())[:300] or type(error).__name__

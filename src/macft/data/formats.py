@@ -117,7 +117,16 @@ def parse(record: Record) -> Conversation | str:
     have = ", ".join(sorted(present)) or "none"
     empty = ", ".join(sorted(name for name in record if name in FIELDS and name not in present))
     have += f" ({empty}: empty)" if empty else ""
-    raise DataError(f"it needs {', '.join(others)}, or {last}, but has {have}; dataset.columns renames fields")
+    raise DataError(f"it needs {', '.join(others)}, or {last}, but has {have}; {_renaming(present)}")
+
+
+def _renaming(present: Record) -> str:
+    """What to do about a record with these fields, in none of the formats."""
+    if "chosen" not in present:
+        return "dataset.columns renames fields"
+    whole = "text" if isinstance(present["chosen"], str) else "messages"
+    field = "completion" if "prompt" in present else whole
+    return f"there is no training on preferences; dataset.columns={{{field}: chosen}} trains on the chosen answers"
 
 
 def _string(record: Record, name: str) -> str:

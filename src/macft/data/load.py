@@ -78,7 +78,9 @@ def tokenize_all(
         setattr(data, name, split)
         data.notes += notes
     if not data.train.rows:
-        raise DataError("dataset.max_seq_length: no training row has a target left after cutting; raise it")
+        raise DataError(
+            "dataset.max_seq_length: no training row has a target left after cutting; raise it, unless they are empty"
+        )
     if not data.valid.rows:
         data.notes.append(
             "no validation rows, so there is no validation (dataset.valid_fraction takes some from the training rows)"

@@ -11,7 +11,10 @@ from macft.errors import DataError
 
 SPLITS = ("train", "valid", "test")
 _BUILTIN = Path(__file__).parent / "builtin"
+_NAMES = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
+"""How the splits are called: by mlx-lm, and by most datasets of the Hub."""
 _HUB_PROBE_SECONDS = 5.0
+_FILES_NAMED = 5
 
 
 def read_source(source: SourceConfig) -> dict[str, list[RawRow]]:
@@ -70,13 +73,18 @@ def _builtin_folder(path: str) -> Path:
 def _read_folder(folder: Path, source: str) -> dict[str, list[RawRow]]:
     splits: dict[str, list[RawRow]] = {}
     for split in SPLITS:
-        files = [folder / f"{split}{suffix}" for suffix in READERS]
+        files = [folder / f"{name}{suffix}" for name in _NAMES[split] for suffix in READERS]
         present = [file for file in files if file.is_file()]
         if len(present) > 1:
             raise DataError(f"dataset.path: {folder} has both {present[0].name} and {present[1].name}; keep one")
         splits[split] = _read_rows(present[0], source, split) if present else []
     if not splits["train"]:
-        raise DataError(f"dataset.path: {folder} has no train.jsonl (nor train.json, .parquet or .csv) with rows in it")
+        found = sorted(item.name for item in folder.iterdir() if item.is_file())
+        more = ", ..." if len(found) > _FILES_NAMED else ""
+        raise DataError(
+            f"dataset.path: {folder} has no train.jsonl (nor train.json, .parquet or .csv) with rows in it; "
+            f"it has {', '.join(found[:_FILES_NAMED]) or 'no files'}{more}"
+        )
     return splits
 
 
@@ -91,8 +99,7 @@ def _read_hub(source: SourceConfig) -> dict[str, list[RawRow]]:
         builder = datasets.load_dataset_builder(source.path, source.name)
         builder.download_and_prepare()
         available = builder.info.splits
-        # valid and test are mlx-lm's names; most datasets have validation.
-        valid = source.valid_split or next((name for name in ("valid", "validation") if name in available), None)
+        valid = source.valid_split or next((name for name in _NAMES["valid"] if name in available), None)
         test = source.test_split or ("test" if "test" in available else None)
         wanted = {"train": source.train_split, "valid": valid, "test": test}
         chosen = builder.as_dataset(split={split: name for split, name in wanted.items() if name})

@@ -75,8 +75,19 @@ def _apply(conversation: Conversation, tokenizer: Tokenizer, opens_answer: bool,
             return_dict=False,
         )
     except Exception as error:  # a template is the model's own code and may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = why_refused(error, conversation.messages)
         raise DataError(f"the model's chat template refuses it: {reason}") from error
+
+
+def why_refused(error: Exception, written: Any) -> str:
+    """Why a template or a tokenizer raised ``error`` for what is ``written``, on one line."""
+    try:
+        json.dumps(written, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as broken:  # valid in JSON; tokenizers speak of the type of their argument
+        return f"it has {broken.object[broken.start]!a}, half of a surrogate pair, which is no character"
+    except (ValueError, RecursionError):
+        pass
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _as_it_wants_calls(conversation: Conversation, tokenizer: Tokenizer, opens_answer: bool) -> Conversation:

@@ -13,7 +13,7 @@ import numpy as np
 
 from macft.data.conversation import Conversation
 from macft.data.formats import Record, Row, parse
-from macft.data.template import Tokenizer, template_tokens
+from macft.data.template import Tokenizer, template_tokens, why_refused
 from macft.errors import DataError
 
 Remark = Callable[[str], None]
@@ -75,9 +75,8 @@ def text_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
     """
     try:
         tokens = [int(token) for token in tokenizer.encode(text)]
-    except Exception as error:  # for instance half a surrogate pair, valid in JSON but not in UTF-8
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"the tokenizer refuses the text: {reason}") from error
+    except Exception as error:  # each kind of tokenizer raises its own
+        raise DataError(f"the tokenizer refuses the text: {why_refused(error, text)}") from error
     begin = tokenizer.bos_token_id
     while begin is not None and tokens[:2] == [begin, begin]:
         del tokens[0]

@@ -64,7 +64,10 @@ def main(argv: Sequence[str]) -> None:
     checks = check_rows({arguments.split: split}, tokenizer, vocabulary=vocabulary, max_seq_length=sys.maxsize)
     _print(console, [f"note: {note}" for note in checks])
     if all(row.prompt_length >= dataset.max_seq_length for row in split.rows):
-        raise DataError(f"--max-seq-length: no {arguments.split} row has a target left after cutting; raise it")
+        raise DataError(
+            f"--max-seq-length: no {arguments.split} row has a target left after cutting; "
+            "raise it, unless they are empty"
+        )
 
 
 def _show(

@@ -54,7 +54,7 @@ def adapt(model: nn.Module, config: AdapterConfig, *, seed: int, evaluated: bool
     keys = make_dropout_reproducible(model)
     if evaluated:
         mx.eval(model.parameters())
-    _check_gradient(model)
+    _check_gradient(model, keys)
     trainable = sum(int(value.size) for _, value in tree_flatten(model.trainable_parameters()))
     return Adaptation(settings, keys, trainable, total, _describe(config, chosen, available))
 
@@ -117,13 +117,18 @@ def _unfreeze(model: nn.Module, chosen: AdapterLayers, config: AdapterConfig) ->
     return {"fine_tune_type": "full", "num_layers": len(chosen.blocks), "lora_parameters": None}
 
 
-def _check_gradient(model: nn.Module) -> None:
-    """Raises ModelError where the adapted ``model`` fails on a few tokens, or has no gradient; none is computed."""
+def _check_gradient(model: nn.Module, keys: DropoutKeys) -> None:
+    """Raises ModelError where the adapted ``model`` fails on a few tokens, or has no gradient; none is computed.
+
+    ConfigError where its dropout can't be told by the tokens' rows.
+    """
+    tokens = mx.arange(1, 9)[None]
     was_training = model.training
     model.train()
     try:
-        value, _ = nn.value_and_grad(model, lambda tokens: model(tokens).sum())(mx.arange(1, 9)[None])
-        mx.eval(value)
+        with keys.using(mx.zeros((1,), mx.uint32), tokens.size):
+            value, _ = nn.value_and_grad(model, lambda tokens: model(tokens).sum())(tokens)
+            mx.eval(value)
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, KeyError, NotImplementedError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"this model can't be trained on this device with mlx-lm's code: {reason}") from error

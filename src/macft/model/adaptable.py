@@ -112,10 +112,7 @@ def _layer(module: nn.Module) -> AdaptableLayer | None:
         name="",
         parameters=sum(int(value.size) for _, value in tree_flatten(module.parameters())),
         lora=_addition(module, "lora"),
-        # mlx-lm would put a plain linear layer in the place of one that has a way of its own.
-        dora=f"{type(module).__name__} has a LoRA of its own"
-        if hasattr(module, "to_lora")
-        else _addition(module, "dora"),
+        dora=_addition(module, "dora"),
         is_experts=isinstance(made, LoRASwitchLinear),
     )
 

@@ -53,7 +53,7 @@ def problems(config: AdapterConfig) -> list[str]:
     if config.num_layers < -1 or config.num_layers == 0:
         lines.append(f"adapter.num_layers: {config.num_layers} trains nothing; use -1 for all or 1 and more")
     if config.layers and config.num_layers != -1:
-        lines.append("adapter.layers and adapter.num_layers: give one of them, not both")
+        lines.append(f"adapter.layers: adapter.num_layers={config.num_layers} chooses blocks, too; set that to -1")
     if any(layer < 0 for layer in config.layers) or len(set(config.layers)) != len(config.layers):
         lines.append(f"adapter.layers: {list(config.layers)} must be different block numbers, counted from 0")
     if config.rslora and config.alpha is None:

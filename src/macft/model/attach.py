@@ -9,12 +9,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from macft.errors import ModelError
 from macft.model.adapter_files import read_tensors
-
-_ADAPTER_PARAMETERS = ("lora_a", "lora_b", "m")
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -47,19 +45,39 @@ def attach(model: nn.Module, folder: Path) -> None:
     Raises:
         ModelError: The adapter can't be read or doesn't fit this model.
     """
-    kind = read_adapter_config(folder).get("fine_tune_type", "lora")
+    config = read_adapter_config(folder)
     tensors = read_tensors(folder / "adapters.safetensors")
     try:
-        load_adapters(model, str(folder))
+        if config.get("fine_tune_type", "lora") == "full":
+            load_adapters(model, str(folder))
+        elif missing := _add_layers(model, config, tensors):
+            raise ModelError(f"adapter {folder} lacks {len(missing)} tensors that its config names, {missing[0]} first")
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # The first line of mlx-lm's message only introduces the tensors that don't fit.
         reason = lines[min(1, len(lines) - 1)] if lines else type(error).__name__
         raise ModelError(f"adapter {folder} doesn't fit this model: {reason}") from error
-    if kind != "full":
-        names = {name for name, _ in tree_flatten(model.parameters()) if name.rsplit(".", 1)[-1] in _ADAPTER_PARAMETERS}
-        if missing := sorted(names - tensors.keys()):
-            raise ModelError(f"adapter {folder} lacks {len(missing)} tensors that its config names, {missing[0]} first")
     model.freeze()
     model.eval()
     mx.eval(model.parameters())
+
+
+def _add_layers(model: nn.Module, config: dict[str, Any], tensors: dict[str, mx.array]) -> list[str]:
+    """Adds the layers of ``config`` with the values in ``tensors``; returns the names of parameters without a value.
+
+    As mlx-lm's ``load_adapters``, which does not know layers that keep several adapters in a list.
+
+    Raises:
+        ValueError: A tensor belongs to none of the layers.
+    """
+    model.freeze()
+    is_dora = config.get("fine_tune_type") == "dora"
+    linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"], use_dora=is_dora)
+    shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
+    for name, value in tensors.items():
+        if name not in shapes:
+            raise ValueError(f"{name}: not an adapter parameter in the model")
+        if value.shape != shapes[name]:
+            raise ValueError(f"{name}: its shape {value.shape} does not match the model's {shapes[name]}")
+    model.load_weights(list(tensors.items()), strict=False)
+    return sorted(shapes.keys() - tensors.keys())

@@ -10,9 +10,10 @@ from mlx.utils import tree_flatten
 
 from macft.errors import ModelError
 from macft.model.backends.choose import can_pack
-from macft.model.causal import sees_later_tokens
 from macft.model.execution import Execution, cannot_pack
+from macft.model.fitness import obstacle_to_training
 from macft.model.load import LoadedModel
+from macft.model.traceable import is_traceable
 
 
 def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[str]]:
@@ -23,10 +24,10 @@ def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[
 
     Raises:
         ConfigError: ``execution`` requires packing, and the model can't take packed rows.
-        ModelError: the model's code lets a token see later ones.
+        ModelError: training the model would make no sense.
     """
-    if sees_later_tokens(loaded.model):
-        raise ModelError("the code of this model lets a token see later ones, so it can't learn to predict them")
+    if (obstacle := obstacle_to_training(loaded.model)) is not None:
+        raise ModelError(obstacle)
     notes: list[str] = []
     types = {value.dtype for _, value in tree_flatten(loaded.model.parameters())}
     if execution.kernels == "cpu" and types != {mx.float32}:
@@ -37,4 +38,7 @@ def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[
             raise cannot_pack()
         execution = execution.padded()
         notes.append("this model's attention can't take packed rows, so rows are padded")
+    if execution.compiled and not is_traceable(loaded.model):
+        execution = replace(execution, compiled=False)
+        notes.append("this model's code needs values of arrays, so its steps aren't compiled")
     return execution, notes

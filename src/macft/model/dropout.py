@@ -32,6 +32,7 @@ class _Current(threading.local):
 
     def __init__(self) -> None:
         self.keys = mx.zeros((1,), dtype=mx.uint32)
+        self.tokens: int | None = None
 
 
 class _FirstPosition(threading.local):
@@ -68,14 +69,20 @@ class DropoutKeys:
     def __deepcopy__(self, _memo: object) -> DropoutKeys:
         return self
 
+    @property
+    def tokens(self) -> int | None:
+        """How many tokens this thread's rows have, padding included, where that is known."""
+        return self._current.tokens
+
     @contextmanager
-    def using(self, keys: mx.array) -> Iterator[None]:
-        """Inside, ``keys`` (rows,) uint32 are those of the rows being computed."""
-        before, self._current.keys = self._current.keys, keys
+    def using(self, keys: mx.array, tokens: int | None = None) -> Iterator[None]:
+        """Inside, ``keys`` (rows,) uint32 are those of the rows being computed, of ``tokens`` tokens together."""
+        before = self._current.keys, self._current.tokens
+        self._current.keys, self._current.tokens = keys, tokens
         try:
             yield
         finally:
-            self._current.keys = before
+            self._current.keys, self._current.tokens = before
 
     @staticmethod
     def for_rows(seed: int, step: int, row_ids: NDArray[np.int64]) -> NDArray[np.uint32]:
@@ -104,6 +111,11 @@ class RowDropout(nn.Module):
         if not self.training:
             return x
         if x.ndim == 2:
+            if self._keys.tokens not in (None, x.shape[0]):
+                raise ConfigError(
+                    "adapter.dropout: this model's code gives layers some tokens of a row only, whose masks would "
+                    "depend on who computes them; use 0"
+                )
             return self._dropped(x, *self._of_tokens(mx.arange(x.shape[0]), x.shape[0]))
         layout = layout_of_pack()
         if layout is None:

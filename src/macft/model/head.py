@@ -80,9 +80,6 @@ class Head:
             self._given.clear()
         return logits
 
-    def _hidden(self, *_arguments: Any, **_named: Any) -> mx.array:
-        return self._given[0]
-
     @cached_property
     def is_frozen(self) -> bool:
         """Whether no trainable parameter lies in the head or the (tied) embedding."""

@@ -29,8 +29,9 @@ def vocabulary_of(folder: Path) -> int | None:
     try:
         model_class, arguments = _get_classes(config)
         modules = model_class(arguments.from_dict(config)).modules()
-    # What a class of mlx-lm, or of the model's own code, raises for settings it can't use; loading tells the reason.
-    except Exception:
+    # What a class of mlx-lm, or of the model's own code, raises for settings it can't use, or ends the program where a
+    # package is missing; loading tells the reason.
+    except (Exception, SystemExit):
         return None
     sizes = {int(module.weight.shape[0]) for module in modules if isinstance(module, nn.Embedding)}
     return max(sizes & _named(config, "vocab_size") or sizes, default=None)

@@ -10,12 +10,15 @@ arrays in them are the same, so that weights exist once.
 
 from __future__ import annotations
 
+import atexit
 import copy
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import cache
 from itertools import cycle
+from queue import SimpleQueue
 from typing import Any
 
 import mlx.core as mx
@@ -80,10 +83,44 @@ class ThreadLanes:
             refs.put([self._nothing] * len(refs.names))
 
 
+class _Thread:
+    """A thread that computes what it is given, one after the other, and never ends before the process.
+
+    MLX keeps compiled functions in the thread that called them. A thread that ends frees them, which needs Python's
+    interpreter; where that is already closing down, MLX aborts the process. An executor's threads end just then.
+    """
+
+    def __init__(self, name: str):
+        self._work: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+        atexit.register(self._wait)
+
+    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """Has ``function(*arguments)`` computed; the future gets its result or its error."""
+        future: Future[Result] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:  # raised again where the result is asked for
+                future.set_exception(error)
+
+        self._work.put(work)
+        return future
+
+    def _run(self) -> None:
+        while True:
+            self._work.get()()
+
+    def _wait(self) -> None:
+        """Until nothing is computed any more: an interrupted step may be, when the process ends."""
+        self.submit(lambda: None).result()
+
+
 @cache
-def _thread(lane: int) -> ThreadPoolExecutor:
+def _thread(lane: int) -> _Thread:
     """The same for every model, for MLX keeps a stream, with a thread of its own, of each thread that ever was."""
-    return ThreadPoolExecutor(1, thread_name_prefix=f"lane-{lane}")
+    return _Thread(f"lane-{lane}")
 
 
 def replica_of(model: nn.Module) -> nn.Module:
