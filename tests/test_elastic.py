@@ -187,11 +187,12 @@ def test_a_killed_node_is_started_again_and_another_one_joins(
 
 
 def test_a_newcomer_with_another_configuration_is_told_so(tmp_path: Path, basics: list[str]) -> None:
+    basics = [*basics, "training.steps=4000"]  # it is still going on when the newcomer asks
     process = start(*basics, "topology=local", f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
     wait_for_step(process, tmp_path / "run", 1)
     newcomer = train(*basics, "seed=5", f"topology.join={tmp_path / 'run'}", cwd=tmp_path)
     assert newcomer.status == 1
-    assert "refuses this node: its configuration differs from the run's" in newcomer.errors
+    assert "refuses this node: its settings or versions differ from the run's: seed: 5 instead of 0;" in newcomer.errors
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130

@@ -129,10 +129,14 @@ def test_strangers_learn_and_change_nothing() -> None:
             sock.send(heartbeat_codec.encode_heartbeat(Heartbeat(foreign, higher, ready=True), b"another secret"))
             sock.send(b"\xc1 not msgpack")
             sock.send(msgpack.packb({"join": 1}))
-            sock.send(join_request("other"))
+            sock.send(join_request({"seed": "1"}))
             assert sock.poll(10_000)
-            assert "configuration differs" in msgpack.unpackb(sock.recv())["refused"]
-            sock.send(join_request("same"))
+            assert "differ from the run's: seed: 1 instead of 0;" in msgpack.unpackb(sock.recv())["refused"]
+            sock.send(msgpack.packb({**msgpack.unpackb(join_request({})), "must_match": [1]}))
+            assert sock.poll(10_000)
+            assert "no valid settings" in msgpack.unpackb(sock.recv())["refused"]
+            node.membership.contents = {"training rows": "40 rows"}
+            sock.send(join_request({"seed": "0"}))
             assert sock.poll(10_000)
             answer = msgpack.unpackb(sock.recv())
             assert (answer["secret"], answer["started"], heartbeat_codec.decode_view(answer["view"])) == (
@@ -140,6 +144,7 @@ def test_strangers_learn_and_change_nothing() -> None:
                 "at noon",
                 node.membership.state.view,
             )
+            assert answer["contents"] == {"training rows": "40 rows"}
             assert not sock.poll(100)
         assert node.membership.state.view.generation == 0
         assert not node.membership.state.candidates
@@ -178,7 +183,7 @@ def test_silent_nodes_do_not_make_this_one_silent() -> None:
 def test_an_invalid_reply_to_a_join_request_does_not_reach_the_terminal(reply: object) -> None:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as server, ThreadPoolExecutor(1) as pool:
         address = f"127.0.0.1:{server.bind_to_random_port('tcp://127.0.0.1')}"
-        config = MemberConfig("127.0.0.1:0", "127.0.0.1:0", "n1", SETTINGS, None, "same")
+        config = MemberConfig("127.0.0.1:0", "127.0.0.1:0", "n1", SETTINGS, None, {"seed": "0"})
         joining = pool.submit(join_elastic_ring, [address], config, timeout=20.0)
         assert server.poll(20_000)
         peer, _ = server.recv_multipart()

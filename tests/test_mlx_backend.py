@@ -30,7 +30,7 @@ from macft.errors import CollectiveError
 server, rank, ranks, settings, program = sys.argv[1:]
 try:
     config = CollectiveConfig(backend="mlx", timeout=90.0)
-    joining = RankConfig(server, int(rank), int(ranks), run_id="t", fingerprint="f", name=f"node-{rank}", timeout=90.0)
+    joining = RankConfig(server, int(rank), int(ranks), run_id="t", must_match={}, name=f"node-{rank}", timeout=90.0)
     with connect(joining, config) as group:
         vars(config).update(json.loads(settings))  # once all are there, which on a busy machine may take long
         exec(program)
@@ -44,7 +44,7 @@ PATIENT = 120
 @contextlib.contextmanager
 def ranks(count: int, program: str, **settings: float) -> Iterator[list[subprocess.Popen[str]]]:
     """``count`` processes that run ``program`` with a ``group``; whatever is left of them is ended."""
-    server = RendezvousServer(world_size=count, run_id="t", fingerprint="f", timeout=90.0)
+    server = RendezvousServer(world_size=count, run_id="t", must_match={}, timeout=90.0)
     server.start()
     processes = []
     try:

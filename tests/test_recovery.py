@@ -17,6 +17,7 @@ from helpers.report_events import HPARAMS, started, step
 from macft.checkpoint.saver import CheckpointSaver
 from macft.checkpoint.snapshot import Progress
 from macft.checkpoint.store import CheckpointStore
+from macft.errors import RendezvousError
 from macft.membership.paxos import View
 from macft.parallel.balance import ShareBalancer
 from macft.parallel.node_status import NodeStatus
@@ -39,7 +40,8 @@ class Rank:
 
     def __init__(self, node: Node, rank: int, folder: Path):
         assert node.ring is not None
-        self.node, ring = node, node.ring
+        self.node, self.ring = node, node.ring
+        ring = self.ring
         self.folder = RunFolder(folder / str(rank))
         config = ReportConfig(console=False, tensorboard=False)
         self.reporter: Reporter = fan_out.build(config, self.folder, hparams=HPARAMS, is_main=rank == 0, first_step=0)
@@ -127,3 +129,14 @@ def test_a_step_that_all_have_made_is_reported_once(ranks: list[Rank]) -> None:
 def test_events_come_back_from_bytes_as_they_were() -> None:
     events = [replace(step(4), nodes=[NodeStatus(tokens=7, watts=11.5)]), Evaluated(4, 3.0, 900, 1.0, True)]
     assert unpack_events(pack_events(events)) == events
+
+
+def test_a_node_with_other_contents_is_left_out_and_the_others_go_on(ranks: list[Rank]) -> None:
+    for rank, rows in zip(ranks, ("40 rows", "40 rows", "39 rows"), strict=True):
+        rank.ring.contents = {"training rows": rows}
+    first, second, other = [rank.node.thread.submit(rank.recovery.regroup) for rank in ranks]
+    with pytest.raises(RendezvousError, match="this node differs from the run: training rows: 39 rows instead of 40"):
+        other.result(30)
+    ranks[2].node.close()
+    assert (first.result(30), second.result(30)) == (True, True)
+    assert ranks[0].ring.members.names == ("n0", "n1")

@@ -23,13 +23,13 @@ from macft.rendezvous.server import RendezvousServer
 
 
 def serve(world_size: int, timeout: float = 20.0, **more: Any) -> RendezvousServer:
-    server = RendezvousServer(world_size=world_size, run_id="run", fingerprint="f", timeout=timeout, **more)
+    server = RendezvousServer(world_size=world_size, run_id="run", must_match={"seed": "0"}, timeout=timeout, **more)
     server.start()
     return server
 
 
 def report(server: RendezvousServer, rank: int, world_size: int, **changed: Any) -> Roster:
-    own: dict[str, Any] = {"run_id": "run", "fingerprint": "f", "timeout": 20.0, "name": f"node{rank}"}
+    own: dict[str, Any] = {"run_id": "run", "must_match": {"seed": "0"}, "timeout": 20.0, "name": f"node{rank}"}
     own |= {"rank": rank, "world_size": world_size, **changed}
     ring_address = own.pop("ring_address", f"127.0.0.1:{7000 + rank}")
     return join_rendezvous(RankConfig(server.address, **own), ring_address)
@@ -55,7 +55,12 @@ def test_every_rank_gets_the_same_table(pool: ThreadPoolExecutor) -> None:
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"fingerprint": "other"}, "rank 1 (node1) has another configuration"),
+        (
+            {"must_match": {"seed": "1"}},
+            "rank 1 (node1) has other settings or versions than the others: seed: 1 instead of 0;",
+        ),
+        ({"must_match": {}}, "seed: nothing instead of 0; make them the same on all nodes"),
+        ({"must_match": {"seed": "0", "more": "x" * 256}}, "rank 1 (node1) sent no valid settings"),
         ({"world_size": 3}, "rank 1 (node1) expects 3 nodes, the others 2"),
         ({"run_id": "old"}, "rank 1 (node1) belongs to run old, the others to run"),
         ({"rank": 2}, "rank 2 (node1) is not one of ranks 0 to 1"),
@@ -110,7 +115,7 @@ def test_nobody_answers() -> None:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(RendezvousError, match=f"rendezvous at {address}: no answer within 0.1 s; is macft"):
-            join_rendezvous(RankConfig(address, 0, 2, run_id="", fingerprint="", name="", timeout=0.1), "a:1")
+            join_rendezvous(RankConfig(address, 0, 2, run_id="", must_match={}, name="", timeout=0.1), "a:1")
 
 
 def test_an_address_in_use_is_named() -> None:
@@ -151,7 +156,9 @@ def ring_of_three(pool: ThreadPoolExecutor) -> list[list[float]]:
 
     def work(rank: int) -> list[float]:
         array = np.full(5, rank + 1.0)
-        config = RankConfig(server.address, rank, 3, run_id="run", fingerprint="f", name=f"node{rank}", timeout=20.0)
+        config = RankConfig(
+            server.address, rank, 3, run_id="run", must_match={"seed": "0"}, name=f"node{rank}", timeout=20.0
+        )
         with connect_ring(config, CollectiveConfig()) as ring:
             ring.all_reduce([array])
         return array.tolist()
@@ -175,8 +182,8 @@ def test_a_refused_rank_frees_its_port() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         bind = f"127.0.0.1:{probe.getsockname()[1]}"
-    config = RankConfig(server.address, 0, 2, run_id="run", fingerprint="other", name="", timeout=20.0)
-    with pytest.raises(RendezvousError, match="another configuration"):
+    config = RankConfig(server.address, 0, 2, run_id="run", must_match={"seed": "1"}, name="", timeout=20.0)
+    with pytest.raises(RendezvousError, match="other settings or versions"):
         connect_ring(config, CollectiveConfig(), bind=bind)
     server.close()
     with socket.create_server(("127.0.0.1", int(bind.rpartition(":")[2]))):
@@ -189,11 +196,11 @@ def test_arrivals_and_refusals_are_logged(pool: ThreadPoolExecutor, caplog: pyte
     first = pool.submit(report, server, 0, 2)
     while not server.arrived:
         threading.Event().wait(0.005)
-    assert "another configuration" in reason(pool.submit(report, server, 1, 2, fingerprint="other"))
-    assert "another configuration" in reason(first)
+    assert "other settings or versions" in reason(pool.submit(report, server, 1, 2, must_match={"seed": "1"}))
+    assert "other settings or versions" in reason(first)
     server.close()
     messages = [record.getMessage() for record in caplog.records]
     assert "rank 0 (node0, 127.0.0.1:7000) arrived, 1 of 2" in messages
     assert any(
-        message.startswith("rendezvous failed: rank 1 (node1) has another configuration") for message in messages
+        message.startswith("rendezvous failed: rank 1 (node1) has other settings or versions") for message in messages
     )

@@ -49,7 +49,7 @@ def serve(keyring: Keyring | None, world_size: int, told: list[str], timeout: fl
     server = RendezvousServer(
         world_size=world_size,
         run_id="run",
-        fingerprint="f",
+        must_match={},
         timeout=timeout,
         keyring=keyring,
         on_refusal=told.append,
@@ -65,7 +65,7 @@ def add_up(server: RendezvousServer, keyring: Keyring | None, rank: int, world_s
         rank,
         world_size,
         run_id="run",
-        fingerprint="f",
+        must_match={},
         name=f"node{rank}",
         timeout=30.0,
         keyring=keyring,

@@ -35,7 +35,7 @@ from macft.collective_bench.tcp import RawTcp
 from macft.collective_bench.turns import Measured, measure
 from macft.config.command_line import prepare
 from macft.config.schema import TrainConfig
-from macft.config.yaml import fingerprint
+from macft.config.yaml import must_match
 from macft.errors import CollectiveError, ConfigError
 from macft.rendezvous.hosts import connect_hosts
 from macft.rendezvous.keystore import keyring_for
@@ -148,10 +148,10 @@ def _measure_hosts(options: argparse.Namespace, config: TrainConfig) -> tuple[li
     run_id = f"bench:{','.join(topology.hosts)}"
     keyring = keyring_for(topology, config.collective)
     # All hosts must also measure the same.
-    measured = json.dumps([fingerprint(config), options.sizes, options.turns, options.peers])
+    same = must_match(config) | {name: str(getattr(options, name)) for name in ("sizes", "turns", "peers")}
     with ExitStack() as stack:
         collective = stack.enter_context(
-            connect_hosts(topology, config.collective, run_id=run_id, fingerprint=measured, keyring=keyring)
+            connect_hosts(topology, config.collective, run_id=run_id, must_match=same, keyring=keyring)
         )
         Console().print(f"rank {rank} of {count} ({topology.hosts[rank]}), collective={config.collective.backend}")
         sides: dict[str, Side] = {"macft": Joined(collective)}

@@ -75,7 +75,7 @@ class ProtocolError(CollectiveError):
 
 
 class RendezvousError(CollectiveError):
-    """The ranks could not find each other or do not agree on version, run or world size."""
+    """The ranks could not find each other or do not agree on version, run, settings or contents."""
 
 
 class TrainingError(MacftError):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from macft.collective.base import Collective
+from macft.collective.matching import Texts
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class MembershipView:
 @runtime_checkable
 class ElasticCollective(Collective, Protocol):
     """A collective whose calls raise MembershipChanged when a rank is lost; the other ranks then call ``regroup``."""
+
+    contents: Texts
+    """What all members' data and weights are, as texts by name; a newcomer has them from the run. Empty until known."""
 
     @property
     def members(self) -> MembershipView:

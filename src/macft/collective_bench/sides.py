@@ -215,7 +215,7 @@ def _join_macft(rank: int, addresses: Sequence[str], settings: Mapping[str, obje
                 addresses[0],
                 world_size=count,
                 run_id="bench",
-                fingerprint="bench",
+                must_match={},
                 timeout=JOIN_SECONDS,
                 keyring=keyring,
             )
@@ -225,7 +225,7 @@ def _join_macft(rank: int, addresses: Sequence[str], settings: Mapping[str, obje
             rank=rank,
             world_size=count,
             run_id="bench",
-            fingerprint="bench",
+            must_match={},
             name=f"rank-{rank}",
             timeout=JOIN_SECONDS,
             keyring=keyring,

@@ -1,4 +1,4 @@
-"""The resolved configuration as YAML, as in a run's folder, and its fingerprint."""
+"""The resolved configuration as YAML, as in a run's folder, and what of it all nodes must have alike."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from macft.config.overrides import escaped
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain, to_typed
 from macft.errors import ConfigError
+from macft.remote.host_probe import versions
+
+_DECIDING_PACKAGES = ("mlx", "mlx-lm")
+_MAX_VALUE = 100
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -63,24 +67,53 @@ def _escaped(value: Any) -> Any:
     return escaped(value) if isinstance(value, str) else value
 
 
-def fingerprint(config: TrainConfig, *, of_newcomer: bool = False) -> str:
-    """SHA-256, in hexadecimal, of the settings that must be the same on all nodes; reporting, for instance, may differ.
+def must_match(config: TrainConfig, *, of_newcomer: bool = False) -> dict[str, str]:
+    """What must be the same on all nodes before they meet, as texts by name: settings, and versions of packages.
+
+    Where a node keeps its model and its dataset is its own matter: their contents are compared, once they are read; see
+    :mod:`macft.run.contents`. Reporting, for instance, may differ, too.
 
     Args:
         of_newcomer: Leave out the topology, which may have changed by the time a node joins.
     """
     plain = to_plain(config)
-    plain.pop("report")
-    plain.pop("plan")
-    plain.pop("thermal")  # each Mac may have its own budget
-    plain["dataset"].pop("template_time")  # each node has its own at first; the run's is that of rank 0
-    topology = config.topology
-    plain["topology"] = {
-        "nodes": max(topology.nodes, len(topology.hosts)),
-        "shares": topology.shares,
-        "rebalance_every": topology.rebalance_every,
-        "elastic": topology.elastic,
-    }
-    if of_newcomer:
-        plain.pop("topology")
-    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.create(plain), sort_keys=True).encode()).hexdigest()
+    for group in ("report", "plan", "thermal", "topology"):  # each Mac may have its own budget of heat
+        plain.pop(group)
+    dataset, model, adapter = plain["dataset"], plain["model"], plain["adapter"]
+    dataset.pop("template_time")  # each node has its own at first; the run's is that of rank 0
+    model.pop("revision")
+    for source in (model, dataset, *dataset["sources"]):
+        source.pop("path")
+    adapter["init_from"] = adapter["init_from"] is not None  # rank 0 reads it and sends what is in it
+    if not of_newcomer:
+        topology = config.topology
+        plain["topology"] = {
+            "nodes": max(topology.nodes, len(topology.hosts)),
+            "shares": topology.shares,
+            "rebalance_every": topology.rebalance_every,
+            "elastic": topology.elastic,
+        }
+    return {key: _text(value) for key, value in _flat(plain)} | package_versions()
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of packages that decide what a step computes, by name; macft's own is compared with the protocol."""
+    installed = versions(list(_DECIDING_PACKAGES))
+    return {f"the version of {name}": installed[name] for name in _DECIDING_PACKAGES}
+
+
+def _flat(plain: dict[str, Any]) -> list[tuple[str, Any]]:
+    """``("seed", 0), ("model.precision", "auto"), ...``."""
+    return [
+        (f"{group}.{key}" if key else group, value)
+        for group, values in plain.items()
+        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
+    ]
+
+
+def _text(value: Any) -> str:
+    """``value`` for a message; a long one is cut, with a digest of the whole."""
+    text = str(value)
+    if len(text) <= _MAX_VALUE:
+        return text
+    return f"{text[:_MAX_VALUE]}... ({hashlib.sha256(text.encode()).hexdigest()[:8]})"

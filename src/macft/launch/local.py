@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 
+from macft.collective.matching import Texts
 from macft.device.blas import available_cores
 from macft.errors import MacftError
 from macft.rendezvous.keystore import Keyring
@@ -39,7 +40,7 @@ def launch_local(
     folder: Path,
     *,
     run_id: str,
-    fingerprint: str,
+    must_match: Texts,
     start_timeout: float,
     resume: bool,
     keyring: Keyring | None = None,
@@ -55,7 +56,7 @@ def launch_local(
         world_size: The number of ranks.
         folder: The run's folder, with the configuration that is proposed.
         run_id: Of the run; see :class:`~macft.rendezvous.connect.RankConfig`.
-        fingerprint: SHA-256 of the resolved configuration.
+        must_match: Settings and versions that must be the same on all ranks, by name.
         start_timeout: Seconds within which all ranks must meet.
         resume: Whether the ranks continue from the last checkpoint.
         keyring: This machine's keys. None: no encryption.
@@ -73,7 +74,7 @@ def launch_local(
         "127.0.0.1:0",
         world_size=world_size,
         run_id=run_id,
-        fingerprint=fingerprint,
+        must_match=must_match,
         timeout=start_timeout,
         keyring=keyring,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from macft.config.schema import TrainConfig
-from macft.config.yaml import fingerprint
+from macft.config.yaml import must_match
 from macft.membership.join import MEMBERSHIP_PORT, MemberConfig
 from macft.rendezvous.hosts import bind_addresses
 from macft.rendezvous.keystore import Keyring
@@ -24,6 +24,6 @@ def member_config(
         name=name,
         settings=config.collective,
         keyring=keyring,
-        fingerprint=fingerprint(config, of_newcomer=True),
+        must_match=must_match(config, of_newcomer=True),
         started=str(config.dataset.template_time),
     )

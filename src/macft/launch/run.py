@@ -9,7 +9,7 @@ from pathlib import Path
 
 from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
-from macft.config.yaml import fingerprint, to_yaml
+from macft.config.yaml import must_match, to_yaml
 from macft.device.durable import write_atomically
 from macft.launch.run_clock import started, started_together
 from macft.logs.run_log import last_error, start_log
@@ -88,7 +88,7 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
             config.topology.nodes,
             folder,
             run_id=folder.name,
-            fingerprint=fingerprint(config),
+            must_match=must_match(config),
             start_timeout=config.topology.start_timeout,
             resume=resume,
             keyring=keyring,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
-from macft.config.yaml import fingerprint
+from macft.config.yaml import must_match
 from macft.launch.member import member_config
 from macft.launch.run_clock import started_together
 from macft.membership.join import form_elastic_ring
@@ -30,7 +30,7 @@ def run_on_hosts(
     name = topology.hosts[own_rank(topology)]
     run_id = f"{config.name}:{','.join(topology.hosts)}"
     with connect_hosts(
-        topology, config.collective, run_id=run_id, fingerprint=fingerprint(config), keyring=keyring
+        topology, config.collective, run_id=run_id, must_match=must_match(config), keyring=keyring
     ) as ring:
         config = started_together(config, ring)
         if not is_elastic(config):

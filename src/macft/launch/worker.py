@@ -14,7 +14,7 @@ from pathlib import Path
 from macft.cli.run_command import exit_status, run_command
 from macft.collective.base import Collective
 from macft.config.validate import is_elastic, world_size
-from macft.config.yaml import fingerprint, read
+from macft.config.yaml import must_match, read
 from macft.launch.local import watch_launcher
 from macft.launch.member import ANY_PORT_HERE, member_config
 from macft.logs.run_log import start_log
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
                     rank=rank,
                     world_size=world_size(config),
                     run_id=run_id,
-                    fingerprint=fingerprint(config),
+                    must_match=must_match(config),
                     name=name,
                     timeout=config.topology.start_timeout,
                     keyring=keyring,

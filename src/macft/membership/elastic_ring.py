@@ -18,6 +18,7 @@ from macft.collective.base import Collective, ReducibleArray
 from macft.collective.codecs.quantization import WireCodec
 from macft.collective.elastic import ElasticCollective, MembershipView
 from macft.collective.listener import Listener
+from macft.collective.matching import Texts
 from macft.collective.ring import Ring
 from macft.collective.solo import Solo
 from macft.errors import CollectiveError, MembershipChanged, PeerLost, PeerTimeout
@@ -95,6 +96,15 @@ class ElasticRing(ElasticCollective):
     def started(self) -> str:
         """When the run started, as all members have it; a newcomer takes it over."""
         return self._membership.started
+
+    @property
+    def contents(self) -> Texts:
+        """What all members' data and weights are; a newcomer has them from the run. Empty until they are known."""
+        return self._membership.contents
+
+    @contents.setter
+    def contents(self, value: Texts) -> None:
+        self._membership.contents = value
 
     def check(self) -> None:
         """Raises MembershipChanged if the ring is known to have failed. No communication."""

@@ -15,6 +15,7 @@ import zmq
 
 from macft.collective.base import Collective
 from macft.collective.listener import Listener
+from macft.collective.matching import Texts, read_texts
 from macft.collective.settings import CollectiveConfig
 from macft.collective.solo import Solo
 from macft.errors import CollectiveError, RendezvousError
@@ -42,7 +43,7 @@ class MemberConfig:
         name: Its name in messages.
         settings: The configuration group ``collective``.
         keyring: Its keys; None without encryption.
-        fingerprint: Of the configuration that all nodes must share.
+        must_match: Settings and versions that must be the same on all nodes, by name.
         started: When the run started; a newcomer gets it from the run.
     """
 
@@ -51,7 +52,7 @@ class MemberConfig:
     name: str
     settings: CollectiveConfig
     keyring: Keyring | None
-    fingerprint: str
+    must_match: Texts
     started: str = ""
 
     def membership(self) -> MembershipService:
@@ -65,7 +66,7 @@ class MemberConfig:
             name=self.name,
             settings=self.settings,
             keyring=self.keyring,
-            fingerprint=self.fingerprint,
+            must_match=self.must_match,
             started=self.started,
         )
 
@@ -112,7 +113,7 @@ def join_elastic_ring(addresses: Sequence[str], config: MemberConfig, *, timeout
             says why.
         CollectiveError: this node cannot listen on ``config.bind``.
     """
-    message = join_request(config.fingerprint)
+    message = join_request(config.must_match)
     deadline = time.monotonic() + timeout
     answer: bytes | None = None
     while answer is None and time.monotonic() < deadline:
@@ -129,11 +130,12 @@ def join_elastic_ring(addresses: Sequence[str], config: MemberConfig, *, timeout
         if "refused" in reply:
             raise RendezvousError(f"topology.join: {where} refuses this node: {_refusal(reply['refused'])}")
         view, secret = heartbeat_codec.decode_view(reply["view"]), bytes(reply["secret"])
-        started = heartbeat_codec.decode_text(reply["started"])
+        started, contents = heartbeat_codec.decode_text(reply["started"]), read_texts(reply["contents"])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError, msgpack.UnpackException):
         raise RendezvousError(f"topology.join: invalid reply from {where}: not a macft membership service") from None
     _log.info("joining the run at %s, view %d: %s", where, view.generation, ", ".join(view.names))
     membership = replace(config, started=started).membership()
+    membership.contents = contents or {}
     return ElasticRing(membership, Solo(), view, secret=secret, open_listener=config.open_listener)
 
 

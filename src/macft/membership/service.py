@@ -22,6 +22,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 import macft
+from macft.collective.matching import Texts, difference, read_texts
 from macft.collective.security import Gate, encrypt_to
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import PROTOCOL_VERSION, bind, probe, set_endpoint, split_paths
@@ -41,12 +42,13 @@ _log = logging.getLogger("macft.membership")
 
 
 class JoinReply(TypedDict):
-    """The reply to a node that wants to join: the run's secret, start and newest view, or why it is refused."""
+    """The reply to a node that wants to join: secret, start, newest view and contents, or why it is refused."""
 
     refused: NotRequired[str]
     secret: NotRequired[bytes]
     started: NotRequired[str]
     view: NotRequired[heartbeat_codec.EncodedView]
+    contents: NotRequired[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class MembershipService:
     Attributes:
         own: This node.
         started: When the run started, in words; what its first members agreed on, and newcomers take over.
+        contents: What all members' data and weights are, as texts by name; empty until they have compared them.
         state: What the thread knows. It replaces the whole object, so the values of one object belong together.
 
     Args:
@@ -92,7 +95,7 @@ class MembershipService:
         settings: ``timeout`` is the silence after which a node is lost, ``heartbeat`` the longest time between two
             heartbeats, ``patience`` how long the others wait for a node that is alive but busy.
         keyring: Heartbeats are encrypted and only those of its members accepted. None: no encryption.
-        fingerprint: Of the configuration that a newcomer must share.
+        must_match: Settings and versions that a newcomer must have, too, by name.
 
     Raises:
         CollectiveError: the address cannot be listened on.
@@ -109,11 +112,12 @@ class MembershipService:
         name: str,
         settings: CollectiveConfig,
         keyring: Keyring | None,
-        fingerprint: str,
+        must_match: Texts,
         started: str = "",
     ):
         self.started = started
-        self._settings, self._keyring, self._fingerprint = settings, keyring, fingerprint
+        self.contents: Texts = {}
+        self._settings, self._keyring, self._must_match = settings, keyring, must_match
         self._peers: dict[str, _PeerConnection] = {}
         self._probes: dict[str, _Probe] = {}
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -227,15 +231,25 @@ class MembershipService:
             return None
         if not isinstance(request, dict) or request.get("join") is not True:
             return None
-        for key, ours in _requirements(self._fingerprint).items():
-            if request.get(key) != ours:
-                theirs = "".join(filter(str.isprintable, str(request.get(key))[:80]))
-                reason = _REFUSALS[key].format(theirs=theirs, ours=ours)
-                _log.warning("refused a node that wants to join: %s", reason)
-                return {"refused": reason}
+        if reason := self._objection(request):
+            _log.warning("refused a node that wants to join: %s", reason)
+            return {"refused": reason}
         _log.info("a node asks to join; sent it view %d", self._paxos.view.generation)
         view = heartbeat_codec.encode_view(self._paxos.view)
-        return {"secret": self._secret, "started": self.started, "view": view}
+        return {"secret": self._secret, "started": self.started, "view": view, "contents": dict(self.contents)}
+
+    def _objection(self, request: Mapping[str, object]) -> str:
+        """Why the node that sent ``request`` can't join; empty if it can."""
+        for key, ours in _versions().items():
+            if request.get(key) != ours:
+                theirs = "".join(filter(str.isprintable, str(request.get(key))[:80]))
+                return _REFUSALS[key].format(theirs=theirs, ours=ours)
+        texts = read_texts(request.get("must_match"))
+        if texts is None:
+            return "it sent no valid settings"
+        if different := difference(texts, self._must_match):
+            return f"its settings or versions differ from the run's: {different}; make them the same as the run's"
+        return ""
 
     def _update_peers(self) -> None:
         """Keeps a connection to every member and every newcomer."""
@@ -368,15 +382,14 @@ class _PeerConnection:
 _REFUSALS = {
     "protocol": "it speaks protocol version {theirs}, the run {ours}; install the same macft on all nodes",
     "version": "it runs macft {theirs}, the run {ours}; install the same macft on all nodes",
-    "fingerprint": "its configuration differs from the run's; use the same model, dataset and settings",
 }
 
 
-def join_request(fingerprint: str) -> bytes:
+def join_request(must_match: Texts) -> bytes:
     """The first message of a node that wants to join."""
-    packed: bytes = msgpack.packb({"join": True, **_requirements(fingerprint)})
+    packed: bytes = msgpack.packb({"join": True, **_versions(), "must_match": dict(must_match)})
     return packed
 
 
-def _requirements(fingerprint: str) -> dict[str, object]:
-    return {"protocol": PROTOCOL_VERSION, "version": macft.__version__, "fingerprint": fingerprint}
+def _versions() -> dict[str, object]:
+    return {"protocol": PROTOCOL_VERSION, "version": macft.__version__}

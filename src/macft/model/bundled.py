@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +81,23 @@ def ensure_bundled(model: BundledModel = SMOLLM2, *, cache_dir: Path | None = No
     except OSError as error:
         raise ModelError(f"model '{model.name}' can't be stored in {models}: {error}") from error
     return folder
+
+
+def source_of(folder: Path, digests: Mapping[str, str]) -> str | None:
+    """What the model in ``folder`` was converted from; None if macft has not converted it, or it was changed since.
+
+    Args:
+        digests: The SHA-256 of files in the folder, by name, as they are now.
+    """
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        if any(manifest["files"][name]["sha256"] != digest for name, digest in digests.items()):
+            return None
+        if _problem(folder, verify=False) is not None:
+            return None
+        return f"{manifest['source']['requirement']}, {manifest['source']['sha256'][:16]}, conversion {_CONVERSION}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _problem(folder: Path, *, verify: bool) -> str | None:

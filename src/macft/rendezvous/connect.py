@@ -11,6 +11,7 @@ import zmq
 
 from macft.collective.base import Collective
 from macft.collective.listener import Listener
+from macft.collective.matching import Texts
 from macft.collective.mlx_group import MlxListener
 from macft.collective.ring import Ring
 from macft.collective.settings import CollectiveConfig
@@ -34,7 +35,7 @@ class RankConfig:
         rank: This rank.
         world_size: The number of ranks.
         run_id: Of the run.
-        fingerprint: SHA-256 of the resolved configuration.
+        must_match: Settings and versions that must be the same on all ranks, by name.
         name: This rank's name in messages.
         timeout: Seconds to wait until all ranks have met.
         keyring: The server must be one of its members, and trust this machine. None: no encryption.
@@ -44,7 +45,7 @@ class RankConfig:
     rank: int
     world_size: int
     run_id: str
-    fingerprint: str
+    must_match: Texts
     name: str
     timeout: float = 60.0
     keyring: Keyring | None = None
@@ -110,7 +111,7 @@ def join_rendezvous(config: RankConfig, ring_address: str, ring_key: bytes = b""
         "rank": config.rank,
         "name": config.name[:MAX_NAME],
         "address": ring_address,
-        "fingerprint": config.fingerprint,
+        "must_match": dict(config.must_match),
     }
     if keyring is not None:
         message["key"] = ring_key

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from macft.collective.base import Collective
+from macft.collective.matching import Texts
 from macft.collective.settings import CollectiveConfig
 from macft.rendezvous.connect import RankConfig, connect
 from macft.rendezvous.keystore import Keyring
@@ -17,7 +18,7 @@ from macft.topology.settings import TopologyConfig, host_paths, split_host
 
 @contextmanager
 def connect_hosts(
-    topology: TopologyConfig, settings: CollectiveConfig, *, run_id: str, fingerprint: str, keyring: Keyring | None
+    topology: TopologyConfig, settings: CollectiveConfig, *, run_id: str, must_match: Texts, keyring: Keyring | None
 ) -> Iterator[Collective]:
     """The collective of all hosts, this machine's rank among them; rank 0 also serves the rendezvous.
 
@@ -33,7 +34,7 @@ def connect_hosts(
                 f"{host}:{port}",
                 world_size=world_size,
                 run_id=run_id,
-                fingerprint=fingerprint,
+                must_match=must_match,
                 timeout=topology.start_timeout,
                 keyring=keyring,
                 on_refusal=lambda line: print(f"note: {line}", file=sys.stderr),
@@ -45,7 +46,7 @@ def connect_hosts(
             rank=rank,
             world_size=world_size,
             run_id=run_id,
-            fingerprint=fingerprint,
+            must_match=must_match,
             name=topology.hosts[rank],
             timeout=topology.start_timeout,
             keyring=keyring,

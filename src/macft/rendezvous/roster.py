@@ -1,6 +1,6 @@
 """The messages of the rendezvous: what a rank sends, and the roster of all ranks that it gets.
 
-A rank sends a map with ``protocol``, ``version``, ``run_id``, ``world_size``, ``fingerprint``, ``rank``, ``name``,
+A rank sends a map with ``protocol``, ``version``, ``run_id``, ``world_size``, ``must_match``, ``rank``, ``name``,
 ``address`` and, in an encrypted run, ``key``. It gets ``{"waiting": text}`` any number of times, then either
 ``{"refused": text}`` or the roster: ``addresses``, ``names``, ``ring_id`` and ``keys``. Messages are msgpack; a value
 from the wire has the type ``object`` until it has been checked.
@@ -59,7 +59,7 @@ class Roster:
 
 
 def agreed_values(run_id: str, world_size: int) -> dict[str, object]:
-    """What all ranks must send alike, apart from the fingerprint of their configuration."""
+    """What all ranks must send alike, apart from settings and versions."""
     return {
         "protocol": PROTOCOL_VERSION,
         "version": macft.__version__,

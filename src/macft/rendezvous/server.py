@@ -18,6 +18,7 @@ from typing import NamedTuple
 import msgpack
 import zmq
 
+from macft.collective.matching import Texts, difference, read_texts
 from macft.errors import RendezvousError
 from macft.rendezvous.keystore import Keyring
 from macft.rendezvous.roster import Message, Roster, agreed_values, is_address, is_key, is_text, unpack_message
@@ -33,7 +34,6 @@ _DIFFERENCES = {
     "version": "runs macft {theirs}, the others {ours}; install the same macft on all nodes",
     "run_id": "belongs to run {theirs}, the others to {ours}; start the same command on all nodes",
     "world_size": "expects {theirs} nodes, the others {ours}; give the same topology on all nodes",
-    "fingerprint": "has another configuration than the others; give the same command on all nodes",
 }
 
 
@@ -53,7 +53,8 @@ class RendezvousServer:
         bind: ``host:port``; port 0 takes a free one.
         world_size: The number of ranks.
         run_id: Of the run; ranks of another one are refused.
-        fingerprint: SHA-256 of the resolved configuration. None: that of the first rank to arrive.
+        must_match: Settings and versions that must be the same on all ranks, by name. None: those of the first rank to
+            arrive.
         timeout: Seconds from :meth:`start` within which all ranks must arrive.
         names: Names of the expected ranks, if known, for the message about missing ranks.
         keyring: Only its members can connect. None: no encryption.
@@ -69,7 +70,7 @@ class RendezvousServer:
         *,
         world_size: int,
         run_id: str,
-        fingerprint: str | None = None,
+        must_match: Texts | None = None,
         timeout: float = 60.0,
         names: Sequence[str] = (),
         keyring: Keyring | None = None,
@@ -77,7 +78,7 @@ class RendezvousServer:
     ):
         self._world_size, self._timeout, self._names = world_size, timeout, names
         self._is_encrypted, self._on_refusal = keyring is not None, on_refusal
-        self._agreed = {**agreed_values(run_id, world_size), "fingerprint": fingerprint}
+        self._agreed, self._must_match = agreed_values(run_id, world_size), must_match
         self._arrivals: dict[int, _Arrival] = {}
         self._roster: Roster | None = None
         self._error: RendezvousError | None = None
@@ -140,15 +141,13 @@ class RendezvousServer:
 
     def _receive(self, parts: list[bytes]) -> None:
         message = unpack_message(parts[1]) if len(parts) == 2 else None
-        if message is None or "fingerprint" not in message or "rank" not in message:
+        if message is None or "protocol" not in message or "rank" not in message:
             return  # not a rank
         routing_id = parts[0]
         if self._ended.is_set():  # a late rank gets the result, rather than no answer
             reason = self._reason or "all ranks have met already; one that comes back adds topology.join=HOST"
             self._send(routing_id, {"refused": reason})
             return
-        if self._agreed["fingerprint"] is None:
-            self._agreed["fingerprint"] = message["fingerprint"]
         if objection := self._objection(message):
             self._refuse_all(objection, routing_id)
             return
@@ -185,6 +184,12 @@ class RendezvousServer:
         for key, text in _DIFFERENCES.items():
             if type(message.get(key)) is not type(self._agreed[key]) or message[key] != self._agreed[key]:
                 return f"{who} {text.format(theirs=str(message.get(key))[:80], ours=self._agreed[key])}"
+        texts = read_texts(message.get("must_match"))
+        if texts is None:
+            return f"{who} sent no valid settings"
+        self._must_match = texts if self._must_match is None else self._must_match
+        if different := difference(texts, self._must_match):
+            return f"{who} has other settings or versions than the others: {different}; make them the same on all nodes"
         if type(rank) is not int or not 0 <= rank < self._world_size:
             return f"{who} is not one of ranks 0 to {self._world_size - 1}"
         if not (is_text(name) and is_address(address)):

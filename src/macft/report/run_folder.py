@@ -61,6 +61,11 @@ class RunFolder:
         return self.path / "members.json"
 
     @property
+    def contents(self) -> Path:
+        """What the rows and weights were that the run began with, for a resume."""
+        return self.path / "contents.json"
+
+    @property
     def logs(self) -> Path:
         """The log of each rank, and the output of those without a terminal."""
         return self.path / "logs"
@@ -82,7 +87,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes a run that another one replaces: all but its logs. Raises OSError where that fails."""
-        files = (self.config, self.metrics, self.summary, self.summary_text, self.members)
+        files = (self.config, self.metrics, self.summary, self.summary_text, self.members, self.contents)
         for path in files:
             path.unlink(missing_ok=True)
         for path in (self.checkpoints, self.adapters, self.model, self.tensorboard):

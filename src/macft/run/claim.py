@@ -20,7 +20,7 @@ from typing import Self
 
 from macft.config.overrides import resume_command
 from macft.config.schema import TrainConfig
-from macft.config.yaml import fingerprint, read
+from macft.config.yaml import must_match, read
 from macft.errors import ConfigError
 from macft.report.run_folder import RunFolder
 
@@ -171,7 +171,7 @@ def _trouble(folder: RunFolder, config: TrainConfig) -> str:
 def _is_same_run(folder: RunFolder, config: TrainConfig) -> bool:
     """Whether the node that wants to join has been in that run before."""
     try:
-        return fingerprint(read(folder.config), of_newcomer=True) == fingerprint(config, of_newcomer=True)
+        return must_match(read(folder.config), of_newcomer=True) == must_match(config, of_newcomer=True)
     except ConfigError:
         return False
 

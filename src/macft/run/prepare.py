@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from macft.planner.preflight import preflight
 from macft.report import fan_out
 from macft.report.events import Reporter
 from macft.report.run_folder import RunFolder
+from macft.run.contents import agree_on_contents, contents_of, store_contents, told_to_others
 from macft.run.resume import check_resume, check_steps, no_checkpoint, notes_of_changes, previous_config
 from macft.thermal.throttle import ThermalThrottle
 from macft.training.build_trainer import build_trainer
@@ -97,26 +99,31 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
     if resume:
         check_resume(folder, config)
     optimizer = make_optimizer(config.optimizer)
-    log.info("reading the dataset %s", config.dataset.path)
-    raw = read(config.dataset, seed=config.seed)
+    host = _host(config, collective)
+    with told_to_others(collective, host):
+        log.info("reading the dataset %s", config.dataset.path)
+        raw = read(config.dataset, seed=config.seed)
 
-    log.info("finding the model %s", config.model.path)
-    model_folder = resolve(config.model)
-    tokenizer = load_tokenizer(config.model, model_folder)
-    clock_notes = fix_clock(tokenizer, config.dataset.template_time)
+        log.info("finding the model %s", config.model.path)
+        model_folder = resolve(config.model)
+        tokenizer = load_tokenizer(config.model, model_folder)
+        clock_notes = fix_clock(tokenizer, config.dataset.template_time)
 
-    log.info("tokenizing")
-    data = tokenize_all(raw, config.dataset, tokenizer, need_test=is_scored(config))
-    data.notes += check_rows(
-        {"train": data.train, "valid": data.valid, "test": data.test},
-        tokenizer,
-        vocabulary=vocabulary_of(model_folder),
-        max_seq_length=config.dataset.max_seq_length,
-    )
-    check_lengths(model_folder, [data.train, data.valid, data.test])
-    order = RowOrder(
-        data.train.source_sizes, data.train.source_weights, batch_size=config.training.batch_size, seed=config.seed
-    )
+        log.info("tokenizing")
+        data = tokenize_all(raw, config.dataset, tokenizer, need_test=is_scored(config))
+        data.notes += check_rows(
+            {"train": data.train, "valid": data.valid, "test": data.test},
+            tokenizer,
+            vocabulary=vocabulary_of(model_folder),
+            max_seq_length=config.dataset.max_seq_length,
+        )
+        check_lengths(model_folder, [data.train, data.valid, data.test])
+        order = RowOrder(
+            data.train.source_sizes, data.train.source_weights, batch_size=config.training.batch_size, seed=config.seed
+        )
+        contents = contents_of(config, data, order, model_folder, tokenizer)
+    log.info("comparing contents")
+    contents_notes = agree_on_contents(collective, host, contents, data.train, folder, resume=resume)
 
     device = prepare_device()
     log.info("planning memory")
@@ -174,6 +181,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
     balancer = ShareBalancer(_shares(config, world_size), world_size, every=config.topology.rebalance_every)
     if keeps_folder:
         _begin(folder, given)
+        store_contents(folder, contents)
     reporter = fan_out.build(
         config.report,
         folder,
@@ -210,7 +218,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         reporter=reporter,
         trainer=trainer,
         installed=installed,
-        notes=[*loaded.notes, *plan_notes, *revisions, *clock_notes, *data.notes, *state_notes],
+        notes=[*loaded.notes, *plan_notes, *revisions, *clock_notes, *contents_notes, *data.notes, *state_notes],
     )
 
 
@@ -220,6 +228,14 @@ def _begin(folder: RunFolder, config: TrainConfig) -> None:
         folder.begin(to_yaml(replace(config, topology=rank_of_process)))
     except OSError as error:
         raise CheckpointError(f"{folder.config} can't be written: {error.strerror or error}") from error
+
+
+def _host(config: TrainConfig, collective: Collective) -> str:
+    """This node's name in messages."""
+    if isinstance(collective, ElasticCollective) and collective.is_member:
+        return collective.members.names[collective.rank]
+    hosts = config.topology.hosts
+    return hosts[collective.rank] if len(hosts) == collective.world_size else platform.node()
 
 
 def planned_world_size(collective: Collective) -> int:

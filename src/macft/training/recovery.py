@@ -12,6 +12,7 @@ import msgpack
 
 from macft.checkpoint.snapshot import Snapshot
 from macft.collective.elastic import ElasticCollective, MembershipView
+from macft.collective.matching import require_those_of
 from macft.collective.newest import find_newest
 from macft.errors import MembershipChanged, PeerLost
 from macft.parallel.balance import ShareBalancer
@@ -150,6 +151,7 @@ class Recovery:
     def _sync_to_newest(self, members: MembershipView) -> NodesChanged:
         state, position = self._state, self._position()
         newest = find_newest(self.elastic, position)
+        require_those_of(self.elastic, newest.source, self.elastic.contents)
         is_behind = [
             rank != newest.source and (other != newest.position or newest.position[0] < 0)
             for rank, other in enumerate(newest.positions)
