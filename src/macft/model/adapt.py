@@ -14,6 +14,7 @@ from mlx_lm.utils import get_total_parameters
 from macft.errors import ConfigError
 from macft.model.adapter_layers import adaptable_projections, select_layers
 from macft.model.adapter_settings import AdapterConfig
+from macft.model.block_weights import BlockWeights
 from macft.model.dropout import DropoutKeys, make_dropout_reproducible
 
 
@@ -31,10 +32,13 @@ class Adaptation:
     description: str
 
 
-def adapt(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adaptation:
+def adapt(
+    model: nn.Module, config: AdapterConfig, *, seed: int, streamed: BlockWeights | None = None
+) -> Adaptation:
     """Adds the adapter to ``model`` in place and leaves only its parameters trainable.
 
-    The initial values depend on ``seed`` alone. They are float32, as in mlx-lm.
+    The initial values depend on ``seed`` alone. They are float32, as in mlx-lm. ``streamed`` holds the weights of the
+    blocks where they are not in memory.
 
     Raises:
         ConfigError: a layer number or projection the model doesn't have.
@@ -48,6 +52,8 @@ def adapt(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adaptation:
     else:
         settings = _add_low_rank(model, blocks, names, config)
     keys = make_dropout_reproducible(model)
+    if streamed is not None:
+        streamed.settle()
     mx.eval(model.parameters())
     trainable = sum(int(value.size) for _, value in tree_flatten(model.trainable_parameters()))
     return Adaptation(settings, keys, trainable, total, _describe(config, blocks, names))

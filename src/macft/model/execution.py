@@ -75,6 +75,10 @@ class Execution:
     evaluation_rows: int = _EVALUATION_ROWS
     # Parts of a micro-batch that are computed at the same time, on a thread each.
     lanes: int = 1
+    # Where the blocks' weights are: "replicate", all in memory, or "stream", read from disk when they are needed, but
+    # for the resident blocks, which stay in memory. A stream computes blocks again in the backward pass, by itself.
+    placement: str = "replicate"
+    resident_blocks: tuple[int, ...] = ()
 
     @property
     def weight_format(self) -> WeightFormat:

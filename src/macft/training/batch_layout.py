@@ -34,6 +34,10 @@ class DeviceBatch:
     layout: tuple[NDArray[np.int32], ...] = ()
     lengths: tuple[int, ...] = ()
 
+    def laid_out(self) -> AbstractContextManager[None]:
+        """Inside, this thread's sequences have this part's layout."""
+        return laid_out([mx.array(values) for values in self.layout], self.lengths)
+
 
 @dataclass(frozen=True)
 class BatchLayout:

@@ -6,6 +6,9 @@ machine would have computed. Positions that are padding or prompt get no head; s
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -14,6 +17,9 @@ from numpy.typing import NDArray
 from macft.data.batch import Batch, coarse_targets
 from macft.model.backends.base import Backend
 from macft.model.head import Backbone, split_head
+
+if TYPE_CHECKING:
+    from macft.training.batch_layout import DeviceBatch
 
 _TARGET_MULTIPLE = 32
 """Target counts are padded to a multiple of this, so that few shapes occur and freed buffers are used again."""
@@ -61,6 +67,17 @@ class TokenLoss:
         whose model computes.
         """
         return self._by_lane[lane](inputs, positions, targets, weights)
+
+    def of_batches(self, batches: Iterable[Sequence[DeviceBatch]]) -> Iterator[list[float]]:
+        """The loss of each part of each of ``batches``, in nats, without a gradient."""
+
+        def loss_of(lane: int, part: DeviceBatch) -> float:
+            inputs = [mx.array(values) for values in (part.inputs, part.positions, part.targets, part.weights)]
+            with part.laid_out():
+                return float(np.asarray(self(*inputs, lane=lane)))
+
+        for parts in batches:
+            yield list(self.lanes.map(loss_of, parts))
 
 
 class _ModelLoss:
