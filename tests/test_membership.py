@@ -6,7 +6,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import msgpack
@@ -16,54 +16,15 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from macft.collective.elastic import MembershipView
-from macft.collective.listener import Listener
+from helpers.members import SETTINGS, Node
 from macft.collective.security import KeyPair
-from macft.collective.settings import CollectiveConfig
-from macft.collective.solo import Solo
 from macft.errors import MembershipChanged, RendezvousError
 from macft.membership import heartbeat_codec
 from macft.membership.elastic_ring import ElasticRing
 from macft.membership.join import MemberConfig, join_elastic_ring
 from macft.membership.paxos import Ballot, Heartbeat, MemberRecord, View, Vote
-from macft.membership.service import MembershipService, join_request
+from macft.membership.service import join_request
 from macft.rendezvous.keystore import Keyring
-
-SETTINGS = CollectiveConfig(timeout=3.0, heartbeat=0.2)
-
-
-class Node:
-    """A member in this process, with a thread for its calls."""
-
-    def __init__(self, name: str, keyring: Keyring | None):
-        self.keyring = keyring
-        self.membership = MembershipService(
-            "127.0.0.1:0", name=name, settings=SETTINGS, keyring=keyring, fingerprint="same"
-        )
-        self.ring: ElasticRing | None = None
-        self.thread = ThreadPoolExecutor(1)
-
-    def listener(self) -> Listener:
-        return Listener("127.0.0.1:0", SETTINGS, encrypted=self.keyring is not None)
-
-    def enter(self, view: View, secret: bytes) -> None:
-        self.ring = ElasticRing(self.membership, Solo(), view, secret=secret, open_listener=self.listener)
-
-    def regroup(self) -> Future[MembershipView]:
-        assert self.ring is not None
-        return self.thread.submit(_regroup, self.ring)
-
-    def close(self) -> None:
-        self.thread.shutdown()
-        if self.ring is not None:
-            self.ring.close()
-        else:
-            self.membership.close()
-
-
-def _regroup(ring: ElasticRing) -> MembershipView:
-    assert ring.regroup(lambda _: True)
-    return ring.members
 
 
 @pytest.fixture(params=["plain", "encrypted"])

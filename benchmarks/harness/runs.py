@@ -152,7 +152,7 @@ def differences(steps: Sequence[dict[str, Any]], folder: Path, reference: Path) 
     Raises AssertionError if they are not the same steps, or one has a row too few or too many.
     """
     disturbed, expected = ({step["step"]: step for step in run} for run in (steps, events(reference, "step_done")))
-    assert disturbed.keys() == expected.keys()
+    assert disturbed.keys() == expected.keys(), f"steps of one run only: {sorted(disturbed.keys() ^ expected.keys())}"
     for step, event in expected.items():  # a row that is lost or doubled would change the counts
         assert [disturbed[step][key] for key in ("tokens", "target_tokens")] == [
             event["tokens"],

@@ -7,7 +7,7 @@ fan-out and the failover carry it as it is; a sink that shows it gets a ``case``
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -246,6 +246,14 @@ class Reporter(Sink, Protocol):
         """Tells whether this rank reports the run from now on, after ``step`` updates."""
         ...
 
+    def recent(self, step: int) -> list[ReplayedEvent]:
+        """This rank's last events, from that of update ``step`` on."""
+        ...
+
+    def catch_up(self, events: Sequence[ReplayedEvent]) -> None:
+        """Takes those of another rank's events that this rank has not had."""
+        ...
+
 
 class NullReporter:
     """Ignores every event."""
@@ -255,6 +263,13 @@ class NullReporter:
 
     def lead(self, *, is_main: bool, step: int) -> None:
         """Ignores the change."""
+
+    def recent(self, step: int) -> list[ReplayedEvent]:  # noqa: ARG002
+        """Remembers none."""
+        return []
+
+    def catch_up(self, events: Sequence[ReplayedEvent]) -> None:
+        """Ignores the events."""
 
     def close(self) -> None:
         """Has nothing to release."""

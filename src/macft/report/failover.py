@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from macft.report.events import Event, Noted, ReplayedEvent, Reporter, RunStarted, Sink, StepDone
 
 _MAX_REMEMBERED_EVENTS = 100_000
+_MAX_RECENT_EVENTS = 16
 log = logging.getLogger("macft.report")
 
 
@@ -41,12 +42,15 @@ class FailoverReporter(Reporter):
         self._every_rank, self._last_reported = every_rank, last_reported
         self._started: RunStarted | None = None
         self._missed: deque[ReplayedEvent] = deque(maxlen=_MAX_REMEMBERED_EVENTS)
+        self._recent: deque[ReplayedEvent] = deque(maxlen=_MAX_RECENT_EVENTS)
 
     def handle(self, event: Event) -> None:
         """Passes the event to the leader or the follower sink."""
         self._every_rank.handle(event)
         if isinstance(event, RunStarted):
             self._started = event
+        if isinstance(event, ReplayedEvent):
+            self._recent.append(event)
         if self._leader is not None:
             self._leader.handle(event)
             return
@@ -72,6 +76,21 @@ class FailoverReporter(Reporter):
             for event in missed:
                 self._leader.handle(event)
             self._missed.clear()
+
+    def recent(self, step: int) -> list[ReplayedEvent]:
+        """This rank's last events, from that of update ``step`` on."""
+        return [event for event in self._recent if event.step >= step]
+
+    def catch_up(self, events: Sequence[ReplayedEvent]) -> None:
+        """Takes those of another rank's events that this rank has not had.
+
+        When a node is lost, one rank may have made an update that another has not. That one takes over the state, and
+        with this the events; otherwise nobody would report the step if the other one does not lead.
+        """
+        had = {(event.type_name, event.step) for event in self._recent}
+        for event in events:
+            if (event.type_name, event.step) not in had:
+                self.handle(event)
 
     def close(self) -> None:
         """Closes all sinks. Safe to call twice."""

@@ -16,6 +16,7 @@ from macft.collective.newest import find_newest
 from macft.errors import MembershipChanged, PeerLost
 from macft.parallel.balance import ShareBalancer
 from macft.parallel.node_status import NodeStatus
+from macft.report.event_bytes import pack_events, unpack_events
 from macft.report.events import NodesChanged, Noted, Reporter
 from macft.training.checkpoint_policy import CheckpointPolicy
 from macft.training.coordination import NodeCoordinator
@@ -154,10 +155,15 @@ class Recovery:
             for rank, other in enumerate(newest.positions)
         ]
         log.info("rank %d has the newest state, %s; this rank is at %s", newest.source, newest.position, position)
-        payload = newest.share(lambda: self._describe(members, with_state=any(is_behind)))
+        positions = [Position(*other) for other in newest.positions]
+        ahead = positions[newest.source]
+        first_step = min(other.step for other in positions if other.generation == ahead.generation)
+        payload = newest.share(lambda: self._describe(members, with_state=any(is_behind), first_step=first_step))
         shared = msgpack.unpackb(payload, max_bin_len=len(payload))
         if is_behind[self.elastic.rank]:
             state.restore(Snapshot.unpack(shared["state"]))
+            if position.generation == ahead.generation:
+                self._reporter.catch_up(unpack_events(shared["events"]))
         state.ended, state.has_final_adapter = shared["ended"], shared["has_final_adapter"]
         state.reducer.start_anew(shared["codec"], is_open=shared["codec_is_open"])
         left, joined = self._tracker.advance(members, self._nodes.statuses)
@@ -183,11 +189,15 @@ class Recovery:
             ended=bool(self._state.ended) + self._state.has_final_adapter,
         )
 
-    def _describe(self, members: MembershipView, *, with_state: bool) -> bytes:
-        """What all nodes must have alike, as msgpack; ``with_state``: some node needs the whole state."""
+    def _describe(self, members: MembershipView, *, with_state: bool, first_step: int) -> bytes:
+        """What all nodes must have alike, as msgpack; ``with_state``: some node needs the whole state.
+
+        ``first_step``: of which update on some node may lack events.
+        """
         codec, is_open = self._state.reducer.agreed()
         values = {
             "state": self._state.capture().pack() if with_state else b"",
+            "events": pack_events(self._reporter.recent(first_step)) if with_state else b"",
             "ended": self._state.ended,
             "has_final_adapter": self._state.has_final_adapter,
             "balance": self._nodes.balancer.state_dict(),
