@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.export_gguf:
         check_gguf(source, dequantize=arguments.dequantize)
     prepare_device()
-    loaded = replace(tuned, model=as_checkpoint(tuned.model)).load()
+    loaded = replace(tuned, model=as_checkpoint(tuned.model)).load(in_memory=True)
     count = fuse(loaded, dequantize=arguments.dequantize)
     save_fused(target, loaded, gguf_name=arguments.gguf_path if arguments.export_gguf else None)
     what = f"{count} layers fused" if count else "no adapter layers to fuse, all weights were trained"

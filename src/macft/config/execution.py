@@ -58,7 +58,7 @@ def with_execution(config: TrainConfig, execution: Execution) -> TrainConfig:
     training = replace(
         config.training,
         micro_batch_size=execution.micro_batch_size,
-        grad_checkpoint=execution.recompute == "blocks",
+        grad_checkpoint=execution.recompute == "blocks" or config.training.grad_checkpoint,
     )
     return replace(config, training=training)
 

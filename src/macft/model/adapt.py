@@ -32,9 +32,7 @@ class Adaptation:
     description: str
 
 
-def adapt(
-    model: nn.Module, config: AdapterConfig, *, seed: int, streamed: BlockWeights | None = None
-) -> Adaptation:
+def adapt(model: nn.Module, config: AdapterConfig, *, seed: int, streamed: BlockWeights | None = None) -> Adaptation:
     """Adds the adapter to ``model`` in place and leaves only its parameters trainable.
 
     The initial values depend on ``seed`` alone. They are float32, as in mlx-lm. ``streamed`` holds the weights of the

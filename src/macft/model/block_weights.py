@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
@@ -54,6 +54,8 @@ class BlockWeights:
         self.read_bytes = 0
         """Bytes of arrays that were read, as they are in memory, since then."""
         self.follow(model)
+        self._installed = ExitStack()  # as long as the model is used
+        self._installed.enter_context(self._on_demand())
         own = {id(array) for arrays in self._current for array in arrays}
         mx.eval([value for value in _all_arrays(model) if id(value) not in own])
 
@@ -122,7 +124,7 @@ class BlockWeights:
         return figures
 
     @contextmanager
-    def on_demand(self) -> Iterator[None]:
+    def _on_demand(self) -> Iterator[None]:
         """Inside, a block of the model that is called without weights gets them for that call.
 
         This is how code that calls the whole model, generation for one, works: right, and as slow as the disk.

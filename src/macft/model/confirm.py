@@ -8,9 +8,13 @@ from dataclasses import replace
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from macft.errors import ConfigError
 from macft.model.backends.choose import can_pack
 from macft.model.execution import Execution, cannot_pack
 from macft.model.load import LoadedModel
+from macft.model.stages import CutModel
+
+_TRIAL = mx.arange(1, 9)[None]
 
 
 def confirm(
@@ -22,9 +26,16 @@ def confirm(
     architectures of mlx-lm; a model with code of its own may differ: its rows are then padded, its kernels portable.
 
     Raises:
-        ConfigError: ``packing_required``, and the model can't take packed rows.
+        ConfigError: ``packing_required``, and the model can't take packed rows; or its weights are streamed, and it
+            can't be cut into its blocks.
+        ModelError: its weights are streamed and can't be read.
     """
     notes: list[str] = []
+    if loaded.streamed is not None and (obstacle := CutModel(loaded.model).obstacle(_TRIAL)):
+        raise ConfigError(
+            f"topology.placement: stream can't cut this model into its blocks ({obstacle}); "
+            "use topology.placement=replicate"
+        )
     types = {value.dtype for _, value in tree_flatten(loaded.model.parameters())}
     if execution.kernels == "cpu" and types != {mx.float32}:
         execution = replace(execution, kernels="mlx")

@@ -98,6 +98,10 @@ class Execution:
             recompute=recompute,
         )
 
+    def streamed(self, resident_blocks: tuple[int, ...]) -> Execution:
+        """The same with all blocks but these read from disk when they are needed; each is computed by itself."""
+        return replace(self, placement="stream", resident_blocks=resident_blocks, recompute="none", compiled=False)
+
     def padded(self) -> Execution:
         """The same with rows that are padded, not packed."""
         return replace(self, packing=False, shared_prefixes=False, pack_tokens=None)

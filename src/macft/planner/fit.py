@@ -47,7 +47,7 @@ class MemoryPlanner:
     def parts(self, execution: Execution | None = None) -> MemoryParts:
         """The prediction for what takes most of all that is computed at once, with the run's own settings or others."""
         execution = execution or self.execution
-        works = self._works(execution)
+        works = self.works(execution)
         return max((self._predict(execution, work) for work in works), key=lambda parts: parts.peak)
 
     def step_batches(self, micro_batch_size: int | None) -> list[list[DeviceBatchShape]]:
@@ -57,7 +57,8 @@ class MemoryPlanner:
             self._step_batches[size] = [step.device_batches(size, self.layout) for step in self.steps]
         return self._step_batches[size]
 
-    def _works(self, execution: Execution) -> set[ComputeShape]:
+    def works(self, execution: Execution) -> set[ComputeShape]:
+        """What this node computes at once, each size of it."""
         works = {
             ComputeShape(
                 rows=batch.rows,

@@ -159,6 +159,13 @@ def predict(
     )
 
 
+def recomputed_inputs(shape: ModelShape, execution: Execution, depth: int, tokens: int) -> float:
+    """Bytes of the inputs of ``depth`` recomputed blocks, of ``tokens`` tokens, as :func:`predict` counts them."""
+    if execution.kernels == "cpu":
+        return 4 * _RECOMPUTED * _RECOMPUTED_SAVED * shape.hidden * depth * tokens
+    return float(depth * tokens * shape.hidden * execution.weight_format.float_bytes)
+
+
 def _layer_by_layer(
     shape: ModelShape, execution: Execution, trained: Trained, work: ComputeShape, logits: int
 ) -> tuple[float, float, float]:

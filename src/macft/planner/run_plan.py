@@ -26,8 +26,9 @@ from macft.model.load import load_tokenizer
 from macft.model.shape import ModelShape, read_shape, shape_of
 from macft.parallel.shares import DataShard
 from macft.planner.memory import MemoryParts, trained_part
-from macft.planner.preflight import planner_for, step_of_shard
-from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops, step_cost
+from macft.planner.placement import Layout
+from macft.planner.preflight import placer_for, planner_for, step_of_shard
+from macft.planner.speed import CPU_EFFICIENCY, DISK_BYTES, MAC_EFFICIENCY, measured_flops, step_cost
 from macft.planner.workload import StepRows, assumed_steps, steps_of
 from macft.topology.settings import parse_budget
 from macft.training.settings import steps_for
@@ -43,6 +44,7 @@ class NodePlan:
     budget: float
     rows: int
     execution: Execution
+    layout: Layout
     parts: MemoryParts
     refusal: str | None
     seconds: float
@@ -127,16 +129,19 @@ def _plan_node(
     own = [step for step in own if step.rows] or [StepRows(steps[0].rows[:1], steps[0].ids[:1])]
     planner = planner_for(config, shape, execution, own)
     budget = parse_budget(config.topology.memory_budget, (mac.usable_bytes if mac else usable_bytes()) / nodes_here)
-    auto = config.topology.batch == "auto"
-    chosen = (planner.best(budget) if auto else None) or execution
+    placer = placer_for(config, planner, budget)
+    chosen, refusal = placer.choice()
+    seconds = step_cost(planner, chosen).operations / speeds[rank]
+    layout = Layout.of(shape, chosen, placer.first_trained)
     return NodePlan(
         name=mac.name if mac else f"this machine{'' if len(speeds) == 1 else f', rank {rank}'}",
         budget=budget,
         rows=planner.rows,
         execution=chosen,
-        parts=planner.parts(chosen),
-        refusal=planner.refusal(budget, auto=auto),
-        seconds=step_cost(planner, chosen).operations / speeds[rank],
+        layout=layout,
+        parts=placer.parts(chosen),
+        refusal=refusal,
+        seconds=max(seconds, layout.read_bytes / DISK_BYTES),
         watts=mac.chip.watts if mac else None,
     )
 

@@ -38,6 +38,8 @@ def show(plan: RunPlan, console: Console) -> None:
         )
     console.print(table)
     for node in plan.nodes:
+        console.print(f"{node.name}: {node.layout.line}")
+    for node in plan.nodes:
         if node.refusal is not None:
             console.print(f"{node.name}: {node.refusal}")
     if plan.split_over is not None:

@@ -42,8 +42,8 @@ class LocalGradient:
     target_tokens: int
     tokens: int
     started: float
-    # Seconds in which nothing was computed because a block's weights were still being read.
-    waited_for_weights: float = 0.0
+    # Seconds in which nothing was computed because a block's weights were being read; None where none are.
+    waited_for_weights: float | None = None
 
     @property
     def loss_sum(self) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,7 +29,7 @@ from macft.model.stages import CutModel, Entry
 from macft.training.batch_layout import BatchLayout, DeviceBatch
 from macft.training.gradient import Gradient, LocalGradient, add, buckets_of
 
-_VALIDATION_TOKENS = 16_384
+VALIDATION_TOKENS = 16_384
 """Most tokens whose hidden states validation holds at once."""
 
 
@@ -48,7 +49,10 @@ class _Work:
     @classmethod
     def of(cls, part: DeviceBatch, keys: mx.array) -> _Work:
         arrays = [mx.array(values) for values in (part.inputs, part.positions, part.targets, part.weights)]
-        layout = PackLayout(*map(mx.array, part.layout), part.lengths) if part.layout else None
+        layout = None
+        if part.layout:
+            paths, owners, depths = map(mx.array, part.layout)
+            layout = PackLayout(paths, owners, depths, part.lengths)
         return cls(part, arrays, layout, keys)
 
 
@@ -91,7 +95,7 @@ class StagedModel:
         work.hidden = work.entry.hidden
         return work
 
-    def forward(self, lane: int, number: int, work: _Work, *, training: bool) -> _Work:
+    def forward(self, number: int, lane: int, work: _Work, *, training: bool) -> _Work:
         """Computes block ``number``."""
         assert work.entry is not None
         cut, arguments = self._cuts[lane], work.entry.arguments[number]
@@ -126,7 +130,7 @@ class StagedModel:
             mx.eval(value, gradient)
         return value, gradient
 
-    def backward(self, lane: int, number: int, work: _Work, *, to_input: bool) -> Gradient:
+    def backward(self, number: int, lane: int, work: _Work, *, to_input: bool) -> Gradient:
         """Computes block ``number`` again, and the gradient by its parameters and, ``to_input``, by its input.
 
         ``work.hidden`` is the gradient by the block's result, and becomes that by its input.
@@ -165,7 +169,7 @@ class StagedLoss:
         waiting: list[Sequence[DeviceBatch]] = []
         for parts in batches:
             waiting.append(parts)
-            if sum(part.inputs.size for each in waiting for part in each) >= _VALIDATION_TOKENS:
+            if sum(part.inputs.size for each in waiting for part in each) >= VALIDATION_TOKENS:
                 yield from self._compute(waiting)
                 waiting = []
         if waiting:
@@ -177,7 +181,7 @@ class StagedLoss:
         _all(staged.lanes.map(staged.enter, works))
         for number in range(staged.count):
             with staged.weights.held(number, then=[*range(number + 1, staged.count), *range(staged.count)]):
-                _all(staged.lanes.map(lambda lane, work: staged.forward(lane, number, work, training=False), works))
+                _all(staged.lanes.map(partial(staged.forward, number, training=False), works))
         losses = list(staged.lanes.map(staged.loss, works))
         for parts in batches:
             yield [losses.pop(0) for _ in parts]
@@ -224,7 +228,7 @@ class StagedGradient:
         """Computes ``batches``, this node's micro-batches of ``step``; there may be none.
 
         ``before_micro_batch`` is called as often as there are micro-batches, before equal parts of the work: no
-        micro-batch is computed by itself here. All is computed when this returns; ``in_buckets`` changes nothing.
+        micro-batch is computed by itself here. All is computed when this returns.
         """
         started = time.perf_counter()
         if not self._model.training:
@@ -238,7 +242,8 @@ class StagedGradient:
             losses = self._losses(works)
             self._backward(works, total, rests)
         total = {name: total[name] if name in total else mx.zeros(shape) for name, shape in self._shapes.items()}
-        total = {name: mx.contiguous(value) for name, value in total.items()}
+        if in_buckets:
+            total = {name: mx.contiguous(value) for name, value in total.items()}
         mx.eval(total)
         return LocalGradient(
             gradient=total,
@@ -259,17 +264,17 @@ class StagedGradient:
         staged, count = self.staged, self.staged.count
         backwards = range(count - 1, self._first - 1, -1)
 
-        def compute(lane: int, work: _Work) -> _Work:
+        def compute(number: int, lane: int, work: _Work) -> _Work:
             if number >= self._first:
                 work.kept[number] = work.hidden
             with self._keys.using(work.keys):
-                return staged.forward(lane, number, work, training=True)
+                return staged.forward(number, lane, work, training=True)
 
         _all(staged.lanes.map(staged.enter, works))
         for number in range(count):
             rests.before_block()
             with staged.weights.held(number, then=[*range(number + 1, count), *backwards]):
-                _all(staged.lanes.map(compute, works))
+                _all(staged.lanes.map(partial(compute, number), works))
 
     def _losses(self, works: Sequence[_Work]) -> list[mx.array]:
         losses = []
@@ -282,16 +287,16 @@ class StagedGradient:
     def _backward(self, works: Sequence[_Work], total: Gradient, rests: _Rests) -> None:
         staged = self.staged
 
-        def compute(lane: int, work: _Work) -> Gradient:
+        def compute(number: int, lane: int, work: _Work) -> Gradient:
             with self._keys.using(work.keys):
-                return staged.backward(lane, number, work, to_input=number > self._first)
+                return staged.backward(number, lane, work, to_input=number > self._first)
 
         for number in range(staged.count - 1, self._first - 1, -1):
             rests.before_block()
             own: Gradient = {}
             following = [*range(number - 1, self._first - 1, -1), *range(staged.count)]
             with staged.weights.held(number, then=following):
-                for gradient in staged.lanes.map(compute, works):
+                for gradient in staged.lanes.map(partial(compute, number), works):
                     own = add(own, gradient)
                     mx.eval(own)
             total.update(own)
