@@ -18,6 +18,7 @@ from macft.device.mlx_device import keep_within
 from macft.errors import ConfigError, ModelError
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape, read_shape, read_weight_format
+from macft.model.weight_files import check_weight_files
 from macft.parallel.shares import DataShard
 from macft.planner.fit import MemoryPlanner, batch_overrides
 from macft.planner.placement import Layout, Placer
@@ -73,6 +74,7 @@ def _decide(
 ) -> tuple[Execution, str, list[str]]:
     """This node's execution, its layout and its notes. Raises ConfigError as :func:`preflight` does."""
     topology, device = config.topology, Device.default()
+    check_weight_files(model_folder)
     try:
         shape = read_shape(model_folder)
     except ModelError as error:

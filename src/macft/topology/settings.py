@@ -60,8 +60,8 @@ class TopologyConfig:
     # Memory that a run may use on each node: a fraction of the memory available to its GPU (0.9) or a size (12GB). A
     # run that is predicted to need more is refused before its model loads.
     memory_budget: str = "0.95"
-    # Where the weights are. replicate: all in memory. stream: a block is read from disk when it is needed, twice a step,
-    # so that models larger than the memory can be trained. auto: stream on a node whose memory they don't fit.
+    # Where the weights are. replicate: all in memory. stream: a block is read from disk when it is needed, twice in a
+    # step, so that models larger than the memory can be trained. auto: stream on a node whose memory they don't fit.
     placement: str = "auto"
     # With placement=stream, the blocks that stay in memory: as many as fit (auto), or a number.
     resident_blocks: Any = "auto"
