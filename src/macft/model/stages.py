@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -24,10 +25,20 @@ Answer = Callable[[int, ModuleCall, mx.array, "Arguments"], Any]
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a model gives a block besides hidden states: masks and the like."""
+    """What a model gives a block besides hidden states: masks and the like. ``hidden_name``: as hidden states are named.
+
+    An empty name: they are the first argument.
+    """
 
     positional: tuple[Any, ...]
     named: dict[str, Any]
+    hidden_name: str = ""
+
+    def given_to(self, call: Callable[..., Any], hidden: mx.array) -> Any:
+        """Calls ``call``, a block, with ``hidden`` and these arguments."""
+        if self.hidden_name:
+            return call(*self.positional, **{self.hidden_name: hidden}, **self.named)
+        return call(hidden, *self.positional, **self.named)
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -83,12 +94,12 @@ class CutModel:
         with self._answered_by(record):
             self._call(inputs)
         if [number for number, _, _ in seen] != list(range(len(self.blocks))):
-            raise ValueError("it does not call its blocks once each, in their order")
+            raise ValueError("it doesn't call its blocks once each, in their order")
         return Entry(seen[0][1], [arguments for _, _, arguments in seen])
 
     def block(self, number: int, hidden: mx.array, arguments: Arguments) -> mx.array:
         """What block ``number`` makes of ``hidden``."""
-        output: mx.array = self.blocks[number](hidden, *arguments.positional, **arguments.named)
+        output: mx.array = arguments.given_to(self.blocks[number], hidden)
         return output
 
     def leave(self, inputs: mx.array, hidden: mx.array) -> mx.array:
@@ -114,8 +125,8 @@ class CutModel:
             mx.eval(entry.arrays)
             return self._differences(inputs, entry)
         except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
-            lines = str(error).strip().splitlines()
-            return lines[0] if lines else type(error).__name__
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            return f"its own code fails without them: {lines[0]}"
 
     def _differences(self, inputs: mx.array, entry: Entry) -> str | None:
         found: list[str] = []
@@ -124,12 +135,13 @@ class CutModel:
         def compare(number: int, call: ModuleCall, given: mx.array, arguments: Arguments) -> Any:
             nonlocal hidden
             if not _equal(given, hidden):
-                found.append(f"block {number} gets something else than block {number - 1} returns")
+                before = f"block {number - 1} returns" if number else "the tokens alone give"
+                found.append(f"block {number} gets something else than {before}")
             if not arguments.equal(entry.arguments[number]):
                 found.append(f"the arguments of block {number} depend on other blocks")
-            hidden = call(self.blocks[number], given, *arguments.positional, **arguments.named)
+            hidden = arguments.given_to(partial(call, self.blocks[number]), given)
             if not isinstance(hidden, mx.array):
-                raise ValueError("its blocks return more than hidden states")
+                raise TypeError("a block returns more than hidden states")
             mx.eval(hidden)
             return hidden
 
@@ -144,8 +156,12 @@ class CutModel:
         def members(kind: type[nn.Module]) -> Members:
             call = kind.__call__
 
-            def answered(block: nn.Module, hidden: mx.array, *positional: Any, **named: Any) -> Any:
-                return answer(self._numbers[id(block)], call, hidden, Arguments(positional, named))
+            def answered(block: nn.Module, *positional: Any, **named: Any) -> Any:
+                number = self._numbers[id(block)]
+                if positional:
+                    return answer(number, call, positional[0], Arguments(positional[1:], named))
+                name, hidden = next(iter(named.items()))
+                return answer(number, call, hidden, Arguments((), {k: named[k] for k in named if k != name}, name))
 
             return {"__call__": answered}
 
@@ -157,4 +173,5 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, mx.array) and isinstance(other, mx.array):
         same_kind = one.shape == other.shape and one.dtype == other.dtype
         return one is other or (same_kind and bool(mx.array_equal(one, other, equal_nan=True)))
-    return one is other or bool(one == other)
+    are_arrays = isinstance(one, mx.array) or isinstance(other, mx.array)
+    return one is other or (not are_arrays and bool(one == other))
