@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,10 +49,9 @@ def adapt(model: nn.Module, config: AdapterConfig, *, seed: int, streamed: Block
     if config.type == "full":
         settings = _unfreeze(model, blocks, names, config)
     else:
-        settings = _add_low_rank(model, blocks, names, config)
+        with streamed.adapting() if streamed is not None else nullcontext():
+            settings = _add_low_rank(model, blocks, names, config)
     keys = make_dropout_reproducible(model)
-    if streamed is not None:
-        streamed.settle()
     mx.eval(model.parameters())
     trainable = sum(int(value.size) for _, value in tree_flatten(model.trainable_parameters()))
     return Adaptation(settings, keys, trainable, total, _describe(config, blocks, names))

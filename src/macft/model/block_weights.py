@@ -29,8 +29,6 @@ Place = tuple[Any, Any]
 class BlockWeights:
     """The frozen arrays of ``model``'s blocks. Made before an adapter is added; the arrays are not read yet.
 
-    Until :meth:`settle` is called they stay where they are, and a layer that is made from them (DoRA's) may use them.
-
     Args:
         read: makes a model with the same weights anew, as arrays that are not read yet. Called in another thread.
         resident: numbers of the blocks that stay in memory once they are read.
@@ -45,7 +43,8 @@ class BlockWeights:
         self._names = _own_names(model)
         self._reader = _Reader(read, self._names)
         self._current = [_named(block, names) for block, names in zip(self._blocks, self._names, strict=True)]
-        self._unread = [list(arrays) for arrays in self._current]
+        self._unread: list[Arrays] | None = list(self._current)
+        self._empty = [[_placeholder(array) for array in arrays] for arrays in self._current]
         self._places: list[list[list[Place]]] = [[[] for _ in names] for names in self._names]
         self._held: set[int] = set()
         self._ahead: tuple[int, Future[Arrays]] | None = None
@@ -58,6 +57,8 @@ class BlockWeights:
         self._installed.enter_context(self._on_demand())
         own = {id(array) for arrays in self._current for array in arrays}
         mx.eval([value for value in _all_arrays(model) if id(value) not in own])
+        for number, arrays in enumerate(self._empty):
+            self._put(number, arrays)
 
     @property
     def resident(self) -> frozenset[int]:
@@ -74,18 +75,27 @@ class BlockWeights:
                 if not any(held is container and held_key == key for held, held_key in places):
                     places.append((container, key))
 
-    def settle(self) -> None:
-        """Puts arrays that take no memory in the place of those that aren't read.
+    @contextmanager
+    def adapting(self) -> Iterator[None]:
+        """Inside, layers may be made that have trained parameters which follow from the weights (DoRA's).
 
-        Trained parameters that follow from a block's weights are computed first, block by block.
+        At the end those are computed, block by block. It can be done once.
         """
-        for number, block in enumerate(self._blocks):
-            if not self._unread[number]:
-                continue
-            mx.eval(block.trainable_parameters())
-            self._unread[number] = [_placeholder(array) for array in self._unread[number]]
-            if number not in self._held:
-                self._put(number, self._unread[number])
+        assert self._unread is not None
+        unread, self._unread = self._unread, None
+        absent = [number for number in range(len(self._blocks)) if number not in self._held]
+        for number in absent:
+            self._put(number, unread[number])
+        try:
+            yield
+            for number, block in enumerate(self._blocks):
+                mx.eval(block.trainable_parameters())
+                if number in absent:
+                    unread[number] = []
+                    self._put(number, self._empty[number])
+        finally:
+            for number in absent:
+                self._put(number, self._empty[number])
 
     @contextmanager
     def held(self, number: int, *, then: Sequence[int] = ()) -> Iterator[None]:
@@ -115,7 +125,7 @@ class BlockWeights:
         """Frees the weights of block ``number``."""
         if number in self._held:
             self._held.discard(number)
-            self._put(number, self._unread[number])
+            self._put(number, self._empty[number])
 
     def take_figures(self) -> tuple[float, int]:
         """Seconds waited and bytes read since the last call."""

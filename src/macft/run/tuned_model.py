@@ -91,8 +91,6 @@ class TunedModel:
         if not in_memory:
             execution = self._placed(execution, folder)
         loaded = load(model, folder, execution)
-        if loaded.streamed is not None:
-            loaded.streamed.settle()
         if tuned and self.adapter is not None:
             attach(loaded.model, self.adapter)
         loaded.model.eval()
