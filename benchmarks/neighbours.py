@@ -70,9 +70,9 @@ class Steps:
 
     def __init__(self, rows_a_step: int):
         import macft  # noqa: F401  # loads OpenBLAS before MLX
-        from macft.data.formats import tokenize
         from macft.data.settings import SourceConfig
         from macft.data.sources import read_source
+        from macft.data.tokenize import tokenize
         from macft.device.kind import Device
         from macft.device.mlx_device import prepare_device
         from macft.model.adapt import adapt
@@ -85,7 +85,7 @@ class Steps:
         print(prepare_device(), flush=True)
         config = ModelConfig()
         loaded = load(config, resolve(config))
-        records = read_source(SourceConfig(path="builtin:sql"))["train"]
+        records = [row.record for row in read_source(SourceConfig(path="builtin:sql"))["train"]]
         self.rows = [tokenize(record, loaded.tokenizer, mask_prompt=True) for record in records[: 16 * rows_a_step]]
         self.rows_a_step, self.model = rows_a_step, loaded.model
         self.keys = adapt(self.model, AdapterConfig(rank=8, scale=20.0, num_layers=16), seed=0).dropout_keys

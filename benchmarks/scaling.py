@@ -38,10 +38,11 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
     from macft.checkpoint.store import CheckpointStore
     from macft.collective.ring import Ring
     from macft.collective.solo import Solo
-    from macft.data.formats import Row, tokenize
+    from macft.data.formats import Row
     from macft.data.order import RowOrder
     from macft.data.settings import SourceConfig
     from macft.data.sources import read_source
+    from macft.data.tokenize import tokenize
     from macft.device.kind import Device
     from macft.model.adapt import adapt
     from macft.model.adapter_settings import AdapterConfig
@@ -67,7 +68,7 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
 
     config = ModelConfig()
     loaded = load(config, resolve(config))
-    records = read_source(SourceConfig(path="builtin:sql"))["train"][: batch_size * steps]
+    records = [row.record for row in read_source(SourceConfig(path="builtin:sql"))["train"][: batch_size * steps]]
     rows = [tokenize(record, loaded.tokenizer, mask_prompt=False) for record in records]
     if equal:
         rows = [Row(np.resize(row.tokens, LENGTH), 1) for row in rows]

@@ -61,7 +61,7 @@ def load_everything(options: argparse.Namespace) -> tuple[Any, list[dict[str, An
         loaded = types.SimpleNamespace(model=model, tokenizer=load_tokenizer(config, folder))
     else:
         loaded = load(config, folder)  # type: ignore[assignment]
-    records = read_source(SourceConfig(path="builtin:sql"))["train"]
+    records = [dict(row.record) for row in read_source(SourceConfig(path="builtin:sql"))["train"]]
     count = ROWS_A_STEP[case] * options.steps
     return loaded, records[:count] if case == "sql" else texts(records, loaded.tokenizer, *TOKENS[case], count)
 
@@ -109,7 +109,7 @@ def execution_of(model: Any, **training: Any) -> Any:
     from macft.device.kind import Device
     from macft.model.execution import resolve
     from macft.model.load import weight_format_of
-    from macft.model.packing import may_pack
+    from macft.model.packable import may_pack
     from macft.model.settings import ModelConfig
 
     config = ModelConfig(precision="checkpoint", quantization="keep")
@@ -119,15 +119,15 @@ def execution_of(model: Any, **training: Any) -> Any:
 def held_out_loss(loaded: Any, case: str) -> float:
     """Mean loss of the target tokens of rows that no trainer has seen, in nats."""
     from macft.collective.solo import Solo
-    from macft.data.formats import tokenize
     from macft.data.settings import SourceConfig
     from macft.data.sources import read_source
+    from macft.data.tokenize import tokenize
     from macft.model.backends.choose import make_backend
     from macft.parallel.shares import DataShard
     from macft.training.loss import TokenLoss
     from macft.training.validation import validation_loss
 
-    records = read_source(SourceConfig(path="builtin:sql"))["valid"]
+    records = [dict(row.record) for row in read_source(SourceConfig(path="builtin:sql"))["valid"]]
     records = (
         records[:32] if case == "sql" else texts(records, loaded.tokenizer, *TOKENS[case], 8 if case == "mixed" else 2)
     )
@@ -148,8 +148,8 @@ def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from macft.checkpoint.snapshot import Progress
     from macft.checkpoint.store import CheckpointStore
     from macft.collective.solo import Solo
-    from macft.data.formats import tokenize
     from macft.data.order import RowOrder
+    from macft.data.tokenize import tokenize
     from macft.model.adapt import adapt
     from macft.model.adapter_settings import AdapterConfig
     from macft.model.backends.choose import make_backend

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from harness.families import FAMILIES, configuration, new_model
 from macft.errors import ConfigError, ModelError
 from macft.model.adapt import adapt
+from macft.model.adaptable import adaptable_blocks
 from macft.model.adapter_files import load_adapter_weights, save_adapter
+from macft.model.adapter_layers import select_layers
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.load import load
 from macft.model.settings import ModelConfig
@@ -57,6 +62,118 @@ def test_only_what_was_chosen_is_trained(model: Any, config: AdapterConfig, expe
     assert trainable(model) == expected
     assert adaptation.trainable_parameters == sum(value.size for _, value in tree_flatten(model.trainable_parameters()))
     assert adaptation.trainable_parameters < adaptation.total_parameters
+
+
+# The layers of mlx-lm's default: dense, experts beside dense blocks, state spaces, projections in one with a LoRA of
+# their own, wrappers, blocks whose path isn't model.layers.
+QUICK = ["llama", "deepseek", "jamba", "afm7", "gemma4", "gpt2", "llama4", "mamba2", "qwen3_next"]
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
+def test_by_default_the_layers_of_mlx_lm_are_trained(family: str) -> None:
+    theirs, ours = new_model(configuration(family)), new_model(configuration(family))
+    theirs.freeze()
+    linear_to_lora_layers(theirs, -1, {"rank": 4, "scale": 20.0, "dropout": 0.0})
+    expected = {name: value.shape for name, value in tree_flatten(theirs.trainable_parameters())}
+    planned = adaptable_blocks(new_model(configuration(family)))
+    made = adapt(ours, AdapterConfig(rank=4), seed=0)
+    assert {name: value.shape for name, value in tree_flatten(ours.trainable_parameters())} == expected
+    assert made.trainable_parameters == sum(math.prod(shape) for shape in expected.values())
+    layers = [layer for block in planned for layer in block.layers]
+    assert sum(layer.trained_parameters("lora", 4) for layer in layers) == made.trainable_parameters
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "words"),
+    [
+        (
+            "gemma3n",
+            AdapterConfig(),
+            r"^adapter\.targets: LoRA can't be added to altup\.prediction_coefs and 1 more \(the model's code reads "
+            r"its weight\); use adapter\.targets=\[down_proj,gate_proj,.*v_proj\]$",
+        ),
+        (
+            "gemma3n",
+            AdapterConfig(targets=["correction_coefs"]),
+            r"can't be added to altup\.correction_coefs \(.*q_proj",
+        ),
+        ("afm7", AdapterConfig(type="dora"), r"qkv_proj \(FusedLinear has a LoRA of its own\); use .*\[down_proj,"),
+        ("bitnet", AdapterConfig(), r"^adapter\.type: mlx-lm has no adapter for this model's layers"),
+    ],
+)
+def test_layers_that_cannot_be_adapted_are_refused(family: str, config: AdapterConfig, words: str) -> None:
+    """Before the weights are loaded, and afterwards where the shape isn't known."""
+    model = new_model(configuration(family))
+    with pytest.raises(ConfigError, match=words) as caught:
+        select_layers(config, adaptable_blocks(model))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=words):
+        adapt(model, config, seed=0)
+
+
+def test_the_targets_that_a_refusal_names_can_be_trained() -> None:
+    model = new_model(configuration("gemma3n"))
+    with pytest.raises(ConfigError) as caught:
+        adapt(model, AdapterConfig(), seed=0)
+    targets = str(caught.value).rpartition("[")[2].rstrip("]").split(",")
+    adapt(model, AdapterConfig(targets=targets), seed=0)
+    lines = trainable(model)
+    assert any("modality_router" in name for name in lines)
+    assert not any("coefs" in name for name in lines)
+
+
+class Layered(nn.Module):
+    """Blocks with an embedding, and a linear layer whose weight the second one reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [EmbeddingBlock(), ReadingBlock()]
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.layers[1](self.layers[0](tokens))
+
+
+class EmbeddingBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, 8)
+        self.inner = nn.Linear(8, 8)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.inner(self.table(tokens))
+
+
+class ReadingBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 4)
+        self.read = nn.Linear(8, 4)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.inner(x) + x @ self.read.weight.T
+
+
+def test_embeddings_inside_of_blocks_and_weights_that_are_read() -> None:
+    with pytest.raises(ConfigError, match=r"LoRA can't be added to read .*; use adapter\.targets=\[inner,table\]$"):
+        adapt(Layered(), AdapterConfig(rank=2), seed=0)
+    model = Layered()
+    adapt(model, AdapterConfig(rank=2, targets=["inner", "table"]), seed=0)
+    shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
+    assert shapes == {
+        "layers.0.table.lora_a": (16, 2),
+        "layers.0.table.lora_b": (2, 8),
+        "layers.0.inner.lora_a": (8, 2),
+        "layers.0.inner.lora_b": (2, 8),
+        "layers.1.inner.lora_a": (8, 2),
+        "layers.1.inner.lora_b": (2, 4),
+    }
+
+
+def test_a_model_without_a_gradient_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"can't be trained on .*: \[gather_axis\] Cannot calculate VJP"):
+        adapt(new_model(configuration("deepseek_v41")), AdapterConfig(), seed=0)
 
 
 def test_scales() -> None:

@@ -36,6 +36,7 @@ ORDER = (
     "training",
     "thermal",
     "evaluation",
+    "inspection",
     "config",
     "planner",
     "run",
@@ -43,10 +44,12 @@ ORDER = (
     "collective_bench",
 )
 
+# At the top of the package, or a package's __main__.
 COMMANDS = {
     "adapter",
     "bench",
     "cluster",
+    "data",
     "doctor",
     "evaluate",
     "fuse",
@@ -75,12 +78,16 @@ def module_name(path: Path) -> str:
 
 
 FILES = {module_name(path): path for path in ROOT.rglob("*.py")}
+COMMAND_MODULES = {f"macft.{path.parent.name}.__main__" for path in ROOT.glob("*/__main__.py")}
+"""Where a command has the name of a package: the package's ``__main__``, which like any command may import them all."""
 
 
 def packages_imported_by(package: str) -> dict[str, set[str]]:
-    """For each package that ``package`` imports, the files that do so."""
+    """For each package that ``package`` imports, the files that do so; a command of its name is no part of it."""
     imported: dict[str, set[str]] = {}
     for name, path in FILES.items():
+        if name in COMMAND_MODULES:
+            continue
         if name == f"macft.{package}" or name.startswith(f"macft.{package}."):
             for module in imports_of(path):
                 parts = module.split(".")
@@ -120,7 +127,14 @@ def test_the_order_is_complete() -> None:
 
 def test_only_commands_and_errors_are_at_the_top() -> None:
     modules = {path.stem for path in ROOT.glob("*.py")} - {"__init__", "__main__"}
-    assert modules == COMMANDS | {"errors"}
+    assert modules | {name.split(".")[1] for name in COMMAND_MODULES} == COMMANDS | {"errors"}
+    assert {path.parent.parent for path in ROOT.rglob("__main__.py")} <= {ROOT, ROOT.parent}  # none lies deeper
+
+
+def test_nothing_imports_a_command_of_a_package_and_it_only_calls_its_body() -> None:
+    for name in COMMAND_MODULES:
+        assert not [other for other, path in FILES.items() if name in imports_of(path)]
+        assert not [node for node in ast.walk(ast.parse(FILES[name].read_text())) if isinstance(node, ast.FunctionDef)]
 
 
 def test_contributing_shows_this_order() -> None:

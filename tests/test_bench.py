@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from harness.runs import environment
 from macft.bench import main
 from macft.cli.run_command import run_command
+from macft.collective_bench import ports
 from macft.collective_bench.lane import Lane, LaneFailed
 from macft.collective_bench.limits import link_speed, memory_copy
 from macft.collective_bench.ports import free_addresses
@@ -105,6 +106,32 @@ def test_local_ranks_with_peers(tmp_path: Path) -> None:
         assert result["failure"] == ""
         assert 0 < result["median"] <= result["p95"]
         assert result["bus_bandwidth"] == pytest.approx(result["size"] / result["median"] * 4 / 3)
+
+
+RESERVE = """
+import sys
+from macft.collective_bench import ports
+ports._FIRST, ports._LAST = 31_900, 31_940
+print(*ports.free_addresses(3), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_ports_of_another_process_are_not_given_out_before_it_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ports, "_FIRST", 31_900)
+    monkeypatch.setattr(ports, "_LAST", 31_940)
+
+    def some() -> set[str]:
+        return {address for _ in range(300) for address in ports.free_addresses(2, in_a_row=1)}
+
+    command = [sys.executable, "-c", RESERVE]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        theirs = set(other.stdout.readline().split())
+        assert len(theirs) == 3
+        assert not theirs & some()
+        other.communicate("")
+    assert theirs & some()
 
 
 @pytest.mark.slow

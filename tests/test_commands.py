@@ -18,6 +18,7 @@ from macft.errors import CollectiveError, ConfigError
 
 ROOT = Path(macft.__file__).parent
 MODULES = {path.stem for path in ROOT.glob("*.py")} - {"__init__", "__main__", "errors"}
+MODULES |= {path.parent.name for path in ROOT.glob("*/__main__.py")}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_version_is_macfts(script: list[str]) -> None:
     [
         ("trian", "did you mean macft train?"),
         ("+recipe=smoke", "did you mean macft train +recipe=smoke?"),
-        ("xyzzy", "the commands are train, plan,"),
+        ("xyzzy", "the commands are train, data, plan,"),
     ],
 )
 def test_an_unknown_command_is_one_line(script: list[str], word: str, hint: str) -> None:
@@ -69,15 +70,15 @@ def test_an_unknown_command_is_one_line(script: list[str], word: str, hint: str)
 
 
 @pytest.mark.slow
-def test_help_names_the_program_as_it_was_started(script: list[str]) -> None:
-    name = "keys"
+@pytest.mark.parametrize("name", ["keys", "data"])  # a module, and a package
+def test_help_names_the_program_as_it_was_started(script: list[str], name: str) -> None:
     for command, program in (
         ([*script, name], f"macft {name}"),
         ([sys.executable, "-m", "macft", name], f"python -m macft {name}"),
         ([sys.executable, "-m", f"macft.{name}"], f"python -m macft.{name}"),
     ):
         assert call([*command, "--help"]).stdout.startswith(f"usage: {program} ")
-        wrong = call([*command, "--nonsense"])
+        wrong = call([*command, *(["builtin:sql"] if name == "data" else []), "--nonsense"])
         assert wrong.returncode == 2
         assert wrong.stderr == f"error: unrecognized arguments: --nonsense; see {program} --help\n"
 

@@ -14,6 +14,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
+from mlx_lm.models.base import create_causal_mask, scaled_dot_product_attention
+from mlx_lm.models.cache import KVCache
 from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.tuner.lora import LoRALinear
@@ -26,7 +28,7 @@ from macft.device import blas
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.backends.cpu.activations import softmax_parts, swiglu
-from macft.model.backends.cpu.attention import causal_attention
+from macft.model.backends.cpu.attention import causal_attention, fast_attention
 from macft.model.backends.cpu.cross_entropy import blockwise_cross_entropy
 from macft.model.backends.cpu.layers import kernel_for
 from macft.model.packing import PackedRope, PackLayout, packed
@@ -53,14 +55,18 @@ def longest(vectors: Any) -> float:
     group=st.integers(1, 3),
     tokens=st.integers(1, 300),
     width=st.sampled_from([8, 64]),
+    value_width=st.sampled_from([8, 24]),
     seed=st.integers(0, 99),
 )
-def test_attention_and_its_gradient(rows: int, groups: int, group: int, tokens: int, width: int, seed: int) -> None:
+def test_attention_and_its_gradient(
+    rows: int, groups: int, group: int, tokens: int, width: int, value_width: int, seed: int
+) -> None:
     mx.random.seed(seed)
     # Laid out as a model's projections leave them: token by token.
+    heads = groups * group
     q, k, v, weights = (
-        3 * mx.random.normal((rows, tokens, heads, width)).swapaxes(1, 2)
-        for heads in (groups * group, groups, groups, groups * group)
+        3 * mx.random.normal((rows, tokens, *shape)).swapaxes(1, 2)
+        for shape in ((heads, width), (groups, width), (groups, value_width), (heads, value_width))
     )
 
     def ours(q: Any, k: Any, v: Any) -> Any:
@@ -81,6 +87,54 @@ def test_attention_and_its_gradient(rows: int, groups: int, group: int, tokens: 
     terms = (slope * 0.3 * longest(k), slope * 0.3 * longest(q), weight)
     for one, other, size in zip(found, expected, terms, strict=True):
         close(one, other, within=2e-7, terms=size)
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "causal": {"mask": "causal"},
+    "sinks": {"mask": "causal", "sinks": mx.array([0.5, -1.0, 2.0, 0.0, 1.0, 3.0])},
+    "no sinks": {"mask": "causal", "sinks": None},
+    "window": {"mask": create_causal_mask(80, window_size=16)},
+    "added to scores": {"mask": mx.random.normal((1, 1, 80, 80), key=mx.random.key(3))},
+    "no mask": {"mask": None},
+}
+
+
+@pytest.mark.parametrize("value_width", [8, 12])
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("call", CALLS)
+def test_any_call_of_attention_is_mlx_s(call: str, kv_heads: int, value_width: int) -> None:
+    """With the gradient: masks, sinks, and values that are not as wide as queries."""
+    mx.random.seed(2)
+    shapes = ((6, 8), (kv_heads, 8), (kv_heads, value_width), (6, value_width))
+    *inputs, weights = (mx.random.normal((2, heads, 80, width)) for heads, width in shapes)
+    named = {"cache": None, "scale": 0.3, **CALLS[call]}
+
+    def computed(attention: Any) -> Any:
+        return mx.value_and_grad(lambda *qkv: (attention(*qkv, **named) * weights).sum(), argnums=(0, 1, 2))(*inputs)
+
+    (value, gradients), (expected, references) = map(
+        computed, (fast_attention(scaled_dot_product_attention), scaled_dot_product_attention)
+    )
+    close(value, expected, terms=100.0)
+    for found, reference in zip(gradients, references, strict=True):
+        close(found, reference)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_types_keep_mlx_s_attention(dtype: Any) -> None:
+    mx.random.seed(4)
+    q, k, v = (mx.random.normal((1, 2, 80, 8)).astype(dtype) for _ in range(3))
+    named = {"cache": None, "scale": 0.3, "mask": "causal"}
+    found = fast_attention(scaled_dot_product_attention)(q, k, v, **named)
+    assert found.dtype == dtype
+    assert mx.array_equal(found, scaled_dot_product_attention(q, k, v, **named))
+
+
+def test_one_query_behind_a_cache_is_mlx_s() -> None:
+    mx.random.seed(5)
+    (q, k, v), cache = (mx.random.normal((1, 2, tokens, 8)) for tokens in (1, 80, 80)), KVCache()
+    found = fast_attention(scaled_dot_product_attention)(q, k, v, cache=cache, scale=0.3, mask=None)
+    assert mx.array_equal(found, scaled_dot_product_attention(q, k, v, cache=cache, scale=0.3, mask=None))
 
 
 @pytest.mark.parametrize("count", [1, 1000, 400_000])

@@ -37,7 +37,7 @@ COMMANDS = list({(command.text, command.says): command for page in PAGES for com
 RUN_FOLDER = re.compile(r"runs/[\w-]+/\d[\d_-]+\d")
 SHELL = ("mkdir ", "cp ")
 DESK = TopologyConfig(kind="ssh", hosts=[f"10.0.0.{n}" for n in (1, 2, 3)], ssh=[f"me@10.0.0.{n}" for n in (1, 2, 3)])
-IN_PLACE = ("keys", "cluster", "doctor", "plan", "monitor")
+IN_PLACE = ("keys", "cluster", "doctor", "plan", "monitor", "data")
 """Commands that are quick and need no second machine: they are run as written."""
 BRIEFLY = {"monitor": ["--once"], "plan": ["dataset=./rows", "topology.batch=auto"]}
 """Added to these, so that the monitor ends and the plan reads few rows, which are long."""

@@ -25,6 +25,7 @@ from harness.runs import (
     wait_for_events,
     wait_for_step,
 )
+from macft.config.yaml import read
 
 pytestmark = pytest.mark.slow
 
@@ -176,6 +177,8 @@ def test_a_killed_node_is_started_again_and_another_one_joins(
     finish(process, [])
     _, errors = newcomer.communicate(timeout=60)
     assert newcomer.returncode == 0, errors
+    clock, guests_clock = (read(path / "config.yaml").dataset.template_time for path in (folder, guest))
+    assert clock == guests_clock
     assert_as_if_undisturbed(folder, undisturbed)
     joined, lost, again = events(folder, "nodes_changed")
     assert (len(joined["joined"]), joined["names"][:2]) == (1, ["local-0", "local-1"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 import macft
 from harness.tiny_model import TINY_CONFIG
-from macft.config.execution import execution_for, requires_packing, with_execution
+from macft.config.execution import execution_for, with_execution
 from macft.config.schema import TrainConfig
 from macft.data.batch import micro_batches
 from macft.data.formats import Row
@@ -33,6 +34,8 @@ from macft.training.settings import OptimizerConfig, TrainingConfig, problems
 # isort: split
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.llama import Attention
 
 SOURCE = Path(macft.__file__).parent
 CPU = Device("cpu", openblas=True)
@@ -146,7 +149,7 @@ def test_the_planner_counts_what_is_loaded_and_trained(
         assert loaded.execution is execution
         assert str(loaded.dtype).removeprefix("mlx.core.") == execution.dtype
         assert loaded.is_quantized == (execution.bits is not None)
-        confirmed, revisions = confirm(execution, loaded, packing_required=requires_packing(config))
+        confirmed, revisions = confirm(execution, loaded)
         assert (confirmed, revisions) == (execution, [])
         types = {value.dtype for _, value in tree_flatten(loaded.model.parameters())}
         assert execution.kernels == "mlx" or types == {mx.float32}
@@ -164,18 +167,25 @@ def test_the_planner_counts_what_is_loaded_and_trained(
         )
 
 
+class MaskingAttention(Attention):
+    """Makes a mask of its own, which in a pack would be one for all rows together."""
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:  # noqa: ARG002
+        return super().__call__(x, create_causal_mask(x.shape[1]), cache)
+
+
 def test_a_model_of_unknown_architecture_is_confirmed_once_it_is_loaded(tiny_model_folder: Path) -> None:
     config = TrainConfig(model=ModelConfig(path=str(tiny_model_folder)))
     execution = execution_for(config, None, read_weight_format(tiny_model_folder), CPU)
     assert execution.packing
     loaded = load(config.model, tiny_model_folder, execution)
     assert confirm(execution, loaded) == (execution, [])
-    loaded.model.args.sliding_window = 8  # an attention that packed rows can't have
+    loaded.model.model.layers[0].self_attn.__class__ = MaskingAttention
     revised, notes = confirm(execution, loaded)
     assert revised == execution.padded()
     assert notes == ["this model's attention can't take packed rows, so rows are padded"]
     with pytest.raises(ConfigError, match=r"training\.packing"):
-        confirm(execution, loaded, packing_required=True)
+        confirm(replace(execution, requires_packing=True), loaded)
     loaded.model.model.norm.weight = loaded.model.model.norm.weight.astype(mx.float16)
     assert confirm(execution, loaded)[0].kernels == "mlx"
 

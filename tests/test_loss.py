@@ -13,15 +13,60 @@ from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from helpers.computing import execution_with, gradient_computer, randomize_adapter
-from helpers.models import FAMILIES, assert_same_gradient, make_model, random_rows
+from helpers.models import FAMILIES, MAMBA, SMALL, assert_same_gradient, make_from, make_model, random_rows
 from macft.data.batch import collate
 from macft.data.formats import Row
-from macft.model.adapt import adapt
+from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.backends.choose import make_backend
+from macft.model.backends.mlx.recurrence import chunked_recurrences, find_recurrences
 from macft.model.head import split_head
 from macft.training.gradient import GradientComputer
 from macft.training.loss import target_positions
+
+TEXT = {
+    **SMALL,
+    "model_type": "gemma3_text",
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 16,
+    "sliding_window_pattern": 2,
+    "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]},
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 2,
+    "tie_word_embeddings": True,
+}
+GPT2 = {"n_ctx": 128, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 128, "layer_norm_epsilon": 1e-5}
+JAMBA = {
+    "model_type": "jamba",
+    "attn_layer_offset": 1,
+    "attn_layer_period": 2,
+    "expert_layer_offset": 1,
+    "expert_layer_period": 2,
+    "mamba_d_conv": 4,
+    "mamba_d_state": 8,
+    "mamba_expand": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "mamba_proj_bias": False,
+    "mamba_conv_bias": True,
+    "mamba_dt_rank": 4,
+}
+WRAPPED = {
+    "gemma3": {"model_type": "gemma3", "vocab_size": 97, "text_config": TEXT},
+    "qwen3_vl": {"model_type": "qwen3_vl", "text_config": {**TEXT, "model_type": "qwen3_vl_text"}},
+    "mamba": MAMBA,
+    "phi": {**SMALL, "model_type": "phi", "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5},
+    "gpt2": {**SMALL, "model_type": "gpt2", "num_key_value_heads": 4, **GPT2},
+}
+RECURRENT = {
+    "qwen3_5": {"model_type": "qwen3_5", "text_config": {**TEXT, "model_type": "qwen3_5_text"}},
+    "mamba": MAMBA,
+    "jamba": {**SMALL, **JAMBA},
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -34,6 +79,92 @@ def test_split_head_makes_the_models_own_logits(family: str) -> None:
     whole = np.array(model(tokens))
     selected = np.array(head(backbone(tokens)[:, 3:5]))
     np.testing.assert_allclose(selected, whole[:, 3:5], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", WRAPPED)
+def test_the_head_is_split_wherever_the_backbone_is(family: str, kernels: str) -> None:
+    """Behind wrappers, under other names, with other arguments: the model's own logits, and the same gradient."""
+    model = make_from(WRAPPED[family])
+    adaptation = adapt(model, AdapterConfig(rank=4), seed=1)
+    randomize_adapter(model)
+    model.train()
+    parts = split_head(model)
+    assert parts is not None
+    backbone, head = parts
+    assert head.is_frozen
+    tokens = mx.array(np.random.default_rng(0).integers(1, 97, (2, 11)))
+    whole = np.array(model(tokens))
+    np.testing.assert_allclose(np.array(head(backbone(tokens)[:, 3:5])), whole[:, 3:5], rtol=1e-5, atol=1e-5)
+    assert_gradient_of_mlx_lm(model, adaptation, kernels, rows=2, length=24)
+
+
+def test_a_wide_vocabulary_needs_no_more_memory_behind_a_wrapper(kernels: str) -> None:
+    text = {**WRAPPED["gemma3"]["text_config"], "vocab_size": 20000}
+    peaks = []
+    for config in (text, {"model_type": "gemma3", "vocab_size": 20000, "text_config": text}):
+        model = make_from(config)
+        adaptation = adapt(model, AdapterConfig(rank=4), seed=1)
+        tokens = np.random.default_rng(0).integers(1, 97, (4, 65)).astype(np.int32)
+        with gradient_computer(model, adaptation, kernels) as compute:
+            batch = collate([Row(row, prompt_length=60) for row in tokens], np.arange(4))
+            mx.reset_peak_memory()
+            before = mx.get_active_memory()
+            mx.eval(compute(0, [batch]).gradient)
+            peaks.append(mx.get_peak_memory() - before)
+    logits = 4 * 4 * 64 * 20000
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.05)
+    assert peaks[1] < logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", RECURRENT)
+def test_layers_that_loop_over_time_hold_little_and_compute_the_same(family: str, kernels: str) -> None:
+    model = make_from(RECURRENT[family])
+    adaptation = adapt(model, AdapterConfig(rank=4, num_layers=-1), seed=1)
+    randomize_adapter(model)
+    ours, theirs = assert_gradient_of_mlx_lm(model, adaptation, kernels, rows=4, length=112)
+    assert ours < theirs
+
+
+def test_chunks_of_time_have_the_dropout_of_the_whole() -> None:
+    gradients = []
+    for chunk in (8, 1000):
+        model = make_from(RECURRENT["qwen3_5"])
+        adaptation = adapt(model, AdapterConfig(rank=4, dropout=0.3), seed=1)
+        randomize_adapter(model)
+        layers = find_recurrences(model)
+        assert len(layers) == 1
+        with chunked_recurrences(layers, chunk=chunk), adaptation.dropout_keys.using(mx.array([5, 6], mx.uint32)):
+            model.train()
+            tokens = mx.array(np.random.default_rng(0).integers(1, 97, (2, 30)))
+            gradient = nn.value_and_grad(model, lambda model=model, tokens=tokens: (model(tokens) ** 2).mean())()[1]
+            gradients.append(dict(tree_flatten(gradient)))
+    assert_same_gradient(gradients[0], gradients[1], rtol=1e-4)
+
+
+def assert_gradient_of_mlx_lm(
+    model: nn.Module, adaptation: Adaptation, kernels: str, *, rows: int, length: int
+) -> tuple[int, int]:
+    """Loss and gradient of ``model`` are those of mlx-lm's own loss; the peak memory of both, bytes."""
+    tokens = np.random.default_rng(0).integers(1, 97, (rows, length + 1)).astype(np.int32)
+    batch = collate([Row(row, prompt_length=length // 2) for row in tokens], np.arange(rows))
+    lengths = mx.array(np.stack([batch.prompt_lengths, batch.lengths - 1], axis=1))
+    model.train()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    (mean, count), gradient = nn.value_and_grad(model, default_loss)(model, mx.array(batch.tokens), lengths)
+    expected = {name: value * count for name, value in tree_flatten(gradient)}
+    mx.eval(mean, expected)
+    theirs = mx.get_peak_memory() - before
+    with gradient_computer(model, adaptation, kernels) as compute:
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        local = compute(0, [batch])
+        mx.eval(local.gradient)
+        ours = mx.get_peak_memory() - before
+    assert local.loss_sum == pytest.approx((mean * count).item(), rel=2e-6)
+    assert_same_gradient(local.gradient, expected, rtol=1e-4)
+    return ours, theirs
 
 
 def test_a_model_without_a_backbone_is_used_whole() -> None:

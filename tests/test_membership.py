@@ -135,8 +135,9 @@ def test_strangers_learn_and_change_nothing() -> None:
             sock.send(join_request("same"))
             assert sock.poll(10_000)
             answer = msgpack.unpackb(sock.recv())
-            assert (answer["secret"], heartbeat_codec.decode_view(answer["view"])) == (
+            assert (answer["secret"], answer["started"], heartbeat_codec.decode_view(answer["view"])) == (
                 b"secret of this run",
+                "at noon",
                 node.membership.state.view,
             )
             assert not sock.poll(100)

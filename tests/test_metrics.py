@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +13,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tokenizer_utils import load as load_tokenizer
 
+from harness.runs import events, train_to_end, write_jsonl
 from macft.errors import ConfigError, DataError
+from macft.evaluation.answer_form import AnswerForm
 from macft.evaluation.exact_match import ExactMatch
 from macft.evaluation.metrics import metric
-from macft.evaluation.record import expected_text, question_text
+from macft.evaluation.record import expected_text, question_text, with_answer
 from macft.evaluation.sql_execution import SqlExecution, first_query, same_rows
 
 DATABASE = """
@@ -305,3 +311,131 @@ def test_an_unknown_metric_names_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=f"dataset.metric: no metric '{name}'") as error:
         metric(name)
     assert hint in str(error.value)
+
+
+THINK = ("<think>", "</think>")
+CHANNEL = ("<|channel>thought", "<channel|>")
+
+
+@pytest.mark.parametrize(
+    ("marks", "text", "answer"),
+    [
+        ([THINK], "  Four. \n", "Four."),
+        ([THINK], "<think>\n\n</think>\n\nFour.", "Four."),
+        ([THINK], "<think>Two and two\nmake four.</think>Four.", "Four."),
+        ([THINK], "Two and two make four.</think>\n\nFour.", "Four."),  # the prompt began the block
+        ([THINK], "hm</think><think>hm</think> Four. <think></think>", "Four."),
+        ([THINK, CHANNEL], "<|channel>thought\nhm<channel|>Four.", "Four."),
+        ([THINK, CHANNEL], "<think></think><|channel>thought\nhm<channel|>Four.", "Four."),
+        ([THINK], "<|channel>thought\nhm<channel|>Four.", "<|channel>thought\nhm<channel|>Four."),
+        ([THINK], "<think></think>", ""),
+        ([THINK], "<think>Two and two", None),
+        ([THINK], "<think>hm</think>Four. <think>or five", None),
+        ([THINK, CHANNEL], "<|channel>thought\nTwo and two", None),
+        ([THINK], "", ""),
+    ],
+)
+def test_thinking_is_no_part_of_an_answer(marks: list[tuple[str, str]], text: str, answer: str | None) -> None:
+    assert AnswerForm(tuple(marks)).answer(text) == answer
+
+
+def test_a_text_that_begins_in_a_block_of_the_prompt() -> None:
+    form = AnswerForm()
+    assert form.opens_thinking("<|assistant|><think>\n")
+    assert not form.opens_thinking("what is <think> for?<|assistant|>")
+    assert form.answer("hm", is_thinking=True) is None
+    assert form.answer("hm</think>Four.", is_thinking=True) == "Four."
+
+
+TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+ASSISTANT = "{{ '<|im_start|>assistant\nOPENING' + m['content'] + 'CLOSING<|im_end|>\n' }}"
+TEMPLATE = (
+    f"{{% for m in messages %}}{{% if m['role'] == 'assistant' %}}{ASSISTANT}{{% else %}}{TURN}{{% endif %}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+FOUR = {"prompt": "Two plus two?", "completion": "Four, of course."}
+
+
+def decorated(folder: Path, source: Path, opening: str, closing: str, added: tuple[str, ...] = ()) -> Path:
+    """A copy of the model ``source`` whose template writes ``opening`` and ``closing`` around an answer."""
+    shutil.copytree(source, folder)
+    template = TEMPLATE.replace("OPENING", opening).replace("CLOSING", closing)
+    (folder / "chat_template.jinja").write_text(template)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    first = len(content["model"]["vocab"])
+    content["added_tokens"] += [
+        {"id": first + i, "content": token, "special": False}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        for i, token in enumerate(added)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def form_of(folder: Path) -> AnswerForm:
+    tokenizer: TokenizerWrapper = load_tokenizer(folder, eos_token_ids=[2])
+    return AnswerForm.of(tokenizer, FOUR)
+
+
+def test_what_the_template_writes_around_an_answer(tmp_path: Path, tiny_model_folder: Path) -> None:
+    channels = decorated(
+        tmp_path / "channels",
+        tiny_model_folder,
+        "<|channel|>final<|message|>",
+        "<|done|>",
+        ("<|channel|>", "<|message|>", "<|done|>"),
+    )
+    form = form_of(channels)
+    assert (form.opening, form.closing) == ("<|channel|>final<|message|>", "<|done|>")
+    thought = "<|channel|>analysis<|message|>hm<|done|>"
+    assert form.answer(f"{thought}<|channel|>final<|message|>Four.<|done|>") == "Four."
+    assert form.answer("Four.") == "Four."
+    # Words that are no tokens of their own may stand in an answer too.
+    words = form_of(decorated(tmp_path / "words", tiny_model_folder, "<think></think>Answer: ", ""))
+    assert words.opening == "Answer:"
+    assert words.answer("<think>hm</think>Answer: is it Answer: B?") == "is it Answer: B?"
+    longcat = ("<longcat_think>", "</longcat_think>")
+    marked = form_of(decorated(tmp_path / "longcat", tiny_model_folder, "<longcat_think></longcat_think>", "", longcat))
+    assert (marked.opening, marked.closing) == ("", "")
+    assert marked.answer("<longcat_think>hm</longcat_think>Four.") == "Four."
+    plain = form_of(tiny_model_folder)
+    assert (plain.opening, plain.closing) == ("", "")
+
+
+def test_a_row_with_another_answer_keeps_what_a_metric_reads() -> None:
+    row = with_answer(record(), "SELECT 1")
+    assert (expected_text(row), question_text(row), row["database"]) == ("SELECT 1", "?", DATABASE)
+    assert not SQL.score(row, RIGHT)
+    assert SQL.score(row, "SELECT 1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "opening", ["<think>\\n\\n</think>\\n\\n", "<|channel|>final<|message|>"], ids=["thinking", "channel"]
+)
+def test_learned_answers_are_right_whatever_the_template_writes_around_them(
+    tmp_path: Path, tiny_model_folder: Path, opening: str
+) -> None:
+    model = decorated(tmp_path / "model", tiny_model_folder, opening, "")
+    thoughtful = {"prompt": "Capital of Peru?", "completion": "<think>Peru...</think>Lima"}
+    for name in ("train", "test"):
+        write_jsonl(tmp_path / "data" / f"{name}.jsonl", [FOUR, thoughtful])
+    run = train_to_end(
+        f"model={model}",
+        f"dataset={tmp_path / 'data'}",
+        "dataset.metric=exact_match",
+        "dataset.mask_prompt=true",
+        "adapter.type=full",
+        "optimizer.learning_rate=3e-3",
+        "training.metric_rows=2",
+        "training.metric_max_tokens=40",
+        "training.steps=40",
+        "training.eval_every=0",
+        folder=tmp_path / "run",
+    )
+    assert [event["value"] for event in events(run, "metric_scored")] == [0.0, 1.0]
+    (shown,) = events(run, "samples_shown")
+    assert {(sample["expected"], sample["after"]) for sample in shown["samples"]} == {
+        ("Four, of course.", "Four, of course."),
+        ("Lima", "Lima"),
+    }

@@ -27,6 +27,7 @@ from harness.runs import (
     train_to_end,
     wait_for_step,
 )
+from macft.config.yaml import read
 
 pytestmark = pytest.mark.slow
 
@@ -182,6 +183,7 @@ def test_hosts_typed_by_hand_on_each_machine(tmp_path: Path, basics: list[str], 
             "topology=hosts",
             f"topology.hosts=[{first},{second}]",
             f"topology.rank={rank}",
+            f"dataset.template_time=200{rank}-01-01T00:00:00",
             f"hydra.run.dir={tmp_path / str(rank)}",
             cwd=tmp_path,
         )
@@ -190,6 +192,8 @@ def test_hosts_typed_by_hand_on_each_machine(tmp_path: Path, basics: list[str], 
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
+    for rank in (0, 1):  # rank 0's clock is the run's
+        assert read(tmp_path / str(rank) / "config.yaml").dataset.template_time == "2000-01-01T00:00:00"
     assert_equal_up_to_rounding(tmp_path / "0", whole_run("auto", 1))
     assert not (tmp_path / "1" / "adapters").exists()
 

@@ -23,7 +23,7 @@ from macft.training.settings import OptimizerConfig
 
 @given(
     schedule=st.sampled_from(["constant", "linear", "cosine"]),
-    total=st.integers(2, 500),
+    total=st.integers(1, 500),
     warmup=st.integers(0, 400),
     final=st.floats(0, 1e-4),
 )
@@ -35,7 +35,19 @@ def test_learning_rate_climbs_to_its_peak_then_only_falls(schedule: str, total: 
     assert all(0 < rate <= 1e-3 * (1 + 1e-9) for rate in rates[: warmup + 1])
     assert rates[: warmup + 1] == sorted(rates[: warmup + 1])
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
-    assert learning_rate(config, total, total) == pytest.approx(1e-3 if schedule == "constant" else final)
+    assert rates[-1] == (1e-3 if schedule == "constant" or warmup == total - 1 else final)
+
+
+def test_learning_rates_of_a_short_run() -> None:
+    def rates(schedule: str, steps: int, warmup: int = 0) -> list[float]:
+        config = OptimizerConfig(learning_rate=1.0, schedule=schedule, warmup_steps=warmup, final_learning_rate=0.2)
+        return [round(learning_rate(config, step, steps), 12) for step in range(steps)]
+
+    assert rates("linear", 5) == [1.0, 0.8, 0.6, 0.4, 0.2]
+    assert rates("linear", 6, warmup=3) == [0.25, 0.5, 0.75, 1.0, 0.6, 0.2]
+    assert rates("cosine", 3) == [1.0, 0.6, 0.2]
+    assert rates("constant", 3, warmup=1) == [0.5, 1.0, 1.0]
+    assert rates("linear", 1) == [1.0]
 
 
 @given(

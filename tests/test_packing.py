@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+from mlx_lm.models.base import create_attention_mask, create_causal_mask
+from mlx_lm.tuner.trainer import default_loss
 
+from harness.families import configuration, new_model
+from harness.family_configurations import VOCABULARY
 from helpers.computing import execution_with, gradient_computer, packs, randomize_adapter, token_loss
-from helpers.models import make_model, random_rows
+from helpers.models import assert_same_gradient, make_model, random_rows
 from macft.collective.solo import Solo
 from macft.data.batch import collate, pack, pad_pack_to_bucket
 from macft.data.formats import Row
@@ -23,7 +28,8 @@ from macft.model.adapter_settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.backends.cpu.attention import blocks_of
 from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy
-from macft.model.packing import PackLayout, packed
+from macft.model.packable import ignores_positions, may_pack
+from macft.model.packing import PackLayout, packed, row_mask
 from macft.parallel.shares import DataShard
 from macft.training.gradient import LocalGradient
 from macft.training.settings import OptimizerConfig, TrainingConfig, problems
@@ -47,7 +53,7 @@ def same(one: LocalGradient, other: LocalGradient) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "llama-untied", "llama-scaled", "qwen2", "qwen3", "gemma", "granite", "smollm3"]
+    "family", ["llama", "llama-untied", "llama-scaled", "qwen2", "qwen3", "gemma", "granite", "smollm3", "gemma3_text"]
 )
 def test_packed_rows_have_the_gradient_of_padded_ones(family: str, kernels: str) -> None:
     data = random_rows(7, masked=True)
@@ -135,11 +141,118 @@ def test_no_row_sees_its_neighbour(kernels: str) -> None:
     np.testing.assert_allclose(one[0], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_a_sliding_window_is_padded_instead(kernels: str) -> None:
-    model = make_model("gemma3_text")
+def rows_beyond(vocabulary: int) -> list[Row]:
+    """Seven rows of very different lengths, two of which begin alike; some are longer than any window here."""
+    generator = np.random.default_rng(5)
+    rows = [generator.integers(1, vocabulary, length).astype(np.int32) for length in (9, 33, 90, 17, 140, 5, 100)]
+    rows[4][:40] = rows[2][:40]
+    return [Row(tokens, int(generator.integers(0, len(tokens) - 2))) for tokens in rows]
+
+
+def assert_trains_as_mlx_lm_does(family: str, kernels: str, *, packing: bool, recompute: str = "none") -> None:
+    """Loss within 1e-6 of mlx-lm's own, gradient within 1e-4 of its largest value."""
+    model, data = new_model(configuration(family)), rows_beyond(VOCABULARY)
+    adaptation = adapt(model, AdapterConfig(rank=4), seed=1)
+    randomize_adapter(model, scale=0.02)
+    batch = collate(data, np.arange(len(data)))
+    lengths = mx.array(np.stack([batch.prompt_lengths, batch.lengths - 1], axis=1))
+    model.train()
+    (loss, count), gradient = nn.value_and_grad(model, default_loss)(model, mx.array(batch.tokens), lengths)
+    with gradient_computer(model, adaptation, kernels, packing=packing, recompute=recompute) as compute:
+        found = compute(3, [batch])
+    assert found.target_tokens == count.item()
+    assert found.loss_sum / found.target_tokens == pytest.approx(loss.item(), rel=1e-6)
+    expected = {name: value * count for name, value in tree_flatten(gradient)}
+    assert_same_gradient(found.gradient, expected, rtol=1e-4)
+
+
+# Windows in some blocks, plain and behind a wrapper; keys that blocks share; sinks; values narrower than queries.
+PECULIAR = ["llama", "gemma3_text", "gemma4", "gpt_oss", "deepseek_v2", "cohere2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("family", PECULIAR)
+def test_attention_of_any_family_trains_as_in_mlx_lm(family: str, packing: bool, kernels: str) -> None:
+    assert packs(new_model(configuration(family)), kernels)
+    assert_trains_as_mlx_lm_does(family, kernels, packing=packing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma4", "llama4", "ministral3"])
+def test_blocks_that_get_and_give_more_than_one_array_can_be_computed_again(family: str, kernels: str) -> None:
+    assert_trains_as_mlx_lm_does(family, kernels, packing=False, recompute="blocks")
+
+
+@pytest.mark.parametrize("family", ["gemma3"])
+def test_a_pack_is_right_where_it_packs(family: str, kernels: str) -> None:
+    assert packs(new_model(configuration(family)), kernels)
+    assert_trains_as_mlx_lm_does(family, kernels, packing=True)
+
+
+# Attention in chunks, a scale that grows with the position, learned positions, a softmax of its own, state spaces, a
+# mask that is more than a mask.
+@pytest.mark.parametrize("family", ["llama4", "ministral3", "gpt2", "gemma2", "jamba", "qwen3_next", "deepseek_v3"])
+def test_other_models_are_padded(family: str) -> None:
+    assert not packs(new_model(configuration(family)), "mlx")
+
+
+@pytest.mark.parametrize("begins", [64, 16384])
+def test_a_scale_that_begins_far_along_a_row_is_no_pack_s(begins: int) -> None:
+    """Rows of less tokens never show it."""
+    settings = configuration("ministral3")
+    scaled = {**settings["rope_parameters"], "original_max_position_embeddings": begins}
+    assert not ignores_positions(new_model({**settings, "rope_parameters": scaled}))
+    assert ignores_positions(new_model({**settings, "rope_parameters": {**scaled, "llama_4_scaling_beta": 0.0}}))
+
+
+def test_a_chunk_longer_than_any_trial_is_no_pack_s() -> None:
+    settings = configuration("llama4")
+    wide = {**settings, "text_config": {**settings["text_config"], "attention_chunk_size": 8192}}
+    assert not may_pack(new_model(wide))
+
+
+def test_masks_of_a_pack_are_those_of_its_rows() -> None:
+    """A window that is wider than each row hides nothing, and a narrower one slides over the row."""
+    masks = row_mask(create_attention_mask)
+    tokens = mx.zeros((1, 50, 4))
+    place = mx.zeros((50,), mx.int32)
+    with packed(PackLayout(mx.zeros((5, 12), mx.int32), place, place)):
+        assert masks(tokens, None) == "causal"
+        assert masks(tokens, None, window_size=12) == "causal"
+        assert masks(tokens, None, window_size=4).tolist() == create_causal_mask(12, window_size=4).tolist()
+    assert masks(tokens, None, window_size=12).shape == (50, 50)
+
+
+class Peeking(nn.Module):
+    """A model of its own kind, whose code needs the values of its tokens, and fails on some."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        layers: list[nn.Module] = self.inner.layers
+        return layers
+
+    def __call__(self, tokens: mx.array, cache: Any = None) -> Any:
+        return {0: self.inner(tokens, cache=cache)}[int(tokens.sum().item())]
+
+
+def test_whatever_a_model_raises_its_rows_are_padded(kernels: str) -> None:
+    model = Peeking(make_model("llama"))
+    assert not may_pack(model)
+    assert not ignores_positions(model)
     assert not packs(model, kernels)
+
+
+def test_attention_of_its_own_is_refused(kernels: str) -> None:
     execution = execution_with(kernels, packing=True)
-    with pytest.raises(ConfigError, match=r"training\.packing"), make_backend(execution).installed(model):
+    with (
+        pytest.raises(ConfigError, match=r"training\.packing"),
+        make_backend(execution).installed(make_model("gemma2")),
+    ):
         pass
 
 

@@ -9,17 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.families import configuration, new_model
 from harness.runs import environment, events, train, write_jsonl
 from harness.tiny_model import TINY_CONFIG, make_tiny_model
-from helpers.models import FAMILIES, SMALL, make_model
+from helpers.computing import gradient_computer
+from helpers.models import FAMILIES, MAMBA, SMALL, make_from, make_model
 from macft.config.execution import execution_for
 from macft.config.schema import TrainConfig
-from macft.data.batch import Batch, micro_batches, pack, pad_pack_to_bucket, pad_to_bucket
+from macft.data.batch import Batch, collate, micro_batches, pack, pad_pack_to_bucket, pad_to_bucket
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.device.chips import find_mac, known_chips
@@ -87,6 +90,27 @@ def test_trainable_parameters_are_those_that_the_model_gets(tiny_model_folder: P
     shape = read_shape(tiny_model_folder)
     assert shape.parameters == made.total_parameters
     assert trained_part(shape, adapter).parameters == made.trainable_parameters
+
+
+@pytest.mark.parametrize("family", ["deepseek", "llama4", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        AdapterConfig(),
+        AdapterConfig(rank=3, layers=[0, 1], targets=["gate_proj", "up_proj", "down_proj"]),
+        AdapterConfig(type="dora", targets=["q_proj", "v_proj"]),
+        AdapterConfig(type="full", num_layers=1),
+        AdapterConfig(type="full", targets=["down_proj"]),
+    ],
+)
+def test_trainable_parameters_of_mixtures_too(family: str, adapter: AdapterConfig) -> None:
+    """Experts, and blocks that differ."""
+    made = adapt(new_model(configuration(family)), adapter, seed=0)
+    planned = trained_part(shape_of(configuration(family), family), adapter)
+    assert planned.parameters == made.trainable_parameters
+    if adapter == AdapterConfig():
+        experts = (4 * (64 + 32) * 8) * 3
+        assert planned.parameters > experts
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"model_type": "llama"}', '{"model_type": "no-such-thing"}', "\x00"])
@@ -346,6 +370,112 @@ def test_a_run_that_does_not_fit_is_refused_and_auto_makes_it_fit(wide_model_fol
     assert "topology.batch=auto chose training.micro_batch_size=" in made.output
     assert max(event["peak_memory"] for event in events(tmp_path / "run", "step_done")) < 150e6
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+
+
+MIXTURE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "n_shared_experts": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "topk_method": "noaux_tc",
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "rope_scaling": None,
+}
+MEDIUM = {
+    **SMALL,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "head_dim": 32,
+    "vocab_size": 4096,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+WINDOW = {"query_pre_attn_scalar": 32, "sliding_window": 32, "sliding_window_pattern": 2}
+GEMMA = {**MEDIUM, **WINDOW, "model_type": "gemma3_text"}
+KINDS = {
+    "mixture": {**MEDIUM, **MIXTURE, "model_type": "qwen3_moe"},
+    "latent attention": {**MEDIUM, **LATENT, "model_type": "deepseek_v3"},
+    "window": GEMMA,
+    "wrapper": {"model_type": "gemma3", "vocab_size": 4096, "text_config": GEMMA},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_other_kinds_are_predicted_within_15_percent(kind: str) -> None:
+    """From the configuration alone, against a gradient with MLX's operations."""
+    shape = shape_of(KINDS[kind], kind)
+    assert shape.odd_block is not None
+    execution, adapter = padded_execution(), AdapterConfig(rank=4)
+    parts = predict(shape, execution, adapter, "adamw", ComputeShape(4, 160, 4 * 160, 4 * 64))
+    assert parts.unknown is None
+    model = make_from(KINDS[kind])
+    adaptation = adapt(model, adapter, seed=0)
+    assert trained_part(shape, adapter).parameters == adaptation.trainable_parameters
+    tokens = np.random.default_rng(0).integers(1, 4000, (4, 161)).astype(np.int32)
+    batch = collate([Row(row, prompt_length=97) for row in tokens], np.arange(4))
+    with gradient_computer(model, adaptation, "mlx", max_logits=execution.max_logits) as compute:
+        mx.eval(compute(0, [batch]).gradient)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(compute(0, [batch]).gradient)
+        measured = mx.get_peak_memory() - before
+    assert parts.activations + parts.logits == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "reason"),
+    [
+        (KINDS["mixture"], {"kernels": "cpu"}, "computes layer by layer"),
+        (KINDS["mixture"], {"recompute": "blocks"}, "computed twice"),
+        (MAMBA, {}, "token by token"),
+    ],
+)
+def test_what_the_plan_does_not_know_it_says_and_does_not_refuse(
+    config: dict[str, Any], changes: dict[str, Any], reason: str
+) -> None:
+    shape = shape_of(config, "config.json")
+    execution = replace(padded_execution(), **changes)
+    steps = [unlike_rows(8, 257, 256)]
+    planner = MemoryPlanner(shape, execution, AdapterConfig(), "adamw", steps, validation_rows=0)
+    parts = planner.parts()
+    assert parts.unknown is not None
+    assert f"activations of {shape.odd_block} are not predicted" in parts.unknown
+    assert reason in parts.unknown
+    assert (
+        parts.peak
+        < 1.5 * shape.weight_bytes(execution.weight_format) + 20 * 4 * trained_part(shape, AdapterConfig()).parameters
+    )
+    assert planner.best(2 * parts.peak) == execution
+    assert planner.refusal(2 * parts.peak, auto=False) is None
+    assert "at least" in str(planner.refusal(0.5 * parts.peak, auto=True))
+
+
+def test_where_no_known_peak_fits_the_most_saving_settings_are_tried() -> None:
+    """Checkpointed blocks of a mixture are not predicted, so they are neither promised nor refused."""
+    shape = shape_of(KINDS["mixture"], "config.json")
+    steps = [unlike_rows(4, 257, 256)]
+    planner = MemoryPlanner(shape, padded_execution(), AdapterConfig(rank=4), "adamw", steps, validation_rows=0)
+    smallest = planner.parts(padded_execution().with_batch(1, "none")).peak
+    best = planner.best(0.9 * smallest)
+    assert best == padded_execution().with_batch(1, "blocks")
+    assert "not predicted" in str(planner.refusal(0.9 * smallest, auto=False))
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from mlx_lm.utils import load_tokenizer
 
 import macft.data.builtin.sql as builtin
 from macft.data.builtin.sql.generate import SEED, SIZES, WEIGHTS, make_split, write
-from macft.data.formats import tokenize
 from macft.data.settings import SourceConfig
 from macft.data.sources import read_source
+from macft.data.tokenize import tokenize
 from macft.evaluation.metrics import metric
 from macft.evaluation.record import expected_text, question_text
 
@@ -27,7 +27,8 @@ SQL = metric("sql_execution")
 @pytest.fixture(scope="module")
 def rows() -> dict[str, list[dict[str, Any]]]:
     """The committed rows by split, read as a run reads them."""
-    return read_source(SourceConfig(path="builtin:sql"))
+    found = read_source(SourceConfig(path="builtin:sql"))
+    return {split: [dict(row.record) for row in rows] for split, rows in found.items()}
 
 
 def schema(row: dict[str, Any]) -> str:

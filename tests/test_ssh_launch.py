@@ -70,12 +70,13 @@ def fails(three: Cluster, cwd: Path, *overrides: str) -> str:
     return lines[0]
 
 
-def agents(folder: str) -> list[psutil.Process]:
-    """Processes of ranks whose command names ``folder``."""
+def agents(three: Cluster, folder: str) -> list[psutil.Process]:
+    """Processes of ranks on these hosts whose command names ``folder``."""
+    homes = {str(host.home) for host in three.hosts}
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = process.info["cmdline"] or []
-        if "macft.launch.agent" in line and folder in line:
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        line, home = process.info["cmdline"] or [], (process.info["environ"] or {}).get("HOME")
+        if "macft.launch.agent" in line and folder in line and home in homes:
             found.append(process)
     return found
 
@@ -93,7 +94,7 @@ def test_three_hosts_train_and_the_results_come_home(three: Cluster, basics: lis
     sha256 = json.loads((tmp_path / "runs/a/1/summary.json").read_text())["adapter_sha256"]
     assert log.splitlines()[-1].endswith(f"finished; adapter sha256 {sha256}")
     assert (three.hosts[2].home / "macft/code/macft/launch/agent.py").is_file()
-    assert not agents("runs/a/1")
+    assert not agents(three, "runs/a/1")
 
 
 def test_ctrl_c_ends_with_a_checkpoint_and_the_run_goes_on(three: Cluster, basics: list[str], tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_run_goes_on(three: Cluster, basic
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, output + errors
-    assert not agents("runs/b/1")
+    assert not agents(three, "runs/b/1")
     made = len(losses(tmp_path / "runs/b/1"))
     process = start(three, tmp_path, "+resume=runs/b/1", f"training.steps={made + 2}")
     output, errors = process.communicate(timeout=120)
@@ -117,7 +118,7 @@ def test_the_host_that_leads_dies_and_the_results_come_from_another(
     longer = [*basics, "topology=desk", "training.steps=100000", "collective.encryption=on", "hydra.run.dir=runs/e/1"]
     process = start(three, tmp_path, *longer)
     wait_for_step(process, three.hosts[0].home / "macft/runs/e/1")
-    (leader,) = [agent for agent in agents("runs/e/1") if agent.cmdline()[-1] == "0"]
+    (leader,) = [agent for agent in agents(three, "runs/e/1") if agent.cmdline()[-1] == "0"]
     leader.kill()
     wait_for_events(process, three.hosts[1].home / "macft/runs/e/1", "nodes_changed")
     process.send_signal(signal.SIGINT)
@@ -127,14 +128,14 @@ def test_the_host_that_leads_dies_and_the_results_come_from_another(
     assert f"{three.hosts[0].address} is lost (its process ended); 2 nodes left" in output
     assert losses(tmp_path / "runs/e/1")  # each step from the first one on, though another one has told of those
     assert json.loads((tmp_path / "runs/e/1/summary.json").read_text())["nodes_at_the_end"] == 2
-    assert not agents("runs/e/1")
+    assert not agents(three, "runs/e/1")
 
 
 def test_no_process_outlives_the_terminal(three: Cluster, basics: list[str], tmp_path: Path) -> None:
     longer = [*basics, *over_ssh(three, 2), "training.steps=100000", "hydra.run.dir=runs/c/1"]
     process = start(three, tmp_path, *longer)
     wait_for_step(process, three.hosts[0].home / "macft/runs/c/1")
-    running = agents("runs/c/1")
+    running = agents(three, "runs/c/1")
     assert len(running) == 2
     process.kill()
     process.communicate()

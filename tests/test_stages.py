@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -55,7 +54,7 @@ class Counting(nn.Module):
         self.layers = [nn.Linear(8, 8) for _ in range(3)]
         self.passes = passes
 
-    def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
+    def __call__(self, tokens: mx.array) -> mx.array:
         hidden, seen = self.embed(tokens), []
         for layer in self.layers:
             hidden = layer(hidden)

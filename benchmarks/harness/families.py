@@ -38,14 +38,20 @@ CHAT_TEMPLATE = (
 NOT_TRAINED: dict[str, str] = {
     "bitnet": "mlx-lm finds no layer to adapt: its layers of ternary weights (BitLinear) have no LoRA",
     "deepseek_v41": "mlx-lm's model has no gradient: [gather_axis] Cannot calculate VJP with respect to indices",
-    "gemma3n": "mlx-lm's default layers include prediction_coefs, whose weight its model reads directly: "
-    "'LoRALinear' object has no attribute 'weight'",
-    "kimi_k3": "mlx-lm's default layers include mlp_res_proj, whose weight its model reads directly: "
-    "'LoRALinear' object has no attribute 'weight'",
     "muse_spark": "its attention has a Metal kernel only, which has no gradient",
     "olmo": "mlx-lm's model needs the package ai2-olmo",
+    "phi3small": "mlx-lm's code adds a mask of true and false to the attention's scores, so tokens see later ones",
     "prism_hadamard_qwen35": "exists in packed 2-bit weights only, whose layers mlx-lm does not adapt",
     "recurrent_gemma": "mlx-lm's model cannot be frozen: 'Model' object has no attribute '_no_grad'",
+}
+
+# Families of which mlx-lm's default takes layers whose weight its own code reads, and fails: what is trained instead.
+TARGETS: dict[str, list[str]] = {
+    "gemma3n": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "kimi_k3": ["q_a_proj", "q_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+REMARKS: dict[str, str] = {
+    "gear": "without blocks of kind conv_mixer, which transformers 5 refuses in a config.json",
 }
 
 FAMILIES = [name for name in CONFIGURATIONS if name not in NOT_TRAINED]
@@ -69,15 +75,16 @@ def configuration(name: str) -> Config:
         return {**general, "vocab_size": VOCABULARY, **own}
     merged = {**general, **DENSE, **own}
     _, arguments = _get_classes(merged)
-    known = inspect.signature(arguments).parameters
-    return {key: value for key, value in merged.items() if key in known or key in general or key == "architectures"}
+    # transformers reads the last two, whatever mlx-lm does with them.
+    known = inspect.signature(arguments).parameters.keys() | general.keys() | {"architectures", "layer_types"}
+    return {key: value for key, value in merged.items() if key in known}
 
 
 def new_model(config: Config, seed: int = 7) -> nn.Module:
     """The family's model with spread random float32 weights, the same for the same ``seed``."""
     model_class, arguments = _get_classes(config)
-    model: nn.Module = model_class(arguments.from_dict(json.loads(json.dumps(config))))
     mx.random.seed(seed)
+    model: nn.Module = model_class(arguments.from_dict(json.loads(json.dumps(config))))
     weights = [(name, _spread(name, value)) for name, value in tree_flatten(model.parameters())]
     model.load_weights(weights)
     return model

@@ -31,23 +31,31 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _export(arguments: argparse.Namespace, target: Path) -> None:
-    alpha, rslora, model = None, False, arguments.model
+    alpha, rslora, trained = None, False, ""
     if arguments.adapter_path is not None:
         source: Path = arguments.adapter_path
     elif arguments.run_folder is not None:
         folder = find_run(arguments.run_folder)
         config = read(folder.config)
         source = finished_adapter(folder)
-        alpha, rslora, model = config.adapter.alpha, config.adapter.rslora, model or config.model.path
+        alpha, rslora, trained = config.adapter.alpha, config.adapter.rslora, config.model.path
     else:
         raise ConfigError("RUN_FOLDER: name a run's folder, or an adapter by --adapter-path")
 
     from macft.model.attach import read_adapter_config
+    from macft.model.local import find_local
     from macft.model.peft import export_peft
 
-    model = model or str(read_adapter_config(source).get("model", ""))
-    description = export_peft(source, target, base_model=model, alpha=alpha, rslora=rslora)
+    trained = trained or str(read_adapter_config(source).get("model", ""))
+    model = arguments.model or trained
+    local = [find_local(name) for name in (model, trained) if name]
+    base = next((found for found in local if found and any(found.glob("model*.safetensors"))), None)
+    description = export_peft(source, target, base_model=model, base=base, alpha=alpha, rslora=rslora)
     print(f"{target}: {description}, in PEFT's format, for {model or 'an unnamed base model (--model names it)'}")
+    if base is None:
+        print(
+            "the layers have mlx-lm's names: the base model is not on this machine, to see what transformers calls them"
+        )
 
 
 def _import(source: Path, target: Path) -> None:

@@ -17,11 +17,13 @@ from rich.table import Table
 
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
+from macft.data.checks import check_rows
 from macft.data.load import Sources, sample_rows, tokenize_split
 from macft.data.load import read as read_dataset
 from macft.data.settings import DatasetConfig, SourceConfig
 from macft.data.settings import problems as dataset_problems
 from macft.data.sources import SPLITS
+from macft.data.template_clock import fix_clock
 from macft.errors import ConfigError, DataError
 from macft.evaluation.metrics import METRICS, metric
 from macft.report.run_folder import write_atomically
@@ -46,21 +48,31 @@ def main(argv: Sequence[str]) -> None:
     dataset = _dataset(arguments, tuned)
     training = tuned.run.training if tuned.run else TrainingConfig()
     seed = tuned.run.seed if tuned.run else 0
-    # Errors in the dataset are found before a model is loaded, which takes longer.
+    # Errors in the dataset are found before the weights are loaded, which takes longer.
     sources = read_dataset(dataset, seed=seed)
     split = _split(sources, arguments.split, dataset)
 
     from macft.device.mlx_device import prepare_device
     from macft.evaluation.compare import Result, agreement, answers, evaluate
     from macft.model.attach import attach
+    from macft.model.load import load_tokenizer
+    from macft.model.resolve import resolve
+    from macft.model.vocabulary import vocabulary_of
 
     judge = metric(dataset.metric) if dataset.metric else None
     console = Console(highlight=False)
-    prepare_device()
-    loaded = tuned.load(tuned=False)
-    data, notes = tokenize_split(sources, dataset, loaded.tokenizer, split)
+    folder = resolve(tuned.model)
+    tokenizer = load_tokenizer(tuned.model, folder)
+    notes = fix_clock(tokenizer, dataset.template_time)
+    data, row_notes = tokenize_split(sources, dataset, tokenizer, split)
     if not data.rows:
         raise DataError(f"--split: no {split} row has a target token left")
+    notes += row_notes
+    notes += check_rows(
+        {split: data}, tokenizer, vocabulary=vocabulary_of(folder), max_seq_length=dataset.max_seq_length
+    )
+    prepare_device()
+    loaded = tuned.load(tuned=False, tokenizer=tokenizer)
     chosen = sample_rows(len(data.rows), arguments.rows, seed)
     rows, records = [data.rows[i] for i in chosen], [data.records[i] for i in chosen]
 
@@ -80,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
         if tuned.adapter is not None:
             attach(loaded.model, tuned.adapter)
         else:
-            loaded = tuned.load()
+            loaded = tuned.load(tokenizer=tokenizer)
         after = measure("tuned")
     for note in notes:
         console.print(note, markup=False)
@@ -91,6 +103,12 @@ def main(argv: Sequence[str]) -> None:
     if both:
         words = "right in both {both}, only tuned {only_tuned}, only base {only_base}, neither {neither}"
         console.print(words.format(**both), markup=False)
+    for which, result in (("base", base), ("tuned", after)):
+        if result.scored is not None and result.scored.unanswered:
+            console.print(
+                f"{which}: {result.scored.unanswered} of {len(rows)} answers were still thinking when they reached "
+                "--max-tokens; they count as wrong"
+            )
     if arguments.json is not None:
         report = {
             "model": tuned.model.path,

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from harness.namespaces import missing_requirement
@@ -70,7 +71,7 @@ def cluster(folder: Path, count: int, *, two_cables: bool = False) -> Iterator[C
     """
     if reason := missing_requirement(["ssh", "ssh-keygen", "unshare", "sshd"]):
         pytest.skip(reason)
-    number = os.getpid() % 200 + 20
+    number = _free_network()
     tag = f"{os.getpid() % 100000}"
     home = folder / "terminal"
     (home / ".ssh").mkdir(parents=True, mode=0o700)
@@ -88,6 +89,13 @@ def cluster(folder: Path, count: int, *, two_cables: bool = False) -> Iterator[C
         known = [f"{host.address} {(folder / 'host_key.pub').read_text()}" for host in hosts]
         (home / ".ssh/known_hosts").write_text("".join(known))
         yield Cluster(hosts, home)
+
+
+def _free_network() -> int:
+    """The number of a network that no other cluster on this machine has."""
+    used = {address.address for card in psutil.net_if_addrs().values() for address in card}
+    first = os.getpid()
+    return next(n for n in ((first + i) % 200 + 20 for i in range(200)) if NETWORK.format(n, 1) not in used)
 
 
 def _host(stack: ExitStack, folder: Path, home: Path, tag: str, bridge: str, number: int, index: int) -> Host:

@@ -22,7 +22,7 @@ class Node:
     def __init__(self, name: str, keyring: Keyring | None):
         self.keyring = keyring
         self.membership = MembershipService(
-            "127.0.0.1:0", name=name, settings=SETTINGS, keyring=keyring, fingerprint="same"
+            "127.0.0.1:0", name=name, settings=SETTINGS, keyring=keyring, fingerprint="same", started="at noon"
         )
         self.ring: ElasticRing | None = None
         self.thread = ThreadPoolExecutor(1)

@@ -54,10 +54,25 @@ FAMILIES = {
     },
 }
 
+MAMBA = {
+    **SMALL,
+    "model_type": "mamba",
+    "state_size": 8,
+    "conv_kernel": 4,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "time_step_rank": 4,
+    "intermediate_size": 64,
+}
+
 
 def make_model(family: str) -> nn.Module:
     """A random float32 model of two blocks in one of FAMILIES."""
-    values = {**SMALL, "model_type": family, **FAMILIES[family]}
+    return make_from({**SMALL, "model_type": family, **FAMILIES[family]})
+
+
+def make_from(values: dict[str, Any]) -> nn.Module:
+    """A random float32 model of the config.json ``values``."""
     module = importlib.import_module(f"mlx_lm.models.{values['model_type']}")
     mx.random.seed(3)
     model = module.Model(module.ModelArgs.from_dict(values))

@@ -1,9 +1,15 @@
-"""The commands of macft: each is a module at the top of the package, with ``main(argv)``."""
+"""The commands of macft: each is a module with ``main(argv)``.
+
+``macft NAME`` is the module ``macft.NAME`` at the top of the package or, where that is a package, its ``__main__``.
+"""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 COMMANDS = {
     "train": "fine-tune a model, on this machine or on several",
+    "data": "show the rows of a dataset as a model is trained on them",
     "plan": "predict memory and time of a run, without starting it",
     "monitor": "show a run live",
     "generate": "ask the tuned model a question, or chat with it",
@@ -16,3 +22,10 @@ COMMANDS = {
     "bench": "measure all-reduce speed between the machines of a topology",
 }
 """Name and description, in the order in which ``macft`` lists them."""
+
+
+def module_of(command: str) -> str:
+    """The module of a command, which ``python -m macft.NAME`` runs, too."""
+    name = f"macft.{command}"
+    spec = find_spec(name)
+    return f"{name}.__main__" if spec is not None and spec.submodule_search_locations is not None else name

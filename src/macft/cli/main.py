@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from macft import __version__
-from macft.cli.commands import COMMANDS
+from macft.cli.commands import COMMANDS, module_of
 from macft.cli.run_command import run_command
 from macft.errors import ConfigError
 
@@ -22,7 +22,7 @@ def main() -> NoReturn:
 
 def _dispatch(argv: Sequence[str]) -> int:
     if argv and argv[0] in COMMANDS:
-        command = importlib.import_module(f"macft.{argv[0]}")
+        command = importlib.import_module(module_of(argv[0]))
         del sys.argv[1]  # Hydra, too, reads the arguments from there
         return run_command(command.main)
     return run_command(_list_commands, argv)

@@ -15,42 +15,23 @@ import select
 import socket
 import time
 from collections.abc import Callable
-from typing import NoReturn, TypeAlias
+from typing import TypeAlias
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from macft.collective.departure import Departure
-from macft.collective.handshake import PROBE_SECONDS, Handshake, RingIdentity, stream_secret
+from macft.collective.ending import Ending
+from macft.collective.handshake import Handshake, RingIdentity, stream_secret
+from macft.collective.incoming import Incoming, Ready
 from macft.collective.listener import Listener
 from macft.collective.multipath import MultipathSender
 from macft.collective.path import WINDOW, RecvPath, SendPath
 from macft.collective.stream import WAIT_MS, BufferFor, new_buffer
-from macft.collective.wire import (
-    CALL_NAMES,
-    LINGER_SECONDS,
-    MAX_TEXT,
-    Cause,
-    Frame,
-    Header,
-    Kind,
-    probe,
-    split_paths,
-    unpack,
-)
-from macft.errors import CollectiveError, PeerLost, PeerTimeout, ProtocolError
+from macft.collective.wire import LINGER_SECONDS, Cause, Frame, Header, Kind, split_paths
+from macft.errors import PeerLost, PeerTimeout, ProtocolError
 
-_Failure: TypeAlias = type[PeerLost] | type[PeerTimeout] | type[ProtocolError]
 _Pollable: TypeAlias = zmq.Socket[bytes] | socket.socket
-_Ready: TypeAlias = dict[zmq.Socket[bytes] | int, int]
-"""Sockets with events: ZeroMQ's sockets, and the descriptors of others."""
-
-_CAUSE_OF: dict[_Failure, Cause] = {
-    PeerLost: Cause.LOST,
-    PeerTimeout: Cause.TIMEOUT,
-    ProtocolError: Cause.PROTOCOL,
-}
-_FAILURE_OF: dict[int, _Failure] = {Cause.DONE: PeerLost, **{cause: kind for kind, cause in _CAUSE_OF.items()}}
 _STREAMS_ONLY_SECONDS = 0.1
 """How long streams are polled alone before ZeroMQ's sockets are polled again."""
 _REASON_SECONDS = 1.0
@@ -70,25 +51,24 @@ class Links:
         ring: Which ring, and this rank's position in it.
 
     Attributes:
-        failure: The error that ended the ring; None while it works.
+        ending: Ends the ring with an error.
         is_multipath: Whether a neighbour has several paths, so that frames may arrive out of order, or twice.
-        progress: A number that grows whenever data moves, also part of a frame. A call during which it stays the same
-            for long is stalled.
         early_frames: Data frames that arrived while the ring formed.
     """
 
     def __init__(self, listener: Listener, ring: RingIdentity):
         self.ring = ring
-        self.failure: CollectiveError | None = None
         self._settings = listener.settings
         self.recv_paths = [RecvPath(listener, number) for number in range(len(listener.routers))]
         self.sender = MultipathSender(listener, split_paths(ring.addresses[ring.right]))
         self.send_paths = self.sender.paths
         self.is_multipath = len(self.send_paths) > 1 or len(self.recv_paths) > 1
-        self.progress = 0
         self.early_frames: list[Frame] = []
         self._handshake = Handshake(ring, self.send_paths, self.recv_paths)
         self._departure = Departure(self.send_paths, self.recv_paths)
+        self.ending = Ending(ring, self._departure, self._settings.timeout)
+        self._incoming = Incoming(ring, self.recv_paths, self._handshake, self._departure, self.ending)
+        self._sent = 0  # grows whenever data leaves or is acknowledged
         self._poll_zmq_at = 0.0  # when ZeroMQ's sockets must be polled even if streams have events
         self._right_sockets = [(sock, zmq.POLLIN) for path in self.send_paths for sock in (path.sock, path.monitor)]
         self._left_sockets = [(sock, zmq.POLLIN) for path in self.recv_paths for sock in (path.sock, path.monitor)]
@@ -115,6 +95,11 @@ class Links:
     def sends_immediately(self) -> bool:
         """Whether a body is no longer needed once it is not pending."""
         return not self.is_multipath and self.send_paths[0].stream is not None
+
+    @property
+    def progress(self) -> int:
+        """Grows whenever data moves, also part of a frame. A call during which it stays the same is stalled."""
+        return self._sent + self._incoming.progress
 
     @property
     def unacknowledged(self) -> int:
@@ -167,46 +152,34 @@ class Links:
         frames of a FAILED path are sent again over another one.
         """
         if right and self._departure.right_done:
-            self.fail(PeerLost, self.ring.right, f"{self.ring.name(self.ring.right)} left the ring during {call}")
+            name = self.ring.name(self.ring.right)
+            self.ending.fail(PeerLost, self.ring.right, f"{name} left the ring during {call}")
         has_unsent = self.sender.pending
         may_skip_zmq = time.monotonic() < self._poll_zmq_at and not self.is_multipath
-        if left and (frame := self._read_streams(call, buffer_for, blocking=may_skip_zmq and not has_unsent)):
+        if left and (frame := self._incoming.read_streams(call, buffer_for, blocking=may_skip_zmq and not has_unsent)):
             return frame
         broken = self._broken_neighbour(left, right)
         if has_unsent and may_skip_zmq and broken is None and self._poll_streams(left):
-            self.progress += self.sender.flush()
-            return self._read_streams(call, buffer_for) if left else None
+            self._sent += self.sender.flush()
+            return self._incoming.read_streams(call, buffer_for) if left else None
         ready = self._poll(left, seconds if broken is None else 0.0)
         right_has_sent = self._read_right_sockets(ready, call)
-        self.progress += self.sender.flush()
-        if left and self._is_left_ready(ready):
-            return self._read_left_sockets(ready, call, buffer_for)
+        self._sent += self.sender.flush()
+        if left and self._incoming.is_ready(ready):
+            return self._incoming.read(ready, call, buffer_for)
         is_quiet = not self._read_monitors(ready)
-        self._expire_streams(call)
+        deadline = time.monotonic() - _REASON_SECONDS
+        self.sender.lose_broken(deadline)
+        self._incoming.expire(deadline, call)
         if broken is not None and is_quiet and not right_has_sent:
-            self._diagnose(broken, call)
+            self.ending.diagnose(broken, call)
         if not (is_quiet and self.sender.resend()) and not ready:
             self.sender.probe_stalled()
         return None
 
     def send_credit(self) -> None:
         """Acknowledges all frames of the left neighbour so far."""
-        for path in self.recv_paths:
-            if path.peer and not path.failed:
-                path.send_credit(self.ring.generation, self.ring.rank)
-
-    def fail(self, kind: _Failure, culprit: int, text: str) -> NoReturn:
-        """Ends the ring: tells both neighbours that rank ``culprit`` is to blame, and raises."""
-        self.failure = kind(text)
-        _log.warning("ring ended (%s): %s", kind.__name__, text)
-        self.say_goodbye(_CAUSE_OF[kind], culprit, text)
-        raise self.failure
-
-    def say_goodbye(self, cause: Cause, culprit: int, text: str) -> None:
-        """Tells both neighbours that this rank leaves, except one that is gone. Never blocks."""
-        self._departure.say_goodbye(
-            self.ring.header(Kind.GOODBYE)._replace(cause=cause, culprit=culprit, text=text[:MAX_TEXT])
-        )
+        self._incoming.send_credit()
 
     def drain(self) -> None:
         """Waits up to ``LINGER_SECONDS`` until the right neighbour has received all; a path may fail meanwhile."""
@@ -230,9 +203,9 @@ class Links:
                 break
             state = handshake.connect()
             if time.monotonic() > deadline:
-                self.fail(PeerTimeout, *handshake.timed_out(state, timeout))
+                self.ending.fail(PeerTimeout, *handshake.timed_out(state, timeout))
             if reason := stop_reason():
-                self.fail(PeerLost, self.ring.right, f"the ring can't form: {reason}")
+                self.ending.fail(PeerLost, self.ring.right, f"the ring can't form: {reason}")
             if handshake.is_complete(any):
                 second_path_deadline = min(second_path_deadline, time.monotonic() + _SECOND_PATH_SECONDS)
             # A neighbour that has joined over one path may already send, while another path is awaited.
@@ -278,7 +251,7 @@ class Links:
             poller.register(stream_in.sock, select.POLLIN)
         return bool(poller.poll(WAIT_MS))
 
-    def _poll(self, left: bool, seconds: float) -> _Ready:
+    def _poll(self, left: bool, seconds: float) -> Ready:
         """Polls all sockets."""
         sockets: list[tuple[_Pollable, int]] = [*self._right_sockets]
         for send_path in self.send_paths:
@@ -287,89 +260,32 @@ class Links:
         if left:
             sockets += self._left_sockets
             sockets += [(sock, zmq.POLLIN) for path in self.recv_paths for sock in path.data_sockets]
-        ready: _Ready = dict(zmq.zmq_poll(sockets, int(seconds * 1000)))
+        ready: Ready = dict(zmq.zmq_poll(sockets, int(seconds * 1000)))
         self._poll_zmq_at = time.monotonic() + _STREAMS_ONLY_SECONDS
         return ready
 
-    def _read_right_sockets(self, ready: _Ready, call: object) -> bool:
+    def _read_right_sockets(self, ready: Ready, call: object) -> bool:
         """Reads one message of each path to the right; returns whether there was any."""
         paths = [path for path in self.send_paths if path.sock in ready]
         for path in paths:
             self._read_right(path, call)
         return bool(paths)
 
-    def _is_left_ready(self, ready: _Ready) -> bool:
-        """Whether a path from the left has a message or stream data."""
-        return any(
-            path.sock in ready or any(sock.fileno() in ready for sock in path.data_sockets) for path in self.recv_paths
-        )
-
-    def _read_left_sockets(self, ready: _Ready, call: object, buffer_for: BufferFor) -> Frame | None:
-        for path in self.recv_paths:
-            if path.sock in ready:
-                self._move_to_end(path)
-                return self._read_left(path, call)
-        return self._read_streams(call, buffer_for)
-
-    def _move_to_end(self, path: RecvPath) -> None:
-        """Reads ``path`` last from now on, so that the paths take turns however many are ready."""
-        self.recv_paths.remove(path)
-        self.recv_paths.append(path)
-
-    def _read_monitors(self, ready: _Ready) -> bool:
+    def _read_monitors(self, ready: Ready) -> bool:
         """Marks paths whose connection has ended; returns whether there was any event."""
-        has_events = False
-        for send_path in self.send_paths:
-            if send_path.monitor in ready:
-                recv_monitor_message(send_path.monitor)
-                self.sender.lose(send_path, "its connection ended")
-                has_events = True
-        for recv_path in self.recv_paths:
-            if recv_path.monitor in ready:
-                recv_path.read_monitor()
-                has_events = True
-        return has_events
-
-    def _read_streams(self, call: object, buffer_for: BufferFor, *, blocking: bool = False) -> Frame | None:
-        """The next frame that a stream has."""
-        for path in self.recv_paths:
-            stream = path.stream
-            if stream is None:
-                path.accept_stream()
-                continue
-            received_before = stream.received
-            try:
-                frame = stream.read(self._unpack_stream_header, buffer_for, blocking=blocking)
-            except ValueError as error:
-                self.fail(ProtocolError, self.ring.left, f"{self.ring.name(self.ring.left)} sent {error}")
-            self.progress += stream.received - received_before
-            if frame is not None:
-                if len(self.recv_paths) > 1:
-                    self._move_to_end(path)
-                    path.uncredited += 1
-                    path.send_credit(self.ring.generation, self.ring.rank)
-                return frame
-            if stream.ended_at is not None and path.goodbye is not None:
-                self._end_left_path(path, path.goodbye[0], call)
-        return None
-
-    def _expire_streams(self, call: object) -> None:
-        """Ends paths whose stream ended, or never came, ``_REASON_SECONDS`` ago."""
-        deadline = time.monotonic() - _REASON_SECONDS
-        self.sender.lose_broken(deadline)
-        for path in self.recv_paths:
-            ended_at = path.stream.ended_at if path.stream is not None else None
-            if path.goodbye is not None and path.stream is None and path.goodbye[1] < deadline:
-                self._end_left_path(path, path.goodbye[0], call)
-            path.failed = path.failed or (ended_at is not None and ended_at < deadline)
+        ended = [path for path in self.send_paths if path.monitor in ready]
+        for path in ended:
+            recv_monitor_message(path.monitor)
+            self.sender.lose(path, "its connection ended")
+        return self._incoming.read_monitors(ready) or bool(ended)
 
     def _read_right(self, path: SendPath, call: object) -> None:
         parts = path.sock.recv_multipart(zmq.NOBLOCK)
-        header = self._unpack(parts[0], self.ring.right)
+        header = self.ending.unpack(parts[0], self.ring.right)
         if header.kind == Kind.GOODBYE:
             self._departure.right_done = True
             if header.cause != Cause.DONE:
-                self._raise_goodbye(header, call)
+                self.ending.pass_on(header, call)
             # Otherwise it has received all it needs; whether this rank has, the current call shows.
         elif header.kind == Kind.STREAM and not path.accepted and path.stream is None:
             self._open_stream(path, header)
@@ -377,85 +293,17 @@ class Links:
             path.accepted = True
         elif header.kind != Kind.CREDIT or (header.frames > len(path.uncredited) and not path.failed):
             text = f"{self.ring.name(self.ring.right)} sent an unexpected {header.kind.name} frame"
-            self.fail(ProtocolError, self.ring.right, f"{text} (frames: {header.frames})")
+            self.ending.fail(ProtocolError, self.ring.right, f"{text} (frames: {header.frames})")
         elif header.frames and not path.failed:
             path.add_credit(header.frames)
-            self.progress += 1
+            self._sent += 1
 
     def _open_stream(self, path: SendPath, offer: Header) -> None:
         secret = stream_secret(offer)
         if secret is None:
             text = f"{self.ring.name(self.ring.right)} offered a stream without a valid secret"
-            self.fail(ProtocolError, self.ring.right, text)
+            self.ending.fail(ProtocolError, self.ring.right, text)
         if self._settings.streams:
             path.open_stream(offer.port, secret)
             if path.stream is None:
                 _log.info("port %d for the stream to %s is not reachable; using ZeroMQ", offer.port, path.endpoint)
-
-    def _read_left(self, path: RecvPath, call: object) -> Frame | None:
-        parts = path.sock.recv_multipart(zmq.NOBLOCK, copy=False)
-        if parts[0].bytes != path.peer:
-            self._handshake.answer(path, parts[0].bytes, parts[1])
-            return None
-        left = self.ring.left
-        header = self._unpack(parts[1].buffer, left)
-        if header.kind == Kind.GOODBYE:
-            if header.cause == Cause.DONE and path.may_stream:
-                path.goodbye = header, time.monotonic()
-            else:
-                self._end_left_path(path, header, call)
-            return None
-        path.refuse_stream()
-        if len(parts) != 3 or header.sequence == 0 or len(parts[2]) != header.length:
-            sizes = ", ".join(str(len(part)) for part in parts[2:]) or "0"
-            text = f"{self.ring.name(left)} sent a {header.kind.name} frame with a body of {sizes} bytes"
-            self.fail(ProtocolError, left, f"{text}; its header says {header.length} bytes")
-        path.uncredited += 1
-        # Each frame gets a credit where there are several paths, because their speed is measured from credits.
-        if path.uncredited >= (WINDOW // 2 if len(self.recv_paths) == 1 else 1):
-            path.send_credit(self.ring.generation, self.ring.rank)
-        return Frame(header, parts[2].buffer)
-
-    def _end_left_path(self, path: RecvPath, header: Header, call: object) -> None:
-        """The left neighbour has said goodbye on this path; frames sent earlier may still arrive over another one."""
-        path.failed, path.goodbye = True, None
-        all_ended = all(other.failed or not other.peer for other in self.recv_paths)
-        self._departure.left_done = header.cause != Cause.DONE or all_ended
-        if self._departure.left_done:
-            self._raise_goodbye(header, call)
-
-    def _unpack_stream_header(self, data: memoryview) -> Header:
-        left = self.ring.left
-        header = self._unpack(data, left)
-        if header.kind not in CALL_NAMES or header.sequence == 0:
-            self.fail(ProtocolError, left, f"{self.ring.name(left)} sent a {header.kind.name} frame over a stream")
-        return header
-
-    def _unpack(self, data: bytes | memoryview, peer: int) -> Header:
-        try:
-            header = unpack(data, self.ring.name(peer))
-        except ProtocolError as error:
-            self.fail(ProtocolError, peer, str(error))
-        is_refusal = header.kind == Kind.GOODBYE  # may be sent by a rank of another generation
-        if not is_refusal and (header.sender, header.generation) != (peer, self.ring.generation):
-            text = f"{self.ring.name(peer)} sent a frame of rank {header.sender}, generation {header.generation}"
-            self.fail(ProtocolError, peer, f"{text}; this ring has generation {self.ring.generation}")
-        return header
-
-    def _raise_goodbye(self, header: Header, call: object) -> NoReturn:
-        text = header.text or f"{self.ring.name(header.sender)} left the ring during {call}"
-        self.fail(_FAILURE_OF[header.cause], header.culprit, text)
-
-    def _diagnose(self, peer: int, call: object) -> NoReturn:
-        """Distinguishes a peer that ended from one that is stopped or unreachable: both end the connection."""
-        states = [probe(path, PROBE_SECONDS) for path in split_paths(self.ring.addresses[peer])]
-        state = next((known for known in ("alive", "ended") if known in states), states[0])
-        name = self.ring.name(peer)
-        if state in ("silent", "unreachable"):
-            text = (
-                f"{name} sent nothing for {self._settings.timeout:g} s during {call}; "
-                "it may be asleep, stopped or unreachable"
-            )
-            self.fail(PeerTimeout, peer, text)
-        how = "the connection to it broke" if state == "alive" else "its process ended"
-        self.fail(PeerLost, peer, f"{name} is gone: {how} during {call}")

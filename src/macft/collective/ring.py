@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft.collective.base import ReducibleArray
+from macft.collective.buffers import fuse, unfuse
 from macft.collective.codecs.quantization import WireCodec
 from macft.collective.handshake import RingIdentity
 from macft.collective.link import Links
@@ -26,7 +27,7 @@ from macft.collective.listener import COPY_BELOW, Listener
 from macft.collective.path import WINDOW
 from macft.collective.settings import CollectiveConfig
 from macft.collective.stream import new_buffer
-from macft.collective.transfer import BlobTransfer, CodedReduction, GatherReduce, Reduction, Transfer, fuse, unfuse
+from macft.collective.transfer import BlobTransfer, CodedReduction, GatherReduce, Reduction, Transfer
 from macft.collective.wire import (
     CALL_NAMES,
     MAX_BLOB_BYTES,
@@ -216,10 +217,10 @@ class Ring:
         if self._closed:
             return
         self._closed = True
-        if self._links.failure is None:
+        if self._links.ending.failure is None:
             with contextlib.suppress(CollectiveError):
                 self._links.drain()
-                self._links.say_goodbye(Cause.DONE, self.rank, "")
+                self._links.ending.say_goodbye(Cause.DONE, self.rank, "")
                 _log.info("ring of generation %d closed after %d calls", self._identity.generation, self._sequence)
         self._links.leave()
         self._listener.close()
@@ -230,18 +231,18 @@ class Ring:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not self._closed and self._links.failure is None:
+        if error is not None and not self._closed and self._links.ending.failure is None:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             text = f"{self._identity.name(self.rank)} stopped with {reason}"
-            self._links.say_goodbye(Cause.LOST, self.rank, text)
-            self._links.failure = PeerLost(text)
+            self._links.ending.say_goodbye(Cause.LOST, self.rank, text)
+            self._links.ending.failure = PeerLost(text)
         self.close()
 
     def _next_call(self, kind: Kind) -> Header:
         if self._closed:
             raise PeerLost(f"this ring of rank {self.rank} is closed; no {CALL_NAMES[kind]} can be made")
-        if self._links.failure is not None:
-            raise self._links.failure
+        if self._links.ending.failure is not None:
+            raise self._links.ending.failure
         self._sequence += 1
         return self._identity.header(kind)._replace(sequence=self._sequence)
 
@@ -262,7 +263,7 @@ class Ring:
         except BaseException:
             # This may be between the two parts of a message, so no goodbye: the neighbours see the connection end.
             reason = f"rank {self.rank} was interrupted in {transfer.call}; its ring has ended"
-            self._links.failure = PeerLost(reason)
+            self._links.ending.failure = PeerLost(reason)
             raise
 
     def _send_and_receive(self, transfer: Transfer) -> None:
@@ -323,11 +324,11 @@ class Ring:
             theirs = f"{name(header.sender)} is at {header}, this rank at {call}"
             others = " of other shapes or types" if same and header.total == call.total else ""
             text = f"{theirs}{others}; do all ranks run the same macft, data and configuration?"
-            self._links.fail(ProtocolError, header.sender, text)
+            self._links.ending.fail(ProtocolError, header.sender, text)
         try:
             transfer.receive(frame)
         except ProtocolError as error:
-            self._links.fail(ProtocolError, header.sender, f"{name(header.sender)}: {error}")
+            self._links.ending.fail(ProtocolError, header.sender, f"{name(header.sender)}: {error}")
 
     def _fail_stalled(self, transfer: Transfer, seconds: float) -> None:
         peer = transfer.next_source if transfer.incomplete else self._identity.right
@@ -335,7 +336,7 @@ class Ring:
             f"{self._identity.name(peer)} is alive but did not do its part of {transfer.call} "
             f"for {seconds:.0f} s; it may still compute: collective.patience sets the limit"
         )
-        self._links.fail(PeerTimeout, peer, text)
+        self._links.ending.fail(PeerTimeout, peer, text)
 
 
 def _belongs(header: Header, call: Header) -> bool:

@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.base import ReducibleArray
+from macft.collective.buffers import Buffer, layout_of, pieces_of, slices_of
 from macft.collective.codecs.error_feedback import encode_with_feedback
 from macft.collective.codecs.quantization import WireCodec
-from macft.collective.dtypes import FlatArray, add, flat_view
+from macft.collective.dtypes import add
 from macft.collective.stream import new_buffer
 from macft.collective.wire import MAX_BLOB_BYTES, Body, Frame, Header
 from macft.errors import ProtocolError
-
-FUSE_BELOW = 65_536
-"""Arrays of fewer bytes are concatenated and summed as one."""
 
 
 class Transfer(Protocol):
@@ -67,21 +62,6 @@ class Transfer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Buffer:
-    """Memory to sum in place: a flat array and its dtype on the wire (see :mod:`~macft.collective.dtypes`)."""
-
-    flat: FlatArray
-    dtype: str
-
-
-class FusedCopies(NamedTuple):
-    """A buffer that holds copies of several small arrays, and these arrays."""
-
-    fused: Buffer
-    arrays: list[FlatArray]
-
-
 class GatherReduce(Transfer):
     """All-reduce of few bytes: all-gather the arrays, then every rank adds them up in the order of ranks.
 
@@ -103,7 +83,7 @@ class GatherReduce(Transfer):
             own = buffers[0].flat.data.cast("B")
         elif buffers:
             own = b"".join([buffer.flat.data for buffer in buffers])
-        self.call = call._replace(total=len(own), layout=_layout(buffers))
+        self.call = call._replace(total=len(own), layout=layout_of(buffers))
         self._parts: dict[int, Body] = {call.sender: own}  # by rank
         self.outgoing: deque[Frame] = deque([Frame(self._header(1), own)])
 
@@ -197,8 +177,8 @@ class Reduction(_RingReduction):
     """
 
     def __init__(self, call: Header, buffers: Sequence[Buffer], world_size: int, piece_bytes: int):
-        self._chunks = [list(_pieces(buffers, chunk, world_size, piece_bytes)) for chunk in range(world_size)]
-        call = call._replace(total=sum(buffer.flat.nbytes for buffer in buffers), layout=_layout(buffers))
+        self._chunks = [list(pieces_of(buffers, chunk, world_size, piece_bytes)) for chunk in range(world_size)]
+        call = call._replace(total=sum(buffer.flat.nbytes for buffer in buffers), layout=layout_of(buffers))
         super().__init__(call, world_size, [len(chunk) for chunk in self._chunks])
         self._in_place = (0, 0)  # hop and number of the piece that is received directly into its array
         self.outgoing = deque(
@@ -270,7 +250,7 @@ class CodedReduction(_RingReduction):
         layout = zlib.crc32(f"{codec.name}{flat.size}".encode())
         self._codec = codec
         self._chunks = [
-            [(flat[piece], residual[piece]) for piece in _slices(flat, chunk, world_size, piece_bytes)]
+            [(flat[piece], residual[piece]) for piece in slices_of(flat, chunk, world_size, piece_bytes)]
             for chunk in range(world_size)
         ]
         pieces = [len(chunk) for chunk in self._chunks]
@@ -358,65 +338,3 @@ class BlobTransfer(Transfer):
 
     def _part_count(self, total: int) -> int:
         return max(1, -(-total // self._piece_bytes))  # an empty blob takes a frame too: a barrier is made of these
-
-
-def fuse(arrays: Sequence[ReducibleArray]) -> tuple[list[Buffer], list[FusedCopies]]:
-    """The buffers to sum in place of ``arrays``, and those of them that hold copies of several small arrays.
-
-    Raises:
-        ValueError: an array that cannot be summed; names its index.
-    """
-    buffers: list[Buffer] = []
-    small: dict[str, list[FlatArray]] = {}
-    for number, array in enumerate(arrays):
-        try:
-            flat, dtype = flat_view(array)
-        except (ValueError, TypeError) as error:
-            kinds = "float32, float64, float16 or bfloat16"
-            raise ValueError(
-                f"all_reduce sums C-contiguous, writable {kinds} arrays; array {number} is {error}"
-            ) from None
-        if flat.nbytes >= FUSE_BELOW:
-            buffers.append(Buffer(flat, dtype))
-        elif flat.size:
-            small.setdefault(dtype, []).append(flat)
-    copies = []
-    for dtype in sorted(small):
-        flats = small[dtype]
-        fused = Buffer(flats[0] if len(flats) == 1 else np.concatenate(flats), dtype)
-        buffers.append(fused)
-        if len(flats) > 1:
-            copies.append(FusedCopies(fused, flats))
-    return buffers, copies
-
-
-def unfuse(copies: Sequence[FusedCopies]) -> None:
-    """Copies the sums back into the small arrays."""
-    for fused, arrays in copies:
-        start = 0
-        for flat in arrays:
-            flat[:] = fused.flat[start : start + flat.size]
-            start += flat.size
-
-
-def _slices(flat: FlatArray, chunk: int, chunks: int, piece_bytes: int) -> Iterator[slice]:
-    begin, end = flat.size * chunk // chunks, flat.size * (chunk + 1) // chunks
-    step = piece_bytes // flat.itemsize
-    for start in range(begin, end, step):
-        yield slice(start, min(start + step, end))
-
-
-def _pieces(buffers: Sequence[Buffer], chunk: int, chunks: int, piece_bytes: int) -> Iterator[Buffer]:
-    for buffer in buffers:
-        for piece in _slices(buffer.flat, chunk, chunks, piece_bytes):
-            yield Buffer(buffer.flat[piece], buffer.dtype)
-
-
-def _layout(buffers: Sequence[Buffer]) -> int:
-    """A checksum of sizes and dtypes. It detects calls of equal size with different arrays, which would sum wrongly."""
-    return _checksum(tuple([(buffer.dtype, buffer.flat.size) for buffer in buffers]))
-
-
-@lru_cache
-def _checksum(layout: tuple[tuple[str, int], ...]) -> int:
-    return zlib.crc32(",".join(f"{dtype}{size}" for dtype, size in layout).encode())

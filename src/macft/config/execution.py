@@ -61,8 +61,3 @@ def with_execution(config: TrainConfig, execution: Execution) -> TrainConfig:
         grad_checkpoint=execution.recompute == "blocks" or config.training.grad_checkpoint,
     )
     return replace(config, training=training)
-
-
-def requires_packing(config: TrainConfig) -> bool:
-    """Whether a model that can't take packed rows is an error."""
-    return config.training.packing.lower() == "true"

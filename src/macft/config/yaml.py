@@ -39,6 +39,7 @@ def fingerprint(config: TrainConfig, *, of_newcomer: bool = False) -> str:
     plain.pop("report")
     plain.pop("plan")
     plain.pop("thermal")  # each Mac may have its own budget
+    plain["dataset"].pop("template_time")  # each node has its own at first; the run's is that of rank 0
     topology = config.topology
     plain["topology"] = {
         "nodes": max(topology.nodes, len(topology.hosts)),

@@ -1,18 +1,20 @@
-"""Row formats: how a raw record becomes a conversation or a text, and how that becomes tokens.
+"""Rows: as they are read, the formats they are written in, and as tokens.
 
-The formats are mlx-lm's: ``prompt`` and ``completion``, ``messages``, both with optional ``tools``, and ``text``. To
-add one, write a function that turns a record into a :class:`Conversation` or a ``str`` and list it in :data:`FORMATS`;
-tokenising, prompt masking, generation, metrics and ``dataset.columns`` use it from there.
+The formats are mlx-lm's: ``prompt`` and ``completion``, ``messages``, both with optional ``tools``, and ``text``; then
+ShareGPT's ``conversations`` and Alpaca's ``instruction`` and ``output``. To add one, write a function that turns a
+record into a :class:`Conversation` or a ``str`` and list it in :data:`FORMATS`; tokenising, prompt masking, generation,
+metrics and ``dataset.columns`` use it from there.
 
 Shapes: n is the number of tokens in a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from macft.data.conversation import Conversation, conversation
 from macft.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,48 +23,48 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 """A row as read from a file or the Hub: values of JSON, by field name."""
-Message = Mapping[str, Any]
-"""As in OpenAI's chat API: ``role``, ``content``, and what else the chat template reads."""
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
-    """Messages of which the last is the answer to learn, and descriptions of tools for the chat template."""
+class Place:
+    """Where a record was read.
 
-    messages: Sequence[Message]
-    tools: Sequence[Mapping[str, Any]] | None = None
+    Attributes:
+        source: The source's path, as the user gave it.
+        split: The split of the source in which it stands. A training row that is used for validation still stands in
+            ``train``.
+        row: Its number in the split, from 1.
+        line: The line of the file where it begins, from 1; None where the file has no lines, or they are not known.
+    """
 
+    source: str
+    split: str
+    row: int
+    line: int | None = None
 
-class Tokenizer(Protocol):
-    """What is used here of mlx-lm's ``TokenizerWrapper``."""
+    def __str__(self) -> str:
+        """With the source, for an error."""
+        return f"{self.source}, {self.split} {self.in_split}"
 
     @property
-    def eos_token_id(self) -> int:
-        """The token that ends a text."""
-        ...
+    def in_split(self) -> str:
+        """The row's number, and the line where that is another number."""
+        return f"row {self.row}" if self.line in (None, self.row) else f"row {self.row} (line {self.line})"
 
-    def encode(self, text: str) -> Sequence[int]:
-        """The tokens of ``text``."""
-        ...
 
-    def apply_chat_template(
-        self,
-        conversation: Sequence[Message],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None,
-        add_generation_prompt: bool,
-        return_dict: bool,
-    ) -> Sequence[int]:
-        """The tokens of a conversation, with the start of an answer if ``add_generation_prompt``."""
-        ...
+class RawRow(NamedTuple):
+    """A record, and where it was read."""
+
+    record: Record
+    place: Place
 
 
 @dataclass(frozen=True)
 class RowFormat:
     """A format: records that have all ``fields`` are read by ``parse``; ``optional`` names the other fields it reads.
 
-    ``parse`` returns a conversation, or a plain text. It raises DataError, without the row's number, for a field of the
-    wrong type.
+    ``parse`` gets a record without null fields. It returns a conversation, or a plain text. It raises DataError,
+    without the row's number, for a field of the wrong type.
     """
 
     fields: tuple[str, ...]
@@ -99,118 +101,78 @@ def rename_columns(record: Record, columns: Mapping[str, str]) -> Record:
 def parse(record: Record) -> Conversation | str:
     """The record's conversation or text, by the first of :data:`FORMATS` whose fields it has.
 
+    A null field is an absent field: files with columns have a value in each column.
+
     Raises:
         DataError: The record is in none of the formats, or a field has the wrong type.
     """
+    present = {name: value for name, value in record.items() if value is not None}
     for row_format in FORMATS:
-        if all(name in record for name in row_format.fields):
-            return row_format.parse(record)
+        if all(name in present for name in row_format.fields):
+            try:
+                return row_format.parse(present)
+            except RecursionError as error:
+                raise DataError("its values are nested too deeply") from error
     *others, last = [" and ".join(f"`{name}`" for name in row_format.fields) for row_format in FORMATS]
-    have = ", ".join(sorted(record)) or "none"
+    have = ", ".join(sorted(present)) or "none"
+    empty = ", ".join(sorted(name for name in record if name in FIELDS and name not in present))
+    have += f" ({empty}: empty)" if empty else ""
     raise DataError(f"it needs {', '.join(others)}, or {last}, but has {have}; dataset.columns renames fields")
 
 
-def tokenize(record: Record, tokenizer: Tokenizer, *, mask_prompt: bool) -> Row:
-    """The record's tokens, equal to those that mlx-lm's own dataset classes make.
-
-    Args:
-        mask_prompt: Whether only the answer is a target: the last message.
-
-    Raises:
-        DataError: The record is in none of the formats, a field has the wrong type, the chat template or the tokenizer
-            refuses it, or ``mask_prompt`` is set and it has no prompt.
-    """
-    match parse(record):
-        case Conversation() as conversation:
-            return _tokenize_conversation(conversation, tokenizer, mask_prompt)
-        case text:
-            if mask_prompt:
-                raise DataError("dataset.mask_prompt: text rows have no prompt to mask; set it to false")
-            return _tokenize_text(text, tokenizer)
+def _string(record: Record, name: str) -> str:
+    value = record[name]
+    if not isinstance(value, str):
+        raise DataError(f"`{name}` must be a string, not {type(value).__name__}: {str(value)[:40]}")
+    return value
 
 
-def prompt_tokens(record: Record, tokenizer: Tokenizer) -> list[int]:
-    """The prompt for generating an answer: all messages but the last, and the start of the answer.
-
-    Raises:
-        DataError: The record is a text, which has no prompt.
-    """
-    conversation = parse(record)
-    if isinstance(conversation, str):
-        raise DataError("dataset.metric: text rows have no question to answer; set training.metric_rows=0")
-    prompt = Conversation(conversation.messages[:-1], conversation.tools)
-    return _apply_template(prompt, tokenizer, opens_answer=True)
+def _system(record: Record) -> list[Record]:
+    """The system message of formats that have a field for it."""
+    return [{"role": "system", "content": _string(record, "system")}] if record.get("system") else []
 
 
 def _parse_prompt_completion(record: Record) -> Conversation:
-    for name in ("prompt", "completion"):
-        if not isinstance(record[name], str):
-            raise DataError(f"`{name}` must be a string, not {type(record[name]).__name__}")
-    messages = [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["completion"]}]
-    return Conversation(messages, record.get("tools"))
+    """Two strings, or two lists of messages, as TRL has them."""
+    messages: list[Any] = []
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        if isinstance(record[name], list) and record[name]:
+            messages += record[name]
+        else:
+            messages.append({"role": role, "content": _string(record, name)})
+    return conversation(messages, record.get("tools"), "`prompt` and `completion`")
 
 
 def _parse_messages(record: Record) -> Conversation:
-    messages = record["messages"]
-    if not isinstance(messages, list) or not messages or not all(isinstance(item, dict) for item in messages):
-        raise DataError('`messages` must be a list of objects such as {"role": "user", "content": "..."}')
-    if any("role" not in item for item in messages):
-        raise DataError("`messages`: a message has no `role`")
-    return Conversation(messages, record.get("tools"))
+    return conversation(record["messages"], record.get("tools"), "`messages`")
 
 
 def _parse_text(record: Record) -> str:
-    text = record["text"]
-    if not isinstance(text, str):
-        raise DataError(f"`text` must be a string, not {type(text).__name__}")
-    return text
+    return _string(record, "text")
+
+
+def _parse_sharegpt(record: Record) -> Conversation:
+    found = conversation(record["conversations"], record.get("tools"), "`conversations`")
+    starts = found.messages[0]["role"] == "system"
+    # Its names of roles are part of the format, not worth a note.
+    return Conversation([*([] if starts else _system(record)), *found.messages], found.tools)
+
+
+def _parse_alpaca(record: Record) -> Conversation:
+    question = _string(record, "instruction")
+    if record.get("input"):
+        question += "\n\n" + _string(record, "input")
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": _string(record, "output")}]
+    return Conversation([*_system(record), *messages])
 
 
 FORMATS = (
     RowFormat(("prompt", "completion"), _parse_prompt_completion, optional=("tools",)),
     RowFormat(("messages",), _parse_messages, optional=("tools",)),
     RowFormat(("text",), _parse_text),
+    RowFormat(("conversations",), _parse_sharegpt, optional=("tools", "system")),
+    RowFormat(("instruction", "output"), _parse_alpaca, optional=("input", "system")),
 )
-"""In the order in which they are tried, which is mlx-lm's: a record may have the fields of several."""
+"""In the order in which they are tried: mlx-lm's first, as it does. A record may have the fields of several."""
 FIELDS = tuple(dict.fromkeys(name for row_format in FORMATS for name in (*row_format.fields, *row_format.optional)))
 """All fields that a format reads, each once."""
-
-
-def _tokenize_text(text: str, tokenizer: Tokenizer) -> Row:
-    try:
-        tokens = list(tokenizer.encode(text))
-    except Exception as error:  # for instance half a surrogate pair, valid in JSON but not in UTF-8
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"the tokenizer refuses `text`: {reason}") from error
-    if not tokens or tokens[-1] != tokenizer.eos_token_id:
-        tokens.append(tokenizer.eos_token_id)
-    return _row(tokens, 0)
-
-
-def _tokenize_conversation(conversation: Conversation, tokenizer: Tokenizer, mask_prompt: bool) -> Row:
-    messages = conversation.messages
-    tokens = _apply_template(conversation, tokenizer)
-    if not mask_prompt:
-        return _row(tokens, 0)
-    if len(messages) < 2:
-        raise DataError("`messages` has only one message; dataset.mask_prompt needs a prompt before the answer")
-    opens_answer = messages[-1].get("role") == "assistant"
-    prompt = Conversation(messages[:-1], conversation.tools)
-    return _row(tokens, len(_apply_template(prompt, tokenizer, opens_answer=opens_answer)))
-
-
-def _apply_template(conversation: Conversation, tokenizer: Tokenizer, *, opens_answer: bool = False) -> list[int]:
-    try:
-        tokens = tokenizer.apply_chat_template(
-            conversation.messages, tools=conversation.tools, add_generation_prompt=opens_answer, return_dict=False
-        )
-    except Exception as error:  # a template is the model's own code and may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"the model's chat template refuses it: {reason}") from error
-    return [int(token) for token in tokens]
-
-
-def _row(tokens: Sequence[int], prompt_length: int) -> Row:
-    import numpy as np  # here, because the settings read FIELDS and must load fast
-
-    return Row(np.asarray(tokens, dtype=np.int32), prompt_length)

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from macft.data.formats import Record, Row, Tokenizer, rename_columns, tokenize
+from macft.data.formats import Place, RawRow, Record, Row, rename_columns
 from macft.data.settings import DatasetConfig, SourceConfig
 from macft.data.sources import SPLITS, read_source
+from macft.data.template import Tokenizer
+from macft.data.tokenize import tokenize
 from macft.errors import DataError
 
-Sources = list[tuple[SourceConfig, dict[str, list[Record]]]]
-"""Each source with its raw records by split."""
+Sources = list[tuple[SourceConfig, dict[str, list[RawRow]]]]
+"""Each source with its raw rows by split."""
 
 
 @dataclass
 class Split:
-    """Tokenised rows and the raw records they were made from, in the order of the sources.
+    """Tokenised rows, the records they were made from and where those were read, in the order of the sources.
 
-    ``source_sizes`` and ``source_weights`` hold one value for each source that has rows.
+    ``rows``, ``records`` and ``places`` are of one length; rows without a target are in none of them. ``source_sizes``
+    and ``source_weights`` hold one value for each source that has rows.
     """
 
     rows: list[Row] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
     source_sizes: list[int] = field(default_factory=list)
     source_weights: list[float] = field(default_factory=list)
 
@@ -39,7 +44,7 @@ class LoadedData:
 
 
 def read(config: DatasetConfig, *, seed: int) -> Sources:
-    """Each source with its raw records by split. Needs no model, so a missing file is reported before a model loads.
+    """Each source with its raw rows by split. Needs no model, so a missing file is reported before a model loads.
 
     Raises:
         DataError: A source is missing, can't be read or has no training rows.
@@ -90,16 +95,33 @@ def tokenize_split(sources: Sources, config: DatasetConfig, tokenizer: Tokenizer
     split, notes = Split(), []
     for source, raw in sources:
         before = len(split.rows)
-        cut, dropped = _add(split, raw[name], f"{source.path}, {name} row", dict(source.columns), config, tokenizer)
+        remarks = Remarks()
+        _add(split, raw[name], dict(source.columns), config, tokenizer, remarks)
         where = f"{source.path}, {name}" if len(sources) > 1 else name
-        if cut:
-            notes.append(f"{where}: {cut} of {len(raw[name])} rows cut to {config.max_seq_length} tokens")
-        if dropped:
-            notes.append(f"{where}: {dropped} of {len(raw[name])} rows dropped, no target token was left in them")
+        notes += remarks.lines(where, len(raw[name]))
         if len(split.rows) > before:
             split.source_sizes.append(len(split.rows) - before)
             split.source_weights.append(source.weight)
     return split, notes
+
+
+class Remarks:
+    """Lines about rows, each told once: to how many rows it applies, and to which one first."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[int, Place]] = {}
+
+    def add(self, line: str, place: Place) -> None:
+        """``line`` applies to the row at ``place``."""
+        count, first = self._found.get(line, (0, place))
+        self._found[line] = (count + 1, first)
+
+    def lines(self, where: str, total: int) -> list[str]:
+        """One line for each remark, in the order in which they were found; ``total`` rows were looked at."""
+        return [
+            f"{where}: {count} of {total} rows {line} (first: {first.in_split})"
+            for line, (count, first) in self._found.items()
+        ]
 
 
 def sample_rows(count: int, wanted: int, seed: int) -> list[int]:
@@ -111,41 +133,44 @@ def sample_rows(count: int, wanted: int, seed: int) -> list[int]:
 
 def _add(
     split: Split,
-    records: list[Record],
-    where: str,
-    columns: dict[str, str],
+    raw: list[RawRow],
+    columns: Mapping[str, str],
     config: DatasetConfig,
     tokenizer: Tokenizer,
-) -> tuple[int, int]:
-    """Appends the rows of one source to ``split``; returns how many were cut and how many dropped."""
-    cut = dropped = 0
-    for number, raw in enumerate(records, 1):
+    remarks: Remarks,
+) -> None:
+    """Appends the rows of one source to ``split``."""
+    for read_record, place in raw:
         try:
-            record = rename_columns(raw, columns) if columns else raw
+            record = rename_columns(read_record, columns) if columns else read_record
         except KeyError as error:
-            have = ", ".join(sorted(raw))
-            raise DataError(f"dataset.columns: {where} {number} has no column {error}; it has {have}") from error
+            have = ", ".join(sorted(read_record))
+            raise DataError(f"dataset.columns: {place} has no column {error}; it has {have}") from error
         try:
-            row = tokenize(record, tokenizer, mask_prompt=config.mask_prompt)
+            row = tokenize(
+                record,
+                tokenizer,
+                mask_prompt=config.mask_prompt,
+                remark=lambda line, place=place: remarks.add(line, place),  # type: ignore[misc]
+            )
         except DataError as error:
-            text = str(error)
-            raise DataError(text if text.startswith("dataset.") else f"{where} {number}: {text}") from error
+            raise DataError(f"{place}: {error}") from error
         if len(row.tokens) > config.max_seq_length:
-            cut += 1
+            remarks.add(f"cut to {config.max_seq_length} tokens", place)
             row = Row(row.tokens[: config.max_seq_length], row.prompt_length)
         if row.target_tokens == 0:
-            dropped += 1
+            remarks.add("dropped, no target token was left in them", place)
             continue
         split.rows.append(row)
         split.records.append(record)
-    return cut, dropped
+        split.places.append(place)
 
 
-def _split_off(records: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """``records`` in training and validation rows, chosen by ``seed``; both keep their order."""
-    count = min(len(records) - 1, max(1, round(len(records) * fraction)))
-    chosen = set(np.random.default_rng(seed).permutation(len(records))[:count].tolist())
+def _split_off(rows: list[RawRow], fraction: float, seed: int) -> tuple[list[RawRow], list[RawRow]]:
+    """``rows`` in training and validation rows, chosen by ``seed``; both keep their order."""
+    count = min(len(rows) - 1, max(1, round(len(rows) * fraction)))
+    chosen = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
     return (
-        [record for i, record in enumerate(records) if i not in chosen],
-        [record for i, record in enumerate(records) if i in chosen],
+        [row for i, row in enumerate(rows) if i not in chosen],
+        [row for i, row in enumerate(rows) if i in chosen],
     )

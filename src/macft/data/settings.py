@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from macft.data.formats import FIELDS
 
@@ -37,12 +38,14 @@ class DatasetConfig(SourceConfig):
 
     # Several datasets at once, each with a weight.
     sources: list[SourceConfig] = field(default_factory=list)
-    # Train on the answer only: the prompt of prompt/completion rows, all but the last message of chats, is no target.
+    # Train on the answer only, the assistant's last message or the completion; what comes before it is no target.
     mask_prompt: bool = False
     # Longer rows are cut to this many tokens; the run says how many.
     max_seq_length: int = 2048
     # Share of the training rows to validate on where a source has no validation split.
     valid_fraction: float = 0.0
+    # The time that the chat template sees if it shows one: 2026-01-31T12:00:00; null: the time at which the run starts.
+    template_time: str | None = None
     # How generated answers to the test rows are judged: sql_execution, exact_match, or null for not at all.
     metric: str | None = None
 
@@ -76,4 +79,8 @@ def problems(config: DatasetConfig) -> list[str]:
         errors.append(f"dataset.max_seq_length: {config.max_seq_length} must be 2 or more")
     if not 0.0 <= config.valid_fraction < 1.0:
         errors.append(f"dataset.valid_fraction: {config.valid_fraction} is not in [0, 1)")
+    try:
+        datetime.fromisoformat(config.template_time or "2026-01-31")
+    except ValueError:
+        errors.append(f"dataset.template_time: '{config.template_time}' must be a time such as 2026-01-31T12:00:00")
     return errors

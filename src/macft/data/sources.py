@@ -1,32 +1,27 @@
-"""Reads raw records from local files and from the Hugging Face Hub."""
+"""Reads raw rows from local files and from the Hugging Face Hub."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
-from macft.data.formats import Record
+from macft.data.files import READERS, one_line, quietly, read_file
+from macft.data.formats import Place, RawRow
 from macft.data.settings import SourceConfig
 from macft.errors import DataError
 
-_Loaded = TypeVar("_Loaded")
 SPLITS = ("train", "valid", "test")
 _BUILTIN = Path(__file__).parent / "builtin"
-_LOADERS = {".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _HUB_PROBE_SECONDS = 5.0
 
 
-def read_source(source: SourceConfig) -> dict[str, list[Record]]:
-    """Raw records by split: train, valid, test; a split that the source doesn't have is empty.
+def read_source(source: SourceConfig) -> dict[str, list[RawRow]]:
+    """Raw rows by split: train, valid, test; a split that the source doesn't have is empty.
 
     Raises:
         DataError: The source doesn't exist or can't be read; the message names the file and line, or the id.
     """
     if source.path.startswith("builtin:"):
-        return _choose(source, _read_folder(_builtin_folder(source.path)))
+        return _choose(source, _read_folder(_builtin_folder(source.path), source.path))
     try:
         path = Path(source.path).expanduser()
     except RuntimeError as error:
@@ -34,15 +29,15 @@ def read_source(source: SourceConfig) -> dict[str, list[Record]]:
             f"dataset.path: {source.path} is not in a home folder that exists; write ~/ for your own"
         ) from error
     if path.is_dir():
-        return _choose(source, _read_folder(path))
+        return _choose(source, _read_folder(path, source.path))
     if path.is_file():
-        return _choose(source, {"train": _read_file(path), "valid": [], "test": []})
-    if source.path.startswith(("/", "~", ".")) or path.suffix in (".jsonl", *_LOADERS):
+        return _choose(source, {"train": _read_rows(path, source.path, "train"), "valid": [], "test": []})
+    if source.path.startswith(("/", "~", ".")) or path.suffix in READERS:
         raise DataError(f"dataset.path: {source.path} does not exist (looked in {path.absolute().parent})")
     return _read_hub(source)
 
 
-def _choose(source: SourceConfig, splits: dict[str, list[Record]]) -> dict[str, list[Record]]:
+def _choose(source: SourceConfig, splits: dict[str, list[RawRow]]) -> dict[str, list[RawRow]]:
     """Applies the source's split names and slices to local rows, as ``datasets`` does to those of the Hub."""
     if source.name:
         raise DataError(f"dataset.name: {source.path} is local and has no subset {source.name}; give its path instead")
@@ -53,15 +48,15 @@ def _choose(source: SourceConfig, splits: dict[str, list[Record]]) -> dict[str, 
     }
 
 
-def _slice(splits: dict[str, list[Record]], split: str, spec: str) -> list[Record]:
+def _slice(splits: dict[str, list[RawRow]], split: str, spec: str) -> list[RawRow]:
     import datasets
 
-    sizes = {name: len(records) for name, records in splits.items() if records}
+    sizes = {name: len(rows) for name, rows in splits.items() if rows}
     try:
         parts = datasets.ReadInstruction.from_spec(spec).to_absolute(sizes)
     except (ValueError, AssertionError) as error:
-        raise DataError(f"dataset.{split}_split: {spec} can't be taken from local rows: {_one_line(error)}") from error
-    return [record for part in parts for record in splits[part.splitname][part.from_ : part.to]]
+        raise DataError(f"dataset.{split}_split: {spec} can't be taken from local rows: {one_line(error)}") from error
+    return [row for part in parts for row in splits[part.splitname][part.from_ : part.to]]
 
 
 def _builtin_folder(path: str) -> Path:
@@ -72,50 +67,27 @@ def _builtin_folder(path: str) -> Path:
     return folder
 
 
-def _read_folder(folder: Path) -> dict[str, list[Record]]:
-    splits: dict[str, list[Record]] = {}
+def _read_folder(folder: Path, source: str) -> dict[str, list[RawRow]]:
+    splits: dict[str, list[RawRow]] = {}
     for split in SPLITS:
-        files = [folder / f"{split}{suffix}" for suffix in (".jsonl", *_LOADERS)]
+        files = [folder / f"{split}{suffix}" for suffix in READERS]
         present = [file for file in files if file.is_file()]
         if len(present) > 1:
             raise DataError(f"dataset.path: {folder} has both {present[0].name} and {present[1].name}; keep one")
-        splits[split] = _read_file(present[0]) if present else []
+        splits[split] = _read_rows(present[0], source, split) if present else []
     if not splits["train"]:
         raise DataError(f"dataset.path: {folder} has no train.jsonl (nor train.json, .parquet or .csv) with rows in it")
     return splits
 
 
-def _read_file(path: Path) -> list[Record]:
-    if path.suffix in _LOADERS:
-        return _load_file(_LOADERS[path.suffix], path)
-    return _read_jsonl(path)
+def _read_rows(path: Path, source: str, split: str) -> list[RawRow]:
+    return [RawRow(record, Place(source, split, row, line)) for row, (record, line) in enumerate(read_file(path), 1)]
 
 
-def _read_jsonl(path: Path) -> list[Record]:
-    records: list[Record] = []
-    try:
-        with path.open("rb") as file:  # bytes: json decodes each line, so an invalid byte is reported with its line
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
-                except (ValueError, RecursionError) as error:  # wrong encoding, too many digits or brackets
-                    raise DataError(f"{path}, line {number}: can't be read: {_one_line(error)}") from error
-                if not isinstance(record, dict):
-                    raise DataError(f'{path}, line {number}: a row must be a JSON object such as {{"text": "..."}}')
-                records.append(record)
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error}") from error
-    return records
-
-
-def _read_hub(source: SourceConfig) -> dict[str, list[Record]]:
+def _read_hub(source: SourceConfig) -> dict[str, list[RawRow]]:
     import datasets
 
-    def load() -> dict[str, list[Record]]:
+    def load() -> dict[str, list[RawRow]]:
         builder = datasets.load_dataset_builder(source.path, source.name)
         builder.download_and_prepare()
         available = builder.info.splits
@@ -124,15 +96,21 @@ def _read_hub(source: SourceConfig) -> dict[str, list[Record]]:
         test = source.test_split or ("test" if "test" in available else None)
         wanted = {"train": source.train_split, "valid": valid, "test": test}
         chosen = builder.as_dataset(split={split: name for split, name in wanted.items() if name})
-        return {split: [dict(record) for record in chosen.get(split, ())] for split in SPLITS}
+        return {
+            split: [
+                RawRow(dict(record), Place(source.path, name or split, row))
+                for row, record in enumerate(chosen.get(split, ()), 1)
+            ]
+            for split, name in wanted.items()
+        }
 
     hub_problem = _hub_problem(source.path)
     if hub_problem is None:
-        return _quietly(load, source.path)
+        return quietly(load, source.path)
     # A dataset in the cache needs no hub, but datasets would retry for half a minute before it looked there.
     before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
     try:
-        return _quietly(load, source.path)
+        return quietly(load, source.path)
     except DataError as error:
         if not isinstance(error.__cause__, (ConnectionError, FileNotFoundError)):
             raise  # it is in the cache, and the problem is another one
@@ -168,27 +146,3 @@ def _hub_problem(name: str) -> str | None:
     except Exception as error:  # the Hub client's HTTP library has changed over time, and so have its errors
         return type(error).__name__
     return None
-
-
-def _load_file(kind: str, path: Path) -> list[Record]:
-    import datasets
-
-    return _quietly(
-        lambda: [dict(record) for record in datasets.load_dataset(kind, data_files=str(path), split="train")], str(path)
-    )
-
-
-def _quietly(load: Callable[[], _Loaded], what: str) -> _Loaded:
-    """Calls ``load``, with progress bars only on a terminal; every failure becomes a DataError of one line."""
-    import datasets
-
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        return load()
-    except Exception as error:  # datasets raises its own errors, pyarrow's, fsspec's and plain ValueErrors
-        raise DataError(f"dataset.path: {what} can't be read: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import mlx.nn as nn
 import msgpack
-from mlx_lm.generate import batch_generate
 
 from macft.collective.base import Collective
-from macft.data.formats import Record, Tokenizer, prompt_tokens
+from macft.data.formats import Record
+from macft.data.tokenize import prompt_tokens
+from macft.evaluation.answer_form import AnswerForm, AnswerTokenizer
+from macft.evaluation.batched import greedy_answers
 from macft.evaluation.metrics import Metric
-
-_PROMPTS_AT_ONCE = 32
+from macft.evaluation.record import expected_text, with_answer
 
 
 @dataclass(frozen=True)
@@ -23,20 +24,25 @@ class Scored:
 
     Attributes:
         value: Share of right answers, 0 to 1.
-        answers: The answers, in the order of the records.
+        expected: The right answers, in the order of the records, without thinking.
+        answers: The generated answers, without thinking and what else the chat template writes around an answer; empty
+            where the model was still thinking.
         right: Whether each of them is right.
+        unanswered: How many answers ran out of tokens within the model's thinking.
         seconds: Duration of generation and scoring.
     """
 
     value: float
+    expected: list[str]
     answers: list[str]
     right: list[bool]
+    unanswered: int
     seconds: float
 
 
 def score_answers(
     model: nn.Module,
-    tokenizer: Tokenizer,
+    tokenizer: AnswerTokenizer,
     records: Sequence[Record],
     metric: Metric,
     collective: Collective,
@@ -57,18 +63,30 @@ def score_answers(
     started = time.perf_counter()
     model.eval()
     mine = list(range(collective.rank, len(records), collective.world_size))
-    # Prompts of similar length are batched together, which needs little padding.
-    prompts = {index: prompt_tokens(records[index], tokenizer) for index in mine}
-    mine.sort(key=lambda index: len(prompts[index]))
-    generated: list[tuple[int, str]] = []
-    for start in range(0, len(mine), _PROMPTS_AT_ONCE):
-        chunk = mine[start : start + _PROMPTS_AT_ONCE]
-        texts = batch_generate(model, tokenizer, [prompts[i] for i in chunk], max_tokens=max_tokens).texts
-        generated += zip(chunk, texts, strict=True)
-        progress(len(generated), len(mine))
-    answers = [""] * len(records)
-    for payload in collective.all_gather(msgpack.packb(generated)):
-        for index, text in msgpack.unpackb(payload):
-            answers[index] = text
-    right = [metric.score(record, answer) for record, answer in zip(records, answers, strict=True)]
-    return Scored(sum(right) / max(1, len(right)), answers, right, time.perf_counter() - started)
+    prompts = [prompt_tokens(records[index], tokenizer) for index in mine]
+    form = AnswerForm.of(tokenizer, records[0]) if records else AnswerForm()
+    found = greedy_answers(
+        model, tokenizer, prompts, max_tokens=max_tokens, progress=lambda done: progress(done, len(mine))
+    )
+    generated: list[tuple[int, str | None]] = []
+    for index, prompt, tokens in zip(mine, prompts, found, strict=True):
+        # A model that ends its turn in a block that its prompt began has learned to answer without thinking.
+        is_thinking = len(tokens) == max_tokens and form.opens_thinking(tokenizer.decode(prompt))
+        generated.append((index, form.answer(tokenizer.decode(tokens), is_thinking=is_thinking)))
+    gathered = [
+        pair for payload in collective.all_gather(msgpack.packb(generated)) for pair in msgpack.unpackb(payload)
+    ]
+    answers: list[str | None] = [answer for _, answer in sorted(gathered, key=lambda pair: int(pair[0]))]
+    expected = [form.answer(expected_text(record)) for record in records]
+    right = [
+        wanted is not None and answer is not None and metric.score(with_answer(record, wanted), answer)
+        for record, wanted, answer in zip(records, expected, answers, strict=True)
+    ]
+    return Scored(
+        value=sum(right) / max(1, len(right)),
+        expected=[wanted or "" for wanted in expected],
+        answers=[answer or "" for answer in answers],
+        right=right,
+        unanswered=answers.count(None),
+        seconds=time.perf_counter() - started,
+    )

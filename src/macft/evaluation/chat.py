@@ -12,7 +12,9 @@ from mlx_lm.generate import stream_generate
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
-from macft.errors import DataError
+from macft.data.conversation import Conversation
+from macft.data.template import template_tokens
+from macft.data.tokenize import text_tokens
 
 
 @dataclass(frozen=True)
@@ -140,14 +142,11 @@ class Chat:
     def _tokens_with(self, text: str) -> list[int]:
         if not self._template:
             self._text += text
-            return [int(token) for token in self._tokenizer.encode(self._text)]
+            return text_tokens(self._text, self._tokenizer)
         messages = [*self._messages, {"role": "user", "content": text}]
-        try:
-            tokens = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # a template is the model's own code and may raise anything
-            raise DataError(f"the model's chat template refuses it: {' '.join(str(error).split())}") from error
+        tokens = template_tokens(Conversation(messages), self._tokenizer, opens_answer=True)
         self._messages = messages
-        return [int(token) for token in tokens]
+        return tokens
 
     def _not_in_cache(self, prompt: list[int]) -> list[int]:
         """The end of ``prompt`` that is not in the cache, at least its last token; trims the cache to the rest."""

@@ -11,7 +11,7 @@ from macft.collective.solo import Solo
 from macft.data.formats import Record, Row
 from macft.evaluation.answers import Scored, score_answers
 from macft.evaluation.metrics import Metric
-from macft.evaluation.record import expected_text, question_text
+from macft.evaluation.record import question_text
 from macft.model.backends.choose import make_backend
 from macft.model.confirm import confirm
 from macft.model.load import LoadedModel
@@ -88,7 +88,7 @@ def answers(records: Sequence[Record], base: Result, tuned: Result) -> list[dict
     return [
         {
             "question": question_text(record),
-            "expected": expected_text(record),
+            "expected": tuned.scored.expected[i],
             "base": base.scored.answers[i],
             "base_right": base.scored.right[i],
             "tuned": tuned.scored.answers[i],

@@ -6,9 +6,9 @@ import platform
 from pathlib import Path
 
 from macft.config.schema import TrainConfig
-from macft.config.yaml import fingerprint
-from macft.membership.join import MemberConfig, join_elastic_ring, local_address_towards, member_addresses
-from macft.rendezvous.hosts import bind_addresses
+from macft.launch.member import member_config
+from macft.launch.run_clock import started, stored
+from macft.membership.join import join_elastic_ring, local_address_towards, member_addresses
 from macft.rendezvous.keystore import keyring_for
 from macft.run.node import run_node
 from macft.topology.hosts import own_rank
@@ -24,15 +24,10 @@ def join_run(config: TrainConfig, folder: Path, target: str) -> str:
     own = topology.hosts[own_rank(topology)] if is_listed else local_address_towards(addresses[0])
     is_local = own in ("127.0.0.1", "[::1]")
     paths = [(own, 0)] if is_local and not is_listed else host_paths(own, topology.port)
+    name = own if is_listed else platform.node() or own
     stop = StopRequest()
     with stop.listening():
-        member_config = MemberConfig(
-            bind=bind_addresses(paths, 2),
-            ring_bind=bind_addresses(paths, 1),
-            name=own if is_listed else platform.node() or own,
-            settings=config.collective,
-            keyring=keyring_for(topology, config.collective),
-            fingerprint=fingerprint(config, of_newcomer=True),
-        )
-        with join_elastic_ring(addresses, member_config, timeout=topology.start_timeout) as elastic_ring:
+        member = member_config(config, paths, name=name, keyring=keyring_for(topology, config.collective))
+        with join_elastic_ring(addresses, member, timeout=topology.start_timeout) as elastic_ring:
+            config = stored(started(config, elastic_ring.started), folder)
             return run_node(config, elastic_ring, folder, resume=False, stop=stop)

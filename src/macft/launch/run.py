@@ -10,7 +10,8 @@ from pathlib import Path
 
 from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
-from macft.config.yaml import fingerprint, to_yaml
+from macft.config.yaml import fingerprint
+from macft.launch.run_clock import started, started_together, stored
 from macft.logs.run_log import start_log
 from macft.training.stop_request import StopRequest
 
@@ -18,7 +19,7 @@ from macft.training.stop_request import StopRequest
 def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
     """Runs one job in ``folder`` on the nodes of its topology; returns why it ended."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(config))
+    config = stored(started(config), folder)
     if config.topology.join is not None:
         from macft.launch.join_run import join_run
 
@@ -50,6 +51,7 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
                     join_launched(config.collective) as group,
                     start_log(folder, group.rank, config.report.log_level),
                 ):
+                    config = started_together(config, group, folder)
                     return run_node(config, group, folder, resume=resume, stop=stop)
         from macft.collective.solo import Solo
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
 from macft.config.yaml import fingerprint
-from macft.membership.join import MemberConfig, form_elastic_ring
-from macft.rendezvous.hosts import bind_addresses, connect_hosts
+from macft.launch.member import member_config
+from macft.launch.run_clock import started_together
+from macft.membership.join import form_elastic_ring
+from macft.rendezvous.hosts import connect_hosts
 from macft.rendezvous.keystore import Keyring, keyring_for
 from macft.run.node import run_node
 from macft.topology.hosts import own_rank
@@ -30,16 +32,10 @@ def run_on_hosts(
     with connect_hosts(
         topology, config.collective, run_id=run_id, fingerprint=fingerprint(config), keyring=keyring
     ) as ring:
+        config = started_together(config, ring, folder)
         if not is_elastic(config):
             return run_node(config, ring, folder, resume=resume, stop=stop)
         paths = host_paths(name, split_host(name, topology.port)[1])
-        member_config = MemberConfig(
-            bind=bind_addresses(paths, 2),
-            ring_bind=bind_addresses(paths, 1),
-            name=name,
-            settings=config.collective,
-            keyring=keyring,
-            fingerprint=fingerprint(config, of_newcomer=True),
-        )
-        with form_elastic_ring(ring, member_config) as elastic_ring:
+        member = member_config(config, paths, name=name, keyring=keyring)
+        with form_elastic_ring(ring, member) as elastic_ring:
             return run_node(config, elastic_ring, folder, resume=resume, stop=stop)

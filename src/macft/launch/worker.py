@@ -16,8 +16,9 @@ from macft.collective.base import Collective
 from macft.config.validate import is_elastic, world_size
 from macft.config.yaml import fingerprint, read
 from macft.launch.local import watch_launcher
+from macft.launch.member import ANY_PORT_HERE, member_config
 from macft.logs.run_log import start_log
-from macft.membership.join import MemberConfig, form_elastic_ring, join_elastic_ring, member_addresses
+from macft.membership.join import form_elastic_ring, join_elastic_ring, member_addresses
 from macft.rendezvous.connect import RankConfig, connect
 from macft.rendezvous.keystore import keyring_for
 from macft.run.node import run_node
@@ -34,20 +35,14 @@ def main(argv: Sequence[str]) -> int:
     def run() -> str:
         config = read(folder / "config.yaml")
         keyring = keyring_for(config.topology, config.collective)
-        member_config = MemberConfig(
-            bind="127.0.0.1:0",
-            ring_bind="127.0.0.1:0",
-            name=f"local-{rank}",
-            settings=config.collective,
-            keyring=keyring,
-            fingerprint=fingerprint(config, of_newcomer=True),
-        )
+        name = f"local-{rank}"
+        member = member_config(config, ANY_PORT_HERE, name=name, keyring=keyring)
         with ExitStack() as stack:
             stack.enter_context(start_log(folder, rank, config.report.log_level))
             collective: Collective
             if "--join" in argv:
                 addresses = member_addresses(str(folder), config.topology.port)
-                collective = join_elastic_ring(addresses, member_config, timeout=config.topology.start_timeout)
+                collective = join_elastic_ring(addresses, member, timeout=config.topology.start_timeout)
             else:
                 rank_config = RankConfig(
                     server=rendezvous,
@@ -55,12 +50,12 @@ def main(argv: Sequence[str]) -> int:
                     world_size=world_size(config),
                     run_id=run_id,
                     fingerprint=fingerprint(config),
-                    name=f"local-{rank}",
+                    name=name,
                     timeout=config.topology.start_timeout,
                     keyring=keyring,
                 )
                 ring = stack.enter_context(connect(rank_config, config.collective))
-                collective = form_elastic_ring(ring, member_config) if is_elastic(config) else ring
+                collective = form_elastic_ring(ring, member) if is_elastic(config) else ring
             stack.enter_context(collective)
             return run_node(config, collective, folder, resume="--resume" in argv, stop=stop)
 

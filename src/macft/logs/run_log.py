@@ -25,7 +25,7 @@ _FORMAT = (
 _TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 _MAX_FILE_BYTES = 5_000_000
 _OLD_FILES = 2
-# Finding a model happens before there is a reporter, so its warnings stay on the console.
+# A model is found before there is a reporter, so its warnings stay on the console.
 _CONSOLE_AREA = "macft.model"
 
 
@@ -72,7 +72,7 @@ def start_log(folder: Path, rank: int | str, level: str) -> Iterator[None]:
     written costs one line on stderr, not the run; without lines there is no file.
     """
     number = logging.getLevelNamesMapping()[level.upper()]
-    macft, console_area = logging.getLogger("macft"), logging.getLogger(_CONSOLE_AREA)
+    macft, console_area = logging.getLogger("macft"), console_logger(_CONSOLE_AREA)
     before = macft.level, macft.propagate, console_area.level
     handler = _open(log_path(folder, rank), number)
     log_context.clear()
@@ -81,12 +81,9 @@ def start_log(folder: Path, rank: int | str, level: str) -> Iterator[None]:
     macft.setLevel(number)
     macft.propagate = False
     console_area.setLevel(min(number, logging.WARNING))
-    shown = _ToConsole()
-    console_area.addHandler(shown)
     try:
         yield
     finally:
-        console_area.removeHandler(shown)
         macft.removeHandler(handler)
         handler.close()
         macft.propagate = before[1]
@@ -105,14 +102,24 @@ class _AddContext(logging.Filter):
         return True
 
 
+def console_logger(area: str) -> logging.Logger:
+    """The logger ``area``, whose warnings and those below it are shown even while macft's lines go to a file."""
+    logger = logging.getLogger(area)
+    if not any(isinstance(handler, _ToConsole) for handler in logger.handlers):
+        logger.addHandler(_ToConsole())
+    return logger
+
+
 class _ToConsole(logging.Handler):
-    """Shows warnings as they are shown without a log file: through the root logger's handlers, or on stderr."""
+    """Shows warnings as other libraries' are shown: through the root logger's handlers, or on stderr."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
         on_root: Sequence[logging.Handler | None] = logging.getLogger().handlers or [logging.lastResort]
+        if logging.getLogger().handlers and logging.getLogger("macft").propagate:
+            return  # they get it anyway
         for handler in on_root:
             if handler is not None and record.levelno >= handler.level:
                 handler.handle(record)

@@ -91,6 +91,11 @@ class ElasticRing(ElasticCollective):
         """Whether a node waits to join, so that all ranks should regroup after this step."""
         return bool(self._membership.state.candidates)
 
+    @property
+    def started(self) -> str:
+        """When the run started, as all members have it; a newcomer takes it over."""
+        return self._membership.started
+
     def check(self) -> None:
         """Raises MembershipChanged if the ring is known to have failed. No communication."""
         if reason := self._membership.state.ring_failure:

@@ -52,7 +52,7 @@ def decode_heartbeat(data: bytes, secret: bytes) -> Heartbeat | None:
         return Heartbeat(
             sender=decode_member(sender),
             view=decode_view(view),
-            hears=tuple(_text(node) for node in heard),
+            hears=tuple(decode_text(node) for node in heard),
             ready=ready,
             ballot=_decode_ballot(ballot),
             proposed=_decode_vote(proposed),
@@ -71,11 +71,11 @@ def run_mark(secret: bytes) -> bytes:
 def decode_member(value: object) -> MemberRecord:
     """A member from msgpack's types. Raises ValueError or TypeError if it is not valid."""
     identity, name, address, key, ring, ring_key = _array(value)
-    address, ring = _text(address), _text(ring)
+    address, ring = decode_text(address), decode_text(ring)
     split_paths(address)
     if ring:
         split_paths(ring)
-    return MemberRecord(_text(identity), _text(name), address, _key(key), ring, _key(ring_key))
+    return MemberRecord(decode_text(identity), decode_text(name), address, _key(key), ring, _key(ring_key))
 
 
 def decode_view(value: object) -> View:
@@ -113,7 +113,7 @@ def _decode_ballot(value: object) -> Ballot | None:
     if value is None:
         return None
     number, proposer = _array(value)
-    return Ballot(_number(number), _text(proposer))
+    return Ballot(_number(number), decode_text(proposer))
 
 
 def _array(value: object) -> Sequence[object]:
@@ -128,7 +128,8 @@ def _number(value: object) -> int:
     return value
 
 
-def _text(value: object) -> str:
+def decode_text(value: object) -> str:
+    """A short printable text from msgpack's types. Raises ValueError for anything else."""
     if type(value) is not str or len(value) > _MAX_TEXT or not value.isprintable():
         raise ValueError(f"not a printable string of at most {_MAX_TEXT} characters")
     return value

@@ -7,7 +7,7 @@ import logging
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgpack
@@ -43,6 +43,7 @@ class MemberConfig:
         settings: The configuration group ``collective``.
         keyring: Its keys; None without encryption.
         fingerprint: Of the configuration that all nodes must share.
+        started: When the run started; a newcomer gets it from the run.
     """
 
     bind: str
@@ -51,6 +52,7 @@ class MemberConfig:
     settings: CollectiveConfig
     keyring: Keyring | None
     fingerprint: str
+    started: str = ""
 
     def membership(self) -> MembershipService:
         """This node's membership service, not started.
@@ -59,7 +61,12 @@ class MemberConfig:
             CollectiveError: ``bind`` cannot be listened on.
         """
         return MembershipService(
-            self.bind, name=self.name, settings=self.settings, keyring=self.keyring, fingerprint=self.fingerprint
+            self.bind,
+            name=self.name,
+            settings=self.settings,
+            keyring=self.keyring,
+            fingerprint=self.fingerprint,
+            started=self.started,
         )
 
     def open_listener(self) -> Listener:
@@ -122,10 +129,12 @@ def join_elastic_ring(addresses: Sequence[str], config: MemberConfig, *, timeout
         if "refused" in reply:
             raise RendezvousError(f"topology.join: {where} refuses this node: {_refusal(reply['refused'])}")
         view, secret = heartbeat_codec.decode_view(reply["view"]), bytes(reply["secret"])
+        started = heartbeat_codec.decode_text(reply["started"])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError, msgpack.UnpackException):
         raise RendezvousError(f"topology.join: invalid reply from {where}: not a macft membership service") from None
     _log.info("joining the run at %s, view %d: %s", where, view.generation, ", ".join(view.names))
-    return ElasticRing(config.membership(), Solo(), view, secret=secret, open_listener=config.open_listener)
+    membership = replace(config, started=started).membership()
+    return ElasticRing(membership, Solo(), view, secret=secret, open_listener=config.open_listener)
 
 
 def _refusal(reason: object) -> str:

@@ -41,10 +41,11 @@ _log = logging.getLogger("macft.membership")
 
 
 class JoinReply(TypedDict):
-    """The reply to a node that wants to join: the run's secret and newest view, or why it is refused."""
+    """The reply to a node that wants to join: the run's secret, start and newest view, or why it is refused."""
 
     refused: NotRequired[str]
     secret: NotRequired[bytes]
+    started: NotRequired[str]
     view: NotRequired[heartbeat_codec.EncodedView]
 
 
@@ -82,6 +83,7 @@ class MembershipService:
 
     Attributes:
         own: This node.
+        started: When the run started, in words; what its first members agreed on, and newcomers take over.
         state: What the thread knows. It replaces the whole object, so the values of one object belong together.
 
     Args:
@@ -101,8 +103,16 @@ class MembershipService:
     _paxos: PaxosMembership  # of the thread, from `start` on
 
     def __init__(
-        self, address: str, *, name: str, settings: CollectiveConfig, keyring: Keyring | None, fingerprint: str
+        self,
+        address: str,
+        *,
+        name: str,
+        settings: CollectiveConfig,
+        keyring: Keyring | None,
+        fingerprint: str,
+        started: str = "",
     ):
+        self.started = started
         self._settings, self._keyring, self._fingerprint = settings, keyring, fingerprint
         self._peers: dict[str, _PeerConnection] = {}
         self._probes: dict[str, _Probe] = {}
@@ -224,7 +234,8 @@ class MembershipService:
                 _log.warning("refused a node that wants to join: %s", reason)
                 return {"refused": reason}
         _log.info("a node asks to join; sent it view %d", self._paxos.view.generation)
-        return {"secret": self._secret, "view": heartbeat_codec.encode_view(self._paxos.view)}
+        view = heartbeat_codec.encode_view(self._paxos.view)
+        return {"secret": self._secret, "started": self.started, "view": view}
 
     def _update_peers(self) -> None:
         """Keeps a connection to every member and every newcomer."""

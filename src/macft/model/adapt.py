@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import get_total_parameters
 
-from macft.errors import ConfigError
-from macft.model.adapter_layers import adaptable_projections, select_layers
+from macft.errors import ConfigError, ModelError
+from macft.model.adaptable import AdaptableBlock, adaptable_blocks
+from macft.model.adapter_layers import AdapterLayers, chosen_layers, select_layers
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.block_weights import BlockWeights
 from macft.model.dropout import DropoutKeys, make_dropout_reproducible
@@ -33,39 +35,52 @@ class Adaptation:
     description: str
 
 
-def adapt(model: nn.Module, config: AdapterConfig, *, seed: int, streamed: BlockWeights | None = None) -> Adaptation:
+def adapt(
+    model: nn.Module,
+    config: AdapterConfig,
+    *,
+    seed: int,
+    evaluated: bool = True,
+    streamed: BlockWeights | None = None,
+) -> Adaptation:
     """Adds the adapter to ``model`` in place and leaves only its parameters trainable.
 
-    The initial values depend on ``seed`` alone. They are float32, as in mlx-lm. ``streamed`` holds the weights of the
+    The initial values depend on ``seed`` alone. They are float32, as in mlx-lm. Without ``evaluated``, all of the
+    model's arrays stay to be computed: for a model whose sizes are wanted only. ``streamed`` holds the weights of the
     blocks where they are not in memory.
 
     Raises:
-        ConfigError: a layer number or projection the model doesn't have.
+        ConfigError: a layer number or projection the model doesn't have, or one that can't have such an adapter.
+        ModelError: the model has no gradient.
     """
-    model.freeze()
     total = int(get_total_parameters(model))
-    blocks, names = select_layers(config, [adaptable_projections(block) for block in model.layers])
+    available = adaptable_blocks(model)
+    chosen = select_layers(config, available)
     mx.random.seed(seed)
     if config.type == "full":
-        settings = _unfreeze(model, blocks, names, config)
+        settings = _unfreeze(model, chosen, config)
     else:
         with streamed.adapting() if streamed is not None else nullcontext():
-            settings = _add_low_rank(model, blocks, names, config)
+            settings = _add_low_rank(model, chosen, available, config)
     keys = make_dropout_reproducible(model)
-    mx.eval(model.parameters())
+    if evaluated:
+        mx.eval(model.parameters())
+    with streamed.left_out() if streamed is not None else nullcontext():
+        _check_gradient(model)
     trainable = sum(int(value.size) for _, value in tree_flatten(model.trainable_parameters()))
-    return Adaptation(settings, keys, trainable, total, _describe(config, blocks, names))
+    return Adaptation(settings, keys, trainable, total, _describe(config, chosen, available))
 
 
-def _add_low_rank(model: nn.Module, blocks: list[int], names: list[str], config: AdapterConfig) -> dict[str, Any]:
+def _add_low_rank(
+    model: nn.Module, chosen: AdapterLayers, available: Sequence[AdaptableBlock], config: AdapterConfig
+) -> dict[str, Any]:
+    blocks, names = chosen
     count = len(model.layers)
-    last_blocks = blocks == list(range(count - len(blocks), count))
-    if last_blocks:
+    if blocks == list(range(count - len(blocks), count)) and not _named_otherwise(model, chosen, available):
         num_layers, keys = len(blocks), names
     else:
         # mlx-lm counts blocks from the end; any other choice is spelt with full module paths instead.
-        prefix = _blocks_prefix(model)
-        num_layers, keys = 0, [f"{prefix}.{block}.{name}" for block in blocks for name in names]
+        num_layers, keys = 0, _paths(model, chosen, available)
     settings = {
         "fine_tune_type": config.type,
         "num_layers": num_layers,
@@ -80,18 +95,27 @@ def _add_low_rank(model: nn.Module, blocks: list[int], names: list[str], config:
     return settings
 
 
-def _blocks_prefix(model: nn.Module) -> str:
-    first = model.layers[0]
-    for name, module in model.named_modules():
-        if module is first:
-            return str(name).rsplit(".", 1)[0]
-    raise ConfigError("adapter.layers: this model's blocks have no module path; use adapter.num_layers")
+def _named_otherwise(model: nn.Module, chosen: AdapterLayers, available: Sequence[AdaptableBlock]) -> bool:
+    """Whether a module that can't be adapted has the name of one in another block."""
+    wanted = set(chosen.projections)
+    blocks = [dict(model.layers[number].named_modules()).keys() for number in chosen.blocks]
+    taken = [{layer.name for layer in chosen_layers(available[number], wanted)} for number in chosen.blocks]
+    return any((names & wanted) - own for names, own in zip(blocks, taken, strict=True))
 
 
-def _unfreeze(model: nn.Module, blocks: list[int], names: list[str], config: AdapterConfig) -> dict[str, Any]:
-    for block in blocks:
+def _paths(model: nn.Module, chosen: AdapterLayers, available: Sequence[AdaptableBlock]) -> list[str]:
+    """Where in the model the chosen layers are."""
+    names = {id(module): name for name, module in model.named_modules()}
+    blocks = [(names.get(id(model.layers[number])), available[number]) for number in chosen.blocks]
+    if any(name is None for name, _ in blocks):
+        raise ConfigError("adapter.layers: this model's blocks have no module path; use adapter.num_layers")
+    return [f"{name}.{layer.name}" for name, block in blocks for layer in chosen_layers(block, chosen.projections)]
+
+
+def _unfreeze(model: nn.Module, chosen: AdapterLayers, config: AdapterConfig) -> dict[str, Any]:
+    for block in chosen.blocks:
         layer = model.layers[block]
-        if any(isinstance(module, nn.QuantizedLinear) for module in layer.modules()):
+        if any("scales" in module for module in layer.modules()):
             raise ConfigError(
                 "adapter.type: full needs an unquantised base, quantised weights can't be trained; "
                 "add model.quantization=none"
@@ -100,13 +124,34 @@ def _unfreeze(model: nn.Module, blocks: list[int], names: list[str], config: Ada
             layer.unfreeze()
             continue
         for name, module in layer.named_modules():
-            if name in names:
+            if name in chosen.projections:
                 module.unfreeze()
-    return {"fine_tune_type": "full", "num_layers": len(blocks), "lora_parameters": None}
+    return {"fine_tune_type": "full", "num_layers": len(chosen.blocks), "lora_parameters": None}
 
 
-def _describe(config: AdapterConfig, blocks: list[int], names: list[str]) -> str:
-    where = f"{len(blocks)} blocks, {len(names)} projections each"
+def _check_gradient(model: nn.Module) -> None:
+    """Raises ModelError where the adapted ``model`` fails on a few tokens, or has no gradient; none is computed."""
+    was_training = model.training
+    model.train()
+    try:
+        value, _ = nn.value_and_grad(model, lambda tokens: model(tokens).sum())(mx.arange(1, 9)[None])
+        mx.eval(value)
+    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, KeyError, NotImplementedError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"this model can't be trained on this device with mlx-lm's code: {reason}") from error
+    finally:
+        model.train(was_training)
+
+
+def _describe(config: AdapterConfig, chosen: AdapterLayers, available: Sequence[AdaptableBlock]) -> str:
+    layers = [chosen_layers(available[number], chosen.projections) for number in chosen.blocks]
+    counts = {len(each) for each in layers}
+    where = f"{len(layers)} blocks, "
+    is_same = len(counts) == 1
+    count = counts.pop() if is_same else sum(map(len, layers))
+    where += f"{count} projection{'' if count == 1 else 's'}{' each' if is_same else ''}"
+    if any(layer.is_experts for each in layers for layer in each):
+        where += ", those of experts too"
     if config.type == "full":
         return f"full fine-tuning, {where}"
     kind = {"lora": "rsLoRA" if config.rslora else "LoRA", "dora": "DoRA"}[config.type]

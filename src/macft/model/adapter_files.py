@@ -50,12 +50,23 @@ def load_adapter_weights(path: Path, model: nn.Module) -> None:
         raise ModelError(f"no adapter at {file}: expected an mlx-lm adapter folder or its adapters.safetensors")
     weights = read_tensors(file)
     expected = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
-    if {name: value.shape for name, value in weights.items()} != expected:
+    if difference := _difference({name: value.shape for name, value in weights.items()}, expected):
         raise ModelError(
-            f"adapter {file} doesn't fit: it must hold the same layers, projections and rank as the adapter configured"
+            f"adapter {file} doesn't fit: {difference}; "
+            "adapter.type, rank, layers and targets must be those it was trained with"
         )
     model.load_weights(list(weights.items()), strict=False)
     mx.eval(model.parameters())
+
+
+def _difference(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """The first difference; empty where there is none."""
+    if extra := sorted(shapes.keys() - expected.keys()):
+        return f"it holds {extra[0]}, which isn't trained here"
+    if missing := sorted(expected.keys() - shapes.keys()):
+        return f"it lacks {missing[0]}"
+    wrong = (name for name in sorted(expected) if shapes[name] != expected[name])
+    return next((f"{name} is {shapes[name]}, not {expected[name]}" for name in wrong), "")
 
 
 def read_tensors(file: Path) -> dict[str, mx.array]:

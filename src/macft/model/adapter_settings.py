@@ -28,7 +28,8 @@ class AdapterConfig:
     num_layers: int = -1
     # Block numbers, from 0, instead of `num_layers`: [0, 1, 28, 29].
     layers: list[int] = field(default_factory=list)
-    # Projections by the end of their name: [q_proj, v_proj], [self_attn.o_proj]. Empty: every linear layer of a block.
+    # Projections by the end of their name: [q_proj, v_proj], [self_attn.o_proj], [switch_mlp.up_proj]. Empty: mlx-lm's
+    # choice, every linear layer of a block, experts and embeddings inside of it too.
     targets: list[str] = field(default_factory=list)
     # Folder of an adapter to start from, of the same kind, rank and layers (mlx-lm: resume_adapter_file).
     init_from: str | None = None

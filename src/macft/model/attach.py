@@ -24,9 +24,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         ModelError: The folder is not an mlx-lm adapter, or the file can't be read.
     """
     file = folder / "adapter_config.json"
-    for needed in (file, folder / "adapters.safetensors"):
-        if not needed.is_file():
-            raise ModelError(f"{folder} is not an adapter in mlx-lm's format: it has no {needed.name}")
+    if not file.is_file():
+        raise ModelError(f"{folder} is not an adapter in mlx-lm's format: it has no {file.name}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -37,6 +36,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder} is in PEFT's format; convert it first: python -m macft.adapter import {folder} --save-path ..."
         )
+    if not (folder / "adapters.safetensors").is_file():
+        raise ModelError(f"{folder} is not an adapter in mlx-lm's format: it has no adapters.safetensors")
     return config
 
 

@@ -48,6 +48,7 @@ class BlockWeights:
         self._places: list[list[list[Place]]] = [[[] for _ in names] for names in self._names]
         self._held: set[int] = set()
         self._ahead: tuple[int, Future[Arrays]] | None = None
+        self._is_left_out = False
         self.waited = 0.0
         """Seconds that a computation has waited for weights, since :meth:`take_figures`."""
         self.read_bytes = 0
@@ -114,6 +115,15 @@ class BlockWeights:
             if number not in self._resident and number not in then[:1]:
                 self.drop(number)
 
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Inside, blocks are computed without their weights, where only the graph is of interest."""
+        self._is_left_out = True
+        try:
+            yield
+        finally:
+            self._is_left_out = False
+
     def read_ahead(self, numbers: Sequence[int]) -> None:
         """Begins to read the first of these blocks that is not in memory, unless another one is being read."""
         if self._ahead is None:
@@ -147,7 +157,7 @@ class BlockWeights:
 
             def supplied(block: nn.Module, *positional: Any, **named: Any) -> Any:
                 number = numbers.get(id(block))
-                if number is None or number in self._held:
+                if number is None or number in self._held or self._is_left_out:
                     return call(block, *positional, **named)
                 following = [(number + distance) % count for distance in range(1, count)]
                 with self.held(number, then=following):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -21,9 +20,10 @@ import filelock
 import platformdirs
 
 from macft.errors import ModelError
+from macft.logs.run_log import console_logger
 from macft.model import gguf, wheel
 
-log = logging.getLogger(__name__)
+log = console_logger("macft.model")
 
 # Increased when the conversion changes, so that folders of an older version are converted again.
 _CONVERSION = 1

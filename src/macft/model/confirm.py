@@ -8,8 +8,9 @@ from dataclasses import replace
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from macft.errors import ConfigError
+from macft.errors import ConfigError, ModelError
 from macft.model.backends.choose import can_pack
+from macft.model.causal import sees_later_tokens
 from macft.model.execution import Execution, cannot_pack
 from macft.model.load import LoadedModel
 from macft.model.stages import CutModel
@@ -17,18 +18,16 @@ from macft.model.stages import CutModel
 _TRIAL = mx.arange(1, 9)[None]
 
 
-def confirm(
-    execution: Execution, loaded: LoadedModel, *, packing_required: bool = False
-) -> tuple[Execution, list[str]]:
+def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[str]]:
     """``execution`` as ``loaded`` can really be computed, and a line for the user for each revision.
 
     :func:`~macft.model.execution.resolve` decides from config.json, before weights are loaded. That is right for the
     architectures of mlx-lm; a model with code of its own may differ: its rows are then padded, its kernels portable.
 
     Raises:
-        ConfigError: ``packing_required``, and the model can't take packed rows; or its weights are streamed, and it
-            can't be cut into its blocks.
-        ModelError: its weights are streamed and can't be read.
+        ConfigError: ``execution`` requires packing, and the model can't take packed rows; or its weights are streamed,
+            and it can't be cut into its blocks.
+        ModelError: the model's code lets a token see later ones, or its weights are streamed and can't be read.
     """
     notes: list[str] = []
     if loaded.streamed is not None and (obstacle := CutModel(loaded.model).obstacle(_TRIAL)):
@@ -36,12 +35,14 @@ def confirm(
             f"topology.placement: stream can't cut this model into its blocks ({obstacle}); "
             "use topology.placement=replicate"
         )
+    if sees_later_tokens(loaded.model):
+        raise ModelError("the code of this model lets a token see later ones, so it can't learn to predict them")
     types = {value.dtype for _, value in tree_flatten(loaded.model.parameters())}
     if execution.kernels == "cpu" and types != {mx.float32}:
         execution = replace(execution, kernels="mlx")
         notes.append("the model isn't wholly float32, so MLX's own operations compute it, more slowly")
     if execution.packing and not can_pack(loaded.model, execution):
-        if packing_required:
+        if execution.requires_packing:
             raise cannot_pack()
         execution = execution.padded()
         notes.append("this model's attention can't take packed rows, so rows are padded")

@@ -60,6 +60,8 @@ class Execution:
     # Rows are laid end to end instead of padded, and common beginnings are computed once.
     packing: bool = False
     shared_prefixes: bool = False
+    # A model that turns out not to take packed rows is an error.
+    requires_packing: bool = False
     # Most tokens in a pack of several rows; None: no limit.
     pack_tokens: int | None = None
     # Gradient and update are compiled with mx.compile.
@@ -104,7 +106,7 @@ class Execution:
 
     def padded(self) -> Execution:
         """The same with rows that are padded, not packed."""
-        return replace(self, packing=False, shared_prefixes=False, pack_tokens=None)
+        return replace(self, packing=False, shared_prefixes=False, requires_packing=False, pack_tokens=None)
 
 
 def resolve(
@@ -172,6 +174,7 @@ def resolve(
         fake_quantized_bits=wanted_bits if bits is None else None,
         packing=packs,
         shared_prefixes=packs and not dropout,
+        requires_packing=packing.lower() == "true",
         pack_tokens=_PACK_TOKENS_ON_CPU if packs and on_cpu else None,
         compiled=compiled,
         loss_chunk=loss_chunk,

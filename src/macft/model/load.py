@@ -74,7 +74,8 @@ def load(
             )
         else:
             mx.eval(model.parameters())
-    model.freeze()
+    with _readable(path, "as a model"):
+        model.freeze()
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -168,14 +169,19 @@ def load_tokenizer(config: ModelConfig, path: Path) -> TokenizerWrapper:
 
 @contextlib.contextmanager
 def _readable(path: Path, what: str) -> Iterator[None]:
-    """Turns the errors of mlx-lm, MLX and transformers about a bad file into a ModelError of one line."""
+    """Turns the errors of mlx-lm, MLX and transformers about a bad file into a ModelError of one line.
+
+    An architecture or a tokenizer may be anybody's code and raise anything; one of mlx-lm's ends the process.
+    """
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (Exception, SystemExit) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0].rstrip(":. ") if lines else type(error).__name__
+        reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(":. ") if lines else type(error).__name__
         if isinstance(error, KeyError):
             reason = f"no {reason}"
+        if isinstance(error, SystemExit):
+            reason = "its code in mlx-lm ends the program; it may need a package that isn't installed"
         if "trust_remote_code" in str(error):
             reason = "it runs Python code of its own; read it, then set model.trust_remote_code=true"
         raise ModelError(f"{path} can't be read {what}: {reason}") from error

@@ -1,6 +1,6 @@
-"""Other code for the modules of one model, for a while.
+"""Other code for the modules of one model, for a while or for good.
 
-Each change gives a module a subclass of its own class (``module.__class__``), and leaving the context gives the class
+Each change gives a module a subclass of its own class (``module.__class__``), and leaving a context gives the class
 back. So neither mlx-lm nor MLX is changed, and another model in the same process never runs the other code.
 """
 
@@ -29,21 +29,34 @@ def replaced_members(
     modules: Iterable[nn.Module], members_of: Callable[[type[nn.Module]], Members | None]
 ) -> Iterator[None]:
     """Inside, ``modules`` have the methods ``members_of(their class)``; None or none of them leaves a module alone."""
-    classes: dict[type[nn.Module], type[nn.Module] | None] = {}
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     try:
-        for module in {id(module): module for module in modules}.values():
-            kind = type(module)
-            if kind not in classes:
-                members = members_of(kind)
-                classes[kind] = _subclass(kind, members, original_class(module)) if members else None
-            if (subclass := classes[kind]) is not None:
-                module.__class__ = subclass
-                changed.append((module, kind))
+        changed.extend(_changes(modules, members_of))  # those before an error too
         yield
     finally:
         for module, kind in reversed(changed):
             module.__class__ = kind
+
+
+def change_members(modules: Iterable[nn.Module], members_of: Callable[[type[nn.Module]], Members | None]) -> None:
+    """As :func:`replaced_members`, for as long as the modules exist."""
+    for _ in _changes(modules, members_of):
+        pass
+
+
+def _changes(
+    modules: Iterable[nn.Module], members_of: Callable[[type[nn.Module]], Members | None]
+) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
+    """Changes module after module; yields each with the class that it had."""
+    classes: dict[type[nn.Module], type[nn.Module] | None] = {}
+    for module in {id(module): module for module in modules}.values():
+        kind = type(module)
+        if kind not in classes:
+            members = members_of(kind)
+            classes[kind] = _subclass(kind, members, original_class(module)) if members else None
+        if (subclass := classes[kind]) is not None:
+            module.__class__ = subclass
+            yield module, kind
 
 
 @contextmanager
@@ -56,6 +69,11 @@ def replaced_functions(model: nn.Module, make: Mapping[str, Callable[[ModuleCall
     """
     with replaced_members(model.modules(), lambda kind: _rebound_methods(kind, make)):
         yield
+
+
+def change_functions(model: nn.Module, make: Mapping[str, Callable[[ModuleCall], ModuleCall]]) -> None:
+    """As :func:`replaced_functions`, for as long as the modules exist."""
+    change_members(model.modules(), lambda kind: _rebound_methods(kind, make))
 
 
 def calls_function(model: nn.Module, name: str) -> bool:

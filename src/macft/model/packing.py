@@ -11,7 +11,7 @@ The attention itself is a backend's; see :mod:`macft.model.backends`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -20,10 +20,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from macft.errors import ConfigError
-from macft.model.module_classes import calls_function
+from macft.model.module_classes import ModuleCall, calls_function, replaced_functions
 
 ATTENTION_FUNCTION = "scaled_dot_product_attention"
 """The function of mlx-lm that an architecture's attention calls."""
+MASK_FUNCTION = "create_attention_mask"
+"""The function of mlx-lm that makes the mask which an architecture gives its attention."""
+
+_ROPE_NAMES = ("rope", "rotary_emb")
+"""What the architectures of mlx-lm call the rotary embedding in a module that has one."""
 
 
 class PackLayout:
@@ -118,35 +123,52 @@ class PackedRope(nn.Module):
         return turned.transpose(2, 1, 0, 3)
 
 
-@contextmanager
-def packed_ropes(model: nn.Module) -> Iterator[None]:
-    """Inside, the rotary embeddings of ``model`` know the positions of packed tokens.
+def row_mask(original: ModuleCall) -> ModuleCall:
+    """Takes the place of mlx-lm's ``create_attention_mask``, ``original``: in a pack, the mask of its longest row.
 
-    Raises:
-        ConfigError: this model can't take packed rows.
+    So a window slides over each row as it does over padded rows, and where all rows are shorter than it there is none.
     """
-    if not may_pack(model):
-        raise ConfigError("training.packing: this model's attention can't take packed rows; use auto or false")
-    attentions = [layer.self_attn for layer in model.layers]
-    ropes = [attention.rope for attention in attentions]
+
+    def mask(h: mx.array, cache: Any = None, *rest: Any, **named: Any) -> Any:
+        layout = layout_of_pack()
+        if layout is None or cache is not None:
+            return original(h, cache, *rest, **named)
+        return original(mx.zeros((1, layout.paths.shape[1], 1), h.dtype), None, *rest, **named)
+
+    return mask
+
+
+@contextmanager
+def replaced_ropes(model: nn.Module, make: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
+    """Inside, ``make`` of it stands in for each rotary embedding of ``model``."""
+    places = [(module, name) for module in model.modules() for name in _ROPE_NAMES]
+    ropes = [(module, name, module[name]) for module, name in places if isinstance(module.get(name), nn.Module)]
     try:
-        for attention, rope in zip(attentions, ropes, strict=True):
-            attention.rope = PackedRope(rope)
+        for module, name, rope in ropes:
+            module[name] = make(rope)
         yield
     finally:
-        for attention, rope in zip(attentions, ropes, strict=True):
-            attention.rope = rope
+        for module, name, rope in ropes:
+            module[name] = rope
 
 
-def may_pack(model: nn.Module) -> bool:
-    """Whether every block of ``model`` attends with a rotary embedding to all tokens before; computes nothing."""
-    attentions = [getattr(layer, "self_attn", None) for layer in getattr(model, "layers", [])]
-    ropes = [isinstance(getattr(attention, "rope", None), nn.Module) for attention in attentions]
-    arguments = getattr(model, "args", None)
-    slides = getattr(arguments, "sliding_window", None) or getattr(arguments, "use_sliding_window", False)
-    return bool(attentions) and all(ropes) and not slides and calls_function(model, ATTENTION_FUNCTION)
+@contextmanager
+def prepared_for_packs(model: nn.Module, attention: Callable[[ModuleCall], ModuleCall]) -> Iterator[None]:
+    """Inside, ``model`` computes packs: rotary embeddings know the positions of tokens, masks are those of rows.
+
+    ``attention`` makes what attends row by row in a pack out of mlx-lm's ``scaled_dot_product_attention``. Whether
+    the results are right is another question: see :mod:`macft.model.packable`.
+
+    Raises:
+        ConfigError: this model's attention is not mlx-lm's function.
+    """
+    if not calls_function(model, ATTENTION_FUNCTION):
+        raise ConfigError("training.packing: this model's attention can't take packed rows; use auto or false")
+    functions = {ATTENTION_FUNCTION: attention, MASK_FUNCTION: row_mask}
+    with replaced_ropes(model, PackedRope), replaced_functions(model, functions):
+        yield
 
 
 def takes_packs(model: nn.Module) -> bool:
-    """Whether ``model`` is inside :func:`packed_ropes`."""
+    """Whether ``model`` is inside :func:`prepared_for_packs`."""
     return any(isinstance(module, PackedRope) for module in model.modules())

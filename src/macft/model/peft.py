@@ -20,6 +20,7 @@ import mlx.core as mx
 from macft.errors import ConfigError, ModelError
 from macft.model.adapter_files import read_tensors
 from macft.model.attach import read_adapter_config
+from macft.model.published_names import published_names
 
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -37,12 +38,20 @@ _SUPPORTED_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def export_peft(
-    source: Path, target: Path, *, base_model: str, alpha: float | None = None, rslora: bool = False
+    source: Path,
+    target: Path,
+    *,
+    base_model: str,
+    base: Path | None = None,
+    alpha: float | None = None,
+    rslora: bool = False,
 ) -> str:
     """Writes the mlx-lm adapter in ``source`` as a PEFT adapter to ``target``; returns a short description of it.
 
     Args:
         base_model: The value of ``base_model_name_or_path``.
+        base: The base model's folder, from which the names of its layers in transformers are concluded; None: they are
+            taken to be mlx-lm's.
         alpha: The adapter's alpha if it was configured with one; otherwise alpha is ``scale * rank``.
         rslora: Whether the scale is ``alpha / sqrt(rank)``.
 
@@ -56,8 +65,7 @@ def export_peft(
         raise ConfigError(f"--format: PEFT has no equivalent of {kind} fine-tuning; use python -m macft.fuse")
     parameters = _parameters(source, config)
     rank, scale = int(parameters["rank"]), float(parameters["scale"])
-    weights: dict[str, mx.array] = {}
-    modules = set()
+    tensors: dict[tuple[str, str], mx.array] = {}
     for name, value in read_tensors(source / "adapters.safetensors").items():
         module, _, part = name.rpartition(".")
         if part not in _OURS:
@@ -68,9 +76,11 @@ def export_peft(
             )
         if "embed" in module.rpartition(".")[2]:
             raise ConfigError(f"--format: {module} is an embedding; only linear layers are converted")
-        modules.add(module)
-        weights[f"{_PREFIX}{module}.{_OURS[part]}"] = mx.contiguous(value.T) if value.ndim == 2 else value
-    targets, blocks = _targets(modules)
+        tensors[module, _OURS[part]] = mx.contiguous(value.T) if value.ndim == 2 else value
+    modules = sorted({module for module, _ in tensors})
+    names = {module: module for module in modules} if base is None else published_names(base, modules)
+    weights = {f"{_PREFIX}{names[module]}.{part}": value for (module, part), value in tensors.items()}
+    targets, blocks = _targets(set(names.values()))
     if alpha is None:
         alpha, rslora = scale * rank, False
     settings = {

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 # isort: split
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from macft.errors import ModelError
-from macft.model.adapter_layers import adaptable_projections
+from macft.model.adaptable import AdaptableBlock, adaptable_blocks
 from macft.model.execution import FLOAT_BYTES, WeightFormat
-from macft.model.packing import may_pack
+from macft.model.packable import may_pack
 
 _LARGEST_CONFIG = 4 << 20
 # Where exports of NVIDIA's ModelOpt say how they are quantised.
@@ -26,6 +27,12 @@ _LARGEST_HEADER = 100_000_000
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _OF_LOGITS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling")
 """Keys of a config.json for what some models do with their logits."""
+_LLAMA_PROJECTIONS = {f"self_attn.{name}_proj" for name in "qkvo"} | {
+    f"mlp.{name}_proj" for name in ("gate", "up", "down")
+}
+_LLAMA_NORMS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_top_k")
+"""Keys of a config.json for how many experts a mixture asks for each token."""
 # Bits and group size of formats whose settings give their names only, as mlx-lm reads them.
 _QUANTIZATION_METHODS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "modelopt": (4, 16)}
 
@@ -41,10 +48,16 @@ class Linear:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder. ``linears`` are those of one block; ``parameters`` counts all blocks, embeddings and head.
+    """Sizes of a decoder. ``parameters`` counts all blocks, embeddings and head; ``active_parameters`` those of the
+    blocks' matrices that one token meets, which of a mixture are those of its experts.
 
-    ``projections`` are the names of the layers that may be trained, block by block. ``checkpoint`` is how the files
-    hold the weights. ``packs``: it is built as packed rows need it. ``has_dropout``: it drops elements of its own.
+    ``odd_block`` names the class of a block that isn't one of the Llama kind: q, k, v, o, gate, up and down
+    projections, of the same sizes in all blocks, and two norms, with perhaps one each for queries and keys. It is None
+    where all blocks are of that kind, and ``linears`` are then those of each; ``heads`` and what follows are of use
+    only there.
+    ``config`` is the content of config.json.
+    ``adaptable`` are the layers that may be trained, block by block. ``checkpoint`` is how the files hold the weights.
+    ``packs``: it is built as packed rows need it. ``has_dropout``: it drops elements of its own.
     ``plain_head``: logits are a product, not scaled or capped. ``block_share``: the part of the parameters that is in
     blocks.
     """
@@ -57,15 +70,18 @@ class ModelShape:
     intermediate: int
     vocabulary: int
     linears: tuple[Linear, ...]
+    odd_block: str | None
     parameters: int
+    active_parameters: int
     # Parameters of matrices that a quantised checkpoint holds in few bits: linear layers and embeddings.
     matrix_parameters: int
-    projections: tuple[tuple[str, ...], ...]
+    adaptable: tuple[AdaptableBlock, ...]
     checkpoint: WeightFormat
     packs: bool
     has_dropout: bool
     plain_head: bool
     block_share: float
+    config: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def embedding_parameters(self) -> int:
@@ -74,8 +90,8 @@ class ModelShape:
 
     @property
     def block_parameters(self) -> int:
-        """Parameters of one block's linear layers."""
-        return sum(linear.inputs * linear.outputs for linear in self.linears)
+        """Parameters of a block's matrices that one token meets, on average."""
+        return self.active_parameters // self.blocks
 
     def checkpoint_bytes(self) -> float:
         """Size of the weights as the checkpoint's files hold them."""
@@ -197,17 +213,13 @@ def shape_of(config: dict[str, Any], source: str) -> ModelShape:
         model_class, arguments = _get_classes(config)
         model = model_class(arguments.from_dict(config))
         blocks = model.layers
-        linears = tuple(
-            Linear(name, int(module.weight.shape[1]), int(module.weight.shape[0]))
-            for name, module in blocks[-1].named_modules()
-            if isinstance(module, nn.Linear)
-        )
-        projections = tuple(tuple(adaptable_projections(block)) for block in blocks)
+        linears = _linears(blocks[-1])
+        adaptable = adaptable_blocks(model)
         text = _text_part(config)
-        hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
+        vocabulary, hidden = _embedding(model).weight.shape
+        heads = int(text.get("num_attention_heads") or 1)
         head_dim = int(text.get("head_dim") or hidden // heads)
         intermediate = int(text.get("intermediate_size") or 4 * hidden)
-        vocabulary = int(text["vocab_size"])
         kv_heads = int(text.get("num_key_value_heads") or heads)
     except (KeyError, TypeError, ValueError, AttributeError, ImportError, IndexError, ZeroDivisionError) as error:
         raise ModelError(f"{source} is not the configuration of a model that mlx-lm knows: {error!r}") from error
@@ -222,12 +234,53 @@ def shape_of(config: dict[str, Any], source: str) -> ModelShape:
         intermediate=intermediate,
         vocabulary=vocabulary,
         linears=linears,
+        odd_block=next((type(block).__name__ for block in blocks if not _is_llama_like(block, linears)), None),
+        active_parameters=sum(_active_parameters(block, text) for block in blocks),
         parameters=sum(size for _, size in sizes),
         block_share=in_blocks / max(1, sum(size for _, size in sizes)),
         matrix_parameters=sum(size for dimensions, size in sizes if dimensions > 1),
-        projections=projections,
+        adaptable=adaptable,
         checkpoint=_format_from_config(config),
         packs=may_pack(model),
         has_dropout=any(isinstance(module, nn.Dropout) and module._p_1 < 1 for module in model.modules()),
         plain_head=not any(text.get(key) for key in _OF_LOGITS),
+        config=config,
     )
+
+
+def _linears(block: nn.Module) -> tuple[Linear, ...]:
+    return tuple(
+        Linear(name, int(module.weight.shape[1]), int(module.weight.shape[0]))
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    )
+
+
+def _is_llama_like(block: nn.Module, linears: tuple[Linear, ...]) -> bool:
+    if _linears(block) != linears or {linear.name for linear in linears} != _LLAMA_PROJECTIONS:
+        return False
+    holders = {
+        name
+        for name, module in block.named_modules()
+        if not isinstance(module, nn.Linear)
+        and any(isinstance(value, mx.array) and not key.startswith("_") for key, value in module.items())
+    }
+    return holders <= _LLAMA_NORMS
+
+
+def _active_parameters(block: nn.Module, text: dict[str, Any]) -> int:
+    """Parameters of the matrices of ``block`` that one token meets."""
+    chosen = next((int(text[key]) for key in _EXPERTS_PER_TOKEN if isinstance(text.get(key), int)), 1)
+    count = 0
+    for _, value in tree_flatten(block.parameters()):
+        size = int(value.size)
+        count += size * min(chosen, value.shape[0]) // value.shape[0] if value.ndim == 3 else size * (value.ndim == 2)
+    return count
+
+
+def _embedding(model: nn.Module) -> nn.Embedding:
+    """The embedding of the tokens: the largest."""
+    found = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if not found:
+        raise ValueError("no embedding")
+    return max(found, key=lambda module: int(module.weight.size))

@@ -25,9 +25,9 @@ Answer = Callable[[int, ModuleCall, mx.array, "Arguments"], Any]
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a model gives a block besides hidden states: masks and the like. ``hidden_name``: as hidden states are named.
+    """What a model gives a block besides hidden states: masks and the like.
 
-    An empty name: they are the first argument.
+    ``hidden_name`` is the name by which it gives hidden states; empty where they are the first argument.
     """
 
     positional: tuple[Any, ...]

@@ -48,6 +48,9 @@ class MemoryPlanner:
         """The prediction for what takes most of all that is computed at once, with the run's own settings or others."""
         execution = execution or self.execution
         works = self.works(execution)
+        if self.shape.odd_block is not None:  # a graph is built for each
+            sizes = (lambda work: work.tokens, lambda work: work.rows * work.length, lambda work: work.targets)
+            works = {max(works, key=size) for size in sizes}
         return max((self._predict(execution, work) for work in works), key=lambda parts: parts.peak)
 
     def step_batches(self, micro_batch_size: int | None) -> list[list[DeviceBatchShape]]:
@@ -88,9 +91,18 @@ class MemoryPlanner:
         """The fastest settings within ``budget`` bytes, None if there are none.
 
         The largest micro-batch without recomputation first, then checkpointed blocks. What the run's own execution
-        asks for stays: its micro-batch is not exceeded and its checkpointing not turned off.
+        asks for stays: its micro-batch is not exceeded and its checkpointing not turned off. Where the peak isn't known
+        the run's own settings stay, and if none whose peak is known fits, the most saving ones are returned.
         """
-        return next((one for one in self._candidates() if self.parts(one).peak <= budget), None)
+        candidates = list(self._candidates())
+        parts = self.parts()
+        if parts.unknown:
+            return self.execution if parts.peak <= budget else None
+        for one in candidates:
+            parts = self.parts(one)
+            if not parts.unknown and parts.peak <= budget:
+                return one
+        return candidates[-1] if parts.unknown and parts.peak <= budget else None
 
     def _candidates(self) -> Iterator[Execution]:
         sizes = [min(self.execution.micro_batch_size or self.rows, self.rows)]
@@ -107,7 +119,10 @@ class MemoryPlanner:
         while longest >= _SHORTEST_HINT:
             longest //= 2
             work = ComputeShape(1, longest, longest, longest, accumulated=True, validation=min(1, self.validation_rows))
-            if self._predict(saving, work).peak <= budget:
+            parts = self._predict(saving, work)
+            if parts.unknown:
+                return None
+            if parts.peak <= budget:
                 return longest
         return None
 
@@ -122,7 +137,10 @@ class MemoryPlanner:
         best = self.best(budget)
         if best is not None and auto:
             return None
-        needs = f"the run would need about {_gb(parts.peak)} and may take {_gb(budget)}"
+        about = "at least" if parts.unknown else "about"
+        needs = f"the run would need {about} {_gb(parts.peak)} and may take {_gb(budget)}"
+        if best is not None and self.parts(best).unknown:
+            return f"{needs}; {batch_overrides(best)} needs less, by how much is not predicted"
         if best is not None:
             return (
                 f"{needs}; {batch_overrides(best)} would fit ({_gb(self.parts(best).peak)}), "

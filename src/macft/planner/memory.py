@@ -8,6 +8,9 @@ random models on MLX's CPU backend (see docs/plan.md); the fit is within 13%.
 
 The CPU's kernels compute layer by layer (:mod:`macft.model.backends.cpu.eager`) and hold other arrays. Their formula is
 fitted to gradients of 104 random models, within 17%. With checkpointed blocks it is rough, and a fifth is added.
+
+Other blocks (mixtures, latent attention, windows, wrappers of such) have no formula: what they take is counted in the
+graph of their own code (:mod:`macft.planner.trace`). Where that can't show it, the prediction says so.
 """
 
 from __future__ import annotations
@@ -15,10 +18,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from macft.model.adapter_layers import select_layers
+from macft.model.adapter_layers import chosen_layers, select_layers
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape
+from macft.planner.trace import Traced, traced
 from macft.training.optimizer_table import OPTIMIZERS
 
 # Fitted: transient floats per token while a block is computed, and floats per logit while the loss is.
@@ -67,6 +71,8 @@ class MemoryParts:
     activations: float
     logits: float
     other_peak: float
+    # Why the activations aren't known, where they aren't: they and the logits are then 0, and the peak is a least one.
+    unknown: str | None = None
 
     @property
     def step(self) -> float:
@@ -100,22 +106,25 @@ def trained_part(shape: ModelShape, adapter: AdapterConfig) -> Trained:
     Raises:
         ConfigError: a block number or projection the model doesn't have.
     """
-    blocks, projections = select_layers(adapter, shape.projections)
-    chosen = [linear for linear in shape.linears if linear.name in projections]
-    if adapter.type == "full":
-        each = sum(linear.inputs * linear.outputs for linear in chosen)
-        each += 0 if adapter.targets else 2 * shape.hidden
-    else:
-        each = sum((linear.inputs + linear.outputs) * adapter.rank for linear in chosen)
-        each += sum(linear.outputs for linear in chosen) if adapter.type == "dora" else 0
-    names = frozenset(linear.name.rsplit(".", 1)[-1] for linear in chosen)
-    return Trained(each * len(blocks), shape.blocks - min(blocks, default=shape.blocks), names)
+    blocks, projections = select_layers(adapter, shape.adaptable)
+    parameters = 0
+    for number in blocks:
+        block = shape.adaptable[number]
+        if adapter.type == "full" and not adapter.targets:
+            parameters += block.parameters
+            continue
+        for layer in chosen_layers(block, projections):
+            parameters += layer.trained_parameters(adapter.type, adapter.rank)
+    names = frozenset(name.rsplit(".", 1)[-1] for name in projections)
+    return Trained(parameters, shape.blocks - min(blocks, default=shape.blocks), names)
 
 
 def predict(
     shape: ModelShape, execution: Execution, adapter: AdapterConfig, optimizer: str, work: ComputeShape
 ) -> MemoryParts:
     """Peak memory of a run on one node that computes ``work`` as ``execution`` says, by part, in bytes."""
+    if shape.odd_block is not None:
+        return _predict_from_graph(shape, execution, adapter, optimizer, work)
     trained = trained_part(shape, adapter)
     width = execution.weight_format.float_bytes
     weights = shape.weight_bytes(execution.weight_format)
@@ -127,10 +136,9 @@ def predict(
     saved = _saved_by_block(shape, adapter, trained, width, work)
     transient = _transient_of_block(shape, width, work)
     scores = shape.heads * work.rows * work.length**2 * width
-    at_once = min(work.targets, work.parts * execution.loss_chunk_for(shape.vocabulary))
-    per_logit = _FLOATS_PER_LOGIT if at_once == work.targets else _FLOATS_PER_CHUNKED_LOGIT
-    logits = per_logit * 4 * at_once * shape.vocabulary
+    logits = _logits(shape, execution, work)
     if execution.kernels == "cpu":
+        at_once = min(work.targets, work.parts * execution.loss_chunk_for(shape.vocabulary))
         activations, logits, grad_bytes = _layer_by_layer(shape, execution, trained, work, at_once)
     elif execution.recompute == "blocks" and trained.depth:
         # A block's forward pass runs a second time inside its backward pass, so that more of it exists at once.
@@ -164,6 +172,52 @@ def recomputed_inputs(shape: ModelShape, execution: Execution, depth: int, token
     if execution.kernels == "cpu":
         return 4 * _RECOMPUTED * _RECOMPUTED_SAVED * shape.hidden * depth * tokens
     return float(depth * tokens * shape.hidden * execution.weight_format.float_bytes)
+
+
+def _logits(shape: ModelShape, execution: Execution, work: ComputeShape) -> float:
+    """Bytes that the loss holds at once, with MLX's operations."""
+    at_once = min(work.targets, work.parts * execution.loss_chunk_for(shape.vocabulary))
+    per_logit = _FLOATS_PER_LOGIT if at_once == work.targets else _FLOATS_PER_CHUNKED_LOGIT
+    return per_logit * 4 * at_once * shape.vocabulary
+
+
+def _predict_from_graph(
+    shape: ModelShape, execution: Execution, adapter: AdapterConfig, optimizer: str, work: ComputeShape
+) -> MemoryParts:
+    """For blocks that no formula here is for: from the graph of the model's own code, where that shows it."""
+    trained = trained_part(shape, adapter)
+    parameter_bytes = execution.weight_format.float_bytes if adapter.type == "full" else 4
+    weights = shape.weight_bytes(execution.weight_format)
+    adapter_bytes = 0.0 if adapter.type == "full" else 4.0 * trained.parameters
+    optimizer_bytes = OPTIMIZERS[optimizer].states * parameter_bytes * trained.parameters
+    resident = weights + adapter_bytes + optimizer_bytes
+    # Tokens of a pack are laid out as rows to attend, and are fewer elsewhere.
+    rows = max(1, -(-work.tokens // work.length))
+    found = traced(
+        shape.config,
+        execution,
+        adapter,
+        rows,
+        work.length,
+        logits=_logits(shape, execution, work),
+        validation_logits=_VALIDATION_FLOATS_PER_LOGIT * 4 * work.targets * shape.vocabulary,
+    )
+    known = found if isinstance(found, Traced) else Traced(0.0, 0.0)
+    return MemoryParts(
+        weights=weights,
+        adapter=adapter_bytes,
+        optimizer=optimizer_bytes,
+        # The graph's own gradient is among its activations.
+        gradients=4.0 * trained.parameters * (work.accumulated or known is not found),
+        activations=known.step,
+        logits=0.0,
+        other_peak=max(
+            _loading(shape, execution, weights),
+            resident + work.validation * known.validation,
+            resident + parameter_bytes * trained.parameters * 1.4,
+        ),
+        unknown=None if found is known else f"activations of {shape.odd_block} are not predicted: {found}",
+    )
 
 
 def _layer_by_layer(

@@ -103,7 +103,7 @@ class Placer:
     def first_trained(self) -> int:
         """The first block that is trained."""
         planner = self.planner
-        blocks, _ = select_layers(planner.adapter, planner.shape.projections)
+        blocks, _ = select_layers(planner.adapter, planner.shape.adaptable)
         return min(blocks, default=planner.shape.blocks)
 
     @property

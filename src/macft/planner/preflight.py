@@ -88,9 +88,13 @@ def _decide(
     budget = parse_budget(topology.memory_budget, usable_bytes() / nodes_here)
     placer = placer_for(config, planner, budget)
     chosen = placer.decide()
-    peak = placer.parts(chosen).peak
-    keep_within(budget, peak)
-    note = f"memory: about {peak / 1e9:.2f} GB of {budget / 1e9:.1f} GB expected"
+    parts = placer.parts(chosen)
+    if parts.unknown:
+        keep_within(budget, budget)
+        note = f"memory: at least {parts.peak / 1e9:.2f} GB of {budget / 1e9:.1f} GB expected; {parts.unknown}"
+    else:
+        keep_within(budget, parts.peak)
+        note = f"memory: about {parts.peak / 1e9:.2f} GB of {budget / 1e9:.1f} GB expected"
     if placer.auto:
         note += f"; topology.batch=auto chose {batch_overrides(chosen)}"
     return chosen, Layout.of(shape, chosen, placer.first_trained).line, [note]

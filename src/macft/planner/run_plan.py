@@ -16,6 +16,7 @@ from macft.config.schema import TrainConfig
 from macft.config.validate import world_size
 from macft.data.load import read, tokenize_all
 from macft.data.order import RowOrder
+from macft.data.template_clock import fix_clock
 from macft.device.chips import Mac, find_mac
 from macft.device.kind import METAL, Device
 from macft.device.memory import usable_bytes
@@ -207,7 +208,9 @@ def _steps(config: TrainConfig, folder: Path | None, notes: list[str]) -> tuple[
     try:
         if folder is None:
             raise ModelError("no tokenizer")
-        data = tokenize_all(raw, config.dataset, load_tokenizer(config.model, folder), need_test=False)
+        tokenizer = load_tokenizer(config.model, folder)
+        fix_clock(tokenizer, config.dataset.template_time)
+        data = tokenize_all(raw, config.dataset, tokenizer, need_test=False)
     except DataError:
         raise
     except (MacftError, json.JSONDecodeError) as error:

@@ -6,6 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from macft.planner.memory import MemoryParts
 from macft.planner.run_plan import NodePlan, RunPlan
 
 _PARTS = ("weights", "adapter", "optimizer", "gradients", "activations", "logits", "overhead")
@@ -26,13 +27,14 @@ def show(plan: RunPlan, console: Console) -> None:
     table.add_column("rows")
     table.add_column("settings")
     for node in plan.nodes:
-        parts = [f"{getattr(node.parts, name) / 1e9:.2f}" for name in _PARTS]
+        unknown = node.parts.unknown
+        parts = [_gigabytes(node.parts, name) for name in _PARTS]
         table.add_row(
             node.name,
             *parts,
-            f"{node.parts.peak / 1e9:.2f}",
+            f"{'> ' if unknown else ''}{node.parts.peak / 1e9:.2f}",
             f"{node.budget / 1e9:.1f}",
-            "yes" if node.refusal is None else "no",
+            "no" if node.refusal is not None else "not known" if unknown else "yes",
             str(node.rows),
             _short(node),
         )
@@ -42,6 +44,8 @@ def show(plan: RunPlan, console: Console) -> None:
     for node in plan.nodes:
         if node.refusal is not None:
             console.print(f"{node.name}: {node.refusal}")
+        if node.parts.unknown:
+            console.print(f"{node.name}: {node.parts.unknown}")
     if plan.split_over is not None:
         console.print(
             f"The weights don't fit. With the layers split, about {plan.split_over} such nodes could hold the run; "
@@ -71,6 +75,12 @@ def _show_speed(plan: RunPlan, console: Console) -> None:
         row.append(f"{joules / 3.6e6:.3f} kWh")
     table.add_row(*row)
     console.print(table)
+
+
+def _gigabytes(parts: MemoryParts, name: str) -> str:
+    """The part ``name`` in GB, or a question mark."""
+    is_known = not parts.unknown or name not in ("activations", "logits")
+    return f"{getattr(parts, name) / 1e9:.2f}" if is_known else "?"
 
 
 def _short(node: NodePlan) -> str:

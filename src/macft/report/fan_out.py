@@ -20,7 +20,6 @@ from macft.report.summary import SummaryWriter
 from macft.report.tensorboard import TensorBoard
 
 log = logging.getLogger("macft.report")
-log.addHandler(logging.NullHandler())  # without a log file the line on stderr is enough
 
 
 class FanOut:

@@ -13,18 +13,22 @@ from macft.checkpoint.store import CheckpointStore
 from macft.collective.base import Collective
 from macft.collective.elastic import ElasticCollective
 from macft.collective.newest import find_newest
-from macft.config.execution import requires_packing, with_execution
+from macft.config.execution import with_execution
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain
+from macft.data.checks import check_rows
 from macft.data.load import LoadedData, read, sample_rows, tokenize_all
 from macft.data.order import RowOrder
+from macft.data.template_clock import fix_clock
 from macft.device.mlx_device import prepare_device
 from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_files import load_adapter_weights
 from macft.model.backends.choose import make_backend
 from macft.model.confirm import confirm
+from macft.model.learned_positions import check_lengths
 from macft.model.load import LoadedModel, load, load_tokenizer
 from macft.model.resolve import resolve
+from macft.model.vocabulary import vocabulary_of
 from macft.parallel.balance import ShareBalancer
 from macft.planner.preflight import preflight
 from macft.report import fan_out
@@ -94,9 +98,17 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
     log.info("finding the model %s", config.model.path)
     model_folder = resolve(config.model)
     tokenizer = load_tokenizer(config.model, model_folder)
+    clock_notes = fix_clock(tokenizer, config.dataset.template_time)
 
     log.info("tokenizing")
     data = tokenize_all(raw, config.dataset, tokenizer, need_test=is_scored(config))
+    data.notes += check_rows(
+        {"train": data.train, "valid": data.valid, "test": data.test},
+        tokenizer,
+        vocabulary=vocabulary_of(model_folder),
+        max_seq_length=config.dataset.max_seq_length,
+    )
+    check_lengths(model_folder, [data.train, data.valid, data.test])
     order = RowOrder(
         data.train.source_sizes, data.train.source_weights, batch_size=config.training.batch_size, seed=config.seed
     )
@@ -111,7 +123,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
 
     log.info("loading %s on %s", model_folder, device)
     loaded = load(config.model, model_folder, execution, tokenizer)
-    execution, revisions = confirm(execution, loaded, packing_required=requires_packing(config))
+    execution, revisions = confirm(execution, loaded)
     adaptation = adapt(loaded.model, config.adapter, seed=config.seed, streamed=loaded.streamed)
     if config.adapter.init_from is not None and collective.rank == 0:
         load_adapter_weights(Path(config.adapter.init_from).expanduser(), loaded.model)
@@ -184,7 +196,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         trainer=trainer,
         installed=installed,
         layout=layout,
-        notes=[*loaded.notes, *plan_notes, *revisions, *data.notes, *state_notes],
+        notes=[*loaded.notes, *plan_notes, *revisions, *clock_notes, *data.notes, *state_notes],
     )
 
 

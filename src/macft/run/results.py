@@ -13,7 +13,7 @@ from macft.data.load import sample_rows
 from macft.errors import CheckpointError, DataError, ModelError
 from macft.evaluation.answers import Scored, score_answers
 from macft.evaluation.metrics import metric
-from macft.evaluation.record import expected_text, question_text
+from macft.evaluation.record import question_text
 from macft.model.adapter_files import save_adapter, save_model
 from macft.report.events import MetricScored, Noted, PhaseProgress, Sample, SamplesShown
 from macft.run.prepare import Run, is_scored
@@ -42,6 +42,12 @@ def _score(run: Run, when: str) -> Scored | None:
     )
     step = run.state.progress.step
     run.reporter.handle(MetricScored(step, name, "test", when, result.value, len(records), result.seconds))
+    if result.unanswered:
+        text = (
+            f"{name}, {when}: {result.unanswered} of {len(records)} answers were still thinking after "
+            f"{training.metric_max_tokens} tokens (training.metric_max_tokens); they count as wrong"
+        )
+        run.reporter.handle(Noted(text, "warning"))
     return result
 
 
@@ -70,7 +76,7 @@ def score_after(run: Run, before: Mapping[str, Any], loss: float | None) -> dict
     samples = [
         Sample(
             prompt=question_text(records[i]),
-            expected=expected_text(records[i]),
+            expected=scored.expected[i],
             before=before["answers"][i] if before else None,
             after=scored.answers[i],
             before_correct=before["right"][i] if before else None,

@@ -15,6 +15,8 @@ from macft.report.run_folder import RunFolder
 from macft.topology.settings import PLACEMENTS, TopologyConfig, parse_budget
 
 if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
     from macft.model.execution import Execution
     from macft.model.load import LoadedModel
 
@@ -69,10 +71,13 @@ class TunedModel:
         trust = model.trust_remote_code or arguments.trust_remote_code
         return cls(replace(model, trust_remote_code=trust), adapter, whole, run, arguments.placement)
 
-    def load(self, *, tuned: bool = True, in_memory: bool = False) -> LoadedModel:
+    def load(
+        self, *, tuned: bool = True, tokenizer: TokenizerWrapper | None = None, in_memory: bool = False
+    ) -> LoadedModel:
         """Loads the model, as training would on this device; ``tuned=False`` leaves the tuning out.
 
-        Blocks that don't fit this machine are read when they are needed, unless the model is wanted ``in_memory``.
+        ``tokenizer`` is the base model's, if it was loaded before. Blocks that don't fit this machine are read when
+        they are needed, unless the model is wanted ``in_memory``.
 
         Raises:
             MacftError: the model can't be found or read, or the adapter doesn't fit it.
@@ -90,7 +95,7 @@ class TunedModel:
         execution = inference_execution(model, folder, micro_batch_size=micro_batch_size)
         if not in_memory:
             execution = self._placed(execution, folder)
-        loaded = load(model, folder, execution)
+        loaded = load(model, folder, execution, tokenizer)
         if tuned and self.adapter is not None:
             attach(loaded.model, self.adapter)
         loaded.model.eval()

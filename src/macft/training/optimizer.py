@@ -26,13 +26,14 @@ _LARGE = 1 << 18
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """The learning rate of update ``step`` (from 0), a pure function, so that a resumed run follows the same curve.
 
-    Warm-up is linear and reaches the peak at step ``warmup_steps``.
+    Warm-up is linear, from above 0 at step 0 to the peak at step ``warmup_steps``. The last step, ``total_steps - 1``,
+    has exactly ``final_learning_rate``, unless it is the one with the peak.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":
         return config.learning_rate
-    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    done = (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps)
     left = (1 + math.cos(math.pi * min(done, 1.0))) / 2 if config.schedule == "cosine" else 1 - min(done, 1.0)
     return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * left
 

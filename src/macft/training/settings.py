@@ -25,7 +25,7 @@ class OptimizerConfig:
     schedule: str = "cosine"
     # Steps over which the learning rate climbs from 0 to its peak.
     warmup_steps: int = 0
-    # Learning rate at the last step of a linear or cosine schedule.
+    # Learning rate of the last step of a linear or cosine schedule; at 0 that step changes nothing.
     final_learning_rate: float = 0.0
     # Decoupled weight decay; only for adamw, lion, muon, sgd and adafactor.
     weight_decay: float = 0.0
@@ -74,7 +74,7 @@ class TrainingConfig:
     eval_rows: int = -1
     # Test rows to score before and after training, where dataset.metric says how; 0 means none, -1 all.
     metric_rows: int = 0
-    # Longest answer generated for the metric, in tokens.
+    # Longest answer generated for the metric, in tokens, with the model's thinking.
     metric_max_tokens: int = 64
     # Save a checkpoint every so many steps, and at the end; 0 means at the end only.
     save_every: int = 50

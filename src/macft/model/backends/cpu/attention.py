@@ -14,7 +14,7 @@ It runs as MLX builds the graph, which on a CPU makes no difference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft.device import blas
-from macft.model.backends.mlx.attention import is_plain_causal, row_attention
+from macft.model.backends.mlx.attention import row_attention
 from macft.model.backends.operation import operation
 from macft.model.module_classes import ModuleCall
 from macft.model.packing import PackLayout, layout_of_pack
@@ -115,7 +115,7 @@ def fast_attention(original: ModuleCall) -> ModuleCall:
     """Takes the place of mlx-lm's ``scaled_dot_product_attention``, ``original``.
 
     Computes plain causal attention of float32 rows, padded or packed; all else goes to MLX: short rows, which this
-    would not make faster, and generation, which has a cache.
+    would not make faster, other masks, sinks, and generation, which has a cache.
     """
     portable = row_attention(original)
 
@@ -128,16 +128,21 @@ def fast_attention(original: ModuleCall) -> ModuleCall:
         mask: Any = None,
         **others: Any,
     ) -> mx.array:
-        tokens = queries.shape[2]
-        is_whole = keys.shape[2] == tokens >= SHORTEST
-        is_float32 = queries.dtype == keys.dtype == mx.float32
-        if is_whole and is_float32 and is_plain_causal(queries, cache, mask, others):
-            layout = layout_of_pack()
+        layout = layout_of_pack()
+        is_long = queries.shape[2] == keys.shape[2] >= SHORTEST
+        is_float32 = queries.dtype == keys.dtype == values.dtype == mx.float32
+        if is_long and is_float32 and cache is None and is_plain_causal(scale, mask, others):
             return causal_attention(queries, keys, values, scale, None if layout is None else _blocks_of_pack(layout))
         result: mx.array = portable(queries, keys, values, cache=cache, scale=scale, mask=mask, **others)
         return result
 
     return attention
+
+
+def is_plain_causal(scale: Any, mask: Any, others: Mapping[str, Any]) -> bool:
+    """Whether these arguments of mlx-lm's ``scaled_dot_product_attention`` ask for causal attention, nothing else."""
+    is_causal = isinstance(mask, str) and mask == "causal"
+    return is_causal and isinstance(scale, int | float) and all(value is None for value in others.values())
 
 
 def _blocks_of_pack(layout: PackLayout) -> list[Block]:
@@ -154,9 +159,10 @@ def causal_attention(
 ) -> mx.array:
     """softmax(scale * queries @ keys^T + causal mask) @ values, with gradients.
 
-    ``queries`` (rows, heads, tokens, d), ``keys`` and ``values`` (rows, key heads, tokens, d), float32; heads are a
-    multiple of key heads. Returns (rows, heads, tokens, d), as ``mx.fast.scaled_dot_product_attention`` does with
-    ``mask="causal"``. ``blocks``: the plan for a pack, of one sequence; None: each sequence is a row.
+    ``queries`` (rows, heads, tokens, d), ``keys`` (rows, key heads, tokens, d), ``values`` (rows, key heads, tokens,
+    e), float32; heads are a multiple of key heads. Returns (rows, heads, tokens, e), as
+    ``mx.fast.scaled_dot_product_attention`` does with ``mask="causal"``. ``blocks``: the plan for a pack, of one
+    sequence; None: each sequence is a row.
     """
     if queries.shape[0] > 1:
         places = range(queries.shape[0])
@@ -178,11 +184,11 @@ def causal_attention(
 
 
 def _forward(queries: Matrix, keys: Matrix, values: Matrix, scale: float, blocks: list[Block]) -> tuple[Matrix, Matrix]:
-    """The output, (1, heads, tokens, d), and the log-sums of the scores, (key heads, tokens * group)."""
-    _, heads, tokens, d = queries.shape
-    groups = keys.shape[1]
+    """The output, (1, heads, tokens, e), and the log-sums of the scores, (key heads, tokens * group)."""
+    _, heads, tokens, _ = queries.shape
+    _, groups, _, width = values.shape
     group = heads // groups
-    output = np.empty((1, heads, tokens, d), np.float32)
+    output = np.empty((1, heads, tokens, width), np.float32)
     log_sums = np.empty((groups, tokens * group), np.float32)
     buffer = np.empty(_largest(blocks) * group, np.float32)
     for number in range(groups):
@@ -190,7 +196,7 @@ def _forward(queries: Matrix, keys: Matrix, values: Matrix, scale: float, blocks
         q *= np.float32(scale)
         k = np.ascontiguousarray(keys[0, number])
         v = _with_column(values[0, number], 1.0)
-        sums = np.empty((tokens * group, d + 1), np.float32)
+        sums = np.empty((tokens * group, width + 1), np.float32)
         for block in blocks:
             rows = slice(block.start * group, block.end * group)
             scores = _part(buffer, (block.end - block.start) * group, block.count)
@@ -200,9 +206,9 @@ def _forward(queries: Matrix, keys: Matrix, values: Matrix, scale: float, blocks
             scores -= highest
             np.exp(scores, out=scores)
             blas.product(scores, v[block.columns], sums[rows])
-            log_sums[number, rows] = highest[:, 0] + np.log(sums[rows, d])
-        sums[:, :d] /= sums[:, d:]
-        _from_token(output, number, group, sums[:, :d])
+            log_sums[number, rows] = highest[:, 0] + np.log(sums[rows, width])
+        sums[:, :width] /= sums[:, width:]
+        _from_token(output, number, group, sums[:, :width])
     return output, log_sums
 
 
@@ -218,7 +224,7 @@ def _backward(
 ) -> tuple[Matrix, Matrix, Matrix]:
     """Gradients by queries, keys and values, of their shapes."""
     _, heads, tokens, d = queries.shape
-    groups = keys.shape[1]
+    _, groups, _, width = values.shape
     group = heads // groups
     grad_queries, grad_keys, grad_values = (np.empty(value.shape, np.float32) for value in (queries, keys, values))
     buffers = [np.empty(_largest(blocks) * group, np.float32) for _ in range(2)]
@@ -230,7 +236,7 @@ def _backward(
         correction = np.einsum("ij,ij->i", g, _by_token(output, number, group))
         g_less = _with_column(g, -correction)
         q_sums = np.empty((tokens * group, d), np.float32)
-        k_sums, v_sums = np.zeros((tokens, d), np.float32), np.zeros((tokens, d), np.float32)
+        k_sums, v_sums = np.zeros((tokens, d), np.float32), np.zeros((tokens, width), np.float32)
         for block in blocks:
             rows, columns = slice(block.start * group, block.end * group), block.columns
             k, v = all_k[columns], all_v[columns]

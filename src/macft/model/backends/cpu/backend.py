@@ -20,10 +20,11 @@ from macft.model.backends.cpu.lanes import ThreadLanes, replica_of
 from macft.model.backends.lanes import OneLane
 from macft.model.backends.mlx.backend import MlxBackend
 from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy, whole_cross_entropy
+from macft.model.backends.mlx.recurrence import chunked_recurrences, find_recurrences
 from macft.model.execution import Execution, require_cpu_kernels
 from macft.model.head import Head
 from macft.model.module_classes import replaced_functions
-from macft.model.packing import ATTENTION_FUNCTION, packed_ropes
+from macft.model.packing import ATTENTION_FUNCTION, prepared_for_packs
 
 
 class CpuBackend:
@@ -69,10 +70,14 @@ class CpuBackend:
                 # The architecture keeps some of its weights in a type of its own.
                 changes.enter_context(MlxBackend(self._execution).installed(model))
             else:
+                functions = {"swiglu": fast_swiglu}
+                recurrences = find_recurrences(model)
                 if self._execution.packing:
-                    changes.enter_context(packed_ropes(model))
-                functions = {ATTENTION_FUNCTION: fast_attention, "swiglu": fast_swiglu}
+                    changes.enter_context(prepared_for_packs(model, fast_attention))
+                else:
+                    functions[ATTENTION_FUNCTION] = fast_attention
                 changes.enter_context(replaced_functions(model, functions))
+                changes.enter_context(chunked_recurrences(recurrences, self._layers.recomputed))
                 changes.enter_context(self._layers.installed(model))
             yield
 

@@ -25,10 +25,13 @@ from mlx_lm.tuner.lora import LoRALinear
 from macft.model.backends.base import Function, Loss, LossAndGradient
 from macft.model.backends.cpu.layers import Kernel, kernel_for
 from macft.model.backends.operation import operation
+from macft.model.backends.trees import holds_state, put_together, take_apart
+from macft.model.head import trains_only_blocks
 from macft.model.module_classes import Members, ModuleCall, replaced_members
 from macft.model.packing import PackedRope
 from macft.model.parameter_refs import ParameterRefs
 
+Arrays = tuple[mx.array, ...]
 _KINDS = (nn.Linear, LoRALinear, DoRALinear, nn.RMSNorm, nn.LayerNorm, nn.RoPE, PackedRope)
 
 
@@ -62,7 +65,7 @@ class EagerLayers:
         """
         blocks = list(getattr(model, "layers", []))
         below = list(itertools.takewhile(lambda block: not tree_flatten(block.trainable_parameters()), blocks))
-        if any(".layers." not in name for name, _ in tree_flatten(model.trainable_parameters())):
+        if not trains_only_blocks(model):
             below = []  # an embedding perhaps
         above = blocks[len(below) :] if self._checkpoint_blocks else []
         layers = [layer for layer in model.modules() if isinstance(layer, _KINDS)]
@@ -106,6 +109,16 @@ class EagerLayers:
             mx.eval(gradients)  # all at once: they have parts in common
         return detached(outputs[0]), list(map(detached, gradients))
 
+    def recomputed(self, function: Callable[..., Arrays], trained: ParameterRefs) -> Callable[..., Arrays]:
+        """See :data:`macft.model.backends.mlx.recurrence.Recomputed`."""
+
+        def call(*arrays: mx.array) -> Arrays:
+            if not self._thread.is_building:
+                return function(*arrays)
+            return self._operation(function, arrays, trained, within=True)
+
+        return call
+
     @contextmanager
     def _building(self, is_building: bool) -> Iterator[None]:
         before, self._thread.is_building = self._thread.is_building, is_building
@@ -117,50 +130,81 @@ class EagerLayers:
     def _members(self, kind: type[nn.Module]) -> Members:
         call = kind.__call__
 
-        def layer_call(layer: nn.Module, x: mx.array, *rest: Any, **named: Any) -> Any:
+        def layer_call(layer: nn.Module, *arguments: Any, **named: Any) -> Any:
             if not self._thread.is_building:
-                return call(layer, x, *rest, **named)
-            return self._call(call, layer, x, rest, named)
+                return call(layer, *arguments, **named)
+            return self._call(call, layer, arguments, named)
 
         return {"__call__": layer_call}
 
-    def _call(
-        self, call: ModuleCall, layer: nn.Module, x: mx.array, rest: Sequence[Any], named: dict[str, Any]
-    ) -> mx.array:
-        """``call(layer, x, *rest, **named)`` as one operation to MLX."""
+    def _call(self, call: ModuleCall, layer: nn.Module, arguments: Sequence[Any], named: dict[str, Any]) -> Any:
+        """``call(layer, *arguments, **named)`` as one operation to MLX."""
         if id(layer) in self._frozen:
-            return detached(call(layer, detached(x), *rest, **named))
-        is_block = id(layer) in self._checkpointed
+            frame, given = take_apart((arguments, named))
+            arguments, named = put_together(frame, list(map(detached, given)))
+            frame, outputs = take_apart(call(layer, *arguments, **named))
+            return put_together(frame, list(map(detached, outputs)))
+        is_block = id(layer) in self._checkpointed and not holds_state((arguments, named))
         if not is_block and not isinstance(layer, _KINDS):
-            output: mx.array = call(layer, x, *rest, **named)
-            return output
+            return call(layer, *arguments, **named)
         refs = self._trained[id(layer)]
-        trained = refs.get()
-        kernel = None if is_block else kernel_for(layer, refs.names, x)
-        if kernel is not None:
-            return _kernel_operation(kernel)(x, *trained)
+        if not is_block:
+            x: mx.array = arguments[0] if arguments else next(iter(named.values()))
+            kernel = kernel_for(layer, refs.names, x) if x.dtype == mx.float32 else None
+            if kernel is not None:
+                return _kernel_operation(kernel)(x, *refs.get())
+        frame, given = take_apart((arguments, named))
+        return self._on_arrays(call, layer, frame, given, within=is_block)
 
-        def compute(x: mx.array, *values: mx.array) -> mx.array:
-            refs.put(values)
-            output: mx.array = call(layer, x, *rest, **named)
-            return output
+    def _on_arrays(
+        self, call: ModuleCall, layer: nn.Module, frame: Any, given: Sequence[mx.array], *, within: bool
+    ) -> Any:
+        """The layer for the arguments ``given`` in ``frame``, as one operation.
 
-        def forward(x: mx.array, *values: mx.array) -> mx.array:
-            with self._building(is_block):
-                output = compute(detached(x), *map(detached, values))
-                if trained:  # evaluated alone, DoRA's result was seen to hold what led to it
-                    return detached(output)
-                mx.eval(output)
-                return output
+        Blocks may take and return more than one array: keys and values that later blocks share, for example. What the
+        operation keeps holds nothing of the graph.
+        """
+        frame_of_result: Any = None
 
-        def backward(inputs: Sequence[mx.array], grad_output: mx.array, _output: mx.array) -> list[mx.array]:
-            with self._building(is_block):
-                _, gradients = mx.vjp(compute, list(map(detached, inputs)), [detached(grad_output)])
+        def function(*arrays: mx.array) -> Arrays:
+            nonlocal frame_of_result
+            arguments, named = put_together(frame, arrays)
+            frame_of_result, outputs = take_apart(call(layer, *arguments, **named))
+            return tuple(outputs)
+
+        outputs = self._operation(function, tuple(given), self._trained[id(layer)], within=within)
+        return put_together(frame_of_result, outputs)
+
+    def _operation(
+        self, function: Callable[..., Arrays], arrays: Arrays, refs: ParameterRefs, *, within: bool
+    ) -> Arrays:
+        """``function(*arrays)``, which uses the parameters of ``refs``, as one operation to MLX.
+
+        ``within``: layers that it calls are computed one by one, too.
+        """
+        trained, count = refs.get(), len(arrays)
+        is_trained = bool(trained)  # the functions below hold no array of the graph
+
+        def compute(*inputs: mx.array) -> Arrays:
+            refs.put(inputs[count:])
+            return function(*inputs[:count])
+
+        def forward(*inputs: mx.array) -> Arrays:
+            with self._building(within):
+                outputs = compute(*map(detached, inputs))
+                if is_trained:  # evaluated alone, DoRA's result was seen to hold what led to it
+                    return tuple(map(detached, outputs))
+                mx.eval(outputs)
+                return outputs
+
+        def backward(inputs: Sequence[mx.array], grad_outputs: Arrays, _outputs: Arrays) -> list[mx.array]:
+            with self._building(within):
+                _, gradients = mx.vjp(compute, list(map(detached, inputs)), list(map(detached, grad_outputs)))
                 mx.eval(gradients)  # all at once: they have parts in common
                 return list(map(detached, gradients))
 
         try:
-            return operation(forward, backward)(x, *trained)
+            return operation(forward, backward)(*arrays, *trained)
         finally:
             refs.put(trained)
 
@@ -171,6 +215,6 @@ def _kernel_operation(kernel: Kernel) -> Callable[..., mx.array]:
 
 def detached(value: mx.array) -> mx.array:
     """The same numbers, of the same type, in an array that no graph leads to."""
-    if value.dtype == mx.float32:
+    if value.dtype != mx.bfloat16:
         return mx.array(np.asarray(value))
-    return mx.array(np.asarray(value.astype(mx.float32))).astype(value.dtype)
+    return mx.array(np.asarray(value.astype(mx.float32))).astype(value.dtype)  # NumPy has no bfloat16

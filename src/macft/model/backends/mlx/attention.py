@@ -15,16 +15,11 @@ from macft.model.module_classes import ModuleCall
 from macft.model.packing import PackLayout, layout_of_pack
 
 
-def is_plain_causal(queries: mx.array, cache: Any, mask: Any, others: dict[str, Any]) -> bool:
-    """Whether a call of mlx-lm's ``scaled_dot_product_attention`` is causal attention and nothing else."""
-    is_causal = mask is None if queries.shape[2] == 1 else isinstance(mask, str) and mask == "causal"
-    return cache is None and is_causal and not any(others.values())
-
-
 def row_attention(original: ModuleCall) -> ModuleCall:
     """Takes the place of mlx-lm's ``scaled_dot_product_attention``, ``original``, and attends row by row in a pack.
 
-    All that is not packed goes to the original: padded rows, and generation, which has a cache.
+    The mask of a pack is that of its longest row (:func:`~macft.model.packing.row_mask`). All that is not packed goes
+    to the original: padded rows, and generation, which has a cache.
     """
 
     def attention(
@@ -40,10 +35,10 @@ def row_attention(original: ModuleCall) -> ModuleCall:
         if layout is None:
             result: mx.array = original(queries, keys, values, cache=cache, scale=scale, mask=mask, **others)
             return result
-        if not is_plain_causal(queries, cache, mask, others):
-            raise ValueError("this model's attention has a mask of its own, so its rows can't be packed")
+        if cache is not None:
+            raise ValueError("a pack has no cache")
         q, k, v = (rows_from_tokens(x, layout) for x in (queries, keys, values))
-        return tokens_from_rows(original(q, k, v, cache=None, scale=scale, mask="causal"), layout)
+        return tokens_from_rows(original(q, k, v, cache=None, scale=scale, mask=mask, **others), layout)
 
     return attention
 

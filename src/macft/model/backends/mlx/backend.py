@@ -14,10 +14,10 @@ from macft.model.backends.lanes import OneLane
 from macft.model.backends.mlx.attention import row_attention
 from macft.model.backends.mlx.checkpoint import checkpointed_blocks
 from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy, whole_cross_entropy
+from macft.model.backends.mlx.recurrence import chunked_recurrences, find_recurrences
 from macft.model.execution import Execution
 from macft.model.head import Head
-from macft.model.module_classes import replaced_functions
-from macft.model.packing import ATTENTION_FUNCTION, packed_ropes
+from macft.model.packing import prepared_for_packs
 
 
 class MlxBackend:
@@ -33,9 +33,9 @@ class MlxBackend:
     def installed(self, model: nn.Module) -> Iterator[None]:
         """See :class:`~macft.model.backends.base.Backend`."""
         with ExitStack() as changes:
+            changes.enter_context(chunked_recurrences(find_recurrences(model)))
             if self._execution.packing:
-                changes.enter_context(packed_ropes(model))
-                changes.enter_context(replaced_functions(model, {ATTENTION_FUNCTION: row_attention}))
+                changes.enter_context(prepared_for_packs(model, row_attention))
             if self._execution.recompute == "blocks":
                 changes.enter_context(checkpointed_blocks(model))
             yield

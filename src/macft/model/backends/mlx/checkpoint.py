@@ -13,14 +13,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from macft.model.backends.trees import holds_state
 from macft.model.module_classes import Members, replaced_members
 
 
 @contextmanager
 def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
-    """Inside, the blocks of ``model`` that are of the same kind as its first are checkpointed."""
-    kind = type(model.layers[0])
-    with replaced_members((block for block in model.layers if type(block) is kind), _checkpointed):
+    """Inside, the blocks of ``model`` are checkpointed, of whatever kinds they are."""
+    with replaced_members(model.layers, _checkpointed):
         yield
 
 
@@ -28,6 +28,9 @@ def _checkpointed(kind: type[nn.Module]) -> Members:
     call = kind.__call__
 
     def checkpointed_call(block: nn.Module, *arguments: Any, **named: Any) -> Any:
+        if holds_state((arguments, named)):  # what it writes there would be without a gradient
+            return call(block, *arguments, **named)
+
         def computed(parameters: dict[str, Any], *arguments: Any, **named: Any) -> Any:
             block.update(parameters)
             return call(block, *arguments, **named)
