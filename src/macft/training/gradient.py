@@ -44,6 +44,8 @@ class LocalGradient:
     started: float
     # Seconds in which nothing was computed because a block's weights were being read; None where none are.
     waited_for_weights: float | None = None
+    # Bytes of weights that were read for this step, as they are in memory.
+    weights_read: int = 0
 
     @property
     def loss_sum(self) -> float:

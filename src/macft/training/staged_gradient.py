@@ -245,6 +245,7 @@ class StagedGradient:
         if in_buckets:
             total = {name: mx.contiguous(value) for name, value in total.items()}
         mx.eval(total)
+        waited, read = self.staged.weights.take_figures()
         return LocalGradient(
             gradient=total,
             buckets=self.buckets,
@@ -252,7 +253,8 @@ class StagedGradient:
             target_tokens=sum(int(work.part.weights.sum()) for work in works),
             tokens=sum(int(batch.lengths.sum()) for batch in batches),
             started=started,
-            waited_for_weights=self.staged.weights.take_figures()[0],
+            waited_for_weights=waited,
+            weights_read=read,
         )
 
     def _work(self, step: int, part: DeviceBatch) -> _Work:
