@@ -43,6 +43,7 @@ def basics(tiny_task: list[str]) -> list[str]:
         "optimizer.learning_rate=1e-3",
         "adapter.dropout=0.1",
         "report.console=false",
+        "training.kernels=mlx",
     ]
 
 

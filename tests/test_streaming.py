@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -154,8 +156,6 @@ def test_quantised_blocks_are_read_as_they_are(folder: Path, tmp_path: Path) -> 
     save_model(tmp_path, model)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    import json
-
     (tmp_path / "config.json").write_text(json.dumps(settings))
     for quantization in ("keep", "none"):
         config = ModelConfig(quantization=quantization, precision="float32")
@@ -192,11 +192,12 @@ def test_memory_is_that_of_three_blocks(tmp_path: Path, kernels: str) -> None:
     """Of 24 that are large beside everything else."""
     sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 24}
     wide = build("llama", tmp_path / "wide", tie_word_embeddings=True, **sizes)
+    before = mx.get_active_memory()
     with under_training(wide, kernels, AdapterConfig(targets=["v_proj"]), resident=()) as trained:
         model = trained.loaded.model
         block = max(sum(int(v.nbytes) for _, v in tree_flatten(layer.parameters())) for layer in model.layers)
         outside = mx.get_active_memory()
-        assert outside < 0.1 * 24 * block
+        assert outside - before < 2 * block
         mx.reset_peak_memory()
         trained.gradient(0)
         activations = 24 * 6 * 33 * 256 * 4 + 6 * 33 * 1024 * 4 * 12
@@ -219,13 +220,16 @@ def test_a_call_of_the_whole_model_is_supplied(folder: Path, kernels: str) -> No
     np.testing.assert_allclose(answers[1], answers[0], rtol=1e-6)
 
 
-def test_weights_that_vanish_are_one_clear_error(folder: Path, tmp_path: Path) -> None:
-    import shutil
+def read_on(trained: Trained) -> None:
+    """Steps until all that was read ahead is used."""
+    for step in range(3):
+        trained.gradient(step)
 
+
+def test_weights_that_vanish_are_one_clear_error(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     with under_training(copy, "mlx", AdapterConfig(), resident=()) as trained:
         trained.gradient(0)
         (copy / "model.safetensors").write_bytes(b"")
         with pytest.raises(ModelError, match=r"copy.*block"):
-            for step in range(3):
-                trained.gradient(step)
+            read_on(trained)
