@@ -22,6 +22,8 @@ from macft.errors import ModelError
 from macft.model.module_classes import Members, replaced_members
 
 Arrays = list[mx.array]
+BlockReader = Callable[[int], Arrays]
+"""The number of a block to its arrays, which are evaluated."""
 Place = tuple[Any, Any]
 """A module, dict or list that holds an array, and its key there."""
 
@@ -41,7 +43,7 @@ class BlockWeights:
         self._resident = frozenset(resident)
         self._source = source
         self._names = _own_names(model)
-        self._reader = _Reader(read, self._names)
+        self._reader: BlockReader = _Reader(read, self._names)
         self._current = [_named(block, names) for block, names in zip(self._blocks, self._names, strict=True)]
         self._unread: list[Arrays] | None = list(self._current)
         self._empty = [[_placeholder(array) for array in arrays] for arrays in self._current]
@@ -136,6 +138,11 @@ class BlockWeights:
         if number in self._held:
             self._held.discard(number)
             self._put(number, self._empty[number])
+
+    def replace_reader(self, make: Callable[[BlockReader], BlockReader]) -> BlockReader:
+        """Reads blocks with what ``make`` makes of the reader that there is, which is returned."""
+        before, self._reader = self._reader, make(self._reader)
+        return before
 
     def take_figures(self) -> tuple[float, int]:
         """Seconds waited and bytes read since the last call."""

@@ -160,8 +160,8 @@ class MemoryPlanner:
                 f"{needs}: the weights alone are {_gb(weights)}; model.quantization=4bit would make them fit on a GPU"
             )
         return (
-            f"{needs}: the weights alone are {_gb(weights)}; use a smaller model or a node with more memory "
-            "(macft does not split a model's layers over nodes)"
+            f"{needs}: the weights alone are {_gb(weights)}; topology.placement=stream reads them from disk "
+            "when they are needed"
         )
 
 

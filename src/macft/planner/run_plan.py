@@ -54,7 +54,7 @@ class NodePlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All nodes; ``seconds`` a step and ``steps``, ``tokens`` a step; ``split_over`` is the layer-split hint."""
+    """All nodes; ``seconds`` a step and ``steps``, ``tokens`` a step."""
 
     model: str
     shape: ModelShape
@@ -63,7 +63,6 @@ class RunPlan:
     steps: int
     tokens: float
     exchange_seconds: float
-    split_over: int | None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -107,7 +106,6 @@ def plan_run(config: TrainConfig) -> RunPlan:
         steps=total_steps,
         tokens=sum(float(step.lengths.sum()) for step in steps) / len(steps),
         exchange_seconds=moved / _GIGABIT_BYTES,
-        split_over=_split_over(nodes),
         notes=notes,
     )
 
@@ -155,14 +153,6 @@ def _own_speeds(config: TrainConfig, notes: list[str]) -> list[float]:
     if config.topology.kind in ("hosts", "ssh"):
         notes.append("every host is taken to be a machine like this one; plan.chips=[...] names other Macs")
     return [measured_flops() * efficiency / nodes_here] * count
-
-
-def _split_over(nodes: Sequence[NodePlan]) -> int | None:
-    """Over how many nodes like the largest the weights would have to be split, None if they fit one."""
-    largest = max(nodes, key=lambda node: node.budget)
-    if all(node.parts.weights <= node.budget for node in nodes):
-        return None
-    return int(-(-largest.parts.step // largest.budget))
 
 
 def _shape(config: TrainConfig, notes: list[str]) -> tuple[ModelShape, Path | None]:
