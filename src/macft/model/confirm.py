@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 # isort: split
@@ -30,6 +31,7 @@ def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[
         ModelError: the model's code lets a token see later ones, or its weights are streamed and can't be read.
     """
     notes: list[str] = []
+    traced = loaded.streamed.left_out if loaded.streamed is not None else nullcontext
     if loaded.streamed is not None and (obstacle := CutModel(loaded.model).obstacle(_TRIAL)):
         raise ConfigError(
             f"topology.placement: stream can't cut this model into its blocks ({obstacle}); "
@@ -41,7 +43,7 @@ def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[
     if execution.kernels == "cpu" and types != {mx.float32}:
         execution = replace(execution, kernels="mlx")
         notes.append("the model isn't wholly float32, so MLX's own operations compute it, more slowly")
-    if execution.packing and not can_pack(loaded.model, execution):
+    if execution.packing and not can_pack(loaded.model, execution, traced=traced):
         if execution.requires_packing:
             raise cannot_pack()
         execution = execution.padded()
