@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from macft.errors import ModelError
 from macft.model.module_classes import Members, replaced_members
+from macft.model.reading_thread import in_reading_thread
 
 Arrays = list[mx.array]
 BlockReader = Callable[[int], Arrays]
@@ -131,7 +131,7 @@ class BlockWeights:
         if self._ahead is None:
             missing = next((number for number in numbers if number not in self._held), None)
             if missing is not None:
-                self._ahead = missing, _thread().submit(self._reader, missing)
+                self._ahead = missing, in_reading_thread(self._reader, missing)
 
     def drop(self, number: int) -> None:
         """Frees the weights of block ``number``."""
@@ -182,7 +182,7 @@ class BlockWeights:
         if self._ahead is not None and self._ahead[0] == number:
             future = self._ahead[1]
         else:
-            future = _thread().submit(self._reader, number)
+            future = in_reading_thread(self._reader, number)
         self._ahead = None
         started = time.perf_counter()
         try:
@@ -225,12 +225,6 @@ class _Reader:
                 if id(array) in own:
                     container[key] = _placeholder(array)
         return fresh
-
-
-@cache
-def _thread() -> ThreadPoolExecutor:
-    """One for the process: MLX keeps a stream, with a thread of its own, of each thread that ever was."""
-    return ThreadPoolExecutor(1, thread_name_prefix="weights")
 
 
 def _own_names(model: nn.Module) -> list[list[str]]:
