@@ -73,7 +73,7 @@ def test_resumed_with_its_weights_elsewhere(tmp_path: Path, basics: list[str], i
         folder = tmp_path / first[0].split("=")[1]
         train_to_end(*basics, *first, "training.steps=12", folder=folder)
         for step in (9, 12):
-            shutil.rmtree(next((folder / "checkpoints").glob(f"*{step:0>1}*")))
+            shutil.rmtree(folder / "checkpoints" / f"step-{step:08d}")
         shutil.rmtree(folder / "adapters")
         done = train(f"+resume={folder}", *then, cwd=tmp_path)
         assert done.status == 0, done.errors
@@ -105,7 +105,7 @@ def test_one_of_two_that_stream_is_killed(tmp_path: Path, basics: list[str]) -> 
 
 @pytest.mark.slow
 def test_auto_streams_what_does_not_fit(tmp_path: Path) -> None:
-    """The predicted memory is that of the blocks in memory, and what was used is within 15% of it."""
+    """The predicted memory is that of the blocks in memory, and what was used is within 20% of it."""
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 24}
     wide = build("llama", tmp_path / "wide", tie_word_embeddings=True, **sizes)
     (tmp_path / "data").mkdir()
@@ -127,7 +127,7 @@ def test_auto_streams_what_does_not_fit(tmp_path: Path) -> None:
     assert "blocks stay in memory, the others are read from disk" in begun["layout"]
     predicted = float(next(note for note in begun["notes"] if note.startswith("memory: about")).split()[2])
     used = json.loads((run / "summary.json").read_text())["peak_memory_bytes"]
-    assert used == pytest.approx(predicted * 1e9, rel=0.15)
+    assert used == pytest.approx(predicted * 1e9, rel=0.2)
 
 
 @pytest.mark.slow

@@ -160,8 +160,6 @@ def _placement_problems(config: TopologyConfig) -> list[str]:
     is_count = isinstance(resident, int) and not isinstance(resident, bool) and resident >= 0
     if resident != "auto" and not is_count:
         lines.append(f"topology.resident_blocks: '{resident}' is neither auto nor a number of blocks, 0 or more")
-    elif is_count and config.placement != "stream":
-        lines.append("topology.resident_blocks: only placement=stream has blocks that are not in memory")
     return lines
 
 
