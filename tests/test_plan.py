@@ -44,7 +44,7 @@ from macft.planner.speed import step_cost
 from macft.planner.workload import DeviceBatchShape, StepRows, steps_of, unlike_rows
 from macft.topology.settings import parse_budget
 from macft.training.batch_layout import BatchLayout
-from macft.training.loss import target_positions
+from macft.training.targets import target_positions
 
 FLOAT32 = WeightFormat("float32")
 CPU = Device("cpu", openblas=True)

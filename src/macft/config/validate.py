@@ -87,10 +87,6 @@ def _combinations(config: TrainConfig) -> list[str]:
                 "topology.placement: stream can't train the model's own weights (adapter.type=full); use adapter=lora, "
                 "or topology.placement=replicate"
             )
-        if config.training.compile.lower() == "true":
-            errors.append(
-                "training.compile: a step with topology.placement=stream can't be compiled; use auto or false"
-            )
     nodes = world_size(config)
     if nodes > config.training.batch_size > 0:
         errors.append(

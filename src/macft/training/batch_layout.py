@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from macft.data.batch import Batch, pack, pad_pack_to_bucket, pad_to_bucket, split_rows
 from macft.model.execution import Execution
 from macft.model.packing import PackLayout, packed
-from macft.training.loss import target_positions
+from macft.training.targets import target_positions
 
 
 @dataclass(frozen=True)
