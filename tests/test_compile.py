@@ -34,9 +34,9 @@ from macft.model.backends.choose import make_backend
 from macft.planner.workload import StepRows
 from macft.training.batch_layout import BatchLayout
 from macft.training.gradient import GradientComputer, LocalGradient
-from macft.training.loss import target_positions
 from macft.training.optimizer import OptimizerStep, make_optimizer
 from macft.training.settings import OptimizerConfig, TrainingConfig, problems
+from macft.training.targets import target_positions
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None and mx.default_device() == mx.cpu, reason="on a CPU MLX compiles with g++"

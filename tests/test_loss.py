@@ -22,7 +22,7 @@ from macft.model.backends.choose import make_backend
 from macft.model.backends.mlx.recurrence import chunked_recurrences, find_recurrences
 from macft.model.head import split_head
 from macft.training.gradient import GradientComputer
-from macft.training.loss import target_positions
+from macft.training.targets import target_positions
 
 TEXT = {
     **SMALL,

@@ -44,7 +44,7 @@ from macft.planner.speed import step_cost
 from macft.planner.workload import DeviceBatchShape, StepRows, steps_of, unlike_rows
 from macft.topology.settings import parse_budget
 from macft.training.batch_layout import BatchLayout
-from macft.training.loss import target_positions
+from macft.training.targets import target_positions
 
 FLOAT32 = WeightFormat("float32")
 CPU = Device("cpu", openblas=True)
@@ -186,7 +186,7 @@ def test_a_refusal_names_the_nearest_settings_that_fit() -> None:
     assert "training.micro_batch_size=2 would fit" in str(planner.refusal(budget, auto=False))
     smallest = planner.parts(padded_execution().with_batch(1, "blocks")).peak
     assert "dataset.max_seq_length=" in str(planner.refusal(smallest * 0.7, auto=True))
-    assert "does not split" in str(planner.refusal(1e6, auto=True))
+    assert "topology.placement=stream reads" in str(planner.refusal(1e6, auto=True))
 
 
 def sizes_by_hand(batch: Batch, execution: Execution) -> list[tuple[int, int, int, int]]:
@@ -334,8 +334,16 @@ def test_the_command_says_what_does_not_fit_and_wrong_words_are_one_line(bundled
         "plan.chips=[M2 Pro 16GB]",
         "topology.batch=auto",
     )
-    assert large.returncode == 1
-    assert "macft doesn't offer that" in large.stdout
+    assert large.returncode == 0, large.stderr
+    assert "stream: " in large.stdout
+    refused = planned(
+        "+recipe=llama-lora",
+        "model=mlx-community/Meta-Llama-3.1-70B-Instruct-4bit",
+        "plan.chips=[M2 Pro 16GB]",
+        "topology.placement=replicate",
+    )
+    assert refused.returncode == 1
+    assert "topology.placement=stream reads them from disk" in refused.stdout
     wrong = planned("+recipe=llama-lora", "--chips", "M9")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: plan.chips: 'M9' is not a known chip")

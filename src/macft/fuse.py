@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.export_gguf:
         check_gguf(source, dequantize=arguments.dequantize)
     prepare_device()
-    loaded = replace(tuned, model=as_checkpoint(tuned.model)).load()
+    loaded = replace(tuned, model=as_checkpoint(tuned.model)).load(in_memory=True)
     count = fuse(loaded, dequantize=arguments.dequantize)
     with new_folder(target) as folder:
         save_fused(folder, loaded, gguf_name=arguments.gguf_path if arguments.export_gguf else None)

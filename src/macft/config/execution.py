@@ -7,7 +7,7 @@ from pathlib import Path
 
 from macft.config.schema import TrainConfig
 from macft.device.kind import Device
-from macft.errors import ModelError
+from macft.errors import ConfigError, ModelError
 from macft.model.execution import Execution, WeightFormat, resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import ModelShape, read_shape, read_weight_format
@@ -20,6 +20,10 @@ def execution_for(config: TrainConfig, shape: ModelShape | None, checkpoint: Wei
         ConfigError: the model or the device does not support a setting; one line.
     """
     training, adapter = config.training, config.adapter
+    if config.topology.placement == "stream" and training.compile.lower() == "true":
+        raise ConfigError(
+            "training.compile: a step with topology.placement=stream can't be compiled; use auto or false"
+        )
     has_dropout = adapter.type != "full" and adapter.dropout > 0
     return resolve(
         config.model,
@@ -58,6 +62,6 @@ def with_execution(config: TrainConfig, execution: Execution) -> TrainConfig:
     training = replace(
         config.training,
         micro_batch_size=execution.micro_batch_size,
-        grad_checkpoint=execution.recompute == "blocks",
+        grad_checkpoint=execution.recompute == "blocks" or config.training.grad_checkpoint,
     )
     return replace(config, training=training)

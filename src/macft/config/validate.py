@@ -81,6 +81,11 @@ def _combinations(config: TrainConfig) -> list[str]:
             "collective.codec: auto measures the all-reduce of each step, and training.sync=diloco has none; "
             "use none, bfloat16, int8 or powersgd"
         )
+    if config.topology.placement == "stream" and config.adapter.type == "full":
+        errors.append(
+            "topology.placement: stream can't train the model's own weights (adapter.type=full); use adapter=lora, "
+            "or topology.placement=replicate"
+        )
     nodes = world_size(config)
     if nodes > config.training.batch_size > 0:
         errors.append(

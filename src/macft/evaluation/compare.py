@@ -16,7 +16,7 @@ from macft.model.backends.choose import make_backend
 from macft.model.confirm import confirm
 from macft.model.load import LoadedModel
 from macft.parallel.shares import DataShard
-from macft.training.loss import TokenLoss
+from macft.training.step_gradient import make_losses
 from macft.training.validation import validation_loss
 
 Progress = Callable[[str, int, int], None]
@@ -60,7 +60,7 @@ def evaluate(
     with Solo() as alone, backend.installed(model):
         validation = validation_loss(
             model,
-            TokenLoss(model, backend),
+            make_losses(model, backend, loaded.streamed),
             execution,
             rows,
             alone,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from macft.errors import ConfigError, ModelError
 from macft.model.adaptable import AdaptableBlock, adaptable_blocks
 from macft.model.adapter_layers import AdapterLayers, chosen_layers, select_layers
 from macft.model.adapter_settings import AdapterConfig
+from macft.model.block_weights import BlockWeights
 from macft.model.dropout import DropoutKeys, make_dropout_reproducible
 
 
@@ -33,11 +35,19 @@ class Adaptation:
     description: str
 
 
-def adapt(model: nn.Module, config: AdapterConfig, *, seed: int, evaluated: bool = True) -> Adaptation:
+def adapt(
+    model: nn.Module,
+    config: AdapterConfig,
+    *,
+    seed: int,
+    evaluated: bool = True,
+    streamed: BlockWeights | None = None,
+) -> Adaptation:
     """Adds the adapter to ``model`` in place and leaves only its parameters trainable.
 
     The initial values depend on ``seed`` alone. They are float32, as in mlx-lm. Without ``evaluated``, all of the
-    model's arrays stay to be computed: for a model whose sizes are wanted only.
+    model's arrays stay to be computed: for a model whose sizes are wanted only. ``streamed`` holds the weights of the
+    blocks where they are not in memory.
 
     Raises:
         ConfigError: a layer number or projection the model doesn't have, or one that can't have such an adapter.
@@ -50,11 +60,13 @@ def adapt(model: nn.Module, config: AdapterConfig, *, seed: int, evaluated: bool
     if config.type == "full":
         settings = _unfreeze(model, chosen, config)
     else:
-        settings = _add_low_rank(model, chosen, available, config)
+        with streamed.adapting() if streamed is not None else nullcontext():
+            settings = _add_low_rank(model, chosen, available, config)
     keys = make_dropout_reproducible(model)
     if evaluated:
         mx.eval(model.parameters())
-    _check_gradient(model, keys)
+    with streamed.left_out() if streamed is not None else nullcontext():
+        _check_gradient(model, keys)
     trainable = sum(int(value.size) for _, value in tree_flatten(model.trainable_parameters()))
     return Adaptation(settings, keys, trainable, total, _describe(config, chosen, available))
 

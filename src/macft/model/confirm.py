@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 # isort: split
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from macft.errors import ModelError
+from macft.errors import ConfigError, ModelError
 from macft.model.backends.choose import can_pack
 from macft.model.execution import Execution, cannot_pack
 from macft.model.fitness import obstacle_to_training
 from macft.model.load import LoadedModel
+from macft.model.stages import CutModel
 from macft.model.traceable import is_traceable
+
+_TRIAL = mx.arange(1, 9)[None]
 
 
 def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[str]]:
@@ -23,17 +27,24 @@ def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[
     architectures of mlx-lm; a model with code of its own may differ: its rows are then padded, its kernels portable.
 
     Raises:
-        ConfigError: ``execution`` requires packing, and the model can't take packed rows.
-        ModelError: training the model would make no sense.
+        ConfigError: ``execution`` requires packing, and the model can't take packed rows; or its weights are streamed,
+            and it can't be cut into its blocks.
+        ModelError: training the model would make no sense, or its weights are streamed and can't be read.
     """
+    notes: list[str] = []
+    traced = loaded.streamed.left_out if loaded.streamed is not None else nullcontext
+    if loaded.streamed is not None and (obstacle := CutModel(loaded.model).obstacle(_TRIAL)):
+        raise ConfigError(
+            f"topology.placement: stream can't cut this model into its blocks ({obstacle}); "
+            "use topology.placement=replicate"
+        )
     if (obstacle := obstacle_to_training(loaded.model)) is not None:
         raise ModelError(obstacle)
-    notes: list[str] = []
     types = {value.dtype for _, value in tree_flatten(loaded.model.parameters())}
     if execution.kernels == "cpu" and types != {mx.float32}:
         execution = replace(execution, kernels="mlx")
         notes.append("the model isn't wholly float32, so MLX's own operations compute it, more slowly")
-    if execution.packing and not can_pack(loaded.model, execution):
+    if execution.packing and not can_pack(loaded.model, execution, traced=traced):
         if execution.requires_packing:
             raise cannot_pack()
         execution = execution.padded()

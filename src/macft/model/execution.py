@@ -77,6 +77,10 @@ class Execution:
     evaluation_rows: int = _EVALUATION_ROWS
     # Parts of a micro-batch that are computed at the same time, on a thread each.
     lanes: int = 1
+    # Where the blocks' weights are: "replicate", all in memory, or "stream", read from disk when they are needed, but
+    # for the resident blocks, which stay in memory. A stream computes blocks again in the backward pass, by itself.
+    placement: str = "replicate"
+    resident_blocks: tuple[int, ...] = ()
 
     @property
     def weight_format(self) -> WeightFormat:
@@ -95,6 +99,10 @@ class Execution:
             evaluation_rows=micro_batch_size or _EVALUATION_ROWS,
             recompute=recompute,
         )
+
+    def streamed(self, resident_blocks: tuple[int, ...]) -> Execution:
+        """The same with all blocks but these read from disk when they are needed; each is computed by itself."""
+        return replace(self, placement="stream", resident_blocks=resident_blocks, recompute="none", compiled=False)
 
     def padded(self) -> Execution:
         """The same with rows that are padded, not packed."""

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from macft.device.kind import Device
 from macft.errors import ModelError
+from macft.model.block_weights import BlockWeights
 from macft.model.execution import Execution, WeightFormat
 from macft.model.execution import resolve as resolve_execution
 from macft.model.plain_path import plain_path
@@ -47,6 +48,8 @@ class LoadedModel:
     dtype: mx.Dtype
     execution: Execution
     notes: list[str] = field(default_factory=list)
+    # Where blocks are read from disk when they are needed; None: all weights are in memory.
+    streamed: BlockWeights | None = None
 
 
 def load(
@@ -61,24 +64,17 @@ def load(
         ModelError: the folder can't be read as a model that mlx-lm knows, or has no tokenizer.
         ConfigError: the checkpoint is quantised to another width than ``config.quantization`` asks for.
     """
-    from mlx_lm.utils import dequantize_model, load_model
-
-    with _readable(path, "as a model"), plain_path(path) as plain:
-        model, settings = load_model(plain, lazy=True, trust_remote_code=config.trust_remote_code)
-    tokenizer = tokenizer or load_tokenizer(config, path)
     execution = execution or resolve_execution(config, read_weight_format(path), Device.default())
-    was_quantized = _is_quantized(model)
-    if not was_quantized and (bits := execution.bits or execution.fake_quantized_bits):
-        model, settings = _quantize(model, settings, bits, execution.group_size)
-    if _is_quantized(model) and execution.bits is None:
-        # In float32, so that the scales lose nothing before the type that is asked for.
-        _cast_scales(model)
-        model = dequantize_model(model)
-        settings = {k: v for k, v in settings.items() if k not in ("quantization", "quantization_config")}
-    if not execution.keeps_checkpoint_dtypes:
-        _cast(model, _DTYPES[execution.dtype])
+    model, settings, was_quantized = _unread(config, path, execution)
+    tokenizer = tokenizer or load_tokenizer(config, path)
+    streamed = None
     with _readable(path, "weights"):
-        mx.eval(model.parameters())
+        if execution.placement == "stream":
+            streamed = BlockWeights(
+                model, _Renewal(config, path, execution), resident=execution.resident_blocks, source=str(path)
+            )
+        else:
+            mx.eval(model.parameters())
     with _readable(path, "as a model"):
         model.freeze()
     return LoadedModel(
@@ -91,7 +87,51 @@ def load(
         dtype=_float_dtype(model),
         execution=execution,
         notes=_notes(execution),
+        streamed=streamed,
     )
+
+
+def _unread(
+    config: ModelConfig, path: Path, execution: Execution, skeleton: nn.Module | None = None
+) -> tuple[nn.Module, dict[str, Any], bool]:
+    """The model in its final form, of arrays that aren't read or computed yet; its settings; whether it was quantised.
+
+    ``skeleton`` is a model that an earlier call returned, which is given the new arrays.
+    """
+    from mlx_lm.utils import _get_classes, dequantize_model, load_model
+
+    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
+        kind, arguments = _get_classes(config)
+        return (kind if skeleton is None else lambda _: skeleton), arguments
+
+    with _readable(path, "as a model"), plain_path(path) as plain:
+        model, settings = load_model(
+            plain, lazy=True, trust_remote_code=config.trust_remote_code, get_model_classes=classes
+        )
+    was_quantized = _is_quantized(model)
+    if not was_quantized and (bits := execution.bits or execution.fake_quantized_bits):
+        model, settings = _quantize(model, settings, bits, execution.group_size)
+    if _is_quantized(model) and execution.bits is None:
+        # In float32, so that the scales lose nothing before the type that is asked for.
+        _cast_scales(model)
+        model = dequantize_model(model)
+        settings = {k: v for k, v in settings.items() if k not in ("quantization", "quantization_config")}
+    if not execution.keeps_checkpoint_dtypes:
+        _cast(model, _DTYPES[execution.dtype])
+    return model, settings, was_quantized
+
+
+class _Renewal:
+    """Makes a model's arrays anew, not read yet. Its modules are made once, for that takes most of the time."""
+
+    def __init__(self, config: ModelConfig, path: Path, execution: Execution):
+        self._of = config, path, execution
+        self._skeleton: nn.Module | None = None
+
+    def __call__(self) -> nn.Module:
+        model, _, _ = _unread(*self._of, self._skeleton)
+        self._skeleton = model
+        return model
 
 
 def _notes(execution: Execution) -> list[str]:

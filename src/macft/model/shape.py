@@ -58,7 +58,8 @@ class ModelShape:
     ``config`` is the content of config.json.
     ``adaptable`` are the layers that may be trained, block by block. ``checkpoint`` is how the files hold the weights.
     ``packs``: it is built as packed rows need it. ``has_dropout``: it drops elements of its own.
-    ``plain_head``: logits are a product, not scaled or capped.
+    ``plain_head``: logits are a product, not scaled or capped. ``block_share``: the part of the parameters that is in
+    blocks.
     """
 
     hidden: int
@@ -79,6 +80,7 @@ class ModelShape:
     packs: bool
     has_dropout: bool
     plain_head: bool
+    block_share: float
     config: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -222,6 +224,7 @@ def shape_of(config: dict[str, Any], source: str) -> ModelShape:
     except (KeyError, TypeError, ValueError, AttributeError, ImportError, IndexError, ZeroDivisionError) as error:
         raise ModelError(f"{source} is not the configuration of a model that mlx-lm knows: {error!r}") from error
     sizes = [(value.ndim, int(value.size)) for _, value in tree_flatten(model.parameters())]
+    in_blocks = sum(int(value.size) for block in blocks for _, value in tree_flatten(block.parameters()))
     return ModelShape(
         hidden=hidden,
         blocks=len(blocks),
@@ -234,6 +237,7 @@ def shape_of(config: dict[str, Any], source: str) -> ModelShape:
         odd_block=next((type(block).__name__ for block in blocks if not _is_llama_like(block, linears)), None),
         active_parameters=sum(_active_parameters(block, text) for block in blocks),
         parameters=sum(size for _, size in sizes),
+        block_share=in_blocks / max(1, sum(size for _, size in sizes)),
         matrix_parameters=sum(size for dimensions, size in sizes if dimensions > 1),
         adaptable=adaptable,
         checkpoint=_format_from_config(config),

@@ -47,7 +47,7 @@ class MemoryPlanner:
     def parts(self, execution: Execution | None = None) -> MemoryParts:
         """The prediction for what takes most of all that is computed at once, with the run's own settings or others."""
         execution = execution or self.execution
-        works = self._works(execution)
+        works = self.works(execution)
         if self.shape.odd_block is not None:  # a graph is built for each
             sizes = (lambda work: work.tokens, lambda work: work.rows * work.length, lambda work: work.targets)
             works = {max(works, key=size) for size in sizes}
@@ -60,7 +60,8 @@ class MemoryPlanner:
             self._step_batches[size] = [step.device_batches(size, self.layout) for step in self.steps]
         return self._step_batches[size]
 
-    def _works(self, execution: Execution) -> set[ComputeShape]:
+    def works(self, execution: Execution) -> set[ComputeShape]:
+        """What this node computes at once, each size of it."""
         works = {
             ComputeShape(
                 rows=batch.rows,
@@ -159,8 +160,8 @@ class MemoryPlanner:
                 f"{needs}: the weights alone are {_gb(weights)}; model.quantization=4bit would make them fit on a GPU"
             )
         return (
-            f"{needs}: the weights alone are {_gb(weights)}; use a smaller model or a node with more memory "
-            "(macft does not split a model's layers over nodes)"
+            f"{needs}: the weights alone are {_gb(weights)}; topology.placement=stream reads them from disk "
+            "when they are needed"
         )
 
 

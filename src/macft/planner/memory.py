@@ -167,6 +167,13 @@ def predict(
     )
 
 
+def recomputed_inputs(shape: ModelShape, execution: Execution, depth: int, tokens: int) -> float:
+    """Bytes of the inputs of ``depth`` recomputed blocks, of ``tokens`` tokens, as :func:`predict` counts them."""
+    if execution.kernels == "cpu":
+        return 4 * _RECOMPUTED * _RECOMPUTED_SAVED * shape.hidden * depth * tokens
+    return float(depth * tokens * shape.hidden * execution.weight_format.float_bytes)
+
+
 def _logits(shape: ModelShape, execution: Execution, work: ComputeShape) -> float:
     """Bytes that the loss holds at once, with MLX's operations."""
     at_once = min(work.targets, work.parts * execution.loss_chunk_for(shape.vocabulary))

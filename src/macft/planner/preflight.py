@@ -18,8 +18,10 @@ from macft.device.mlx_device import keep_within
 from macft.errors import ConfigError, ModelError
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape, read_shape, read_weight_format
+from macft.model.weight_files import check_weight_files
 from macft.parallel.shares import DataShard
 from macft.planner.fit import MemoryPlanner, batch_overrides
+from macft.planner.placement import Layout, Placer
 from macft.planner.workload import StepRows, steps_of
 from macft.topology.settings import parse_budget
 from macft.training.settings import TrainingConfig, steps_for
@@ -35,8 +37,8 @@ def preflight(
     collective: Collective,
     *,
     world_size: int | None = None,
-) -> tuple[Execution, list[str]]:
-    """How this node computes the run, with the batch settings of ``topology.batch=auto``, and lines for the user.
+) -> tuple[Execution, str, list[str]]:
+    """How this node computes the run, where its weights are in one line, and lines for the user.
 
     All nodes tell each other whether they can, so that all end with the same message if one can't. ``world_size``: the
     number of nodes that there will be, if it isn't that of ``collective`` yet.
@@ -51,9 +53,9 @@ def preflight(
         shard = DataShard(collective.rank, collective.world_size, shares)
     else:
         shard = DataShard(world_size - 1, world_size)
-    execution, refusal, notes = None, None, list[str]()
+    execution, refusal, layout, notes = None, None, "", list[str]()
     try:
-        execution, notes = _decide(config, model_folder, steps, shard)
+        execution, layout, notes = _decide(config, model_folder, steps, shard)
     except ConfigError as error:
         refusal = str(error)
     verdicts = collective.all_gather(json.dumps(refusal and refusal[:_LONGEST_VERDICT]).encode())
@@ -64,38 +66,44 @@ def preflight(
             where = f"rank {rank}: " if collective.world_size > 1 else ""
             raise ConfigError(f"{key}: {where}{text}")
     assert execution is not None
-    return execution, notes
+    return execution, layout, notes
 
 
 def _decide(
     config: TrainConfig, model_folder: Path, steps: Sequence[StepRows], shard: DataShard
-) -> tuple[Execution, list[str]]:
-    """This node's execution and its notes. Raises ConfigError as :func:`preflight` does."""
+) -> tuple[Execution, str, list[str]]:
+    """This node's execution, its layout and its notes. Raises ConfigError as :func:`preflight` does."""
     topology, device = config.topology, Device.default()
+    check_weight_files(model_folder)
     try:
         shape = read_shape(model_folder)
     except ModelError as error:
         # mlx-lm may still know the model by code of its own; the run goes on without a prediction.
         execution = execution_for(config, None, read_weight_format(model_folder), device)
-        return execution, [f"no memory plan: {error}"]
+        execution = execution.streamed(()) if topology.placement == "stream" else execution
+        return execution, execution.placement, [f"no memory plan: {error}"]
     execution = execution_for(config, shape, shape.checkpoint, device)
     planner = planner_for(config, shape, execution, [step_of_shard(step, shard, execution) for step in steps])
     nodes_here = topology.nodes if topology.kind == "local" else 1
     budget = parse_budget(topology.memory_budget, usable_bytes() / nodes_here)
-    auto = topology.batch == "auto"
-    if (reason := planner.refusal(budget, auto=auto)) is not None:
-        raise ConfigError(f"topology.memory_budget: {reason}")
-    chosen = (planner.best(budget) if auto else None) or execution
-    parts = planner.parts(chosen)
+    placer = placer_for(config, planner, budget)
+    chosen = placer.decide()
+    parts = placer.parts(chosen)
     if parts.unknown:
         keep_within(budget, budget)
         note = f"memory: at least {parts.peak / 1e9:.2f} GB of {budget / 1e9:.1f} GB expected; {parts.unknown}"
     else:
         keep_within(budget, parts.peak)
         note = f"memory: about {parts.peak / 1e9:.2f} GB of {budget / 1e9:.1f} GB expected"
-    if auto:
+    if placer.auto:
         note += f"; topology.batch=auto chose {batch_overrides(chosen)}"
-    return chosen, [note]
+    return chosen, Layout.of(shape, chosen, placer.first_trained).line, [note]
+
+
+def placer_for(config: TrainConfig, planner: MemoryPlanner, budget: float) -> Placer:
+    """What decides the placement of a node of ``config`` that may take ``budget`` bytes."""
+    topology = config.topology
+    return Placer(planner, budget, topology.placement, topology.resident_blocks, topology.batch == "auto")
 
 
 def step_of_shard(step: StepRows, shard: DataShard, execution: Execution) -> StepRows:

@@ -27,8 +27,9 @@ from macft.model.load import load_tokenizer
 from macft.model.shape import ModelShape, read_shape, shape_of
 from macft.parallel.shares import DataShard
 from macft.planner.memory import MemoryParts, trained_part
-from macft.planner.preflight import planner_for, step_of_shard
-from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops, step_cost
+from macft.planner.placement import Layout
+from macft.planner.preflight import placer_for, planner_for, step_of_shard
+from macft.planner.speed import CPU_EFFICIENCY, DISK_BYTES, MAC_EFFICIENCY, measured_flops, step_cost
 from macft.planner.workload import StepRows, assumed_steps, steps_of
 from macft.topology.settings import parse_budget
 from macft.training.settings import steps_for
@@ -44,6 +45,7 @@ class NodePlan:
     budget: float
     rows: int
     execution: Execution
+    layout: Layout
     parts: MemoryParts
     refusal: str | None
     seconds: float
@@ -52,7 +54,7 @@ class NodePlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All nodes; ``seconds`` a step and ``steps``, ``tokens`` a step; ``split_over`` is the layer-split hint."""
+    """All nodes; ``seconds`` a step and ``steps``, ``tokens`` a step."""
 
     model: str
     shape: ModelShape
@@ -61,7 +63,6 @@ class RunPlan:
     steps: int
     tokens: float
     exchange_seconds: float
-    split_over: int | None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -105,7 +106,6 @@ def plan_run(config: TrainConfig) -> RunPlan:
         steps=total_steps,
         tokens=sum(float(step.lengths.sum()) for step in steps) / len(steps),
         exchange_seconds=moved / _GIGABIT_BYTES,
-        split_over=_split_over(nodes),
         notes=notes,
     )
 
@@ -128,16 +128,19 @@ def _plan_node(
     own = [step for step in own if step.rows] or [StepRows(steps[0].rows[:1], steps[0].ids[:1])]
     planner = planner_for(config, shape, execution, own)
     budget = parse_budget(config.topology.memory_budget, (mac.usable_bytes if mac else usable_bytes()) / nodes_here)
-    auto = config.topology.batch == "auto"
-    chosen = (planner.best(budget) if auto else None) or execution
+    placer = placer_for(config, planner, budget)
+    chosen, refusal = placer.choice()
+    seconds = step_cost(planner, chosen).operations / speeds[rank]
+    layout = Layout.of(shape, chosen, placer.first_trained)
     return NodePlan(
         name=mac.name if mac else f"this machine{'' if len(speeds) == 1 else f', rank {rank}'}",
         budget=budget,
         rows=planner.rows,
         execution=chosen,
-        parts=planner.parts(chosen),
-        refusal=planner.refusal(budget, auto=auto),
-        seconds=step_cost(planner, chosen).operations / speeds[rank],
+        layout=layout,
+        parts=placer.parts(chosen),
+        refusal=refusal,
+        seconds=max(seconds, layout.read_bytes / DISK_BYTES),
         watts=mac.chip.watts if mac else None,
     )
 
@@ -150,14 +153,6 @@ def _own_speeds(config: TrainConfig, notes: list[str]) -> list[float]:
     if config.topology.kind in ("hosts", "ssh"):
         notes.append("every host is taken to be a machine like this one; plan.chips=[...] names other Macs")
     return [measured_flops() * efficiency / nodes_here] * count
-
-
-def _split_over(nodes: Sequence[NodePlan]) -> int | None:
-    """Over how many nodes like the largest the weights would have to be split, None if they fit one."""
-    largest = max(nodes, key=lambda node: node.budget)
-    if all(node.parts.weights <= node.budget for node in nodes):
-        return None
-    return int(-(-largest.parts.step // largest.budget))
 
 
 def _shape(config: TrainConfig, notes: list[str]) -> tuple[ModelShape, Path | None]:

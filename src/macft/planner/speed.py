@@ -19,6 +19,8 @@ MAC_EFFICIENCY = 0.45
 # Share of the matrix-product speed that a step of SmolLM2 reaches on a CPU, with 4 to 16 SQL rows: 0.46 to 0.54 on one
 # core, 0.34 to 0.44 on two, where all but the large products is one core's work.
 CPU_EFFICIENCY = 0.42
+# Bytes a second that a disk is taken to read. SSDs of Macs reach 1.5 (the smallest ones) to 5.3 GB/s (M2 Max).
+DISK_BYTES = 3e9
 _PROBE, _PROBE_SECONDS = 1024, 0.3
 
 
@@ -49,7 +51,7 @@ def step_cost(planner: MemoryPlanner, execution: Execution) -> StepCost:
         pairs = batch.pairs if on_cpu_kernels else batch.rows * batch.length**2
         forward = 2 * shape.block_parameters * batch.tokens + 4 * query * pairs
         backward = 2 * shape.block_parameters * batch.tokens + (10 if on_cpu_kernels else 8) * query * pairs
-        recomputed = trained.depth if execution.recompute == "blocks" else 0
+        recomputed = trained.depth if execution.recompute == "blocks" or execution.placement == "stream" else 0
         operations += forward * (shape.blocks + recomputed) + backward * trained.depth
         # The low-rank path forward and back, or the gradients of the weights themselves.
         operations += (2 if planner.adapter.type == "full" else 6) * trained.parameters * batch.tokens

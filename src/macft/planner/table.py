@@ -40,15 +40,12 @@ def show(plan: RunPlan, console: Console) -> None:
         )
     console.print(table)
     for node in plan.nodes:
+        console.print(f"{node.name}: {node.layout.line}")
+    for node in plan.nodes:
         if node.refusal is not None:
             console.print(f"{node.name}: {node.refusal}")
         if node.parts.unknown:
             console.print(f"{node.name}: {node.parts.unknown}")
-    if plan.split_over is not None:
-        console.print(
-            f"The weights don't fit. With the layers split, about {plan.split_over} such nodes could hold the run; "
-            "macft doesn't offer that: every node holds the whole model."
-        )
     if plan.fits:
         _show_speed(plan, console)
     for note in plan.notes:

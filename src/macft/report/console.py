@@ -114,6 +114,7 @@ class ConsoleReporter:
             ("steps", f"{event.total_steps:,} of {event.batch_size} rows{resumed}", ""),
             ("nodes", nodes, ""),
             ("device", event.device, ""),
+            *([("weights", event.layout, "")] if event.layout else []),
             ("folder", str(_short(event.run_folder)), ""),
         ]  # fmt: skip
         self._block("macft", rows, "blue")

@@ -49,7 +49,7 @@ class RunStarted(Event):
     """Everything is loaded; the score before training or the first step comes next.
 
     ``first_step`` counts the updates already made, 0 unless the run resumes. ``shares`` says how the rows of
-    a batch are divided among the ``world_size`` nodes.
+    a batch are divided among the ``world_size`` nodes, ``layout`` where this node has the model's weights.
     """
 
     run_folder: Path
@@ -69,6 +69,7 @@ class RunStarted(Event):
     shares: str
     config_yaml: str = field(metadata=NOT_RECORDED)
     notes: list[str]
+    layout: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ class StepDone(ReplayedEvent):
 
     ``target_tokens`` and ``tokens`` (prompt included, padding not) count all nodes; ``node_tokens`` this one.
     ``parts`` splits ``seconds`` into data, compute, all_reduce, update and, with DiLoCo, sync;
-    ``all_reduce_hidden`` is the part of the all-reduce within compute. On a single node with a compiled step, compute
-    includes the update, and data is the time that the device waited between two steps.
+    ``all_reduce_hidden`` is the part of the all-reduce within compute, ``disk`` that in which it waited for weights. On
+    a single node with a compiled step, compute includes the update, and data is the time that the device waited
+    between two steps.
     ``nodes`` and ``shares`` (of this step's rows, 1 in all) are by rank. ``bytes_sent``: by this node, for this step.
     ``residual_norm``: L2 norm of what this node's codec has rounded off and not yet added. ``generation`` counts the
     changes of the nodes.

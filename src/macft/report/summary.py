@@ -86,6 +86,7 @@ def _facts(event: RunStarted) -> dict[str, object]:
         "batch_size": event.batch_size,
         "nodes": event.world_size,
         "device": event.device,
+        "weights": event.layout,
         "notes": event.notes,
     }
 

@@ -106,6 +106,7 @@ def _report_start(run: Run) -> None:
             shares=str(config.topology.shares),
             config_yaml=to_yaml(config),
             notes=run.notes,
+            layout=run.layout,
         )
     )
 

@@ -42,12 +42,12 @@ from macft.run.resume import check_resume, check_steps, no_checkpoint, notes_of_
 from macft.thermal.throttle import ThermalThrottle
 from macft.training.build_trainer import build_trainer
 from macft.training.diloco import OuterOptimizer
-from macft.training.gradient import GradientComputer
 from macft.training.gradient_reducer import GradientReducer
 from macft.training.loop import Trainer
 from macft.training.optimizer import make_optimizer
 from macft.training.settings import steps_for
 from macft.training.state import TrainState
+from macft.training.step_gradient import make_step_gradient
 from macft.training.stop_request import StopRequest
 
 log = logging.getLogger("macft.run")
@@ -72,6 +72,8 @@ class Run:
     # The backend's operations on the model; closing it removes them.
     installed: ExitStack
     notes: list[str]
+    # Where the weights are, in one line; empty where that isn't known.
+    layout: str
 
     @property
     def state(self) -> TrainState:
@@ -127,7 +129,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
 
     device = prepare_device()
     log.info("planning memory")
-    execution, plan_notes = preflight(
+    execution, layout, plan_notes = preflight(
         config, model_folder, data.train.rows, order, collective, world_size=planned_world_size(collective)
     )
     config = with_execution(config, execution)
@@ -136,7 +138,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
     log.info("loading %s on %s", model_folder, device)
     loaded = load(config.model, model_folder, execution, tokenizer)
     execution, revisions = confirm(execution, loaded)
-    adaptation = adapt(loaded.model, config.adapter, seed=config.seed)
+    adaptation = adapt(loaded.model, config.adapter, seed=config.seed, streamed=loaded.streamed)
     if config.adapter.init_from is not None and collective.rank == 0:
         load_adapter_weights(Path(config.adapter.init_from).expanduser(), loaded.model)
 
@@ -168,11 +170,12 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
     backend = make_backend(execution)
     installed = ExitStack()
     installed.enter_context(backend.installed(loaded.model))
-    compute = GradientComputer(
+    compute = make_step_gradient(
         loaded.model,
         backend,
         execution,
         adaptation.dropout_keys,
+        loaded.streamed,
         seed=config.seed,
         bucket_bytes=config.collective.bucket_bytes,
     )
@@ -218,6 +221,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         reporter=reporter,
         trainer=trainer,
         installed=installed,
+        layout=layout,
         notes=[*loaded.notes, *plan_notes, *revisions, *clock_notes, *contents_notes, *data.notes, *state_notes],
     )
 

@@ -11,13 +11,15 @@ from macft.cli.shell import command
 from macft.config.overrides import resume_command
 from macft.config.schema import TrainConfig
 from macft.config.yaml import read
-from macft.errors import ConfigError
+from macft.errors import ConfigError, ModelError
 from macft.model.settings import ModelConfig
 from macft.report.run_folder import RunFolder
+from macft.topology.settings import PLACEMENTS, TopologyConfig, parse_budget
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    from macft.model.execution import Execution
     from macft.model.load import LoadedModel
 
 
@@ -33,6 +35,8 @@ class TunedModel:
     adapter: Path | None
     whole: Path | None
     run: TrainConfig | None
+    # ``topology.placement``, as asked for on the command line; None: as in the run.
+    placement: str | None = None
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> Self:
@@ -67,12 +71,15 @@ class TunedModel:
         if arguments.model is not None:
             model = replace(model, path=arguments.model, revision=None)
         trust = model.trust_remote_code or arguments.trust_remote_code
-        return cls(replace(model, trust_remote_code=trust), adapter, whole, run)
+        return cls(replace(model, trust_remote_code=trust), adapter, whole, run, arguments.placement)
 
-    def load(self, *, tuned: bool = True, tokenizer: TokenizerWrapper | None = None) -> LoadedModel:
+    def load(
+        self, *, tuned: bool = True, tokenizer: TokenizerWrapper | None = None, in_memory: bool = False
+    ) -> LoadedModel:
         """Loads the model, as training would on this device; ``tuned=False`` leaves the tuning out.
 
-        ``tokenizer`` is the base model's, if it was loaded before.
+        ``tokenizer`` is the base model's, if it was loaded before. Blocks that don't fit this machine are read when
+        they are needed, unless the model is wanted ``in_memory``.
 
         Raises:
             MacftError: the model can't be found or read, or the adapter doesn't fit it.
@@ -87,11 +94,30 @@ class TunedModel:
         else:
             model, folder = self.model, resolve(self.model)
         micro_batch_size = self.run.training.micro_batch_size if self.run else None
-        loaded = load(model, folder, inference_execution(model, folder, micro_batch_size=micro_batch_size), tokenizer)
+        execution = inference_execution(model, folder, micro_batch_size=micro_batch_size)
+        if not in_memory:
+            execution = self._placed(execution, folder)
+        loaded = load(model, folder, execution, tokenizer)
         if tuned and self.adapter is not None:
             attach(loaded.model, self.adapter)
         loaded.model.eval()
         return loaded
+
+    def _placed(self, execution: Execution, folder: Path) -> Execution:
+        """``execution`` with the blocks in memory that this machine has room for."""
+        from macft.device.memory import usable_bytes
+        from macft.model.shape import read_shape
+        from macft.planner.placement import inference_placement
+
+        topology = self.run.topology if self.run else TopologyConfig()
+        try:
+            shape = read_shape(folder)
+        except ModelError:
+            shape = None
+        budget = parse_budget(topology.memory_budget, usable_bytes())
+        wanted = self.placement or topology.placement
+        resident = topology.resident_blocks if wanted == topology.placement else "auto"
+        return inference_placement(execution, shape, budget, wanted, resident)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +125,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", nargs="?", type=Path, help="a run's folder: its model and its adapter are used")
     parser.add_argument("--model", help="the base model: a bundled name, a Hugging Face id or a folder")
     parser.add_argument("--adapter-path", type=Path, help="an adapter's folder, in mlx-lm's format")
+    parser.add_argument(
+        "--placement",
+        choices=PLACEMENTS,
+        help="stream: read blocks from disk when they are needed; default: as the run's topology.placement",
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 

@@ -12,6 +12,7 @@ MAX_PORT = 65533
 KINDS = ("single", "local", "hosts", "ssh")
 SHARES = ("auto", "equal")
 BATCHES = ("fixed", "auto")
+PLACEMENTS = ("auto", "replicate", "stream")
 SHIPMENTS = ("code", "data", "model")
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(gb|gib|mb|mib)", re.IGNORECASE)
@@ -59,6 +60,11 @@ class TopologyConfig:
     # Memory that a run may use on each node: a fraction of the memory available to its GPU (0.9) or a size (12GB). A
     # run that is predicted to need more is refused before its model loads.
     memory_budget: str = "0.95"
+    # Where the weights are. replicate: all in memory. stream: a block is read from disk when it is needed, twice in a
+    # step, so that models larger than the memory can be trained. auto: stream on a node whose memory they don't fit.
+    placement: str = "auto"
+    # With placement=stream, the blocks that stay in memory: as many as fit (auto), or a number.
+    resident_blocks: Any = "auto"
     # With topology=ssh, the SSH destination of each of `hosts`, in the same order: [studio, me@192.168.0.2:22]. Names
     # of ~/.ssh/config work. Empty: as in `hosts`.
     ssh: list[str] = field(default_factory=list)
@@ -138,12 +144,23 @@ def problems(config: TopologyConfig) -> list[str]:
         lines.append(f"topology.start_timeout: {config.start_timeout} must be greater than 0")
     if config.batch not in BATCHES:
         lines.append(f"topology.batch: '{config.batch}' is not one of {', '.join(BATCHES)}")
+    lines += _placement_problems(config)
     if not _is_budget(config.memory_budget):
         lines.append(
             f"topology.memory_budget: '{config.memory_budget}' is neither a fraction above 0 and up to 1 (0.9) "
             "nor a size (12GB, 800MB)"
         )
     return lines + _ssh_problems(config)
+
+
+def _placement_problems(config: TopologyConfig) -> list[str]:
+    lines, resident = [], config.resident_blocks
+    if config.placement not in PLACEMENTS:
+        lines.append(f"topology.placement: '{config.placement}' is not one of {', '.join(PLACEMENTS)}")
+    is_count = isinstance(resident, int) and not isinstance(resident, bool) and resident >= 0
+    if resident != "auto" and not is_count:
+        lines.append(f"topology.resident_blocks: '{resident}' is neither auto nor a number of blocks, 0 or more")
+    return lines
 
 
 def _share_problems(config: TopologyConfig) -> list[str]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from macft.data.batch import Batch, pack, pad_pack_to_bucket, pad_to_bucket, split_rows
 from macft.model.execution import Execution
 from macft.model.packing import PackLayout, packed
-from macft.training.loss import target_positions
+from macft.training.targets import target_positions
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class DeviceBatch:
     row_ids: NDArray[np.int64]
     layout: tuple[NDArray[np.int32], ...] = ()
     lengths: tuple[int, ...] = ()
+
+    def laid_out(self) -> AbstractContextManager[None]:
+        """Inside, this thread's sequences have this part's layout."""
+        return laid_out([mx.array(values) for values in self.layout], self.lengths)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,10 @@ class LocalGradient:
     target_tokens: int
     tokens: int
     started: float
+    # Seconds in which nothing was computed because a block's weights were being read; None where none are.
+    waited_for_weights: float | None = None
+    # Bytes of weights that were read for this step, as they are in memory.
+    weights_read: int = 0
 
     @property
     def loss_sum(self) -> float:
@@ -80,7 +84,7 @@ class GradientComputer:
         self._seed = seed
         self._layout = BatchLayout.from_execution(execution)
         self._shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
-        self.buckets = _buckets(self._shapes, bucket_bytes)
+        self.buckets = buckets_of(self._shapes, bucket_bytes)
         # The loss is looked up with each call, so that callers may wrap it.
         self._value_and_grad = [
             backend.value_and_grad(each, partial(self._loss_in_lane, lane))
@@ -168,7 +172,7 @@ class GradientComputer:
             return loss, gradient
 
         for loss, gradient in self.loss.lanes.map(compute, parts):
-            total = _added(total, gradient)
+            total = add(total, gradient)
             losses.append(loss)
             start(list(total.values()))
         return total
@@ -200,7 +204,7 @@ class GradientComputer:
         self, total: Gradient, layout: list[mx.array], keys: mx.array, *inputs: mx.array, lengths: Sequence[int] = ()
     ) -> tuple[mx.array, Gradient]:
         loss, gradient = self._gradient(0, layout, keys, *inputs, lengths=lengths)
-        return loss, _added(total, gradient)
+        return loss, add(total, gradient)
 
     def _trace(
         self, total: Gradient, layout: list[mx.array], keys: mx.array, *inputs: mx.array
@@ -213,12 +217,12 @@ class GradientComputer:
             self._model.update(parameters)
 
 
-def _added(total: Gradient, gradient: Gradient) -> Gradient:
+def add(total: Gradient, gradient: Gradient) -> Gradient:
     """Their sum; an empty ``total`` is zero."""
     return {name: total[name] + value for name, value in gradient.items()} if total else gradient
 
 
-def _buckets(shapes: dict[str, tuple[int, ...]], bucket_bytes: int) -> list[list[str]]:
+def buckets_of(shapes: dict[str, tuple[int, ...]], bucket_bytes: int) -> list[list[str]]:
     """Names in the reverse order of the model, in groups of about ``bucket_bytes``."""
     buckets: list[list[str]] = [[]]
     size = 0

@@ -21,9 +21,9 @@ from macft.parallel.node_status import NodeStatus
 from macft.parallel.shares import DataShard
 from macft.training.batch_loader import BatchLoader
 from macft.training.coordination import NodeCoordinator
-from macft.training.gradient import GradientComputer
 from macft.training.optimizer import OptimizerStep
 from macft.training.reduce import StepMetrics, reduce_gradient
+from macft.training.step_gradient import StepGradient
 from macft.training.stop_request import StopRequest
 from macft.training.synchronization import Agreement, Synchronization
 
@@ -73,7 +73,7 @@ class StepContext:
     """The objects that both steppers use. ``learning_rate`` is a function of the step, from 0."""
 
     loader: BatchLoader
-    compute: GradientComputer
+    compute: StepGradient
     update: OptimizerStep
     nodes: NodeCoordinator
     stop: StopRequest
@@ -113,6 +113,8 @@ class SynchronousStepper:
         agreement = sync.after_update(step, reduced)
         ended = time.perf_counter()
         seconds = {"data": loaded - started, **metrics.seconds, "update": updated - updating}
+        if local.waited_for_weights is not None:
+            seconds["disk"] = local.waited_for_weights
         if sync.has_rounds:
             seconds["sync"] = ended - updated
         result = StepResult(

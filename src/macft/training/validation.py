@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
@@ -15,8 +15,15 @@ from macft.data.batch import micro_batches
 from macft.data.formats import Row
 from macft.model.execution import Execution
 from macft.parallel.shares import DataShard, rows_of_shard
-from macft.training.batch_layout import BatchLayout, DeviceBatch, laid_out
-from macft.training.loss import TokenLoss
+from macft.training.batch_layout import BatchLayout, DeviceBatch
+
+
+class Losses(Protocol):
+    """What computes the losses of rows."""
+
+    def of_batches(self, batches: Iterable[Sequence[DeviceBatch]]) -> Iterator[list[float]]:
+        """The loss of each part of each of ``batches``, in nats, without a gradient; in their order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class ValidationResult:
 
 def validation_loss(
     model: nn.Module,
-    loss: TokenLoss,
+    losses: Losses,
     execution: Execution,
     rows: Sequence[Row],
     collective: Collective,
@@ -49,16 +56,12 @@ def validation_loss(
     mine = rows_of_shard(shard, tokens, shared=layout.shared_prefixes)
     loss_sum, target_tokens, done = 0.0, 0, 0
 
-    def loss_of(lane: int, part: DeviceBatch) -> float:
-        inputs = [mx.array(values) for values in (part.inputs, part.positions, part.targets, part.weights)]
-        with laid_out([mx.array(values) for values in part.layout], part.lengths):
-            return float(np.asarray(loss(*inputs, lane=lane)))
-
-    for batch in micro_batches([rows[i] for i in mine], mine, execution.evaluation_rows):
-        parts = list(layout.parts(batch))
-        for part, value in zip(parts, loss.lanes.map(loss_of, parts), strict=True):
+    batches = list(micro_batches([rows[i] for i in mine], mine, execution.evaluation_rows))
+    parts = [list(layout.parts(batch)) for batch in batches]
+    for batch, items, values in zip(batches, parts, losses.of_batches(parts), strict=True):
+        for value in values:
             loss_sum += value
-            target_tokens += int(part.weights.sum())
+        target_tokens += sum(int(part.weights.sum()) for part in items)
         done += len(batch.row_ids)
         progress(done, len(mine))
     sums = np.array([loss_sum, target_tokens], dtype=np.float64)

@@ -19,6 +19,8 @@ from macft.model.head import Head
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Function = Callable[..., mx.array]
+"""Arrays to an array."""
 Loss = Callable[..., mx.array]
 """Arrays to a scalar."""
 LossAndGradient = Callable[..., tuple[mx.array, dict[str, mx.array]]]
@@ -85,4 +87,14 @@ class Backend(Protocol):
 
     def value_and_grad(self, model: nn.Module, loss: Loss) -> LossAndGradient:
         """``loss`` with its gradient by the trainable parameters of ``model``, which must be installed."""
+        ...
+
+    def value(self, function: Function, *inputs: mx.array) -> mx.array:
+        """``function`` of ``inputs``, as :meth:`value_and_grad` computes it; ``function`` calls parts of the model."""
+        ...
+
+    def vjp(
+        self, function: Function, inputs: Sequence[mx.array], cotangent: mx.array
+    ) -> tuple[mx.array, list[mx.array]]:
+        """``function`` of ``inputs``, which have values, and ``cotangent`` times its derivative by each of them."""
         ...

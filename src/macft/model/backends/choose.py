@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -29,18 +32,25 @@ def make_backend(execution: Execution) -> Backend:
     return CpuBackend(execution)
 
 
-def can_pack(model: nn.Module, execution: Execution) -> bool:
+def can_pack(
+    model: nn.Module,
+    execution: Execution,
+    *,
+    traced: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> bool:
     """Whether packed rows can be given to the loaded ``model``.
 
     They can where its architecture allows it at any length and any position (:mod:`macft.model.packable`), and where a
     trial pack of two rows, with the tokens they have in common once, gives the logits of the rows one by one. Other
     models (state spaces, learned positions, attention in chunks) are padded instead. ``execution`` must have
-    ``packing``.
+    ``packing``. ``traced`` makes a context in which the model is followed without values.
     """
     was_training = model.training
     model.eval()
     try:
-        return may_pack(model) and ignores_positions(model) and _packs_as_row_by_row(model, execution)
+        with traced():
+            may = may_pack(model)
+        return may and ignores_positions(model) and _packs_as_row_by_row(model, execution)
     finally:
         model.train(was_training)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import mlx.core as mx
@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from macft.device import blas
 from macft.device.kind import Device
-from macft.model.backends.base import CrossEntropy, Lanes, Loss, LossAndGradient
+from macft.model.backends.base import CrossEntropy, Function, Lanes, Loss, LossAndGradient
 from macft.model.backends.cpu.activations import fast_swiglu, softmax_parts
 from macft.model.backends.cpu.attention import fast_attention
 from macft.model.backends.cpu.cross_entropy import blockwise_cross_entropy
@@ -106,3 +106,13 @@ class CpuBackend:
     def value_and_grad(self, model: nn.Module, loss: Loss) -> LossAndGradient:
         """See :class:`~macft.model.backends.base.Backend`."""
         return self._layers.value_and_grad(model, loss)
+
+    def value(self, function: Function, *inputs: mx.array) -> mx.array:
+        """See :class:`~macft.model.backends.base.Backend`."""
+        return self._layers.value(function, *inputs)
+
+    def vjp(
+        self, function: Function, inputs: Sequence[mx.array], cotangent: mx.array
+    ) -> tuple[mx.array, list[mx.array]]:
+        """See :class:`~macft.model.backends.base.Backend`."""
+        return self._layers.vjp(function, inputs, cotangent)

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
-from macft.model.backends.base import Loss, LossAndGradient
+from macft.model.backends.base import Function, Loss, LossAndGradient
 from macft.model.backends.cpu.layers import Kernel, kernel_for
 from macft.model.backends.operation import operation
 from macft.model.backends.trees import holds_state, put_together, take_apart
@@ -94,6 +94,20 @@ class EagerLayers:
             return detached(value), {name: detached(grad) for name, grad in tree_flatten(gradient)}
 
         return value_and_grad
+
+    def value(self, function: Function, *inputs: mx.array) -> mx.array:
+        """See :class:`~macft.model.backends.base.Backend`."""
+        with self._building(True):
+            return detached(function(*inputs))
+
+    def vjp(
+        self, function: Function, inputs: Sequence[mx.array], cotangent: mx.array
+    ) -> tuple[mx.array, list[mx.array]]:
+        """See :class:`~macft.model.backends.base.Backend`."""
+        with self._building(True):
+            outputs, gradients = mx.vjp(function, list(map(detached, inputs)), [detached(cotangent)])
+            mx.eval(gradients)  # all at once: they have parts in common
+        return detached(outputs[0]), list(map(detached, gradients))
 
     def recomputed(self, function: Callable[..., Arrays], trained: ParameterRefs) -> Callable[..., Arrays]:
         """See :data:`macft.model.backends.mlx.recurrence.Recomputed`."""

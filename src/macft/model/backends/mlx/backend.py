@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from macft.model.backends.base import CrossEntropy, Lanes, Loss, LossAndGradient
+from macft.model.backends.base import CrossEntropy, Function, Lanes, Loss, LossAndGradient
 from macft.model.backends.lanes import OneLane
 from macft.model.backends.mlx.attention import row_attention
 from macft.model.backends.mlx.checkpoint import checkpointed_blocks
@@ -70,3 +70,14 @@ class MlxBackend:
             return value, dict(tree_flatten(gradient))
 
         return value_and_grad
+
+    def value(self, function: Function, *inputs: mx.array) -> mx.array:
+        """See :class:`~macft.model.backends.base.Backend`."""
+        return function(*inputs)
+
+    def vjp(
+        self, function: Function, inputs: Sequence[mx.array], cotangent: mx.array
+    ) -> tuple[mx.array, list[mx.array]]:
+        """See :class:`~macft.model.backends.base.Backend`."""
+        outputs, gradients = mx.vjp(function, list(inputs), [cotangent])
+        return outputs[0], gradients

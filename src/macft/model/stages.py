@@ -1,0 +1,177 @@
+"""A model cut into what is before its blocks, the blocks, and what is after them.
+
+No architecture is named here. The model's own code is run with its blocks left out, which shows how it calls each of
+them, and with the last block's result put in, which shows what it makes of that. So embeddings that are scaled, masks
+and other arguments of a block are as the model makes them. Numbers of blocks are those in the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from macft.model.module_classes import Members, ModuleCall, replaced_members
+
+Answer = Callable[[int, ModuleCall, mx.array, "Arguments"], Any]
+"""What stands in for a block: its number, its own call, the hidden states and the other arguments."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a model gives a block besides hidden states: masks and the like.
+
+    ``hidden_name`` is the name by which it gives hidden states; empty where they are the first argument.
+    """
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+    hidden_name: str = ""
+
+    def given_to(self, call: Callable[..., Any], hidden: mx.array) -> Any:
+        """Calls ``call``, a block, with ``hidden`` and these arguments."""
+        if self.hidden_name:
+            return call(*self.positional, **{self.hidden_name: hidden}, **self.named)
+        return call(hidden, *self.positional, **self.named)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All arrays among them."""
+        values = [value for _, value in tree_flatten([list(self.positional), self.named])]
+        return [value for value in values if isinstance(value, mx.array)]
+
+    def equal(self, other: Arguments) -> bool:
+        """Whether both hold the same values."""
+        mine, others = (tree_flatten([list(each.positional), each.named]) for each in (self, other))
+        return len(mine) == len(others) and all(
+            name == other_name and _equal(value, other_value)
+            for (name, value), (other_name, other_value) in zip(mine, others, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """``hidden`` (rows, length, d), the first block's input, and each block's other arguments."""
+
+    hidden: mx.array
+    arguments: Sequence[Arguments]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All of its arrays."""
+        return [self.hidden, *(array for each in self.arguments for array in each.arrays)]
+
+
+class CutModel:
+    """``model``, executed in parts.
+
+    ``call`` is the part of the model that is cut, from tokens (rows, length) on: its backbone or the whole model.
+    """
+
+    def __init__(self, model: nn.Module, call: Callable[[mx.array], mx.array] | None = None):
+        self.blocks: list[nn.Module] = list(model.layers)
+        self._call = call or model
+        self._numbers = {id(block): number for number, block in enumerate(self.blocks)}
+
+    def enter(self, inputs: mx.array) -> Entry:
+        """The first block's input for the tokens ``inputs`` (rows, length), and all blocks' arguments. No block runs.
+
+        Raises:
+            ValueError: not every block was called, once each and in their order.
+        """
+        seen: list[tuple[int, mx.array, Arguments]] = []
+
+        def record(number: int, _call: ModuleCall, hidden: mx.array, arguments: Arguments) -> mx.array:
+            seen.append((number, hidden, arguments))
+            return hidden
+
+        with self._answered_by(record):
+            self._call(inputs)
+        if [number for number, _, _ in seen] != list(range(len(self.blocks))):
+            raise ValueError("it doesn't call its blocks once each, in their order")
+        return Entry(seen[0][1], [arguments for _, _, arguments in seen])
+
+    def block(self, number: int, hidden: mx.array, arguments: Arguments) -> mx.array:
+        """What block ``number`` makes of ``hidden``."""
+        output: mx.array = arguments.given_to(self.blocks[number], hidden)
+        return output
+
+    def leave(self, inputs: mx.array, hidden: mx.array) -> mx.array:
+        """What the model makes of ``hidden``, the last block's result for the tokens ``inputs``."""
+        last = len(self.blocks) - 1
+        with self._answered_by(lambda number, _call, before, _: hidden if number == last else before):
+            return self._call(inputs)
+
+    @contextmanager
+    def skipped(self) -> Iterator[None]:
+        """Inside, the model's blocks return their input, so that what is around them can be tried by itself."""
+        with self._answered_by(lambda _number, _call, hidden, _arguments: hidden):
+            yield
+
+    def obstacle(self, inputs: mx.array) -> str | None:
+        """Why the parts do not make the whole model, found by trial on the tokens ``inputs``; None if they do.
+
+        Every block is computed once. Blocks that return more than hidden states, share keys and values, or get
+        arguments that depend on what earlier blocks computed can't be cut apart.
+        """
+        try:
+            entry = self.enter(inputs)
+            mx.eval(entry.arrays)
+            return self._differences(inputs, entry)
+        except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            return f"its own code fails without them: {lines[0]}"
+
+    def _differences(self, inputs: mx.array, entry: Entry) -> str | None:
+        found: list[str] = []
+        hidden = entry.hidden
+
+        def compare(number: int, call: ModuleCall, given: mx.array, arguments: Arguments) -> Any:
+            nonlocal hidden
+            if not _equal(given, hidden):
+                before = f"block {number - 1} returns" if number else "the tokens alone give"
+                found.append(f"block {number} gets something else than {before}")
+            if not arguments.equal(entry.arguments[number]):
+                found.append(f"the arguments of block {number} depend on other blocks")
+            hidden = arguments.given_to(partial(call, self.blocks[number]), given)
+            if not isinstance(hidden, mx.array):
+                raise TypeError("a block returns more than hidden states")
+            mx.eval(hidden)
+            return hidden
+
+        with self._answered_by(compare):
+            whole = self._call(inputs)
+        if not found and not _equal(self.leave(inputs, hidden), whole):
+            found.append("what follows the blocks depends on more than the last one")
+        return found[0] if found else None
+
+    @contextmanager
+    def _answered_by(self, answer: Answer) -> Iterator[None]:
+        def members(kind: type[nn.Module]) -> Members:
+            call = kind.__call__
+
+            def answered(block: nn.Module, *positional: Any, **named: Any) -> Any:
+                number = self._numbers[id(block)]
+                if positional:
+                    return answer(number, call, positional[0], Arguments(positional[1:], named))
+                name, hidden = next(iter(named.items()))
+                return answer(number, call, hidden, Arguments((), {k: named[k] for k in named if k != name}, name))
+
+            return {"__call__": answered}
+
+        with replaced_members(self.blocks, members):
+            yield
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, mx.array) and isinstance(other, mx.array):
+        same_kind = one.shape == other.shape and one.dtype == other.dtype
+        return one is other or (same_kind and bool(mx.array_equal(one, other, equal_nan=True)))
+    are_arrays = isinstance(one, mx.array) or isinstance(other, mx.array)
+    return one is other or (not are_arrays and bool(one == other))

@@ -1,0 +1,42 @@
+"""Whether a model's weight files are whole: their headers say how long they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from macft.errors import ConfigError
+
+# Safetensors itself allows no longer header.
+_LARGEST_HEADER = 100_000_000
+
+
+def check_weight_files(folder: Path) -> None:
+    """Reads the headers of the safetensors files in ``folder``.
+
+    Weights may be read long after the start of a run, block by block, so a broken file is found before.
+
+    Raises:
+        ConfigError: a file is cut off or damaged; one line that names it.
+    """
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            size = path.stat().st_size
+            expected = _expected_size(path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "its header is damaged"
+            raise ConfigError(f"model.path: {path} can't be read ({reason}); fetch or copy it again") from error
+        if size != expected:
+            raise ConfigError(
+                f"model.path: {path} has {size:,} bytes and should have {expected:,}; fetch or copy it again"
+            )
+
+
+def _expected_size(path: Path) -> int:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= _LARGEST_HEADER:
+            raise ValueError(length)
+        header = json.loads(file.read(length))
+    ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+    return 8 + length + max(ends, default=0)

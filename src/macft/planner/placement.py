@@ -1,0 +1,207 @@
+"""Where the weights of a node's blocks are during a run: all in memory, or read from disk when they are needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from macft.errors import ConfigError
+from macft.model.adapter_layers import select_layers
+from macft.model.execution import Execution
+from macft.model.shape import ModelShape
+from macft.planner.fit import MemoryPlanner, batch_overrides
+from macft.planner.memory import MemoryParts
+from macft.planner.streamed_memory import streamed_parts
+
+# Of a machine's memory, what the weights of a model that only answers may take.
+_WEIGHTS_ONLY = 0.8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which blocks a node reads in a step: ``forward`` once more than ``backward`` reaches; bytes as in the files."""
+
+    placement: str
+    blocks: int
+    resident: int
+    read_bytes: float
+
+    @classmethod
+    def of(cls, shape: ModelShape, execution: Execution, first_trained: int) -> Layout:
+        """The layout of ``execution``; the backward pass reaches block ``first_trained``."""
+        if execution.placement != "stream":
+            return cls(execution.placement, shape.blocks, shape.blocks, 0.0)
+        resident = set(execution.resident_blocks)
+        reads = [number for number in range(shape.blocks) if number not in resident]
+        reads += [number for number in reads if first_trained <= number < shape.blocks - 1]
+        size = shape.checkpoint_bytes() * shape.block_share / shape.blocks
+        return cls("stream", shape.blocks, len(resident), size * len(reads))
+
+    @property
+    def line(self) -> str:
+        """One line for a person."""
+        if self.placement != "stream":
+            return f"replicate: all {self.blocks} blocks in memory"
+        if self.resident == self.blocks:
+            return f"stream: all {self.blocks} blocks fit in memory, so none is read in a step"
+        return (
+            f"stream: {self.resident} of {self.blocks} blocks stay in memory, the others are read from disk when they "
+            f"are needed, {self.read_bytes / 1e9:.2f} GB a step"
+        )
+
+
+@dataclass(frozen=True)
+class Placer:
+    """Decides a node's placement: ``wanted`` is ``topology.placement``, ``resident`` ``topology.resident_blocks``.
+
+    ``auto``: the node may choose its batch settings. ``budget``: bytes it may take.
+    """
+
+    planner: MemoryPlanner
+    budget: float
+    wanted: str
+    resident: int | str
+    auto: bool
+
+    def decide(self) -> Execution:
+        """The execution of this node.
+
+        Raises:
+            ConfigError: nothing that was asked for fits.
+        """
+        execution, refusal = self.choice()
+        if refusal is not None:
+            raise ConfigError(refusal)
+        return execution
+
+    def choice(self) -> tuple[Execution, str | None]:
+        """The execution, and why it can't be, if it can't: a line that begins with the key."""
+        planner = self.planner
+        own = (planner.best(self.budget) if self.auto else None) or planner.execution
+        refusal: str | None = None
+        if self.wanted != "stream":
+            refusal = planner.refusal(self.budget, auto=self.auto)
+            # Smaller micro-batches are the faster way, where they are enough.
+            if refusal is None or self.wanted == "replicate" or planner.best(self.budget) is not None:
+                return own, _with_key(refusal)
+        if (obstacle := self._obstacle) is not None:
+            return own, f"topology.placement: {obstacle}" if self.wanted == "stream" else _with_key(refusal)
+        streamed = self._streamed()
+        if streamed is None:
+            return self._with(planner.execution, 0), self._too_large(refusal)
+        return streamed, None
+
+    def parts(self, execution: Execution) -> MemoryParts:
+        """The memory that ``execution`` takes."""
+        if execution.placement != "stream":
+            return self.planner.parts(execution)
+        return streamed_parts(self.planner, execution)
+
+    @cached_property
+    def first_trained(self) -> int:
+        """The first block that is trained."""
+        planner = self.planner
+        blocks, _ = select_layers(planner.adapter, planner.shape.adaptable)
+        return min(blocks, default=planner.shape.blocks)
+
+    @property
+    def _obstacle(self) -> str | None:
+        execution, checkpoint = self.planner.execution, self.planner.shape.checkpoint
+        bits = execution.bits or execution.fake_quantized_bits
+        if bits and checkpoint.bits is None:
+            return (
+                f"stream would quantise each block again whenever it is read; quantise the model once, with "
+                f"python -m mlx_lm convert --hf-path MODEL -q --q-bits {bits}, or use model.quantization=none"
+            )
+        if self.planner.adapter.type == "full":
+            return "stream can't train the model's own weights (adapter.type=full); use adapter=lora"
+        return None
+
+    def _streamed(self) -> Execution | None:
+        """The most resident blocks that fit, with the largest micro-batch among those that allow as many."""
+        candidates = self._batches() if self.auto else [self.planner.execution]
+        best: Execution | None = None
+        for candidate in candidates:
+            execution = self._most_resident(candidate)
+            if execution is not None and (best is None or len(execution.resident_blocks) > len(best.resident_blocks)):
+                best = execution
+        return best
+
+    def _batches(self) -> list[Execution]:
+        execution, rows = self.planner.execution, self.planner.rows
+        sizes = [min(execution.micro_batch_size or rows, rows)]
+        while sizes[-1] > 1:
+            sizes.append(-(-sizes[-1] // 2))
+        return [execution.with_batch(size, execution.recompute) for size in sizes]
+
+    def _most_resident(self, execution: Execution) -> Execution | None:
+        if not isinstance(self.resident, str):
+            streamed = self._with(execution, self.resident)
+            return streamed if self.parts(streamed).peak <= self.budget else None
+        low, high = -1, self.planner.shape.blocks
+        while low < high:
+            middle = -(-(low + high) // 2)
+            if self.parts(self._with(execution, middle)).peak <= self.budget:
+                low = middle
+            else:
+                high = middle - 1
+        return None if low < 0 else self._with(execution, low)
+
+    def _with(self, execution: Execution, resident: int) -> Execution:
+        return execution.streamed(resident_blocks(self.planner.shape.blocks, self.first_trained, resident))
+
+    def _too_large(self, refusal: str | None) -> str:
+        resident = 0 if isinstance(self.resident, str) else self.resident
+        streamed = self._with(self.planner.execution, resident)
+        peak = self.parts(streamed).peak
+        fewest = min((self.parts(self._with(each, 0)).peak for each in self._batches()), default=peak)
+        would = "fewer or shorter rows (training.batch_size, dataset.max_seq_length) need less"
+        if fewest <= self.budget:
+            size = next(each for each in self._batches() if self.parts(self._with(each, 0)).peak <= self.budget)
+            would = f"{batch_overrides(size)} with topology.resident_blocks=auto would fit"
+        also = "even with its blocks read from disk " if refusal is not None else "with its blocks read from disk "
+        return (
+            f"topology.memory_budget: {also}the run would need about {peak / 1e9:.2f} GB and may take "
+            f"{self.budget / 1e9:.2f} GB; {would}"
+        )
+
+
+def resident_blocks(blocks: int, first_trained: int, count: int) -> tuple[int, ...]:
+    """Which ``count`` of the blocks stay in memory.
+
+    First those from ``first_trained`` on, which are read twice a step. They are spread evenly, so that the reads of the
+    others lie as far apart as can be.
+    """
+    twice, once = range(first_trained, blocks), range(first_trained)
+    chosen = _spread(twice, min(count, len(twice))) + _spread(once, min(len(once), max(0, count - len(twice))))
+    return tuple(sorted(chosen))
+
+
+def inference_placement(
+    execution: Execution, shape: ModelShape | None, budget: float, wanted: str, resident: int | str
+) -> Execution:
+    """How a machine that may take ``budget`` bytes holds a model that only answers or is evaluated.
+
+    Beside the weights it needs activations and a cache of keys and values, for which a fifth is left.
+    """
+    if shape is None:
+        return execution.streamed(()) if wanted == "stream" else execution
+    room = _WEIGHTS_ONLY * budget
+    weights = shape.weight_bytes(execution.weight_format)
+    if wanted == "replicate" or (wanted == "auto" and weights <= budget):
+        return execution
+    outside, block = weights * (1 - shape.block_share), weights * shape.block_share / shape.blocks
+    count = shape.blocks if weights <= room else max(0, math.floor((room - outside) / block) - 2)
+    if not isinstance(resident, str):
+        count = resident
+    return execution.streamed(resident_blocks(shape.blocks, shape.blocks, min(count, shape.blocks)))
+
+
+def _spread(numbers: Sequence[int], count: int) -> list[int]:
+    return [numbers[math.floor((place + 0.5) * len(numbers) / count)] for place in range(count)]
+
+
+def _with_key(refusal: str | None) -> str | None:
+    return None if refusal is None else f"topology.memory_budget: {refusal}"

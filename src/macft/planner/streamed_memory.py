@@ -1,0 +1,57 @@
+"""Peak memory of a run whose blocks are read from disk, from that of the same run with recomputed blocks in memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from macft.model.execution import Execution
+from macft.model.shape import ModelShape
+from macft.planner.fit import MemoryPlanner
+from macft.planner.memory import ComputeShape, MemoryParts, predict, recomputed_inputs, trained_part
+from macft.training.staged_gradient import VALIDATION_TOKENS
+
+# The block that is computed, and the next one, which is read meanwhile.
+_IN_FLIGHT = 2
+# The sums of all blocks, and the gradient of one.
+_GRADIENTS = 1.2
+
+
+def streamed_parts(planner: MemoryPlanner, execution: Execution) -> MemoryParts:
+    """The peak by part. Activations are hidden states at the borders of blocks, of all rows, and one block's inside."""
+    step_tokens = max(
+        (sum(batch.tokens for batch in step) for step in planner.step_batches(execution.micro_batch_size)), default=1
+    )
+    works = planner.works(execution)
+    return max((_parts(planner, execution, work, step_tokens) for work in works), key=lambda parts: parts.peak)
+
+
+def _parts(planner: MemoryPlanner, execution: Execution, work: ComputeShape, step_tokens: int) -> MemoryParts:
+    shape, trained = planner.shape, trained_part(planner.shape, planner.adapter)
+    resident = replace(execution, placement="replicate", recompute="blocks")
+    parts = predict(shape, resident, planner.adapter, planner.optimizer, work)
+    held = _held_weights(shape, execution)
+    border = shape.hidden * execution.weight_format.float_bytes
+    inside = parts.activations - recomputed_inputs(shape, resident, trained.depth, work.tokens)
+    # In validation all rows of a group are before the same block.
+    share = min(1.0, planner.validation_rows / planner.rows)
+    validated = min(VALIDATION_TOKENS, step_tokens * share) * 2 * border
+    return replace(
+        parts,
+        weights=held,
+        gradients=min(parts.gradients, 4.0 * _GRADIENTS * trained.parameters),
+        activations=(trained.depth + 2) * step_tokens * border + inside,
+        other_peak=parts.other_peak - parts.weights + held + validated,
+    )
+
+
+def _held_weights(shape: ModelShape, execution: Execution) -> float:
+    """Most bytes of weights that are in memory at once."""
+    weights, count = shape.weight_bytes(execution.weight_format), len(execution.resident_blocks)
+    in_memory = min(shape.blocks, count + _IN_FLIGHT)
+    block = weights * shape.block_share / shape.blocks
+    being_read = 0.0
+    held, stored = execution.weight_format, shape.checkpoint
+    same = held.bits == stored.bits and (stored.bits is not None or held.float_bytes == stored.float_bytes)
+    if count < shape.blocks and not same:  # cast or dequantised from the files' form
+        being_read = shape.checkpoint_bytes() * shape.block_share / shape.blocks
+    return weights * (1 - shape.block_share) + block * in_memory + being_read

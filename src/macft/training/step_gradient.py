@@ -1,0 +1,70 @@
+"""What computes a node's part of a step: the whole model at once, or block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import mlx.nn as nn
+
+from macft.data.batch import Batch
+from macft.model.backends.base import Backend
+from macft.model.block_weights import BlockWeights
+from macft.model.dropout import DropoutKeys
+from macft.model.execution import Execution
+from macft.training.gradient import GradientComputer, LocalGradient
+from macft.training.loss import TokenLoss
+from macft.training.staged_gradient import StagedGradient, StagedLoss, StagedModel
+from macft.training.validation import Losses
+
+
+class StepGradient(Protocol):
+    """Sums losses and gradients over a node's rows, as ``execution`` says."""
+
+    @property
+    def execution(self) -> Execution:
+        """How the rows are computed."""
+        ...
+
+    @property
+    def loss(self) -> Losses:
+        """The loss without a gradient, for validation."""
+        ...
+
+    def __call__(
+        self,
+        step: int,
+        batches: Sequence[Batch],
+        before_micro_batch: Callable[[], None] = lambda: None,
+        *,
+        in_buckets: bool = True,
+    ) -> LocalGradient:
+        """Computes ``batches``, this node's micro-batches of ``step``; there may be none.
+
+        ``before_micro_batch`` is called as often as there are micro-batches, when all that came before is computed.
+        What the result holds may still be under way; ``in_buckets``: bucket by bucket.
+        """
+        ...
+
+
+def make_step_gradient(
+    model: nn.Module,
+    backend: Backend,
+    execution: Execution,
+    dropout_keys: DropoutKeys,
+    streamed: BlockWeights | None,
+    *,
+    seed: int,
+    bucket_bytes: int,
+) -> StepGradient:
+    """What ``execution`` asks for; ``streamed`` supplies the blocks' weights where they are not all in memory."""
+    if streamed is None:
+        return GradientComputer(model, backend, execution, dropout_keys, seed=seed, bucket_bytes=bucket_bytes)
+    return StagedGradient(model, backend, execution, dropout_keys, streamed, seed=seed, bucket_bytes=bucket_bytes)
+
+
+def make_losses(model: nn.Module, backend: Backend, streamed: BlockWeights | None) -> Losses:
+    """The loss of ``model``, which is installed in ``backend``, without a gradient."""
+    if streamed is None:
+        return TokenLoss(model, backend)
+    return StagedLoss(StagedModel(model, backend, streamed))

@@ -1,0 +1,165 @@
+"""Runs whose blocks are read from disk: as users start them, on one node and two, killed, resumed, evaluated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harness.families import build
+from harness.runs import (
+    adapter,
+    assert_adapters_close,
+    events,
+    losses,
+    ranks,
+    same_bits,
+    start,
+    train,
+    train_to_end,
+    wait_for_step,
+)
+
+STREAM = ["topology.placement=stream", "topology.resident_blocks=0"]
+RECOMPUTED = ["topology.placement=replicate", "training.grad_checkpoint=true"]
+
+
+@pytest.fixture(scope="module")
+def basics(tiny_task: list[str]) -> list[str]:
+    """Overrides for a short run of the tiny model."""
+    return [
+        *tiny_task,
+        "dataset.mask_prompt=true",
+        "training.batch_size=7",
+        "training.micro_batch_size=4",
+        "training.steps=12",
+        "training.eval_every=6",
+        "training.save_every=3",
+        "training.keep_last=20",
+        "training.export=last",
+        "optimizer.learning_rate=1e-3",
+        "adapter.dropout=0.1",
+        "report.console=false",
+        "training.kernels=mlx",
+    ]
+
+
+@pytest.fixture(scope="module")
+def in_memory(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Path:
+    """The run with all weights in memory and blocks recomputed."""
+    return train_to_end(*basics, *RECOMPUTED, folder=tmp_path_factory.mktemp("in-memory"))
+
+
+@pytest.mark.slow
+def test_a_streamed_run_has_the_bits_of_one_in_memory(tmp_path: Path, basics: list[str], in_memory: Path) -> None:
+    streamed = train_to_end(*basics, *STREAM, folder=tmp_path)
+    assert losses(streamed) == losses(in_memory)
+    assert same_bits(adapter(streamed), adapter(in_memory))
+    evaluated = [[event["loss"] for event in events(run, "evaluated")] for run in (streamed, in_memory)]
+    assert evaluated[0] == evaluated[1]
+    (begun,) = events(streamed, "run_started")
+    assert begun["layout"].startswith("stream: 0 of 2 blocks stay in memory")
+    assert all(event["parts"]["disk"] >= 0 for event in events(streamed, "step_done"))
+    assert "disk" not in events(in_memory, "step_done")[0]["parts"]
+
+
+@pytest.mark.slow
+def test_resumed_with_its_weights_elsewhere(tmp_path: Path, basics: list[str], in_memory: Path) -> None:
+    """From a checkpoint of a run in memory, and back again."""
+    for first, then in ((RECOMPUTED, STREAM), (STREAM, RECOMPUTED)):
+        folder = tmp_path / first[0].split("=")[1]
+        train_to_end(*basics, *first, "training.steps=12", folder=folder)
+        for step in (9, 12):
+            shutil.rmtree(folder / "checkpoints" / f"step-{step:08d}")
+        shutil.rmtree(folder / "adapters")
+        done = train(f"+resume={folder}", *then, cwd=tmp_path)
+        assert done.status == 0, done.errors
+        assert same_bits(adapter(folder), adapter(in_memory))
+
+
+@pytest.mark.slow
+def test_two_nodes_stream(tmp_path: Path, basics: list[str], in_memory: Path) -> None:
+    run = train_to_end(*basics, *STREAM, "topology=local", "topology.nodes=2", folder=tmp_path)
+    np.testing.assert_allclose(losses(run), losses(in_memory), rtol=1e-4)
+    assert_adapters_close(run, in_memory, rtol=1e-2, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_one_of_two_that_stream_is_killed(tmp_path: Path, basics: list[str]) -> None:
+    more = ["training.steps=30", "training.eval_every=0", "topology=local"]
+    whole = train_to_end(*basics, *more, *STREAM, "topology.nodes=2", folder=tmp_path / "whole")
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    process = start(*basics, *more, *STREAM, "topology.nodes=2", f"hydra.run.dir={folder}", cwd=folder)
+    wait_for_step(process, folder, 5)
+    ranks(process)[0].kill()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert len(losses(folder)) == 30
+    np.testing.assert_allclose(losses(folder), losses(whole), rtol=2e-4)
+    assert len(events(folder, "nodes_changed")) == 1
+
+
+@pytest.mark.slow
+def test_auto_streams_what_does_not_fit(tmp_path: Path) -> None:
+    """The predicted memory is that of the blocks in memory, and what was used is within 20% of it."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 24}
+    wide = build("llama", tmp_path / "wide", tie_word_embeddings=True, **sizes)
+    (tmp_path / "data").mkdir()
+    rows = [{"text": f"number {n} is followed by number {n + 1}"} for n in range(16)]
+    for split in ("train", "valid"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = [
+        f"model={wide}",
+        f"dataset={tmp_path / 'data'}",
+        "training.batch_size=4",
+        "training.steps=2",
+        "training.kernels=mlx",
+        "training.packing=false",
+        "optimizer.warmup_steps=0",
+        "topology.memory_budget=60MB",
+    ]
+    run = train_to_end(*words, folder=tmp_path / "run")
+    (begun,) = events(run, "run_started")
+    assert "blocks stay in memory, the others are read from disk" in begun["layout"]
+    predicted = float(next(note for note in begun["notes"] if note.startswith("memory: about")).split()[2])
+    used = json.loads((run / "summary.json").read_text())["peak_memory_bytes"]
+    assert used == pytest.approx(predicted * 1e9, rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["adapter=full"], "topology.placement: stream can't train the model's own weights"),
+        (["training.compile=true"], "training.compile: a step with topology.placement=stream can't be compiled"),
+        (["model.quantization=4bit"], "topology.placement: stream would quantise each block again"),
+        (["topology.resident_blocks=-1"], "topology.resident_blocks: '-1' is neither auto nor a number"),
+    ],
+)
+def test_what_cannot_be_is_one_line(tmp_path: Path, tiny_task: list[str], words: list[str], message: str) -> None:
+    done = train(
+        *tiny_task, "training.steps=1", "optimizer.warmup_steps=0", "topology.placement=stream", *words, cwd=tmp_path
+    )
+    assert done.status == 2
+    assert done.errors.startswith(f"error: {message}")
+    assert len(done.errors.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_torn_file_and_a_model_that_cannot_be_cut_are_one_line(tmp_path: Path, tiny_task: list[str]) -> None:
+    folder = build("llama", tmp_path / "torn")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    words = [tiny_task[1], "training.steps=1", "optimizer.warmup_steps=0", "topology.placement=stream"]
+    torn = train(f"model={folder}", *words, cwd=tmp_path)
+    assert torn.status == 2
+    assert "model.safetensors has" in torn.errors
+    assert "and should have" in torn.errors
+    uncut = train(f"model={build('gemma4_text', tmp_path / 'uncut')}", *words, cwd=tmp_path)
+    assert uncut.status == 2
+    assert uncut.errors.startswith("error: topology.placement: stream can't cut this model into its blocks")
+    assert len(uncut.errors.splitlines()) == 1
