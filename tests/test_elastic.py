@@ -122,6 +122,7 @@ def test_killed_before_the_first_step(tmp_path: Path, basics: list[str], undistu
     summary = assert_as_if_undisturbed(tmp_path, undisturbed)
     assert (summary["nodes_at_the_end"], events(tmp_path, "nodes_changed")[0]["step"]) == (2, 0)
     assert (tmp_path / "members.json").exists()
+    assert (tmp_path / "config.yaml").exists()
 
 
 def _connections(node: psutil.Process) -> int:

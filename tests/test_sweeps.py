@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,6 @@ def test_a_recipe_may_hold_the_swept_values(tmp_path: Path) -> None:
         ("-m adapter.rank=range(4,8,0)", "adapter.rank: range(4,8,0) has no values: "),
         ("-m model=glob(none*)", "model: glob(none*) has no values"),
         ("-m model=org/a,qwen3-0.6b", "model: qwen3-0.6b is a name and org/a is not"),
-        ("-m hydra/sweeper=optuna", "python3 -m pip install hydra-optuna-sweeper"),
         ("-m hydra.sweeper=null", "hydra.sweeper: is not set"),
         ("-m --cfg job", "--cfg, --run and -m: give one of them"),
         ("-m hydra.sweep.subdir=a,b", "Sweeping over Hydra's configuration is not supported"),
@@ -374,9 +374,18 @@ def test_a_sweeper_that_chooses_gets_the_metric_if_that_is_the_objective(tmp_pat
     assert rows[0]["objective"] == rows[0]["metrics"]["exact_match"]
 
 
+def test_optuna_that_is_not_installed_is_one_line() -> None:
+    without_plugins = "import hydra_plugins; hydra_plugins.__path__ = []; import sys; sys.argv[0] = 'macft'"
+    call = f"sys.exit(run_command(main, ['-m', '{SMOKE}', 'hydra/sweeper=optuna']))"
+    code = f"{without_plugins}; from macft.cli.run_command import run_command; from macft.train import main; {call}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "python3 -m pip install hydra-optuna-sweeper" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_optuna(tmp_path: Path, basics: list[str]) -> None:
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs hydra-optuna-sweeper")
     optuna = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
     rates = "optimizer.learning_rate=tag(log,interval(1e-5,1e-2))"
     done = train("-m", *basics, *optuna, rates, "adapter.rank=choice(2,4)", "hydra.sweep.dir=s", cwd=tmp_path)

@@ -58,7 +58,9 @@ class Claim:
         return self
 
     def __exit__(self, *_: object) -> None:
-        has_begun = _identity(RunFolder(self.path).config) != self._config_before
+        folder = RunFolder(self.path)
+        names_before = {path.name for path in self.before}
+        has_begun = _identity(folder.config) != self._config_before or bool({*folder.results()} - names_before)
         if not has_begun and not self.keeps_logs:
             with contextlib.suppress(OSError):
                 self._restore()

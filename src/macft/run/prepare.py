@@ -149,8 +149,8 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
     is_newcomer = isinstance(collective, ElasticCollective) and not collective.is_member
     is_main = collective.rank == 0 and not is_newcomer
     has_own_disk = config.topology.kind in ("hosts", "ssh")
-    keeps_folder = is_main or has_own_disk or config.topology.join is not None
-    if keeps_folder and config.report.overwrite and not resume:
+    has_own_folder = is_main or has_own_disk or config.topology.join is not None
+    if has_own_folder and config.report.overwrite and not resume:
         folder.clear()
     state_notes = share_state(
         state, store, folder, total_steps=steps_for(training, order.steps_per_epoch), resume=resume
@@ -182,7 +182,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
     world_size = planned_world_size(collective)
     valid_rows = [data.valid.rows[i] for i in sample_rows(len(data.valid.rows), training.eval_rows, config.seed)]
     balancer = ShareBalancer(_shares(config, world_size), world_size, every=config.topology.rebalance_every)
-    if keeps_folder:
+    if has_own_folder or is_newcomer:  # all who prepare after the loss of rank 0 are newcomers; one of them will lead
         _begin(folder, given)
         store_contents(folder, contents)
     reporter = fan_out.build(
