@@ -219,17 +219,17 @@ def test_an_adapter_goes_back_into_its_layers_only(model: Any, tiny_model_folder
     adaptation = adapt(model, AdapterConfig(rank=4), seed=0)
     random = [(name, mx.random.normal(value.shape)) for name, value in tree_flatten(model.trainable_parameters())]
     model.load_weights(random, strict=False)
-    save_adapter(tmp_path, model, adaptation.mlx_lm_config, model_name="tiny")
+    save_adapter(tmp_path / "adapters", model, adaptation.mlx_lm_config, model_name="tiny")
     again = load(ModelConfig(path=str(tiny_model_folder)), tiny_model_folder).model
     adapt(again, AdapterConfig(rank=4), seed=5)
-    load_adapter_weights(tmp_path, again)
+    load_adapter_weights(tmp_path, again)  # a run's folder
     assert mx.array_equal(model(mx.arange(9)[None]), again(mx.arange(9)[None]))
     other = load(ModelConfig(path=str(tiny_model_folder)), tiny_model_folder).model
     adapt(other, AdapterConfig(rank=8), seed=5)
     with pytest.raises(ModelError, match="doesn't fit"):
         load_adapter_weights(tmp_path, other)
-    (tmp_path / "adapters.safetensors").write_bytes(b"broken")
+    (tmp_path / "adapters" / "adapters.safetensors").write_bytes(b"broken")
     with pytest.raises(ModelError, match="can't be read"):
-        load_adapter_weights(tmp_path, other)
+        load_adapter_weights(tmp_path / "adapters", other)
     with pytest.raises(ModelError, match="no adapter at"):
         load_adapter_weights(tmp_path / "nowhere", other)

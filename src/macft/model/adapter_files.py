@@ -40,14 +40,15 @@ def save_model(folder: Path, loaded: LoadedModel) -> None:
 
 
 def load_adapter_weights(path: Path, model: nn.Module) -> None:
-    """Loads ``adapters.safetensors`` at ``path`` (the file or its folder) into an adapted ``model``.
+    """Loads ``adapters.safetensors`` at ``path`` (the file, its folder or that of a run) into an adapted ``model``.
 
     Raises:
         ModelError: The file is missing or its tensors don't fit the adapter.
     """
-    file = path / "adapters.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise ModelError(f"no adapter at {file}: expected an mlx-lm adapter folder or its adapters.safetensors")
+    in_folders = [path / "adapters.safetensors", path / "adapters" / "adapters.safetensors"]
+    file = next((found for found in [path, *in_folders] if found.is_file()), None)
+    if file is None:
+        raise ModelError(f"no adapter at {path}: expected a run's folder, an adapter folder or adapters.safetensors")
     weights = read_tensors(file)
     expected = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
     if difference := _difference({name: value.shape for name, value in weights.items()}, expected):

@@ -31,7 +31,7 @@ class AdapterConfig:
     # Projections by the end of their name: [q_proj, v_proj], [self_attn.o_proj], [switch_mlp.up_proj]. Empty: mlx-lm's
     # choice, every linear layer of a block, experts and embeddings inside of it too.
     targets: list[str] = field(default_factory=list)
-    # Folder of an adapter to start from, of the same kind, rank and layers (mlx-lm: resume_adapter_file).
+    # Folder of an adapter, or of a run, to start from: of the same kind, rank and layers (mlx-lm: resume_adapter_file).
     init_from: str | None = None
 
     def effective_scale(self) -> float:
