@@ -136,8 +136,8 @@ def _check_targets(part: _Part, tokenizer: Any, remarks: Remarks) -> None:
     if len(found) == len(part.rows) and part.split == "train":
         text = tokenizer.decode(targets[0].tolist())
         raise DataError(
-            f"{part.places[0]}: the target is only {text!r}, and no row has more: the answers are empty, or the model's "
-            "chat template does not write them (it may know no tool calls)"
+            f"{part.places[0]}: the target is only {text!r}, and no row has more: the answers are empty, or the "
+            "model's chat template does not write them (it may know no tool calls)"
         )
     for index in found:
         remarks.add("have only the end of an answer as their target", part.places[index])
