@@ -67,6 +67,19 @@ def test_a_streamed_run_has_the_bits_of_one_in_memory(tmp_path: Path, basics: li
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "exchange", [["collective.codec=int8"], ["training.sync=diloco", "training.inner_steps=3"]], ids=["int8", "diloco"]
+)
+def test_two_nodes_exchange_the_same(tmp_path: Path, basics: list[str], exchange: list[str]) -> None:
+    two = [*basics, "topology=local", "topology.nodes=2", "training.steps=6", *exchange]
+    adapters = [
+        adapter(train_to_end(*two, *placement, folder=tmp_path / str(number)))
+        for number, placement in enumerate((STREAM, RECOMPUTED))
+    ]
+    assert same_bits(*adapters)
+
+
+@pytest.mark.slow
 def test_resumed_with_its_weights_elsewhere(tmp_path: Path, basics: list[str], in_memory: Path) -> None:
     """From a checkpoint of a run in memory, and back again."""
     for first, then in ((RECOMPUTED, STREAM), (STREAM, RECOMPUTED)):
