@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -153,7 +154,7 @@ def _add(
                 record,
                 tokenizer,
                 mask_prompt=config.mask_prompt,
-                remark=lambda line, place=place: remarks.add(line, place),  # type: ignore[misc]
+                remark=partial(remarks.add, place=place),
             )
         except DataError as error:
             raise DataError(f"{place}: {error}") from error

@@ -93,6 +93,10 @@ class DropoutKeys:
         keys = [np.random.SeedSequence([seed, step, int(row)]).generate_state(1)[0] for row in row_ids]
         return np.asarray(keys, dtype=np.uint32)
 
+    def needed_for(self, seed: int, step: int, row_ids: NDArray[np.int64]) -> NDArray[np.uint32]:
+        """The keys of :meth:`for_rows` where the model has dropout; else (1,) zero, for nobody reads it."""
+        return self.for_rows(seed, step, row_ids) if self.in_use else np.zeros(1, np.uint32)
+
 
 class RowDropout(nn.Module):
     """Drops elements of ``x`` with probability ``p`` and rescales the rest by 1 / (1 - p).

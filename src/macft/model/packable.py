@@ -22,6 +22,7 @@ from macft.model.packing import (
     prepared_for_packs,
     replaced_ropes,
 )
+from macft.model.traceable import can_trace
 
 _ROWS = (8, 1 << 16)
 """Tokens of the rows with which a model is traced. A mask that looks causal at the longer has no window below it; the
@@ -43,15 +44,10 @@ def may_pack(model: nn.Module) -> bool:
 
 def _attends_by_rows(model: nn.Module, length: int) -> bool:
     trace = _Trace(length)
-    try:
-        # Weights may not exist yet, and a long row could not be computed: MLX follows the code, and raises where the
-        # code would need a value.
-        mx.compile(lambda tokens: trace.follow(model, tokens))(mx.zeros((1, 2 * length), mx.int32))
-    except _Traced:
-        return trace.calls >= len(model.layers)
-    except Exception:  # the code of an architecture may raise anything
-        return False
-    raise AssertionError("a trace ends with an exception")
+    # Weights may not exist yet, and a long row could not be computed: MLX follows the code, and raises where the code
+    # would need a value.
+    is_followed = can_trace(lambda tokens: trace.follow(model, tokens), mx.zeros((1, 2 * length), mx.int32))
+    return is_followed and trace.calls >= len(model.layers)
 
 
 def ignores_positions(model: nn.Module) -> bool:
@@ -68,10 +64,6 @@ def ignores_positions(model: nn.Module) -> bool:
             return all(mx.array_equal(model(tokens, cache=cache), expected, equal_nan=True).item() for cache in others)
     except Exception:  # the code of an architecture may raise anything
         return False
-
-
-class _Traced(Exception):
-    """Ends a trace, so that nothing of it is compiled."""
 
 
 class _Unfit(Exception):
@@ -94,7 +86,6 @@ class _Trace:
             inside.enter_context(replaced_functions(model, {MASK_FUNCTION: self._mask}))
             inside.enter_context(packed(layout))
             model(tokens)
-        raise _Traced
 
     def _mask(self, original: ModuleCall) -> ModuleCall:
         def mask(*arguments: Any, **named: Any) -> Any:

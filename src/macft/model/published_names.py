@@ -24,8 +24,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from macft.errors import ConfigError, ModelError
+from macft.model.weight_files import read_header
 
-_LARGEST_HEADER = 100_000_000
 _ROWS = 2**32
 _HINT = "merge it instead (python -m macft.fuse)"
 
@@ -93,9 +93,7 @@ def _headers(folder: Path) -> tuple[dict[str, tuple[int, ...]], bool]:
     is_from_mlx = False
     for path in sorted(folder.glob("model*.safetensors")):
         try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length)) if length <= _LARGEST_HEADER else {}
+            header, _ = read_header(path)
             is_from_mlx |= header.pop("__metadata__", {}).get("format") == "mlx"
             shapes |= {str(name): tuple(map(int, entry["shape"])) for name, entry in header.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

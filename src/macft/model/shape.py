@@ -18,12 +18,11 @@ from macft.errors import ModelError
 from macft.model.adaptable import AdaptableBlock, adaptable_blocks
 from macft.model.execution import FLOAT_BYTES, WeightFormat
 from macft.model.packable import may_pack
+from macft.model.weight_files import read_header
 
 _LARGEST_CONFIG = 4 << 20
 # Where exports of NVIDIA's ModelOpt say how they are quantised.
 _MODELOPT_SETTINGS = "hf_quant_config.json"
-# Safetensors itself allows no longer header.
-_LARGEST_HEADER = 100_000_000
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _OF_LOGITS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling")
 """Keys of a config.json for what some models do with their logits."""
@@ -185,9 +184,7 @@ def _dtype_of_files(folder: Path) -> str | None:
     sizes: Counter[str] = Counter()
     for path in folder.glob("model*.safetensors"):
         try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length)) if length <= _LARGEST_HEADER else {}
+            header, _ = read_header(path)
             for name, entry in header.items():
                 if name != "__metadata__":
                     sizes[str(entry["dtype"])] += math.prod(entry["shape"])

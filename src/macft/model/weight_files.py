@@ -1,14 +1,32 @@
-"""Whether a model's weight files are whole: their headers say how long they are."""
+"""The headers of a model's weight files, and whether the files are as long as these say."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from macft.errors import ConfigError
 
 # Safetensors itself allows no longer header.
 _LARGEST_HEADER = 100_000_000
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of the safetensors file ``path``, entries by name, and at which byte the tensors begin.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it has no such header.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= _LARGEST_HEADER:
+            raise ValueError(f"a header of {length} bytes")
+        header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("a header that is not a JSON object")
+    return header, 8 + length
 
 
 def check_weight_files(folder: Path) -> None:
@@ -33,10 +51,6 @@ def check_weight_files(folder: Path) -> None:
 
 
 def _expected_size(path: Path) -> int:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= _LARGEST_HEADER:
-            raise ValueError(length)
-        header = json.loads(file.read(length))
+    header, start = read_header(path)
     ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-    return 8 + length + max(ends, default=0)
+    return start + max(ends, default=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from macft.data.batch import Batch, pack, pad_pack_to_bucket, pad_to_bucket, split_rows
 from macft.model.execution import Execution
-from macft.model.packing import PackLayout, packed
+from macft.model.packing import PackLayout
 from macft.training.targets import target_positions
 
 
@@ -34,9 +33,13 @@ class DeviceBatch:
     layout: tuple[NDArray[np.int32], ...] = ()
     lengths: tuple[int, ...] = ()
 
-    def laid_out(self) -> AbstractContextManager[None]:
-        """Inside, this thread's sequences have this part's layout."""
-        return laid_out([mx.array(values) for values in self.layout], self.lengths)
+    def loss_inputs(self) -> list[mx.array]:
+        """Inputs, positions, targets and weights, as the loss takes them."""
+        return [mx.array(values) for values in (self.inputs, self.positions, self.targets, self.weights)]
+
+    def pack_layout(self) -> PackLayout | None:
+        """Where the rows are; None where they are padded."""
+        return pack_layout([mx.array(values) for values in self.layout], self.lengths)
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,9 @@ class BatchLayout:
             yield DeviceBatch(part.tokens[:, :-1], *target_positions(part, coarse=self.compiled), part.row_ids)
 
 
-def laid_out(layout: Sequence[mx.array], lengths: Sequence[int] = ()) -> AbstractContextManager[None]:
-    """Inside, this thread's sequences are those of a part with this layout: paths, owners, depths; () if padded."""
+def pack_layout(layout: Sequence[mx.array], lengths: Sequence[int] = ()) -> PackLayout | None:
+    """The layout of a part with these paths, owners and depths; None if there are none, for rows that are padded."""
     if not layout:
-        return packed(None)
+        return None
     paths, owners, depths = layout
-    return packed(PackLayout(paths, owners, depths, lengths))
+    return PackLayout(paths, owners, depths, lengths)

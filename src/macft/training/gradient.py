@@ -18,8 +18,8 @@ from macft.device.mlx_device import start
 from macft.model.backends.base import Backend
 from macft.model.dropout import DropoutKeys
 from macft.model.execution import Execution
-from macft.model.packing import takes_packs
-from macft.training.batch_layout import BatchLayout, DeviceBatch, laid_out
+from macft.model.packing import packed, takes_packs
+from macft.training.batch_layout import BatchLayout, DeviceBatch, pack_layout
 from macft.training.loss import TokenLoss
 
 Gradient = dict[str, mx.array]
@@ -181,15 +181,14 @@ class GradientComputer:
         self, lane: int, layout: list[mx.array], keys: mx.array, *inputs: mx.array, lengths: Sequence[int] = ()
     ) -> tuple[mx.array, Gradient]:
         """The summed loss of a part and its gradient, computed by the model of ``lane``."""
-        with laid_out(layout, lengths), self._keys.using(keys):
+        with packed(pack_layout(layout, lengths)), self._keys.using(keys):
             loss, gradient = self._value_and_grad[lane](*inputs)
         return loss, {name: value.astype(mx.float32) for name, value in gradient.items()}
 
     def _arrays(self, step: int, part: DeviceBatch) -> tuple[list[mx.array], list[mx.array], mx.array]:
         """Inputs of the loss, layout and row keys."""
-        row_keys = DropoutKeys.for_rows(self._seed, step, part.row_ids) if self._keys.in_use else np.zeros(1, np.uint32)
-        inputs = [mx.array(values) for values in (part.inputs, part.positions, part.targets, part.weights)]
-        return inputs, [mx.array(values) for values in part.layout], mx.array(row_keys)
+        row_keys = self._keys.needed_for(self._seed, step, part.row_ids)
+        return part.loss_inputs(), [mx.array(values) for values in part.layout], mx.array(row_keys)
 
     def _add_gradient(self, total: Gradient, step: int, part: DeviceBatch) -> tuple[mx.array, Gradient]:
         """The summed loss of ``part``, and the gradients in ``total``, if any, with those of ``part`` added."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from macft.model.backends.base import Backend
 from macft.model.head import Backbone, split_head
+from macft.model.packing import packed
 from macft.training.batch_layout import DeviceBatch
 
 
@@ -42,9 +43,8 @@ class TokenLoss:
         """The loss of each part of each of ``batches``, in nats, without a gradient."""
 
         def loss_of(lane: int, part: DeviceBatch) -> float:
-            inputs = [mx.array(values) for values in (part.inputs, part.positions, part.targets, part.weights)]
-            with part.laid_out():
-                return float(np.asarray(self(*inputs, lane=lane)))
+            with packed(part.pack_layout()):
+                return float(np.asarray(self(*part.loss_inputs(), lane=lane)))
 
         for parts in batches:
             yield list(self.lanes.map(loss_of, parts))

@@ -48,12 +48,7 @@ class _Work:
 
     @classmethod
     def of(cls, part: DeviceBatch, keys: mx.array) -> _Work:
-        arrays = [mx.array(values) for values in (part.inputs, part.positions, part.targets, part.weights)]
-        layout = None
-        if part.layout:
-            paths, owners, depths = map(mx.array, part.layout)
-            layout = PackLayout(paths, owners, depths, part.lengths)
-        return cls(part, arrays, layout, keys)
+        return cls(part, part.loss_inputs(), part.pack_layout(), keys)
 
 
 class StagedModel:
@@ -258,9 +253,7 @@ class StagedGradient:
         )
 
     def _work(self, step: int, part: DeviceBatch) -> _Work:
-        in_use = self._keys.in_use
-        keys = DropoutKeys.for_rows(self._seed, step, part.row_ids) if in_use else np.zeros(1, np.uint32)
-        return _Work.of(part, mx.array(keys))
+        return _Work.of(part, mx.array(self._keys.needed_for(self._seed, step, part.row_ids)))
 
     def _forward(self, works: Sequence[_Work], rests: _Rests) -> None:
         staged, count = self.staged, self.staged.count
