@@ -20,7 +20,8 @@ from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.trainer import default_loss
 
 import macft
-from helpers.computing import execution_with, gradient_computer, randomize_adapter
+from harness.execution import execution_with
+from helpers.computing import gradient_computer, randomize_adapter
 from helpers.models import assert_same_gradient, make_model
 from macft.data.batch import collate
 from macft.data.formats import Row

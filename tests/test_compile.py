@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from helpers.computing import execution_with, gradient_computer, randomize_adapter
+from harness.execution import execution_with
+from helpers.computing import gradient_computer, randomize_adapter
 from helpers.models import assert_same_gradient, make_model
 from macft.data.batch import (
     Batch,

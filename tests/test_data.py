@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mlx_lm.utils import load_tokenizer
 
 from harness.runs import write_jsonl
+from helpers.records import CHAT, LONG_CHAT, PAIR, TEXT
 from macft.data.load import LoadedData, read, tokenize_all
 from macft.data.settings import DatasetConfig, SourceConfig, problems
 from macft.data.tokenize import tokenize
@@ -28,26 +29,6 @@ def load(config: DatasetConfig, tokenizer: Any, *, seed: int = 0) -> LoadedData:
 def tokenizer(bundled_model: Path) -> Any:
     """The bundled model's tokenizer, as mlx-lm wraps it."""
     return load_tokenizer(bundled_model)
-
-
-CHAT = {
-    "messages": [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "What is 2 + 2?"},
-        {"role": "assistant", "content": "4, of course — naïve but true."},
-    ]
-}
-TOOL_CHAT = {
-    **CHAT,
-    "tools": [
-        {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
-    ],
-}
-LONG_CHAT = {
-    "messages": [*CHAT["messages"], {"role": "user", "content": "And 3?"}, {"role": "assistant", "content": "5"}]
-}
-PAIR = {"prompt": "Translate: chat", "completion": "cat\n"}
-TEXT = {"text": "Once upon a time.\n\n  Twice."}
 
 
 @pytest.mark.parametrize(

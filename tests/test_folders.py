@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from harness.runs import adapter, losses, start, train, train_to_end, wait_for_step
+from helpers.disks import small_disk_at
 from macft.config.command_line import prepare
 from macft.config.schema import TrainConfig
 from macft.config.yaml import read, to_yaml
@@ -119,17 +120,8 @@ def test_a_file_where_the_folder_should_be_is_one_line(tmp_path: Path, config: T
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 KiB, for which there must be the right to mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("a read-only disk needs the mount command, which is not here")
-    if done.returncode:
-        pytest.skip(f"a read-only disk needs the right to mount one: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk_at(tmp_path / "disk", 64) as folder:
+        yield folder
 
 
 def test_a_full_disk_and_one_that_is_read_only_are_one_line(mounted: Path, config: TrainConfig) -> None:

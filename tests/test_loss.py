@@ -12,7 +12,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from helpers.computing import execution_with, gradient_computer, randomize_adapter
+from harness.execution import execution_with
+from helpers.computing import gradient_computer, randomize_adapter
 from helpers.models import FAMILIES, MAMBA, SMALL, assert_same_gradient, make_from, make_model, random_rows
 from macft.data.batch import collate
 from macft.data.formats import Row

@@ -15,9 +15,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask, create_causal_mask
 from mlx_lm.tuner.trainer import default_loss
 
+from harness.execution import execution_with
 from harness.families import configuration, new_model
 from harness.family_configurations import VOCABULARY
-from helpers.computing import execution_with, gradient_computer, packs, randomize_adapter, token_loss
+from helpers.computing import gradient_computer, packs, randomize_adapter, token_loss
 from helpers.models import assert_same_gradient, make_model, random_rows
 from macft.collective.solo import Solo
 from macft.data.batch import collate, pack, pad_pack_to_bucket

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from harness.runs import adapter, events, free_ports, same_bits, start, train
+from helpers.disks import small_disk_at
 from macft.checkpoint.store import CheckpointStore
 
 pytestmark = pytest.mark.slow
@@ -116,17 +116,8 @@ def test_a_folder_that_cannot_be_written_costs_checkpoints_and_not_the_run(tmp_p
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system that has room for one checkpoint of the tiny run, and not for two."""
-    folder = tmp_path / "run" / "checkpoints"
-    folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("a full disk needs the mount command, which is not here")
-    if done.returncode:
-        pytest.skip(f"a full disk needs the right to mount one: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk_at(tmp_path / "run" / "checkpoints", 300) as folder:
+        yield folder
 
 
 def test_a_full_disk_costs_checkpoints_and_not_the_run(small_disk: Path, basics: list[str]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from helpers.computing import execution_with
+from harness.execution import execution_with
 from helpers.models import assert_same_gradient, make_model
 from macft.checkpoint.saver import CheckpointSaver
 from macft.checkpoint.snapshot import Progress

@@ -16,8 +16,9 @@ import pytest
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
+from harness.execution import execution_with
 from harness.families import build
-from helpers.computing import execution_with, randomize_adapter
+from helpers.computing import randomize_adapter
 from macft.data.batch import micro_batches
 from macft.data.formats import Row
 from macft.errors import ModelError

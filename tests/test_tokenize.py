@@ -19,6 +19,7 @@ from mlx_lm.utils import load_tokenizer
 
 from harness.runs import write_jsonl
 from harness.tiny_model import make_tiny_model
+from helpers.records import CHAT, LONG_CHAT, PAIR, TEXT, TOOL_CHAT
 from helpers.templates import begin_texts, with_template
 from macft.data.conversation import Conversation
 from macft.data.load import read, tokenize_all
@@ -34,25 +35,6 @@ def tokenizer(bundled_model: Path) -> Any:
     """The bundled model's tokenizer, as mlx-lm wraps it."""
     return load_tokenizer(bundled_model)
 
-
-CHAT = {
-    "messages": [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "What is 2 + 2?"},
-        {"role": "assistant", "content": "4, of course — naïve but true."},
-    ]
-}
-TOOL_CHAT = {
-    **CHAT,
-    "tools": [
-        {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
-    ],
-}
-LONG_CHAT = {
-    "messages": [*CHAT["messages"], {"role": "user", "content": "And 3?"}, {"role": "assistant", "content": "5"}]
-}
-PAIR = {"prompt": "Translate: chat", "completion": "cat\n"}
-TEXT = {"text": "Once upon a time.\n\n  Twice."}
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"

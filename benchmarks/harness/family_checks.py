@@ -27,7 +27,6 @@ from macft.collective.solo import Solo
 from macft.data.batch import collate
 from macft.data.formats import Row
 from macft.data.tokenize import prompt_tokens
-from macft.device.mlx_device import on_cpu
 from macft.errors import ConfigError
 from macft.evaluation.answers import score_answers
 from macft.evaluation.batched import greedy_answers
@@ -47,6 +46,7 @@ from macft.training.gradient import GradientComputer
 from macft.training.loss import TokenLoss
 from macft.training.validation import validation_loss
 
+from .execution import execution_with
 from .families import TARGETS
 
 LOSS_TOLERANCE = 1e-6
@@ -179,19 +179,6 @@ class Adapted:
             result = compute(STEP, [collate(rows, np.arange(len(rows)) if ids is None else np.array(ids))])
             gradient = {name: np.array(value) for name, value in result.gradient.items()}
             return Sums(result.loss_sum, gradient)
-
-
-def execution_with(kernels: str, *, packing: bool = False, dropout: bool = False, **fields: Any) -> Execution:
-    """How this machine computes a float32 model; packed rows share prefixes unless there is dropout."""
-    return Execution(
-        device="cpu" if on_cpu() else "metal",
-        kernels=kernels,
-        dtype="float32",
-        packing=packing,
-        shared_prefixes=packing and not dropout,
-        pack_tokens=512 if packing and on_cpu() else None,
-        **fields,
-    )
 
 
 def randomize(model: nn.Module) -> None:

@@ -9,26 +9,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from macft.device.mlx_device import on_cpu
+from harness.execution import execution_with
 from macft.model.adapt import Adaptation
 from macft.model.backends.base import Backend
 from macft.model.backends.choose import can_pack, make_backend
 from macft.model.execution import Execution
 from macft.training.gradient import GradientComputer
 from macft.training.loss import TokenLoss
-
-
-def execution_with(kernels: str, *, packing: bool = False, dropout: bool = False, **fields: Any) -> Execution:
-    """How this machine computes a float32 model with ``kernels``; packed rows are short, and share prefixes."""
-    return Execution(
-        device="cpu" if on_cpu() else "metal",
-        kernels=kernels,
-        dtype="float32",
-        packing=packing,
-        shared_prefixes=packing and not dropout,
-        pack_tokens=512 if packing and on_cpu() else None,
-        **fields,
-    )
 
 
 @contextmanager
