@@ -25,7 +25,7 @@ def test_two_pipelines_of_two() -> None:
     "stages", [[], [(0, 0, 2), (1, 3, 4)], [(0, 1, 2)], [(0, 0, 2), (0, 2, 4)], [(0, 0, 2), (1, 2, 2)]]
 )
 def test_what_is_no_layout(stages: list[tuple[int, int, int]]) -> None:
-    with pytest.raises(ValueError, match="every rank is used once|stages follow each other"):
+    with pytest.raises(ValueError, match=r"every rank is used once|stages follow each other"):
         StageLayout((tuple(Stage(*numbers) for numbers in stages),))
 
 

@@ -24,8 +24,8 @@ class Stage:
 class StageLayout:
     """One or more pipelines. Each holds the whole model, cut into stages in the order of the blocks.
 
-    Rows are dealt to pipelines; all rows of a pipeline go through all of its stages. One stage in each pipeline is plain
-    data parallelism. A rank that is in no pipeline computes nothing.
+    Rows are dealt to pipelines; all rows of a pipeline go through all of its stages. With one stage in each pipeline it
+    is data parallelism. A rank that is in no pipeline computes nothing.
 
     Raises:
         ValueError: a pipeline's stages do not follow each other from block 0 to the last one, or a rank is used twice.
