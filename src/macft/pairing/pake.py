@@ -12,7 +12,7 @@ import hmac
 import secrets
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import msgpack
@@ -33,6 +33,7 @@ _PRIME = int(
 _BYTES = 256
 _LABEL = b"macft pairing 1\0"
 _MAX_MESSAGE = 262_144
+_PROTOCOL_ERROR = "pairing: the other side does not follow the protocol"
 
 Message: TypeAlias = Mapping[str, object]
 
@@ -67,10 +68,9 @@ class PakeExchange:
         Raises:
             LaunchError: it is not a valid public value.
         """
-        value = int.from_bytes(theirs)
-        # 0, 1 and -1 would give a known result for any code; this side's own value would be sent by a reflection.
-        if len(theirs) != _BYTES or not 2 <= value <= _PRIME - 2 or theirs == self.public:
-            raise LaunchError("pairing: the other side does not follow the protocol")
+        value = _check_public(theirs)
+        if theirs == self.public:  # a reflection
+            raise LaunchError(_PROTOCOL_ERROR)
         shared = pow(value, self._secret, _PRIME).to_bytes(_BYTES)
         both = self.public + theirs if self._is_host else theirs + self.public
         material = hashlib.shake_256(_LABEL + shared + both).digest(128)
@@ -83,20 +83,39 @@ class Channel:
     Raises:
         WrongCode: the other side has a different code.
         LaunchError: it is silent or does not follow the protocol.
+
+    Args:
+        connection: To the other side.
+        code: As typed.
+        is_host: Whether this side made the code.
+        equal: Compares the other side's confirmation with the one expected: each call is a guess of the code.
     """
 
-    def __init__(self, connection: socket.socket, code: str, *, is_host: bool):
-        self._socket = connection
+    def __init__(
+        self,
+        connection: socket.socket,
+        code: str,
+        *,
+        is_host: bool,
+        equal: Callable[[bytes, bytes], bool] = hmac.compare_digest,
+    ):
+        self._socket, self._equal = connection, equal
+        # The host hears the guest first: a connection that says nothing, or something else, costs no computation.
+        theirs = self._read_public() if is_host else b""
         exchange = PakeExchange(code, is_host=is_host)
         self._write(exchange.public)
-        host_confirms, host_cipher, guest_confirms, guest_cipher = exchange.keys(self._read())
+        host_confirms, host_cipher, guest_confirms, guest_cipher = exchange.keys(theirs or self._read_public())
         # The guest first proves that it knows the code. A wrong guess gets no answer with which to test other guesses.
         if is_host:
-            self._expect(guest_confirms)
+            self._compare(self._read(), guest_confirms)
             self._write(_confirmation(host_confirms))
         else:
             self._write(_confirmation(guest_confirms))
-            self._expect(host_confirms)
+            try:
+                answer = self._read()
+            except LaunchError:
+                raise WrongCode("pairing: the code is wrong, or the other side has ended") from None
+            self._compare(answer, host_confirms)
         own, other = (host_cipher, guest_cipher) if is_host else (guest_cipher, host_cipher)
         self._sending, self._receiving = ChaCha20Poly1305(own), ChaCha20Poly1305(other)
         self._sent = self._received = 0
@@ -116,24 +135,25 @@ class Channel:
         try:
             plain = self._receiving.decrypt(struct.pack("<4xQ", self._received), self._read(), None)
             message = msgpack.unpackb(plain)
-        except (InvalidTag, ValueError, msgpack.UnpackException):
+        except (InvalidTag, ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException):
             raise LaunchError("pairing: a message was changed on its way") from None
         self._received += 1
         if not isinstance(message, dict):
-            raise LaunchError("pairing: the other side does not follow the protocol")
+            raise LaunchError(_PROTOCOL_ERROR)
         return message
 
     def close(self) -> None:
         """Closes the connection."""
         self._socket.close()
 
-    def _expect(self, key: bytes) -> None:
-        try:
-            confirmation = self._read()
-        except LaunchError:
-            raise WrongCode("pairing: the code is wrong, or the other side has ended") from None
-        if not hmac.compare_digest(confirmation, _confirmation(key)):
+    def _compare(self, confirmation: bytes, key: bytes) -> None:
+        if not self._equal(confirmation, _confirmation(key)):
             raise WrongCode("pairing: the code is wrong")
+
+    def _read_public(self) -> bytes:
+        public = self._read()
+        _check_public(public)
+        return public
 
     def _write(self, message: bytes) -> None:
         try:
@@ -144,7 +164,7 @@ class Channel:
     def _read(self) -> bytes:
         (length,) = struct.unpack(">I", self._read_exactly(4))
         if length > _MAX_MESSAGE:
-            raise LaunchError("pairing: the other side does not follow the protocol")
+            raise LaunchError(_PROTOCOL_ERROR)
         return self._read_exactly(length)
 
     def _read_exactly(self, count: int) -> bytes:
@@ -164,6 +184,14 @@ def new_code() -> str:
     """A code to type: eight digits in two groups."""
     digits = f"{secrets.randbelow(10**8):08d}"
     return f"{digits[:4]}-{digits[4:]}"
+
+
+def _check_public(public: bytes) -> int:
+    """The number of a public value. Raises LaunchError for 0, 1 and -1, which give a known result for any code."""
+    value = int.from_bytes(public)
+    if len(public) != _BYTES or not 2 <= value <= _PRIME - 2:
+        raise LaunchError(_PROTOCOL_ERROR)
+    return value
 
 
 def _confirmation(key: bytes) -> bytes:

@@ -12,14 +12,19 @@ One machine is the host, all others are guests. Messages are maps, encrypted by 
 
 from __future__ import annotations
 
+import hmac
 import itertools
 import logging
 import secrets
 import socket
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 
 from macft.errors import LaunchError, MacftError
+from macft.network.connections import ConnectionServer
 from macft.network.link_probe import TOKEN_BYTES, LinkMeasurement, ProbeServer, measure
 from macft.network.links import Link
 from macft.pairing.member import Member, networks, this_machine, topology_from, version_objection
@@ -29,6 +34,8 @@ from macft.rendezvous import keystore
 from macft.topology.settings import TopologyConfig, problems
 
 _MAX_WRONG_CODES = 3
+_MAX_SHOWN = 20
+"""Different lines about machines that were not admitted."""
 _HANDSHAKE_SECONDS = 20.0
 _MEASURE_SECONDS = 120.0
 _FORM_SECONDS = 3600.0
@@ -59,8 +66,11 @@ class PairingHost:
         self._token = secrets.token_bytes(TOKEN_BYTES)
         self._probe = ProbeServer(self._token)
         self._own = this_machine(self._probe.port)
-        self._listener = socket.create_server(("0.0.0.0", 0))
-        self.port = int(self._listener.getsockname()[1])
+        self._guesses = _Guesses()
+        self._arrivals: SimpleQueue[_Guest | LaunchError] = SimpleQueue()
+        server = socket.create_server(("0.0.0.0", 0))
+        self._connections = ConnectionServer(server, self._greet, seconds=_HANDSHAKE_SECONDS, name="pairing")
+        self.port = self._connections.port
 
     @property
     def addresses(self) -> list[str]:
@@ -71,65 +81,85 @@ class PairingHost:
         """Waits for the guests, measures the links, and sends the result to the guests.
 
         Raises:
-            LaunchError: too many wrong codes, a guest did not arrive within ``seconds``, or a link cannot be measured.
+            LaunchError: too many wrong codes, a guest did not arrive within ``seconds`` of the one before, or a link
+                cannot be measured.
         """
         guests: list[_Guest] = []
+        shown: set[str] = set()
         try:
-            wrong_codes = 0
             while len(guests) < self._count - 1:
-                try:
-                    guests.append(self._accept_guest(seconds, guests))
-                    _log.info("%s has joined, %d of %d", guests[-1].member.name, len(guests) + 1, self._count)
-                    self._show(f"{guests[-1].member.name} has joined ({len(guests) + 1} of {self._count})")
-                except WrongCode as error:
-                    wrong_codes += 1
-                    _log.warning("wrong code, %d of %d", wrong_codes, _MAX_WRONG_CODES)
-                    self._show(f"a machine used a wrong code ({wrong_codes} of {_MAX_WRONG_CODES} tries)")
-                    if wrong_codes == _MAX_WRONG_CODES:
-                        raise LaunchError("pairing: three wrong codes; start again, with a new code") from error
-                except _NotAdmitted as error:
-                    _log.warning("not admitted: %s", error)
-                    self._show(f"not admitted: {error}")
+                deadline = time.monotonic() + seconds
+                while not self._take_arrival(guests, deadline, seconds, shown):
+                    pass
             return self._finish(guests)
         except MacftError as error:
             _send_all(guests, {"refused": str(error)})
             raise
         finally:
+            self._connections.close()
+            while not self._arrivals.empty():
+                if isinstance(late := self._arrivals.get(), _Guest):
+                    late.channel.close()
             for guest in guests:
                 guest.channel.close()
-            self._listener.close()
             self._probe.close()
 
-    def _accept_guest(self, seconds: float, guests: Sequence[_Guest]) -> _Guest:
-        self._listener.settimeout(seconds)
+    def _take_arrival(self, guests: list[_Guest], deadline: float, seconds: float, shown: set[str]) -> bool:
+        """Waits for the next connection that has said what it is; admits it, or returns False."""
         try:
-            connection, _ = self._listener.accept()
-        except TimeoutError:
+            arrival = self._arrivals.get(timeout=max(0.0, deadline - time.monotonic()))
+        except Empty:
             missing = self._count - 1 - len(guests)
             raise LaunchError(f"pairing: {missing} more machines did not join within {seconds:g} s") from None
-        connection.settimeout(_HANDSHAKE_SECONDS)
         try:
-            channel = Channel(connection, self._code, is_host=True)
-        except WrongCode:
-            connection.close()
+            if isinstance(arrival, LaunchError):
+                raise arrival
+            self._admit(arrival, guests)
+        except WrongCode as error:
+            _log.warning("wrong code, %d of %d", self._guesses.wrong, _MAX_WRONG_CODES)
+            self._show(f"a machine used a wrong code ({self._guesses.wrong} of {_MAX_WRONG_CODES} tries)")
+            if self._guesses.wrong == _MAX_WRONG_CODES:
+                raise LaunchError("pairing: three wrong codes; start again, with a new code") from error
+            return False
+        except LaunchError as error:
+            if str(error) not in shown and len(shown) < _MAX_SHOWN:
+                shown.add(str(error))
+                _log.warning("not admitted: %s", error)
+                self._show(f"not admitted: {error}")
+            return False
+        guests.append(arrival)
+        _log.info("%s has joined, %d of %d", arrival.member.name, len(guests) + 1, self._count)
+        self._show(f"{arrival.member.name} has joined ({len(guests) + 1} of {self._count})")
+        return True
+
+    def _greet(self, connection: socket.socket, is_known: Callable[[], None]) -> None:
+        """Hears who is there. In a thread of the connection's own, so that nobody waits for one that is silent."""
+        own = connection.dup()  # the channel's, which outlives this call
+        own.settimeout(_HANDSHAKE_SECONDS)
+        try:
+            channel = Channel(own, self._code, is_host=True, equal=self._guesses.equal)
+            is_known()
+            self._arrivals.put(_Guest(Member.from_message(channel.receive(_HANDSHAKE_SECONDS)), channel))
+        except LaunchError as error:
+            own.close()
+            self._arrivals.put(error)
+        except OSError:  # ended by the server: it took too long, or too many others came
+            own.close()
+
+    def _admit(self, guest: _Guest, guests: Sequence[_Guest]) -> None:
+        """Sends the guest the token. Raises LaunchError, which it is told too, if it can't take part."""
+        used_names = {self._own.name, *(other.member.name for other in guests)}
+        objection = version_objection(guest.member)
+        if guest.member.name in used_names:
+            objection = f"there are two machines named {guest.member.name}; give one another name"
+        try:
+            guest.channel.send({"refused": objection} if objection else {"token": self._token})
+        except LaunchError:
+            guest.channel.close()
             raise
-        except LaunchError as error:
-            connection.close()
-            raise _NotAdmitted(str(error)) from None
-        try:
-            member = Member.from_message(channel.receive(_HANDSHAKE_SECONDS))
-            used_names = {self._own.name, *(guest.member.name for guest in guests)}
-            objection = version_objection(member)
-            if member.name in used_names:
-                objection = f"there are two machines named {member.name}; give one another name"
-            if objection:
-                channel.send({"refused": objection})
-                raise _NotAdmitted(objection)
-            channel.send({"token": self._token})
-        except LaunchError as error:
-            channel.close()
-            raise _NotAdmitted(str(error)) from None
-        return _Guest(member, channel)
+        if objection:
+            guest.channel.close()
+            raise LaunchError(objection)
 
     def _finish(self, guests: list[_Guest]) -> TopologyConfig:
         members = [self._own, *(guest.member for guest in guests)]
@@ -170,8 +200,20 @@ class PairingHost:
         return cost
 
 
-class _NotAdmitted(LaunchError):
-    """A guest that cannot join; others still can."""
+class _Guesses:
+    """Counts wrong codes, also of connections at the same time; after the last one no code is right."""
+
+    def __init__(self) -> None:
+        self.wrong = 0
+        self._lock = threading.Lock()
+
+    def equal(self, given: bytes, expected: bytes) -> bool:
+        """Whether a guess is right."""
+        with self._lock:
+            if self.wrong < _MAX_WRONG_CODES and hmac.compare_digest(given, expected):
+                return True
+            self.wrong = min(self.wrong + 1, _MAX_WRONG_CODES)
+            return False
 
 
 def join_pairing(address: str, port: int, code: str, show: Callable[[str], None]) -> TopologyConfig:
