@@ -27,6 +27,7 @@ SECONDS = 150.0
 _A_CONNECTION = 50
 """Frames sent over one ZeroMQ connection."""
 _HALF_OPEN = 24
+_SETTLE_SECONDS = 10.0
 _ZEROMQ = ("ring", "membership", "join", "rendezvous")
 _BATCH = {"rendezvous": 60, "pairing": 60, "link probe": 300, "announcement": 4_000}
 """Frames between two checks, by surface; of the others 2,000."""
@@ -173,7 +174,7 @@ class Attack:
                 for sock in self._half_open:
                     sock.close()
                 self._half_open.clear()
-                result.after = self._settled(target)
+                result.after = self._settled(target, result.before)
                 self._check(target)
             except Broken as error:
                 raise Broken(f"{self._surface}, {self._mode}, seed {self._seed}, batch {batch}: {error}") from None
@@ -189,13 +190,16 @@ class Attack:
         self.result.done = answer["done"]
         self.result.notes.update({text: n - self.result.notes[text] for text, n in answer["notes"].items()})
 
-    def _settled(self, target: TargetProcess) -> Measured:
-        """Once the frames on their way are read and the ended connections closed."""
+    def _settled(self, target: TargetProcess, goal: Measured | None = None) -> Measured:
+        """Once the frames on their way are read and the ended connections closed, or not within 10 seconds."""
+        deadline = time.monotonic() + _SETTLE_SECONDS
         found = target.measure()
-        for _ in range(20):
+        while time.monotonic() < deadline:
             self._check(target)
             before, found = found, target.measure()
-            if found.descriptors >= before.descriptors and found.rss >= before.rss - 100_000:
+            is_still = found.descriptors >= before.descriptors and found.rss >= before.rss - 100_000
+            is_reached = goal is None or (found.descriptors <= goal.descriptors and found.threads <= goal.threads)
+            if is_still and is_reached:
                 break
             time.sleep(0.1)
         return found

@@ -118,6 +118,7 @@ class Sums:
         with self._turn:
             goal = self.done + 2
             if not self._turn.wait_for(lambda: self.done >= goal or self.wrong, SECONDS):
+                faulthandler.dump_traceback()  # of all threads, on standard error
                 self.wrong = "the ring stands still"
             return Answer(wrong=self.wrong, done=self.done)
 
@@ -420,6 +421,9 @@ class PairingTarget:
                 channel.send(this_machine(1234).to_message())
                 answer = channel.receive(SECONDS)
         except (LaunchError, OSError) as error:
+            # A third wrong code may have been counted just before: then no code is right any more.
+            with suppress(TimeoutError, LaunchError):
+                self._ended.result(5)
             if self._ended.done():
                 return self.check()
             return Answer(wrong=f"a machine with the right code is not let in: {error}", done=self._done)

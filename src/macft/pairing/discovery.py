@@ -57,8 +57,9 @@ def discover_offers(addresses: Sequence[str], seconds: float, *, cluster: str | 
 
     zeroconf = Zeroconf(interfaces=list(addresses))
     try:
-        ServiceBrowser(zeroconf, SERVICE, handlers=[on_change])
+        browser = ServiceBrowser(zeroconf, SERVICE, handlers=[on_change])
         is_found.wait(seconds)
+        browser.cancel()  # else its thread stays
     finally:
         zeroconf.close()
     return list(offers.values())
