@@ -230,7 +230,7 @@ class RendezvousTarget:
 
     def __init__(self, *, encrypted: bool):
         self._keyring = Keyring(KeyPair.new(), {}) if encrypted else None
-        self._notes = {"ended by a rank that does not fit": 0, "refusals printed": 0}
+        self._notes = {"ended by a rank that does not fit": 0, "a rank's place taken": 0, "refusals printed": 0}
         self._done = 0
         self._new_server()
 
@@ -281,7 +281,10 @@ class RendezvousTarget:
             texts = [str(result) for result in results]
             self._notes["ended by a rank that does not fit"] += 1
             if not all(isinstance(result, RendezvousError) for result in results):
-                wrong = f"one rank goes on: {texts}"
+                # Whoever may connect and comes first takes a rank's place (docs/security.md); that rank is told.
+                self._notes["a rank's place taken"] += 1
+                if not any("all ranks have met already" in text for text in texts):
+                    wrong = f"one rank goes on: {texts}"
             if any(not text.isprintable() or len(text) > 2_000 for text in texts):
                 wrong = f"control characters for the terminal: {texts}"
         elif any(isinstance(result, BaseException) for result in results):
