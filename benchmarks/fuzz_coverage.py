@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of what a neighbour can send: the header's reader, and what takes in a frame.
 
     pip install atheris
-    python benchmarks/fuzz_wire.py -max_total_time=120            (any option of libFuzzer)
+    python benchmarks/fuzz_coverage.py -max_total_time=120            (any option of libFuzzer)
 
 Whatever comes must be taken in or end with ProtocolError: no other exception, no write beyond the array, no header that
 would be packed otherwise than it came. A failure is printed with its input, and kept as ``crash-...``.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import time
 from pathlib import Path
 
 import pytest
 
+from macft.device import awake
 from macft.device.awake import keep_awake
 
 
@@ -20,9 +20,10 @@ def test_caffeinate_runs_as_long_as_this_process(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     keep_awake()
-    deadline = time.monotonic() + 60
-    while not told.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    keep_awake()  # once is enough
+    (process,) = awake._running
+    assert process.wait(60) == 0
+    awake._running.clear()
     assert told.read_text().split() == ["-i", "-w", str(os.getpid())]
 
 
@@ -31,3 +32,4 @@ def test_a_mac_without_it_and_other_systems_go_on(tmp_path: Path, monkeypatch: p
     keep_awake()
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     keep_awake()
+    assert not awake._running

@@ -7,11 +7,14 @@ import os
 import platform
 import subprocess
 
+_running: list[subprocess.Popen[bytes]] = []
+
 
 def keep_awake() -> None:
     """While this process runs, a Mac does not fall asleep because nobody types; closing its lid still does that."""
-    if platform.system() != "Darwin":
+    if platform.system() != "Darwin" or _running:
         return
     devnull = subprocess.DEVNULL
+    command = ["caffeinate", "-i", "-w", str(os.getpid())]
     with contextlib.suppress(OSError):  # without that program the run goes on
-        subprocess.Popen(["caffeinate", "-i", "-w", str(os.getpid())], stdin=devnull, stdout=devnull, stderr=devnull)
+        _running.append(subprocess.Popen(command, stdin=devnull, stdout=devnull, stderr=devnull))
