@@ -104,6 +104,11 @@ class RendezvousServer:
         """The ranks that have arrived so far."""
         return tuple(self._arrivals)
 
+    @property
+    def has_met(self) -> bool:
+        """Whether all ranks have arrived and been told of each other."""
+        return self._roster is not None and self._ended.is_set()
+
     def start(self) -> None:
         """Starts answering."""
         _log.info("rendezvous at %s waits for %d ranks", self.address, self._world_size)
