@@ -89,7 +89,7 @@ def launch_local(
         keyring=keyring,
     )
     processes: list[subprocess.Popen[bytes]] = []
-    wish = _Wish(processes)
+    wish = _Wish(processes, server)
     previous = {number: signal.signal(number, wish) for number in _SIGNALS if not _is_ignored(number)}
     try:
         server.start()
@@ -132,15 +132,15 @@ def _is_ignored(number: int) -> bool:
 class _Wish:
     """What the user wants of the ranks in ``processes``: a signal handler, and what follows from it."""
 
-    def __init__(self, processes: list[subprocess.Popen[bytes]]):
+    def __init__(self, processes: list[subprocess.Popen[bytes]], server: RendezvousServer):
         self.count = 0
-        self._processes, self._passed_on, self._ends_at = processes, 0, float("inf")
+        self._processes, self._server, self._passed_on, self._ends_at = processes, server, 0, float("inf")
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP and self.count:  # a closed terminal may send it twice
             return
         self.count += 1
-        if self.count == 1:
+        if self.count == 1 and self._server.has_met:
             announce("stopping: the current step is finished and saved first; Ctrl-C again quits now")
 
     def pass_on(self) -> None:
@@ -282,6 +282,8 @@ def _show(logs: Path, rank: int, shown: dict[int, int]) -> None:
 
 
 def _tail(log: Path) -> str:
+    if not log.exists():
+        return "its output is above"
     lines = log.read_text(errors="replace").strip().splitlines()[-_LOG_LINES:]
     return f"{log} ends with: {' | '.join(lines)}" if lines else f"{log} is empty"
 
