@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from macft.logs.run_log import LEVELS
 
 OBJECTIVES = ("valid_loss", "metric")
+_PROJECT = re.compile(r"[0-9A-Za-z_.+-]+")
+"""What all trackers take."""
 TRACKERS = ("wandb", "swanlab", "trackio", "mlflow")
 
 
@@ -50,8 +53,8 @@ def problems(config: ReportConfig) -> list[str]:
         for name in config.trackers
         if name not in TRACKERS
     ]
-    if config.trackers and not config.project.strip():
-        lines.append("report.project: is empty; trackers need a name")
+    if not _PROJECT.fullmatch(config.project):
+        lines.append(f"report.project: '{config.project}' must be letters, digits and any of - _ . +")
     if config.log_level not in LEVELS:
         lines.append(f"report.log_level: '{config.log_level}' is not one of {', '.join(LEVELS)}")
     if config.objective not in OBJECTIVES:

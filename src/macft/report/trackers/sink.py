@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import sys
 import threading
@@ -29,7 +28,7 @@ class TrackerSink:
         self.name = name
         self._tasks: queue.Queue[_Task | None] = queue.Queue(_MOST_WAITING)
         self._trouble: BaseException | None = None
-        self._is_told, self._step = False, 0
+        self._is_told, self._is_closed, self._step = False, False, 0
         self._thread = threading.Thread(target=self._work, args=(open_tracker, run), name=f"macft-{name}", daemon=True)
         self._thread.start()
 
@@ -50,13 +49,16 @@ class TrackerSink:
 
     def close(self) -> None:
         """Ends the tracker's run and waits until all is sent, at most two minutes. Safe to call twice."""
-        if not self._is_told:
-            self._put(lambda tracker: tracker.finish({}, ""))
-        self._is_told = True
-        if self._thread.is_alive():
-            with contextlib.suppress(queue.Full):
-                self._tasks.put_nowait(None)
-            self._thread.join(_SAY_AFTER_SECONDS)
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            if not self._is_told:
+                self._put(lambda tracker: tracker.finish({}, ""))
+            self._put(None)
+        except TimeoutError:  # it has been dropped because it is too far behind
+            return
+        self._thread.join(_SAY_AFTER_SECONDS)
         if self._thread.is_alive():
             print(f"{self.name}: sending the rest of the run", file=sys.stderr, flush=True)
             self._thread.join(_FINISH_SECONDS)
@@ -69,7 +71,7 @@ class TrackerSink:
         self._is_told = True
         self._put(lambda tracker: tracker.finish(values, reason))
 
-    def _put(self, task: _Task) -> None:
+    def _put(self, task: _Task | None) -> None:
         try:
             self._tasks.put_nowait(task)
         except queue.Full:

@@ -16,8 +16,7 @@ class WandbTracker:
 
         # Without its capture of the console, which would repeat the live display.
         settings = wandb.Settings(console="off")
-        is_online = wandb.setup().settings.mode in ("online", "shared")
-        if is_online and not wandb.setup().settings.api_key and not wandb.api.api_key:
+        if wandb.setup().settings.mode in ("online", "shared") and not wandb.login(prompt=False):
             raise ConfigError("you are not logged in; run `wandb login`, or set WANDB_MODE=offline")
         self._run = wandb.init(
             project=run.project,
