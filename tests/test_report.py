@@ -491,6 +491,7 @@ def test_the_summary_tells_what_came_of_it(tmp_path: Path) -> None:
     assert "| valid loss | 3.5 | 1.25 |" in text
     assert "| sql execution | 0.125 | 0.75 |" in text
     assert "| model | bundled-name |" in text
+    assert "| peak memory | 2.00 GB |" in text
 
 
 def test_a_run_that_fails_at_once_with_a_loss_of_nan_has_a_summary(tmp_path: Path) -> None:

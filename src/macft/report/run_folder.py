@@ -42,6 +42,11 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def trackers(self) -> Path:
+        """What experiment trackers keep of the run on this machine."""
+        return self.path / "trackers"
+
+    @property
     def metrics(self) -> Path:
         """All events, one JSON object a line."""
         return self.path / "metrics.jsonl"
@@ -101,7 +106,7 @@ class RunFolder:
         files = (self.config, self.metrics, self.summary, self.summary_text, self.members, self.contents)
         for path in files:
             path.unlink(missing_ok=True)
-        for path in (self.checkpoints, self.adapters, self.model, self.tensorboard):
+        for path in (self.checkpoints, self.adapters, self.model, self.tensorboard, self.trackers):
             if path.is_dir():
                 shutil.rmtree(path)
 
