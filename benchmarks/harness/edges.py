@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import subprocess
 import threading
@@ -152,7 +153,7 @@ def _outcome(
     return Outcome(
         statuses=[terminal.process.returncode for terminal in others],
         has_result=any(_has_result(folder) for folder in folders),
-        silence=max(after - before for before, after in zip(moments, moments[1:], strict=False)),
+        silence=max(after - before for before, after in itertools.pairwise(moments)),
         seconds=0.0,
         output="\n".join(terminal.output for terminal in terminals),
         is_killed=killed is not None,

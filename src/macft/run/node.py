@@ -16,7 +16,7 @@ from macft.device.durable import write_atomically
 from macft.errors import CollectiveError, MacftError, MembershipChanged
 from macft.report.events import RunStarted
 from macft.report.run_folder import RunFolder
-from macft.run.ending import Ending
+from macft.run.agreed_end import AgreedEnd
 from macft.run.prepare import Run, planned_world_size, prepare
 from macft.run.results import score_before
 from macft.training.stop_request import Stopped, StopRequest
@@ -25,7 +25,7 @@ from macft.training.stop_request import Stopped, StopRequest
 def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resume: bool, stop: StopRequest) -> str:
     """Trains this rank's part; returns why it ended: finished, early_stopped or interrupted.
 
-    It returns only once this rank knows that the results are on a disk; see :mod:`macft.run.ending`.
+    It returns only once this rank knows that the results are on a disk; see :mod:`macft.run.agreed_end`.
 
     Raises:
         MacftError: whatever went wrong, in one line; rank 0 has reported it before.
@@ -42,7 +42,7 @@ def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resum
         run = _prepared(config, collective, elastic, folder, resume=resume, stop=stop)
     except Stopped:
         raise KeyboardInterrupt from None
-    ending = Ending(run, started)
+    ending = AgreedEnd(run, started)
     try:
         _report_start(run)
         try:
@@ -77,7 +77,7 @@ def _prepared(
         return prepare(config, collective, RunFolder(folder), resume=resume, stop=stop)
 
 
-def _train_together(run: Run, elastic: ElasticCollective | None, ending: Ending) -> str:
+def _train_together(run: Run, elastic: ElasticCollective | None, ending: AgreedEnd) -> str:
     """Trains and ends the run, in one ring after another."""
     together = elastic is None or elastic.is_member or run.trainer.regroup()
     while together:
@@ -89,7 +89,7 @@ def _train_together(run: Run, elastic: ElasticCollective | None, ending: Ending)
     return ending.alone()
 
 
-def _train(run: Run, ending: Ending) -> str:
+def _train(run: Run, ending: AgreedEnd) -> str:
     """From the step that the run is at to its end."""
     state = run.state
     run.stop.plan = "the current step is finished, then the state and the adapter are saved"

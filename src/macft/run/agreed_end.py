@@ -39,7 +39,7 @@ class _Kept(NamedTuple):
     adapter: Path | None
 
 
-class Ending:
+class AgreedEnd:
     """The end of ``run`` on this rank; ``started`` is when it began, on the clock of ``time.perf_counter``."""
 
     def __init__(self, run: Run, started: float):
