@@ -62,10 +62,11 @@ def test_a_leader_that_cannot_write_leaves_it_to_another_host(tmp_path: Path, ba
     ]
     wait_for_step(processes[0], tmp_path / "0")
     (tmp_path / "0" / "adapters").write_text("in the way")
-    for process in processes:
+    for rank, process in enumerate(processes):
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-        assert f"so the results are on rank 1 (127.0.0.1:{second}), in {tmp_path / '1'}" in errors
+        # The one that led has it among what it prints of the run.
+        assert rank == 0 or f"so the results are on rank 1 (127.0.0.1:{second}), in {tmp_path / '1'}" in errors
     assert (tmp_path / "1" / "adapters" / "adapters.safetensors").is_file()
     assert json.loads((tmp_path / "1" / "summary.json").read_text())["reason"] == "finished"
 
