@@ -86,6 +86,7 @@ def busy(processes: int) -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_ten_runs_under_changing_load_have_the_same_bits(tmp_path: Path, tiny_task: list[str]) -> None:
     """Three nodes; exact sums, a codec, and weights that are read from disk."""
     basics = [

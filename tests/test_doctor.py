@@ -161,23 +161,31 @@ def test_memory_and_disk_thresholds(tmp_path: Path) -> None:
 def test_linux_links_from_sysfs(tmp_path: Path) -> None:
     for name, files in {
         "eth0": {"type": "1\n", "speed": "2500\n"},
-        "veth0": {"type": "1\n", "speed": "-1\n"},
+        "eth1": {"type": "1\n", "speed": "-1\n"},
+        "br0": {"type": "1\n", "bridge/x": "", "brif/eth1/x": "", "brif/vnet3/x": ""},
         "wlan0": {"type": "1\n", "wireless/x": ""},
         "thunderbolt0": {"type": "1\n", "speed": "20000\n"},
         "tun0": {"type": "65534\n"},
+        "office": {"type": "1\n", "tun_flags": "0x1002\n"},
+        "veth0": {"type": "1\n", "speed": "10000\n"},
+        "docker0": {"type": "1\n", "bridge/x": "", "brif/veth0/x": ""},
+        "br-0123456789ab": {"type": "1\n", "bridge/x": ""},
+        "machines": {"type": "1\n", "bridge/x": "", "brif/tap0/x": ""},
     }.items():
         for file, text in files.items():
             path = tmp_path / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-    names = ("eth0", "veth0", "wlan0", "thunderbolt0", "tun0")
+    names = ("eth0", "eth1", "br0", "wlan0", "thunderbolt0")
     assert [linux_kind(name, tmp_path) for name in names] == [
         ("ethernet", 2500),
         ("ethernet", None),
+        ("ethernet", None),
         ("wifi", None),
         ("thunderbolt", 20000),
-        ("other", None),
     ]
+    for name in ("tun0", "office", "veth0", "docker0", "br-0123456789ab", "machines"):
+        assert linux_kind(name, tmp_path) == ("other", None)
 
 
 def test_wifi_alone_is_warned_of() -> None:
