@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from macft.diagnostics import LEVELS, machine, network, software
+from macft.doctor import find_model
 from macft.network import macos
 from macft.network.links import Link, discover, linux_kind
 
@@ -209,6 +210,26 @@ def test_versions_and_clocks_that_differ_are_named() -> None:
     assert (found[0].level, found[0].text) == ("problem", "b has mlx 0.31.0, a has 0.32.4")
     assert found[0].mend == "ssh b python3 -m pip install mlx==0.32.4"
     assert [f.level for f in network.clock_findings({"a": 0.1, "b": -20.0})] == ["warning"]
+    assert [f.level for f in network.clock_findings({"a": 0.1})] == ["ok"]
+    assert network.clock_findings({}) == []  # nobody was reached
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "mend"),
+    [
+        ("llama-3.2-1b", "warning", "hf download mlx-community/Llama-3.2-1B-Instruct-4bit "),
+        ("some/model-of-the-hub", "warning", "hf download some/model-of-the-hub "),
+        ("smollm2-135m", "warning", "topology.ship=[model]"),
+        ("lama-3.2-1b", "problem", "give a folder, a hub id (org/name), or one of gemma-3-1b, "),
+    ],
+)
+def test_a_model_that_is_not_here_is_fetched_by_a_command_that_works(
+    name: str, level: str, mend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    finding = find_model(name)
+    assert finding.level == level
+    assert mend in finding.mend
 
 
 @pytest.mark.slow

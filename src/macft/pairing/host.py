@@ -168,8 +168,8 @@ class PairingHost:
             self._show(line)
         if chosen[0][0].is_link_local:
             self._show(
-                f"note: {chosen[0][0].host} is a self-assigned address, which may change after a restart; to have fixed "
-                "ones, set them in System Settings > Network and run `init` again"
+                f"note: {chosen[0][0].host} is a self-assigned address, which may change after a restart; to prevent "
+                "that, set fixed addresses in System Settings > Network and run `init` again"
             )
         _log.info("cluster of %d machines: %s", len(members), ", ".join(topology.hosts))
         return topology
