@@ -192,6 +192,9 @@ def test_linux_links_from_sysfs(tmp_path: Path) -> None:
 def test_wifi_alone_is_warned_of() -> None:
     wifi = Link("en0", "wifi", "192.168.0.2/24")
     assert [finding.level for finding in network.link_findings((wifi,))] == ["ok", "warning"]
+    vpn = Link("utun3", "other", "100.64.0.2/10")
+    assert [finding.level for finding in network.link_findings((wifi, vpn))] == ["ok", "ok", "warning"]
+    assert [finding.level for finding in network.link_findings((vpn,))] == ["ok", "problem"]
     assert network.link_findings(())[0].level == "problem"
     assert all(not link.address.startswith("127.") for link in discover())
 

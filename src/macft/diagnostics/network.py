@@ -20,10 +20,16 @@ def check(port: int) -> list[Finding]:
 
 def link_findings(own_links: tuple[links.Link, ...]) -> list[Finding]:
     """One finding for each link, and a warning if there is no cable."""
-    if not own_links:
-        return [Finding("links", "problem", "no network but loopback", "plug in a Thunderbolt or Ethernet cable")]
+    cables = links.physical(own_links)
     findings = [Finding("links", "ok", describe(link)) for link in own_links]
-    if all(link.kind == "wifi" for link in own_links):
+    if not cables:
+        text = (
+            "no network with an IPv4 address, apart from VPNs and virtual ones"
+            if own_links
+            else "no network but loopback"
+        )
+        findings.append(Finding("links", "problem", text, "plug in a Thunderbolt or Ethernet cable"))
+    elif all(link.kind == "wifi" for link in cables):
         text = "Wi-Fi alone; gradients take many times longer than over a cable"
         findings.append(Finding("links", "warning", text, "plug in a Thunderbolt or Ethernet cable"))
     return findings
@@ -31,7 +37,7 @@ def link_findings(own_links: tuple[links.Link, ...]) -> list[Finding]:
 
 def describe(link: links.Link) -> str:
     """``en5: Thunderbolt, 10.0.0.1/30, 40 Gbit/s``."""
-    name = {"thunderbolt": "Thunderbolt", "ethernet": "Ethernet", "wifi": "Wi-Fi", "other": "other"}[link.kind]
+    name = {"thunderbolt": "Thunderbolt", "ethernet": "Ethernet", "wifi": "Wi-Fi", "other": "VPN or virtual"}[link.kind]
     if link.speed_mbit is None:
         speed = "speed unknown"
     elif link.speed_mbit >= 1000:

@@ -42,8 +42,9 @@ async def connect(destination: str) -> asyncssh.SSHClientConnection:
         ) from None
     except asyncssh.PermissionDenied:
         if not any(Path("~/.ssh").expanduser().glob("id_*.pub")) and not os.environ.get("SSH_AUTH_SOCK"):
-            fix = f"run `ssh-keygen -t ed25519`, then `ssh-copy-id {arguments}`"
-            raise LaunchError(f"{destination}: you have no SSH key; {fix}") from None
+            raise LaunchError(
+                f"{destination}: you have no SSH key; run `ssh-keygen -t ed25519`, then `ssh-copy-id {arguments}`"
+            ) from None
         raise LaunchError(f"{destination}: refuses your SSH key; run `ssh-copy-id {arguments}`") from None
     except (TimeoutError, OSError, asyncssh.ConnectionLost, asyncssh.DisconnectError) as error:
         reason = getattr(error, "strerror", None) or str(error) or "no answer"
