@@ -57,6 +57,9 @@ def test_one_code_makes_a_secret_channel() -> None:
     sockets[0].sendall(b"\0\0\0\x20" + bytes(32))
     with pytest.raises(LaunchError, match="changed on its way"):
         guest.receive(10)
+    assert not host.has_ended
+    guest.close()
+    assert host.has_ended
     for item in sockets:
         item.close()
 

@@ -88,7 +88,7 @@ def _finish(name: str, topology: TopologyConfig) -> None:
     problems = closed_to_ssh([topology.ssh_of(rank) for rank in range(len(topology.hosts))])
     train = f"python -m macft.train +recipe=llama-lora topology={name}"
     if problems:
-        _show(f"`topology={name}` starts all nodes over SSH, which still needs:")
+        _show(f"`topology={name}` starts all nodes over SSH; from this machine that still needs:")
         for problem in problems:
             _show(f"  {problem}")
         _show(f"then check it: python -m macft.doctor --topology {name}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hmac
 import secrets
+import select
 import socket
 import struct
 from collections.abc import Mapping
@@ -141,9 +142,8 @@ class Channel:
     def has_ended(self) -> bool:
         """Whether the other side has left, and nothing of it is left to read."""
         try:
-            return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
+            is_readable = bool(select.select([self._socket], [], [], 0.0)[0])
+            return is_readable and not self._socket.recv(1, socket.MSG_PEEK)
         except OSError:
             return True
 
