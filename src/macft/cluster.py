@@ -18,7 +18,7 @@ from macft.remote.access import closed_to_ssh
 from macft.topology import topology_file
 from macft.topology.settings import TopologyConfig, split_host
 
-_SEARCH_SECONDS = 10.0
+_SEARCH_SECONDS = 30.0
 
 
 def main(argv: Sequence[str]) -> None:
@@ -54,6 +54,7 @@ def _join(arguments: argparse.Namespace) -> None:
     if arguments.at is not None:
         addresses = [_place(arguments.at)]
     else:
+        _show("looking for the machine of `init` on the local network")
         discovered = discover_offers(_SEARCH_SECONDS, cluster=name)
         offers = [offer for offer in discovered if name in (None, offer.cluster)]
         if len(offers) != 1:

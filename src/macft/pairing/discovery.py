@@ -14,6 +14,8 @@ from macft.errors import LaunchError
 from macft.network import links
 
 SERVICE = "_macft._tcp.local."
+_ANSWER_MS = 10_000
+"""How long a machine that announces a cluster may take to give its addresses; a busy one needs seconds."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def discover_offers(seconds: float, *, cluster: str | None = None) -> list[Offer
     def on_change(zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
         if state_change is ServiceStateChange.Removed:
             return
-        info = zeroconf.get_service_info(service_type, name, 2000)
+        info = zeroconf.get_service_info(service_type, name, _ANSWER_MS)
         if info is not None and info.port:
             addresses = sorted(info.parsed_addresses(), key=lambda address: _distance(address, own))
             offer = Offer(name.removesuffix(f".{SERVICE}"), tuple(addresses), info.port)

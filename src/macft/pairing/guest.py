@@ -15,6 +15,8 @@ from macft.pairing.protocol import HANDSHAKE_SECONDS, checked, texts
 from macft.rendezvous import keystore
 from macft.topology.settings import TopologyConfig, problems
 
+_TURN_SECONDS = 5 * HANDSHAKE_SECONDS
+"""How long to wait until the host has dealt with guests that came before."""
 _FORM_SECONDS = 3600.0
 _log = logging.getLogger("macft.pairing")
 
@@ -36,7 +38,7 @@ def join_pairing(addresses: Sequence[tuple[str, int]], code: str, show: Callable
     try:
         own = this_machine(probe.port)
         with _connected(addresses) as connection:
-            connection.settimeout(HANDSHAKE_SECONDS)
+            connection.settimeout(_TURN_SECONDS)
             channel = Channel(connection, code, is_host=False)
             channel.send(own.to_message())
             token = checked(channel.receive(HANDSHAKE_SECONDS)).get("token")
