@@ -14,6 +14,7 @@ from macft.device.durable import write_atomically
 from macft.launch.run_clock import started, started_together
 from macft.logs.run_log import last_error, start_log
 from macft.report.run_folder import RunFolder
+from macft.report.trackers.registry import require_installed
 from macft.run.resume import check_resume
 from macft.training.stop_request import StopRequest
 
@@ -79,6 +80,7 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
     from macft.model.resolve import resolve
     from macft.rendezvous.keystore import keyring_for
 
+    require_installed(config.report.trackers)
     keyring = keyring_for(config.topology, config.collective)
     resolve(config.model)  # downloaded once, here, where its progress is visible
     proposed = RunFolder(folder).proposed

@@ -37,6 +37,7 @@ from macft.planner.preflight import preflight
 from macft.report import fan_out
 from macft.report.events import Reporter
 from macft.report.run_folder import RunFolder
+from macft.report.trackers.registry import require_installed
 from macft.run.contents import agree_on_contents, contents_of, store_contents, told_to_others
 from macft.run.resume import check_resume, check_steps, no_checkpoint, notes_of_changes, previous_config
 from macft.thermal.throttle import ThermalThrottle
@@ -103,6 +104,8 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
     optimizer = make_optimizer(config.optimizer)
     host = _host(config, collective)
     with told_to_others(collective, host):
+        if collective.rank == 0:
+            require_installed(config.report.trackers)
         log.info("reading the dataset %s", config.dataset.path)
         raw = read(config.dataset, seed=config.seed)
 
