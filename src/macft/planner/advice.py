@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from macft.planner.cluster_model import ModelCost, Node, Ring, StepWork
-from macft.planner.partition import Decision, compare
+from macft.planner.cluster_model import ModelCost, Node, RingLinks, StepWork
+from macft.planner.partition import LayoutDecision, compare
 
 # Something else is named where a step then takes at most this share of the time.
 _WORTH_IT = 0.95
@@ -15,10 +15,10 @@ _MOST_NODES = 8
 
 def advice(
     nodes: Sequence[Node],
-    ring: Ring,
+    ring: RingLinks,
     model: ModelCost,
     work: StepWork,
-    placements: Mapping[str, Decision],
+    placements: Mapping[str, LayoutDecision],
     chosen: str | None,
     *,
     can_pipeline: bool,
@@ -40,11 +40,13 @@ def advice(
     return lines
 
 
-def _is_better(decision: Decision, best: Decision | None) -> bool:
+def _is_better(decision: LayoutDecision, best: LayoutDecision | None) -> bool:
     return best is None or decision.seconds <= _WORTH_IT * best.seconds
 
 
-def _order(nodes: Sequence[Node], ring: Ring, model: ModelCost, work: StepWork, pipeline: Decision) -> list[str]:
+def _order(
+    nodes: Sequence[Node], ring: RingLinks, model: ModelCost, work: StepWork, pipeline: LayoutDecision
+) -> list[str]:
     """The order of the nodes in which a pipeline would be faster."""
     free = compare(nodes, ring, model, work, kinds=["pipeline"], order="free").get("pipeline")
     if free is None or not _is_better(free, pipeline):
@@ -54,13 +56,15 @@ def _order(nodes: Sequence[Node], ring: Ring, model: ModelCost, work: StepWork, 
     return [f"in the order {order} a step would take {free.seconds:.2f} s"]
 
 
-def _more(nodes: Sequence[Node], ring: Ring, model: ModelCost, work: StepWork, best: Decision | None) -> list[str]:
+def _more(
+    nodes: Sequence[Node], ring: RingLinks, model: ModelCost, work: StepWork, best: LayoutDecision | None
+) -> list[str]:
     """How many more nodes hold the model in memory, where all are alike and wait for their disks."""
     like = replace(nodes[0], alone=())
     if any((node.speed, node.memory) != (like.speed, like.memory) for node in nodes):
         return []
     for count in range(max(2, len(nodes) + 1), _MOST_NODES + 1):
-        more = Ring.of_one_kind(min(ring.links, key=lambda link: link.bandwidth), count)
+        more = RingLinks.of_one_kind(min(ring.links, key=lambda link: link.bandwidth), count)
         found = compare([like] * count, more, model, work, kinds=["pipeline"]).get("pipeline")
         if found is not None and not found.disk and _is_better(found, best):
             name = nodes[0].name.split(" #")[0]

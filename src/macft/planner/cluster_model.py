@@ -37,7 +37,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Link:
+class NodeLink:
     """Between two nodes, the same in both directions: bytes a second, and seconds that a message takes besides."""
 
     bandwidth: float
@@ -118,23 +118,23 @@ _DIVISIONS = 4
 
 
 @dataclass(frozen=True)
-class Ring:
+class RingLinks:
     """The links of the nodes in ring order: ``links[i]`` is between node i and its next one, circularly."""
 
-    links: tuple[Link, ...]
+    links: tuple[NodeLink, ...]
 
     @classmethod
-    def of_one_kind(cls, link: Link, nodes: int) -> Ring:
+    def of_one_kind(cls, link: NodeLink, nodes: int) -> RingLinks:
         """All links alike."""
         return cls((link,) * nodes)
 
-    def between(self, first: int, second: int) -> Link:
+    def between(self, first: int, second: int) -> NodeLink:
         """What node ``first`` sends to ``second`` over: as slow as the slowest link on the shorter way round."""
         count = len(self.links)
         if (first - second) % count < (second - first) % count:
             first, second = second, first
         way = [self.links[(first + step) % count] for step in range((second - first) % count)]
-        return Link(min(link.bandwidth for link in way), max(link.latency for link in way))
+        return NodeLink(min(link.bandwidth for link in way), max(link.latency for link in way))
 
     def all_reduce(self, size: float, nodes: int) -> float:
         """Seconds of a ring all-reduce of ``size`` bytes over ``nodes``: 2(n-1) rounds of a part each."""

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from macft.errors import ConfigError
 from macft.parallel.stage_layout import StageLayout
-from macft.planner.cluster_model import CHOICES, Alone, ModelCost, Node, Ring, StepWork
+from macft.planner.cluster_model import CHOICES, Alone, ModelCost, Node, RingLinks, StepWork
 from macft.planner.pipeline_search import Pipeline, PipelineSearch, alone_pipeline, deal
 from macft.planner.stage_costs import StageChoice
 
 
 @dataclass(frozen=True)
-class Decision:
+class LayoutDecision:
     """A placement, and what a step takes with it.
 
     ``placement`` is "replicate", "stream" or "pipeline". ``choices`` are those of the stages, in the order of
@@ -51,14 +51,14 @@ class Decision:
 
 def choose_layout(
     nodes: Sequence[Node],
-    ring: Ring,
+    ring: RingLinks,
     model: ModelCost,
     step: StepWork,
     *,
     wanted: str = "auto",
     kinds: Sequence[str] = CHOICES,
     order: str = "ring",
-) -> Decision:
+) -> LayoutDecision:
     """The fastest of the placements of :func:`compare`; ``wanted`` is ``topology.placement``, ``kinds`` those of auto.
 
     One node decides, and sends ``layout.to_data()`` to the others.
@@ -74,13 +74,13 @@ def choose_layout(
 
 def compare(
     nodes: Sequence[Node],
-    ring: Ring,
+    ring: RingLinks,
     model: ModelCost,
     step: StepWork,
     *,
     kinds: Sequence[str] = CHOICES,
     order: str = "ring",
-) -> dict[str, Decision]:
+) -> dict[str, LayoutDecision]:
     """The best layout of each kind that fits, by kind.
 
     Under "replicate" every node holds the whole model in memory. Under "stream" every node computes with the whole
@@ -88,7 +88,7 @@ def compare(
     out, and stages may read blocks from disk. ``order``: "ring", the stages of a pipeline follow each other around the
     ring, from any node on, or "free".
     """
-    found: dict[str, Decision] = {}
+    found: dict[str, LayoutDecision] = {}
     exchange = ring.all_reduce(model.exchanged, len(nodes))
     for kind in ("replicate", "stream"):
         ways = _ways_alone(nodes, step, kind)
@@ -132,13 +132,13 @@ def _ways_alone(nodes: Sequence[Node], step: StepWork, kind: str) -> list[Alone]
     return ways if kind == "replicate" or any(way.streams for way in ways) else None
 
 
-def _decision(kind: str, pipelines: Sequence[Pipeline], dealt: Sequence[int], exchange: float) -> Decision:
+def _decision(kind: str, pipelines: Sequence[Pipeline], dealt: Sequence[int], exchange: float) -> LayoutDecision:
     """The decision for ``pipelines`` that get ``dealt`` micro-batches."""
     pairs = list(zip(pipelines, dealt, strict=True))
     seconds = max(pipeline.simulated(count) for pipeline, count in pairs)
     stages = [(choice, pipeline.alone, count) for pipeline, count in pairs for choice in pipeline.choices]
     busy = [count * choice.cost.busy for choice, _, count in stages]
-    return Decision(
+    return LayoutDecision(
         placement=kind,
         layout=StageLayout(tuple(pipeline.stages for pipeline in pipelines)),
         choices=tuple(pipeline.choices for pipeline in pipelines),

@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 
 from macft.parallel.stage_layout import Stage
-from macft.planner.cluster_model import Alone, ModelCost, Node, PipelineClock, Ring, StageCost, StepWork, clock_of
+from macft.planner.cluster_model import Alone, ModelCost, Node, PipelineClock, RingLinks, StageCost, StepWork, clock_of
 from macft.planner.pipeline_cuts import Cuts, Group, KindStage
 from macft.planner.pipeline_simulator import simulate
 from macft.planner.stage_costs import StageChoice, StageTables
@@ -66,7 +66,9 @@ def deal(clocks: Sequence[PipelineClock], count: int) -> list[int]:
 class PipelineSearch:
     """Layouts with a pipeline of several stages, for a step of ``count`` micro-batches."""
 
-    def __init__(self, nodes: Sequence[Node], ring: Ring, model: ModelCost, step: StepWork, count: int, order: str):
+    def __init__(
+        self, nodes: Sequence[Node], ring: RingLinks, model: ModelCost, step: StepWork, count: int, order: str
+    ):
         self._nodes, self._ring, self._model, self._count = nodes, ring, model, count
         self._any_order = order == "free" and len(nodes) <= MOST_NODES
         self._tokens = step.tokens / count
@@ -216,7 +218,7 @@ class PipelineSearch:
         )
 
 
-def _kinds(nodes: Sequence[Node], ring: Ring) -> list[int]:
+def _kinds(nodes: Sequence[Node], ring: RingLinks) -> list[int]:
     """A number for each node, the same for nodes that are alike; all differ where links do."""
     if len(set(ring.links)) > 1:
         return list(range(len(nodes)))

@@ -29,10 +29,10 @@ from macft.model.shape import ModelShape, read_shape, shape_of
 from macft.network.link_kinds import LinkKind, find_links
 from macft.parallel.shares import DataShard
 from macft.planner.advice import advice
-from macft.planner.cluster_model import CHOICES, Link, Node, Ring
+from macft.planner.cluster_model import CHOICES, Node, NodeLink, RingLinks
 from macft.planner.layout_inputs import alone, can_pipeline, model_cost, step_work
 from macft.planner.memory import MemoryParts, trained_part
-from macft.planner.partition import Decision, compare
+from macft.planner.partition import LayoutDecision, compare
 from macft.planner.placement import Layout, Placer
 from macft.planner.preflight import placer_for, planner_for, step_of_shard
 from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops
@@ -66,7 +66,7 @@ class RunPlan:
     shape: ModelShape
     trainable: int
     nodes: list[NodePlan]
-    placements: dict[str, Decision]
+    placements: dict[str, LayoutDecision]
     chosen: str | None
     steps: int
     tokens: float
@@ -170,10 +170,10 @@ def _name(macs: Sequence[Mac], rank: int, count: int) -> str:
     return macs[rank].name if len(same) == 1 else f"{macs[rank].name} #{same.index(rank) + 1}"
 
 
-def _ring(links: Sequence[LinkKind], count: int) -> Ring:
+def _ring(links: Sequence[LinkKind], count: int) -> RingLinks:
     """The links of ``count`` nodes in ring order; the last one is between the last node and the first."""
-    made = [Link(link.bandwidth, link.latency) for link in links]
-    return Ring(tuple(made if len(made) == count else made[:1] * count))
+    made = [NodeLink(link.bandwidth, link.latency) for link in links]
+    return RingLinks(tuple(made if len(made) == count else made[:1] * count))
 
 
 def _link_notes(links: Sequence[LinkKind], count: int) -> list[str]:

@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from macft.planner.partition import Decision
+from macft.planner.partition import LayoutDecision
 from macft.planner.run_plan import NodePlan, RunPlan
 from macft.planner.stage_costs import StageChoice
 
@@ -71,7 +71,7 @@ def _show_memory(plan: RunPlan, console: Console) -> None:
             console.print(f"{node.name}: {node.parts.unknown}")
 
 
-def _show_pipelines(plan: RunPlan, decision: Decision, console: Console) -> None:
+def _show_pipelines(plan: RunPlan, decision: LayoutDecision, console: Console) -> None:
     """Which node has which blocks."""
     table = _table("pipeline: blocks and memory of each node, GB")
     table.add_column("node", overflow="fold", min_width=8)
