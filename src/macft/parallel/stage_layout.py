@@ -74,6 +74,12 @@ class StageLayout:
         return cls(tuple(tuple(Stage(*numbers) for numbers in pipeline) for pipeline in data))
 
 
+def spread(numbers: Sequence[int], count: int) -> list[int]:
+    """``count`` of ``numbers``, as far apart as can be."""
+    count = min(count, len(numbers))
+    return [numbers[(2 * place + 1) * len(numbers) // (2 * count)] for place in range(count)]
+
+
 def even_layout(blocks: int, ranks: Sequence[int], pipelines: int = 1) -> StageLayout:
     """``ranks`` in ``pipelines`` equal groups of neighbours, each of which divides the blocks evenly.
 

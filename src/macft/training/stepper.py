@@ -115,6 +115,8 @@ class SynchronousStepper:
         seconds = {"data": loaded - started, **metrics.seconds, "update": updated - updating}
         if local.waited_for_weights is not None:
             seconds["disk"] = local.waited_for_weights
+        if local.waited_for_stages is not None and local.sent_to_stages is not None:
+            seconds |= {"wait": local.waited_for_stages, "wire": local.sent_to_stages}
         if sync.has_rounds:
             seconds["sync"] = ended - updated
         result = StepResult(
