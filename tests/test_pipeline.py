@@ -81,12 +81,13 @@ def computed(
     model: ModelConfig = EXACT,
     capacity: int = BLOCKS,
     sizes: Sequence[int | None] = (2, 1),
-    **fields: Any,
+    packing: bool = False,
 ) -> list[Numbers]:
     """What one rank has after the exchange: loss, counts and gradient of a step for each of ``sizes``; then losses."""
     places = StagePlaces(collective, lambda _: layout)
     places.agree()
-    execution = execution_with(kernels, dropout=adapter.dropout > 0, **fields)
+    execution = execution_with(kernels, packing=packing, dropout=adapter.dropout > 0)
+    execution = replace(execution, dtype=model.precision)
     execution = (replace(execution, pack_tokens=40) if execution.packing else execution).pipelined(capacity)
     shard = places.shard([1.0] * collective.world_size)
     mine = rows_of_shard(shard, [row.tokens for row in rows()], shared=execution.shared_prefixes)
@@ -179,9 +180,8 @@ def test_stages_that_hold_fewer_blocks_than_they_compute(folder: Path) -> None:
 
 def test_half_precision_travels_as_it_is(folder: Path) -> None:
     model = ModelConfig(precision="bfloat16", quantization="none")
-    more: dict[str, Any] = {"model": model, "dtype": "bfloat16"}
-    expected = one_node(folder, "mlx", AdapterConfig(), **more)
-    for found in in_stages(layout_of([2, 3]), 2, folder, "mlx", AdapterConfig(), **more):
+    expected = one_node(folder, "mlx", AdapterConfig(), model=model)
+    for found in in_stages(layout_of([2, 3]), 2, folder, "mlx", AdapterConfig(), model=model):
         assert_same(found, expected, np.testing.assert_array_equal)
 
 

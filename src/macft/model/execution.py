@@ -106,12 +106,13 @@ class Execution:
         """The same with all blocks but these read from disk when they are needed; each is computed by itself."""
         return replace(self, placement="stream", resident_blocks=resident_blocks, recompute="none", compiled=False)
 
-    def pipelined(self, block_capacity: int) -> Execution:
+    def pipelined(self, block_capacity: int, resident_blocks: tuple[int, ...] = ()) -> Execution:
         """The same for stages of a pipeline, of which a node holds up to ``block_capacity`` blocks in memory.
 
-        One part of the rows is computed at a time, so that parts do not depend on how many threads a node has.
+        ``resident_blocks``: those of them that it holds at first. One part of the rows is computed at a time, so that
+        parts do not depend on how many threads a node has.
         """
-        held = replace(self, placement="pipeline", block_capacity=block_capacity)
+        held = replace(self, placement="pipeline", block_capacity=block_capacity, resident_blocks=resident_blocks)
         return replace(held, recompute="none", compiled=False, lanes=1)
 
     @property
