@@ -20,8 +20,8 @@ class NodeStatus:
     ``duty`` is the part of the time the node may compute, ``paused`` says that it wants no rows at all. Temperature in
     C, ``state`` 0 to 4, watts now and at most, ``joules`` since the first step of this process, metered over
     ``metered_seconds``; ``estimated`` marks power that comes from a model. ``messages``: number of lines that the node
-    has for the others. Of the busy seconds, ``disk_seconds`` were spent waiting for weights that are read from disk, and
-    ``wait_seconds`` for another stage of a pipeline. ``wire_seconds``: how long hidden states were being sent, meanwhile.
+    has for the others. Of the busy seconds ``disk_seconds`` were spent waiting for weights that are read from disk, and
+    ``wait_seconds`` for another stage of a pipeline; in ``wire_seconds`` of them hidden states were being sent.
     """
 
     tokens: int = 0
