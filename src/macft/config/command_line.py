@@ -28,8 +28,8 @@ from macft.config.schema import TrainConfig, register_schema
 from macft.config.sweeps import SweepPlan, no_sweep, plan_sweep
 from macft.config.yaml import check_whole
 from macft.data.files import READERS
+from macft.device.user_folder import user_config_folder
 from macft.errors import ConfigError
-from macft.topology.topology_file import user_config_folder
 
 _FREE_FORM = ("dataset.columns", "optimizer.arguments")
 """Users add keys of their own below these, without Hydra's ``+``."""

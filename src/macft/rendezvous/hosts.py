@@ -36,6 +36,7 @@ def connect_hosts(
                 run_id=run_id,
                 must_match=must_match,
                 timeout=topology.start_timeout,
+                names=topology.hosts,
                 keyring=keyring,
                 on_refusal=lambda line: print(f"note: {line}", file=sys.stderr),
             )

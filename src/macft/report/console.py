@@ -203,8 +203,8 @@ class ConsoleReporter:
         if event.adapter_folder is not None:
             self._line(f"try it: {command('python', '-m', 'macft.generate', _short(self._folder.path))}")
             self._line(f"with mlx-lm: {self._generate(event.adapter_folder)}")
-        if self._folder.tensorboard.is_dir():
-            self._line(f"curves: {command('tensorboard', '--logdir', _short(self._folder.path))}")
+        if self._folder.curves:
+            self._line(f"curves: {command('tensorboard', '--logdir', _short(self._folder.logdir))}")
 
     def _position(self, step: int) -> str:
         width = len(str(self._total_steps))

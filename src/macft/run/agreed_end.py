@@ -193,7 +193,12 @@ class AgreedEnd:
             adapter_folder=adapter,
             adapter_sha256=digest(run.loaded.model).hex(),
             detail=detail,
-            energy=summarize(run.trainer.statuses, run.config.thermal, tokens=run.trainer.tokens),
+            energy=summarize(
+                run.trainer.statuses,
+                run.config.thermal,
+                tokens=run.trainer.tokens,
+                target_tokens=run.trainer.target_tokens,
+            ),
             warnings=[trouble] if trouble else [],
         )
 

@@ -33,6 +33,7 @@ from macft.model.load import LoadedModel, load, load_tokenizer
 from macft.model.resolve import resolve
 from macft.model.vocabulary import vocabulary_of
 from macft.parallel.balance import ShareBalancer
+from macft.parallel.stage_places import StagePlaces
 from macft.planner.preflight import preflight
 from macft.report import fan_out
 from macft.report.events import Reporter
@@ -135,9 +136,12 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
 
     device = prepare_device()
     log.info("planning memory")
-    execution, layout, plan_notes = preflight(
+    decision = preflight(
         config, model_folder, data.train.rows, order, collective, world_size=planned_world_size(collective)
     )
+    places = StagePlaces(collective, decision.decide)
+    places.agree()
+    execution = decision.execution
     config = with_execution(config, execution)
     training = config.training
 
@@ -185,6 +189,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         loaded.streamed,
         seed=config.seed,
         bucket_bytes=config.collective.bucket_bytes,
+        places=places,
     )
     world_size = planned_world_size(collective)
     valid_rows = [data.valid.rows[i] for i in sample_rows(len(data.valid.rows), training.eval_rows, config.seed)]
@@ -213,6 +218,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         balancer=balancer,
         throttle=throttle,
         stop=stop,
+        places=places,
     )
     return Run(
         config=config,
@@ -229,8 +235,8 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         trainer=trainer,
         stop=stop,
         installed=installed,
-        layout=layout,
-        notes=[*loaded.notes, *plan_notes, *revisions, *clock_notes, *contents_notes, *data.notes, *state_notes],
+        layout=decision.layout,
+        notes=[*loaded.notes, *decision.notes, *revisions, *clock_notes, *contents_notes, *data.notes, *state_notes],
     )
 
 

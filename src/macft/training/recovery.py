@@ -17,6 +17,7 @@ from macft.collective.newest import find_newest
 from macft.errors import MembershipChanged, PeerLost
 from macft.parallel.balance import ShareBalancer
 from macft.parallel.node_status import NodeStatus
+from macft.parallel.stage_layout import StageLayout
 from macft.report.event_bytes import pack_events, unpack_events
 from macft.report.events import NodesChanged, Noted, Reporter
 from macft.training.checkpoint_policy import CheckpointPolicy
@@ -174,7 +175,8 @@ class Recovery:
         state.ended, state.has_final_adapter = shared["ended"], shared["has_final_adapter"]
         state.reducer.start_anew(shared["codec"], is_open=shared["codec_is_open"])
         left, joined = self._tracker.advance(members, self._nodes.statuses)
-        self._nodes.regrouped(ShareBalancer.from_state_dict(shared["balance"], shared["old_ranks"]))
+        layout = StageLayout.from_data(shared["layout"])
+        self._nodes.regrouped(ShareBalancer.from_state_dict(shared["balance"], shared["old_ranks"]), layout)
         self._checkpoints.members_changed()
         return NodesChanged(
             step=state.progress.step,
@@ -184,6 +186,7 @@ class Recovery:
             joined=joined,
             shares=list(self._nodes.balancer.shares),
             recomputed=state.begun_step == state.progress.step,
+            layout=str(layout) if layout.has_stages else "",
         )
 
     def _position(self) -> Position:
@@ -209,6 +212,7 @@ class Recovery:
             "has_final_adapter": self._state.has_final_adapter,
             "balance": self._nodes.balancer.state_dict(),
             "old_ranks": self._tracker.old_ranks(members),
+            "layout": self._nodes.places.decide(len(members.ids)).to_data(),
             "codec": codec,
             "codec_is_open": is_open,
         }

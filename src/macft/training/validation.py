@@ -23,7 +23,10 @@ class Losses(Protocol):
     """What computes the losses of rows."""
 
     def of_batches(self, batches: Iterable[Sequence[DeviceBatch]]) -> Iterator[list[float]]:
-        """The loss of each part of each of ``batches``, in nats, without a gradient; in their order."""
+        """The loss of each part of each of ``batches``, in nats, without a gradient; in their order.
+
+        Of a batch whose end another rank computes there are none here.
+        """
         ...
 
 
@@ -66,9 +69,8 @@ def validation_loss(
     parts = [list(layout.parts(batch)) for batch in batches]
     is_stopped = False
     for batch, items, values in zip(batches, parts, losses.of_batches(parts), strict=True):
-        for value in values:
-            loss_sum += value
-        target_tokens += sum(int(part.weights.sum()) for part in items)
+        loss_sum += sum(values)
+        target_tokens += sum(int(part.weights.sum()) for part in items[: len(values)])
         done += len(batch.row_ids)
         progress(done, len(mine))
         if is_stopped := stopped():
