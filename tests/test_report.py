@@ -340,8 +340,14 @@ def test_the_hparams_tab_has_the_swept_keys_first(tmp_path: Path) -> None:
 
     tell(TensorBoard(tmp_path, hparams={**HPARAMS, "report": {"hparams": SWEPT}}, first_step=0), tmp_path)
     content = accumulated(tmp_path).SummaryMetadata("_hparams_/experiment").plugin_data.content
-    columns = [info.name for info in HParamsPluginData.FromString(content).experiment.hparam_infos]
-    assert columns[:4] == ["optimizer.arguments.eps", "adapter.type", "adapter.rank", "model.path"]
+    columns = HParamsPluginData.FromString(content).experiment.hparam_infos
+    # TensorBoard sorts by this.
+    assert {each.name for each in columns if each.differs} == {
+        "optimizer.arguments.eps",
+        "adapter.type",
+        "adapter.rank",
+    }
+    assert "model.path" in {each.name for each in columns}
 
 
 SWEPT = ["optimizer.arguments.eps", "adapter"]
@@ -424,7 +430,7 @@ def test_a_nodes_status_keeps_its_keys(tmp_path: Path) -> None:
     reporter.close()
     keys = "tokens busy_seconds duty paused reason temperature state watts peak_watts joules metered_seconds estimated"
     [node] = lines(path)[0]["nodes"]
-    assert list(node) == [*keys.split(), "remarks"]
+    assert list(node) == [*keys.split(), "remarks", "disk_seconds", "wait_seconds", "wire_seconds"]
     assert (node["tokens"], node["remarks"]) == (3, 2)
 
 

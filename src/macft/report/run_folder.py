@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,16 @@ class RunFolder:
     def has_checkpoint(self) -> bool:
         """Whether a checkpoint is stored."""
         return any(self.checkpoints.glob("step-*"))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the results of a run that came to its end are stored."""
+        try:
+            reason = json.loads(self.summary.read_text(encoding="utf-8"))["reason"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        has_adapter = (self.adapters / "adapters.safetensors").is_file()
+        return reason in ("finished", "early_stopped") and has_adapter and self.config.is_file()
 
     def clear(self) -> None:
         """Removes a run that another one replaces: all but its logs. Raises OSError where that fails."""

@@ -1,7 +1,7 @@
 """The numbers of events by name, as TensorBoard and the other trackers show them.
 
-TensorBoard sorts groups, the part of a name before the first ``/``: loss, metric, optim, result, system, throughput,
-time.
+TensorBoard sorts groups, the part of a name before the first ``/``: loss, metric, optim, result, stage, system,
+throughput, time.
 """
 
 from __future__ import annotations
@@ -69,7 +69,10 @@ def _of_step(event: StepDone) -> dict[str, float]:
 
 
 def _of_nodes(event: StepDone) -> dict[str, float]:
-    """Temperature (C), power (W), duty and share of each node; the hottest state; power of all. Unknown is left out."""
+    """Of each node, temperature (C), power (W), duty, share, and where its stage's time went (s).
+
+    The hottest state; power of all. Unknown is left out.
+    """
     values: dict[str, float] = {}
     if len(event.nodes) > 1 or event.generation:
         values |= {
@@ -84,6 +87,11 @@ def _of_nodes(event: StepDone) -> dict[str, float]:
             values[f"system/power/watts_rank{rank}"] = node.watts
         if node.temperature is not None or node.state is not None or node.reason:
             values[f"system/thermal/duty_rank{rank}"] = 0.0 if node.paused else node.duty
+        if node.wait_seconds is not None:
+            disk, wait = node.disk_seconds or 0.0, node.wait_seconds
+            parts = {"compute": max(node.busy_seconds - wait - disk, 0.0), "wait": wait, "disk": disk}
+            parts["wire"] = node.wire_seconds or 0.0
+            values |= {f"stage/{name}_rank{rank}": seconds for name, seconds in parts.items()}
     if states := [node.state for node in event.nodes if node.state is not None]:
         values["system/thermal/state"] = float(max(states))
     if watts := [node.watts for node in event.nodes if node.watts is not None]:

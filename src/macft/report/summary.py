@@ -11,7 +11,7 @@ from typing import Any
 from macft import __version__
 from macft.device.durable import write_atomically
 from macft.report.durations import duration
-from macft.report.events import Event, NodesChanged, RunEnded, RunStarted, StepDone
+from macft.report.events import Event, NodesChanged, RunEnded, RunEnding, RunStarted, StepDone
 from macft.report.metrics_file import plain
 from macft.report.run_folder import RunFolder
 
@@ -31,6 +31,7 @@ class SummaryWriter:
         self._tokens, self._seconds, self._peak_memory = 0, 0.0, 0
         self._last_loss: float | None = None
         self._changes = [_line(event) for event in changes]
+        self._written: RunEnded | None = None
 
     def handle(self, event: Event) -> None:
         """Collects facts; writes both files at the end. Raises OSError where that fails."""
@@ -45,7 +46,10 @@ class SummaryWriter:
             case NodesChanged():
                 self._changes.append(_line(event))
                 self._facts["nodes_at_the_end"] = len(event.names)
-            case RunEnded():
+            case RunEnding():
+                self._write(event.end)
+                self._written = event.end
+            case RunEnded() if event is not self._written:
                 self._write(event)
 
     def close(self) -> None:

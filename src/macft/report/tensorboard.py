@@ -59,7 +59,7 @@ class TensorBoard:
 
         self._writer = EventFileWriter(str(folder))
         self._event = Event
-        self._hparams = _compared(hparams)
+        self._hparams, self._shown_first = _compared(hparams)
         self._named = Scalars()
         dataset = hparams.get("dataset")
         self._metric = dataset.get("metric") if isinstance(dataset, Mapping) else None
@@ -114,7 +114,9 @@ class TensorBoard:
         experiment = api_pb2.Experiment(
             # Types without domains: a run knows only its own values, not those of the others in a sweep.
             hparam_infos=[
-                api_pb2.HParamInfo(name=name, type=_data_type(value)) for name, value in self._hparams.items()
+                # TensorBoard sorts those that differ to the front.
+                api_pb2.HParamInfo(name=name, type=_data_type(value), differs=name in self._shown_first)
+                for name, value in self._hparams.items()
             ],
             metric_infos=[
                 api_pb2.MetricInfo(name=api_pb2.MetricName(tag=f"result/{name}"), display_name=name) for name in names
@@ -161,17 +163,17 @@ class TensorBoard:
         self._writer.add_event(self._event(summary=summary, step=step, wall_time=time.time()))
 
 
-def _compared(config: Mapping[str, object]) -> dict[str, bool | float | str]:
-    """The hyper-parameters by dotted key; lists as text, and no empty values, which the tab can't hold.
+def _compared(config: Mapping[str, object]) -> tuple[dict[str, bool | float | str], set[str]]:
+    """The hyper-parameters by dotted key, and those of them that ``report.hparams`` names, which may be groups.
 
-    Those that ``report.hparams`` names come first; it may name whole groups.
+    Lists are text; empty values, which the tab can't hold, are left out.
     """
     flat = _flat(config)
     report = config.get("report")
-    first = report.get("hparams") if isinstance(report, Mapping) else None
-    names = [str(name) for name in first] if isinstance(first, list) else []
-    wanted = [key for name in names for key in flat if key == name or (key.startswith(f"{name}.") and key in _COMPARED)]
-    return {key: flat[key] for key in [*wanted, *(key for key in _COMPARED if key in flat)]}
+    named = report.get("hparams") if isinstance(report, Mapping) else None
+    names = [str(name) for name in named] if isinstance(named, list) else []
+    first = {key for name in names for key in flat if key == name or (key.startswith(f"{name}.") and key in _COMPARED)}
+    return {key: flat[key] for key in flat if key in first or key in _COMPARED}, first
 
 
 def _flat(config: Mapping[str, object], prefix: str = "") -> dict[str, bool | float | str]:
