@@ -176,13 +176,14 @@ def _wait_until_met(
             raise KeyboardInterrupt  # there is nothing to save
         codes = [process.poll() for process in processes]
         ended = next((rank for rank, code in enumerate(codes) if code is not None), None)
-        if ended is not None and deadline == float("inf"):
-            deadline = time.monotonic() + _REFUSAL_SECONDS
-        if None not in codes or time.monotonic() > deadline:
-            assert ended is not None
-            code = codes[ended] or 0
+        code = None if ended is None else codes[ended]
+        if code is not None and deadline == float("inf"):
+            deadline = time.monotonic() + (_REFUSAL_SECONDS if code > 0 else 0.0)
+        if ended is not None and code is not None and (None not in codes or time.monotonic() > deadline):
             if ended == 0 and code > 0:
                 return code  # it has said why
+            for process in processes:
+                process.kill()  # they wait for it, and have nothing to save
             raise RankFailed(
                 f"rank {ended} {_how(code)} before all ranks had met; {_tail(logs / f'rank-{ended}.log')}", 1
             )
@@ -203,7 +204,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path, wish: _Wish) -> 
             if failed is None and process.poll() not in (None, 0, 130):
                 failed, deadline = rank, time.monotonic() + _GRACE_SECONDS
                 _log.warning("rank %d ended with status %d; the others have %g s", rank, process.poll(), _GRACE_SECONDS)
-                announce(f"note: rank {rank} {_how(process.returncode)}")
+                if process.returncode < 0:  # else it has said why
+                    announce(f"note: rank {rank} {_how(process.returncode)}")
         wish.pass_on()
         time.sleep(0.05)
     for rank, process in enumerate(processes):
@@ -238,7 +240,7 @@ def _wait_elastic(
             if rank in ended or (code := process.poll()) is None:
                 continue
             is_running = 0 not in ended.values() and any(other.poll() is None for other in processes)
-            if code not in (0, 130):
+            if code < 0 and wish.count < 2:  # else it has said why
                 announce(f"note: rank {rank} {_how(code)}")
             if restarter is not None and code < 0 and is_running and not wish.count:
                 _log.warning("rank %d was ended by signal %d; starting it again", rank, -code)
