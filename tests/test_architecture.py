@@ -41,6 +41,7 @@ ORDER = (
     "planner",
     "run",
     "launch",
+    "api",
     "collective_bench",
 )
 

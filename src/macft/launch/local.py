@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +19,7 @@ from macft.device.blas import available_cores
 from macft.errors import MacftError
 from macft.rendezvous.keystore import Keyring
 from macft.rendezvous.server import RendezvousServer
+from macft.training.stop_request import handled_by
 
 _GRACE_SECONDS = 20.0
 """How long the other ranks may take to end after one has failed."""
@@ -46,6 +48,7 @@ def launch_local(
     keyring: Keyring | None = None,
     elastic: bool = False,
     restart: bool = False,
+    watch: Callable[[Callable[[], None]], None] | None = None,
 ) -> int:
     """Runs ``world_size`` ranks of the run in ``folder`` and waits for them; returns rank 0's exit status.
 
@@ -63,6 +66,7 @@ def launch_local(
         elastic: Whether the other ranks continue without a rank that ends. If rank 0 ends, the output of the next rank
             is shown here, and that rank gets the signals.
         restart: Whether a rank that was killed is started again and joins.
+        watch: Called again and again while the ranks run, and once after their end, with what stops the run in order.
 
     Raises:
         RankFailed: a rank other than 0 failed; the message contains the last lines of its log.
@@ -86,20 +90,25 @@ def launch_local(
                 process.send_signal(number)  # this rank tells the others
                 return
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    def look() -> None:
+        if watch is not None:
+            watch(lambda: forward(signal.SIGINT, None))
+
+    signals = ExitStack()
     try:
+        signals.enter_context(handled_by(forward))
         server.start()
         for rank in range(world_size):
             command = [sys.executable, "-m", "macft.launch.worker", str(folder), str(rank), server.address, run_id]
             processes.append(_start([*command, *(["--resume"] if resume else [])], rank, logs, threads))
         restarter = _Restarter(folder, logs, threads) if restart else None
-        return _wait_elastic(processes, logs, restarter) if elastic else _wait(processes, logs)
+        return _wait_elastic(processes, logs, restarter, look) if elastic else _wait(processes, logs, look)
     finally:
         for process in processes:
             _end(process)
         server.close()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        signals.close()
+        look()
 
 
 def _start(command: list[str], rank: int, logs: Path, threads: int) -> subprocess.Popen[bytes]:
@@ -118,7 +127,7 @@ def _start(command: list[str], rank: int, logs: Path, threads: int) -> subproces
     return process
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
+def _wait(processes: list[subprocess.Popen[bytes]], logs: Path, look: Callable[[], None]) -> int:
     """Waits for all ranks. After one has failed, the others have ``_GRACE_SECONDS`` to report it and end."""
     failed: int | None = None
     deadline = float("inf")
@@ -127,6 +136,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
             if failed is None and process.poll() not in (None, 0, 130):
                 failed, deadline = rank, time.monotonic() + _GRACE_SECONDS
                 _log.warning("rank %d ended with status %d; the others have %g s", rank, process.poll(), _GRACE_SECONDS)
+        look()
         time.sleep(0.05)
     for rank, process in enumerate(processes):
         _end(process)
@@ -150,7 +160,9 @@ class _Restarter:
         return _start(command, rank, self._logs, self._threads)
 
 
-def _wait_elastic(processes: list[subprocess.Popen[bytes]], logs: Path, restarter: _Restarter | None) -> int:
+def _wait_elastic(
+    processes: list[subprocess.Popen[bytes]], logs: Path, restarter: _Restarter | None, look: Callable[[], None]
+) -> int:
     """Waits for all ranks, and shows the log of the next rank if rank 0 ends; returns the run's exit status."""
     shown: dict[int, int] = {}
     ended: dict[int, int] = {}
@@ -167,6 +179,7 @@ def _wait_elastic(processes: list[subprocess.Popen[bytes]], logs: Path, restarte
                 _log.info("rank %d ended with status %d", rank, code)
         leader = next((rank for rank, process in enumerate(processes) if process.poll() is None), 0)
         _show(logs, leader, shown)
+        look()
         time.sleep(0.05)
     codes = [process.returncode for process in processes]
     for rank, code in enumerate(codes):

@@ -16,6 +16,7 @@ from macft.config.schema import TrainConfig
 from macft.config.yaml import to_yaml
 from macft.device.durable import write_atomically
 from macft.errors import MacftError, MembershipChanged
+from macft.report.callbacks import Callbacks
 from macft.report.events import RunEnded, RunStarted
 from macft.report.run_folder import RunFolder
 from macft.run.prepare import Run, planned_world_size, prepare
@@ -24,7 +25,15 @@ from macft.thermal.energy import summarize
 from macft.training.stop_request import StopRequest
 
 
-def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resume: bool, stop: StopRequest) -> str:
+def run_node(
+    config: TrainConfig,
+    collective: Collective,
+    folder: Path,
+    *,
+    resume: bool,
+    stop: StopRequest,
+    callbacks: Callbacks | None = None,
+) -> str:
     """Trains this rank's part; returns why it ended: finished, early_stopped or interrupted.
 
     Raises:
@@ -33,7 +42,7 @@ def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resum
     started = time.perf_counter()
     elastic = collective if isinstance(collective, ElasticCollective) else None
     try:
-        run = prepare(config, collective, RunFolder(folder), resume=resume, stop=stop)
+        run = prepare(config, collective, RunFolder(folder), resume=resume, stop=stop, callbacks=callbacks)
     except MembershipChanged:
         if elastic is None:
             raise

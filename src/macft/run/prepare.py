@@ -35,6 +35,7 @@ from macft.model.vocabulary import vocabulary_of
 from macft.parallel.balance import ShareBalancer
 from macft.planner.preflight import preflight
 from macft.report import fan_out
+from macft.report.callbacks import Callbacks
 from macft.report.events import Reporter
 from macft.report.run_folder import RunFolder
 from macft.report.trackers.registry import require_installed
@@ -90,7 +91,15 @@ class Run:
         self.installed.close()
 
 
-def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, resume: bool, stop: StopRequest) -> Run:
+def prepare(
+    config: TrainConfig,
+    collective: Collective,
+    folder: RunFolder,
+    *,
+    resume: bool,
+    stop: StopRequest,
+    callbacks: Callbacks | None = None,
+) -> Run:
     """Loads everything; afterwards all ranks have the same state.
 
     Raises:
@@ -195,6 +204,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         is_main=is_main,
         first_step=state.progress.step,
         is_newcomer=is_newcomer,
+        callbacks=callbacks,
     )
     trainer = build_trainer(
         training,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -31,9 +31,19 @@ class StopRequest:
     def listening(self, other: threading.Event | None = None) -> Iterator[None]:
         """Handles SIGINT and SIGTERM while active; ``other`` requests a stop too when it is set."""
         self._other = other or self._other
-        previous = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with handled_by(self):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+
+
+@contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Gives SIGINT and SIGTERM to ``handler`` while active. Only the main thread gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
