@@ -25,8 +25,8 @@ def fit(config: TrainConfig, *, folder: str | Path | None = None, callbacks: Seq
         config: From :func:`macft.compose`, and perhaps changed.
         folder: Where the results go. Default: ``runs/NAME/TIME`` in the working folder.
         callbacks: Each is called with every event (:mod:`macft.report.events`) in order. One that raises
-            :class:`macft.StopTraining` stops the run after the current step; one that raises anything else is not
-            called again, and its traceback goes to stderr. With several processes the events come from
+            :class:`macft.StopTraining` stops the run after the step that is being computed; one that raises anything
+            else is not called again, and its traceback goes to stderr. With several processes the events come from
             ``metrics.jsonl``, a moment later and without ``PhaseProgress``.
 
     Raises:
