@@ -42,6 +42,7 @@ ORDER = (
     "run",
     "launch",
     "api",
+    "completion",
     "collective_bench",
 )
 
@@ -50,6 +51,7 @@ COMMANDS = {
     "adapter",
     "bench",
     "cluster",
+    "completion",
     "data",
     "doctor",
     "evaluate",

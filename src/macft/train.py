@@ -14,6 +14,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from macft import __version__
 from macft.api.fitting import run_claimed
 from macft.cli.parser import program_name
 from macft.cli.run_command import exit_status, run_command
@@ -33,6 +34,9 @@ def main(argv: Sequence[str]) -> None:
         ConfigError: the command line is wrong, or its folder can't be used; no job has started.
         SystemExit: a run, or one or more jobs of a sweep, has failed or was interrupted; with the command's status.
     """
+    if "--version" in argv:
+        print(__version__)
+        return
     OmegaConf.register_new_resolver("program", lambda: program_name("train"), replace=True)  # for the help text
     command = prepare(list(argv))
     output, job, resume = command.output, command.job, command.resume is not None

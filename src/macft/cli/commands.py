@@ -19,6 +19,7 @@ COMMANDS = {
     "doctor": "check that this machine, or each host of a topology, is ready to train",
     "cluster": "set up a cluster of machines; list or remove clusters",
     "keys": "show this machine's key, and manage the machines it trusts",
+    "completion": "print or install tab completion for bash, zsh or fish",
     "bench": "measure all-reduce speed between the machines of a topology",
 }
 """Name and description, in the order in which ``macft`` lists them."""
