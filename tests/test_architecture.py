@@ -41,6 +41,7 @@ ORDER = (
     "planner",
     "run",
     "launch",
+    "publishing",
     "api",
     "completion",
     "collective_bench",
@@ -60,6 +61,7 @@ COMMANDS = {
     "keys",
     "monitor",
     "plan",
+    "push",
     "train",
 }
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": "ask the tuned model a question, or chat with it",
     "evaluate": "compare the base model with the tuned one on held-out rows",
     "fuse": "merge the adapter into its base model, for other programs",
+    "push": "put an adapter on the Hugging Face Hub, with a model card",
     "adapter": "convert an adapter to or from the format of Hugging Face's PEFT",
     "doctor": "check that this machine, or each host of a topology, is ready to train",
     "cluster": "set up a cluster of machines; list or remove clusters",
