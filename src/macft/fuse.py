@@ -13,8 +13,6 @@ from macft.cli.run_command import run_command
 from macft.cli.shell import command
 from macft.device.durable import new_folder
 from macft.errors import ConfigError
-from macft.publishing.hub import check_repository, push_model
-from macft.publishing.model_card import hub_id
 from macft.run.tuned_model import TunedModel, add_model_arguments
 
 
@@ -34,8 +32,9 @@ def main(argv: Sequence[str]) -> None:
             f"--gguf-path: {arguments.gguf_path} must be a file name; the file is written into the save path"
         )
 
-    base = hub_id(tuned.model.path)
     if arguments.upload_repo is not None:
+        from macft.publishing.hub import check_repository
+
         check_repository(arguments.upload_repo, "--upload-repo")
 
     from macft.device.mlx_device import prepare_device
@@ -58,6 +57,10 @@ def main(argv: Sequence[str]) -> None:
         print(f"{target / arguments.gguf_path}: GGUF; like mlx-lm, macft writes its vocabulary in SentencePiece's form")
     print(f'try it: {command("python", "-m", "macft.generate", "--model", target)} --prompt "..."')
     if arguments.upload_repo is not None:
+        from macft.publishing.hub import push_model
+        from macft.publishing.model_card import hub_id
+
+        base = hub_id(tuned.model.path)
         summary = TrainingRun(arguments.run_folder).summary if arguments.run_folder else {}
         address = push_model(
             target, arguments.upload_repo, base=base, config=tuned.run, summary=summary, private=arguments.private

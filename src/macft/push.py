@@ -10,8 +10,6 @@ from macft.api.training_run import TrainingRun
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.errors import ConfigError
-from macft.publishing.hub import check_repository, push_adapter, push_model
-from macft.publishing.model_card import hub_id, model_card
 from macft.run.tuned_model import find_run, finished_adapter
 
 
@@ -23,6 +21,10 @@ def main(argv: Sequence[str]) -> None:
         LaunchError: the hub can't be reached, or refuses.
     """
     arguments = _parser().parse_args(argv)
+
+    from macft.publishing.hub import check_repository, push_adapter, push_model
+    from macft.publishing.model_card import hub_id, model_card
+
     folder = find_run(arguments.run_folder)
     run = TrainingRun(folder.path)
     config, summary = run.config, run.summary
