@@ -188,8 +188,8 @@ def test_a_tracker_gets_name_configuration_curves_and_results_and_a_resumed_run_
     assert kept.curves["loss/train"][TOTAL] == pytest.approx(2.0)
     assert kept.curves["loss/valid"] == pytest.approx({0: 3.5, 10: 2.5, 20: 1.5})
     assert kept.curves["metric/sql_execution"] == pytest.approx({0: 0.125, 20: 0.75})
-    assert {"optim/learning_rate", "throughput/tokens_per_second_cluster"} <= set(kept.curves)
-    assert kept.results["final/valid_loss"] == pytest.approx(FINAL["valid_loss"])
+    assert {"optim/learning_rate", "throughput/tokens_per_second"} <= set(kept.curves)
+    assert kept.results["result/valid_loss"] == pytest.approx(FINAL["valid_loss"])
     if tracker in ("wandb", "mlflow"):
         assert kept.state == {"wandb": "exit 0", "mlflow": "FINISHED"}[tracker]
 
@@ -259,7 +259,7 @@ def test_a_tracker_that_does_not_answer_holds_nothing_up_until_the_end(
 
         def finish(self, results: Mapping[str, float], reason: str) -> None:
             steps.append(-1)
-            assert results["final/valid_loss"] == 1.25
+            assert results["result/valid_loss"] == 1.25
             assert reason == "finished"
 
     monkeypatch.setattr("macft.report.trackers.sink._SAY_AFTER_SECONDS", 0.01)

@@ -13,7 +13,7 @@ from macft.config.yaml import read
 from macft.report.events import Event, ReplayedEvent
 from macft.report.recorded import events_in
 from macft.report.run_folder import RunFolder
-from macft.report.scalars import scalars
+from macft.report.scalars import Scalars
 from macft.run.tuned_model import TunedModel, find_run
 
 
@@ -73,11 +73,12 @@ class TrainingRun:
         """One row for each step, with TensorBoard's names: ``{"step": 1, "loss/train": 3.2, ...}``.
 
         Step 0 is before training. A row has what was measured at its step: ``pandas.DataFrame(run.metrics())`` has
-        NaN elsewhere.
+        NaN elsewhere. What has been 0 so far is left out, but for the loss and the optimizer's.
         """
         rows: dict[int, dict[str, float]] = {}
+        scalars = Scalars()
         for event in self.events():
-            if isinstance(event, ReplayedEvent) and (values := scalars(event)):
+            if isinstance(event, ReplayedEvent) and (values := scalars.of(event)):
                 rows.setdefault(event.step, {"step": event.step}).update(values)
         return [rows[step] for step in sorted(rows)]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from macft.cli.commands import COMMANDS
 from macft.config.paths import config_folder
+from macft.device.user_folder import user_config_folder
 
 TABLE = Path(__file__).with_name("table.json")
 """Options of the commands and keys of the configuration; ``python -m macft.completion.make_table`` writes it."""
@@ -124,8 +125,6 @@ def _options(group: str) -> Iterator[Candidate]:
     """The options of a group: macft's, and the user's own, such as clusters."""
     folders = [config_folder() / group]
     if group == "topology":
-        from macft.topology.topology_file import user_config_folder
-
         folders.append(user_config_folder() / group)
     for folder in folders:
         for path in sorted(folder.glob("*.yaml")):

@@ -12,14 +12,16 @@ from pathlib import Path
 from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
 from macft.config.yaml import must_match, to_yaml
-from macft.device.durable import write_atomically
+from macft.device.durable import identity, write_atomically
+from macft.errors import LaunchError
 from macft.launch.run_clock import started, started_together
 from macft.logs.run_log import last_error, start_log
 from macft.report.callbacks import Callbacks
 from macft.report.run_folder import RunFolder
 from macft.report.trackers.registry import require_installed
+from macft.run.claim import after_interrupt
 from macft.run.resume import check_resume
-from macft.training.stop_request import StopRequest
+from macft.training.stop_request import StopRequest, announce
 
 
 class RanksFailed(SystemExit):
@@ -54,7 +56,7 @@ def run(config: TrainConfig, folder: Path, *, resume: bool, callbacks: Callbacks
 
         with start_log(folder, "launcher", config.report.log_level):
             return _how_it_ended(run_over_ssh(config, folder, resume=resume), folder)
-    stop = StopRequest()
+    stop = StopRequest(announce, farewell=lambda: after_interrupt(folder))
     with stop.listening():
         if config.topology.kind == "hosts":
             from macft.launch.run_on_hosts import run_on_hosts
@@ -77,13 +79,13 @@ def run(config: TrainConfig, folder: Path, *, resume: bool, callbacks: Callbacks
         from macft.collective.solo import Solo
 
         if callbacks is not None:
-            callbacks.stop = stop
+            callbacks.stop = lambda: stop.request(may_quit=False)
         with Solo() as collective, start_log(folder, 0, config.report.log_level):
             return run_node(config, collective, folder, resume=resume, stop=stop, callbacks=callbacks)
 
 
 def _run_local(config: TrainConfig, folder: Path, *, resume: bool, callbacks: Callbacks | None) -> str:
-    from macft.launch.local import launch_local
+    from macft.launch.local import RankFailed, launch_local
     from macft.model.resolve import resolve
     from macft.rendezvous.keystore import keyring_for
 
@@ -92,6 +94,13 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool, callbacks: Ca
     resolve(config.model)  # downloaded once, here, where its progress is visible
     proposed = RunFolder(folder).proposed
     write_atomically(proposed, to_yaml(config))
+    summary = RunFolder(folder).summary
+    before = identity(summary)
+
+    def is_kept() -> bool:
+        """Whether the results are on disk, whatever became of the ranks since."""
+        return identity(summary) != before and RunFolder(folder).is_finished
+
     try:
         status = launch_local(
             config.topology.nodes,
@@ -105,9 +114,15 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool, callbacks: Ca
             restart=config.topology.restart,
             watch=None if callbacks is None else _follow(folder, callbacks),
         )
+    except RankFailed:
+        if not is_kept():
+            raise
+        return "finished"
     finally:
         proposed.unlink(missing_ok=True)
-    return _how_it_ended(status, folder)
+    if status == 0 and not is_kept():
+        raise LaunchError(f"the run has finished, but its results are not in {folder}; see what its ranks say above")
+    return "finished" if is_kept() else _how_it_ended(status, folder)
 
 
 def _follow(folder: Path, callbacks: Callbacks) -> Callable[[Callable[[], None]], None]:

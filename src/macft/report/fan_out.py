@@ -96,7 +96,7 @@ def _leader_sinks(
         (
             config.tensorboard,
             TensorBoard.__name__,
-            lambda: TensorBoard(folder.tensorboard, hparams=hparams, first_step=first_step),
+            lambda: TensorBoard(folder.path, hparams=hparams, first_step=first_step),
         ),
         # After TensorBoard: a step in this file is in both if this node is killed.
         (config.metrics_file, MetricsFile.__name__, lambda: MetricsFile(folder.metrics, first_step=first_step)),

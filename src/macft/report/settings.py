@@ -27,6 +27,8 @@ class ReportConfig:
     trackers: list[str] = field(default_factory=list)
     # The project, or experiment, in which they keep the run.
     project: str = "macft"
+    # Keys that TensorBoard's HPARAMS tab shows first; a sweep adds its own.
+    hparams: list[str] = field(default_factory=list)
     # Steps between lines on the terminal.
     every: int = 10
     # Answers shown side by side, before and after training.

@@ -21,10 +21,26 @@ from macft.report.events import (
     SamplesShown,
     StepDone,
 )
-from macft.report.scalars import results, scalars
+from macft.report.scalars import Scalars, results
 
-# The keys that the HPARAMS tab shows; the others change how a run is computed, not what it learns.
-_COMPARED = ("model.", "dataset.", "adapter.", "optimizer.", "training.", "topology.nodes", "seed")
+# The keys that the HPARAMS tab shows, after those of `report.hparams`. A column that is alike in all runs only hides
+# the others.
+_COMPARED = (
+    "model.path",
+    "dataset.path",
+    "adapter.type",
+    "adapter.rank",
+    "adapter.scale",
+    "adapter.dropout",
+    "adapter.num_layers",
+    "optimizer.name",
+    "optimizer.learning_rate",
+    "training.batch_size",
+    "training.steps",
+    "training.epochs",
+    "topology.nodes",
+    "seed",
+)
 
 
 class TensorBoard:
@@ -43,7 +59,10 @@ class TensorBoard:
 
         self._writer = EventFileWriter(str(folder))
         self._event = Event
-        self._hparams = _compared(hparams)
+        self._hparams, self._shown_first = _compared(hparams)
+        self._named = Scalars()
+        dataset = hparams.get("dataset")
+        self._metric = dataset.get("metric") if isinstance(dataset, Mapping) else None
         self._notes: list[str] = []
         self._step = first_step
         # TensorBoard drops the marked step too. A run that starts over leaves nothing of an earlier attempt.
@@ -61,10 +80,10 @@ class TensorBoard:
                 self._writer.flush()
             case StepDone():
                 self._step = event.step
-                self._scalars(scalars(event), event.step)
+                self._scalars(self._named.of(event), event.step)
                 self._writer.flush()  # a node may be killed at any time, and the next one repeats nothing
             case Evaluated() | MetricScored() | CheckpointSaved():
-                self._scalars(scalars(event), event.step)
+                self._scalars(self._named.of(event), event.step)
             case SamplesShown():
                 self._text("samples", _table(event.samples), event.step)
             case Noted():
@@ -79,7 +98,9 @@ class TensorBoard:
         self._writer.close()
 
     def _end(self, event: RunEnded) -> None:
-        self._scalars(results(event), event.steps)
+        # What was before training is the first point of a curve.
+        hidden = ("_before", "/steps")
+        self._scalars({k: v for k, v in results(event).items() if not k.endswith(hidden)}, event.steps)
         # TensorBoard uses the first end it reads, so a run that can be resumed must not have one yet.
         if event.reason != "interrupted":
             self._end_session(succeeded=event.reason != "failed")
@@ -89,17 +110,16 @@ class TensorBoard:
         from tensorboard.plugins.hparams import api_pb2, metadata, summary_v2
         from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-        names = ["valid_loss_before", "valid_loss"]
-        if isinstance(metric := self._hparams.get("dataset.metric"), str):
-            names += [f"{metric}_before", metric]
+        names = ["valid_loss", *([self._metric] if self._metric else []), "seconds"]
         experiment = api_pb2.Experiment(
             # Types without domains: a run knows only its own values, not those of the others in a sweep.
             hparam_infos=[
-                api_pb2.HParamInfo(name=name, type=_data_type(value)) for name, value in self._hparams.items()
+                # TensorBoard sorts those that differ to the front.
+                api_pb2.HParamInfo(name=name, type=_data_type(value), differs=name in self._shown_first)
+                for name, value in self._hparams.items()
             ],
             metric_infos=[
-                api_pb2.MetricInfo(name=api_pb2.MetricName(tag=f"final/{name}"), display_name=name)
-                for name in [*names, "seconds", "steps"]
+                api_pb2.MetricInfo(name=api_pb2.MetricName(tag=f"result/{name}"), display_name=name) for name in names
             ],
             time_created_secs=time.time(),
         )
@@ -143,14 +163,26 @@ class TensorBoard:
         self._writer.add_event(self._event(summary=summary, step=step, wall_time=time.time()))
 
 
-def _compared(config: Mapping[str, object], prefix: str = "") -> dict[str, bool | float | str]:
-    """The hyper-parameters by dotted key; lists as text, and no empty values, which the tab can't hold."""
+def _compared(config: Mapping[str, object]) -> tuple[dict[str, bool | float | str], set[str]]:
+    """The hyper-parameters by dotted key, and those of them that ``report.hparams`` names, which may be groups.
+
+    Lists are text; empty values, which the tab can't hold, are left out.
+    """
+    flat = _flat(config)
+    report = config.get("report")
+    named = report.get("hparams") if isinstance(report, Mapping) else None
+    names = [str(name) for name in named] if isinstance(named, list) else []
+    first = {key for name in names for key in flat if key == name or (key.startswith(f"{name}.") and key in _COMPARED)}
+    return {key: flat[key] for key in flat if key in first or key in _COMPARED}, first
+
+
+def _flat(config: Mapping[str, object], prefix: str = "") -> dict[str, bool | float | str]:
     flat: dict[str, bool | float | str] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            flat |= _compared(value, f"{name}.")
-        elif value in (None, "", []) or not name.startswith(_COMPARED):
+            flat |= _flat(value, f"{name}.")
+        elif value in (None, "", []):
             continue
         elif isinstance(value, bool | str):
             flat[name] = value

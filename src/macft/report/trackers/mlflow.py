@@ -50,7 +50,7 @@ class MlflowTracker:
     def finish(self, results: Mapping[str, float], reason: str) -> None:
         """Adds the results as metrics and ends the run."""
         if results:
-            self.log(results, int(results.get("final/steps", 0)))
+            self.log(results, int(results.get("result/steps", 0)))
         if reason:
             self._client.set_tag(self._id, "macft.reason", reason)
             self._client.set_terminated(self._id, _STATES.get(reason, "FINISHED"))

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 
 from macft.report.events import Event, ReplayedEvent, RunEnded, RunStarted
-from macft.report.scalars import results, scalars
+from macft.report.scalars import Scalars, results
 from macft.report.trackers.tracker import TrackedRun, Tracker
 
 _MOST_WAITING = 20_000
@@ -27,6 +27,7 @@ class TrackerSink:
     def __init__(self, name: str, open_tracker: Callable[[TrackedRun], Tracker], run: TrackedRun):
         self.name = name
         self._tasks: queue.Queue[_Task | None] = queue.Queue(_MOST_WAITING)
+        self._scalars = Scalars()
         self._trouble: BaseException | None = None
         self._is_told, self._is_closed, self._step = False, False, 0
         self._thread = threading.Thread(target=self._work, args=(open_tracker, run), name=f"macft-{name}", daemon=True)
@@ -43,7 +44,7 @@ class TrackerSink:
             case _:
                 if isinstance(event, ReplayedEvent):
                     self._step = event.step
-                if values := scalars(event):
+                if values := self._scalars.of(event):
                     step = self._step
                     self._put(lambda tracker: tracker.log(values, step))
 
