@@ -229,6 +229,15 @@ class RunEnded(Event):
     warnings: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class RunEnding(Event):
+    """The results are there and have to be kept: the summary is written. ``end`` follows once all ranks know."""
+
+    is_recorded: ClassVar[bool] = False
+
+    end: RunEnded
+
+
 class Sink(Protocol):
     """Shows or stores a run's events, which come in order and from one thread. It ignores those it does not know.
 

@@ -15,6 +15,7 @@ BATCHES = ("fixed", "auto")
 PLACEMENTS = ("auto", "replicate", "stream", "pipeline")
 SHIPMENTS = ("code", "data", "model")
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?")
+_LINK_LOCAL = re.compile(r"\[?fe[89ab][0-9a-f]:[^+]*:", re.IGNORECASE)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(gb|gib|mb|mib)", re.IGNORECASE)
 _UNITS = {"gb": 1e9, "gib": 2.0**30, "mb": 1e6, "mib": 2.0**20}
 _DESTINATION = re.compile(
@@ -106,8 +107,8 @@ def host_paths(host: str, default_port: int) -> list[tuple[str, int]]:
     paths: list[tuple[str, int]] = []
     for path in host.split("+"):
         match = _HOST.fullmatch(path)
-        if match is None:
-            raise ValueError(f"'{host}' is not a host name or address with an optional :port")
+        if match is None or _LINK_LOCAL.match(path):
+            raise ValueError(_objection(host, path))
         port = int(match["port"]) if match["port"] else (paths[0][1] if paths else default_port)
         if not 1 <= port <= MAX_PORT:
             raise ValueError(f"'{host}': port {port} is not from 1 to {MAX_PORT}")
@@ -115,6 +116,18 @@ def host_paths(host: str, default_port: int) -> list[tuple[str, int]]:
     if len(paths) > MAX_PATHS:
         raise ValueError(f"'{host}' has {len(paths)} addresses; {MAX_PATHS} are the most")
     return paths
+
+
+def _objection(host: str, path: str) -> str:
+    """Why ``path`` of ``host`` can't be used."""
+    if _LINK_LOCAL.match(path):
+        return (
+            f"'{host}' is a link-local IPv6 address, which needs the name of an interface that differs from machine to "
+            "machine; use an IPv4 address or another IPv6 address"
+        )
+    if path.count(":") > 1 and "[" not in path:
+        return f"'{host}': write an IPv6 address in brackets and quotes: \"[{path}]\""
+    return f"'{host}' is not a host name or address with an optional :port"
 
 
 def problems(config: TopologyConfig) -> list[str]:

@@ -84,6 +84,7 @@ def build_trainer(
             collective,
             shard=shard,
             progress=progress,
+            stopped=lambda: stop.requested,
         )
 
     validation = ValidationPolicy(
