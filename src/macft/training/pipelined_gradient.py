@@ -24,7 +24,7 @@ from macft.model.block_weights import BlockWeights
 from macft.model.dropout import DropoutKeys
 from macft.model.execution import Execution
 from macft.parallel.stage_layout import spread
-from macft.parallel.stage_places import Place, StagePlaces
+from macft.parallel.stage_places import StagePlace, StagePlaces
 from macft.training.batch_layout import DeviceBatch
 from macft.training.gradient import Gradient, LocalGradient, add
 from macft.training.pipeline_schedule import one_forward_one_backward
@@ -37,7 +37,7 @@ _FORWARD, _BACKWARD, _VALIDATION = 0, 1, 2
 class _StageRun:
     """One stage at work: ``channels`` are those of ``places`` now."""
 
-    def __init__(self, staged: StagedModel, place: Place, channels: Channels, first_trained: int):
+    def __init__(self, staged: StagedModel, place: StagePlace, channels: Channels, first_trained: int):
         self.place = place
         self._staged, self._channels = staged, channels
         self._first_trained = first_trained
