@@ -123,14 +123,15 @@ def _decide_stage(
         raise ConfigError(f"topology.placement: pipeline {obstacle}")
     check_layout(topology, shape.blocks, world_size)
     decide = partial(decide_layout, topology, shape.blocks)
+    may_keep = execution.recompute == "none" and execution.kernels == "mlx"
     layout, budget, execution = decide(world_size), _budget(topology), execution.pipelined(0)
     place = layout.place_of(shard.rank)
     rows = DataShard(place[0] if place is not None else 0, len(layout.pipelines))
     planner = planner_for(config, shape, execution, [step_of_shard(step, rows, execution) for step in steps])
     first_trained = min(select_layers(config.adapter, shape.adaptable).blocks, default=shape.blocks)
-    stages = StagePlanner(planner, budget, layout, shard.rank, first_trained, topology.resident_blocks)
+    stages = StagePlanner(planner, budget, layout, shard.rank, first_trained, topology.resident_blocks, may_keep)
     chosen = stages.decide()
-    notes = [_limited(stages.parts(chosen.block_capacity), budget)]
+    notes = [_limited(stages.predicted(chosen), budget)]
     size = layout.blocks_of(shard.rank)
     if chosen.block_capacity < len(size):
         notes.append(
