@@ -400,7 +400,7 @@ class PairingTarget:
         self._notes["lines shown"] += 1
 
     def open(self) -> Answer:
-        public = pake.PakeExchange(CODE, is_host=False).public
+        public = pake.PakeExchange(CODE, is_host=False).first_frame
         framed = len(public).to_bytes(4, "big") + public
         return Answer(
             addresses=[f"127.0.0.1:{self._host.port}"],

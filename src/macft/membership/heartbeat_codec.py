@@ -39,6 +39,7 @@ def encode_heartbeat(heartbeat: Heartbeat, secret: bytes) -> bytes:
             _encode_vote(heartbeat.proposed),
             list(heartbeat.promised) if heartbeat.promised else None,
             _encode_vote(heartbeat.accepted),
+            heartbeat.stops,
         ]
     )
     return _authentication(packed, secret) + packed
@@ -50,9 +51,11 @@ def decode_heartbeat(data: bytes, secret: bytes) -> Heartbeat | None:
     if not hmac.compare_digest(data[:_AUTHENTICATION_BYTES], _authentication(packed, secret)):
         return None
     try:
-        number, sender, view, hears, ready, ballot, proposed, promised, accepted = _array(msgpack.unpackb(packed))
+        number, sender, view, hears, ready, ballot, proposed, promised, accepted, stops = _array(
+            msgpack.unpackb(packed)
+        )
         heard = _array(hears)
-        if type(ready) is not bool or len(heard) > _MAX_MEMBERS:
+        if type(ready) is not bool or type(stops) is not bool or len(heard) > _MAX_MEMBERS:
             return None
         return Heartbeat(
             sender=decode_member(sender),
@@ -64,6 +67,7 @@ def decode_heartbeat(data: bytes, secret: bytes) -> Heartbeat | None:
             promised=_decode_ballot(promised),
             accepted=_decode_vote(accepted),
             number=_number(number),
+            stops=stops,
         )
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException):
         return None

@@ -85,6 +85,7 @@ class Heartbeat:
         promised: The highest ballot it has promised to.
         accepted: What it has accepted as the next view.
         number: Counts the heartbeats of its sender, so that one that is late or was recorded is recognised.
+        stops: Whether its user wants the run to stop. It plays no part in the agreement.
     """
 
     sender: MemberRecord
@@ -96,6 +97,7 @@ class Heartbeat:
     promised: Ballot | None = None
     accepted: Vote | None = None
     number: int = 0
+    stops: bool = False
 
 
 class PaxosMembership:
