@@ -38,7 +38,7 @@ from macft.network.link_probe import ProbeServer, measure
 from macft.network.links import discover
 from macft.pairing import discovery, pake
 from macft.pairing.member import this_machine
-from macft.pairing.protocol import PairingHost
+from macft.pairing.host import PairingHost
 from macft.rendezvous.connect import RankConfig, join_rendezvous
 from macft.rendezvous.keystore import Keyring
 from macft.rendezvous.roster import agreed_values
