@@ -430,7 +430,7 @@ class PairingTarget:
             if self._ended.done():
                 return self.check()
             return Answer(wrong=f"a machine with the right code is not let in: {error}", done=self._done)
-        wrong = "" if "two machines named" in str(answer.get("refused")) else f"answered {answer}"
+        wrong = "" if "refused" in answer else f"answered {answer}"
         return Answer(wrong=wrong, done=self._done, notes=self._notes)
 
 
