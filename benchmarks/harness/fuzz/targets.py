@@ -37,8 +37,8 @@ from macft.membership.service import MembershipService, join_request
 from macft.network.link_probe import ProbeServer, measure
 from macft.network.links import discover
 from macft.pairing import discovery, pake
-from macft.pairing.member import this_machine
 from macft.pairing.host import PairingHost
+from macft.pairing.member import this_machine
 from macft.rendezvous.connect import RankConfig, join_rendezvous
 from macft.rendezvous.keystore import Keyring
 from macft.rendezvous.roster import agreed_values
