@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from harness.runs import adapter, environment, losses, ranks, same_bits, start, train, wait_for_step
+from harness.runs import adapter, environment, free_ports, losses, ranks, same_bits, start, train, wait_for_step
 from helpers.members import Node
 from macft.collective.solo import Solo
 from macft.data.formats import Row
@@ -214,3 +214,24 @@ def test_ctrl_c_while_ranks_start(tmp_path: Path, basics: list[str], point: str)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "interrupted; no checkpoint had been saved"
+
+
+@pytest.mark.slow
+def test_the_other_hosts_stop_too_if_the_one_that_wants_it_quits(tmp_path: Path, basics: list[str]) -> None:
+    names = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+    # Steps long enough that the wish is known before its step ends.
+    slow = [*basics, "training.batch_size=40", "training.micro_batch_size=1"]
+    hosts = ["topology=hosts", f"topology.hosts=[{names}]"]
+    first, second = (
+        start(*slow, *hosts, f"topology.rank={rank}", f"hydra.run.dir={tmp_path / str(rank)}", cwd=tmp_path)
+        for rank in (0, 1)
+    )
+    wait_for_step(first, tmp_path / "0")
+    assert first.stderr is not None
+    first.send_signal(signal.SIGINT)
+    while not first.stderr.readline().startswith("stopping: "):
+        assert first.poll() is None
+    first.send_signal(signal.SIGINT)
+    for process in (first, second):
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130, errors
