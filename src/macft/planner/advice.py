@@ -23,9 +23,13 @@ def advice(
     *,
     can_pipeline: bool,
     is_quantized: bool,
+    is_batch_too_large: bool,
 ) -> list[str]:
-    """Lines for a person. ``placements`` are those that were compared, ``chosen`` is that of the run."""
-    lines = []
+    """Lines for a person. ``placements`` are those that were compared, ``chosen`` is that of the run.
+
+    ``is_batch_too_large``: a smaller micro-batch would make it fit, as the node's own line says.
+    """
+    lines: list[str] = []
     best = placements[chosen] if chosen is not None else None
     pipelines = dict(placements) if "pipeline" in placements else compare(nodes, ring, model, work, kinds=["pipeline"])
     pipeline = pipelines.get("pipeline") if can_pipeline else None
@@ -33,9 +37,11 @@ def advice(
         lines.append(f"topology.placement=pipeline would take {pipeline.seconds:.2f} s a step")
     if pipeline is not None and chosen in ("pipeline", None):
         lines += _order(nodes, ring, model, work, pipeline)
+    if is_batch_too_large:
+        return lines
     if best is None and not is_quantized:
         lines.append("a model in 4 bits needs about a quarter of the memory of one in 16")
-    if can_pipeline and (best is None or best.disk > 0):
+    if can_pipeline and (best is None or best.disk > 0) and (pipeline is None or pipeline.disk > 0):
         lines += _more(nodes, ring, model, work, best)
     return lines
 
