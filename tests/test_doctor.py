@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,6 +16,9 @@ from hypothesis import strategies as st
 
 from macft.device import disk_speed
 from macft.diagnostics import LEVELS, machine, network, software
+from macft.diagnostics.shareable import without_names
+from macft.doctor import find_model, main
+from macft.errors import ConfigError
 from macft.network import macos
 from macft.network.links import Link, discover, linux_kind
 
@@ -190,28 +195,39 @@ def test_the_disks_speed_is_measured_and_kept(tmp_path: Path, monkeypatch: pytes
 def test_linux_links_from_sysfs(tmp_path: Path) -> None:
     for name, files in {
         "eth0": {"type": "1\n", "speed": "2500\n"},
-        "veth0": {"type": "1\n", "speed": "-1\n"},
+        "eth1": {"type": "1\n", "speed": "-1\n"},
+        "br0": {"type": "1\n", "bridge/x": "", "brif/eth1/x": "", "brif/vnet3/x": ""},
         "wlan0": {"type": "1\n", "wireless/x": ""},
         "thunderbolt0": {"type": "1\n", "speed": "20000\n"},
         "tun0": {"type": "65534\n"},
+        "office": {"type": "1\n", "tun_flags": "0x1002\n"},
+        "veth0": {"type": "1\n", "speed": "10000\n"},
+        "docker0": {"type": "1\n", "bridge/x": "", "brif/veth0/x": ""},
+        "br-0123456789ab": {"type": "1\n", "bridge/x": ""},
+        "machines": {"type": "1\n", "bridge/x": "", "brif/tap0/x": ""},
     }.items():
         for file, text in files.items():
             path = tmp_path / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-    names = ("eth0", "veth0", "wlan0", "thunderbolt0", "tun0")
+    names = ("eth0", "eth1", "br0", "wlan0", "thunderbolt0")
     assert [linux_kind(name, tmp_path) for name in names] == [
         ("ethernet", 2500),
         ("ethernet", None),
+        ("ethernet", None),
         ("wifi", None),
         ("thunderbolt", 20000),
-        ("other", None),
     ]
+    for name in ("tun0", "office", "veth0", "docker0", "br-0123456789ab", "machines"):
+        assert linux_kind(name, tmp_path) == ("other", None)
 
 
 def test_wifi_alone_is_warned_of() -> None:
     wifi = Link("en0", "wifi", "192.168.0.2/24")
     assert [finding.level for finding in network.link_findings((wifi,))] == ["ok", "warning"]
+    vpn = Link("utun3", "other", "100.64.0.2/10")
+    assert [finding.level for finding in network.link_findings((wifi, vpn))] == ["ok", "ok", "warning"]
+    assert [finding.level for finding in network.link_findings((vpn,))] == ["ok", "problem"]
     assert network.link_findings(())[0].level == "problem"
     assert all(not link.address.startswith("127.") for link in discover())
 
@@ -230,6 +246,26 @@ def test_versions_and_clocks_that_differ_are_named() -> None:
     assert (found[0].level, found[0].text) == ("problem", "b has mlx 0.31.0, a has 0.32.4")
     assert found[0].mend == "ssh b python3 -m pip install mlx==0.32.4"
     assert [f.level for f in network.clock_findings({"a": 0.1, "b": -20.0})] == ["warning"]
+    assert [f.level for f in network.clock_findings({"a": 0.1})] == ["ok"]
+    assert network.clock_findings({}) == []  # nobody was reached
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "mend"),
+    [
+        ("llama-3.2-1b", "warning", "hf download mlx-community/Llama-3.2-1B-Instruct-4bit "),
+        ("some/model-of-the-hub", "warning", "hf download some/model-of-the-hub "),
+        ("smollm2-135m", "warning", "topology.ship=[model]"),
+        ("lama-3.2-1b", "problem", "give a folder, a hub id (org/name), or one of gemma-3-1b, "),
+    ],
+)
+def test_a_model_that_is_not_here_is_fetched_by_a_command_that_works(
+    name: str, level: str, mend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    finding = find_model(name)
+    assert finding.level == level
+    assert mend in finding.mend
 
 
 @pytest.mark.slow
@@ -254,3 +290,49 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: py
     assert done.stderr.splitlines() == [
         "error: topology: no cluster 'desk' (there are: none yet); make it: python -m macft.cluster init desk"
     ]
+
+
+# What people attach to an issue
+
+
+@given(
+    st.ip_addresses(v=4).map(str) | st.ip_addresses(v=6).map(str),
+    st.sampled_from(["{}", "at {}:7070", "({}/24)", "jane@{}", "cannot reach {}; is it on?"]),
+)
+def test_no_address_is_left_in_a_text(address: str, form: str) -> None:
+    assert address not in without_names(form.format(address), []) or address == "::"
+
+
+def test_what_names_a_machine_is_left_out_and_what_describes_it_is_not() -> None:
+    text = (
+        "Janes-MacBook-Pro.local, C02XK1ABJG5H, 1c:f6:4c:00:00:01, jane@studio.lan, /Users/jane/runs, "
+        "28CA4C30-1111-2222-3333-444455556666: Apple M2 Max, Metal, 32 GiB, mlx 0.32.4, macOS 15.1, 12:30:45"
+    )
+    cleaned = without_names(text, ["/Users/jane", "Janes-MacBook-Pro.local", "jane"])
+    for private in ("jane", "C02XK1ABJG5H", "1c:f6", "studio", "28CA4C30"):
+        assert private.lower() not in cleaned.lower(), cleaned
+    for told in ("Apple M2 Max, Metal, 32 GiB, mlx 0.32.4, macOS 15.1", "/runs"):
+        assert told in cleaned, cleaned
+
+
+@pytest.mark.slow
+def test_the_report_of_this_machine_names_nobody(tmp_path: Path) -> None:
+    home = tmp_path / "janedoe"
+    home.mkdir()
+    cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    environment = {**os.environ, "HOME": str(home), "USER": "janedoe", "LOGNAME": "janedoe", "XDG_CACHE_HOME": cache}
+    command = [sys.executable, "-m", "macft.doctor", "--report", "report.json"]
+    subprocess.run(command, check=True, cwd=home, env=environment, capture_output=True, timeout=280)
+    text = (home / "report.json").read_text()
+    report = json.loads(text)
+    assert report["smoke_run"]["result"] == "works", report["smoke_run"]
+    assert report["smoke_run"]["steps"] == 3
+    assert report["versions"]["mlx"]
+    assert {"kind", "speed_mbit"} == set().union(*(set(link) for link in report["links"])) or not report["links"]
+    for private in ("janedoe", socket.gethostname(), *(link.host for link in discover())):
+        assert not re.search(rf"(?<!\w){re.escape(private)}(?!\w)", text), private
+
+
+def test_a_report_is_of_this_machine() -> None:
+    with pytest.raises(ConfigError, match=r"--report: it describes this machine"):
+        main(["--report", "x.json", "--topology", "desk"])

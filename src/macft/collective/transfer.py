@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.buffers import Buffer, layout_of, pieces_of, slices_of
+from macft.collective.buffers import Buffer, chunk_of, layout_of, pieces_of, slices_of
 from macft.collective.codecs.error_feedback import encode_with_feedback
 from macft.collective.codecs.quantization import WireCodec
 from macft.collective.dtypes import add
@@ -69,7 +69,9 @@ class GatherReduce(Transfer):
 
     1. **Gather.** A rank sends its own arrays, concatenated, as one frame. It forwards each frame it receives, until
        every rank has those of all ranks.
-    2. **Reduce.** :meth:`finish` adds them up in the order of ranks, so that all ranks get the same bits.
+    2. **Reduce.** :meth:`finish` adds them up, each chunk of an array in the order in which :class:`Reduction` would:
+       chunk ``c`` from rank ``c`` on. So both give the same bits, and it does not show in the result which one the
+       measured speed of the links has chosen.
 
     The arrays are copied before they are sent, so the call need not wait until they have left. With ``lend``, a single
     array is sent without a copy; the caller must then be done sending before :meth:`finish`.
@@ -78,8 +80,7 @@ class GatherReduce(Transfer):
     def __init__(self, call: Header, buffers: Sequence[Buffer], world_size: int, *, lend: bool = False):
         self._buffers, self._world_size = buffers, world_size
         own: Body = b""
-        # From rank 2 on, `finish` would overwrite the array before it is added.
-        if lend and len(buffers) == 1 and call.sender < 2:
+        if lend and len(buffers) == 1:
             own = buffers[0].flat.data.cast("B")
         elif buffers:
             own = b"".join([buffer.flat.data for buffer in buffers])
@@ -108,14 +109,24 @@ class GatherReduce(Transfer):
 
     def finish(self) -> None:
         """Writes the sums into the buffers."""
-        start = 0
+        ranks, start = self._world_size, 0
         for buffer in self._buffers:
             flat = buffer.flat
-            parts = [np.frombuffer(self._parts[rank], flat.dtype, flat.size, start) for rank in range(self._world_size)]
-            add(flat, parts[0], parts[1], buffer.dtype)
-            for part in parts[2:]:
-                add(flat, flat, part, buffer.dtype)
-            start += buffer.flat.nbytes
+            parts = [np.frombuffer(self._parts[rank], flat.dtype, flat.size, start) for rank in range(ranks)]
+            if ranks == 2:  # the order of two does not matter
+                add(flat, parts[0], parts[1], buffer.dtype)
+            else:
+                # This rank's own part may be `flat` itself, so only the last addition writes there.
+                scratch = np.empty_like(flat)
+                for chunk in range(ranks):
+                    begin, end = chunk_of(flat.size, chunk, ranks)
+                    first, second, *between, last = [part[begin:end] for part in parts[chunk:] + parts[:chunk]]
+                    total = scratch[begin:end]
+                    add(total, first, second, buffer.dtype)
+                    for part in between:
+                        add(total, total, part, buffer.dtype)
+                    add(flat[begin:end], total, last, buffer.dtype)
+            start += flat.nbytes
 
     def _header(self, hop: int) -> Header:
         return self.call._replace(hop=hop, length=self.call.total)
@@ -250,7 +261,10 @@ class CodedReduction(_RingReduction):
         layout = zlib.crc32(f"{codec.name}{flat.size}".encode())
         self._codec = codec
         self._chunks = [
-            [(flat[piece], residual[piece]) for piece in slices_of(flat, chunk, world_size, piece_bytes)]
+            [
+                (flat[piece], residual[piece])
+                for piece in slices_of(flat, chunk, world_size, piece_bytes, multiple=codec.block)
+            ]
             for chunk in range(world_size)
         ]
         pieces = [len(chunk) for chunk in self._chunks]

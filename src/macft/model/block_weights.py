@@ -65,8 +65,14 @@ class BlockWeights:
 
     @property
     def resident(self) -> frozenset[int]:
-        """Blocks that stay in memory."""
+        """Blocks that stay in memory once they are read; others are dropped when this is set."""
         return self._resident
+
+    @resident.setter
+    def resident(self, numbers: Iterable[int]) -> None:
+        self._resident = frozenset(numbers)
+        for number in self._held - self._resident:
+            self.drop(number)
 
     def follow(self, model: nn.Module) -> None:
         """Keeps ``model`` supplied too: a copy of this one that holds the same arrays."""
@@ -125,6 +131,26 @@ class BlockWeights:
             yield
         finally:
             self._is_left_out = False
+
+    @contextmanager
+    def standing_in(self) -> Iterator[None]:
+        """Inside, blocks get random values instead of being read: to try the model's code. None is held afterwards."""
+        before = self.replace_reader(lambda _: self._random)
+        try:
+            yield
+        finally:
+            self._reader, self._ahead = before, None
+            self.take_figures()
+            for number in list(self._held):
+                self.drop(number)
+
+    def _random(self, number: int) -> Arrays:
+        keys = mx.random.split(mx.random.key(number), 2 * len(self._empty[number]))
+        arrays = [
+            _product(array, keys[2 * place], keys[2 * place + 1]) for place, array in enumerate(self._empty[number])
+        ]
+        mx.eval(arrays)
+        return arrays
 
     def read_ahead(self, numbers: Sequence[int]) -> None:
         """Begins to read the first of these blocks that is not in memory, unless another one is being read."""
@@ -248,6 +274,20 @@ def _placeholder(array: mx.array) -> mx.array:
     placeholder = mx.broadcast_to(mx.array(value, array.dtype), array.shape)
     mx.eval(placeholder)
     return placeholder
+
+
+def _product(like: mx.array, one: mx.array, other: mx.array) -> mx.array:
+    """A matrix of the shape and type of ``like``, made of two random vectors: that takes little time."""
+    *_, rows, columns = (1, 1, *like.shape)
+    if mx.issubdtype(like.dtype, mx.floating):
+        left, right = mx.random.normal((rows, 1), key=one), mx.random.normal((columns,), key=other)
+        values = (left * right * 0.1).astype(like.dtype)
+    else:
+        left, right = (
+            mx.random.randint(0, 100, size, key=key) for size, key in (((rows, 1), one), ((columns,), other))
+        )
+        values = (left ^ right).astype(like.dtype)
+    return mx.contiguous(mx.broadcast_to(values.reshape(values.shape[2 - min(like.ndim, 2) :]), like.shape))
 
 
 def _all_arrays(model: nn.Module) -> Arrays:

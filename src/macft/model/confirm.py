@@ -31,11 +31,19 @@ def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[
             and it can't be cut into its blocks.
         ModelError: training the model would make no sense, or its weights are streamed and can't be read.
     """
+    if loaded.streamed is None or execution.placement != "pipeline":
+        return _confirm(execution, loaded)
+    with loaded.streamed.standing_in():  # a stage does not read the blocks of others
+        return _confirm(execution, loaded)
+
+
+def _confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[str]]:
     notes: list[str] = []
     traced = loaded.streamed.left_out if loaded.streamed is not None else nullcontext
-    if loaded.streamed is not None and (obstacle := CutModel(loaded.model).obstacle(_TRIAL)):
+    cut = CutModel(loaded.model, same_form=execution.placement == "pipeline")
+    if loaded.streamed is not None and (obstacle := cut.obstacle(_TRIAL)):
         raise ConfigError(
-            f"topology.placement: stream can't cut this model into its blocks ({obstacle}); "
+            f"topology.placement: {execution.placement} can't cut this model into its blocks ({obstacle}); "
             "use topology.placement=replicate"
         )
     if (obstacle := obstacle_to_training(loaded.model)) is not None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 CHOICES = ("replicate", "stream", "pipeline")
 """Placements that :func:`~macft.planner.partition.compare` can return."""
+CHOICES_OF_AUTO = ("replicate", "stream")
+"""Those between which ``topology.placement=auto`` chooses in a run."""
 
 
 @dataclass(frozen=True)

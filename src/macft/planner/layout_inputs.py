@@ -19,8 +19,6 @@ from macft.planner.streamed_memory import update_bytes
 _GRADIENTS = 1.2
 # Hidden states that a block of an unknown kind has inside, as multiples of its input.
 _UNKNOWN_INSIDE = 16.0
-# What the trainer does with the trained blocks of a stage: the backward pass computes them again.
-_RECOMPUTE = "always"
 
 
 def can_pipeline(config: TrainConfig) -> bool:
@@ -79,7 +77,8 @@ def step_work(planner: MemoryPlanner, micro_batch_size: int | None) -> StepWork:
         rows=rows,
         longest=float(max((batch.tokens for batch in batches), default=1)),
         micro_batches=-(-rows // micro_batch_size) if micro_batch_size else None,
-        recompute=_RECOMPUTE,
+        # With MLX's operations a stage keeps what its backward pass needs, where there is room.
+        recompute="auto" if planner.execution.recompute == "none" and planner.execution.kernels == "mlx" else "always",
     )
 
 

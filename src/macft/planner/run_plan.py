@@ -29,7 +29,7 @@ from macft.model.shape import ModelShape, read_shape, shape_of
 from macft.network.link_kinds import LinkKind, find_links
 from macft.parallel.shares import DataShard
 from macft.planner.advice import advice
-from macft.planner.cluster_model import CHOICES, Node, NodeLink, RingLinks
+from macft.planner.cluster_model import CHOICES, CHOICES_OF_AUTO, Node, NodeLink, RingLinks
 from macft.planner.layout_inputs import alone, can_pipeline, model_cost, step_work
 from macft.planner.memory import MemoryParts, trained_part
 from macft.planner.partition import LayoutDecision, compare
@@ -37,7 +37,7 @@ from macft.planner.placement import Layout, Placer
 from macft.planner.preflight import placer_for, planner_for, step_of_shard
 from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops
 from macft.planner.workload import StepRows, assumed_steps, steps_of
-from macft.topology.settings import PLACEMENTS, parse_budget
+from macft.topology.settings import parse_budget
 from macft.training.settings import steps_for
 
 
@@ -106,8 +106,9 @@ def plan_run(config: TrainConfig) -> RunPlan:
     ring = _ring(links, len(nodes))
     kinds = [kind for kind in CHOICES if wanted in ("auto", kind) and (kind != "pipeline" or can_pipeline(config))]
     placements = compare(nodes, ring, model, work, kinds=kinds)
-    # auto refuses a run that a smaller micro-batch would make fit: that is the faster way.
-    possible = [] if is_batch_too_large and wanted == "auto" else [kind for kind in placements if kind in PLACEMENTS]
+    possible = [kind for kind in placements if wanted == kind or kind in CHOICES_OF_AUTO]
+    if wanted == "auto" and is_batch_too_large:  # refused: a smaller micro-batch is the faster way
+        possible = []
     chosen = min(possible, key=lambda kind: placements[kind].seconds, default=None)
     notes += _link_notes(links, len(nodes))
     return RunPlan(
