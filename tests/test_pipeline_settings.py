@@ -36,7 +36,7 @@ def config_of(**topology: object) -> TrainConfig:
             {"nodes": 4, "pipelines": 3},
             "topology.pipelines: 3 pipelines of 4 nodes; each needs two or more, so use 1 to 2",
         ),
-        ({"pipelines": 0}, "topology.pipelines: 0 pipelines of 2 nodes"),
+        ({"pipelines": 0}, "topology.pipelines: 0 must be 1 or more"),
         ({"stages": [6]}, "topology.stages: [6] has 1 numbers, and there are 2 nodes"),
         ({"stages": [6, "x"]}, "topology.stages: [6, 'x'] is neither auto nor a list of numbers of blocks"),
         ({"stages": [6, 0]}, "topology.stages: [6, 0] is neither auto nor a list of numbers of blocks"),
