@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import combinations, pairwise
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from harness.families import configuration
 from macft.config.execution import execution_for
@@ -14,7 +19,7 @@ from macft.model.adapter_settings import AdapterConfig
 from macft.model.execution import WeightFormat, resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import shape_of
-from macft.parallel.stage_layout import even_layout
+from macft.parallel.stage_layout import balanced_layout, even_layout
 from macft.planner.fit import MemoryPlanner
 from macft.planner.stages import StagePlanner, check_layout, decide_layout
 from macft.planner.workload import unlike_rows
@@ -105,11 +110,40 @@ def test_there_are_sixteen_micro_batches_unless_told_otherwise() -> None:
 def test_layouts(topology: dict[str, object], world_size: int, shown: str) -> None:
     settings = config_of(**topology).topology
     check_layout(settings, 7, world_size)
-    assert str(decide_layout(settings, 7, world_size)) == shown
+    assert str(decide_layout(settings, [1.0] * 7, world_size)) == shown
+
+
+def test_blocks_are_cut_by_what_they_cost() -> None:
+    """Sixteen of 32 blocks are trained, and cost twice or three times as much as the others."""
+
+    def counts(costs: Sequence[float], world_size: int) -> list[int]:
+        layout = decide_layout(config_of().topology, costs, world_size)
+        return [len(stage.blocks) for stage in layout.pipelines[0]]
+
+    assert counts([1.0] * 16 + [2.0] * 16, 2) == [20, 12]
+    assert counts([1.0] * 16 + [3.0] * 15 + [6.0], 2) == [22, 10]
+    assert counts([1.0] * 16 + [3.0] * 16, 4) == [12, 8, 6, 6]  # no more than one and a half times an even share
+    assert counts([1.0] * 31 + [50.0], 2) == [24, 8]
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=9), st.integers(1, 4), st.integers(1, 9))
+def test_no_cut_is_better(costs: list[int], stages: int, most: int) -> None:
+    stages = min(stages, len(costs))
+    most = max(most, -(-len(costs) // stages))
+
+    def worst(inner: Sequence[int]) -> int:
+        ends = [0, *inner, len(costs)]
+        pairs = list(pairwise(ends))
+        return max(sum(costs[first:end]) if end - first <= most else 10**6 for first, end in pairs)
+
+    (pipeline,) = balanced_layout(costs, range(stages), most).pipelines
+    assert [stage.rank for stage in pipeline] == list(range(stages))
+    best = min(worst(inner) for inner in combinations(range(1, len(costs)), stages - 1))
+    assert worst([stage.first for stage in pipeline[1:]]) == best
 
 
 def test_more_ranks_than_blocks_have_joined() -> None:
-    layout = decide_layout(config_of().topology, 2, 4)
+    layout = decide_layout(config_of().topology, [1.0] * 2, 4)
     assert layout.place_of(2) is layout.place_of(3) is None
 
 

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from macft.errors import ConfigError
 from macft.model.execution import Execution
-from macft.parallel.stage_layout import Stage, StageLayout, even_layout, spread
+from macft.model.shape import ModelShape
+from macft.parallel.stage_layout import Stage, StageLayout, balanced_layout, spread
 from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import ComputeShape, MemoryParts, predict, recomputed_inputs, trained_part
 from macft.planner.streamed_memory import GRADIENTS, held_weights
 from macft.topology.settings import TopologyConfig
 
+_MOST_BLOCKS = 1.5
+"""Blocks of a stage at most, as a multiple of an even share: blocks that cost little time need memory too."""
 
-def decide_layout(topology: TopologyConfig, blocks: int, world_size: int) -> StageLayout:
-    """Which of ``world_size`` ranks computes which of the model's ``blocks``.
 
-    As ``topology`` wants it, where it fits the number of ranks: that may have changed since the start. A pure function.
+def block_costs(shape: ModelShape, first_trained: int, *, keeps: bool) -> tuple[float, ...]:
+    """What each block costs a pipeline, in forward passes of a block; the head is counted with the last one.
+
+    A trained block has a backward pass too, and unless ``keeps`` a second forward pass. Half of the tokens are taken to
+    have a target. The same on all nodes.
+    """
+    trained = 2.0 if keeps else 3.0
+    costs = [1.0 if number < first_trained else trained for number in range(shape.blocks)]
+    costs[-1] += shape.embedding_parameters / shape.block_parameters
+    return tuple(costs)
+
+
+def decide_layout(topology: TopologyConfig, costs: Sequence[float], world_size: int) -> StageLayout:
+    """Which of ``world_size`` ranks computes which of the model's blocks, whose ``costs`` are given.
+
+    As ``topology`` wants it, where it fits the number of ranks: that may have changed since the start. Otherwise nodes
+    are taken to be alike. A pure function.
     """
     pipelines = max(1, min(topology.pipelines, world_size // 2))
     sizes = [world_size // pipelines + (place < world_size % pipelines) for place in range(pipelines)]
@@ -24,9 +43,10 @@ def decide_layout(topology: TopologyConfig, blocks: int, world_size: int) -> Sta
     made: list[tuple[Stage, ...]] = []
     rank = 0
     for size in sizes:
-        ranks = range(rank, rank + min(size, blocks))  # the others have nothing to do
         if counts is None:
-            made += even_layout(blocks, ranks).pipelines
+            stages = min(size, len(costs))  # the other ranks have nothing to do
+            most = math.ceil(_MOST_BLOCKS * len(costs) / stages)
+            made += balanced_layout(costs, range(rank, rank + stages), most).pipelines
         else:
             ends = [sum(counts[rank:each]) for each in range(rank, rank + size + 1)]
             made.append(tuple(Stage(rank + place, ends[place], ends[place + 1]) for place in range(size)))
