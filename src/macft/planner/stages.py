@@ -91,7 +91,7 @@ class StagePlanner:
     may_keep: bool
 
     def decide(self) -> Execution:
-        """The execution of this node: it keeps as many blocks in memory as fit.
+        """The execution of this node: it keeps as many blocks in memory as fit, those of a larger stage later included.
 
         Raises:
             ConfigError: the stage doesn't fit, even with its blocks read from disk.
@@ -114,15 +114,15 @@ class StagePlanner:
             )
         return self._with(low)
 
-    def parts(self, capacity: int) -> MemoryParts:
-        """The peak by part, with up to ``capacity`` blocks in memory."""
+    def parts(self, held: int) -> MemoryParts:
+        """The peak by part, with ``held`` blocks in memory."""
         works = self.planner.works(self.planner.execution)
-        return max((self._parts(work, capacity) for work in works), key=lambda parts: parts.peak)
+        return max((self._parts(work, held) for work in works), key=lambda parts: parts.peak)
 
     def predicted(self, execution: Execution) -> MemoryParts:
         """The peak by part of ``execution``, one that :meth:`decide` returned."""
-        parts = self.parts(execution.block_capacity)
         blocks, in_flight = self._stage
+        parts = self.parts(min(execution.block_capacity, len(blocks)))
         kept = in_flight * sum(block >= self.first_trained for block in blocks)
         if execution.block_capacity < len(blocks) or kept > execution.activation_capacity:
             return parts
@@ -145,7 +145,7 @@ class StagePlanner:
     def _with(self, capacity: int) -> Execution:
         blocks, _ = self._stage
         held = self.planner.execution.pipelined(capacity, tuple(spread(blocks, capacity)))
-        room, one = self.budget - self.parts(capacity).peak, self._activations_of_block
+        room, one = self.budget - self.parts(min(capacity, len(blocks))).peak, self._activations_of_block
         return replace(held, activation_capacity=int(room / one) if self.may_keep and room > 0 and one else 0)
 
     @property
@@ -161,12 +161,12 @@ class StagePlanner:
             0.0 if any(parts.unknown for parts in found) else max(parts.activations for parts in found) / max(1, depth)
         )
 
-    def _parts(self, work: ComputeShape, capacity: int) -> MemoryParts:
+    def _parts(self, work: ComputeShape, count: int) -> MemoryParts:
         planner, (blocks, in_flight) = self.planner, self._stage
         shape, trained = planner.shape, trained_part(planner.shape, planner.adapter)
         inside = replace(planner.execution, placement="replicate", recompute="blocks")
         parts = predict(shape, inside, planner.adapter, planner.optimizer, work)
-        held = held_weights(shape, replace(planner.execution, resident_blocks=tuple(spread(blocks, capacity))))
+        held = held_weights(shape, replace(planner.execution, resident_blocks=tuple(range(count))))
         border = shape.hidden * planner.execution.weight_format.float_bytes * work.tokens
         borders = in_flight * (1 + sum(block >= self.first_trained for block in blocks)) * border
         one_block = parts.activations - recomputed_inputs(shape, inside, trained.depth, work.tokens)
