@@ -4,9 +4,10 @@
     python benchmarks/pipeline.py --link 1gbit       # each stage in a network namespace, on Linux as root
     python benchmarks/pipeline.py --link 100mbit
 
-SmolLM2-135M in float32, LoRA on all blocks, blocks recomputed by both, or with --keep by none. One node and the pipeline
-take turns, with the same micro-batches, and medians are compared. With m micro-batches p stages can reach m / (m + p - 1)
-of the speed of p nodes; the goal is 0.9 of that. Streams are encrypted. The default cut weighs the head as three blocks.
+SmolLM2-135M in float32, LoRA on all blocks, blocks recomputed by both, or with --keep by none. One node and the
+pipeline take turns, with the same micro-batches, and medians are compared. With m micro-batches p stages can reach
+m / (m + p - 1) of the speed of p nodes; the goal is 0.9 of that. Streams are encrypted. The default cut weighs the head
+as three blocks.
 """
 
 from __future__ import annotations
