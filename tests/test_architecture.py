@@ -36,6 +36,7 @@ ORDER = (
     "training",
     "thermal",
     "evaluation",
+    "serving",
     "inspection",
     "config",
     "planner",
@@ -57,6 +58,7 @@ COMMANDS = {
     "keys",
     "monitor",
     "plan",
+    "serve",
     "train",
 }
 

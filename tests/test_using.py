@@ -24,11 +24,11 @@ import macft.fuse
 import macft.generate
 import macft.run.tuned_model
 from harness.runs import Finished, environment, events, train, uneven_dataset
+from helpers.models import random_adapter
 from macft import adapter as adapter_command
 from macft.errors import ConfigError, DataError, MacftError, ModelError
 from macft.evaluation.chat import Chat, Sampling
-from macft.model.adapt import adapt
-from macft.model.adapter_files import read_tensors, save_adapter
+from macft.model.adapter_files import read_tensors
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.attach import attach
 from macft.model.peft import export_peft, import_peft
@@ -283,18 +283,6 @@ def test_an_exported_adapter_comes_back_and_answers_the_same(
     expected = mlx_lm_answer(*tuned, [{"role": "user", "content": "Repeat: red"}], 6)
     macft.generate.main(["--adapter-path", str(tmp_path / "back"), "-p", "Repeat: red", "-m", "6"])
     assert capsys.readouterr().out == expected + "\n"
-
-
-def random_adapter(folder: Path, base: Path, config: AdapterConfig) -> nn.Module:
-    """Saves a random adapter of the model in ``base``; returns the model with it."""
-    model = mlx_lm_load(str(base))[0]
-    settings = adapt(model, config, seed=1).mlx_lm_config
-    model.update(
-        nn.utils.tree_map(lambda value: value + 0.1 * mx.random.normal(value.shape), model.trainable_parameters())
-    )
-    save_adapter(folder, model, settings, model_name=str(base))
-    model.eval()
-    return model
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

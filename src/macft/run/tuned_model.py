@@ -73,6 +73,11 @@ class TunedModel:
         trust = model.trust_remote_code or arguments.trust_remote_code
         return cls(replace(model, trust_remote_code=trust), adapter, whole, run, arguments.placement)
 
+    @property
+    def name(self) -> str:
+        """The run's name, or the last part of the model's."""
+        return self.run.name if self.run is not None else Path(self.model.path).name
+
     def load(
         self, *, tuned: bool = True, tokenizer: TokenizerWrapper | None = None, in_memory: bool = False
     ) -> LoadedModel:
