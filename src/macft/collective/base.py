@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from macft.collective.channels import Channels
 from macft.collective.codecs.quantization import WireCodec
 
 if TYPE_CHECKING:
@@ -74,6 +75,20 @@ class Collective(Protocol):
 
     def barrier(self) -> None:
         """Returns once every rank has called it."""
+        ...
+
+    def open_channels(self, pairs: Collection[tuple[int, int]], purpose: str) -> Channels:
+        """Channels for messages between the ranks of each of ``pairs``, in both directions. A call of all ranks.
+
+        They end with the collective.
+
+        Args:
+            pairs: Of different ranks; every rank passes the same ones.
+            purpose: One word for messages, such as ``pipeline``.
+
+        Raises:
+            CollectiveError: this backend has none, or a rank can't be reached.
+        """
         ...
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft.collective.base import ReducibleArray
+from macft.collective.channels import Channels
 from macft.collective.codecs.quantization import WireCodec
 
 
@@ -54,6 +55,12 @@ class Solo:
 
     def barrier(self) -> None:
         """Returns at once."""
+
+    def open_channels(self, pairs: Collection[tuple[int, int]], purpose: str) -> Channels:
+        """None. Raises ValueError for any pair."""
+        if pairs:
+            raise ValueError(f"{purpose}: this world has rank 0 alone, so no channel can be opened")
+        return Channels()
 
     def close(self) -> None:
         """Nothing to close."""
