@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import msgpack
 
-from macft.collective.channels import Channels, RingWatch
+from macft.collective.channels import RingWatch, StreamChannels
 from macft.collective.ending import Failure
 from macft.collective.handshake import RingIdentity
 from macft.collective.link import Links
@@ -149,7 +149,7 @@ def open_channels(
     all_gather: Callable[[bytes], list[bytes]],
     pairs: Collection[tuple[int, int]],
     purpose: str,
-) -> Channels:
+) -> StreamChannels:
     """See :meth:`~macft.collective.base.Collective.open_channels`."""
     rank, settings = identity.rank, listener.settings
     if any(one == other or not {one, other} <= set(range(len(identity.addresses))) for one, other in pairs):
@@ -179,7 +179,7 @@ def open_channels(
         if peer not in streams_in:
             text = f"{watch.name(peer)} did not connect to rank {rank} for the {purpose}"
             watch.fail(PeerTimeout, peer, f"{text} within {settings.timeout:g} s; does a firewall block it?")
-    channels = Channels(
+    channels = StreamChannels(
         watch,
         streams_out,
         streams_in,

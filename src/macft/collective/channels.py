@@ -18,6 +18,7 @@ from typing import NoReturn, Protocol
 
 import numpy as np
 
+from macft.collective.base import Channels
 from macft.collective.stream import StreamIn, StreamOut
 from macft.collective.wire import LINGER_SECONDS, MAX_MESSAGE_BYTES, Header, Kind, pack, unpack
 from macft.errors import PeerTimeout, ProtocolError
@@ -211,34 +212,36 @@ class _Incoming:
             self._first, self._message, self._filled, self._pieces = None, memoryview(b""), 0, 0
 
 
-class Channels:
-    """Channels of one rank, to and from some others; :meth:`Collective.open_channels` makes them.
+class StreamChannels(Channels):
+    """The :class:`~macft.collective.base.Channels` of a ring's rank.
 
-    Messages of a channel arrive in the order in which they were sent. Used by the ring's thread only.
+    Args:
+        ring: Watches the ranks.
+        streams_out: By rank, the stream to it and the header of what is sent there.
+        streams_in: By rank, the stream from it.
+        purpose: One word for messages.
+        generation: Of the ring.
+        piece_bytes: Most bytes of a frame.
     """
 
     def __init__(
         self,
-        ring: RingWatch | None = None,
-        streams_out: Mapping[int, tuple[StreamOut, Header]] | None = None,
-        streams_in: Mapping[int, StreamIn] | None = None,
+        ring: RingWatch,
+        streams_out: Mapping[int, tuple[StreamOut, Header]],
+        streams_in: Mapping[int, StreamIn],
         *,
-        purpose: str = "",
-        generation: int = 0,
-        piece_bytes: int = 1,
+        purpose: str,
+        generation: int,
+        piece_bytes: int,
     ):
         self._ring, self._purpose = ring, purpose
         self._check: Callable[[], None] = lambda: None
         self._errors: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
-        outgoing, incoming = streams_out or {}, streams_in or {}
-        self._outgoing = {to: _Outgoing(stream, header, piece_bytes) for to, (stream, header) in outgoing.items()}
+        self._outgoing = {to: _Outgoing(stream, header, piece_bytes) for to, (stream, header) in streams_out.items()}
         self._incoming = {
-            source: _Incoming(stream, source, generation, ring.name(source) if ring is not None else "")
-            for source, stream in incoming.items()
+            source: _Incoming(stream, source, generation, ring.name(source)) for source, stream in streams_in.items()
         }
-        self.waited = 0.0
-        """Seconds that :meth:`receive` has waited."""
-        self._closed = False
+        self.waited, self._closed = 0.0, False
 
     @property
     def peers(self) -> Collection[int]:
@@ -256,21 +259,12 @@ class Channels:
         return sum(each.seconds for each in self._outgoing.values())
 
     def guard(self, check: Callable[[], None], errors: Callable[[], AbstractContextManager[None]]) -> Channels:
-        """Calls ``check``, which may raise, while a rank waits; whatever is raised passes through ``errors``."""
+        """See :class:`~macft.collective.base.Channels`."""
         self._check, self._errors = check, errors
         return self
 
     def send(self, to: int, tag: int, body: bytes | memoryview) -> None:
-        """Sends ``body``, in the background: its memory must not change any more.
-
-        Args:
-            to: A rank that there is a channel to.
-            tag: 0 or more, below 2**63; the receiver names it too.
-            body: C-contiguous, at most :data:`~macft.collective.wire.MAX_MESSAGE_BYTES`.
-
-        Raises:
-            PeerLost, PeerTimeout, ProtocolError, MembershipChanged: as the collective's calls.
-        """
+        """See :class:`~macft.collective.base.Channels`."""
         if len(body) > MAX_MESSAGE_BYTES:
             raise ValueError(f"a message of {len(body)} bytes: {MAX_MESSAGE_BYTES} are the most")
         with self._errors():
@@ -278,12 +272,7 @@ class Channels:
         self._outgoing[to].send(tag, memoryview(body).cast("B") if len(body) else memoryview(b""))
 
     def receive(self, source: int, tag: int) -> memoryview:
-        """The next message of rank ``source``, as writable memory of its own; waits for it.
-
-        Raises:
-            ProtocolError: it has another tag.
-            PeerLost, PeerTimeout, MembershipChanged: as the collective's calls; names who is gone.
-        """
+        """See :class:`~macft.collective.base.Channels`."""
         with self._errors():
             return self._receive(source, tag)
 
@@ -301,7 +290,6 @@ class Channels:
             incoming.close()
 
     def _receive(self, source: int, tag: int) -> memoryview:
-        assert self._ring is not None
         call, channel = f"{self._purpose} message {tag}", self._incoming[source]
         started = progressed = time.monotonic()
         received = channel.received
@@ -331,5 +319,4 @@ class Channels:
         self._check()
         for to, channel in self._outgoing.items():
             if channel.is_broken:
-                assert self._ring is not None
                 self._ring.explain(to, call)

@@ -23,8 +23,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.base import ReducibleArray
-from macft.collective.channels import Channels
+from macft.collective.base import Channels, ReducibleArray
 from macft.collective.codecs.quantization import WireCodec
 from macft.collective.dtypes import BFLOAT16, FlatArray, flat_view
 from macft.collective.health import Health, HealthServer, ask

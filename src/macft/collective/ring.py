@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from macft.collective.base import ReducibleArray
 from macft.collective.buffers import fuse, unfuse
 from macft.collective.channel_setup import open_channels
-from macft.collective.channels import Channels
+from macft.collective.channels import StreamChannels
 from macft.collective.codecs.quantization import WireCodec
 from macft.collective.handshake import RingIdentity
 from macft.collective.link import Links
@@ -102,7 +102,7 @@ class Ring:
         self._gather_reduce_bytes = min(_GATHER_REDUCE_BYTES // world_size, self._settings.piece_bytes)
         self._piece_bytes = self._settings.piece_bytes
         self._early_frames = [*self._links.early_frames]  # frames of later calls
-        self._channels: list[Channels] = []
+        self._channels: list[StreamChannels] = []
 
     @property
     def rank(self) -> int:
@@ -215,7 +215,7 @@ class Ring:
         """Returns once every rank has called it; raises as :meth:`all_reduce` does."""
         self._transfer_blobs(Kind.BARRIER, b"", range(self._world_size))
 
-    def open_channels(self, pairs: Collection[tuple[int, int]], purpose: str) -> Channels:
+    def open_channels(self, pairs: Collection[tuple[int, int]], purpose: str) -> StreamChannels:
         """See :meth:`~macft.collective.base.Collective.open_channels`; raises as :meth:`all_reduce` does."""
         self._channels.append(
             open_channels(self._links, self._identity, self._listener, self.all_gather, pairs, purpose)

@@ -14,8 +14,7 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.base import Collective, ReducibleArray
-from macft.collective.channels import Channels
+from macft.collective.base import Channels, Collective, ReducibleArray
 from macft.collective.codecs.quantization import WireCodec
 from macft.collective.elastic import ElasticCollective, MembershipView
 from macft.collective.listener import Listener
