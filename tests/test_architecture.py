@@ -36,6 +36,7 @@ ORDER = (
     "training",
     "thermal",
     "evaluation",
+    "generation",
     "serving",
     "inspection",
     "config",

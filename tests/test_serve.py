@@ -23,7 +23,7 @@ import macft.serve
 from harness.runs import environment
 from helpers.models import random_adapter
 from macft.errors import ConfigError, LaunchError, MacftError
-from macft.evaluation.chat import Chat, Sampling
+from macft.evaluation.chat import Chat, ModelAnswers, Sampling
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.attach import attach
 from macft.model.backends.choose import make_backend
@@ -121,7 +121,7 @@ def expected(adapter_folder: Path, tiny_model_folder: Path) -> Any:
     def answer(question: str, sampling: Sampling, seed: int = 0) -> str:
         mx.random.seed(seed)
         with make_backend(loaded.execution.padded()).installed(loaded.model):
-            return "".join(Chat(loaded.model, loaded.tokenizer, sampling).say(question))
+            return "".join(Chat(ModelAnswers(loaded.model, loaded.tokenizer, sampling), loaded.tokenizer).say(question))
 
     return answer
 

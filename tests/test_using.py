@@ -27,7 +27,7 @@ from harness.runs import Finished, environment, events, train, uneven_dataset
 from helpers.models import random_adapter
 from macft import adapter as adapter_command
 from macft.errors import ConfigError, DataError, MacftError, ModelError
-from macft.evaluation.chat import Chat, Sampling
+from macft.evaluation.chat import Chat, ModelAnswers, Sampling
 from macft.model.adapter_files import read_tensors
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.attach import attach
@@ -145,7 +145,7 @@ def test_a_chat_remembers_until_it_is_told_to_begin_anew(run: Path, tuned: tuple
 
 
 def test_an_answer_cut_short_leaves_the_conversation_whole(tuned: tuple[nn.Module, Any]) -> None:
-    chat = Chat(*tuned, Sampling(max_tokens=12), system_prompt="Be brief.")
+    chat = Chat(ModelAnswers(*tuned, Sampling(max_tokens=12)), tuned[1], system_prompt="Be brief.")
     parts = chat.say("river stone")
     heard = next(parts) + next(parts) + next(parts)
     parts.close()

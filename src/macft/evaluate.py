@@ -8,8 +8,9 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.status import Status
@@ -27,8 +28,18 @@ from macft.data.template_clock import fix_clock
 from macft.device.durable import write_atomically
 from macft.errors import ConfigError, DataError
 from macft.evaluation.metrics import METRICS, metric
+from macft.launch.cluster_command import add_cluster_arguments, leading_rank, spread_model, topology_of
 from macft.run.tuned_model import TunedModel, add_model_arguments
+from macft.topology.settings import TopologyConfig
 from macft.training.settings import TrainingConfig
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from macft.evaluation.compare import Asked, Result
+
+_TOGETHER = 32
+"""Most answers at the same time on a cluster."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -43,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise ConfigError(f"--json: the folder {arguments.json.parent} does not exist")
     tuned = TunedModel.from_arguments(arguments)
+    topology = topology_of(arguments)
     if tuned.adapter is None and tuned.whole is None:
         raise ConfigError("--adapter-path: nothing to compare; name an adapter beside --model")
     dataset = _dataset(arguments, tuned)
@@ -53,8 +65,7 @@ def main(argv: Sequence[str]) -> None:
     split = _split(sources, arguments.split, dataset)
 
     from macft.device.mlx_device import prepare_device
-    from macft.evaluation.compare import Result, agreement, answers, evaluate
-    from macft.model.attach import attach
+    from macft.evaluation.compare import Asked, agreement, answers
     from macft.model.load import load_tokenizer
     from macft.model.resolve import resolve
     from macft.model.vocabulary import vocabulary_of
@@ -72,28 +83,14 @@ def main(argv: Sequence[str]) -> None:
         {split: data}, tokenizer, vocabulary=vocabulary_of(folder), max_seq_length=dataset.max_seq_length
     )
     prepare_device()
-    loaded = tuned.load(tuned=False, tokenizer=tokenizer)
     chosen = sample_rows(len(data.rows), arguments.rows, seed)
     rows, records = [data.rows[i] for i in chosen], [data.records[i] for i in chosen]
-
+    asked = Asked(rows, records, judge, arguments.max_tokens or training.metric_max_tokens)
     with console.status("") as status:
-
-        def measure(which: str) -> Result:
-            return evaluate(
-                loaded,
-                rows,
-                records,
-                judge,
-                max_tokens=arguments.max_tokens or training.metric_max_tokens,
-                progress=lambda what, done, total: _show(status, f"{which}, {what}: {done}/{total}"),
-            )
-
-        base = measure("base")
-        if tuned.adapter is not None:
-            attach(loaded.model, tuned.adapter)
+        if topology is None:
+            base, after = _compare_here(tuned, tokenizer, asked, status)
         else:
-            loaded = tuned.load(tokenizer=tokenizer)
-        after = measure("tuned")
+            base, after = _compare_spread(tuned, tokenizer, asked, status, topology)
     for note in notes:
         console.print(note, markup=False)
     both = agreement(base, after)
@@ -124,6 +121,46 @@ def main(argv: Sequence[str]) -> None:
             "answers": answers(records, base, after),
         }
         _write(arguments.json, report)
+
+
+def _compare_here(
+    tuned: TunedModel, tokenizer: TokenizerWrapper, asked: Asked, status: Status
+) -> tuple[Result, Result]:
+    """The results of the base model and of the tuned one, in this process."""
+    from macft.evaluation.compare import evaluate
+    from macft.model.attach import attach
+
+    loaded = tuned.load(tuned=False, tokenizer=tokenizer)
+    base = evaluate(loaded, asked, partial(_progress, status, "base"))
+    if tuned.adapter is not None:
+        attach(loaded.model, tuned.adapter)
+    else:
+        loaded = tuned.load(tokenizer=tokenizer)
+    return base, evaluate(loaded, asked, partial(_progress, status, "tuned"))
+
+
+def _compare_spread(
+    tuned: TunedModel, tokenizer: TokenizerWrapper, asked: Asked, status: Status, topology: TopologyConfig
+) -> tuple[Result, Result]:
+    """The same on the machines of ``topology``."""
+    from macft.run.cluster_answers import ClusterAnswers, evaluate_spread
+
+    def measure(which: str, *, is_tuned: bool) -> Result:
+        answers = ClusterAnswers(rank, spread_model(tuned, is_tuned=is_tuned), together=_TOGETHER, tell=_tell)
+        result = evaluate_spread(answers, asked, partial(_progress, status, which))
+        answers.close()
+        return result
+
+    with leading_rank(topology, tokenizer) as rank:
+        return measure("base", is_tuned=False), measure("tuned", is_tuned=True)
+
+
+def _progress(status: Status, which: str, what: str, done: int, total: int) -> None:
+    status.update(f"{which}, {what}: {done}/{total}")
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _dataset(arguments: argparse.Namespace, tuned: TunedModel) -> DatasetConfig:
@@ -170,10 +207,6 @@ def _table(base: dict[str, float], tuned: dict[str, float], metric: str) -> Tabl
     return table
 
 
-def _show(status: Status, text: str) -> None:
-    status.update(text)
-
-
 def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
     """``numbers`` with null for infinity and NaN, which JSON doesn't have."""
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
@@ -189,6 +222,7 @@ def _write(path: Path, report: dict[str, Any]) -> None:
 def _parser() -> Parser:
     parser = command_parser("evaluate", epilog="Shows loss, perplexity and the dataset's metric of both models.")
     add_model_arguments(parser)
+    add_cluster_arguments(parser)
     parser.add_argument("--dataset", help="evaluate on this instead of the run's: a folder, a file or a hub id")
     parser.add_argument("--split", choices=SPLITS, help="default: test, else valid, else train, whichever has rows")
     parser.add_argument(

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING
 
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.errors import ConfigError
+from macft.launch.cluster_command import add_cluster_arguments, leading_rank, spread_model, topology_of
 from macft.run.tuned_model import TunedModel, add_model_arguments
+from macft.topology.settings import TopologyConfig
 
 if TYPE_CHECKING:
-    from macft.evaluation.chat import Chat
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from macft.evaluation.chat import AnswerSource, Chat, Sampling
 
 _HELP = "q ends the chat, r starts a new one, h shows this; Ctrl-C stops an answer"
 
@@ -31,33 +37,62 @@ def main(argv: Sequence[str]) -> None:
     if prompt is not None and not prompt.strip():
         raise ConfigError("--prompt: is empty; leave it out to chat")
 
-    import mlx.core as mx
+    topology = topology_of(arguments)
 
     from macft.device.mlx_device import prepare_device
     from macft.evaluation.chat import Chat, Sampling
-    from macft.model.backends.choose import make_backend
 
     sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in fields(Sampling)})
     if problems := sampling.problems():
         raise ConfigError("\n".join(problems))
     prepare_device()
-    loaded = tuned.load(tuned=not arguments.base)
-    for token in arguments.extra_eos_token:
-        loaded.tokenizer.add_eos_token(token)
-    if arguments.seed is not None:
-        mx.random.seed(arguments.seed)
-    chat = Chat(
-        loaded.model,
-        loaded.tokenizer,
-        sampling,
-        system_prompt=arguments.system_prompt,
-        template=not arguments.ignore_chat_template,
-    )
-    with make_backend(loaded.execution.padded()).installed(loaded.model):
+    source = _here(tuned, arguments, sampling) if topology is None else _spread(tuned, arguments, sampling, topology)
+    with source as (answers, tokenizer):
+        for token in arguments.extra_eos_token:
+            tokenizer.add_eos_token(token)
+        chat = Chat(
+            answers, tokenizer, system_prompt=arguments.system_prompt, template=not arguments.ignore_chat_template
+        )
         if prompt is not None:
             _answer(chat, prompt, verbose=arguments.verbose)
         else:
             _converse(chat, verbose=arguments.verbose)
+
+
+@contextmanager
+def _here(
+    tuned: TunedModel, arguments: argparse.Namespace, sampling: Sampling
+) -> Iterator[tuple[AnswerSource, TokenizerWrapper]]:
+    """The answers of the model in this process, and its tokenizer."""
+    import mlx.core as mx
+
+    from macft.evaluation.chat import ModelAnswers
+    from macft.model.backends.choose import make_backend
+
+    loaded = tuned.load(tuned=not arguments.base)
+    if arguments.seed is not None:
+        mx.random.seed(arguments.seed)
+    with make_backend(loaded.execution.padded()).installed(loaded.model):
+        yield ModelAnswers(loaded.model, loaded.tokenizer, sampling), loaded.tokenizer
+
+
+@contextmanager
+def _spread(
+    tuned: TunedModel, arguments: argparse.Namespace, sampling: Sampling, topology: TopologyConfig
+) -> Iterator[tuple[AnswerSource, TokenizerWrapper]]:
+    """The same of the model on the machines of ``topology``."""
+    from macft.run.cluster_answers import ClusterAnswers, ClusterConversation
+
+    spread = spread_model(tuned, is_tuned=not arguments.base)
+    with leading_rank(topology) as rank:
+        answers = ClusterAnswers(rank, spread, together=1, remembered=1, tell=partial(_tell, arguments.verbose))
+        yield ClusterConversation(answers, sampling, arguments.seed), answers.tokenizer
+        answers.close()
+
+
+def _tell(is_verbose: bool, line: str) -> None:
+    if is_verbose:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _converse(chat: Chat, *, verbose: bool) -> None:
@@ -106,6 +141,7 @@ def _answer(chat: Chat, text: str, *, verbose: bool) -> None:
 def _parser() -> Parser:
     parser = command_parser("generate", epilog=f"The answer goes to standard output. In a chat: {_HELP}.")
     add_model_arguments(parser)
+    add_cluster_arguments(parser)
     parser.add_argument("--prompt", "-p", help="answer this and exit; - reads it from standard input")
     parser.add_argument("--base", action="store_true", help="use the base model without the adapter, to compare")
     parser.add_argument("--system-prompt", help="the system message of the conversation")

@@ -32,6 +32,7 @@ def greedy_answers(
     one after the other. ``progress`` is called with the number of finished answers.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # which needs little padding
+    model.eval()
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
     for group in _groups(model, tokenizer, prompts, order):

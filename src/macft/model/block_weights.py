@@ -65,8 +65,14 @@ class BlockWeights:
 
     @property
     def resident(self) -> frozenset[int]:
-        """Blocks that stay in memory."""
+        """Blocks that stay in memory once they are read; others are dropped when this is set."""
         return self._resident
+
+    @resident.setter
+    def resident(self, numbers: Iterable[int]) -> None:
+        self._resident = frozenset(numbers)
+        for number in self._held - self._resident:
+            self.drop(number)
 
     def follow(self, model: nn.Module) -> None:
         """Keeps ``model`` supplied too: a copy of this one that holds the same arrays."""
