@@ -12,14 +12,20 @@ from typing import TYPE_CHECKING, NoReturn
 
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import INTERRUPTED, run_command
-from macft.errors import ConfigError
+from macft.errors import ConfigError, MacftError
+from macft.launch.cluster_command import add_cluster_arguments, leading_rank, spread_model, topology_of
 from macft.run.tuned_model import TunedModel, add_model_arguments
+from macft.topology.settings import TopologyConfig
 
 if TYPE_CHECKING:
     from macft.model.load import LoadedModel
+    from macft.run.cluster_answers import ClusterAnswers
+    from macft.serving.engine import Engine
     from macft.serving.settings import ServerConfig
 
 _KEY_VARIABLE = "MACFT_API_KEY"
+_REMEMBERED = 10
+"""Conversations whose keys and values a cluster keeps."""
 
 
 def main(argv: Sequence[str]) -> NoReturn:
@@ -30,26 +36,40 @@ def main(argv: Sequence[str]) -> NoReturn:
     """
     arguments = _parser().parse_args(argv)
     tuned = TunedModel.from_arguments(arguments)
+    topology = topology_of(arguments)
     config = _config(arguments, tuned)
 
     from macft.device.mlx_device import prepare_device
-    from macft.serving.engine import Engine
     from macft.serving.http_server import Server
 
     # Before the model, which may take long to load.
     with Server(config) as server:
         prepare_device()
         signal.signal(signal.SIGTERM, _interrupt)
-        engine = Engine(_opened(tuned, is_tuned=not arguments.base), config)
+        engine = _engine(tuned, config, topology, is_tuned=not arguments.base)
         try:
             server.serve(engine, lambda: _announce(config, server.url))
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr, flush=True)
         engine.stop()
+        status = INTERRUPTED
+        if engine.failure is not None:
+            print(f"error: {engine.failure}", file=sys.stderr)
+            status = engine.failure.exit_code if isinstance(engine.failure, MacftError) else 1
         sys.stdout.flush()
+        sys.stderr.flush()
         # Python would wait for a long prompt that is computed, and would end the threads of connections within the code
         # of other libraries, which aborts the process. There is nothing to save.
-        os._exit(INTERRUPTED)
+        os._exit(status)
+
+
+def _engine(tuned: TunedModel, config: ServerConfig, topology: TopologyConfig | None, *, is_tuned: bool) -> Engine:
+    from macft.serving.cluster_engine import ClusterEngine
+    from macft.serving.engine import OwnEngine
+
+    if topology is None:
+        return OwnEngine(_opened(tuned, is_tuned=is_tuned), config)
+    return ClusterEngine(_spread(tuned, config, topology, is_tuned=is_tuned), config)
 
 
 def _interrupt(*_: object) -> None:
@@ -63,6 +83,23 @@ def _opened(tuned: TunedModel, *, is_tuned: bool) -> Iterator[LoadedModel]:
     loaded = tuned.load(tuned=is_tuned)
     with make_backend(loaded.execution.padded()).installed(loaded.model):
         yield loaded
+
+
+@contextmanager
+def _spread(
+    tuned: TunedModel, config: ServerConfig, topology: TopologyConfig, *, is_tuned: bool
+) -> Iterator[ClusterAnswers]:
+    from macft.run.cluster_answers import ClusterAnswers
+
+    spread = spread_model(tuned, is_tuned=is_tuned)
+    with leading_rank(topology) as rank:
+        answers = ClusterAnswers(rank, spread, together=config.together, remembered=_REMEMBERED, tell=_tell)
+        yield answers
+        answers.close()
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _announce(config: ServerConfig, url: str) -> None:
@@ -102,6 +139,7 @@ def _config(arguments: argparse.Namespace, tuned: TunedModel) -> ServerConfig:
 def _parser() -> Parser:
     parser = command_parser("serve", epilog="Paths: /v1/chat/completions, /v1/completions, /v1/models, /health.")
     add_model_arguments(parser)
+    add_cluster_arguments(parser)
     parser.add_argument("--base", action="store_true", help="serve the base model without the adapter")
     parser.add_argument("--name", help="the model's name in requests (default: the run's, or the model's)")
     parser.add_argument(

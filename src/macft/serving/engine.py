@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
@@ -25,57 +26,54 @@ _CACHED_CONVERSATIONS = 10
 # Of lengths that differ, with little to compute.
 _TRIAL_TEXTS = ("Hello", "What is the capital of France?", "Name a colour.")
 
-Opened = AbstractContextManager[LoadedModel]
+OpenedModel = AbstractContextManager[LoadedModel]
 """Holds a model that is ready to compute; entered and left by the thread that uses it."""
 
 
-class LoadedProvider(ModelProvider):
+class Provider(ModelProvider):
     """mlx-lm's holder of models, with the one model of this server, whatever a request asks for."""
 
-    def __init__(self, opened: Opened, config: ServerConfig):
+    def __init__(self, config: ServerConfig):
         super().__init__(_mlx_lm_arguments(config))
-        self._opened, self._stack = opened, ExitStack()
-        self._is_loaded = False
         self.max_positions: int | None = None
 
+    def hold(self, loaded: LoadedModel) -> None:
+        """Has requests answered by ``loaded``."""
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.model_key = (str(loaded.path), None, None)
+        self.max_positions = _max_positions(loaded.config)
+
     def load(self, *_: Any) -> tuple[Any, Any]:
-        """The model and its tokenizer, loaded at the first call."""
-        if not self._is_loaded:
-            self._is_loaded = True
-            loaded = self._stack.enter_context(self._opened)
-            self.model, self.tokenizer = loaded.model, loaded.tokenizer
-            self.model_key = (str(loaded.path), None, None)
-            self.max_positions = _max_positions(loaded.config)
-            can_merge = all(hasattr(cache, "merge") for cache in make_prompt_cache(loaded.model))
-            trials = [text_tokens(text, loaded.tokenizer) for text in _TRIAL_TEXTS]
-            self.is_batchable = can_merge and takes_batches(loaded.model, loaded.tokenizer, trials)
+        """The model and its tokenizer."""
         return self.model, self.tokenizer
 
     def load_default(self) -> None:
-        """Loads the model."""
-        self.load()
-
-    def close(self) -> None:
-        """Leaves the model."""
-        self._stack.close()
+        """Nothing: it is loaded."""
 
 
 class Engine(ResponseGenerator):
-    """mlx-lm's generator of responses, with macft's prompts.
+    """mlx-lm's generator of responses, with macft's prompts. A subclass says what generates.
 
     Raises:
         MacftError: the model can't be loaded.
     """
 
-    def __init__(self, opened: Opened, config: ServerConfig):
+    def __init__(self, config: ServerConfig):
+        self.failure: BaseException | None = None
+        """Why it can't go on."""
+        self.on_failure: Callable[[], None] = lambda: None
+        """Called in its thread when it can't go on."""
         self._ready = threading.Event()
-        self._failure: BaseException | None = None
         self._contexts: dict[int, Any] = {}
-        super().__init__(LoadedProvider(opened, config), LRUPromptCache(_CACHED_CONVERSATIONS))
+        super().__init__(Provider(config), LRUPromptCache(_CACHED_CONVERSATIONS))
         self._ready.wait()
-        if self._failure is not None:
+        if self.failure is not None:
             self._generation_thread.join()
-            raise self._failure
+            raise self.failure
+
+    def answering(self) -> AbstractContextManager[Callable[[], None]]:
+        """Inside, the model is there; gives what generates until ``_stop`` is set. Entered in the engine's thread."""
+        raise NotImplementedError
 
     def generate(
         self, request: Any, arguments: Any, progress_callback: Callable[[int, int], None] | None = None
@@ -103,16 +101,15 @@ class Engine(ResponseGenerator):
 
     def _generate(self) -> None:
         try:
-            self.model_provider.load_default()
+            with self.answering() as run:
+                self._ready.set()
+                run()
         except BaseException as error:
-            self._failure = error
-            return
+            self.failure, self._generation_failed = error, True
+            if self._ready.is_set():
+                self.on_failure()
         finally:
             self._ready.set()
-        try:
-            super()._generate()
-        finally:
-            self.model_provider.close()
 
     def _tokenize(self, tokenizer: Any, request: Any, arguments: Any) -> Any:
         """As mlx-lm's, with the tokens that training and ``macft generate`` give the model for the same messages."""
@@ -138,6 +135,25 @@ class Engine(ResponseGenerator):
         if limit is not None and len(prompt) > limit:
             raise DataError(f"the prompt has {len(prompt)} tokens, and the model takes {limit}")
         return prompt
+
+
+class OwnEngine(Engine):
+    """Generates in this process, several answers in a batch where the model gets that right."""
+
+    def __init__(self, opened: OpenedModel, config: ServerConfig):
+        self._opened = opened
+        super().__init__(config)
+
+    @contextmanager
+    def answering(self) -> Iterator[Callable[[], None]]:
+        """See :class:`Engine`."""
+        with self._opened as loaded:
+            provider = self.model_provider
+            provider.hold(loaded)
+            can_merge = all(hasattr(cache, "merge") for cache in make_prompt_cache(loaded.model))
+            trials = [text_tokens(text, loaded.tokenizer) for text in _TRIAL_TEXTS]
+            provider.is_batchable = can_merge and takes_batches(loaded.model, loaded.tokenizer, trials)
+            yield partial(ResponseGenerator._generate, self)
 
 
 def status_of(error: Exception) -> int:

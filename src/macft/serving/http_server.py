@@ -50,8 +50,12 @@ class Server(ThreadingHTTPServer):
         return f"http://{name}:{port}"
 
     def serve(self, engine: Engine, ready: Callable[[], None]) -> None:
-        """Answers until Ctrl-C, which raises KeyboardInterrupt here; ``ready`` is called when it begins."""
+        """Answers until Ctrl-C, which raises KeyboardInterrupt here; ``ready`` is called when it begins.
+
+        Returns if the engine can't go on.
+        """
         self.RequestHandlerClass = partial(Handler, engine, self._config)
+        engine.on_failure = self.shutdown
         ready()
         self.serve_forever(poll_interval=0.1)
 
