@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from macft.cli.run_command import run_command
 from macft.collective.base import Collective
@@ -57,6 +57,10 @@ class WorkerRequest:
     secret: str
     machine_share: float
     collective: dict[str, object]
+
+    def at(self, server: str) -> WorkerRequest:
+        """The same with the rendezvous at ``server``."""
+        return replace(self, server=server)
 
     def to_line(self) -> bytes:
         """As a line of JSON."""

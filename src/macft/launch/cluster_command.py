@@ -75,11 +75,12 @@ def leading_rank(topology: TopologyConfig, tokenizer: TokenizerWrapper | None = 
     Raises:
         MacftError: the ranks do not come together.
     """
-    from macft.launch.answering import local_cluster
+    from macft.launch.answering import answering_cluster
     from macft.run.answering import AnsweringRank
     from macft.run.cluster_answers import dismiss
 
-    with local_cluster(topology.nodes, CollectiveConfig(), timeout=topology.start_timeout) as collective:
-        rank = AnsweringRank(collective, name="this machine", machine_share=1 / topology.nodes, tokenizer=tokenizer)
+    share = 1 / topology.nodes if topology.kind == "local" else 1.0
+    with answering_cluster(topology, CollectiveConfig()) as collective:
+        rank = AnsweringRank(collective, name="this machine", machine_share=share, tokenizer=tokenizer)
         yield rank
         dismiss(rank)
