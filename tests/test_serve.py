@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
 import socket
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,7 @@ import pytest
 import macft.serve
 from harness.runs import environment
 from helpers.models import random_adapter
+from helpers.serving import CHAT, JSON, Served, events, served
 from macft.errors import ConfigError, LaunchError, MacftError
 from macft.evaluation.chat import Chat, ModelAnswers, Sampling
 from macft.model.adapter_settings import AdapterConfig
@@ -33,70 +30,6 @@ from macft.model.settings import ModelConfig
 pytestmark = pytest.mark.slow
 
 QUESTIONS = ("Repeat: red", "seven lamps", "what is north? " * 9, "quiet", "river stone paper")
-JSON = {"Content-Type": "application/json"}
-
-
-class Served:
-    """A running ``macft serve``."""
-
-    def __init__(self, process: subprocess.Popen[str], lines: list[str]):
-        self.process, self.lines = process, lines
-        self.url = lines[-1].split(" at ")[1].split("  ")[0].removesuffix("/v1")
-        self.address = (self.url.rpartition(":")[0].removeprefix("http://"), int(self.url.rpartition(":")[2]))
-
-    def get(self, path: str, headers: dict[str, str] | None = None) -> dict[str, Any]:
-        request = urllib.request.Request(self.url + path, headers=headers or {})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return dict(json.load(answer))
-
-    def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> bytes:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data=data, headers=JSON | (headers or {}))
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return bytes(answer.read())
-
-    def chat(self, question: str, **options: Any) -> dict[str, Any]:
-        body = {"messages": [{"role": "user", "content": question}], **options}
-        return dict(json.loads(self.post("/v1/chat/completions", body)))
-
-    def text(self, question: str, **options: Any) -> str:
-        return str(self.chat(question, **options)["choices"][0]["message"]["content"])
-
-    def refusal(self, path: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, str]:
-        with pytest.raises(urllib.error.HTTPError) as raised:
-            self.post(path, body, headers) if body is not None else self.get(path, headers)
-        return raised.value.code, json.loads(raised.value.read())["error"]["message"]
-
-
-@contextmanager
-def served(*words: object, variables: dict[str, str] | None = None) -> Iterator[Served]:
-    """``macft serve`` on a free port, which is interrupted at the end."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "macft.serve", "--port", "0", *map(str, words)],
-        env=environment() | (variables or {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        lines: list[str] = []
-        assert process.stdout is not None
-        while not lines or "/v1  (Ctrl-C ends)" not in lines[-1]:
-            line = process.stdout.readline()
-            assert line, process.communicate()
-            lines.append(line)
-        yield Served(process, lines)
-        assert process.poll() is None, process.communicate()
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            _, errors = process.communicate(timeout=30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors, errors
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +57,6 @@ def expected(adapter_folder: Path, tiny_model_folder: Path) -> Any:
             return "".join(Chat(ModelAnswers(loaded.model, loaded.tokenizer, sampling), loaded.tokenizer).say(question))
 
     return answer
-
-
-def events(stream: bytes) -> list[dict[str, Any]]:
-    lines = [line.removeprefix("data: ") for line in stream.decode().splitlines() if line.startswith("data: ")]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def test_greedy_answers_are_those_of_generate(server: Served, expected: Any) -> None:
@@ -182,7 +109,7 @@ def test_models_and_health(server: Served) -> None:
     assert server.get("/health") == {"status": "ok"}
 
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+TEXT = "/v1/completions"
 SAID: dict[str, Any] = {"messages": [{"role": "user", "content": "red"}]}
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ from macft.planner.placement import blocks_with_room, resident_blocks
 from macft.topology.settings import parse_budget
 
 PURPOSE = "answers"
+_PATIENT_SECONDS = 3.0
 _ADAPTER_FILES = ("adapter_config.json", "adapters.safetensors")
 _log = logging.getLogger("macft.generation")
 
@@ -229,14 +231,19 @@ def follow_leader(rank: AnsweringRank) -> None:
     """Computes what the leader asks for until it wants nothing more.
 
     Raises:
-        MacftError: this rank can't load its part, or the leader is gone.
+        MacftError: this rank can't go on, or the leader is gone.
     """
     while True:
         try:
             spread, leader = rank.agree(None, leads=False)
             if spread is None:
                 return
-            with rank.open_stage(spread, leader) as opened:
+            with ExitStack() as stack:
+                try:
+                    opened = stack.enter_context(rank.open_stage(spread, leader))
+                except (ModelError, ConfigError) as error:  # on all ranks: the leader decides what follows
+                    _log.warning("%s", error)
+                    continue
                 follow(opened.stage, opened.place, opened.channels)
         except MembershipChanged:
             regroup(rank.collective)
@@ -258,11 +265,24 @@ def _layout(facts: Sequence[_Facts], leader: int) -> StageLayout:
         ) from None
 
 
-def regroup(collective: Collective) -> None:
-    """A new ring of the ranks that are left. Raises PeerLost if this collective has no such thing."""
+def regroup(collective: Collective, tell: Callable[[str], None] = _log.info) -> None:
+    """A new ring of the ranks that are left; ``tell`` gets a line where that takes long.
+
+    Raises:
+        PeerLost: no rank is left, or this collective is none that goes on.
+    """
     if not isinstance(collective, ElasticCollective):
         raise PeerLost("a rank is lost")
-    collective.regroup(lambda _: True)
+    started, told = time.monotonic(), ""
+
+    def waiting(whom: str) -> bool:
+        nonlocal told
+        if whom != told and time.monotonic() - started > _PATIENT_SECONDS:
+            told = whom
+            tell(f"paused: this machine waits for {whom}")
+        return True
+
+    collective.regroup(waiting)
 
 
 def _digest(folder: Path) -> str:

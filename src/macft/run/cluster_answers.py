@@ -92,7 +92,7 @@ class ClusterAnswers:
         try:
             self.pipeline.close()
         except MembershipChanged:
-            regroup(self._rank.collective)
+            regroup(self._rank.collective, self._tell)
         self._stack.close()
 
     def _open(self) -> None:
@@ -110,7 +110,7 @@ class ClusterAnswers:
 
     def _go_on(self, lost: MembershipChanged) -> None:
         self._tell(f"note: {lost}; the others go on with its blocks")
-        regroup(self._rank.collective)
+        regroup(self._rank.collective, self._tell)
         self._open_steadily()
 
     def _open_steadily(self) -> None:
@@ -121,7 +121,7 @@ class ClusterAnswers:
                 return
             except MembershipChanged as lost:
                 self._tell(f"note: {lost}")
-                regroup(self._rank.collective)
+                regroup(self._rank.collective, self._tell)
 
 
 def dismiss(rank: AnsweringRank) -> None:
