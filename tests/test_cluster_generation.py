@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ import macft.serve
 from harness.families import build
 from harness.runs import uneven_dataset
 from harness.tiny_model import TINY_CONFIG, make_tiny_model
+from helpers.hosts import cluster
 from helpers.models import random_adapter
 from helpers.serving import CHAT, JSON, Served, events, served
 from macft.collective.solo import Solo
@@ -385,3 +387,37 @@ def test_a_mistake_is_one_line_before_anything_starts(
 def test_more_nodes_than_blocks_are_refused(tiny_model_folder: Path) -> None:
     with pytest.raises(ConfigError, match="--nodes: 3 nodes are more than the 2 blocks of the model; use 2 or fewer"):
         macft.generate.main(["--model", str(tiny_model_folder), "-p", "x", "--topology", "local", "--nodes", "3"])
+
+
+@pytest.mark.slow
+def test_machines_of_a_cluster_are_started_over_ssh(
+    adapter_folder: Path, expected: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Two hosts, of which the machine at the terminal is none: it leads, and the connection is encrypted."""
+    with cluster(tmp_path_factory.mktemp("hosts"), 2) as made:
+        folder = made.home / "config/topology"
+        folder.mkdir(parents=True)
+        hosts = [host.address for host in made.hosts]
+        (folder / "desk.yaml").write_text(json.dumps({"kind": "ssh", "hosts": hosts, "python": [sys.executable]}))
+        words = ["--adapter-path", str(adapter_folder), "-p", QUESTIONS[0], "-m", "12", "--topology", "desk"]
+
+        def call(*before: str) -> subprocess.CompletedProcess[str]:
+            command = [*before, sys.executable, "-m", "macft.generate", *words]
+            return subprocess.run(
+                command, env=made.environment(), capture_output=True, text=True, timeout=120, check=False
+            )
+
+        done = call()
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == expected(QUESTIONS[0], Sampling(max_tokens=12)) + "\n"
+        assert done.stderr.startswith("rank 0: blocks 0-1 > rank 1: blocks 2-3 > rank 2: blocks 4-4\n")
+        done = call(*made.inside(made.hosts[1]))  # now it is one of them
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == expected(QUESTIONS[0], Sampling(max_tokens=12)) + "\n"
+        assert done.stderr.startswith("rank 0: blocks 0-2 > rank 1: blocks 3-4\n")
+        (folder / "desk.yaml").write_text(json.dumps({"kind": "ssh", "hosts": hosts, "python": ["/no/python"]}))
+        done = call()
+        assert done.returncode == 1
+        assert f"{hosts[0]} ended: " in done.stderr
+        assert "/no/python" in done.stderr
+        assert done.stderr.count("\n") == 1
