@@ -4,8 +4,9 @@
         [--random MODEL [--bits 4]] [--unsloth PYTHON]
 
 Each run is a process of its own, A B B A ...; it trains one pass over the same rows and reports the time from the end
-of the warm-up to the last step, the losses, and the process's peak memory. The table shows medians and the median of
-the pairwise ratios; ``held_out_loss`` is that of the trained model on other rows, measured by the same code for all.
+of the warm-up to the end of the last step, the losses, and the process's peak memory. The device is idle at both ends
+of that time, so that it holds the steps that are counted, all of them and no other. The table shows medians and the
+median of the pairwise ratios; ``held_out_loss`` is that of the trained model on other rows, measured by the same code for all.
 Cases: ``sql``, the SQL dataset with masked prompts; ``mixed``, unmasked text of 16 to 384 tokens; and ``long``,
 unmasked text of 1,000 tokens and more, two rows a step.
 
@@ -155,20 +156,33 @@ def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from macft.model.backends.choose import make_backend
     from macft.report.events import Event, NullReporter, StepDone
     from macft.training.build_trainer import build_trainer
-    from macft.training.gradient import GradientComputer
+    from macft.training.gradient import GradientComputer, LocalGradient
     from macft.training.gradient_reducer import GradientReducer
     from macft.training.optimizer import make_optimizer
     from macft.training.settings import OptimizerConfig, TrainingConfig
     from macft.training.state import TrainState
 
-    times: list[float] = []
+    import mlx.core as mx
+
+    seconds: list[float] = []
     targets: list[int] = []
 
-    class Clock(NullReporter):
+    class Steps(NullReporter):
         def handle(self, event: Event) -> None:
             if isinstance(event, StepDone):
-                times.append(time.perf_counter())
+                seconds.append(event.seconds)
                 targets.append(event.target_tokens)
+
+    class TimedGradient(GradientComputer):
+        """A step may still be under way when the next one begins; the first that is timed waits for the one before."""
+
+        began = 0.0
+
+        def __call__(self, step: int, *arguments: Any, **named: Any) -> LocalGradient:
+            if step == options.warm_up:
+                mx.synchronize()
+                self.began = time.perf_counter()
+            return super().__call__(step, *arguments, **named)
 
     case, steps = options.case, options.steps
     loaded, records = load_everything(options)
@@ -178,7 +192,7 @@ def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     execution = execution_of(loaded.model, packing=options.packing, compile=options.compile)
     backend = make_backend(execution)
     with tempfile.TemporaryDirectory() as folder, backend.installed(loaded.model):
-        compute = GradientComputer(loaded.model, backend, execution, adaptation.dropout_keys, seed=0)
+        compute = TimedGradient(loaded.model, backend, execution, adaptation.dropout_keys, seed=0)
         build_trainer(
             TrainingConfig(batch_size=ROWS_A_STEP[case], steps=steps, eval_every=0, save_every=0, max_grad_norm=0.0),
             optimizer_config,
@@ -187,9 +201,11 @@ def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
             rows,
             RowOrder([len(rows)], [1.0], batch_size=ROWS_A_STEP[case], seed=0),
             CheckpointSaver(CheckpointStore(Path(folder), keep_last=1)),
-            Clock(),
+            Steps(),
         ).train()
-    return result(options, times, sum(targets[options.warm_up :])), loaded
+        mx.synchronize()
+        elapsed = time.perf_counter() - compute.began
+    return result(options, elapsed, seconds[options.warm_up :], sum(targets[options.warm_up :])), loaded
 
 
 def train_mlx_lm(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
@@ -211,6 +227,7 @@ def train_mlx_lm(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
     class Callback:
         def on_train_loss_report(self, info: dict[str, Any]) -> None:
+            mx.synchronize()
             times.append(time.perf_counter())
             trained.append(int(info["trained_tokens"]))
 
@@ -229,7 +246,8 @@ def train_mlx_lm(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         train(loaded.model, optimizer, data, None, settings, training_callback=Callback())
     # mlx-lm counts one padding token a row as a target; only the rows' own targets are compared.
     padding = ROWS_A_STEP[case] * (steps - options.warm_up)
-    return result(options, times, trained[-1] - trained[options.warm_up - 1] - padding), loaded
+    targets = trained[-1] - trained[options.warm_up - 1] - padding
+    return result(options, *since_warm_up(options, times), targets), loaded
 
 
 def train_unsloth(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
@@ -281,28 +299,33 @@ def train_unsloth(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         )
 
         def clock(*told: Any, **_more: Any) -> None:
+            mx.synchronize()
             times.append(time.perf_counter())
             trained.append(int(told[7]))
 
         trainer.add_step_callback(clock)
         trainer.train()
-    return result(options, times, trained[-1] - trained[options.warm_up - 1]), loaded
+    return result(options, *since_warm_up(options, times), trained[-1] - trained[options.warm_up - 1]), loaded
 
 
-def result(options: argparse.Namespace, times: list[float], targets: int) -> dict[str, Any]:
-    """Speed and memory of a training that has just ended."""
+def since_warm_up(options: argparse.Namespace, times: list[float]) -> tuple[float, list[float]]:
+    """Seconds from the end of the warm-up to the last of ``times``, the ends of the steps; and those of each step."""
+    timed = times[options.warm_up - 1 :]
+    return timed[-1] - timed[0], [b - a for a, b in pairwise(timed)]
+
+
+def result(options: argparse.Namespace, elapsed: float, steps: list[float], targets: int) -> dict[str, Any]:
+    """Speed and memory of a training that has just ended; ``steps`` are the seconds of those that were timed."""
     import mlx.core as mx
 
-    warm_up = options.warm_up
-    seconds = times[-1] - times[warm_up - 1]
     peak_resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak_mlx = mx.get_peak_memory()
     unit = 1 if platform.system() == "Darwin" else 1024
     return {
-        "target_tokens_per_second": targets / seconds,
+        "target_tokens_per_second": targets / elapsed,
         # Without what a shape of batch costs when it comes first, as compiling does.
-        "median_step_ms": 1000 * statistics.median(b - a for a, b in pairwise(times[warm_up - 1 :])),
-        "rows_per_second": ROWS_A_STEP[options.case] * (len(times) - warm_up) / seconds,
+        "median_step_ms": 1000 * statistics.median(steps),
+        "rows_per_second": ROWS_A_STEP[options.case] * len(steps) / elapsed,
         "peak_resident_gb": peak_resident * unit / 1e9,
         "peak_mlx_gb": peak_mlx / 1e9,
     }

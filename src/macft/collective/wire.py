@@ -19,7 +19,7 @@ import zmq
 from macft.collective.dtypes import WIRE_TYPES
 from macft.errors import CollectiveError, ProtocolError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_HEADER_BYTES = 1024
 MAX_CALL_BYTES = 1 << 40
 """Most bytes one all-reduce may sum."""

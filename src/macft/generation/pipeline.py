@@ -27,44 +27,18 @@ from macft.generation.tasks import (
     unpack_outcome,
     unpack_task,
 )
+from macft.parallel.stage_places import Place
 
 PROMPT_TOKENS = 512
 """Most tokens of a prompt in a task."""
 _TASKS_PER_STAGE = 2
 
 
-@dataclass(frozen=True)
-class Place:
-    """This rank's stage in a pipeline over ``ranks``, in the order of the blocks."""
-
-    ranks: tuple[int, ...]
-    number: int
-
-    @property
-    def first(self) -> int:
-        """The rank of the first stage, which decides what is computed."""
-        return self.ranks[0]
-
-    @property
-    def last(self) -> int:
-        """The rank of the last stage, which chooses tokens."""
-        return self.ranks[-1]
-
-    @property
-    def before(self) -> int:
-        """The rank of the stage before."""
-        return self.ranks[self.number - 1]
-
-    @property
-    def after(self) -> int | None:
-        """The rank of the stage after; None for the last."""
-        return self.ranks[self.number + 1] if self.number + 1 < len(self.ranks) else None
-
-    @property
-    def pairs(self) -> list[tuple[int, int]]:
-        """The ranks that exchange messages."""
-        ring = zip(self.ranks, (*self.ranks[1:], self.ranks[0]), strict=True)
-        return sorted({(min(pair), max(pair)) for pair in ring if pair[0] != pair[1]})
+def channel_pairs(place: Place) -> list[tuple[int, int]]:
+    """The ranks of the pipeline that exchange messages: neighbours, and the last one with the first one."""
+    ranks = [stage.rank for stage in place.stages]
+    around = zip(ranks, (*ranks[1:], ranks[0]), strict=True)
+    return sorted({(min(pair), max(pair)) for pair in around if pair[0] != pair[1]})
 
 
 @dataclass(frozen=True)
@@ -148,9 +122,9 @@ class AnswerPipeline:
         self._new: list[NewToken] = []
 
     @property
-    def place(self) -> Place:
-        """This rank's place."""
-        return self._place
+    def _last(self) -> int:
+        """The rank of the last stage, which chooses tokens."""
+        return self._place.stages[-1].rank
 
     @property
     def is_idle(self) -> bool:
@@ -160,7 +134,7 @@ class AnswerPipeline:
     @property
     def capacity(self) -> int:
         """Most tasks on their way: enough for every stage to have one while others are handed on."""
-        return _TASKS_PER_STAGE * len(self._place.ranks)
+        return _TASKS_PER_STAGE * len(self._place.stages)
 
     def begin(self, prompt: Sequence[int], options: Options, *, most_tokens: int, stop_tokens: Iterable[int]) -> int:
         """Asks for an answer to ``prompt``, which is not empty; returns its number.
@@ -286,7 +260,7 @@ class AnswerPipeline:
         if self._outcomes:
             outcome = self._outcomes.popleft()
         else:
-            outcome = unpack_outcome(self._channels.receive(self._place.last, sequence))
+            outcome = unpack_outcome(self._channels.receive(self._last, sequence))
         task = self._on_their_way.popleft()
         if task.loss is not None:
             task.loss.finished(outcome.loss)
@@ -295,7 +269,7 @@ class AnswerPipeline:
 
     def _note(self, number: int, answer: _Answer, outcome: Outcome) -> None:
         if outcome.token is None:
-            raise ProtocolError(f"rank {self._place.last} chose no token; do all ranks run the same macft?")
+            raise ProtocolError(f"rank {self._last} chose no token; do all ranks run the same macft?")
         answer.options = replace(answer.options, key=outcome.key)
         reason: str | None = None
         if outcome.token in answer.stop_tokens:
@@ -324,10 +298,11 @@ def follow(stage: AnsweringStage, place: Place, channels: Channels) -> None:
         MacftError: a stage failed, or its rank is gone.
     """
     for sequence in count():
+        assert place.before is not None
         task, hidden = unpack_task(channels.receive(place.before, sequence))
         made = stage.compute(task, hidden)
         if isinstance(made, Outcome):
-            channels.send(place.first, sequence, pack_outcome(made))
+            channels.send(place.stages[0].rank, sequence, pack_outcome(made))
         elif place.after is not None:
             channels.send(place.after, sequence, pack_task(task, made))
         if task.kind is Kind.END:

@@ -93,6 +93,15 @@ class ElasticRing(ElasticCollective):
         return bool(self._membership.state.candidates)
 
     @property
+    def stop_wanted(self) -> bool:
+        """Whether any member's user wants, or wanted, the run to stop."""
+        return self._membership.state.stop_wanted
+
+    def tell_stop(self, wanted: Callable[[], bool]) -> None:
+        """Tells the others as soon as ``wanted()``, which is called in another thread, is true."""
+        self._membership.wants_stop = wanted
+
+    @property
     def started(self) -> str:
         """When the run started, as all members have it; a newcomer takes it over."""
         return self._membership.started

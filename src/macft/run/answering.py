@@ -25,7 +25,7 @@ from macft.config.execution import inference_execution
 from macft.device.memory import usable_bytes
 from macft.errors import ConfigError, MacftError, MembershipChanged, ModelError, PeerLost, ProtocolError
 from macft.generation.layout import answering_layout
-from macft.generation.pipeline import Place, follow
+from macft.generation.pipeline import channel_pairs, follow
 from macft.generation.stage import AnsweringStage
 from macft.model.attach import attach
 from macft.model.backends.choose import make_backend
@@ -35,6 +35,7 @@ from macft.model.settings import ModelConfig
 from macft.model.shape import read_shape
 from macft.model.weight_files import check_weight_files
 from macft.parallel.stage_layout import StageLayout
+from macft.parallel.stage_places import Place
 from macft.planner.placement import blocks_with_room, resident_blocks
 from macft.topology.settings import parse_budget
 
@@ -155,20 +156,18 @@ class AnsweringRank:
         facts = self._gather(self._facts(spread))
         layout = _layout(facts, leader)
         stages = layout.pipelines[0]
-        place = Place(
-            tuple(stage.rank for stage in stages),
-            next(number for number, stage in enumerate(stages) if stage.rank == self.collective.rank),
-        )
+        number = next(number for number, stage in enumerate(stages) if stage.rank == self.collective.rank)
+        place = Place(number, stages)
         with ExitStack() as stack:
             stage: AnsweringStage | None = None
             error = ""
             try:
-                stage = stack.enter_context(self._stage(spread, stages[place.number].blocks))
+                stage = stack.enter_context(self._stage(spread, place.stage.blocks))
             except MacftError as problem:
                 error = str(problem)
             self._gather(_Facts(self._name, error=error))
             assert stage is not None
-            channels = self.collective.open_channels(place.pairs, PURPOSE)
+            channels = self.collective.open_channels(channel_pairs(place), PURPOSE)
             _log.info("%s", layout)
             yield OpenStage(stage, place, channels, layout)
 

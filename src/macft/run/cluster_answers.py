@@ -133,7 +133,12 @@ def dismiss(rank: AnsweringRank) -> None:
 
 
 def greedy_cluster_answers(
-    answers: ClusterAnswers, prompts: Sequence[Sequence[int]], *, max_tokens: int, progress: Callable[[int], None]
+    answers: ClusterAnswers,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    progress: Callable[[int], None],
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[list[int]]:
     """The most likely answer to each of ``prompts``; see :class:`~macft.evaluation.answers.Answers`."""
     found: dict[int, list[int]] = {}
@@ -141,13 +146,15 @@ def greedy_cluster_answers(
     for prompt in prompts:
         found[answers.pipeline.begin(prompt, Options(), most_tokens=max_tokens, stop_tokens=stop_tokens)] = []
     done = 0
-    while not answers.pipeline.is_idle:
+    while not (answers.pipeline.is_idle or stopped()):
         for new in answers.advance():
             if new.finish_reason != "stop" and new.outcome.token is not None:
                 found[new.answer].append(new.outcome.token)
             if new.finish_reason is not None:
                 done += 1
                 progress(done)
+    for number in found:
+        answers.pipeline.end(number)
     return list(found.values())
 
 

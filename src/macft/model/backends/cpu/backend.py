@@ -19,7 +19,11 @@ from macft.model.backends.cpu.eager import EagerLayers, detached
 from macft.model.backends.cpu.lanes import ThreadLanes, replica_of
 from macft.model.backends.lanes import OneLane
 from macft.model.backends.mlx.backend import MlxBackend
-from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy, whole_cross_entropy
+from macft.model.backends.mlx.cross_entropy import (
+    chunked_cross_entropy,
+    loss_and_gradient_of,
+    whole_cross_entropy,
+)
 from macft.model.backends.mlx.recurrence import chunked_recurrences, find_recurrences
 from macft.model.execution import Execution, require_cpu_kernels
 from macft.model.head import Head
@@ -98,7 +102,13 @@ class CpuBackend:
                 return whole_cross_entropy(head(hidden[None])[0], targets, weights)
             chunk = execution.loss_chunk_for(head(hidden[:1][None]).shape[-1])
             return chunked_cross_entropy(
-                head, hidden, targets, weights, chunk=chunk, exponentials=softmax_parts, detached=detached
+                head,
+                hidden,
+                targets,
+                weights,
+                chunk=chunk,
+                loss_and_gradient=loss_and_gradient_of(softmax_parts),
+                detached=detached,
             )
 
         return loss

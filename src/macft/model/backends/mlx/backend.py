@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,12 +13,15 @@ from mlx.utils import tree_flatten
 from macft.model.backends.base import CrossEntropy, Function, Lanes, Loss, LossAndGradient
 from macft.model.backends.lanes import OneLane
 from macft.model.backends.mlx.attention import row_attention
-from macft.model.backends.mlx.checkpoint import checkpointed_blocks
 from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy, whole_cross_entropy
+from macft.model.backends.mlx.low_rank import in_base_type
+from macft.model.backends.mlx.query_blocks import attention_in_blocks
+from macft.model.backends.mlx.recompute import kept_attention, kept_products, recomputed_blocks
 from macft.model.backends.mlx.recurrence import chunked_recurrences, find_recurrences
 from macft.model.execution import Execution
 from macft.model.head import Head
-from macft.model.packing import prepared_for_packs
+from macft.model.module_classes import ModuleCall, replaced_functions, replaced_members
+from macft.model.packing import ATTENTION_FUNCTION, prepared_for_packs
 
 
 class MlxBackend:
@@ -34,11 +38,34 @@ class MlxBackend:
         """See :class:`~macft.model.backends.base.Backend`."""
         with ExitStack() as changes:
             changes.enter_context(chunked_recurrences(find_recurrences(model)))
+            changes.enter_context(replaced_members(model.modules(), in_base_type))
             if self._execution.packing:
-                changes.enter_context(prepared_for_packs(model, row_attention))
-            if self._execution.recompute == "blocks":
-                changes.enter_context(checkpointed_blocks(model))
+                changes.enter_context(prepared_for_packs(model, partial(self._attention, model)))
+            elif self._recomputes_attention(model):
+                functions = {ATTENTION_FUNCTION: partial(self._attention, model)}
+                changes.enter_context(replaced_functions(model, functions))
+            if self._execution.recompute == "cheap":
+                changes.enter_context(kept_products(model))
+            if self._execution.recompute != "none":
+                changes.enter_context(recomputed_blocks(model))
             yield
+
+    def _recomputes_attention(self, model: nn.Module) -> bool:
+        """Whether the backward pass computes attention again; not by sinks that are trained, which MLX has to see."""
+        trained = (name for name, _ in tree_flatten(model.trainable_parameters()))
+        execution = self._execution
+        return (execution.recompute != "none" or execution.placement == "stream") and not any(
+            name.endswith("sinks") for name in trained
+        )
+
+    def _attention(self, model: nn.Module, original: ModuleCall) -> ModuleCall:
+        """What stands in for mlx-lm's attention, ``original``."""
+        recomputes, attention = self._recomputes_attention(model), original
+        if recomputes:
+            attention = attention_in_blocks(attention, lambda: bool(model.training))
+        if self._execution.packing:
+            attention = row_attention(attention)
+        return kept_attention(attention) if recomputes and self._execution.recompute == "cheap" else attention
 
     def lanes(self, model: nn.Module) -> Lanes:
         """See :class:`~macft.model.backends.base.Backend`."""

@@ -8,6 +8,7 @@ Cross-Entropy, Wijmans et al. 2024). Exact: nothing is sampled, filtered or roun
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +17,8 @@ from macft.model.backends.operation import operation
 
 Exponentials = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 """Logits (n, V) float32 and their maxima (n, 1) to exp(logits - maxima) (n, V) and the sums of those (n, 1)."""
+LossAndGradient = Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
+"""Logits (n, V), targets and weights (n,) to the summed loss, float32, and its gradient, in the logits' type."""
 
 
 def whole_cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
@@ -24,10 +27,29 @@ def whole_cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) 
     return (losses * weights).sum()
 
 
-def exponentials(logits: mx.array, maxima: mx.array) -> tuple[mx.array, mx.array]:
-    """See ``Exponentials``."""
-    powers = mx.exp(logits - maxima)
-    return powers, powers.sum(axis=-1, keepdims=True)
+def fused_loss_and_gradient(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+    """See ``LossAndGradient``. The logits exist in float32 only for their sum, the gradient in their own type only."""
+    totals = mx.logsumexp(logits.astype(mx.float32), axis=-1)
+    right = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0].astype(mx.float32)
+    loss = ((totals - right) * weights).sum()
+    # After the loss, so that the float32 logits are gone.
+    logits = mx.depends([logits], [loss])[0]
+    words = mx.arange(logits.shape[-1], dtype=targets.dtype)
+    return loss, _weighted_softmax(logits, totals[:, None], words, targets[:, None], weights[:, None])
+
+
+@mx.compile
+def _weighted_softmax(
+    logits: mx.array, totals: mx.array, words: mx.array, targets: mx.array, weights: mx.array
+) -> mx.array:
+    """weights * (softmax(logits) - one_hot(targets)); one kernel, and one array."""
+    powers = mx.exp(logits.astype(mx.float32) - totals)
+    return ((powers - (words == targets)) * weights).astype(logits.dtype)
+
+
+def loss_and_gradient_of(exponentials: Exponentials) -> LossAndGradient:
+    """The same by another function for exponentials."""
+    return partial(_loss_and_gradient, exponentials)
 
 
 def chunked_cross_entropy(
@@ -37,7 +59,7 @@ def chunked_cross_entropy(
     weights: mx.array,
     *,
     chunk: int,
-    exponentials: Exponentials = exponentials,
+    loss_and_gradient: LossAndGradient = fused_loss_and_gradient,
     detached: Callable[[mx.array], mx.array] = lambda value: value,
 ) -> mx.array:
     """``sum(weights * cross_entropy(head(hidden), targets))``, float32.
@@ -47,7 +69,7 @@ def chunked_cross_entropy(
     of the result, for backends that compute it here and now and would otherwise hold all that led to it.
     """
 
-    def loss_and_gradient(hidden: mx.array) -> tuple[mx.array, mx.array]:
+    def forward(hidden: mx.array) -> tuple[mx.array, mx.array]:
         hidden = detached(hidden)
         value = loss = mx.zeros(())
         grad_parts: list[mx.array] = []
@@ -57,7 +79,7 @@ def chunked_cross_entropy(
                 part = mx.depends([part], [grad_parts[-1], value])[0]
             end = start + chunk
             logits = head(part[None])[0]
-            value, grad_logits = _loss_and_gradient(logits, targets[start:end], weights[start:end], exponentials)
+            value, grad_logits = loss_and_gradient(logits, targets[start:end], weights[start:end])
             grad_parts.append(detached(mx.vjp(lambda part: head(part[None])[0], [part], [grad_logits])[1][0]))
             value = detached(value)
             loss = loss + value
@@ -68,13 +90,12 @@ def chunked_cross_entropy(
     ) -> list[mx.array]:
         return [cotangents[0].astype(output[1].dtype) * output[1]]
 
-    return operation(loss_and_gradient, grad_hidden)(hidden)[0]
+    return operation(forward, grad_hidden)(hidden)[0]
 
 
 def _loss_and_gradient(
-    logits: mx.array, targets: mx.array, weights: mx.array, exponentials: Exponentials
+    exponentials: Exponentials, logits: mx.array, targets: mx.array, weights: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Summed loss of ``logits`` (n, V) and its gradient with respect to them, in their dtype."""
     dtype, logits = logits.dtype, logits.astype(mx.float32)
     maxima = logits.max(axis=-1, keepdims=True)
     powers, total = exponentials(logits, maxima)

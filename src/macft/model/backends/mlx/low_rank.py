@@ -1,0 +1,61 @@
+"""LoRA and DoRA layers in the type of their base, so that no activation exists in float32.
+
+mlx-lm holds the low-rank matrices in float32, and so does macft, for they are what is trained. mlx-lm also multiplies
+in float32, for which MLX makes a float32 copy of a layer's input and result, and holds that of the input until the
+backward pass. Here the matrices, which are small, take the type of the activations; MLX's matrix products add up in
+float32 all the same. In a float32 model nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+
+from macft.model.module_classes import Members, ModuleCall
+from macft.model.parameter_refs import ParameterRefs
+
+KINDS = (LoRALinear, LoRASwitchLinear, DoRALinear)
+"""The adapter layers of blocks."""
+Product = Callable[..., mx.array]
+"""Arrays to an array."""
+
+
+def in_base_type(kind: type[nn.Module]) -> Members | None:
+    """Members of adapter layers that compute this way; None for other modules."""
+    if issubclass(kind, DoRALinear):
+        return {"__call__": dora}
+    if not issubclass(kind, KINDS):
+        return None
+    call = kind.__call__
+
+    def layer_call(layer: nn.Module, x: mx.array, *arguments: Any, **named: Any) -> Any:
+        matrices = layer["lora_a"], layer["lora_b"]
+        if all(matrix.dtype == x.dtype for matrix in matrices):
+            return call(layer, x, *arguments, **named)
+        try:
+            layer["lora_a"], layer["lora_b"] = (matrix.astype(x.dtype) for matrix in matrices)
+            return call(layer, x, *arguments, **named)
+        finally:
+            layer["lora_a"], layer["lora_b"] = matrices
+
+    return {"__call__": layer_call}
+
+
+def dora(layer: Any, x: mx.array, product: Callable[[Product], Product] = lambda function: function) -> mx.array:
+    """``DoRALinear.__call__``; ``product`` is given the function of input and matrices that is costly."""
+
+    def adapted(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
+        low: mx.array = (layer.dropout(x) @ a.astype(x.dtype)) @ b.astype(x.dtype)
+        result: mx.array = x @ layer._dequantized_weight().T + (layer.scale * low).astype(x.dtype)
+        return result
+
+    output = product(adapted)(x, layer.lora_a, layer.lora_b)
+    weight = layer._dequantized_weight() + (layer.scale * layer.lora_b.T) @ layer.lora_a.T
+    length = mx.stop_gradient(mx.linalg.norm(weight, axis=1))
+    output = (layer.m / length).astype(x.dtype) * output
+    return output + layer.linear.bias if "bias" in layer.linear else output

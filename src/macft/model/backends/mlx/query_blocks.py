@@ -1,0 +1,118 @@
+"""Attention in blocks of queries, forward and backward, so that [queries, keys] never exists as a whole.
+
+The blocks are those of Rabe and Staats 2021 (arXiv:2112.05682) and Dao et al. 2022 (FlashAttention), but for one thing:
+a block has all keys that its queries see, so that its softmax is computed at once, by MLX's own attention. The backward
+pass computes a block's scores again. For Metal, whose attention is not fused in training, and for CUDA where MLX's
+fused gradient can't take the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import mlx.core as mx
+
+from macft.model.backends.operation import operation
+from macft.model.module_classes import ModuleCall
+
+_MOST_SCORES = 2**24
+"""Scores of all rows and heads that exist at once. MLX holds about five arrays of that size in the backward pass."""
+_FEWEST_QUERIES = 32
+_TILE = 128
+"""MLX's fused gradient on CUDA takes multiples of so many queries (mlx 0.32)."""
+
+
+def attention_in_blocks(
+    original: ModuleCall, is_training: Callable[[], bool], most_scores: int = _MOST_SCORES
+) -> ModuleCall:
+    """Takes the place of mlx-lm's ``scaled_dot_product_attention``, ``original``, where the model trains."""
+
+    def attention(
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: Any = None,
+        scale: float = 1.0,
+        mask: Any = None,
+        **others: Any,
+    ) -> mx.array:
+        is_causal = isinstance(mask, str) and mask == "causal" and keys.shape[2] == queries.shape[2]
+        can_cut = mask is None or is_causal or (isinstance(mask, mx.array) and mask.dtype == mx.bool_)
+        borders = _borders(queries, keys, most_scores)
+        if cache is not None or not is_training() or not can_cut or len(borders) == 2:
+            result: mx.array = original(queries, keys, values, cache=cache, scale=scale, mask=mask, **others)
+            return result
+
+        def block(start: int, end: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+            """The queries from ``start`` to ``end``, with the keys that they may see."""
+            part = mask[..., start:end, :] if isinstance(mask, mx.array) and mask.shape[-2] > 1 else mask
+            result: mx.array = original(q, k, v, cache=None, scale=scale, mask=part, **others)
+            return result
+
+        return _blockwise(block, list(pairwise(borders)), is_causal=is_causal)(queries, keys, values)
+
+    return attention
+
+
+def _borders(queries: mx.array, keys: mx.array, most_scores: int) -> list[int]:
+    """Where blocks of queries begin and end."""
+    rows, heads, length, width = queries.shape
+    if _is_fused(queries.dtype, width) and length >= _TILE:
+        whole = length // _TILE * _TILE
+        return [0, whole] if whole == length else [0, whole, length]
+    most = most_scores // (rows * heads * keys.shape[2])
+    size = most // _TILE * _TILE or max(_FEWEST_QUERIES, most // _FEWEST_QUERIES * _FEWEST_QUERIES)
+    return [*range(0, length, size), length]
+
+
+def _is_fused(dtype: mx.Dtype, width: int) -> bool:
+    """Whether MLX has a fused gradient here, for the right number of queries."""
+    on_cuda = mx.default_device() != mx.cpu and not mx.metal.is_available()
+    return on_cuda and dtype in (mx.bfloat16, mx.float16) and width <= _TILE and width % 8 == 0
+
+
+def _blockwise(
+    block: Callable[..., mx.array], parts: Sequence[tuple[int, int]], *, is_causal: bool
+) -> Callable[..., mx.array]:
+    """Queries, keys and values to what ``block`` makes of each of ``parts``, one after the other."""
+
+    def seen(end: int, *values: mx.array) -> Iterator[mx.array]:
+        return (value[:, :, :end] if is_causal else value for value in values)
+
+    def forward(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        outputs: list[mx.array] = []
+        for start, end in parts:
+            q = _after(queries[:, :, start:end], outputs[-1:])
+            outputs.append(block(start, end, q, *seen(end, keys, values)))
+        return mx.concatenate(outputs, axis=2)
+
+    def backward(inputs: Sequence[mx.array], grad_output: mx.array, _output: mx.array) -> list[mx.array]:
+        queries, keys, values = inputs
+        grad_queries: list[mx.array] = []
+        # Sums of many blocks, in float32; a causal block's last keys are seen by no block before it.
+        sums: list[mx.array] = []
+        ended: list[list[mx.array]] = []
+        for start, end in reversed(parts):
+            q = _after(queries[:, :, start:end], sums)
+            _, (grad_q, *grads) = mx.vjp(
+                lambda q, k, v, start=start, end=end: block(start, end, q, k, v),
+                [q, *seen(end, keys, values)],
+                [grad_output[:, :, start:end]],
+            )
+            grad_queries.append(grad_q)
+            grads = [grad.astype(mx.float32) for grad in grads]
+            sums = [total + grad for total, grad in zip(sums, grads, strict=True)] if sums else grads
+            if is_causal:
+                ended.append([total[:, :, start:].astype(keys.dtype) for total in sums])
+                sums = [total[:, :, :start] for total in sums]
+        totals = [mx.concatenate(list(reversed(pieces)), axis=2) for pieces in zip(*ended, strict=True)]
+        return [mx.concatenate(grad_queries[::-1], axis=2), *(totals or [total.astype(keys.dtype) for total in sums])]
+
+    return operation(forward, backward)
+
+
+def _after(value: mx.array, others: Sequence[mx.array]) -> mx.array:
+    """``value``, computed after ``others``."""
+    return mx.depends([value], list(others))[0] if others else value

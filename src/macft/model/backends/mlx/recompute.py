@@ -1,0 +1,177 @@
+"""Blocks that the backward pass computes again, from their input and from what was costly in them.
+
+``blocks``: the backward pass holds a block's input only, and computes all the rest again (Chen et al. 2016), as
+``mlx_lm.tuner.trainer.grad_checkpoint`` does, which changes a class, and with it every model of that architecture, for
+the rest of the process. ``cheap``: it also holds the results of matrix products and of attention, and computes again
+what lies between them: norms, activation functions, products, sums, rotary embeddings, casts, dropout (selective
+recomputation, Korthikanti et al. 2022). No architecture is named: what is costly is known by the class of a layer.
+
+A block is computed again when its gradient is there, not before: MLX goes through a graph in an order of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.tuner.dora import DoRALinear
+
+from macft.model.backends.mlx.kept import kept, recorded, replayed
+from macft.model.backends.mlx.low_rank import KINDS, Product, dora
+from macft.model.backends.operation import operation
+from macft.model.backends.trees import holds_state, put_together, take_apart
+from macft.model.head import trains_only_blocks
+from macft.model.module_classes import Members, ModuleCall, replaced_members
+from macft.model.parameter_refs import ParameterRefs
+
+_PRODUCTS = (
+    *(nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear, MultiLinear, QuantizedMultiLinear),
+    *KINDS,
+)
+
+
+@contextmanager
+def recomputed_blocks(model: nn.Module) -> Iterator[None]:
+    """Inside, the blocks of ``model`` that a gradient reaches are computed again, whatever they keep."""
+    blocks = list(model.layers)
+    if trains_only_blocks(model):
+        blocks = list(itertools.dropwhile(lambda block: not tree_flatten(block.trainable_parameters()), blocks))
+    trained = {id(block): ParameterRefs(block) for block in blocks}
+
+    def members(kind: type[nn.Module]) -> Members:
+        call = kind.__call__
+
+        def block_call(block: nn.Module, *arguments: Any, **named: Any) -> Any:
+            # What it writes to a cache would be without a gradient.
+            if not block.training or holds_state((arguments, named)):
+                return call(block, *arguments, **named)
+            return _recomputed(call, block, trained[id(block)], arguments, named)
+
+        return {"__call__": block_call}
+
+    with replaced_members(blocks, members):
+        yield
+
+
+def _recomputed(
+    call: ModuleCall, block: nn.Module, refs: ParameterRefs, arguments: Sequence[Any], named: dict[str, Any]
+) -> Any:
+    frame, given = take_apart((arguments, named))
+    count = len(given)
+    frame_of_result: Any = None
+    results = 0
+
+    def compute(*inputs: mx.array) -> list[mx.array]:
+        nonlocal frame_of_result
+        before = refs.get()
+        refs.put(inputs[count:])
+        try:
+            arguments, named = put_together(frame, inputs[:count])
+            frame_of_result, outputs = take_apart(call(block, *arguments, **named))
+            return outputs
+        finally:
+            refs.put(before)
+
+    def forward(*inputs: mx.array) -> tuple[mx.array, ...]:
+        nonlocal results
+        with recorded() as made:
+            outputs = compute(*inputs)
+        results = len(outputs)
+        return (*outputs, *made)
+
+    def backward(
+        inputs: Sequence[mx.array], grad_outputs: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+    ) -> list[mx.array]:
+        gradients = list(grad_outputs[:results])
+
+        def later(value: mx.array) -> mx.array:
+            """By itself, so that what isn't needed is not held until then."""
+            return mx.depends([value], gradients)[0]
+
+        with replayed([later(value) for value in outputs[results:]]):
+            found: list[mx.array] = mx.vjp(compute, [later(value) for value in inputs], gradients)[1]
+        return found
+
+    outputs = operation(forward, backward)(*given, *refs.get())
+    return put_together(frame_of_result, outputs[:results])
+
+
+@contextmanager
+def kept_products(model: nn.Module) -> Iterator[None]:
+    """Inside, recomputed blocks of ``model`` keep the results of their matrix products."""
+    adapters = [module for module in model.modules() if isinstance(module, KINDS)]
+    inner = {id(module) for adapter in adapters for module in adapter.modules() if module is not adapter}
+    layers = [
+        module
+        for block in model.layers
+        for module in block.modules()
+        if isinstance(module, _PRODUCTS) and id(module) not in inner
+    ]
+    trained = {id(layer): ParameterRefs(layer) for layer in layers}
+
+    def members(kind: type[nn.Module]) -> Members:
+        call = kind.__call__
+        if issubclass(kind, DoRALinear):  # what its magnitudes are multiplied by is needed for their gradient
+            return {"__call__": lambda layer, x: dora(layer, x, _kept)}
+
+        def layer_call(layer: nn.Module, *arguments: Any, **named: Any) -> Any:
+            return _kept_call(call, layer, trained[id(layer)], arguments, named)
+
+        return {"__call__": layer_call}
+
+    with replaced_members(layers, members):
+        yield
+
+
+def _kept(function: Product) -> Product:
+    return lambda *arrays: kept(function, *arrays)
+
+
+def _kept_call(
+    call: ModuleCall, layer: nn.Module, refs: ParameterRefs, arguments: Sequence[Any], named: dict[str, Any]
+) -> mx.array:
+    frame, given = take_apart((arguments, named))
+    count = len(given)
+
+    def compute(*inputs: mx.array) -> mx.array:
+        before = refs.get()
+        refs.put(inputs[count:])
+        try:
+            arguments, named = put_together(frame, inputs[:count])
+            result: mx.array = call(layer, *arguments, **named)
+            return result
+        finally:
+            refs.put(before)
+
+    return kept(compute, *given, *refs.get())
+
+
+def kept_attention(attention: ModuleCall) -> ModuleCall:
+    """``attention``, a function of mlx-lm's arguments, whose result a recomputed block keeps.
+
+    Its gradient is that by queries, keys and values: where the mask is computed from the tokens, as in latent
+    attention, nothing is kept.
+    """
+
+    def call(
+        queries: mx.array, keys: mx.array, values: mx.array, cache: Any = None, mask: Any = None, **others: Any
+    ) -> mx.array:
+        def compute(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+            result: mx.array = attention(queries, keys, values, cache=cache, mask=mask, **others)
+            return result
+
+        is_constant = not isinstance(mask, mx.array) or mask.dtype == mx.bool_
+        return (kept if is_constant and cache is None else _called)(compute, queries, keys, values)
+
+    return call
+
+
+def _called(function: Product, *arrays: mx.array) -> mx.array:
+    return function(*arrays)
