@@ -33,7 +33,16 @@ from macft.evaluation.chat import Chat, ModelAnswers, Sampling
 from macft.generation.layout import answering_layout
 from macft.generation.pipeline import AnswerPipeline
 from macft.generation.stage import AnsweringStage
-from macft.generation.tasks import Kind, Options, Outcome, Task, pack_outcome, pack_task, unpack_outcome, unpack_task
+from macft.generation.tasks import (
+    Options,
+    Outcome,
+    Task,
+    TaskKind,
+    pack_outcome,
+    pack_task,
+    unpack_outcome,
+    unpack_task,
+)
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.attach import attach
 from macft.model.backends.choose import make_backend
@@ -90,12 +99,12 @@ def test_stages_choose_the_tokens_of_the_whole_model(family: str, tmp_path: Path
         stages = [stage_of(folder, blocks, stack)[0] for blocks in (range(cut), range(cut, count))]
         found: list[list[int]] = [[], []]
         for answer, prompt in enumerate(prompts):
-            through(stages, Task(Kind.TOKENS, answer, tuple(prompt[:-1]), Options()))
+            through(stages, Task(TaskKind.TOKENS, answer, tuple(prompt[:-1]), Options()))
         for place in range(24):  # by turns: the caches of answers don't meet
             for answer, tokens in enumerate(expected):
                 if place < len(tokens):
                     last = found[answer][-1] if found[answer] else prompts[answer][-1]
-                    outcome = through(stages, Task(Kind.TOKENS, answer, (last,), chooses=True))
+                    outcome = through(stages, Task(TaskKind.TOKENS, answer, (last,), chooses=True))
                     assert outcome.token is not None
                     found[answer].append(outcome.token)
     assert found == expected
@@ -114,7 +123,7 @@ def test_blocks_of_other_stages_are_never_read(five_blocks: Path) -> None:
         assert loaded.streamed is not None
         hidden = mx.zeros((1, 3, TINY_CONFIG["hidden_size"]))
         for _ in range(2):
-            stage.compute(Task(Kind.TOKENS, 0, (1, 2, 3), Options()), hidden)
+            stage.compute(Task(TaskKind.TOKENS, 0, (1, 2, 3), Options()), hidden)
         block = sum(value.nbytes for name, value in weights(five_blocks).items() if ".layers.2." in name)
         assert loaded.streamed.take_figures()[1] == 2 * block
 
@@ -215,7 +224,7 @@ def test_blocks_are_spread_evenly_where_they_fit(blocks: int, room: list[int], l
 
 
 def test_malformed_messages_between_stages_are_told() -> None:
-    good = bytes(pack_task(Task(Kind.TOKENS, 1, (1, 2), Options()), mx.zeros((1, 2, 4))))
+    good = bytes(pack_task(Task(TaskKind.TOKENS, 1, (1, 2), Options()), mx.zeros((1, 2, 4))))
     task, hidden = unpack_task(memoryview(good))
     assert hidden is not None
     assert (task.tokens, hidden.shape) == ((1, 2), (1, 2, 4))

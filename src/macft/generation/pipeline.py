@@ -17,11 +17,11 @@ from macft.collective.base import Channels
 from macft.errors import ProtocolError
 from macft.generation.stage import AnsweringStage
 from macft.generation.tasks import (
-    Kind,
     LossRows,
     Options,
     Outcome,
     Task,
+    TaskKind,
     pack_outcome,
     pack_task,
     unpack_outcome,
@@ -186,7 +186,7 @@ class AnswerPipeline:
         while len(self._on_their_way) < self.capacity and (self._ready or self._losses):
             if self._losses:
                 loss = self._losses.popleft()
-                self._give(Task(Kind.LOSS, rows=loss.rows), _OnItsWay(loss=loss))
+                self._give(Task(TaskKind.LOSS, rows=loss.rows), _OnItsWay(loss=loss))
             else:
                 self._give_tokens(self._ready.popleft())
         if self._on_their_way:
@@ -196,13 +196,13 @@ class AnswerPipeline:
 
     def look(self) -> None:
         """Shows the other ranks that this one is alive, and this one that they are. Raises as :meth:`advance`."""
-        self._give(Task(Kind.NOTHING), _OnItsWay())
+        self._give(Task(TaskKind.NOTHING), _OnItsWay())
         while self._on_their_way:
             self._take()
 
     def close(self) -> None:
         """Tells the stages that nothing more will come. Raises as :meth:`advance`."""
-        self._give(Task(Kind.END), _OnItsWay())
+        self._give(Task(TaskKind.END), _OnItsWay())
         while self._on_their_way:
             self._take()
 
@@ -237,7 +237,7 @@ class AnswerPipeline:
         size = 1 if left == 1 else min(left - 1, PROMPT_TOKENS)
         tokens = answer.tokens[answer.computed : answer.computed + size]
         options = None if answer.is_known else answer.options
-        task = Task(Kind.TOKENS, number, tuple(tokens), options, chooses=left == 1, forget=answer.forget)
+        task = Task(TaskKind.TOKENS, number, tuple(tokens), options, chooses=left == 1, forget=answer.forget)
         answer.computed += size
         answer.is_known, answer.forget = True, 0
         if not task.chooses:
@@ -305,5 +305,5 @@ def follow(stage: AnsweringStage, place: Place, channels: Channels) -> None:
             channels.send(place.stages[0].rank, sequence, pack_outcome(made))
         elif place.after is not None:
             channels.send(place.after, sequence, pack_task(task, made))
-        if task.kind is Kind.END:
+        if task.kind is TaskKind.END:
             return

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import KVCache, can_trim_prompt_cache, make_prompt_cach
 
 from macft.errors import ModelError
 from macft.generation.choice import TokenChoice
-from macft.generation.tasks import Kind, LossRows, Outcome, Task
+from macft.generation.tasks import LossRows, Outcome, Task, TaskKind
 from macft.model.backends.base import Backend
 from macft.model.head import split_head
 from macft.model.load import LoadedModel
@@ -65,9 +65,9 @@ class AnsweringStage:
         """
         for answer in task.ended:
             self._answers.pop(answer, None)
-        if task.kind is Kind.TOKENS:
+        if task.kind is TaskKind.TOKENS:
             return self._tokens(task, hidden)
-        if task.kind is Kind.LOSS and task.rows is not None:
+        if task.kind is TaskKind.LOSS and task.rows is not None:
             return self._losses(task.rows, hidden)
         return Outcome() if self.is_last else None
 

@@ -23,7 +23,7 @@ _MAX_HEADER_BYTES = 64 * 2**20
 _DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
 
-class Kind(IntEnum):
+class TaskKind(IntEnum):
     """What a task is for."""
 
     TOKENS = 0
@@ -78,7 +78,7 @@ class Task:
         rows: For a loss.
     """
 
-    kind: Kind
+    kind: TaskKind
     answer: int = 0
     tokens: tuple[int, ...] = ()
     options: Options | None = None
@@ -132,7 +132,7 @@ def unpack_task(message: memoryview) -> tuple[Task, mx.array | None]:
         shape, dtype = [int(size) for size in values.pop("shape")], values.pop("dtype")
         options, rows = values.pop("options"), values.pop("rows")
         task = Task(
-            kind=Kind(values.pop("kind")),
+            kind=TaskKind(values.pop("kind")),
             answer=int(values["answer"]),
             tokens=tuple(int(token) for token in values["tokens"]),
             options=None if options is None else _options(options),
