@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ import macft.evaluate
 import macft.generate
 import macft.serve
 from harness.families import build
-from harness.runs import uneven_dataset
+from harness.runs import environment, uneven_dataset
 from harness.tiny_model import TINY_CONFIG, make_tiny_model
 from helpers.hosts import cluster
 from helpers.models import random_adapter
@@ -291,6 +292,30 @@ def test_a_chat_with_a_seed_says_the_same_over_two_ranks(
         said.append(capsys.readouterr())
     assert said[0].out == said[1].out
     assert said[1].err == ""
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(adapter_folder: Path, expected: Any) -> None:
+    words = ["--adapter-path", adapter_folder, "-m", -1, "--verbose", "False", "--topology", "local"]
+    chat = subprocess.Popen(
+        [sys.executable, "-m", "macft.generate", *map(str, words)],
+        env=environment() | {"PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert chat.stdin is not None
+    assert chat.stdout is not None
+    for question in QUESTIONS[:3]:
+        chat.stdin.write(f"r\n{question}\n".encode())
+        chat.stdin.flush()
+        beginning = expected(question, Sampling(max_tokens=30)).encode()[:60]
+        assert chat.stdout.read(len(beginning)) == beginning
+        chat.send_signal(signal.SIGINT)
+        assert chat.stdout.readline().endswith(b" ... (stopped)\n")
+    _, errors = chat.communicate(b"q\n", timeout=60)
+    assert (chat.returncode, errors) == (0, b"")
 
 
 @pytest.mark.slow

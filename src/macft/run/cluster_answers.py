@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import secrets
+import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from types import FrameType
 from typing import Any
 
 from macft.errors import MembershipChanged
@@ -158,6 +161,29 @@ def greedy_cluster_answers(
     return list(found.values())
 
 
+@contextmanager
+def _interrupted_afterwards() -> Iterator[None]:
+    """Inside, Ctrl-C waits for the end: a message that is half received would be lost. A second one does not wait."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    is_interrupted = False
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        nonlocal is_interrupted
+        if is_interrupted:
+            raise KeyboardInterrupt
+        is_interrupted = True
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if is_interrupted:
+        raise KeyboardInterrupt
+
+
 class ClusterConversation:
     """The answers of a conversation; see :class:`~macft.evaluation.chat.AnswerSource`.
 
@@ -190,7 +216,9 @@ class ClusterConversation:
         try:
             is_over = False
             while not is_over:
-                for new in answers.advance():
+                with _interrupted_afterwards():
+                    arrived = answers.advance()
+                for new in arrived:
                     count += 1
                     self._key = new.outcome.key
                     if count == 1:
