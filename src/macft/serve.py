@@ -46,20 +46,22 @@ def main(argv: Sequence[str]) -> NoReturn:
     with Server(config) as server:
         prepare_device()
         signal.signal(signal.SIGTERM, _interrupt)
-        engine = _engine(tuned, config, topology, is_tuned=not arguments.base)
+        engine: Engine | None = None
         try:
+            engine = _engine(tuned, config, topology, is_tuned=not arguments.base)
             server.serve(engine, lambda: _announce(config, server.url))
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr, flush=True)
-        engine.stop()
         status = INTERRUPTED
-        if engine.failure is not None:
-            print(f"error: {engine.failure}", file=sys.stderr)
-            status = engine.failure.exit_code if isinstance(engine.failure, MacftError) else 1
+        if engine is not None:
+            engine.stop()
+            if engine.failure is not None:
+                print(f"error: {engine.failure}", file=sys.stderr)
+                status = engine.failure.exit_code if isinstance(engine.failure, MacftError) else 1
         sys.stdout.flush()
         sys.stderr.flush()
-        # Python would wait for a long prompt that is computed, and would end the threads of connections within the code
-        # of other libraries, which aborts the process. There is nothing to save.
+        # Python would wait for a model that is loaded or a long prompt that is computed, and would end the threads of
+        # connections within the code of other libraries, which aborts the process. There is nothing to save.
         os._exit(status)
 
 

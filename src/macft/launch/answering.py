@@ -132,9 +132,12 @@ def _on_hosts(topology: TopologyConfig, settings: CollectiveConfig) -> list[Work
         own: int | None = own_rank(topology)
     except ConfigError:
         own = None
-    hosts = list(topology.hosts)
-    here = local_address_towards(f"{split_host(hosts[0], topology.port)[0]}:1") if own is None else hosts.pop(own)
-    order = [here, *hosts]
+    hosts = topology.hosts
+    if own is None:
+        order = [local_address_towards(f"{split_host(hosts[0], topology.port)[0]}:1"), *hosts]
+    else:
+        order = [*hosts[own:], *hosts[:own]]  # neighbours stay neighbours
+    here = order[0]
     address, port = split_host(here, topology.port)
     run_id = secrets.token_hex(8)
     secret = KeyPair.new().secret.hex() if needs_keys(topology, settings) else ""
