@@ -145,6 +145,8 @@ def held_out_loss(loaded: Any, case: str) -> float:
 
 def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """macft's own loop, without reports, checkpoints and evaluation."""
+    import mlx.core as mx
+
     from macft.checkpoint.saver import CheckpointSaver
     from macft.checkpoint.snapshot import Progress
     from macft.checkpoint.store import CheckpointStore
@@ -161,8 +163,6 @@ def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from macft.training.optimizer import make_optimizer
     from macft.training.settings import OptimizerConfig, TrainingConfig
     from macft.training.state import TrainState
-
-    import mlx.core as mx
 
     seconds: list[float] = []
     targets: list[int] = []

@@ -43,6 +43,9 @@ ORDER = (
     "planner",
     "run",
     "launch",
+    "publishing",
+    "api",
+    "completion",
     "collective_bench",
 )
 
@@ -51,6 +54,7 @@ COMMANDS = {
     "adapter",
     "bench",
     "cluster",
+    "completion",
     "data",
     "doctor",
     "evaluate",
@@ -59,6 +63,7 @@ COMMANDS = {
     "keys",
     "monitor",
     "plan",
+    "push",
     "serve",
     "train",
 }

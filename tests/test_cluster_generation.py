@@ -50,7 +50,7 @@ from macft.model.backends.choose import make_backend
 from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig
 from macft.parallel.stage_layout import Stage
-from macft.parallel.stage_places import Place
+from macft.parallel.stage_places import StagePlace
 
 QUESTIONS = ("Repeat: red", "seven lamps", "what is north? " * 9, "quiet", "river stone paper")
 
@@ -145,7 +145,7 @@ def test_a_stage_larger_than_its_memory_reads_its_blocks_again(five_blocks: Path
         with backend.installed(loaded.model), Solo() as alone:
             stage = AnsweringStage(loaded, backend, range(5))
             pipeline = AnswerPipeline(
-                stage, Place(0, (Stage(0, 0, 5),)), alone.open_channels([], "answers"), together=2
+                stage, StagePlace(0, (Stage(0, 0, 5),)), alone.open_channels([], "answers"), together=2
             )
             found.append(answers(pipeline, [[5, 6, 7], [9, 9, 4, 3]]))
     assert found[0] == found[1]
@@ -168,7 +168,7 @@ def pipeline(five_blocks: Path) -> Iterator[AnswerPipeline]:
     with ExitStack() as stack:
         stage, _ = stage_of(five_blocks, range(5), stack)
         channels = stack.enter_context(Solo()).open_channels([], "answers")
-        yield AnswerPipeline(stage, Place(0, (Stage(0, 0, 5),)), channels, together=2, remembered=2)
+        yield AnswerPipeline(stage, StagePlace(0, (Stage(0, 0, 5),)), channels, together=2, remembered=2)
 
 
 def test_more_answers_than_there_is_room_for_wait(pipeline: AnswerPipeline) -> None:

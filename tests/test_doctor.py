@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,8 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from macft.device import disk_speed
 from macft.diagnostics import LEVELS, machine, network, software
-from macft.doctor import find_model
+from macft.diagnostics.shareable import without_names
+from macft.doctor import find_model, main
+from macft.errors import ConfigError
 from macft.network import macos
 from macft.network.links import Link, discover, linux_kind
 
@@ -159,6 +164,34 @@ def test_memory_and_disk_thresholds(tmp_path: Path) -> None:
     assert levels == ["problem", "warning", "ok"]
 
 
+def test_the_disks_speed_is_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / name)
+    assert disk_speed.stored() is None
+    assert disk_speed.disk_speed().source in ("table", "assumed")
+    measured = disk_speed.measure(size=(1 << 20) + 5)
+    assert measured > 0
+    assert disk_speed.disk_speed() == disk_speed.DiskSpeed(measured, "measured")
+    assert [path.name for path in (tmp_path / "macft").iterdir()] == ["disk-speed.json"]
+    for content in (
+        "",
+        "[]",
+        '{"bytes_per_second": "x"}',
+        '{"bytes_per_second": -1}',
+        "{}",
+        '{"bytes_per_second": 1e999}',
+    ):
+        (tmp_path / "macft" / "disk-speed.json").write_text(content)
+        assert disk_speed.stored() is None
+    finding = machine.disk_reads()
+    assert "GB/s" in finding.text
+    assert finding.level in ("ok", "warning")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda _: tmp_path / "file")
+    refused = machine.disk_reads()
+    assert refused.level == "warning"
+    assert refused.text.startswith("not measured: ")
+
+
 def test_linux_links_from_sysfs(tmp_path: Path) -> None:
     for name, files in {
         "eth0": {"type": "1\n", "speed": "2500\n"},
@@ -241,7 +274,7 @@ def test_the_command_reports_this_machine(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     report = json.loads(done.stdout)
     topics = {finding["topic"] for finding in report["findings"]}
-    assert {"packages", "BLAS", "memory", "disk", "thermal", "links", "ports", "keys", "model"} <= topics
+    assert {"packages", "BLAS", "memory", "disk", "disk speed", "thermal", "links", "ports", "keys", "model"} <= topics
     assert all(finding["level"] in LEVELS for finding in report["findings"])
     assert all(finding["mend"] for finding in report["findings"] if finding["level"] != "ok")
     assert done.returncode == int(any(finding["level"] == "problem" for finding in report["findings"]))
@@ -257,3 +290,49 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: py
     assert done.stderr.splitlines() == [
         "error: topology: no cluster 'desk' (there are: none yet); make it: python -m macft.cluster init desk"
     ]
+
+
+# What people attach to an issue
+
+
+@given(
+    st.ip_addresses(v=4).map(str) | st.ip_addresses(v=6).map(str),
+    st.sampled_from(["{}", "at {}:7070", "({}/24)", "jane@{}", "cannot reach {}; is it on?"]),
+)
+def test_no_address_is_left_in_a_text(address: str, form: str) -> None:
+    assert address not in without_names(form.format(address), []) or address == "::"
+
+
+def test_what_names_a_machine_is_left_out_and_what_describes_it_is_not() -> None:
+    text = (
+        "Janes-MacBook-Pro.local, C02XK1ABJG5H, 1c:f6:4c:00:00:01, jane@studio.lan, /Users/jane/runs, "
+        "28CA4C30-1111-2222-3333-444455556666: Apple M2 Max, Metal, 32 GiB, mlx 0.32.4, macOS 15.1, 12:30:45"
+    )
+    cleaned = without_names(text, ["/Users/jane", "Janes-MacBook-Pro.local", "jane"])
+    for private in ("jane", "C02XK1ABJG5H", "1c:f6", "studio", "28CA4C30"):
+        assert private.lower() not in cleaned.lower(), cleaned
+    for told in ("Apple M2 Max, Metal, 32 GiB, mlx 0.32.4, macOS 15.1", "/runs"):
+        assert told in cleaned, cleaned
+
+
+@pytest.mark.slow
+def test_the_report_of_this_machine_names_nobody(tmp_path: Path) -> None:
+    home = tmp_path / "janedoe"
+    home.mkdir()
+    cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    environment = {**os.environ, "HOME": str(home), "USER": "janedoe", "LOGNAME": "janedoe", "XDG_CACHE_HOME": cache}
+    command = [sys.executable, "-m", "macft.doctor", "--report", "report.json"]
+    subprocess.run(command, check=True, cwd=home, env=environment, capture_output=True, timeout=280)
+    text = (home / "report.json").read_text()
+    report = json.loads(text)
+    assert report["smoke_run"]["result"] == "works", report["smoke_run"]
+    assert report["smoke_run"]["steps"] == 3
+    assert report["versions"]["mlx"]
+    assert {"kind", "speed_mbit"} == set().union(*(set(link) for link in report["links"])) or not report["links"]
+    for private in ("janedoe", socket.gethostname(), *(link.host for link in discover())):
+        assert not re.search(rf"(?<!\w){re.escape(private)}(?!\w)", text), private
+
+
+def test_a_report_is_of_this_machine() -> None:
+    with pytest.raises(ConfigError, match=r"--report: it describes this machine"):
+        main(["--report", "x.json", "--topology", "desk"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -184,6 +185,18 @@ def test_a_terminal_gets_panels_and_a_live_bar_and_is_left_in_order(
     # What a model answers can't steer the terminal, nor is it taken for rich's markup.
     assert "\x07" not in text
     assert "✗ �[31mred� [bold]herring" in text
+
+
+def test_a_terminal_of_20_columns_shows_every_result(tmp_path: Path) -> None:
+    file = io.StringIO()
+    console = ConsoleReporter(every=1, console=Console(file=file, width=20, highlight=False, force_terminal=True))
+    for event in (started(tmp_path), step(1), ended(tmp_path)):
+        console.handle(event)
+    console.close()
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).splitlines()]
+    words = " ".join(lines)
+    for part in ("validation loss 3.500 → 1.250", "speed", "tokens/s", "adapter lora rank 8"):
+        assert part in words
 
 
 # TensorBoard
@@ -432,6 +445,18 @@ def test_a_nodes_status_keeps_its_keys(tmp_path: Path) -> None:
     [node] = lines(path)[0]["nodes"]
     assert list(node) == [*keys.split(), "remarks", "disk_seconds", "wait_seconds", "wire_seconds"]
     assert (node["tokens"], node["remarks"]) == (3, 2)
+
+
+def test_where_the_time_of_a_stage_went() -> None:
+    first = NodeStatus(busy_seconds=3.0, wait_seconds=1.0, disk_seconds=0.5, wire_seconds=0.25)
+    values = Scalars().of(replace(step(1), nodes=[first, NodeStatus(busy_seconds=2.0)], shares=[0.5, 0.5]))
+    of_stages = {name: value for name, value in values.items() if name.startswith("stage/")}
+    assert of_stages == {
+        "stage/compute_rank0": 1.5,
+        "stage/wait_rank0": 1.0,
+        "stage/disk_rank0": 0.5,
+        "stage/wire_rank0": 0.25,
+    }
 
 
 def test_a_loss_that_is_no_number_is_still_json(tmp_path: Path) -> None:

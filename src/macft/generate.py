@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
-from functools import partial
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
+from macft.api.loaded_model import load_found
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.errors import ConfigError
@@ -18,9 +18,7 @@ from macft.run.tuned_model import TunedModel, add_model_arguments
 from macft.topology.settings import TopologyConfig
 
 if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-    from macft.evaluation.chat import AnswerSource, Chat, Sampling
+    from macft.evaluation.chat import Chat, Sampling
 
 _HELP = "q ends the chat, r starts a new one, h shows this; Ctrl-C stops an answer"
 
@@ -37,22 +35,14 @@ def main(argv: Sequence[str]) -> None:
     if prompt is not None and not prompt.strip():
         raise ConfigError("--prompt: is empty; leave it out to chat")
 
-    topology = topology_of(arguments)
+    from macft.evaluation.chat import Sampling
 
-    from macft.device.mlx_device import prepare_device
-    from macft.evaluation.chat import Chat, Sampling
-
-    sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in fields(Sampling)})
-    if problems := sampling.problems():
+    sampling = {field.name: getattr(arguments, field.name) for field in fields(Sampling)}
+    if problems := Sampling(**sampling).problems():
         raise ConfigError("\n".join(problems))
-    prepare_device()
-    source = _here(tuned, arguments, sampling) if topology is None else _spread(tuned, arguments, sampling, topology)
-    with source as (answers, tokenizer):
-        for token in arguments.extra_eos_token:
-            tokenizer.add_eos_token(token)
-        chat = Chat(
-            answers, tokenizer, system_prompt=arguments.system_prompt, template=not arguments.ignore_chat_template
-        )
+    topology = topology_of(arguments)
+    chosen = Sampling(**sampling)
+    with _here(tuned, arguments, chosen) if topology is None else _spread(tuned, arguments, chosen, topology) as chat:
         if prompt is not None:
             _answer(chat, prompt, verbose=arguments.verbose)
         else:
@@ -60,39 +50,45 @@ def main(argv: Sequence[str]) -> None:
 
 
 @contextmanager
-def _here(
-    tuned: TunedModel, arguments: argparse.Namespace, sampling: Sampling
-) -> Iterator[tuple[AnswerSource, TokenizerWrapper]]:
-    """The answers of the model in this process, and its tokenizer."""
-    import mlx.core as mx
-
-    from macft.evaluation.chat import ModelAnswers
-    from macft.model.backends.choose import make_backend
-
-    loaded = tuned.load(tuned=not arguments.base)
-    if arguments.seed is not None:
-        mx.random.seed(arguments.seed)
-    with make_backend(loaded.execution.padded()).installed(loaded.model):
-        yield ModelAnswers(loaded.model, loaded.tokenizer, sampling), loaded.tokenizer
+def _here(tuned: TunedModel, arguments: argparse.Namespace, sampling: Sampling) -> Iterator[Chat]:
+    """A conversation with the model in this process."""
+    with load_found(tuned, tuned=not arguments.base) as model:
+        yield model.chat(
+            system_prompt=arguments.system_prompt,
+            template=not arguments.ignore_chat_template,
+            seed=arguments.seed,
+            stop_tokens=tuple(arguments.extra_eos_token),
+            **asdict(sampling),
+        )
 
 
 @contextmanager
 def _spread(
     tuned: TunedModel, arguments: argparse.Namespace, sampling: Sampling, topology: TopologyConfig
-) -> Iterator[tuple[AnswerSource, TokenizerWrapper]]:
-    """The same of the model on the machines of ``topology``."""
+) -> Iterator[Chat]:
+    """A conversation with the model on the machines of ``topology``."""
+    from macft.device.mlx_device import prepare_device
+    from macft.evaluation.chat import Chat
     from macft.run.cluster_answers import ClusterAnswers, ClusterConversation
 
-    spread = spread_model(tuned, is_tuned=not arguments.base)
+    def tell(line: str) -> None:
+        if arguments.verbose:
+            print(line, file=sys.stderr, flush=True)
+
+    prepare_device()
     with leading_rank(topology) as rank:
-        answers = ClusterAnswers(rank, spread, together=1, remembered=1, tell=partial(_tell, arguments.verbose))
-        yield ClusterConversation(answers, sampling, arguments.seed), answers.tokenizer
+        spread = spread_model(tuned, is_tuned=not arguments.base)
+        answers = ClusterAnswers(rank, spread, together=1, remembered=1, tell=tell)
+        for token in arguments.extra_eos_token:
+            answers.tokenizer.add_eos_token(token)
+        source = ClusterConversation(answers, sampling, arguments.seed)
+        yield Chat(
+            source,
+            answers.tokenizer,
+            system_prompt=arguments.system_prompt,
+            template=not arguments.ignore_chat_template,
+        )
         answers.close()
-
-
-def _tell(is_verbose: bool, line: str) -> None:
-    if is_verbose:
-        print(line, file=sys.stderr, flush=True)
 
 
 def _converse(chat: Chat, *, verbose: bool) -> None:

@@ -27,14 +27,14 @@ from macft.generation.tasks import (
     unpack_outcome,
     unpack_task,
 )
-from macft.parallel.stage_places import Place
+from macft.parallel.stage_places import StagePlace
 
 PROMPT_TOKENS = 512
 """Most tokens of a prompt in a task."""
 _TASKS_PER_STAGE = 2
 
 
-def channel_pairs(place: Place) -> list[tuple[int, int]]:
+def channel_pairs(place: StagePlace) -> list[tuple[int, int]]:
     """The ranks of the pipeline that exchange messages: neighbours, and the last one with the first one."""
     ranks = [stage.rank for stage in place.stages]
     around = zip(ranks, (*ranks[1:], ranks[0]), strict=True)
@@ -105,7 +105,9 @@ class AnswerPipeline:
         remembered: Answers that are over whose keys and values are kept, for prompts that begin with the same tokens.
     """
 
-    def __init__(self, stage: AnsweringStage, place: Place, channels: Channels, *, together: int, remembered: int = 0):
+    def __init__(
+        self, stage: AnsweringStage, place: StagePlace, channels: Channels, *, together: int, remembered: int = 0
+    ):
         self._stage, self._place, self._channels = stage, place, channels
         self._together, self._remembered = together, remembered
         self._numbers = count(1)
@@ -206,7 +208,7 @@ class AnswerPipeline:
         while self._on_their_way:
             self._take()
 
-    def move(self, stage: AnsweringStage, place: Place, channels: Channels) -> None:
+    def move(self, stage: AnsweringStage, place: StagePlace, channels: Channels) -> None:
         """Goes on with other stages, which compute again what the former ones kept of the answers."""
         self._stage, self._place, self._channels = stage, place, channels
         self._sent, self._received = count(), count()
@@ -291,7 +293,7 @@ def _alike(one: Sequence[int], other: Sequence[int]) -> int:
     return next((number for number, (mine, its) in pairs if mine != its), min(len(one), len(other)))
 
 
-def follow(stage: AnsweringStage, place: Place, channels: Channels) -> None:
+def follow(stage: AnsweringStage, place: StagePlace, channels: Channels) -> None:
     """Computes this rank's stage of each task until the last one; for all ranks but that of the first stage.
 
     Raises:

@@ -160,7 +160,7 @@ class RendezvousServer:
             self._send(routing_id, {"refused": reason})
             return
         if objection := self._objection(message):
-            self._refuse_all(objection, routing_id)
+            self._refuse_all("".join(filter(str.isprintable, objection)), routing_id)
             return
         self._add(routing_id, message)
         # A rank whose connection has ended must not count: it may return with another address.

@@ -35,7 +35,7 @@ from macft.model.settings import ModelConfig
 from macft.model.shape import read_shape
 from macft.model.weight_files import check_weight_files
 from macft.parallel.stage_layout import StageLayout
-from macft.parallel.stage_places import Place
+from macft.parallel.stage_places import StagePlace
 from macft.planner.placement import blocks_with_room, resident_blocks
 from macft.topology.settings import parse_budget
 
@@ -98,7 +98,7 @@ class OpenStage:
     """This rank's stage, ready to compute."""
 
     stage: AnsweringStage
-    place: Place
+    place: StagePlace
     channels: Channels
     layout: StageLayout
 
@@ -157,7 +157,7 @@ class AnsweringRank:
         layout = _layout(facts, leader)
         stages = layout.pipelines[0]
         number = next(number for number, stage in enumerate(stages) if stage.rank == self.collective.rank)
-        place = Place(number, stages)
+        place = StagePlace(number, stages)
         with ExitStack() as stack:
             stage: AnsweringStage | None = None
             error = ""

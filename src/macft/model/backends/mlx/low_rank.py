@@ -16,8 +16,7 @@ import mlx.nn as nn
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
-from macft.model.module_classes import Members, ModuleCall
-from macft.model.parameter_refs import ParameterRefs
+from macft.model.module_classes import Members
 
 KINDS = (LoRALinear, LoRASwitchLinear, DoRALinear)
 """The adapter layers of blocks."""

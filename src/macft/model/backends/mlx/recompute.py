@@ -12,7 +12,7 @@ A block is computed again when its gradient is there, not before: MLX goes throu
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
