@@ -324,9 +324,10 @@ def whole(side: Side, options: argparse.Namespace) -> dict[str, Any]:
 
 def work(options: argparse.Namespace) -> dict[str, Any]:
     """One measurement, in this process."""
-    import mlx.core as mx
+    from macft.device.mlx_device import prepare_device  # before MLX, so that a CPU has its OpenBLAS
 
-    from macft.device.mlx_device import prepare_device
+    # isort: split
+    import mlx.core as mx
 
     device = prepare_device()
     model = make_model(options.shape, options.vocabulary)

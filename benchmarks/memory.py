@@ -139,7 +139,7 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
     "SmolLM2, 4 blocks, 2 x 512, checkpointing": (
         "",
         512,
-        ["training.batch_size=2", "training.grad_checkpoint=true", "training.eval_rows=4", "adapter.num_layers=4"],
+        ["training.batch_size=2", "training.recompute=blocks", "training.eval_rows=4", "adapter.num_layers=4"],
     ),
     "SmolLM2, SQL rows, micro-batch 2": (
         "sql",
@@ -160,7 +160,7 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
     ),
     "qwen, DoRA, dropout, 4 x 192": ("qwen", 192, ["training.batch_size=4", "adapter=dora", "adapter.dropout=0.1"]),
     "qwen, q and v only, 8 x 96": ("qwen", 96, ["training.batch_size=8", "adapter.targets=[q_proj,v_proj]"]),
-    "wide, 4 x 256, checkpointing": ("wide", 256, ["training.batch_size=4", "training.grad_checkpoint=true"]),
+    "wide, 4 x 256, checkpointing": ("wide", 256, ["training.batch_size=4", "training.recompute=blocks"]),
 }
 CASES |= {
     f"{name}, 4 x 192, kernels {kernels}": (name, 192, ["training.batch_size=4", f"training.kernels={kernels}"])

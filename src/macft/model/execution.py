@@ -15,6 +15,8 @@ _PACK_TOKENS_ON_CPU = 512
 # Most logits in a chunk of automatic size; a chunk has at least 64 targets. MLX holds about 12 arrays of that size.
 _LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**21, 2**25
 _MIN_CHUNK_TARGETS = 64
+# Most scores at once where attention is recomputed. MLX holds about five arrays of that size in the backward pass.
+_SCORES = 2**24
 _EVALUATION_ROWS = 8
 _CANNOT_PACK = "training.packing: this model's attention can't take packed rows; use auto or false"
 
@@ -66,12 +68,16 @@ class Execution:
     pack_tokens: int | None = None
     # Gradient and update are compiled with mx.compile.
     compiled: bool = False
-    # What the backward pass computes again: "none" or "blocks".
+    # What the backward pass computes again: "none"; "cheap", what lies between a block's costly operations; or "blocks".
     recompute: str = "none"
+    # What of these the planner may choose from, the fastest first; empty where the configuration says which.
+    recompute_choices: tuple[str, ...] = ()
     # Target positions whose logits exist at once, where the configuration says so; see loss_chunk_for.
     loss_chunk: int | None = None
     # Most logits in a chunk of automatic size.
     max_logits: int = _LOGITS_ON_GPU
+    # Most scores of queries and keys in a block of queries, where attention is recomputed.
+    max_scores: int = _SCORES
     # Most rows in a forward pass of training (None: all of a node's rows) and of validation.
     micro_batch_size: int | None = None
     evaluation_rows: int = _EVALUATION_ROWS
@@ -100,6 +106,10 @@ class Execution:
             recompute=recompute,
         )
 
+    def unplanned(self) -> Execution:
+        """The same where memory can't be predicted: little is held, if that is left to the planner, at little cost."""
+        return replace(self, recompute="cheap") if "cheap" in self.recompute_choices else self
+
     def streamed(self, resident_blocks: tuple[int, ...]) -> Execution:
         """The same with all blocks but these read from disk when they are needed; each is computed by itself."""
         return replace(self, placement="stream", resident_blocks=resident_blocks, recompute="none", compiled=False)
@@ -119,7 +129,7 @@ def resolve(
     dropout: bool = False,
     compile: str = "auto",
     kernels: str = "auto",
-    grad_checkpoint: bool = False,
+    recompute: str = "auto",
     loss_chunk: int | None = None,
     micro_batch_size: int | None = None,
 ) -> Execution:
@@ -138,7 +148,7 @@ def resolve(
         dropout: whether the model or its adapter has active dropout; each row then has masks of its own.
         compile: ``training.compile``.
         kernels: ``training.kernels``.
-        grad_checkpoint: ``training.grad_checkpoint``.
+        recompute: ``training.recompute``.
         loss_chunk: ``training.loss_chunk``.
         micro_batch_size: ``training.micro_batch_size``.
 
@@ -180,7 +190,16 @@ def resolve(
         loss_chunk=loss_chunk,
         max_logits=_LOGITS_ON_CPU if on_cpu else _LOGITS_ON_GPU,
         lanes=device.cores if backend == "cpu" else 1,
-    ).with_batch(micro_batch_size, "blocks" if grad_checkpoint else "none")
+        recompute_choices=() if recompute != "auto" else recomputations(backend),
+    ).with_batch(micro_batch_size, recompute if recompute in recomputations(backend) else "none")
+
+
+def recomputations(kernels: str) -> tuple[str, ...]:
+    """What the backward pass can compute again with these kernels, the fastest first.
+
+    The CPU's keep the layers' inputs and results in any case, and no attention probabilities.
+    """
+    return ("none", "blocks") if kernels == "cpu" else ("none", "cheap", "blocks")
 
 
 def require_cpu_kernels(weights: WeightFormat, device: Device, *, compiled: bool) -> None:

@@ -80,7 +80,7 @@ def _decide(
     except ModelError as error:
         # mlx-lm may still know the model by code of its own; the run goes on without a prediction.
         execution = execution_for(config, None, read_weight_format(model_folder), device)
-        execution = execution.streamed(()) if topology.placement == "stream" else execution
+        execution = execution.streamed(()) if topology.placement == "stream" else execution.unplanned()
         return execution, execution.placement, [f"no memory plan: {error}"]
     execution = execution_for(config, shape, shape.checkpoint, device)
     planner = planner_for(config, shape, execution, [step_of_shard(step, shard, execution) for step in steps])
@@ -97,6 +97,8 @@ def _decide(
         note = f"memory: about {parts.peak / 1e9:.2f} GB of {budget / 1e9:.1f} GB expected"
     if placer.auto:
         note += f"; topology.batch=auto chose {batch_overrides(chosen)}"
+    elif chosen.recompute != execution.recompute:
+        note += f"; training.recompute=auto chose {chosen.recompute}"
     return chosen, Layout.of(shape, chosen, placer.first_trained).line, [note]
 
 

@@ -52,6 +52,8 @@ def step_cost(planner: MemoryPlanner, execution: Execution) -> StepCost:
         forward = 2 * shape.block_parameters * batch.tokens + 4 * query * pairs
         backward = 2 * shape.block_parameters * batch.tokens + (10 if on_cpu_kernels else 8) * query * pairs
         recomputed = trained.depth if execution.recompute == "blocks" or execution.placement == "stream" else 0
+        if execution.recompute == "cheap":  # the scores of attention
+            operations += 2 * query * pairs * trained.depth
         operations += forward * (shape.blocks + recomputed) + backward * trained.depth
         # The low-rank path forward and back, or the gradients of the weights themselves.
         operations += (2 if planner.adapter.type == "full" else 6) * trained.parameters * batch.tokens

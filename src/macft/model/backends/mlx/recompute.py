@@ -161,10 +161,16 @@ def kept_attention(attention: ModuleCall) -> ModuleCall:
     """
 
     def call(
-        queries: mx.array, keys: mx.array, values: mx.array, cache: Any = None, mask: Any = None, **others: Any
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: Any = None,
+        scale: float = 1.0,
+        mask: Any = None,
+        **others: Any,
     ) -> mx.array:
         def compute(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-            result: mx.array = attention(queries, keys, values, cache=cache, mask=mask, **others)
+            result: mx.array = attention(queries, keys, values, cache=cache, scale=scale, mask=mask, **others)
             return result
 
         is_constant = not isinstance(mask, mx.array) or mask.dtype == mx.bool_
