@@ -372,7 +372,9 @@ def show_parts(options: argparse.Namespace, shape: str, sides: list[str]) -> Non
 def show_whole(options: argparse.Namespace, shape: str, sides: list[str]) -> None:
     """The second table."""
     heads = ["weights", "not compiled", "ratio", "compiled", "ratio", "ms", "ratio"] + ["traces"] * options.traces
-    print(f"\n{shape}, {options.rows} x {options.tokens} tokens, a step as it is trained; peaks in GB beside the weights")
+    print(
+        f"\n{shape}, {options.rows} x {options.tokens} tokens, a step as it is trained; peaks in GB beside the weights"
+    )
     print(f"{'':8}{''.join(f'{head:>13}' for head in heads)}", flush=True)
     first: list[float] = []
     for side in sides:

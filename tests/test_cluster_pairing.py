@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from macft.errors import ConfigError, LaunchError
 from macft.network.link_probe import ProbeServer, measure
-from macft.network.links import Link
-from macft.pairing.member import Member, networks, topology_from, version_objection
-from macft.pairing.pake import Channel, PakeExchange, WrongCode, new_code
+from macft.network.links import Link, for_contact
+from macft.pairing.member import Member, common_networks, is_further_cable, topology_from, version_objection
+from macft.pairing.pake import PAIRING_VERSION, Channel, PakeExchange, WrongCode, new_code
 from macft.pairing.ring_order import ring_order
 from macft.topology import topology_file
 from macft.topology.settings import TopologyConfig
@@ -57,6 +57,9 @@ def test_one_code_makes_a_secret_channel() -> None:
     sockets[0].sendall(b"\0\0\0\x20" + bytes(32))
     with pytest.raises(LaunchError, match="changed on its way"):
         guest.receive(10)
+    assert not host.has_ended
+    guest.close()
+    assert host.has_ended
     for item in sockets:
         item.close()
 
@@ -66,20 +69,35 @@ def test_a_wrong_code_is_told_on_both_sides() -> None:
     assert all(isinstance(end, WrongCode) for end in ends)
 
 
-@pytest.mark.parametrize("value", [0, 1, "P-1", "P", "own", "short"])
-def test_values_that_would_fix_the_secret_are_refused(value: int | str) -> None:
-    from macft.pairing.pake import _PRIME
+FIRST = b"macft pairing " + bytes([PAIRING_VERSION])
+NEUTRAL = (1).to_bytes(32, "little")  # the point that would give a known result for any code
 
-    exchange = PakeExchange("1234-5678", is_host=True)
-    numbers = {"P-1": _PRIME - 1, "P": _PRIME}
-    if value == "own":
-        sent = exchange.public
-    elif value == "short":
-        sent = b"\x05"
-    else:
-        sent = (numbers[value] if isinstance(value, str) else value).to_bytes(256)
-    with pytest.raises(LaunchError, match="does not follow the protocol"):
-        exchange.keys(sent)
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        (b"", "does not follow the protocol"),
+        (FIRST, "does not follow the protocol"),
+        (FIRST + b"B" + NEUTRAL, "does not follow the protocol"),
+        (FIRST + b"B" + b"\xff" * 32, "does not follow the protocol"),
+        (FIRST + b"B" + b"\2" * 32, "does not follow the protocol"),
+        (FIRST + b"A" + PakeExchange("1", is_host=False).first_frame[-32:], "does not follow the protocol"),
+        (FIRST + b"B" + PakeExchange("1", is_host=True).first_frame[-32:] + b"\0", "does not follow the protocol"),
+        (b"\x5a" * 256, "runs an older macft; install the same version"),  # what version 1 sent: a number below a prime
+        (FIRST[:-1] + bytes([PAIRING_VERSION + 1]) + b"?", "runs a newer macft; install the same version"),
+    ],
+)
+def test_first_frames_that_are_none_are_refused(sent: bytes, told: str) -> None:
+    with pytest.raises(LaunchError, match=told):
+        PakeExchange("1234-5678", is_host=False).keys(sent)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.binary(max_size=300))
+def test_no_first_frame_is_a_traceback(sent: bytes) -> None:
+    for beginning in (b"", FIRST + b"B"):
+        with pytest.raises(LaunchError):
+            PakeExchange("1234-5678", is_host=False).keys(beginning + sent)
 
 
 @settings(deadline=None, max_examples=60)
@@ -119,10 +137,19 @@ def test_thunderbolt_before_ethernet_before_wifi() -> None:
     wired = [Link("en1", "ethernet", f"10.0.0.{n}/24", 1000) for n in (1, 2, 3)]
     bridge = [Link("bridge0", "thunderbolt", f"169.254.3.{n}/16", 40_000) for n in (1, 2)]
     first, second, third = (member("abc"[n], wifi[n], wired[n], *bridge[n : n + 1]) for n in range(3))
-    assert [link.kind for link in networks([first, second])[0]] == ["thunderbolt"] * 2
-    assert [link.host for link in networks([first, second, third])[0]] == ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
+    assert [link.kind for link in common_networks([first, second])[0]] == ["thunderbolt"] * 2
+    assert [link.host for link in common_networks([first, second, third])[0]] == ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
     with pytest.raises(LaunchError, match="a, d have no common network"):
-        networks([first, member("d", Link("en0", "ethernet", "172.16.0.1/24"))])
+        common_networks([first, member("d", Link("en0", "ethernet", "172.16.0.1/24"))])
+
+
+def with_further_cables(members: list[Member]) -> list[list[Link]]:
+    """The networks of ``members`` that are used if all of them work."""
+    chosen: list[list[Link]] = []
+    for network in common_networks(members):
+        if not chosen or is_further_cable(network, chosen):
+            chosen.append(network)
+    return chosen
 
 
 def test_further_cables_are_further_addresses_and_wifi_and_own_bridges_are_not() -> None:
@@ -130,11 +157,33 @@ def test_further_cables_are_further_addresses_and_wifi_and_own_bridges_are_not()
     wired = [Link("en1", "ethernet", f"10.0.0.{n}/24", 1000) for n in (1, 2)]
     again = [Link("en7", "ethernet", f"10.0.0.{n}/16", 900) for n in (7, 8)]  # the same network, another cable
     cable = [Link("en2", "thunderbolt", f"10.1.0.{n}/30", 40_000) for n in (1, 2)]
-    own = Link("docker0", "ethernet", "172.17.0.1/16", 10_000)
+    own = Link("bridge7", "ethernet", "172.17.0.1/16", 10_000)
     two = [member("ab"[n], wifi[n], wired[n], again[n], own, cable[n]) for n in (0, 1)]
-    assert topology_from(two, networks(two), [0, 1]).hosts == ["10.1.0.1+10.0.0.1", "10.1.0.2+10.0.0.2"]
+    assert topology_from(two, with_further_cables(two), [0, 1]).hosts == ["10.1.0.1+10.0.0.1", "10.1.0.2+10.0.0.2"]
     only = [member("ab"[n], wifi[n], own) for n in (0, 1)]
-    assert topology_from(only, networks(only), [1, 0]).hosts == ["192.168.1.2", "192.168.1.1"]
+    assert topology_from(only, with_further_cables(only), [1, 0]).hosts == ["192.168.1.2", "192.168.1.1"]
+
+
+def test_self_assigned_addresses_come_behind_others_of_their_kind_and_vpns_never() -> None:
+    wired = [Link("en1", "ethernet", f"10.0.0.{n}/24", 1000) for n in (1, 2)]
+    assigned = [Link("en5", "ethernet", f"169.254.1.{n}/16", 10_000) for n in (1, 2)]
+    again = [Link("en6", "ethernet", f"169.254.2.{n}/16", 10_000) for n in (1, 2)]
+    wifi = [Link("en0", "wifi", f"192.168.1.{n}/24") for n in (1, 2)]
+    tunnel = [Link("utun3", "other", f"100.64.0.{n}/10") for n in (1, 2)]
+    two = [member("ab"[n], assigned[n], again[n], wifi[n], tunnel[n], wired[n]) for n in (0, 1)]
+    tried = [(network[0].host, network[1].host) for network in common_networks(two)]
+    assert tried[0] == ("10.0.0.1", "10.0.0.2")
+    assert tried[-1] == ("192.168.1.1", "192.168.1.2")
+    # Each self-assigned address may belong to a cable that leads to any of the others.
+    assert {(a, b) for a in ("169.254.1.1", "169.254.2.1") for b in ("169.254.1.2", "169.254.2.2")} == set(tried[1:-1])
+    assert [link.host for link in for_contact(two[0].links)] == [
+        "10.0.0.1",
+        "192.168.1.1",
+        "169.254.1.1",
+        "169.254.2.1",
+    ]
+    with pytest.raises(LaunchError, match=r"no common network.*VPN"):
+        common_networks([member("ab"[n], tunnel[n]) for n in (0, 1)])
 
 
 def test_a_member_comes_through_as_it_was_and_nonsense_does_not() -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from macft.diagnostics import LEVELS, machine, network, software
+from macft.doctor import find_model
 from macft.network import macos
 from macft.network.links import Link, discover, linux_kind
 
@@ -161,28 +162,39 @@ def test_memory_and_disk_thresholds(tmp_path: Path) -> None:
 def test_linux_links_from_sysfs(tmp_path: Path) -> None:
     for name, files in {
         "eth0": {"type": "1\n", "speed": "2500\n"},
-        "veth0": {"type": "1\n", "speed": "-1\n"},
+        "eth1": {"type": "1\n", "speed": "-1\n"},
+        "br0": {"type": "1\n", "bridge/x": "", "brif/eth1/x": "", "brif/vnet3/x": ""},
         "wlan0": {"type": "1\n", "wireless/x": ""},
         "thunderbolt0": {"type": "1\n", "speed": "20000\n"},
         "tun0": {"type": "65534\n"},
+        "office": {"type": "1\n", "tun_flags": "0x1002\n"},
+        "veth0": {"type": "1\n", "speed": "10000\n"},
+        "docker0": {"type": "1\n", "bridge/x": "", "brif/veth0/x": ""},
+        "br-0123456789ab": {"type": "1\n", "bridge/x": ""},
+        "machines": {"type": "1\n", "bridge/x": "", "brif/tap0/x": ""},
     }.items():
         for file, text in files.items():
             path = tmp_path / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-    names = ("eth0", "veth0", "wlan0", "thunderbolt0", "tun0")
+    names = ("eth0", "eth1", "br0", "wlan0", "thunderbolt0")
     assert [linux_kind(name, tmp_path) for name in names] == [
         ("ethernet", 2500),
         ("ethernet", None),
+        ("ethernet", None),
         ("wifi", None),
         ("thunderbolt", 20000),
-        ("other", None),
     ]
+    for name in ("tun0", "office", "veth0", "docker0", "br-0123456789ab", "machines"):
+        assert linux_kind(name, tmp_path) == ("other", None)
 
 
 def test_wifi_alone_is_warned_of() -> None:
     wifi = Link("en0", "wifi", "192.168.0.2/24")
     assert [finding.level for finding in network.link_findings((wifi,))] == ["ok", "warning"]
+    vpn = Link("utun3", "other", "100.64.0.2/10")
+    assert [finding.level for finding in network.link_findings((wifi, vpn))] == ["ok", "ok", "warning"]
+    assert [finding.level for finding in network.link_findings((vpn,))] == ["ok", "problem"]
     assert network.link_findings(())[0].level == "problem"
     assert all(not link.address.startswith("127.") for link in discover())
 
@@ -201,6 +213,26 @@ def test_versions_and_clocks_that_differ_are_named() -> None:
     assert (found[0].level, found[0].text) == ("problem", "b has mlx 0.31.0, a has 0.32.4")
     assert found[0].mend == "ssh b python3 -m pip install mlx==0.32.4"
     assert [f.level for f in network.clock_findings({"a": 0.1, "b": -20.0})] == ["warning"]
+    assert [f.level for f in network.clock_findings({"a": 0.1})] == ["ok"]
+    assert network.clock_findings({}) == []  # nobody was reached
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "mend"),
+    [
+        ("llama-3.2-1b", "warning", "hf download mlx-community/Llama-3.2-1B-Instruct-4bit "),
+        ("some/model-of-the-hub", "warning", "hf download some/model-of-the-hub "),
+        ("smollm2-135m", "warning", "topology.ship=[model]"),
+        ("lama-3.2-1b", "problem", "give a folder, a hub id (org/name), or one of gemma-3-1b, "),
+    ],
+)
+def test_a_model_that_is_not_here_is_fetched_by_a_command_that_works(
+    name: str, level: str, mend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    finding = find_model(name)
+    assert finding.level == level
+    assert mend in finding.mend
 
 
 @pytest.mark.slow

@@ -100,8 +100,10 @@ def test_killed_one_by_one_whoever_leads_down_to_one(
     sizes = {event["step"]: len(event["nodes"]) for event in events(tmp_path, "step_done")}
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
     assert {*sizes.values()} == {1, 2, 3}
-    curves = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
-    shown = {tag: {e.step: e.value for e in curves.Scalars(f"cluster/{tag}")} for tag in ("world_size", "generation")}
+    curves = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0, "scalars": 0}).Reload()
+    shown = {
+        tag: {e.step: e.value for e in curves.Scalars(f"system/cluster/{tag}")} for tag in ("world_size", "generation")
+    }
     assert shown["world_size"] == sizes
     assert sorted(set(shown["generation"].values())) == [0, 1, 2]
 

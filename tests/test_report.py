@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,6 +32,7 @@ from macft.report import fan_out
 from macft.report.console import ConsoleReporter
 from macft.report.events import (
     NOT_RECORDED,
+    CheckpointSaved,
     Evaluated,
     Event,
     NodesChanged,
@@ -39,6 +42,7 @@ from macft.report.events import (
 )
 from macft.report.metrics_file import MetricsFile, plain
 from macft.report.run_folder import RunFolder, write_atomically
+from macft.report.scalars import Scalars
 from macft.report.settings import ReportConfig, problems
 from macft.report.summary import SummaryWriter
 from macft.report.tensorboard import TensorBoard
@@ -101,7 +105,7 @@ def test_a_log_gets_plain_short_lines(log: Console, tmp_path: Path) -> None:
 def test_the_end_tells_before_and_after_and_how_to_use_the_adapter(log: Console, tmp_path: Path) -> None:
     folder = tmp_path / "a run"
     (folder / "adapters").mkdir(parents=True)
-    (folder / "tensorboard").mkdir()
+    (folder / "events.out.tfevents.1").touch()
     (folder / "adapters" / "adapter_config.json").write_text(json.dumps({"model": "/models/base"}))
     tell(ConsoleReporter(every=100, console=log), folder)
     log.file.flush()
@@ -218,29 +222,27 @@ def texts(accumulator: Any, tag: str) -> list[str]:
 
 
 def test_tensorboard_reads_back_every_scalar(tmp_path: Path) -> None:
-    tell(TensorBoard(tmp_path / "tensorboard", hparams=HPARAMS, first_step=0), tmp_path)
-    found = accumulated(tmp_path / "tensorboard")
+    tell(TensorBoard(tmp_path, hparams=HPARAMS, first_step=0), tmp_path)
+    found = accumulated(tmp_path)
     expected = {
         "loss/train": 2.0,
         "loss/valid": 1.5,
         "optim/learning_rate": 1e-4,
         "optim/grad_norm": 1.5,
-        "throughput/tokens_per_second_cluster": 800.0,
-        "throughput/tokens_per_second_node": 400.0,
+        "throughput/tokens_per_second": 800.0,
         "throughput/target_tokens_per_second": 200.0,
         "time/step": 0.5,
         **{f"time/{name}": seconds for name, seconds in PARTS.items()},
-        "collective/bytes_sent": 4096,
-        "collective/residual_norm": 0.25,
-        "memory/peak_gb": 2.0,
-        "memory/active_gb": 1.0,
-        "checkpoint/seconds": 0.1,
-        "checkpoint/waited": 0.01,
-        "epoch": TOTAL / 300,
+        "system/network/bytes_sent": 4096,
+        "system/network/codec_residual_norm": 0.25,
+        "system/memory/peak_gb": 2.0,
+        "system/memory/active_gb": 1.0,
+        "system/checkpoint/write_seconds": 0.1,
+        "system/checkpoint/training_waited_seconds": 0.01,
+        "optim/epoch": TOTAL / 300,
         "metric/sql_execution": 0.75,
-        **{f"final/{name}": value for name, value in FINAL.items()},
-        "final/seconds": 12.5,
-        "final/steps": TOTAL,
+        **{f"result/{name}": value for name, value in FINAL.items() if not name.endswith("_before")},
+        "result/seconds": 12.5,
     }
     assert set(found.Tags()["scalars"]) == set(expected)
     for tag, value in expected.items():
@@ -249,9 +251,19 @@ def test_tensorboard_reads_back_every_scalar(tmp_path: Path) -> None:
     assert list(scalars(found, "metric/sql_execution")) == [0, TOTAL]
 
 
+def test_what_is_always_zero_has_no_curve_and_what_becomes_zero_has(tmp_path: Path) -> None:
+    named = Scalars()
+    waited = "system/checkpoint/training_waited_seconds"
+    saved = [CheckpointSaved(number, tmp_path, False, 0.1, wait) for number, wait in ((1, 0.0), (2, 0.5), (3, 0.0))]
+    assert [named.of(event).get(waited) for event in saved] == [None, 0.5, 0.0]
+    alone = dataclasses.replace(step(1), bytes_sent=0, residual_norm=0.0, learning_rate=0.0)
+    assert not {name for name in named.of(alone) if "network" in name}
+    assert named.of(alone)["optim/learning_rate"] == 0.0
+
+
 def test_tensorboard_reads_back_the_texts(tmp_path: Path) -> None:
-    tell(TensorBoard(tmp_path / "tensorboard", hparams=HPARAMS, first_step=0), tmp_path)
-    found = accumulated(tmp_path / "tensorboard")
+    tell(TensorBoard(tmp_path, hparams=HPARAMS, first_step=0), tmp_path)
+    found = accumulated(tmp_path)
     assert set(found.PluginTagToContent("text")) == {"config", "notes", "samples"}
     assert texts(found, "config") == ["```yaml\nmodel:\n  path: tiny\n```"]
     assert texts(found, "notes")[-1].splitlines()[-2:] == [
@@ -299,36 +311,46 @@ def test_the_hparams_tab_shows_a_sweeps_runs_side_by_side(tmp_path: Path) -> Non
     # Runs of the same name in two sweeps stay apart.
     for sweep, rank in (("first", 4), ("second", 16)):
         folder = tmp_path / sweep / "0"
-        hparams = {**HPARAMS, "adapter": {**HPARAMS["adapter"], "rank": rank}}
-        tell(TensorBoard(folder / "tensorboard", hparams=hparams, first_step=0), folder)
+        hparams = {**HPARAMS, "adapter": {**HPARAMS["adapter"], "rank": rank}, "report": {"hparams": SWEPT}}
+        tell(TensorBoard(folder, hparams=hparams, first_step=0), folder)
     groups = session_groups(tmp_path)
-    assert set(groups) == {"first/0/tensorboard", "second/0/tensorboard"}
-    group = groups["second/0/tensorboard"]
+    assert set(groups) == {"first/0", "second/0"}
+    group = groups["second/0"]
     shown = {name: getattr(value, value.WhichOneof("kind")) for name, value in group.hparams.items()}
     assert shown == {
-        "seed": 7,
-        "model.path": "tiny",
-        "model.trust_remote_code": False,
-        "dataset.path": "sql",
-        "dataset.metric": "sql_execution",
+        "optimizer.arguments.eps": 1e-8,
         "adapter.type": "lora",
         "adapter.rank": 16,
-        "adapter.targets": "['q_proj', 'v_proj']",
+        "model.path": "tiny",
+        "dataset.path": "sql",
         "optimizer.learning_rate": 1e-4,
-        "optimizer.arguments.eps": 1e-8,
         "training.steps": TOTAL,
         "topology.nodes": 2,
+        "seed": 7,
     }
     results = {value.name.tag: value.value for value in group.metric_values}
-    assert results == pytest.approx(
-        {
-            **{f"final/{name}": value for name, value in FINAL.items()},
-            "final/seconds": 12.5,
-            "final/steps": TOTAL,
-        }
-    )
+    expected = {f"result/{name}": value for name, value in FINAL.items() if not name.endswith("_before")}
+    assert results == pytest.approx({**expected, "result/seconds": 12.5})
     assert group.sessions[0].status == api_pb2.STATUS_SUCCESS
     assert group.sessions[0].end_time_secs >= group.sessions[0].start_time_secs > 0
+
+
+def test_the_hparams_tab_has_the_swept_keys_first(tmp_path: Path) -> None:
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    tell(TensorBoard(tmp_path, hparams={**HPARAMS, "report": {"hparams": SWEPT}}, first_step=0), tmp_path)
+    content = accumulated(tmp_path).SummaryMetadata("_hparams_/experiment").plugin_data.content
+    columns = HParamsPluginData.FromString(content).experiment.hparam_infos
+    # TensorBoard sorts by this.
+    assert {each.name for each in columns if each.differs} == {
+        "optimizer.arguments.eps",
+        "adapter.type",
+        "adapter.rank",
+    }
+    assert "model.path" in {each.name for each in columns}
+
+
+SWEPT = ["optimizer.arguments.eps", "adapter"]
 
 
 def test_the_hparams_tab_tells_success_from_failure(tmp_path: Path) -> None:
@@ -343,12 +365,20 @@ def test_the_hparams_tab_tells_success_from_failure(tmp_path: Path) -> None:
     assert {name: group.sessions[0].status for name, group in session_groups(tmp_path).items()} == expected
 
 
+def next_second() -> None:
+    """Waits for a second in which no event file was made: TensorBoard orders files by the second in their names."""
+    begun = int(time.time())
+    while int(time.time()) == begun:
+        time.sleep(0.02)
+
+
 def test_a_resumed_runs_curves_do_not_double_back(tmp_path: Path) -> None:
     from tensorboard.plugins.hparams import api_pb2
 
-    folder = tmp_path / "run" / "tensorboard"
+    folder = tmp_path / "run"
     tell(TensorBoard(folder, hparams=HPARAMS, first_step=0), tmp_path, until=17)
-    assert session_groups(tmp_path)["run/tensorboard"].sessions[0].status != api_pb2.STATUS_SUCCESS
+    assert session_groups(tmp_path)["run"].sessions[0].status != api_pb2.STATUS_SUCCESS
+    next_second()
     reporter = TensorBoard(folder, hparams=HPARAMS, first_step=10)
     reporter.handle(started(tmp_path, 10))
     reporter.handle(step(11, loss=9.0))
@@ -362,11 +392,12 @@ def test_a_resumed_runs_curves_do_not_double_back(tmp_path: Path) -> None:
     assert list(scalars(found, "loss/valid")) == [0, 10]
     assert served(folder, "loss/train") == list(losses)
     assert served(folder, "loss/valid") == [0, 10]
-    assert session_groups(tmp_path)["run/tensorboard"].sessions[0].status == api_pb2.STATUS_SUCCESS
+    assert session_groups(tmp_path)["run"].sessions[0].status == api_pb2.STATUS_SUCCESS
 
 
 def test_a_run_that_begins_anew_leaves_nothing_of_the_first_attempt(tmp_path: Path) -> None:
     tell(TensorBoard(tmp_path / "tb", hparams=HPARAMS, first_step=0), tmp_path, until=7)
+    next_second()
     tell(TensorBoard(tmp_path / "tb", hparams=HPARAMS, first_step=0), tmp_path, until=3)
     found = accumulated(tmp_path / "tb")
     assert list(scalars(found, "loss/train")) == [1, 2, 3]
@@ -399,7 +430,7 @@ def test_a_nodes_status_keeps_its_keys(tmp_path: Path) -> None:
     reporter.close()
     keys = "tokens busy_seconds duty paused reason temperature state watts peak_watts joules metered_seconds estimated"
     [node] = lines(path)[0]["nodes"]
-    assert list(node) == [*keys.split(), "remarks"]
+    assert list(node) == [*keys.split(), "remarks", "disk_seconds", "wait_seconds", "wire_seconds"]
     assert (node["tokens"], node["remarks"]) == (3, 2)
 
 
@@ -491,6 +522,7 @@ def test_the_summary_tells_what_came_of_it(tmp_path: Path) -> None:
     assert "| valid loss | 3.5 | 1.25 |" in text
     assert "| sql execution | 0.125 | 0.75 |" in text
     assert "| model | bundled-name |" in text
+    assert "| peak memory | 2.00 GB |" in text
 
 
 def test_a_run_that_fails_at_once_with_a_loss_of_nan_has_a_summary(tmp_path: Path) -> None:
@@ -557,11 +589,13 @@ def test_a_new_event_needs_no_change_of_the_sinks(tmp_path: Path, capsys: pytest
 def test_rank_0_writes_what_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     everything, little = RunFolder(tmp_path / "deep" / "run"), RunFolder(tmp_path / "little")
     tell(build(everything), everything.path)
+    curves = [path.name for path in everything.curves]
+    assert len(curves) == 1
     assert {entry.name for entry in everything.path.iterdir()} == {
         "metrics.jsonl",
         "summary.json",
         "summary.md",
-        "tensorboard",
+        *curves,
     }
     assert "Finished" in capsys.readouterr().out
     tell(build(little, console=False, tensorboard=False, metrics_file=False), little.path)
@@ -614,7 +648,7 @@ def test_who_takes_over_tells_what_the_lost_node_could_not(lost: int, is_validat
         second.close()
         assert [event["step"] for event in lines(folder.metrics, "step_done")] == list(range(1, TOTAL + 1))
         assert [event["step"] for event in lines(folder.metrics, "evaluated")] == list(range(TOTAL + 1))
-        curves = accumulated(folder.tensorboard)
+        curves = accumulated(folder.path)
         assert list(scalars(curves, "loss/train")) == list(range(1, TOTAL + 1))
         assert list(scalars(curves, "loss/valid")) == list(range(TOTAL + 1))
         first.close()

@@ -154,11 +154,21 @@ def both_fail(three: Cluster, cwd: Path, *overrides: str) -> list[str]:
     return lines
 
 
-def test_a_refused_key_is_named(three: Cluster, basics: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("has_key", "told"),
+    [
+        (True, "refuses your SSH key; run `ssh-copy-id"),
+        (False, "you have no SSH key; run `ssh-keygen -t ed25519`, then"),
+    ],
+)
+def test_a_refused_key_is_named(three: Cluster, basics: list[str], tmp_path: Path, has_key: bool, told: str) -> None:
     (tmp_path / ".ssh").mkdir()
+    if has_key:
+        key = tmp_path / ".ssh/id_ed25519"
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
     (tmp_path / ".ssh/known_hosts").write_text((three.home / ".ssh/known_hosts").read_text())
     lines = both_fail(Cluster(three.hosts, tmp_path), tmp_path, *basics, *over_ssh(three, 2))
-    assert all("refuses your SSH key; run `ssh-copy-id" in line for line in lines)
+    assert all(told in line for line in lines)
 
 
 def test_an_unknown_host_key_is_named(three: Cluster, basics: list[str], tmp_path: Path) -> None:

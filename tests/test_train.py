@@ -60,7 +60,7 @@ def test_a_run_leaves_everything_in_its_folder(tmp_path: Path, basics: list[str]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["reason"] == "finished"
     assert len(list((folder / "checkpoints").glob("step-*"))) <= 3
-    read = EventAccumulator(str(folder / "tensorboard")).Reload()
+    read = EventAccumulator(str(folder)).Reload()
     scalars = set(read.Tags()["scalars"])
     assert {
         "loss/train",

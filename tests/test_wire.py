@@ -88,7 +88,7 @@ def test_well_formed_msgpack_is_a_header_or_a_protocol_error(fields: list[object
 @pytest.mark.parametrize(
     ("place", "value", "told"),
     [
-        (0, 9, "speaks protocol version 9, this rank 3"),
+        (0, 9, "speaks protocol version 9, this rank 4"),
         (1, 99, "unknown kind 99"),
         (1, True, "unknown kind True"),
         (1, "two\nlines", r"unknown kind 'two\nlines'"),

@@ -10,14 +10,15 @@ from pathlib import Path
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.errors import LaunchError
-from macft.network import links
 from macft.pairing.discovery import announce, discover_offers
+from macft.pairing.guest import join_pairing
+from macft.pairing.host import PairingHost
 from macft.pairing.pake import new_code
-from macft.pairing.protocol import PairingHost, join_pairing
+from macft.remote.access import closed_to_ssh
 from macft.topology import topology_file
-from macft.topology.settings import split_host
+from macft.topology.settings import TopologyConfig, split_host
 
-_SEARCH_SECONDS = 10.0
+_SEARCH_SECONDS = 30.0
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,21 +46,16 @@ def _init(arguments: argparse.Namespace) -> None:
             _show(f"on each of the other machines, run: python -m macft.cluster join {code} --name {arguments.name}")
             _show(f"(if it can't find this machine, add --at {host.addresses[0]}:{host.port})")
             topology = host.form(arguments.timeout)
-    _show_next_steps(arguments.name, topology_file.save_topology(arguments.name, topology))
+    _finish(arguments.name, topology)
 
 
 def _join(arguments: argparse.Namespace) -> None:
     name = arguments.name
     if arguments.at is not None:
-        try:
-            addresses = [split_host(arguments.at, 0)]
-        except ValueError as error:
-            raise LaunchError(f"--at: {error}; write it as `init` printed it") from None
+        addresses = [_place(arguments.at)]
     else:
-        own = [link.host for link in links.discover()]
-        if not own:
-            raise LaunchError("this machine has no network; plug in a cable, then run `python -m macft.doctor`")
-        discovered = discover_offers(own, _SEARCH_SECONDS, cluster=name)
+        _show("looking for the machine of `init` on the local network")
+        discovered = discover_offers(_SEARCH_SECONDS, cluster=name)
         offers = [offer for offer in discovered if name in (None, offer.cluster)]
         if len(offers) != 1:
             clusters = ", ".join(offer.cluster for offer in offers)
@@ -73,14 +69,35 @@ def _join(arguments: argparse.Namespace) -> None:
         addresses = [(address, offers[0].port) for address in offers[0].addresses]
     name = name or "cluster"
     topology_file.path_of(name)
-    topology = join_pairing(*addresses[0], arguments.code, _show)
-    _show_next_steps(name, topology_file.save_topology(name, topology))
+    _finish(name, join_pairing(addresses, arguments.code, _show))
 
 
-def _show_next_steps(name: str, path: Path) -> None:
-    _show(f"the cluster is in {path}")
-    _show(f"check it: python -m macft.doctor --topology {name}")
-    _show(f"train on it: python -m macft.train +recipe=llama-lora topology={name}")
+def _place(at: str) -> tuple[str, int]:
+    """The address and port of ``--at``."""
+    try:
+        host, port = split_host(at, 0)
+    except ValueError as error:
+        raise LaunchError(f"--at: {error}; write it as `init` printed it") from None
+    if host.startswith("["):
+        raise LaunchError(f"--at: '{at}' is an IPv6 address; `init` uses IPv4: write it as `init` printed it")
+    return host, port
+
+
+def _finish(name: str, topology: TopologyConfig) -> None:
+    """Writes the cluster's file and shows the commands that come next, as far as they will work."""
+    _show(f"the cluster is in {topology_file.save_topology(name, topology)}")
+    problems = closed_to_ssh([topology.ssh_of(rank) for rank in range(len(topology.hosts))])
+    train = f"python -m macft.train +recipe=llama-lora topology={name}"
+    if problems:
+        _show(f"`topology={name}` starts all nodes over SSH; from this machine that still needs:")
+        for problem in problems:
+            _show(f"  {problem}")
+        _show(f"then check it: python -m macft.doctor --topology {name}")
+        _show(f"and train on it: {train}")
+        _show(f"or train without SSH, by the same command on each machine: {train} topology.kind=hosts")
+    else:
+        _show(f"check it: python -m macft.doctor --topology {name}")
+        _show(f"train on it: {train}")
 
 
 def _list(arguments: argparse.Namespace) -> None:

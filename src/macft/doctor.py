@@ -13,10 +13,13 @@ from typing import TypedDict
 
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
+from macft.config.paths import models_by_name
 from macft.diagnostics import LEVELS, Finding, machine, network, software
 from macft.diagnostics.hosts import HostsReport, examine_hosts
 from macft.errors import MacftError
+from macft.model.bundled import BUNDLED
 from macft.model.local import find_local
+from macft.model.resolve import is_hub_id
 from macft.rendezvous import keystore
 from macft.topology.topology_file import load_topology
 
@@ -58,7 +61,12 @@ def main(argv: Sequence[str]) -> int:
 
 def examine(port: int, model: str | None) -> MachineReport:
     """Checks this machine; ``port`` is the run's, ``model`` a folder or hub id."""
-    findings = [*software.check(), *machine.check(Path.cwd()), *network.check(port), _keys(), _model(model)]
+    findings = [*software.check(), *machine.check(Path.cwd()), *network.check(port), _keys()]
+    findings.append(
+        Finding("model", "ok", "none given (--model NAME checks whether it is on this machine)")
+        if model is None
+        else find_model(model)
+    )
     return {"versions": software.versions(), "time": time.time(), "findings": [asdict(item) for item in findings]}
 
 
@@ -71,23 +79,27 @@ def _keys() -> Finding:
     return Finding("keys", "ok", f"this machine has a key; trusted: {trusted}")
 
 
-def _model(name: str | None) -> Finding:
-    if name is None:
-        return Finding("model", "ok", "none given (--model NAME checks whether it is on this machine)")
-    folder = find_local(name)
-    if folder is None:
-        fix = f"hf download {name}   # or topology.ship=[model]"
-        return Finding("model", "warning", f"{name} is not on this machine; it is fetched when a run starts", fix)
-    return Finding("model", "ok", f"{name} is in {folder}")
+def find_model(name: str) -> Finding:
+    """Whether a model is on this machine: a folder, a hub id, or one that ``model=NAME`` knows."""
+    named = models_by_name()
+    path = named.get(name, name)
+    folder = find_local(path)
+    if folder is not None:
+        return Finding("model", "ok", f"{name} is in {folder}")
+    if path not in BUNDLED and not is_hub_id(path):
+        fix = f"give a folder, a hub id (org/name), or one of {', '.join(named)}"
+        return Finding("model", "problem", f"there is no model {name}", fix)
+    fix = "topology.ship=[model]   # sends it from the machine on which you start the run"
+    if path not in BUNDLED:
+        fix = f"hf download {path}   # or {fix}"
+    return Finding("model", "warning", f"{name} is not on this machine; it is fetched when a run starts", fix)
 
 
 def _parser() -> Parser:
     parser = command_parser("doctor")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--topology", metavar="NAME", help="check all hosts of this topology, over SSH")
-    parser.add_argument(
-        "--model", metavar="NAME", help="check whether this model is on this machine: a folder or a hub id"
-    )
+    parser.add_argument("--model", metavar="NAME", help="check whether this model is on this machine: as in model=NAME")
     parser.add_argument("--port", type=int, default=7070, help="the run's port (default 7070)")
     return parser
 

@@ -25,6 +25,7 @@ from macft.thermal.readings import STATES
 _HEAD_BYTES, _TAIL_BYTES = 1 << 18, 1 << 18
 _STEPS_AVERAGED = 20
 _REFRESH_SECONDS = 1.0
+_STAGE_TIMES = ("wait_seconds", "wire_seconds", "disk_seconds")
 _LINES = 4
 # After this many step times without a step, the time since the last one is shown.
 _LATE_AFTER_STEPS = 5.0
@@ -140,9 +141,14 @@ def _headline(view: RunView, now: float) -> str:
 def _nodes(view: RunView) -> Table:
     last = view.steps[-1]
     table = Table(box=None, pad_edge=False)
-    for name in ("node", "share", "tokens/s", "temp", "state", "power", "duty", "energy", "link"):
-        table.add_column(name, no_wrap=True, justify="left" if name in ("node", "state") else "right")
     nodes, shares = _items(last.get("nodes")), _items(last.get("shares"))
+    # In a pipeline: what a stage waited for the others and for its disk, and how long it was sending.
+    stage_times = [name for name in _STAGE_TIMES if any(_number(_value(node, name)) is not None for node in nodes)]
+    for name in (
+        *("node", "share", "tokens/s", "temp", "state", "power", "duty", "energy", "link"),
+        *(name.removesuffix("_seconds") for name in stage_times),
+    ):
+        table.add_column(name, no_wrap=True, justify="left" if name in ("node", "state") else "right")
     parts = last.get("parts")
     all_reduce = _number(parts.get("all_reduce")) if isinstance(parts, Mapping) else None
     for rank, node in enumerate(node for node in nodes if isinstance(node, Mapping)):
@@ -157,8 +163,13 @@ def _nodes(view: RunView) -> Table:
             _shown(node.get("joules"), "{:,.0f} J"),
             # The all-reduce of the whole step, on rank 0's clock.
             _shown(all_reduce, "{:.2f} s") if rank == 0 and len(nodes) > 1 else "",
+            *(_shown(node.get(name), "{:.2f} s") for name in stage_times),
         )
     return table
+
+
+def _value(node: object, name: str) -> object:
+    return node.get(name) if isinstance(node, Mapping) else None
 
 
 def _speed(view: RunView, rank: int) -> float | None:

@@ -10,11 +10,17 @@ from rich.console import Console
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.config.command_line import prepare
+from macft.network.link_kinds import LINK_KINDS
 from macft.planner.run_plan import plan_run
 from macft.planner.table import show
 
-_PLAIN_WIDTH = 180
-"""Columns of the table where standard output is not a terminal."""
+_EPILOG = (
+    "Prints the memory of each node by part, whether the run fits, where the blocks of the model would be, and an "
+    "estimate of speed, time and energy. With topology.placement=auto the placements replicate, stream and pipeline "
+    "are compared. Nothing is loaded. Exit status 1: macft.train would refuse this run."
+)
+_PLAIN_WIDTH = 100
+"""Columns of the tables where standard output is not a terminal."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,7 +32,9 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     overrides = list(arguments.overrides)
     if arguments.chips is not None:
-        overrides.append(_chips_override(arguments.chips))
+        overrides.append(_list_override("plan.chips", arguments.chips))
+    if arguments.link is not None:
+        overrides.append(_list_override("plan.link", arguments.link))
     config = prepare(overrides).job
     assert config is not None
     plan = plan_run(config)
@@ -34,16 +42,23 @@ def main(argv: Sequence[str]) -> int:
     return 0 if plan.fits else 1
 
 
-def _chips_override(chips: str) -> str:
-    """The value of ``--chips`` as an override: ``a,b`` is ``plan.chips=['a','b']``."""
-    quoted = ",".join(f"'{name.strip()}'" for name in chips.replace("'", "").split(","))
-    return f"plan.chips=[{quoted}]"
+def _list_override(key: str, names: str) -> str:
+    """``a,b`` as an override: ``key=['a','b']``."""
+    quoted = ",".join(f"'{name.strip()}'" for name in names.replace("'", "").split(","))
+    return f"{key}=[{quoted}]"
 
 
 def _parser() -> Parser:
-    parser = command_parser("plan", epilog="Exit status 1: macft.train would refuse this run.")
+    parser = command_parser("plan", epilog=_EPILOG)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the same as for macft.train")
-    parser.add_argument("--chips", metavar="MACS", help='Macs to plan for, one node each: "M1 Air 8GB,M4 Max 64GB"')
+    parser.add_argument(
+        "--chips", metavar="MACS", help='Macs to plan for: "M1 Air 8GB,M4 Max 64GB" or "4x M2 Max 32GB"'
+    )
+    parser.add_argument(
+        "--link",
+        metavar="LINK",
+        help=f"what connects them: {', '.join(LINK_KINDS)}, or bytes a second (500MB); one, or one for each Mac",
+    )
     return parser
 
 

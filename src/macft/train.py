@@ -67,6 +67,7 @@ def _sweep_job(config: DictConfig, sweep: Sweep, sweep_folder: Path) -> float | 
 
     def start() -> str:
         job = to_typed(config)
+        job.report.hparams = list(dict.fromkeys([*sweep.swept, *job.report.hparams]))
         with claim(folder, job, key="hydra.sweep.subdir") as taken:
             return _run(job, taken, resume=False)
 

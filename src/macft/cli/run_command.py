@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -42,10 +43,10 @@ def run_command(
         return status
     except MacftError as error:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            _complain(f"error: {line}")
         return error.exit_code
     except KeyboardInterrupt:
-        print(interrupted(), file=sys.stderr)
+        _complain(interrupted())
         return INTERRUPTED
     except BrokenPipeError:
         if not _is_stdout_closed():
@@ -54,8 +55,13 @@ def run_command(
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        print(f"error: {error.filename or 'a file'} can't be written: {error.strerror}", file=sys.stderr)
+        _complain(f"error: {error.filename or 'a file'} can't be written: {error.strerror}")
         return 1
+
+
+def _complain(line: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal was closed
+        print(line, file=sys.stderr)
 
 
 def exit_status(reason: str) -> int:

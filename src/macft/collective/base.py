@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TypeAlias, runtime_checkable
 
@@ -16,6 +17,57 @@ if TYPE_CHECKING:
 
 ReducibleArray: TypeAlias = "NDArray[np.generic] | mx.array"
 """What an all-reduce sums: a C-contiguous NumPy array, or an evaluated, row-contiguous MLX array."""
+
+
+class Channels(Protocol):
+    """Channels of one rank, to and from some others; :meth:`Collective.open_channels` makes them.
+
+    Messages of a channel arrive in the order in which they were sent. Used by the collective's thread only.
+    """
+
+    waited: float
+    """Seconds that :meth:`receive` has waited."""
+
+    @property
+    def peers(self) -> Collection[int]:
+        """The ranks that there is a channel to."""
+        ...
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of the messages that have been sent."""
+        ...
+
+    @property
+    def sending_seconds(self) -> float:
+        """Seconds in which messages were being sent, over all channels."""
+        ...
+
+    def send(self, to: int, tag: int, body: bytes | memoryview) -> None:
+        """Sends ``body``, in the background: its memory must not change any more.
+
+        Args:
+            to: A rank that there is a channel to.
+            tag: 0 or more, below 2**63; the receiver names it too.
+            body: C-contiguous, at most 4 GiB.
+
+        Raises:
+            PeerLost, PeerTimeout, ProtocolError, MembershipChanged: as the collective's calls.
+        """
+        ...
+
+    def receive(self, source: int, tag: int) -> memoryview:
+        """The next message of rank ``source``, as writable memory of its own; waits for it.
+
+        Raises:
+            ProtocolError: it has another tag.
+            PeerLost, PeerTimeout, MembershipChanged: as the collective's calls; names who is gone.
+        """
+        ...
+
+    def guard(self, check: Callable[[], None], errors: Callable[[], AbstractContextManager[None]]) -> Channels:
+        """Calls ``check``, which may raise, while a rank waits; whatever is raised passes through ``errors``."""
+        ...
 
 
 @runtime_checkable
@@ -74,6 +126,20 @@ class Collective(Protocol):
 
     def barrier(self) -> None:
         """Returns once every rank has called it."""
+        ...
+
+    def open_channels(self, pairs: Collection[tuple[int, int]], purpose: str) -> Channels:
+        """Channels for messages between the ranks of each of ``pairs``, in both directions. A call of all ranks.
+
+        They end with the collective.
+
+        Args:
+            pairs: Of different ranks; every rank passes the same ones.
+            purpose: One word for messages, such as ``pipeline``.
+
+        Raises:
+            CollectiveError: this backend has none, or a rank can't be reached.
+        """
         ...
 
     def close(self) -> None:

@@ -71,10 +71,13 @@ def unfuse(copies: Sequence[FusedCopies]) -> None:
             start += flat.size
 
 
-def slices_of(flat: FlatArray, chunk: int, chunks: int, piece_bytes: int) -> Iterator[slice]:
-    """Where the pieces of at most ``piece_bytes`` are that make up one of ``chunks`` equal parts of ``flat``."""
+def slices_of(flat: FlatArray, chunk: int, chunks: int, piece_bytes: int, *, multiple: int = 1) -> Iterator[slice]:
+    """Where the pieces of at most ``piece_bytes`` are that make up one of ``chunks`` equal parts of ``flat``.
+
+    All pieces but the last have a multiple of ``multiple`` elements.
+    """
     begin, end = flat.size * chunk // chunks, flat.size * (chunk + 1) // chunks
-    step = piece_bytes // flat.itemsize
+    step = piece_bytes // flat.itemsize // multiple * multiple
     for start in range(begin, end, step):
         yield slice(start, min(start + step, end))
 

@@ -51,6 +51,15 @@ class ElasticCollective(Collective, Protocol):
         """Whether a node waits to join, so that all ranks should regroup after this step."""
         ...
 
+    @property
+    def stop_wanted(self) -> bool:
+        """Whether any member's user wants, or wanted, the run to stop, as far as this node has heard."""
+        ...
+
+    def tell_stop(self, wanted: Callable[[], bool]) -> None:
+        """Tells the others as soon as ``wanted()``, which is called in another thread, is true."""
+        ...
+
     def check(self) -> None:
         """Raises MembershipChanged if this ring is known to have ended. No communication."""
         ...

@@ -14,7 +14,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import NamedTuple, NoReturn, Self, TypeVar, cast
@@ -23,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.base import ReducibleArray
+from macft.collective.base import Channels, ReducibleArray
 from macft.collective.codecs.quantization import WireCodec
 from macft.collective.dtypes import BFLOAT16, FlatArray, flat_view
 from macft.collective.health import Health, HealthServer, ask
@@ -182,6 +182,10 @@ class MlxCollective:
         """Returns once every rank has called it; raises as :meth:`all_reduce` does."""
         call = self._next_call("barrier")
         self._call_mlx(call, lambda: self._all_sum(np.ones(1, np.float32)))
+
+    def open_channels(self, pairs: Collection[tuple[int, int]], purpose: str) -> Channels:  # noqa: ARG002
+        """Raises CollectiveError: MLX's own send and receive wait forever where a rank is gone."""
+        raise CollectiveError(f"collective=mlx can't send messages to one rank ({purpose}); use collective=ring")
 
     def close(self) -> None:
         """Leaves the group; after a failure it first reports the reason for some seconds. Safe to call twice."""

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from macft.collective.base import ReducibleArray
 from macft.collective.buffers import fuse, unfuse
+from macft.collective.channel_setup import open_channels
+from macft.collective.channels import StreamChannels
 from macft.collective.codecs.quantization import WireCodec
 from macft.collective.handshake import RingIdentity
 from macft.collective.link import Links
@@ -100,6 +102,7 @@ class Ring:
         self._gather_reduce_bytes = min(_GATHER_REDUCE_BYTES // world_size, self._settings.piece_bytes)
         self._piece_bytes = self._settings.piece_bytes
         self._early_frames = [*self._links.early_frames]  # frames of later calls
+        self._channels: list[StreamChannels] = []
 
     @property
     def rank(self) -> int:
@@ -170,7 +173,7 @@ class Ring:
     @property
     def bytes_sent(self) -> int:
         """Bytes of data this rank has sent, without headers and frames sent again."""
-        return self._bytes_sent
+        return self._bytes_sent + sum(channels.bytes_sent for channels in self._channels)
 
     def tune(self) -> None:
         """Measures the links and chooses algorithm and piece size by them. A collective call: all ranks make it.
@@ -212,11 +215,20 @@ class Ring:
         """Returns once every rank has called it; raises as :meth:`all_reduce` does."""
         self._transfer_blobs(Kind.BARRIER, b"", range(self._world_size))
 
+    def open_channels(self, pairs: Collection[tuple[int, int]], purpose: str) -> StreamChannels:
+        """See :meth:`~macft.collective.base.Collective.open_channels`; raises as :meth:`all_reduce` does."""
+        self._channels.append(
+            open_channels(self._links, self._identity, self._listener, self.all_gather, pairs, purpose)
+        )
+        return self._channels[-1]
+
     def close(self) -> None:
         """Says goodbye to the neighbours and closes the sockets, within about a second. Safe to call twice."""
         if self._closed:
             return
         self._closed = True
+        for channels in self._channels:
+            channels.close(drain=self._links.ending.failure is None)
         if self._links.ending.failure is None:
             with contextlib.suppress(CollectiveError):
                 self._links.drain()

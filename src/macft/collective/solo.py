@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.base import ReducibleArray
+from macft.collective.base import Channels, ReducibleArray
 from macft.collective.codecs.quantization import WireCodec
+
+
+class NoChannels(Channels):
+    """Those of a rank that has no peers."""
+
+    waited, bytes_sent, sending_seconds = 0.0, 0, 0.0
+    peers: Collection[int] = ()
+
+    def guard(self, check: Callable[[], None], errors: Callable[[], AbstractContextManager[None]]) -> Channels:  # noqa: ARG002
+        """Returns itself: nobody waits."""
+        return self
+
+    def send(self, to: int, tag: int, body: bytes | memoryview) -> None:  # noqa: ARG002
+        """Raises ValueError."""
+        raise ValueError(f"there is no channel to rank {to}")
+
+    def receive(self, source: int, tag: int) -> memoryview:  # noqa: ARG002
+        """Raises ValueError."""
+        raise ValueError(f"there is no channel from rank {source}")
 
 
 class Solo:
@@ -54,6 +74,12 @@ class Solo:
 
     def barrier(self) -> None:
         """Returns at once."""
+
+    def open_channels(self, pairs: Collection[tuple[int, int]], purpose: str) -> Channels:
+        """None. Raises ValueError for any pair."""
+        if pairs:
+            raise ValueError(f"{purpose}: this world has rank 0 alone, so no channel can be opened")
+        return NoChannels()
 
     def close(self) -> None:
         """Nothing to close."""

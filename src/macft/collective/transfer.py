@@ -69,7 +69,9 @@ class GatherReduce(Transfer):
 
     1. **Gather.** A rank sends its own arrays, concatenated, as one frame. It forwards each frame it receives, until
        every rank has those of all ranks.
-    2. **Reduce.** :meth:`finish` adds them up in the order of ranks, so that all ranks get the same bits.
+    2. **Reduce.** :meth:`finish` adds them up, each chunk of an array in the order in which :class:`Reduction` would:
+       chunk ``c`` from rank ``c`` on. So both give the same bits, and it does not show in the result which one the
+       measured speed of the links has chosen.
 
     The arrays are copied before they are sent, so the call need not wait until they have left. With ``lend``, a single
     array is sent without a copy; the caller must then be done sending before :meth:`finish`.
@@ -78,8 +80,7 @@ class GatherReduce(Transfer):
     def __init__(self, call: Header, buffers: Sequence[Buffer], world_size: int, *, lend: bool = False):
         self._buffers, self._world_size = buffers, world_size
         own: Body = b""
-        # From rank 2 on, `finish` would overwrite the array before it is added.
-        if lend and len(buffers) == 1 and call.sender < 2:
+        if lend and len(buffers) == 1:
             own = buffers[0].flat.data.cast("B")
         elif buffers:
             own = b"".join([buffer.flat.data for buffer in buffers])
@@ -108,14 +109,20 @@ class GatherReduce(Transfer):
 
     def finish(self) -> None:
         """Writes the sums into the buffers."""
-        start = 0
+        ranks, start = self._world_size, 0
         for buffer in self._buffers:
             flat = buffer.flat
-            parts = [np.frombuffer(self._parts[rank], flat.dtype, flat.size, start) for rank in range(self._world_size)]
-            add(flat, parts[0], parts[1], buffer.dtype)
-            for part in parts[2:]:
-                add(flat, flat, part, buffer.dtype)
-            start += buffer.flat.nbytes
+            parts = [np.frombuffer(self._parts[rank], flat.dtype, flat.size, start) for rank in range(ranks)]
+            for chunk in range(ranks):
+                for piece in slices_of(flat, chunk, ranks, flat.nbytes):
+                    first, *between, last = [parts[(chunk + hop) % ranks][piece] for hop in range(ranks)]
+                    # This rank's own part may be `flat` itself, so only the last addition writes there.
+                    total = np.empty_like(first) if between else first
+                    for part in between:
+                        add(total, first, part, buffer.dtype)
+                        first = total
+                    add(flat[piece], total, last, buffer.dtype)
+            start += flat.nbytes
 
     def _header(self, hop: int) -> Header:
         return self.call._replace(hop=hop, length=self.call.total)
@@ -250,7 +257,10 @@ class CodedReduction(_RingReduction):
         layout = zlib.crc32(f"{codec.name}{flat.size}".encode())
         self._codec = codec
         self._chunks = [
-            [(flat[piece], residual[piece]) for piece in slices_of(flat, chunk, world_size, piece_bytes)]
+            [
+                (flat[piece], residual[piece])
+                for piece in slices_of(flat, chunk, world_size, piece_bytes, multiple=codec.block)
+            ]
             for chunk in range(world_size)
         ]
         pieces = [len(chunk) for chunk in self._chunks]

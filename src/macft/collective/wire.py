@@ -19,12 +19,14 @@ import zmq
 from macft.collective.dtypes import WIRE_TYPES
 from macft.errors import CollectiveError, ProtocolError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_HEADER_BYTES = 1024
 MAX_CALL_BYTES = 1 << 40
 """Most bytes one all-reduce may sum."""
 MAX_BLOB_BYTES = 1 << 36
 """Most bytes one rank may broadcast or gather: 64 GiB, enough for the state of full fine-tuning."""
+MAX_MESSAGE_BYTES = 1 << 32
+"""Most bytes of a message from one rank to another."""
 MAX_PATHS = 8
 """Most cables between two neighbours."""
 MAX_TEXT = 400
@@ -46,6 +48,7 @@ class Kind(enum.IntEnum):
     BARRIER = 7
     EXCHANGE = 8  # all arrays of a small all-reduce
     STREAM = 9  # to the left neighbour: data may be sent over a plain TCP connection
+    MESSAGE = 10  # part of a message on a channel between two ranks
 
 
 class Cause(enum.IntEnum):
@@ -63,6 +66,7 @@ CALL_NAMES = {
     Kind.GATHER: "all-gather",
     Kind.BARRIER: "barrier",
     Kind.EXCHANGE: "all-reduce",
+    Kind.MESSAGE: "message",
 }
 
 
@@ -115,6 +119,12 @@ DATA_HEADER_BYTES = _DATA.size
 _TYPES = ("", *WIRE_TYPES)
 _TYPE_NUMBERS = {name: number for number, name in enumerate(_TYPES)}
 _DATA_KINDS = {int(kind): kind for kind in CALL_NAMES}
+_MAX_TOTAL = {
+    Kind.BROADCAST: MAX_BLOB_BYTES,
+    Kind.GATHER: MAX_BLOB_BYTES,
+    Kind.BARRIER: MAX_BLOB_BYTES,
+    Kind.MESSAGE: MAX_MESSAGE_BYTES,
+}
 _MAX_SEQUENCE, _MAX_HOP, _MAX_LENGTH = (1 << 63) - 1, 131_072, 1 << 30
 
 _FIELDS = {
@@ -200,7 +210,7 @@ def _unpack_data(data: bytes | memoryview, peer: str) -> Header:
     max_dtype = len(_TYPES) - 1 if kind is Kind.PIECE else 0
     if dtype > max_dtype or (kind is Kind.PIECE and not dtype):
         raise ProtocolError(f"{peer} sent a {kind.name} header whose dtype is {dtype}")
-    max_total = MAX_CALL_BYTES if kind in (Kind.PIECE, Kind.EXCHANGE) else MAX_BLOB_BYTES
+    max_total = _MAX_TOTAL.get(kind, MAX_CALL_BYTES)
     if sequence > _MAX_SEQUENCE or total > max_total or hop > _MAX_HOP or length > _MAX_LENGTH:
         for name, value, limit in (
             ("sequence", sequence, _MAX_SEQUENCE),

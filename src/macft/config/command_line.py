@@ -27,8 +27,9 @@ from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig, register_schema
 from macft.config.sweeps import SweepPlan, no_sweep, plan_sweep
 from macft.config.yaml import check_whole
+from macft.data.files import READERS
+from macft.device.user_folder import user_config_folder
 from macft.errors import ConfigError
-from macft.topology.topology_file import user_config_folder
 
 _FREE_FORM = ("dataset.columns", "optimizer.arguments")
 """Users add keys of their own below these, without Hydra's ``+``."""
@@ -276,6 +277,8 @@ def _is_location(value: str, group: str, folders: list[Path]) -> bool:
     """Whether ``model=VALUE`` or ``dataset=VALUE`` means a hub id or a path rather than an option of the group."""
     if any(os.path.isfile(folder / group / f"{value}.yaml") for folder in folders):  # noqa: PTH113 - see below
         return False
+    if group == "dataset" and Path(value).suffix.lower() in READERS:
+        return True
     # Unlike pathlib's, os.path's functions don't raise for a text that no path can be.
     return "/" in value or value.startswith(("~", ".", "builtin:")) or os.path.exists(value)  # noqa: PTH110
 

@@ -66,5 +66,5 @@ def _no_such_option(error: MissingConfigException) -> str:
     if (group, option) == ("hydra/sweeper", "optuna"):
         return _OPTUNA
     near = difflib.get_close_matches(option, options, 1)
-    hint = f"did you mean {group}={near[0]}? " if near else ""
-    return f"{group}: no option '{option}'; {hint}There are {', '.join(options)}"
+    hint = f"did you mean {group}={near[0]}? There are" if near else "there are"
+    return f"{group}: no option '{option}'; {hint} {', '.join(options)}"

@@ -12,6 +12,9 @@ from macft.model.execution import Execution, WeightFormat, resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import ModelShape, read_shape, read_weight_format
 
+_MICRO_BATCHES = 16
+"""Micro-batches that a pipeline computes in a step, unless told otherwise: four for each of four stages."""
+
 
 def execution_for(config: TrainConfig, shape: ModelShape | None, checkpoint: WeightFormat, device: Device) -> Execution:
     """How ``device`` computes ``config``; ``shape`` is None where the architecture isn't known before it is loaded.
@@ -20,9 +23,10 @@ def execution_for(config: TrainConfig, shape: ModelShape | None, checkpoint: Wei
         ConfigError: the model or the device does not support a setting; one line.
     """
     training, adapter = config.training, config.adapter
-    if config.topology.placement == "stream" and training.compile.lower() == "true":
+    placement = config.topology.placement
+    if placement in ("stream", "pipeline") and training.compile.lower() == "true":
         raise ConfigError(
-            "training.compile: a step with topology.placement=stream can't be compiled; use auto or false"
+            f"training.compile: a step with topology.placement={placement} can't be compiled; use auto or false"
         )
     has_dropout = adapter.type != "full" and adapter.dropout > 0
     return resolve(
@@ -36,8 +40,19 @@ def execution_for(config: TrainConfig, shape: ModelShape | None, checkpoint: Wei
         kernels=training.kernels,
         recompute=training.recompute,
         loss_chunk=training.loss_chunk,
-        micro_batch_size=training.micro_batch_size,
+        micro_batch_size=training.micro_batch_size or _micro_batch_of_pipelines(config),
     )
+
+
+def _micro_batch_of_pipelines(config: TrainConfig) -> int | None:
+    """Rows of a micro-batch in a pipeline, so that there are ``_MICRO_BATCHES``; None without pipelines.
+
+    It does not depend on the number of nodes, which may change: what is computed in a step stays the same.
+    """
+    topology = config.topology
+    if topology.placement != "pipeline":
+        return None
+    return max(1, config.training.batch_size // (topology.pipelines * _MICRO_BATCHES))
 
 
 def inference_execution(model: ModelConfig, folder: Path, *, micro_batch_size: int | None = None) -> Execution:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
 import macft
 
 
@@ -12,3 +14,10 @@ def config_folder() -> Path:
     package = Path(macft.__file__).parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parents[1] / "configs"
+
+
+def models_by_name() -> dict[str, str]:
+    """The options of ``model=`` that name a model: {option: its path, as in ``model.path``}."""
+    files = sorted((config_folder() / "model").glob("*.yaml"))
+    paths = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")).get("path") for file in files}
+    return {name: path for name, path in paths.items() if path}

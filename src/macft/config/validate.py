@@ -81,22 +81,40 @@ def _combinations(config: TrainConfig) -> list[str]:
             "collective.codec: auto measures the all-reduce of each step, and training.sync=diloco has none; "
             "use none, bfloat16, int8 or powersgd"
         )
-    if config.topology.placement == "stream" and config.adapter.type == "full":
-        errors.append(
-            "topology.placement: stream can't train the model's own weights (adapter.type=full); use adapter=lora, "
-            "or topology.placement=replicate"
-        )
-    nodes = world_size(config)
+    errors += _placement_combinations(config)
+    nodes = config.topology.pipelines if config.topology.placement == "pipeline" else world_size(config)
+    what = "pipelines" if config.topology.placement == "pipeline" else "nodes"
     if nodes > config.training.batch_size > 0:
         errors.append(
-            f"training.batch_size: {config.training.batch_size} rows can't be shared by {nodes} nodes; "
-            f"use {nodes} or more, or fewer nodes"
+            f"training.batch_size: {config.training.batch_size} rows can't be shared by {nodes} {what}; "
+            f"use {nodes} or more, or fewer {what}"
         )
     if config.adapter.type == "full" and config.model.quantization in ("keep", "4bit", "8bit"):
         errors.append(
             f"adapter.type: full can't train a quantised base (model.quantization={config.model.quantization}); "
             "use model.quantization=none"
         )
+    return errors
+
+
+def _placement_combinations(config: TrainConfig) -> list[str]:
+    placement, errors = config.topology.placement, []
+    if placement in ("stream", "pipeline") and config.adapter.type == "full":
+        errors.append(
+            f"topology.placement: {placement} can't train the model's own weights (adapter.type=full); use "
+            "adapter=lora, or topology.placement=replicate"
+        )
+    if placement != "pipeline":
+        return errors
+    if config.training.sync == "diloco":
+        errors.append(
+            "topology.placement: a pipeline's nodes exchange hidden states in every step, and training.sync=diloco is "
+            "for nodes that rarely meet; use topology.placement=stream"
+        )
+    if config.collective.backend == "mlx":
+        errors.append("topology.placement: pipeline works on collective=ring only")
+    elif not config.collective.streams:
+        errors.append("topology.placement: pipeline needs collective.streams=true; hidden states travel over them")
     return errors
 
 

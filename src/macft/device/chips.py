@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -14,18 +15,23 @@ import yaml
 from macft.errors import ConfigError
 
 _MAC = re.compile(r"(?P<chip>[A-Za-z0-9 ]*?)\s*(?P<memory>\d+)?\s*(?:gb|gib|g)?", re.IGNORECASE)
+_SEVERAL = re.compile(r"(?P<count>\d{1,4})\s*[x*]\s*(?P<mac>.+)", re.IGNORECASE)
+_MOST_MACS = 64
 _FORM_FACTORS = ("macbook", "air", "mini", "studio", "imac", "mac")
 
 
 @dataclass(frozen=True)
 class Chip:
-    """A row of chips.yaml: memory options in GiB, GB/s, FP32 TFLOPS of the GPU, watts under load (None: unknown)."""
+    """A row of chips.yaml: memory options in GiB, GB/s of memory and of the disk, FP32 TFLOPS of the GPU, watts under
+    load (None: unknown).
+    """
 
     chip: str
     memory: tuple[int, ...]
     bandwidth: float
     tflops: float
     watts: float | None
+    disk: float
     source: str
 
 
@@ -56,6 +62,27 @@ def known_chips() -> dict[str, Chip]:
     """All chips of the table by name."""
     rows = yaml.safe_load(files("macft.device").joinpath("chips.yaml").read_text(encoding="utf-8"))
     return {row["chip"]: Chip(**{**row, "memory": tuple(row["memory"])}) for row in rows}
+
+
+def chip_of_brand(brand: str) -> Chip | None:
+    """The chip that macOS calls ``brand``, "Apple M2 Max"; None for another one."""
+    return known_chips().get(brand.removeprefix("Apple ").strip())
+
+
+def find_macs(texts: Sequence[str]) -> list[Mac]:
+    """Each text as :func:`find_mac` reads it; ``"4x M2 Max 32GB"`` is four of them.
+
+    Raises:
+        ConfigError: no such chip, it was never sold with that memory, or there are more than 64 in all.
+    """
+    macs: list[Mac] = []
+    for text in texts:
+        match = _SEVERAL.fullmatch(text.strip())
+        count = int(match["count"]) if match else 1
+        if not 1 <= count <= _MOST_MACS - len(macs):
+            raise ConfigError(f"plan.chips: '{text}': plan for 1 to {_MOST_MACS} Macs in all")
+        macs += [find_mac(match["mac"] if match else text)] * count
+    return macs
 
 
 def find_mac(text: str) -> Mac:

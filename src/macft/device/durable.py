@@ -63,6 +63,26 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def identity(path: Path) -> tuple[int, int] | None:
+    """What changes when the file is replaced; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def sync_all(folder: Path) -> None:
+    """Waits until the files in ``folder``, its name and theirs are on the disk."""
+    for path in folder.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                sync(file.fileno())
+    for path in (folder, folder.parent):
+        with contextlib.suppress(OSError):  # not every file system can sync a folder
+            sync_folder(path)
+
+
 def sync(descriptor: int) -> None:
     """Waits until what was written to ``descriptor`` is on the disk."""
     if _FULL_SYNC is not None:

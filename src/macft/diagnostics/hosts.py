@@ -53,7 +53,7 @@ async def _examine(topology: TopologyConfig, arguments: Sequence[str]) -> HostsR
     versions, offsets = {}, {}
     for destination, report in zip(destinations, reports, strict=True):
         if isinstance(report, LaunchError):
-            findings.append(Finding(destination, "problem", str(report)))
+            findings.append(Finding(destination, "problem", str(report).removeprefix(f"{destination}: ")))
         elif isinstance(report, BaseException):
             raise report
         else:

@@ -9,19 +9,22 @@ from pathlib import Path
 
 import psutil
 
+from macft.device import disk_speed
 from macft.diagnostics import Finding
 from macft.network.system_tools import output_of
 
 _GIB = 2**30
 _LOW_MEMORY = 2 * _GIB
 _LOW_DISK, _FULL_DISK = 10 * _GIB, 1 * _GIB
+# Bytes a second below which blocks that are read from disk slow a run down.
+_SLOW_DISK = 1e9
 _PRESSURE = ("nominal", "moderate", "heavy", "trapping", "sleeping")
 
 
 def check(folder: Path) -> list[Finding]:
     """Checks this machine; runs are stored in ``folder``."""
     findings = [memory(psutil.virtual_memory().available, psutil.virtual_memory().total)]
-    findings.append(disk(shutil.disk_usage(folder).free, folder))
+    findings += [disk(shutil.disk_usage(folder).free, folder), disk_reads()]
     if platform.system() == "Darwin":
         findings += sleep_settings(output_of("pmset", "-g") or "")
         findings += pressure(output_of("notifyutil", "-g", "com.apple.system.thermalpressurelevel") or "")
@@ -47,6 +50,19 @@ def disk(free: int, folder: Path) -> Finding:
     if free < _LOW_DISK:
         return Finding("disk", "warning", text, "remove old runs: a model and its checkpoints take several GiB")
     return Finding("disk", "ok", text)
+
+
+def disk_reads() -> Finding:
+    """Measures how fast the disk of the models reads; plans and placements use the figure from then on."""
+    try:
+        speed = disk_speed.measure()
+    except OSError as error:
+        reason = str(error) if error.strerror is None else f"{error.strerror}: {error.filename}"
+        return Finding("disk speed", "warning", f"not measured: {reason}", "free some space in the user's cache folder")
+    text = f"reads {speed / 1e9:.2f} GB/s; macft plan and topology.placement use this figure"
+    if speed < _SLOW_DISK:
+        return Finding("disk speed", "warning", text, "keep models on the internal SSD for topology.placement=stream")
+    return Finding("disk speed", "ok", text)
 
 
 def sleep_settings(text: str) -> list[Finding]:

@@ -20,10 +20,16 @@ def check(port: int) -> list[Finding]:
 
 def link_findings(own_links: tuple[links.Link, ...]) -> list[Finding]:
     """One finding for each link, and a warning if there is no cable."""
-    if not own_links:
-        return [Finding("links", "problem", "no network but loopback", "plug in a Thunderbolt or Ethernet cable")]
+    cables = links.physical(own_links)
     findings = [Finding("links", "ok", describe(link)) for link in own_links]
-    if all(link.kind == "wifi" for link in own_links):
+    if not cables:
+        text = (
+            "no network with an IPv4 address, apart from VPNs and virtual ones"
+            if own_links
+            else "no network but loopback"
+        )
+        findings.append(Finding("links", "problem", text, "plug in a Thunderbolt or Ethernet cable"))
+    elif all(link.kind == "wifi" for link in cables):
         text = "Wi-Fi alone; gradients take many times longer than over a cable"
         findings.append(Finding("links", "warning", text, "plug in a Thunderbolt or Ethernet cable"))
     return findings
@@ -31,7 +37,7 @@ def link_findings(own_links: tuple[links.Link, ...]) -> list[Finding]:
 
 def describe(link: links.Link) -> str:
     """``en5: Thunderbolt, 10.0.0.1/30, 40 Gbit/s``."""
-    name = {"thunderbolt": "Thunderbolt", "ethernet": "Ethernet", "wifi": "Wi-Fi", "other": "other"}[link.kind]
+    name = {"thunderbolt": "Thunderbolt", "ethernet": "Ethernet", "wifi": "Wi-Fi", "other": "VPN or virtual"}[link.kind]
     if link.speed_mbit is None:
         speed = "speed unknown"
     elif link.speed_mbit >= 1000:
@@ -75,11 +81,13 @@ def thunderbolt_findings(ports: list[macos.ThunderboltPort]) -> list[Finding]:
 
 
 def clock_findings(offsets: Mapping[str, float]) -> list[Finding]:
-    """Checks the clocks; ``offsets`` is {host: seconds that its clock is ahead of this machine's}."""
+    """Checks the clocks; ``offsets`` is {host: seconds that its clock is ahead of this machine's}, of those reached."""
     findings = []
     for host, offset in offsets.items():
         if abs(offset) > _CLOCK_SECONDS:
             text = f"{host}'s clock is {offset:+.0f} s off; logs and TensorBoard will not line up"
             fix = f"ssh {host} sudo sntp -sS time.apple.com"
             findings.append(Finding("clocks", "warning", text, fix))
-    return findings or [Finding("clocks", "ok", "synchronised")]
+    if offsets and not findings:
+        findings.append(Finding("clocks", "ok", "synchronised"))
+    return findings

@@ -16,6 +16,7 @@ from macft.evaluation.answer_form import AnswerForm, AnswerTokenizer
 from macft.evaluation.batched import greedy_answers
 from macft.evaluation.metrics import Metric
 from macft.evaluation.record import expected_text, with_answer
+from macft.training.stop_request import Stopped
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,19 @@ def score_answers(
     *,
     max_tokens: int,
     progress: Callable[[int, int], None],
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Scored:
     """Generates answers greedily, on each rank for its share of ``records``; every rank returns the whole result.
 
     Args:
         max_tokens: Longest answer, in tokens.
         progress: Called with the numbers of this rank's finished records and of all its records.
+        stopped: Asked between two batches; once it is true on any rank, there is no result.
 
     Raises:
         DataError: A record has no question or no right answer.
         CollectiveError: Another rank failed.
+        Stopped: On all ranks alike.
     """
     started = time.perf_counter()
     model.eval()
@@ -66,16 +70,22 @@ def score_answers(
     prompts = [prompt_tokens(records[index], tokenizer) for index in mine]
     form = AnswerForm.of(tokenizer, records[0]) if records else AnswerForm()
     found = greedy_answers(
-        model, tokenizer, prompts, max_tokens=max_tokens, progress=lambda done: progress(done, len(mine))
+        model,
+        tokenizer,
+        prompts,
+        max_tokens=max_tokens,
+        progress=lambda done: progress(done, len(mine)),
+        stopped=stopped,
     )
     generated: list[tuple[int, str | None]] = []
     for index, prompt, tokens in zip(mine, prompts, found, strict=True):
         # A model that ends its turn in a block that its prompt began has learned to answer without thinking.
         is_thinking = len(tokens) == max_tokens and form.opens_thinking(tokenizer.decode(prompt))
         generated.append((index, form.answer(tokenizer.decode(tokens), is_thinking=is_thinking)))
-    gathered = [
-        pair for payload in collective.all_gather(msgpack.packb(generated)) for pair in msgpack.unpackb(payload)
-    ]
+    payloads = [msgpack.unpackb(payload) for payload in collective.all_gather(msgpack.packb([stopped(), generated]))]
+    if any(is_stopped for is_stopped, _ in payloads):
+        raise Stopped
+    gathered = [pair for _, pairs in payloads for pair in pairs]
     answers: list[str | None] = [answer for _, answer in sorted(gathered, key=lambda pair: int(pair[0]))]
     expected = [form.answer(expected_text(record)) for record in records]
     right = [

@@ -22,19 +22,28 @@ _TRIAL_TOKENS = 3
 
 
 def greedy_answers(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], *, max_tokens: int, progress: Callable[[int], None]
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int,
+    progress: Callable[[int], None],
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[list[int]]:
     """The most likely answer to each of ``prompts``, of at most ``max_tokens`` tokens, without the one that ends it.
 
     mlx-lm pads prompts of different lengths in a batch. Not every architecture copes: some attend to the padding or
     keep it in their state, and some can't compute a batch at all. So three prompts are tried first. Prompts of
     all lengths are generated together if the answers are then as likely as alone, else prompts of one length, else
-    one after the other. ``progress`` is called with the number of finished answers.
+    one after the other. ``progress`` is called with the number of finished answers. Once ``stopped()``, which is asked
+    between two batches, the answers that are missing are empty.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # which needs little padding
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
     for group in _groups(model, tokenizer, prompts, order):
+        if stopped():
+            break
         if len(group) == 1:
             answers[group[0]] = [token for token, _ in _alone(model, tokenizer, prompts[group[0]], max_tokens)]
         else:

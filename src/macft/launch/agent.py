@@ -1,8 +1,8 @@
 """A rank's process on a host, started over SSH: ``python -m macft.launch.agent RUN_FOLDER RANK [--resume]``.
 
-The terminal that started it writes commands to its standard input: ``stop`` stops the run cleanly, ``key HEX`` gives
-the key of an encrypted run. When standard input ends, because that terminal, its machine or the connection is gone, the
-run is stopped cleanly too.
+The terminal that started it writes commands to its standard input: ``stop`` stops the run cleanly, a second one at
+once, ``key HEX`` gives the key of an encrypted run. When standard input ends, because that terminal, its machine or the
+connection is gone, the run is stopped cleanly too.
 """
 
 from __future__ import annotations
@@ -42,10 +42,9 @@ def main(argv: list[str]) -> int:
     folder, rank = Path(argv[0]), int(argv[1])
     close_log = _copy_output_to(folder / "logs" / f"rank-{rank}.log")
     _prevent_sleep()
-    must_stop = threading.Event()
+    stop = StopRequest(farewell=lambda: after_interrupt(folder))
     keys: SimpleQueue[bytes] = SimpleQueue()
-    threading.Thread(target=_read_commands, args=(must_stop, keys), name="terminal", daemon=True).start()
-    stop = StopRequest()
+    threading.Thread(target=_read_commands, args=(stop, keys), name="terminal", daemon=True).start()
 
     def run() -> str:
         config = read(RunFolder(folder).proposed)
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> int:
         with start_log(folder, rank, config.report.log_level):
             return run_on_hosts(config, folder, resume="--resume" in argv, stop=stop, keyring=keyring)
 
-    with stop.listening(must_stop):
+    with stop.listening():
         status = run_command(lambda _: exit_status(run()), interrupted=lambda: after_interrupt(folder))
     close_log()
     return status
@@ -67,18 +66,18 @@ def _receive_keyring(keys: SimpleQueue[bytes]) -> Keyring:
         raise LaunchError("the terminal that started this node sent it no valid key for the run") from None
 
 
-def _read_commands(must_stop: threading.Event, keys: SimpleQueue[bytes]) -> None:
+def _read_commands(stop: StopRequest, keys: SimpleQueue[bytes]) -> None:
     incomplete = b""
     while piece := os.read(0, 1024):
         *lines, incomplete = (incomplete + piece)[-1024:].split(b"\n")
-        if b"stop" in lines:
+        for _ in range(lines.count(b"stop")):  # the second one quits
             _log.info("the terminal asks to stop")
-            must_stop.set()
+            stop.request()
         for line in lines:
             if line.startswith(b"key "):
                 keys.put(line.removeprefix(b"key "))
     _log.info("the terminal is gone; stopping")
-    must_stop.set()
+    stop.request(may_quit=False)
     time.sleep(_STOP_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
 

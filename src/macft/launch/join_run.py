@@ -10,10 +10,11 @@ from macft.launch.member import member_config
 from macft.launch.run_clock import started
 from macft.membership.join import join_elastic_ring, local_address_towards, member_addresses
 from macft.rendezvous.keystore import keyring_for
+from macft.run.claim import after_interrupt
 from macft.run.node import run_node
 from macft.topology.hosts import own_rank
 from macft.topology.settings import host_paths
-from macft.training.stop_request import StopRequest
+from macft.training.stop_request import StopRequest, announce
 
 
 def join_run(config: TrainConfig, folder: Path, target: str) -> str:
@@ -25,7 +26,7 @@ def join_run(config: TrainConfig, folder: Path, target: str) -> str:
     is_local = own in ("127.0.0.1", "[::1]")
     paths = [(own, 0)] if is_local and not is_listed else host_paths(own, topology.port)
     name = own if is_listed else platform.node() or own
-    stop = StopRequest()
+    stop = StopRequest(announce, farewell=lambda: after_interrupt(folder))
     with stop.listening():
         member = member_config(config, paths, name=name, keyring=keyring_for(topology, config.collective))
         with join_elastic_ring(addresses, member, timeout=topology.start_timeout) as elastic_ring:

@@ -1,4 +1,4 @@
-"""Several ranks as processes on this machine: starts them, forwards Ctrl-C, and leaves none running."""
+"""Several ranks as processes on this machine: starts them, passes on a wish to stop, and leaves none running."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
@@ -18,9 +19,15 @@ from macft.device.blas import available_cores
 from macft.errors import MacftError
 from macft.rendezvous.keystore import Keyring
 from macft.rendezvous.server import RendezvousServer
+from macft.training.stop_request import announce
 
 _GRACE_SECONDS = 20.0
 """How long the other ranks may take to end after one has failed."""
+_QUIT_SECONDS = 4.0
+"""How long they may take to quit."""
+_REFUSAL_SECONDS = 2.0
+"""How long the others may take to say why, after one has ended before all have met."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LOG_LINES = 5
 _log = logging.getLogger("macft.launch")
 
@@ -47,10 +54,11 @@ def launch_local(
     elastic: bool = False,
     restart: bool = False,
 ) -> int:
-    """Runs ``world_size`` ranks of the run in ``folder`` and waits for them; returns rank 0's exit status.
+    """Runs ``world_size`` ranks of the run in ``folder`` and waits for them; returns the run's exit status.
 
-    Rank 0 uses this terminal; the others write to ``folder/logs/rank-N.log``. SIGINT and SIGTERM are forwarded to rank
-    0, which stops the whole run cleanly. The ranks watch their standard input: if this process ends, they stop.
+    Rank 0 uses this terminal; the others write to ``folder/logs/rank-N.log``. SIGINT, SIGTERM and SIGHUP ask all ranks
+    to stop cleanly; a second SIGINT or SIGTERM ends them. The ranks watch their standard input: if this process ends,
+    they stop.
 
     Args:
         world_size: The number of ranks.
@@ -65,7 +73,9 @@ def launch_local(
         restart: Whether a rank that was killed is started again and joins.
 
     Raises:
-        RankFailed: a rank other than 0 failed; the message contains the last lines of its log.
+        RankFailed: a rank other than 0 failed; the message contains the last lines of its log. Or one ended before the
+            ranks had met.
+        KeyboardInterrupt: the user wants to stop before the ranks have met, or twice.
     """
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -79,21 +89,17 @@ def launch_local(
         keyring=keyring,
     )
     processes: list[subprocess.Popen[bytes]] = []
-
-    def forward(number: int, _frame: FrameType | None) -> None:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(number)  # this rank tells the others
-                return
-
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    wish = _Wish(processes, server)
+    previous = {number: signal.signal(number, wish) for number in _SIGNALS if not _is_ignored(number)}
     try:
         server.start()
         for rank in range(world_size):
             command = [sys.executable, "-m", "macft.launch.worker", str(folder), str(rank), server.address, run_id]
             processes.append(_start([*command, *(["--resume"] if resume else [])], rank, logs, threads))
+        if (status := _wait_until_met(server, processes, logs, wish)) is not None:
+            return status
         restarter = _Restarter(folder, logs, threads) if restart else None
-        return _wait_elastic(processes, logs, restarter) if elastic else _wait(processes, logs)
+        return _wait_elastic(processes, logs, restarter, wish) if elastic else _wait(processes, logs, wish)
     finally:
         for process in processes:
             _end(process)
@@ -118,7 +124,77 @@ def _start(command: list[str], rank: int, logs: Path, threads: int) -> subproces
     return process
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
+def _is_ignored(number: int) -> bool:
+    """Whether the signal was ignored when this process started, as by ``nohup``."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+
+
+class _Wish:
+    """What the user wants of the ranks in ``processes``: a signal handler, and what follows from it."""
+
+    def __init__(self, processes: list[subprocess.Popen[bytes]], server: RendezvousServer):
+        self.count = 0
+        self._processes, self._server, self._passed_on, self._ends_at = processes, server, 0, float("inf")
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and self.count:  # a closed terminal may send it twice
+            return
+        self.count += 1
+        if self.count == 1 and self._server.has_met:
+            announce("stopping: the current step is finished and saved first; Ctrl-C again quits now")
+
+    def pass_on(self) -> None:
+        """Tells the ranks; those that don't quit in time are killed.
+
+        Raises:
+            KeyboardInterrupt: some had to be killed.
+        """
+        while self._passed_on < min(self.count, 2):
+            self._passed_on += 1
+            for process in self._running():
+                process.terminate()
+            if self._passed_on == 2:
+                self._ends_at = time.monotonic() + _QUIT_SECONDS
+        if time.monotonic() > self._ends_at and self._running():
+            for process in self._running():
+                process.kill()
+            raise KeyboardInterrupt
+
+    def _running(self) -> list[subprocess.Popen[bytes]]:
+        return [process for process in self._processes if process.poll() is None]
+
+
+def _wait_until_met(
+    server: RendezvousServer, processes: list[subprocess.Popen[bytes]], logs: Path, wish: _Wish
+) -> int | None:
+    """Waits until all ranks have met. If one ends before, the others would wait for it: returns the exit status."""
+    deadline = float("inf")
+    while not server.has_met:
+        if wish.count:
+            for process in processes:
+                process.kill()
+            raise KeyboardInterrupt  # there is nothing to save
+        codes = [process.poll() for process in processes]
+        ended = next((rank for rank, code in enumerate(codes) if code is not None), None)
+        if ended is not None and deadline == float("inf"):
+            deadline = time.monotonic() + _REFUSAL_SECONDS
+        if None not in codes or time.monotonic() > deadline:
+            assert ended is not None
+            code = codes[ended] or 0
+            if ended == 0 and code > 0:
+                return code  # it has said why
+            raise RankFailed(
+                f"rank {ended} {_how(code)} before all ranks had met; {_tail(logs / f'rank-{ended}.log')}", 1
+            )
+        time.sleep(0.05)
+    return None
+
+
+def _how(code: int) -> str:
+    return f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], logs: Path, wish: _Wish) -> int:
     """Waits for all ranks. After one has failed, the others have ``_GRACE_SECONDS`` to report it and end."""
     failed: int | None = None
     deadline = float("inf")
@@ -127,6 +203,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
             if failed is None and process.poll() not in (None, 0, 130):
                 failed, deadline = rank, time.monotonic() + _GRACE_SECONDS
                 _log.warning("rank %d ended with status %d; the others have %g s", rank, process.poll(), _GRACE_SECONDS)
+                announce(f"note: rank {rank} {_how(process.returncode)}")
+        wish.pass_on()
         time.sleep(0.05)
     for rank, process in enumerate(processes):
         _end(process)
@@ -134,8 +212,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
     first = processes[0].returncode
     if failed is None or failed == 0:
         return first if first >= 0 else 128 - first
-    code = processes[failed].returncode
-    how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
+    how = _how(processes[failed].returncode)
     raise RankFailed(f"rank {failed} {how}; {_tail(logs / f'rank-{failed}.log')}", 1)
 
 
@@ -150,7 +227,9 @@ class _Restarter:
         return _start(command, rank, self._logs, self._threads)
 
 
-def _wait_elastic(processes: list[subprocess.Popen[bytes]], logs: Path, restarter: _Restarter | None) -> int:
+def _wait_elastic(
+    processes: list[subprocess.Popen[bytes]], logs: Path, restarter: _Restarter | None, wish: _Wish
+) -> int:
     """Waits for all ranks, and shows the log of the next rank if rank 0 ends; returns the run's exit status."""
     shown: dict[int, int] = {}
     ended: dict[int, int] = {}
@@ -159,7 +238,9 @@ def _wait_elastic(processes: list[subprocess.Popen[bytes]], logs: Path, restarte
             if rank in ended or (code := process.poll()) is None:
                 continue
             is_running = 0 not in ended.values() and any(other.poll() is None for other in processes)
-            if restarter is not None and code < 0 and is_running:
+            if code not in (0, 130):
+                announce(f"note: rank {rank} {_how(code)}")
+            if restarter is not None and code < 0 and is_running and not wish.count:
                 _log.warning("rank %d was ended by signal %d; starting it again", rank, -code)
                 processes[rank] = restarter(rank)
             else:
@@ -167,6 +248,7 @@ def _wait_elastic(processes: list[subprocess.Popen[bytes]], logs: Path, restarte
                 _log.info("rank %d ended with status %d", rank, code)
         leader = next((rank for rank, process in enumerate(processes) if process.poll() is None), 0)
         _show(logs, leader, shown)
+        wish.pass_on()
         time.sleep(0.05)
     codes = [process.returncode for process in processes]
     for rank, code in enumerate(codes):
@@ -174,7 +256,7 @@ def _wait_elastic(processes: list[subprocess.Popen[bytes]], logs: Path, restarte
             _log.info("rank %d ended with status %d", rank, code)
     for rank in shown:
         _show(logs, rank, shown)
-    for code in (0, 130):
+    for code in (0, 130):  # a rank ends with 0 only if it knows that the results are on disk
         if code in codes:
             return code
     failed = next((rank for rank, code in enumerate(codes) if code > 0), 0)
@@ -200,6 +282,8 @@ def _show(logs: Path, rank: int, shown: dict[int, int]) -> None:
 
 
 def _tail(log: Path) -> str:
+    if not log.exists():
+        return "its output is above"
     lines = log.read_text(errors="replace").strip().splitlines()[-_LOG_LINES:]
     return f"{log} ends with: {' | '.join(lines)}" if lines else f"{log} is empty"
 
@@ -216,13 +300,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.stdin.close()
 
 
-def watch_launcher(on_loss: threading.Event) -> None:
-    """Sets ``on_loss`` when standard input ends, as it does with the launcher; kills this process a minute later."""
+def watch_launcher(on_loss: Callable[[], None]) -> None:
+    """Calls ``on_loss`` when standard input ends, as it does with the launcher; kills this process a minute later."""
 
     def watch() -> None:
         while os.read(0, 1024):
             pass
-        on_loss.set()
+        on_loss()
         time.sleep(60.0)
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -10,12 +10,15 @@ from pathlib import Path
 from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
 from macft.config.yaml import must_match, to_yaml
-from macft.device.durable import write_atomically
+from macft.device.durable import identity, write_atomically
+from macft.errors import LaunchError
 from macft.launch.run_clock import started, started_together
 from macft.logs.run_log import last_error, start_log
 from macft.report.run_folder import RunFolder
+from macft.report.trackers.registry import require_installed
+from macft.run.claim import after_interrupt
 from macft.run.resume import check_resume
-from macft.training.stop_request import StopRequest
+from macft.training.stop_request import StopRequest, announce
 
 
 class RanksFailed(SystemExit):
@@ -48,7 +51,7 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
 
         with start_log(folder, "launcher", config.report.log_level):
             return _how_it_ended(run_over_ssh(config, folder, resume=resume), folder)
-    stop = StopRequest()
+    stop = StopRequest(announce, farewell=lambda: after_interrupt(folder))
     with stop.listening():
         if config.topology.kind == "hosts":
             from macft.launch.run_on_hosts import run_on_hosts
@@ -75,14 +78,22 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
 
 
 def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
-    from macft.launch.local import launch_local
+    from macft.launch.local import RankFailed, launch_local
     from macft.model.resolve import resolve
     from macft.rendezvous.keystore import keyring_for
 
+    require_installed(config.report.trackers)
     keyring = keyring_for(config.topology, config.collective)
     resolve(config.model)  # downloaded once, here, where its progress is visible
     proposed = RunFolder(folder).proposed
     write_atomically(proposed, to_yaml(config))
+    summary = RunFolder(folder).summary
+    before = identity(summary)
+
+    def is_kept() -> bool:
+        """Whether the results are on disk, whatever became of the ranks since."""
+        return identity(summary) != before and RunFolder(folder).is_finished
+
     try:
         status = launch_local(
             config.topology.nodes,
@@ -95,9 +106,15 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
             elastic=is_elastic(config),
             restart=config.topology.restart,
         )
+    except RankFailed:
+        if not is_kept():
+            raise
+        return "finished"
     finally:
         proposed.unlink(missing_ok=True)
-    return _how_it_ended(status, folder)
+    if status == 0 and not is_kept():
+        raise LaunchError(f"the run has finished, but its results are not in {folder}; see what its ranks say above")
+    return "finished" if is_kept() else _how_it_ended(status, folder)
 
 
 def _how_it_ended(status: int, folder: Path) -> str:

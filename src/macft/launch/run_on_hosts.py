@@ -7,6 +7,7 @@ from pathlib import Path
 from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
 from macft.config.yaml import must_match
+from macft.device import fault_points
 from macft.launch.member import member_config
 from macft.launch.run_clock import started_together
 from macft.membership.join import form_elastic_ring
@@ -26,9 +27,11 @@ def run_on_hosts(
     ``keyring`` replaces this machine's own keys.
     """
     topology = config.topology
+    fault_points.begin(own_rank(topology))
     keyring = keyring or keyring_for(topology, config.collective)
     name = topology.hosts[own_rank(topology)]
     run_id = f"{config.name}:{','.join(topology.hosts)}"
+    fault_points.reach("rendezvous")
     with connect_hosts(
         topology, config.collective, run_id=run_id, must_match=must_match(config), keyring=keyring
     ) as ring:

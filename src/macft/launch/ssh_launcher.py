@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import posixpath
@@ -19,6 +20,7 @@ from typing import cast
 
 import asyncssh
 
+from macft.cli.run_command import INTERRUPTED
 from macft.diagnostics import software
 from macft.errors import LaunchError, MacftError
 from macft.launch.remote_config import own_config, send_config
@@ -27,9 +29,13 @@ from macft.remote.connection import connect, python_command
 from macft.remote.host_probe import HostReport
 from macft.remote.shipment import Shipment, changed, fetch, send
 from macft.topology.settings import TopologyConfig, split_host
+from macft.training.stop_request import announce
 
 _GRACE_SECONDS = 20.0
 """How long the other ranks may take to end after one has failed."""
+_QUIT_SECONDS = 5.0
+"""How long the ranks may take to quit before their connections are closed, with which they end."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PROBE_SECONDS = 120.0
 _MIN_FREE_BYTES = 200 * 2**20
 _LOG_LINES = 5
@@ -91,8 +97,8 @@ class LaunchPlan:
 def launch_over_ssh(plan: LaunchPlan) -> int:
     """Runs all ranks and waits for them; returns rank 0's exit status.
 
-    The first SIGINT or SIGTERM asks rank 0 to stop cleanly, with a checkpoint. The second one disconnects all hosts,
-    and each of them then stops by itself.
+    The first SIGINT, SIGTERM or SIGHUP asks all ranks to stop cleanly, with a checkpoint. The second SIGINT or SIGTERM
+    ends them.
 
     Raises:
         LaunchError: one line for each host that is not ready, before anything is started; or why a rank failed.
@@ -105,26 +111,35 @@ async def _launch(plan: LaunchPlan) -> int:
         hosts = await _connect_all(plan.topology, stack)
         await _prepare_all(plan, hosts)
         remote = posixpath.join(plan.topology.folder, plan.run_folder)
+        before = [await _summary_time(host, remote) for host in hosts]
         async with own_config(plan.folder, plan.config, [host.connection for host in hosts], remote):
             await asyncio.gather(*(_start(plan, host) for host in hosts))
             status, completed = await _run(plan, hosts)
-        source = await _holder_of_results(completed, remote)
+        if not completed:
+            return status
+        source = await _holder_of_results(completed, before, remote)
         try:
             await fetch(source.connection, remote, plan.folder)
         except LaunchError as error:
-            plan.show(f"note: the results stay on {source.name}: {error}")
+            text = f"the results stay on {source.name}, in {remote}, and can't be copied to {plan.folder}: {error}"
+            if status == 0:
+                raise LaunchError(text) from None
+            plan.show(f"note: {text}")
         return status
 
 
-async def _holder_of_results(hosts: list[RemoteHost], remote: str) -> RemoteHost:
-    """The host that led at the end, which has written the newest summary."""
-    summaries = []
-    for host in hosts[: None if len(hosts) > 1 else 0]:
-        with contextlib.suppress(asyncssh.Error, OSError):
-            async with host.connection.start_sftp_client() as sftp:
-                attributes = await sftp.stat(posixpath.join(remote, "summary.json"))
-                summaries.append((attributes.mtime or 0, host))
-    return max(summaries, key=lambda summary: summary[0], default=(0, hosts[0]))[1]
+async def _holder_of_results(hosts: list[RemoteHost], before: list[float], remote: str) -> RemoteHost:
+    """The host among those that completed the run that has written the newest summary since the times ``before``."""
+    written = [(time, host) for host in hosts if (time := await _summary_time(host, remote)) > before[host.rank]]
+    return max(written, key=lambda summary: summary[0], default=(0.0, hosts[0]))[1]
+
+
+async def _summary_time(host: RemoteHost, remote: str) -> float:
+    """When the host wrote its summary of the run, in whole seconds of its clock; 0 if it has none."""
+    with contextlib.suppress(asyncssh.Error, OSError):
+        async with host.connection.start_sftp_client() as sftp:
+            return float((await sftp.stat(posixpath.join(remote, "summary.json"))).mtime or 0)
+    return 0.0
 
 
 async def _connect_all(topology: TopologyConfig, stack: AsyncExitStack) -> list[RemoteHost]:
@@ -262,26 +277,33 @@ async def _start(plan: LaunchPlan, host: RemoteHost) -> None:
 
 
 async def _run(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[RemoteHost]]:
-    signals = 0
-
-    def stop() -> None:
-        nonlocal signals
-        signals += 1
-        running = [host.process for host in hosts if host.process is not None and host.process.exit_status is None]
-        first = next((process for process in running if not process.stdin.is_closing()), None)
-        if signals == 1 and first is not None:
-            plan.show("stopping: the run ends after this step, with a checkpoint; Ctrl-C again to disconnect")
-            first.stdin.write("stop\n")
-        else:
-            _disconnect(hosts)
-
+    wishes = 0
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
+
+    def stop(number: int) -> None:
+        nonlocal wishes
+        if number == signal.SIGHUP and wishes:  # a closed terminal may send it twice
+            return
+        wishes += 1
+        if wishes == 1:
+            announce("stopping: the current step is finished and saved first; Ctrl-C again quits now")
+        for host in hosts:
+            if host.process is not None and not host.process.stdin.is_closing():
+                host.process.stdin.write("stop\n")
+        if wishes == 2:
+            loop.call_later(_QUIT_SECONDS, _abandon, hosts)
+
+    signals = [each for each in _SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+    for number in signals:
+        loop.add_signal_handler(number, stop, number)
     try:
         return await _wait(plan, hosts)
+    except LaunchError:
+        if not wishes:
+            raise
+        return INTERRUPTED, []
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in signals:
             loop.remove_signal_handler(number)
 
 
@@ -302,9 +324,9 @@ async def _wait(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[Re
             _log.info("rank %d on %s %s", tasks[task].rank, tasks[task].destination, _how(task.result()))
             if task.result() not in (0, 130):
                 failed = failed or (tasks[task], task.result())
-                if plan.elastic and waiting:
+                if waiting:
                     plan.show(f"note: {tasks[task].name} {_how(task.result())}")
-    for status in (0, 130):
+    for status in (0, 130):  # a rank ends with 0 only if it knows that the results are on a disk
         if (failed is None or plan.elastic) and any(task.result() == status for task in tasks):
             return status, [host for task, host in tasks.items() if task.result() == status]
     assert failed is not None
@@ -342,6 +364,16 @@ def _disconnect(hosts: list[RemoteHost]) -> None:
             host.process.stdin.write_eof() if not host.process.stdin.is_closing() else None
 
 
+def _abandon(hosts: list[RemoteHost]) -> None:
+    """Closes the connections; a rank that still runs notices, and ends by itself."""
+    for host in hosts:
+        host.connection.abort()
+
+
 def show(line: str) -> None:
-    """Prints a line to the terminal immediately."""
-    print(line, flush=True, file=sys.stdout)
+    """Prints a line to the terminal immediately; a terminal that was closed is no reason to fail."""
+    try:
+        print(line, flush=True, file=sys.stdout)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise

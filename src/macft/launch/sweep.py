@@ -57,7 +57,7 @@ class Sweep:
     """
 
     def __init__(self, swept: list[str], planned: int | None, *, metric: str | None, prints: bool):
-        self._swept, self._planned, self._metric, self._prints = swept, planned, metric, prints
+        self.swept, self._planned, self._metric, self._prints = swept, planned, metric, prints
         self._rows: list[SweepRow] = []
         self._folder: Path | None = None
 
@@ -121,7 +121,7 @@ class Sweep:
     @property
     def _table(self) -> SweepTable:
         objective = self._metric or "valid_loss"
-        return SweepTable(self._rows, self._swept, objective, self._metric is not None, self._planned)
+        return SweepTable(self._rows, self.swept, objective, self._metric is not None, self._planned)
 
     def _row(self, job: Job, ended: str, reason: str | None, seconds: float) -> SweepRow:
         summary = _summary(job.folder)

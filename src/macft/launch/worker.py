@@ -6,7 +6,6 @@ With ``--join`` it joins the running run in FOLDER.
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +14,7 @@ from macft.cli.run_command import exit_status, run_command
 from macft.collective.base import Collective
 from macft.config.validate import is_elastic, world_size
 from macft.config.yaml import must_match, read
+from macft.device import fault_points
 from macft.launch.local import watch_launcher
 from macft.launch.member import ANY_PORT_HERE, member_config
 from macft.logs.run_log import start_log
@@ -30,9 +30,9 @@ from macft.training.stop_request import StopRequest
 def main(argv: Sequence[str]) -> int:
     """Runs one rank of the run in a folder; returns the exit status."""
     folder, rank, rendezvous, run_id = Path(argv[0]), int(argv[1]), argv[2], argv[3]
-    stop = StopRequest()
-    launcher_gone = threading.Event()
-    watch_launcher(launcher_gone)
+    fault_points.begin(rank)
+    stop = StopRequest(farewell=lambda: after_interrupt(folder))
+    watch_launcher(lambda: stop.request(may_quit=False))
 
     def run() -> str:
         config = read(RunFolder(folder).proposed)
@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
                 addresses = member_addresses(str(folder), config.topology.port)
                 collective = join_elastic_ring(addresses, member, timeout=config.topology.start_timeout)
             else:
+                fault_points.reach("rendezvous")
                 rank_config = RankConfig(
                     server=rendezvous,
                     rank=rank,
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
             stack.enter_context(collective)
             return run_node(config, collective, folder, resume="--resume" in argv, stop=stop)
 
-    with stop.listening(launcher_gone):
+    with stop.listening():
         return exit_status(run())
 
 

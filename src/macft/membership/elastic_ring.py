@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -14,7 +14,7 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.base import Collective, ReducibleArray
+from macft.collective.base import Channels, Collective, ReducibleArray
 from macft.collective.codecs.quantization import WireCodec
 from macft.collective.elastic import ElasticCollective, MembershipView
 from macft.collective.listener import Listener
@@ -91,6 +91,15 @@ class ElasticRing(ElasticCollective):
     def wants_change(self) -> bool:
         """Whether a node waits to join, so that all ranks should regroup after this step."""
         return bool(self._membership.state.candidates)
+
+    @property
+    def stop_wanted(self) -> bool:
+        """Whether any member's user wants, or wanted, the run to stop."""
+        return self._membership.state.stop_wanted
+
+    def tell_stop(self, wanted: Callable[[], bool]) -> None:
+        """Tells the others as soon as ``wanted()``, which is called in another thread, is true."""
+        self._membership.wants_stop = wanted
 
     @property
     def started(self) -> str:
@@ -224,6 +233,15 @@ class ElasticRing(ElasticCollective):
         """See :class:`~macft.collective.ring.Ring`; raises MembershipChanged if a rank is lost."""
         with _as_membership_change():
             self._ring.barrier()
+
+    def open_channels(self, pairs: Collection[tuple[int, int]], purpose: str) -> Channels:
+        """See :class:`~macft.collective.base.Collective`; they raise MembershipChanged if a rank is lost.
+
+        They end with the ring of this generation.
+        """
+        with _as_membership_change():
+            channels = self._ring.open_channels(pairs, purpose)
+        return channels.guard(self.check, _as_membership_change)
 
     def close(self) -> None:
         """Closes the ring, then the membership service. Safe to call twice."""

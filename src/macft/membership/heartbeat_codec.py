@@ -37,6 +37,7 @@ def encode_heartbeat(heartbeat: Heartbeat, secret: bytes) -> bytes:
             _encode_vote(heartbeat.proposed),
             list(heartbeat.promised) if heartbeat.promised else None,
             _encode_vote(heartbeat.accepted),
+            heartbeat.stops,
         ]
     )
     return packed
@@ -45,9 +46,9 @@ def encode_heartbeat(heartbeat: Heartbeat, secret: bytes) -> bytes:
 def decode_heartbeat(data: bytes, secret: bytes) -> Heartbeat | None:
     """The inverse of :func:`encode_heartbeat`; None for anything else."""
     try:
-        mark, sender, view, hears, ready, ballot, proposed, promised, accepted = _array(msgpack.unpackb(data))
+        (mark, sender, view, hears, ready, ballot, proposed, promised, accepted, stops) = _array(msgpack.unpackb(data))
         heard = _array(hears)
-        if mark != run_mark(secret) or type(ready) is not bool or len(heard) > _MAX_MEMBERS:
+        if mark != run_mark(secret) or type(ready) is not bool or type(stops) is not bool or len(heard) > _MAX_MEMBERS:
             return None
         return Heartbeat(
             sender=decode_member(sender),
@@ -58,6 +59,7 @@ def decode_heartbeat(data: bytes, secret: bytes) -> Heartbeat | None:
             proposed=_decode_vote(proposed),
             promised=_decode_ballot(promised),
             accepted=_decode_vote(accepted),
+            stops=stops,
         )
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException):
         return None

@@ -84,6 +84,7 @@ class Heartbeat:
         proposed: What it proposes as the next view.
         promised: The highest ballot it has promised to.
         accepted: What it has accepted as the next view.
+        stops: Whether its user wants the run to stop. It plays no part in the agreement.
     """
 
     sender: MemberRecord
@@ -94,6 +95,7 @@ class Heartbeat:
     proposed: Vote | None = None
     promised: Ballot | None = None
     accepted: Vote | None = None
+    stops: bool = False
 
 
 class PaxosMembership:

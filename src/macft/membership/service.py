@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import NotRequired, TypedDict
 
@@ -62,6 +62,7 @@ class MembershipState:
         candidates: Names of nodes that could join now.
         waiting_for: What this node waits for if it has left its ring, in words.
         alone_since: When the last other node was found to have ended; None while there are others.
+        stop_wanted: Whether any member wants, or wanted, the run to stop.
     """
 
     view: View
@@ -70,6 +71,7 @@ class MembershipState:
     candidates: tuple[str, ...] = ()
     waiting_for: str = ""
     alone_since: float | None = None
+    stop_wanted: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class MembershipService:
         own: This node.
         started: When the run started, in words; what its first members agreed on, and newcomers take over.
         contents: What all members' data and weights are, as texts by name; empty until they have compared them.
+        wants_stop: Called in the thread: whether this node's user wants the run to stop, which the others are told.
         state: What the thread knows. It replaces the whole object, so the values of one object belong together.
 
     Args:
@@ -117,6 +120,8 @@ class MembershipService:
     ):
         self.started = started
         self.contents: Texts = {}
+        self.wants_stop: Callable[[], bool] = lambda: False
+        self._stop_wanted = False
         self._settings, self._keyring, self._must_match = settings, keyring, must_match
         self._peers: dict[str, _PeerConnection] = {}
         self._probes: dict[str, _Probe] = {}
@@ -200,8 +205,10 @@ class MembershipService:
             if now >= probe_at:
                 self._probe_broken_peers()
                 probe_at = now + _PROBE_INTERVAL
-            beat = self._paxos.heartbeat(now)
-            facts = (beat.view, beat.ready, beat.ballot, beat.proposed, beat.promised, beat.accepted, beat.hears)
+            # A wish travels on, for who had it may be gone before all have heard of it.
+            self._stop_wanted = self._stop_wanted or self.wants_stop()
+            beat = replace(self._paxos.heartbeat(now), stops=self._stop_wanted)
+            facts = replace(beat, sender=self.own)
             if facts != sent or now >= send_at:
                 sent, send_at = facts, now + self._settings.heartbeat / 2
                 data = heartbeat_codec.encode_heartbeat(beat, self._secret)
@@ -220,6 +227,8 @@ class MembershipService:
             heartbeat = heartbeat_codec.decode_heartbeat(parts[1], self._secret)
             if heartbeat is not None:
                 self._paxos.receive(heartbeat, now)
+                is_member = heartbeat.sender.id in self._paxos.view.ids
+                self._stop_wanted = self._stop_wanted or (heartbeat.stops and is_member)
             elif (reply := self._reply(parts[1])) is not None:
                 self._inbox.send_multipart([parts[0], msgpack.packb(reply)], zmq.NOBLOCK)
 
@@ -293,6 +302,7 @@ class MembershipService:
             candidates=tuple(node.name for node in paxos.candidates(now)) if paxos.is_member else (),
             waiting_for=paxos.waiting_for(now),
             alone_since=self._alone_since,
+            stop_wanted=self._stop_wanted,
         )
         if state.ring_failure and not before.ring_failure:
             _log.info("the ring of view %d can't be used any more: %s", state.view.generation, state.ring_failure)

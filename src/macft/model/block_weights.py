@@ -65,8 +65,14 @@ class BlockWeights:
 
     @property
     def resident(self) -> frozenset[int]:
-        """Blocks that stay in memory."""
+        """Blocks that stay in memory once they are read; others are dropped when this is set."""
         return self._resident
+
+    @resident.setter
+    def resident(self, numbers: Iterable[int]) -> None:
+        self._resident = frozenset(numbers)
+        for number in self._held - self._resident:
+            self.drop(number)
 
     def follow(self, model: nn.Module) -> None:
         """Keeps ``model`` supplied too: a copy of this one that holds the same arrays."""
@@ -125,6 +131,28 @@ class BlockWeights:
             yield
         finally:
             self._is_left_out = False
+
+    @contextmanager
+    def standing_in(self) -> Iterator[None]:
+        """Inside, blocks get random values instead of being read: to try the model's code. None is held afterwards."""
+        before = self.replace_reader(lambda _: self._random)
+        try:
+            yield
+        finally:
+            self._reader, self._ahead = before, None
+            for number in list(self._held):
+                self.drop(number)
+
+    def _random(self, number: int) -> Arrays:
+        key = mx.random.key(number)
+        arrays = [
+            mx.random.normal(array.shape, array.dtype, scale=0.02, key=key)
+            if mx.issubdtype(array.dtype, mx.floating)
+            else mx.random.randint(0, 100, array.shape, array.dtype, key=key)
+            for array in self._empty[number]
+        ]
+        mx.eval(arrays)
+        return arrays
 
     def read_ahead(self, numbers: Sequence[int]) -> None:
         """Begins to read the first of these blocks that is not in memory, unless another one is being read."""

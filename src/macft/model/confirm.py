@@ -7,10 +7,12 @@ from dataclasses import replace
 
 # isort: split
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from macft.errors import ConfigError, ModelError
 from macft.model.backends.choose import can_pack
+from macft.model.block_weights import BlockWeights
 from macft.model.execution import Execution, cannot_pack
 from macft.model.fitness import obstacle_to_training
 from macft.model.load import LoadedModel
@@ -33,9 +35,9 @@ def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[
     """
     notes: list[str] = []
     traced = loaded.streamed.left_out if loaded.streamed is not None else nullcontext
-    if loaded.streamed is not None and (obstacle := CutModel(loaded.model).obstacle(_TRIAL)):
+    if loaded.streamed is not None and (obstacle := _obstacle_to_cutting(loaded.model, loaded.streamed, execution)):
         raise ConfigError(
-            f"topology.placement: stream can't cut this model into its blocks ({obstacle}); "
+            f"topology.placement: {execution.placement} can't cut this model into its blocks ({obstacle}); "
             "use topology.placement=replicate"
         )
     if (obstacle := obstacle_to_training(loaded.model)) is not None:
@@ -53,3 +55,11 @@ def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[
         execution = replace(execution, compiled=False)
         notes.append("this model's code needs values of arrays, so its steps aren't compiled")
     return execution, notes
+
+
+def _obstacle_to_cutting(model: nn.Module, weights: BlockWeights, execution: Execution) -> str | None:
+    """Why the model can't be cut; a stage of a pipeline finds that out without reading the blocks of others."""
+    if execution.placement != "pipeline":
+        return CutModel(model).obstacle(_TRIAL)
+    with weights.standing_in():
+        return CutModel(model, same_form=True).obstacle(_TRIAL)

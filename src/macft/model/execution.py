@@ -83,10 +83,12 @@ class Execution:
     evaluation_rows: int = _EVALUATION_ROWS
     # Parts of a micro-batch that are computed at the same time, on a thread each.
     lanes: int = 1
-    # Where the blocks' weights are: "replicate", all in memory, or "stream", read from disk when they are needed, but
-    # for the resident blocks, which stay in memory. A stream computes blocks again in the backward pass, by itself.
+    # Where the blocks' weights are: "replicate", all in memory; "stream", read from disk when they are needed, but for
+    # the resident blocks, which stay in memory; "pipeline", those of this node's stage in memory, up to block_capacity
+    # of them. But for replicate, blocks are computed one by one, and again in the backward pass.
     placement: str = "replicate"
     resident_blocks: tuple[int, ...] = ()
+    block_capacity: int = 0
 
     @property
     def weight_format(self) -> WeightFormat:
@@ -113,6 +115,20 @@ class Execution:
     def streamed(self, resident_blocks: tuple[int, ...]) -> Execution:
         """The same with all blocks but these read from disk when they are needed; each is computed by itself."""
         return replace(self, placement="stream", resident_blocks=resident_blocks, recompute="none", compiled=False)
+
+    def pipelined(self, block_capacity: int, resident_blocks: tuple[int, ...] = ()) -> Execution:
+        """The same for stages of a pipeline, of which a node holds up to ``block_capacity`` blocks in memory.
+
+        ``resident_blocks``: those of them that it holds at first. One part of the rows is computed at a time, so that
+        parts do not depend on how many threads a node has.
+        """
+        held = replace(self, placement="pipeline", block_capacity=block_capacity, resident_blocks=resident_blocks)
+        return replace(held, recompute="none", compiled=False, lanes=1)
+
+    @property
+    def supplies_blocks(self) -> bool:
+        """Whether blocks' weights are read when they are needed, not when the model is loaded."""
+        return self.placement != "replicate"
 
     def padded(self) -> Execution:
         """The same with rows that are padded, not packed."""

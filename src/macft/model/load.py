@@ -69,7 +69,7 @@ def load(
     tokenizer = tokenizer or load_tokenizer(config, path)
     streamed = None
     with _readable(path, "weights"):
-        if execution.placement == "stream":
+        if execution.supplies_blocks:
             streamed = BlockWeights(
                 model, _Renewal(config, path, execution), resident=execution.resident_blocks, source=str(path)
             )

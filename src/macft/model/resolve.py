@@ -48,9 +48,14 @@ def resolve(config: ModelConfig, *, cache_dir: Path | None = None) -> Path:
             f"model.path: '{name}' is neither a bundled model ({', '.join(BUNDLED)}), nor a folder, "
             f"nor a Hugging Face id (org/name){_did_you_mean(name, list(BUNDLED))}"
         )
-    if not _HUB_ID.fullmatch(name) or "--" in name or ".." in name:
+    if not is_hub_id(name):
         raise ModelError(f"model.path: '{name}' is not a Hugging Face id: org/name in letters, digits, -_.")
     return _from_hub(name, config.revision)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it has the form of a Hugging Face id, ``org/name``."""
+    return _HUB_ID.fullmatch(name) is not None and "--" not in name and ".." not in name
 
 
 def _incomplete(folder: Path) -> str | None:

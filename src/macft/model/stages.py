@@ -72,9 +72,13 @@ class CutModel:
     """``model``, executed in parts.
 
     ``call`` is the part of the model that is cut, from tokens (rows, length) on: its backbone or the whole model.
+    ``same_form``: hidden states must have the same shape and type between all blocks.
     """
 
-    def __init__(self, model: nn.Module, call: Callable[[mx.array], mx.array] | None = None):
+    def __init__(
+        self, model: nn.Module, call: Callable[[mx.array], mx.array] | None = None, *, same_form: bool = False
+    ):
+        self._same_form = same_form
         self.blocks: list[nn.Module] = list(model.layers)
         self._call = call or model
         self._numbers = {id(block): number for number, block in enumerate(self.blocks)}
@@ -143,6 +147,8 @@ class CutModel:
             if not isinstance(hidden, mx.array):
                 raise TypeError("a block returns more than hidden states")
             mx.eval(hidden)
+            if self._same_form and (hidden.shape, hidden.dtype) != (given.shape, given.dtype):
+                found.append(f"block {number} changes the shape or the type of hidden states")
             return hidden
 
         with self._answered_by(compare):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import platform
+import re
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +16,15 @@ from macft.network import macos
 from macft.network.system_tools import output_of
 
 KINDS = ("thunderbolt", "ethernet", "wifi", "other")
-"""Best first."""
+"""Best first; other: VPNs, and networks of containers and virtual machines."""
 _SYS = Path("/sys/class/net")
 _LINUX_WIRED = "1"
 """ARPHRD_ETHER of if_arp.h."""
+# Docker, Podman, LXC, libvirt, VMware, VirtualBox, Kubernetes; ZeroTier, taps, and the like.
+_VIRTUAL = re.compile(
+    r"(docker|br-[0-9a-f]{12}|veth|podman|cni|lxc|lxd|incus|virbr|vnet|vmnet|vboxnet|flannel|cali|cilium|kube|"
+    r"zt|tap|tun|wg|tailscale|dummy|macvtap|ifb)"
+)
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,19 @@ class Link:
         """The address without its prefix length."""
         return self.address.split("/")[0]
 
+    @property
+    def is_link_local(self) -> bool:
+        """Whether the machine has given itself the address (169.254.0.0/16), because nobody else did."""
+        return ipaddress.ip_interface(self.address).ip.is_link_local
+
     def reaches(self, other: Link) -> bool:
         """Whether both are in one subnet."""
         own = ipaddress.ip_interface(self.address).network
-        return own.prefixlen < own.max_prefixlen and ipaddress.ip_interface(other.address).ip in own
+        return own.prefixlen < own.max_prefixlen and self.contains(other.host)
+
+    def contains(self, host: str) -> bool:
+        """Whether an address is in its subnet."""
+        return ipaddress.ip_address(host) in ipaddress.ip_interface(self.address).network
 
     def overlaps(self, other: Link) -> bool:
         """Whether their subnets have addresses in common."""
@@ -53,7 +69,7 @@ class Link:
 
 
 def discover() -> tuple[Link, ...]:
-    """All links except loopback, ordered by kind (Thunderbolt, Ethernet, Wi-Fi, other), then by speed."""
+    """All links except loopback, in the order of :func:`order`."""
     mac_kinds = _mac_kinds() if platform.system() == "Darwin" else None
     stats = psutil.net_if_stats()
     result = []
@@ -64,14 +80,24 @@ def discover() -> tuple[Link, ...]:
             if entry.family != socket.AF_INET or entry.address.startswith("127."):
                 continue
             prefix = ipaddress.ip_network(f"0.0.0.0/{entry.netmask or '255.255.255.255'}").prefixlen
-            kind, speed = mac_kinds.get(name, ("other", None)) if mac_kinds is not None else linux_kind(name)
+            kind, speed = linux_kind(name) if mac_kinds is None else macos.kind_of(name, mac_kinds)
             result.append(Link(name, kind, f"{entry.address}/{prefix}", speed or stats[name].speed or None))
     return tuple(sorted(result, key=order))
 
 
-def order(link: Link) -> tuple[int, int, str]:
-    """The sort key that puts the better link first."""
-    return KINDS.index(link.kind), -(link.speed_mbit or 0), link.name
+def order(link: Link) -> tuple[int, bool, int, str]:
+    """The sort key that puts the better link first: by kind, self-assigned addresses last, by speed."""
+    return KINDS.index(link.kind), link.is_link_local, -(link.speed_mbit or 0), link.name
+
+
+def physical(links: Iterable[Link]) -> tuple[Link, ...]:
+    """Those that are a cable or Wi-Fi. The others are VPNs, and networks of containers and virtual machines."""
+    return tuple(link for link in links if link.kind != "other")
+
+
+def for_contact(links: Iterable[Link]) -> list[Link]:
+    """The links at which another machine may find this one: the most likely first, self-assigned addresses last."""
+    return sorted(physical(links), key=lambda link: (link.is_link_local, order(link)))
 
 
 def linux_kind(name: str, root: Path = _SYS) -> tuple[str, int | None]:
@@ -82,8 +108,18 @@ def linux_kind(name: str, root: Path = _SYS) -> tuple[str, int | None]:
     driver = (folder / "device" / "driver").resolve().name if (folder / "device" / "driver").exists() else ""
     if driver == "thunderbolt-net" or name.startswith("thunderbolt"):
         return "thunderbolt", _speed(folder)
-    is_wired = _read(folder / "type") == _LINUX_WIRED
+    is_wired = _read(folder / "type") == _LINUX_WIRED and not _is_virtual(name, folder)
     return ("ethernet", _speed(folder)) if is_wired else ("other", None)
+
+
+def _is_virtual(name: str, folder: Path) -> bool:
+    """Whether an interface that looks like Ethernet is a tunnel, or leads to containers or virtual machines."""
+    if (folder / "tun_flags").exists() or _VIRTUAL.match(name):
+        return True
+    if (folder / "bridge").is_dir():  # it leads out of the machine if one of its ports does
+        ports = [path.name for path in (folder / "brif").glob("*")]
+        return all(_VIRTUAL.match(port) for port in ports)
+    return False
 
 
 def _speed(folder: Path) -> int | None:

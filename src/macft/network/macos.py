@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 _PORT = re.compile(r"Hardware Port: (?P<port>.+)\nDevice: (?P<device>\S+)")
@@ -94,3 +94,14 @@ def kinds(ports_text: str, thunderbolt_text: str, ifconfig_text: str) -> dict[st
         else:
             result[device] = "ethernet", media_speed(blocks.get(device, ""))
     return result
+
+
+def kind_of(device: str, known: Mapping[str, tuple[str, int | None]]) -> tuple[str, int | None]:
+    """Kind and speed (Mbit/s) of a device, from the result of :func:`kinds`.
+
+    What is no hardware port is a VPN (``utun0``) or a bridge to virtual machines (``bridge100``). If the tools reported
+    nothing at all, names have to do.
+    """
+    if not known and re.fullmatch(r"en\d+|bridge0", device):
+        return "ethernet", None
+    return known.get(device, ("other", None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,9 +13,12 @@ from macft.diagnostics import software
 from macft.errors import LaunchError
 from macft.network import links
 from macft.rendezvous import keystore
-from macft.topology.settings import MAX_PATHS, TopologyConfig
+from macft.topology.settings import TopologyConfig
 
 _MAX_LINKS = 64
+_MAX_COMBINATIONS = 8
+"""Combinations that are tried of one link with those of the others: more than one only where addresses overlap."""
+_MAX_CANDIDATES = 16
 
 
 class _PlainLink(TypedDict):
@@ -99,9 +103,12 @@ def this_machine(probe_port: int) -> Member:
         ConfigError: its keys cannot be used.
         LaunchError: it has no network.
     """
-    own_links = links.discover()
+    own_links = links.physical(links.discover())
     if not own_links:
-        raise LaunchError("this machine has no network; plug in a cable, then run `python -m macft.doctor`")
+        raise LaunchError(
+            "this machine has no network with an IPv4 address, apart from VPNs and virtual ones; plug in a cable, then "
+            "run `python -m macft.doctor`"
+        )
     keyring, _ = keystore.make(keystore.key_folder())
     return Member(
         keystore.own_name(),
@@ -124,38 +131,41 @@ def version_objection(member: Member) -> str:
     return ""
 
 
-def networks(members: Sequence[Member]) -> list[list[links.Link]]:
-    """The networks that connect all members, as one link of each member: Thunderbolt, then Ethernet, then Wi-Fi.
+def common_networks(members: Sequence[Member]) -> list[list[links.Link]]:
+    """The networks that might connect all members, as one link of each member, the one to try first at the beginning.
 
-    The first network is the main one; the others are additional cables. Wi-Fi and tunnels are never additional: they
-    would add little to a cable and slow it down.
+    Thunderbolt comes before Ethernet before Wi-Fi, and self-assigned addresses behind others of their kind: an
+    interface has one when nothing that assigns addresses is connected, perhaps nothing at all. So whether the members
+    reach each other has to be tried.
 
     Raises:
         LaunchError: no network connects all members.
     """
     candidates = []
-    for first in members[0].links:
-        chosen = [first]
-        for member in members[1:]:
-            same = sorted((link for link in member.links if first.reaches(link)), key=links.order)
-            if not same:
-                break
-            chosen.append(same[0])
-        else:
+    for first in links.physical(members[0].links):
+        same = [
+            sorted((link for link in links.physical(member.links) if first.reaches(link)), key=links.order)
+            for member in members[1:]
+        ]
+        for rest in itertools.islice(itertools.product(*same), _MAX_COMBINATIONS):
+            chosen = [first, *rest]
             if len({link.host for link in chosen}) == len(chosen):  # local bridges have the same address everywhere
                 candidates.append((max(links.order(link) for link in chosen), chosen))
     if not candidates:
         names = ", ".join(member.name for member in members)
         raise LaunchError(
             f"{names} have no common network; connect them to one switch or Wi-Fi, or, with cables from Mac to Mac, "
-            "turn on Thunderbolt Bridge (System Settings > Network) on all of them"
+            "turn on Thunderbolt Bridge (System Settings > Network) on all of them; addresses of a VPN and IPv6 can be "
+            "listed in topology.hosts by hand"
         )
-    result: list[list[links.Link]] = []
-    for _, chosen in sorted(candidates, key=lambda candidate: candidate[0]):
-        is_cable = all(link.kind in ("thunderbolt", "ethernet") for link in chosen)
-        if not result or (is_cable and not any(chosen[0].overlaps(other[0]) for other in result)):
-            result.append(chosen)
-    return result[:MAX_PATHS]
+    candidates.sort(key=lambda candidate: candidate[0])
+    return [chosen for _, chosen in candidates[:_MAX_CANDIDATES]]
+
+
+def is_further_cable(network: Sequence[links.Link], chosen: Sequence[Sequence[links.Link]]) -> bool:
+    """Whether a network is a cable beside the ``chosen`` networks; Wi-Fi would add little and slow a cable down."""
+    is_cable = all(link.kind in ("thunderbolt", "ethernet") for link in network)
+    return is_cable and not any(network[0].overlaps(other[0]) for other in chosen)
 
 
 def topology_from(
@@ -165,7 +175,7 @@ def topology_from(
 
     Args:
         members: All machines.
-        chosen: The networks to use, as :func:`networks` returns them.
+        chosen: The networks to use, of those that :func:`common_networks` returns.
         order: Indices of ``members`` in ring order.
     """
     pythons = [members[index].python for index in order]

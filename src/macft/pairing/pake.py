@@ -1,15 +1,19 @@
-"""A password-authenticated key exchange: two machines that share a short code agree on strong keys.
+"""An encrypted connection between two machines that share a short code.
 
-SPEKE (Jablon, ISO/IEC 11770-4) over the 2048-bit group of RFC 3526: Diffie-Hellman with a generator derived from the
-code. An exchange tests a single guess of the code and reveals nothing else. Messages are then encrypted with
+The password-authenticated key exchange is SPAKE2 (Abdalla and Pointcheval 2005) over Ed25519, by the library
+``spake2``. An exchange tests a single guess of the code and reveals nothing else. Messages are encrypted with
 ChaCha20-Poly1305, with a key for each direction.
+
+Every frame is a length of four bytes, big-endian, and so many bytes. The first one of each side is :data:`_MAGIC`, a
+byte with :data:`PAIRING_VERSION`, and the side's element of the exchange. Then each side proves that it knows the code,
+the guest first, and messages follow.
 """
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import secrets
+import select
 import socket
 import struct
 from collections.abc import Mapping
@@ -18,21 +22,23 @@ from typing import TypeAlias
 import msgpack
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from spake2 import SPAKE2_A, SPAKE2_B, SPAKEError
+from spake2.ed25519_basic import NotOnCurve
 
 from macft.errors import LaunchError
 
-_PRIME = int(
-    "FFFFFFFFFFFFFFFFC90FDAA22168C234C4C6628B80DC1CD129024E088A67CC74020BBEA63B139B22514A08798E3404DD"
-    "EF9519B3CD3A431B302B0A6DF25F14374FE1356D6D51C245E485B576625E7EC6F44C42E9A637ED6B0BFF5CB6F406B7ED"
-    "EE386BFB5A899FA5AE9F24117C4B1FE649286651ECE45B3DC2007CB8A163BF0598DA48361C55D39A69163FA8FD24CF5F"
-    "83655D23DCA3AD961C62F356208552BB9ED529077096966D670C354E4ABC9804F1746C08CA18217C32905E462E36CE3B"
-    "E39E772C180E86039B2783A2EC07A28FB5C55DF06F4C52C9DE2BCBF6955817183995497CEA956AE515D2261898FA0510"
-    "15728E5A8AACAA68FFFFFFFFFFFFFFFF",
-    16,
-)
-_BYTES = 256
-_LABEL = b"macft pairing 1\0"
+PAIRING_VERSION = 2
+"""Of the exchange and of the messages after it. Version 1 had an exchange of macft's own, and no number on the wire."""
+_MAGIC = b"macft pairing "
+_FIRST_VERSION_BYTES = 256
+"""The size of the first frame of version 1."""
+_ELEMENT_BYTES = 33
+"""The letter of the side, and a point of the curve."""
+_KEY_BYTES = 32
 _MAX_MESSAGE = 262_144
+NOT_THE_PROTOCOL = "pairing: the other side does not follow the protocol"
 
 Message: TypeAlias = Mapping[str, object]
 
@@ -49,32 +55,41 @@ class PakeExchange:
         is_host: Whether this side made the code.
 
     Attributes:
-        public: The value to send to the other side, 256 bytes.
+        first_frame: What to send to the other side.
     """
 
     def __init__(self, code: str, *, is_host: bool):
         plain = code.replace("-", "").replace(" ", "").lower().encode()
-        generator = pow(int.from_bytes(hashlib.shake_256(_LABEL + plain).digest(_BYTES + 32)), 2, _PRIME)
-        self._secret, self._is_host = secrets.randbelow(_PRIME // 2 - 2) + 2, is_host
-        self.public = pow(generator, self._secret, _PRIME).to_bytes(_BYTES)
+        side = SPAKE2_B if is_host else SPAKE2_A
+        self._exchange = side(plain, idA=b"macft guest", idB=b"macft host")
+        self.first_frame = _MAGIC + bytes([PAIRING_VERSION]) + self._exchange.start()
 
     def keys(self, theirs: bytes) -> list[bytes]:
         """Four keys of 32 bytes: confirmation and cipher of the host, then of the guest.
 
         Args:
-            theirs: The other side's public value.
+            theirs: The other side's first frame.
 
         Raises:
-            LaunchError: it is not a valid public value.
+            LaunchError: it is not one, or one of another version of macft; says which to install.
         """
-        value = int.from_bytes(theirs)
-        # 0, 1 and -1 would give a known result for any code; this side's own value would be sent by a reflection.
-        if len(theirs) != _BYTES or not 2 <= value <= _PRIME - 2 or theirs == self.public:
-            raise LaunchError("pairing: the other side does not follow the protocol")
-        shared = pow(value, self._secret, _PRIME).to_bytes(_BYTES)
-        both = self.public + theirs if self._is_host else theirs + self.public
-        material = hashlib.shake_256(_LABEL + shared + both).digest(128)
-        return [material[start : start + 32] for start in range(0, 128, 32)]
+        version, element = theirs[len(_MAGIC) : len(_MAGIC) + 1], theirs[len(_MAGIC) + 1 :]
+        if len(theirs) == _FIRST_VERSION_BYTES and not theirs.startswith(_MAGIC):
+            version = b"\1"
+        elif not theirs.startswith(_MAGIC) or not version:
+            raise LaunchError(NOT_THE_PROTOCOL)
+        if version[0] != PAIRING_VERSION:
+            age = "an older" if version[0] < PAIRING_VERSION else "a newer"
+            raise LaunchError(f"pairing: the other side runs {age} macft; install the same version on all machines")
+        try:
+            if len(element) != _ELEMENT_BYTES:
+                raise ValueError("not an element")
+            shared = self._exchange.finish(element)
+        except (SPAKEError, NotOnCurve, ValueError):  # also a value that would fix the result, or this side's own
+            raise LaunchError(NOT_THE_PROTOCOL) from None
+        kdf = HKDF(SHA256(), 4 * _KEY_BYTES, salt=None, info=_MAGIC + bytes([PAIRING_VERSION]))
+        material = kdf.derive(shared)
+        return [material[start : start + _KEY_BYTES] for start in range(0, len(material), _KEY_BYTES)]
 
 
 class Channel:
@@ -88,15 +103,15 @@ class Channel:
     def __init__(self, connection: socket.socket, code: str, *, is_host: bool):
         self._socket = connection
         exchange = PakeExchange(code, is_host=is_host)
-        self._write(exchange.public)
+        self._write(exchange.first_frame)
         host_confirms, host_cipher, guest_confirms, guest_cipher = exchange.keys(self._read())
         # The guest first proves that it knows the code. A wrong guess gets no answer with which to test other guesses.
         if is_host:
-            self._expect(guest_confirms)
+            self._expect(guest_confirms, is_host=True)
             self._write(_confirmation(host_confirms))
         else:
             self._write(_confirmation(guest_confirms))
-            self._expect(host_confirms)
+            self._expect(host_confirms, is_host=False)
         own, other = (host_cipher, guest_cipher) if is_host else (guest_cipher, host_cipher)
         self._sending, self._receiving = ChaCha20Poly1305(own), ChaCha20Poly1305(other)
         self._sent = self._received = 0
@@ -120,17 +135,28 @@ class Channel:
             raise LaunchError("pairing: a message was changed on its way") from None
         self._received += 1
         if not isinstance(message, dict):
-            raise LaunchError("pairing: the other side does not follow the protocol")
+            raise LaunchError(NOT_THE_PROTOCOL)
         return message
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the other side has left, and nothing of it is left to read."""
+        try:
+            is_readable = bool(select.select([self._socket], [], [], 0.0)[0])
+            return is_readable and not self._socket.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
 
     def close(self) -> None:
         """Closes the connection."""
         self._socket.close()
 
-    def _expect(self, key: bytes) -> None:
+    def _expect(self, key: bytes, *, is_host: bool) -> None:
         try:
             confirmation = self._read()
         except LaunchError:
+            if is_host:
+                raise  # nobody learns anything about the code by leaving here, so it is no guess
             raise WrongCode("pairing: the code is wrong, or the other side has ended") from None
         if not hmac.compare_digest(confirmation, _confirmation(key)):
             raise WrongCode("pairing: the code is wrong")
@@ -144,7 +170,7 @@ class Channel:
     def _read(self) -> bytes:
         (length,) = struct.unpack(">I", self._read_exactly(4))
         if length > _MAX_MESSAGE:
-            raise LaunchError("pairing: the other side does not follow the protocol")
+            raise LaunchError(NOT_THE_PROTOCOL)
         return self._read_exactly(length)
 
     def _read_exactly(self, count: int) -> bytes:
@@ -167,4 +193,4 @@ def new_code() -> str:
 
 
 def _confirmation(key: bytes) -> bytes:
-    return hmac.digest(key, _LABEL + b"confirm", "sha256")
+    return hmac.digest(key, _MAGIC + b"confirm", "sha256")

@@ -20,7 +20,8 @@ class NodeStatus:
     ``duty`` is the part of the time the node may compute, ``paused`` says that it wants no rows at all. Temperature in
     C, ``state`` 0 to 4, watts now and at most, ``joules`` since the first step of this process, metered over
     ``metered_seconds``; ``estimated`` marks power that comes from a model. ``messages``: number of lines that the node
-    has for the others.
+    has for the others. Of the busy seconds ``disk_seconds`` were spent waiting for weights that are read from disk, and
+    ``wait_seconds`` for another stage of a pipeline; in ``wire_seconds`` of them hidden states were being sent.
     """
 
     tokens: int = 0
@@ -38,7 +39,11 @@ class NodeStatus:
     # In metrics.jsonl it keeps the name that readers of the file know.
     messages: int = field(default=0, metadata={"recorded_as": "remarks"})
 
-    SIZE = 13
+    disk_seconds: float | None = None
+    wait_seconds: float | None = None
+    wire_seconds: float | None = None
+
+    SIZE = 16
 
     def numbers(self) -> NDArray[np.float64]:
         """The status as float64, (SIZE,); NaN for None."""
@@ -56,6 +61,9 @@ class NodeStatus:
             self.metered_seconds,
             self.estimated,
             self.messages,
+            self.disk_seconds,
+            self.wait_seconds,
+            self.wire_seconds,
         ]
         return np.array([math.nan if value is None else float(value) for value in values], dtype=np.float64)
 
@@ -78,4 +86,7 @@ class NodeStatus:
             metered_seconds=values[10] or 0.0,
             estimated=bool(values[11]),
             messages=int(values[12] or 0),
+            disk_seconds=values[13],
+            wait_seconds=values[14],
+            wire_seconds=values[15],
         )

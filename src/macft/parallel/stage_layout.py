@@ -49,6 +49,11 @@ class StageLayout:
         """Number of blocks of the model."""
         return self.pipelines[0][-1].end
 
+    @property
+    def has_stages(self) -> bool:
+        """Whether a pipeline has more than one stage."""
+        return any(len(pipeline) > 1 for pipeline in self.pipelines)
+
     def place_of(self, rank: int) -> tuple[int, int] | None:
         """The pipeline of ``rank`` and its stage there; None if it computes nothing."""
         for number, pipeline in enumerate(self.pipelines):
@@ -56,6 +61,11 @@ class StageLayout:
                 if each.rank == rank:
                     return number, stage
         return None
+
+    def blocks_of(self, rank: int) -> range:
+        """The blocks of ``rank``; none if it computes nothing."""
+        place = self.place_of(rank)
+        return range(0) if place is None else self.pipelines[place[0]][place[1]].blocks
 
     def __str__(self) -> str:
         """One line: ``rank 0: blocks 0-11 > rank 1: blocks 12-23``; pipelines are separated by ``|``."""
@@ -72,6 +82,12 @@ class StageLayout:
     def from_data(cls, data: Sequence[Sequence[Sequence[int]]]) -> StageLayout:
         """The layout of :meth:`to_data`. Raises ValueError as the class does."""
         return cls(tuple(tuple(Stage(*numbers) for numbers in pipeline) for pipeline in data))
+
+
+def spread(numbers: Sequence[int], count: int) -> list[int]:
+    """``count`` of ``numbers``, as far apart as can be."""
+    count = min(count, len(numbers))
+    return [numbers[(2 * place + 1) * len(numbers) // (2 * count)] for place in range(count)]
 
 
 def even_layout(blocks: int, ranks: Sequence[int], pipelines: int = 1) -> StageLayout:

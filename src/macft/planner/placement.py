@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from macft.errors import ConfigError
 from macft.model.adapter_layers import select_layers
+from macft.model.adapter_settings import AdapterConfig
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape
+from macft.parallel.stage_layout import spread
 from macft.planner.fit import MemoryPlanner, batch_overrides
 from macft.planner.memory import MemoryParts
 from macft.planner.streamed_memory import streamed_parts
@@ -108,16 +109,9 @@ class Placer:
 
     @property
     def _obstacle(self) -> str | None:
-        execution, checkpoint = self.planner.execution, self.planner.shape.checkpoint
-        bits = execution.bits or execution.fake_quantized_bits
-        if bits and checkpoint.bits is None:
-            return (
-                f"stream would quantise each block again whenever it is read; quantise the model once, with "
-                f"python -m mlx_lm convert --hf-path MODEL -q --q-bits {bits}, or use model.quantization=none"
-            )
-        if self.planner.adapter.type == "full":
-            return "stream can't train the model's own weights (adapter.type=full); use adapter=lora"
-        return None
+        planner = self.planner
+        obstacle = obstacle_to_reading_blocks(planner.execution, planner.shape, planner.adapter)
+        return None if obstacle is None else f"stream {obstacle}"
 
     def _streamed(self) -> Execution | None:
         """The most resident blocks that fit, with the largest micro-batch among those that allow as many."""
@@ -168,6 +162,19 @@ class Placer:
         )
 
 
+def obstacle_to_reading_blocks(execution: Execution, shape: ModelShape, adapter: AdapterConfig) -> str | None:
+    """Why the model's blocks can't be read one by one, whenever they are needed; None if they can."""
+    bits = execution.bits or execution.fake_quantized_bits
+    if bits and shape.checkpoint.bits is None:
+        return (
+            f"would quantise each block again whenever it is read; quantise the model once, with "
+            f"python -m mlx_lm convert --hf-path MODEL -q --q-bits {bits}, or use model.quantization=none"
+        )
+    if adapter.type == "full":
+        return "can't train the model's own weights (adapter.type=full); use adapter=lora"
+    return None
+
+
 def resident_blocks(blocks: int, first_trained: int, count: int) -> tuple[int, ...]:
     """Which ``count`` of the blocks stay in memory.
 
@@ -175,7 +182,7 @@ def resident_blocks(blocks: int, first_trained: int, count: int) -> tuple[int, .
     others lie as far apart as can be.
     """
     twice, once = range(first_trained, blocks), range(first_trained)
-    chosen = _spread(twice, min(count, len(twice))) + _spread(once, min(len(once), max(0, count - len(twice))))
+    chosen = spread(twice, count) + spread(once, max(0, count - len(twice)))
     return tuple(sorted(chosen))
 
 
@@ -197,10 +204,6 @@ def inference_placement(
     if not isinstance(resident, str):
         count = resident
     return execution.streamed(resident_blocks(shape.blocks, shape.blocks, min(count, shape.blocks)))
-
-
-def _spread(numbers: Sequence[int], count: int) -> list[int]:
-    return [numbers[math.floor((place + 0.5) * len(numbers) / count)] for place in range(count)]
 
 
 def _with_key(refusal: str | None) -> str | None:

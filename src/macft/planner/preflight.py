@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from macft.collective.base import Collective
 from macft.config.execution import execution_for
@@ -16,17 +18,33 @@ from macft.device.kind import Device
 from macft.device.memory import usable_bytes
 from macft.device.mlx_device import keep_within
 from macft.errors import ConfigError, ModelError
+from macft.model.adapter_layers import select_layers
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape, read_shape, read_weight_format
 from macft.model.weight_files import check_weight_files
 from macft.parallel.shares import DataShard
+from macft.parallel.stage_places import Decide, whole_models
 from macft.planner.fit import MemoryPlanner, batch_overrides
-from macft.planner.placement import Layout, Placer
+from macft.planner.memory import MemoryParts
+from macft.planner.placement import Layout, Placer, obstacle_to_reading_blocks
+from macft.planner.stages import StagePlanner, check_layout, decide_layout
 from macft.planner.workload import StepRows, steps_of
-from macft.topology.settings import parse_budget
+from macft.topology.settings import TopologyConfig, parse_budget
 from macft.training.settings import TrainingConfig, steps_for
 
 _LONGEST_VERDICT = 2000
+
+
+class Decision(NamedTuple):
+    """How a node computes a run: ``layout`` says in one line where its weights are, ``notes`` are lines for the user.
+
+    ``decide`` makes the layout of stages of a number of ranks.
+    """
+
+    execution: Execution
+    layout: str
+    notes: list[str]
+    decide: Decide = whole_models
 
 
 def preflight(
@@ -37,8 +55,8 @@ def preflight(
     collective: Collective,
     *,
     world_size: int | None = None,
-) -> tuple[Execution, str, list[str]]:
-    """How this node computes the run, where its weights are in one line, and lines for the user.
+) -> Decision:
+    """How this node computes the run.
 
     All nodes tell each other whether they can, so that all end with the same message if one can't. ``world_size``: the
     number of nodes that there will be, if it isn't that of ``collective`` yet.
@@ -53,9 +71,9 @@ def preflight(
         shard = DataShard(collective.rank, collective.world_size, shares)
     else:
         shard = DataShard(world_size - 1, world_size)
-    execution, refusal, layout, notes = None, None, "", list[str]()
+    decision, refusal = None, None
     try:
-        execution, layout, notes = _decide(config, model_folder, steps, shard)
+        decision = _decide(config, model_folder, steps, shard)
     except ConfigError as error:
         refusal = str(error)
     verdicts = collective.all_gather(json.dumps(refusal and refusal[:_LONGEST_VERDICT]).encode())
@@ -65,41 +83,78 @@ def preflight(
             key, _, text = reason.partition(": ")
             where = f"rank {rank}: " if collective.world_size > 1 else ""
             raise ConfigError(f"{key}: {where}{text}")
-    assert execution is not None
-    return execution, layout, notes
+    assert decision is not None
+    return decision
 
 
-def _decide(
-    config: TrainConfig, model_folder: Path, steps: Sequence[StepRows], shard: DataShard
-) -> tuple[Execution, str, list[str]]:
-    """This node's execution, its layout and its notes. Raises ConfigError as :func:`preflight` does."""
+def _decide(config: TrainConfig, model_folder: Path, steps: Sequence[StepRows], shard: DataShard) -> Decision:
+    """What this node decides. Raises ConfigError as :func:`preflight` does."""
     topology, device = config.topology, Device.default()
     check_weight_files(model_folder)
     try:
         shape = read_shape(model_folder)
     except ModelError as error:
+        if topology.placement == "pipeline":
+            raise ConfigError(f"topology.placement: pipeline can't tell this model's blocks: {error}") from None
         # mlx-lm may still know the model by code of its own; the run goes on without a prediction.
         execution = execution_for(config, None, read_weight_format(model_folder), device)
         execution = execution.streamed(()) if topology.placement == "stream" else execution.unplanned()
-        return execution, execution.placement, [f"no memory plan: {error}"]
+        return Decision(execution, execution.placement, [f"no memory plan: {error}"])
     execution = execution_for(config, shape, shape.checkpoint, device)
+    if topology.placement == "pipeline":
+        return _decide_stage(config, shape, execution, steps, shard)
     planner = planner_for(config, shape, execution, [step_of_shard(step, shard, execution) for step in steps])
-    nodes_here = topology.nodes if topology.kind == "local" else 1
-    budget = parse_budget(topology.memory_budget, usable_bytes() / nodes_here)
+    budget = _budget(topology)
     placer = placer_for(config, planner, budget)
     chosen = placer.decide()
-    parts = placer.parts(chosen)
-    if parts.unknown:
-        keep_within(budget, budget)
-        note = f"memory: at least {parts.peak / 1e9:.2f} GB of {budget / 1e9:.1f} GB expected; {parts.unknown}"
-    else:
-        keep_within(budget, parts.peak)
-        note = f"memory: about {parts.peak / 1e9:.2f} GB of {budget / 1e9:.1f} GB expected"
+    note = _limited(placer.parts(chosen), budget)
     if placer.auto:
         note += f"; topology.batch=auto chose {batch_overrides(chosen)}"
     elif chosen.recompute != execution.recompute:
         note += f"; training.recompute=auto chose {chosen.recompute}"
-    return chosen, Layout.of(shape, chosen, placer.first_trained).line, [note]
+    return Decision(chosen, Layout.of(shape, chosen, placer.first_trained).line, [note])
+
+
+def _decide_stage(
+    config: TrainConfig, shape: ModelShape, execution: Execution, steps: Sequence[StepRows], shard: DataShard
+) -> Decision:
+    """What a node of a pipeline decides; ``shard`` has its rank and their number."""
+    topology, world_size = config.topology, shard.world_size
+    obstacle = obstacle_to_reading_blocks(execution, shape, config.adapter)
+    if obstacle is not None:
+        raise ConfigError(f"topology.placement: pipeline {obstacle}")
+    check_layout(topology, shape.blocks, world_size)
+    decide = partial(decide_layout, topology, shape.blocks)
+    layout, budget, execution = decide(world_size), _budget(topology), execution.pipelined(0)
+    place = layout.place_of(shard.rank)
+    rows = DataShard(place[0] if place is not None else 0, len(layout.pipelines))
+    planner = planner_for(config, shape, execution, [step_of_shard(step, rows, execution) for step in steps])
+    first_trained = min(select_layers(config.adapter, shape.adaptable).blocks, default=shape.blocks)
+    stages = StagePlanner(planner, budget, layout, shard.rank, first_trained, topology.resident_blocks)
+    chosen = stages.decide()
+    notes = [_limited(stages.parts(chosen.block_capacity), budget)]
+    size = layout.blocks_of(shard.rank)
+    if chosen.block_capacity < len(size):
+        notes.append(
+            f"{chosen.block_capacity} of this stage's {len(size)} blocks stay in memory; the others are read from disk "
+            "for each micro-batch"
+        )
+    return Decision(chosen, stages.line, notes, decide)
+
+
+def _budget(topology: TopologyConfig) -> float:
+    """Bytes that this node may take."""
+    nodes_here = topology.nodes if topology.kind == "local" else 1
+    return parse_budget(topology.memory_budget, usable_bytes() / nodes_here)
+
+
+def _limited(parts: MemoryParts, budget: float) -> str:
+    """Keeps MLX within what is expected of ``budget``; a line for the user."""
+    if parts.unknown:
+        keep_within(budget, budget)
+        return f"memory: at least {parts.peak / 1e9:.2f} GB of {budget / 1e9:.1f} GB expected; {parts.unknown}"
+    keep_within(budget, parts.peak)
+    return f"memory: about {parts.peak / 1e9:.2f} GB of {budget / 1e9:.1f} GB expected"
 
 
 def placer_for(config: TrainConfig, planner: MemoryPlanner, budget: float) -> Placer:

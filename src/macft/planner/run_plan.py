@@ -17,7 +17,8 @@ from macft.config.validate import world_size
 from macft.data.load import read, tokenize_all
 from macft.data.order import RowOrder
 from macft.data.template_clock import fix_clock
-from macft.device.chips import Mac, find_mac
+from macft.device.chips import Mac, find_macs
+from macft.device.disk_speed import disk_speed
 from macft.device.kind import METAL, Device
 from macft.device.memory import usable_bytes
 from macft.errors import DataError, MacftError, ModelError
@@ -25,21 +26,24 @@ from macft.model.bundled import BUNDLED, ensure_bundled
 from macft.model.execution import Execution
 from macft.model.load import load_tokenizer
 from macft.model.shape import ModelShape, read_shape, shape_of
+from macft.network.link_kinds import LinkKind, find_links
 from macft.parallel.shares import DataShard
+from macft.planner.advice import advice
+from macft.planner.cluster_model import CHOICES, Node, NodeLink, RingLinks
+from macft.planner.layout_inputs import alone, can_pipeline, model_cost, step_work
 from macft.planner.memory import MemoryParts, trained_part
-from macft.planner.placement import Layout
+from macft.planner.partition import LayoutDecision, compare
+from macft.planner.placement import Layout, Placer
 from macft.planner.preflight import placer_for, planner_for, step_of_shard
-from macft.planner.speed import CPU_EFFICIENCY, DISK_BYTES, MAC_EFFICIENCY, measured_flops, step_cost
+from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops
 from macft.planner.workload import StepRows, assumed_steps, steps_of
-from macft.topology.settings import parse_budget
+from macft.topology.settings import PLACEMENTS, parse_budget
 from macft.training.settings import steps_for
-
-_GIGABIT_BYTES = 117e6
 
 
 @dataclass(frozen=True)
 class NodePlan:
-    """One node. ``execution`` is what it would run with, ``refusal`` says why it can't, in the words of a run."""
+    """One node with the whole model: ``execution`` is what it would run with, ``refusal`` says why it can't."""
 
     name: str
     budget: float
@@ -48,37 +52,31 @@ class NodePlan:
     layout: Layout
     parts: MemoryParts
     refusal: str | None
-    seconds: float
     watts: float | None
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All nodes; ``seconds`` a step and ``steps``, ``tokens`` a step."""
+    """All nodes, and the best layout of each placement that fits; ``chosen`` is that of the run, None if it can't be.
+
+    ``tokens`` of all rows in each of ``steps``. ``advice`` says what would help, ``notes`` what the figures rest on.
+    """
 
     model: str
     shape: ModelShape
     trainable: int
     nodes: list[NodePlan]
+    placements: dict[str, LayoutDecision]
+    chosen: str | None
     steps: int
     tokens: float
-    exchange_seconds: float
     notes: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
 
     @property
     def fits(self) -> bool:
-        """Whether the run fits the memory of every node."""
-        return all(node.refusal is None for node in self.nodes)
-
-    @property
-    def step_seconds(self) -> float:
-        """The slowest node's part, and the exchange of gradients."""
-        return max(node.seconds for node in self.nodes) + self.exchange_seconds
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens of all nodes a second."""
-        return self.tokens / self.step_seconds
+        """Whether the run can be made."""
+        return self.chosen is not None
 
 
 def plan_run(config: TrainConfig) -> RunPlan:
@@ -91,58 +89,98 @@ def plan_run(config: TrainConfig) -> RunPlan:
     notes: list[str] = []
     shape, folder = _shape(config, notes)
     steps, total_steps = _steps(config, folder, notes)
-    macs = [find_mac(chip) for chip in config.plan.chips]
+    macs = find_macs(config.plan.chips)
     speeds = [mac.chip.tflops * 1e12 * MAC_EFFICIENCY for mac in macs] or _own_speeds(config, notes)
-    nodes = [_plan_node(config, shape, steps, rank, speeds, macs) for rank in range(len(speeds))]
-    trainable = trained_part(shape, config.adapter).parameters
-    moved = 2 * (len(nodes) - 1) / len(nodes) * 4 * trainable
-    if len(nodes) > 1:
-        notes.append("rows are shared by speed; gradients travel over a 1 Gbit/s link, and a faster one costs less")
+    disks = [mac.chip.disk * 1e9 for mac in macs] or _own_disks(len(speeds), notes)
+    plans, nodes = [], []
+    for rank, (speed, disk) in enumerate(zip(speeds, disks, strict=True)):
+        placer = _placer(config, shape, steps, DataShard(rank, len(speeds), tuple(speeds)), macs)
+        plan = _plan_node(_name(macs, rank, len(speeds)), placer, macs[rank] if macs else None)
+        ways = () if plan.refusal is not None else (alone(placer, plan.execution, speed=speed, disk=disk),)
+        plans.append(plan)
+        nodes.append(Node(plan.name, speed, plan.budget, disk, ways))
+    whole = _placer(config, shape, steps, DataShard(0, 1), macs).planner
+    model, work = model_cost(whole), step_work(whole, config.training.micro_batch_size)
+    links = find_links(config.plan.link)
+    ring = _ring(links, len(nodes))
+    wanted = config.topology.placement
+    kinds = [kind for kind in CHOICES if wanted in ("auto", kind) and (kind != "pipeline" or can_pipeline(config))]
+    placements = compare(nodes, ring, model, work, kinds=kinds)
+    chosen = min(
+        (kind for kind in placements if kind in PLACEMENTS), key=lambda kind: placements[kind].seconds, default=None
+    )
+    notes += _link_notes(links, len(nodes))
     return RunPlan(
         model=config.model.path,
         shape=shape,
-        trainable=trainable,
-        nodes=nodes,
+        trainable=trained_part(shape, config.adapter).parameters,
+        nodes=plans,
+        placements=placements,
+        chosen=chosen,
         steps=total_steps,
         tokens=sum(float(step.lengths.sum()) for step in steps) / len(steps),
-        exchange_seconds=moved / _GIGABIT_BYTES,
         notes=notes,
+        advice=advice(
+            nodes,
+            ring,
+            model,
+            work,
+            placements,
+            chosen,
+            can_pipeline=can_pipeline(config),
+            is_quantized=whole.execution.bits is not None,
+        ),
     )
 
 
-def _plan_node(
-    config: TrainConfig,
-    shape: ModelShape,
-    steps: Sequence[StepRows],
-    rank: int,
-    speeds: Sequence[float],
-    macs: Sequence[Mac],
-) -> NodePlan:
-    mac = macs[rank] if macs else None
+def _placer(
+    config: TrainConfig, shape: ModelShape, steps: Sequence[StepRows], shard: DataShard, macs: Sequence[Mac]
+) -> Placer:
+    """What decides how the node at ``shard`` computes."""
+    mac = macs[shard.rank] if macs else None
     nodes_here = config.topology.nodes if mac is None and config.topology.kind == "local" else 1
     device = METAL if mac else Device.default().shared_by(nodes_here)
     execution = execution_for(config, shape, shape.checkpoint, device)
-    shard = DataShard(rank, len(speeds), tuple(speeds))
     own = [step_of_shard(step, shard, execution) for step in steps]
     # A node far slower than the others may be left without a row; it still holds the model.
     own = [step for step in own if step.rows] or [StepRows(steps[0].rows[:1], steps[0].ids[:1])]
-    planner = planner_for(config, shape, execution, own)
     budget = parse_budget(config.topology.memory_budget, (mac.usable_bytes if mac else usable_bytes()) / nodes_here)
-    placer = placer_for(config, planner, budget)
+    return placer_for(config, planner_for(config, shape, execution, own), budget)
+
+
+def _plan_node(name: str, placer: Placer, mac: Mac | None) -> NodePlan:
     chosen, refusal = placer.choice()
-    seconds = step_cost(planner, chosen).operations / speeds[rank]
-    layout = Layout.of(shape, chosen, placer.first_trained)
     return NodePlan(
-        name=mac.name if mac else f"this machine{'' if len(speeds) == 1 else f', rank {rank}'}",
-        budget=budget,
-        rows=planner.rows,
+        name=name,
+        budget=placer.budget,
+        rows=placer.planner.rows,
         execution=chosen,
-        layout=layout,
+        layout=Layout.of(placer.planner.shape, chosen, placer.first_trained),
         parts=placer.parts(chosen),
         refusal=refusal,
-        seconds=max(seconds, layout.read_bytes / DISK_BYTES),
         watts=mac.chip.watts if mac else None,
     )
+
+
+def _name(macs: Sequence[Mac], rank: int, count: int) -> str:
+    """The node's name, with a number where several have the same."""
+    if not macs:
+        return "this machine" if count == 1 else f"this machine, rank {rank}"
+    same = [number for number, mac in enumerate(macs) if mac.name == macs[rank].name]
+    return macs[rank].name if len(same) == 1 else f"{macs[rank].name} #{same.index(rank) + 1}"
+
+
+def _ring(links: Sequence[LinkKind], count: int) -> RingLinks:
+    """The links of ``count`` nodes in ring order; the last one is between the last node and the first."""
+    made = [NodeLink(link.bandwidth, link.latency) for link in links]
+    return RingLinks(tuple(made if len(made) == count else made[:1] * count))
+
+
+def _link_notes(links: Sequence[LinkKind], count: int) -> list[str]:
+    if count < 2:
+        return []
+    names = ", ".join(link.name for link in (links if len(links) == count else links[:1]))
+    return [f"nodes are connected by {names} (plan.link); rows are dealt by speed"]
 
 
 def _own_speeds(config: TrainConfig, notes: list[str]) -> list[float]:
@@ -153,6 +191,18 @@ def _own_speeds(config: TrainConfig, notes: list[str]) -> list[float]:
     if config.topology.kind in ("hosts", "ssh"):
         notes.append("every host is taken to be a machine like this one; plan.chips=[...] names other Macs")
     return [measured_flops() * efficiency / nodes_here] * count
+
+
+def _own_disks(count: int, notes: list[str]) -> list[float]:
+    """Bytes a second that the disk of this machine reads, for each node of the topology."""
+    disk = disk_speed()
+    origin = {
+        "measured": "measured by macft doctor",
+        "table": "as reported for its chip; macft doctor measures it",
+        "assumed": "assumed; macft doctor measures it",
+    }
+    notes.append(f"the disk reads {disk.bytes_per_second / 1e9:.1f} GB/s, {origin[disk.source]}")
+    return [disk.bytes_per_second] * count
 
 
 def _shape(config: TrainConfig, notes: list[str]) -> tuple[ModelShape, Path | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -12,6 +13,7 @@ import mlx.core as mx
 from macft.model.execution import Execution
 from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import trained_part
+from macft.planner.workload import DeviceBatchShape
 
 # Share of the peak that LoRA training reaches on Macs: from speeds people report, 0.39 (Mistral-7B, M1 Max), 0.49
 # (Llama-7B, M2 Ultra) and 0.59 (Qwen3-0.6B, M4 Pro) of the FP32 peak.
@@ -19,8 +21,6 @@ MAC_EFFICIENCY = 0.45
 # Share of the matrix-product speed that a step of SmolLM2 reaches on a CPU, with 4 to 16 SQL rows: 0.46 to 0.54 on one
 # core, 0.34 to 0.44 on two, where all but the large products is one core's work.
 CPU_EFFICIENCY = 0.42
-# Bytes a second that a disk is taken to read. SSDs of Macs reach 1.5 (the smallest ones) to 5.3 GB/s (M2 Max).
-DISK_BYTES = 3e9
 _PROBE, _PROBE_SECONDS = 1024, 0.3
 
 
@@ -37,20 +37,16 @@ def step_cost(planner: MemoryPlanner, execution: Execution) -> StepCost:
     """The work of ``planner``'s node in a step, averaged over the steps looked at.
 
     A matrix product counts 2 operations a weight and token going forward and 2 going back to its input; a frozen
-    weight has no gradient of its own. Attention counts the whole square, as MLX computes it while training, or with the
-    CPU's kernels what each token sees, and the scores anew going back.
+    weight has no gradient of its own. For attention see :func:`attention_operations`.
     """
     shape, trained = planner.shape, trained_part(planner.shape, planner.adapter)
-    query = shape.heads * shape.head_dim
-    on_cpu_kernels = execution.kernels == "cpu"
     operations = tokens = targets = 0.0
     for step in planner.steps:
         tokens += float(step.lengths.sum())
         targets += step.targets
     for batch in chain.from_iterable(planner.step_batches(execution.micro_batch_size)):
-        pairs = batch.pairs if on_cpu_kernels else batch.rows * batch.length**2
-        forward = 2 * shape.block_parameters * batch.tokens + 4 * query * pairs
-        backward = 2 * shape.block_parameters * batch.tokens + (10 if on_cpu_kernels else 8) * query * pairs
+        attention = attention_operations(planner, execution, [batch])
+        forward, backward = (2 * shape.block_parameters * batch.tokens + each for each in attention)
         recomputed = trained.depth if execution.recompute == "blocks" or execution.placement == "stream" else 0
         if execution.recompute == "cheap":  # the scores of attention
             operations += 2 * query * pairs * trained.depth
@@ -60,6 +56,22 @@ def step_cost(planner: MemoryPlanner, execution: Execution) -> StepCost:
         operations += 4 * shape.embedding_parameters * batch.targets
     steps = max(1, len(planner.steps))
     return StepCost(operations / steps, tokens / steps, targets / steps)
+
+
+def attention_operations(
+    planner: MemoryPlanner, execution: Execution, batches: Sequence[DeviceBatchShape]
+) -> tuple[float, float]:
+    """Of a block's scores and weighted sums, forward and backward.
+
+    They count the whole square, as MLX computes it while training, or with the CPU's kernels what each token sees, and
+    the scores anew going back.
+    """
+    query = planner.shape.heads * planner.shape.head_dim
+    if execution.kernels == "cpu":
+        pairs = sum(batch.pairs for batch in batches)
+        return 4.0 * query * pairs, 10.0 * query * pairs
+    pairs = sum(batch.rows * batch.length**2 for batch in batches)
+    return 4.0 * query * pairs, 8.0 * query * pairs
 
 
 def measured_flops() -> float:

@@ -13,7 +13,7 @@ from macft.training.staged_gradient import VALIDATION_TOKENS
 # The block that is computed, and the next one, which is read meanwhile.
 _IN_FLIGHT = 2
 # The sums of all blocks, and the gradient of one.
-_GRADIENTS = 1.2
+GRADIENTS = 1.2
 
 
 def streamed_parts(planner: MemoryPlanner, execution: Execution) -> MemoryParts:
@@ -29,7 +29,7 @@ def _parts(planner: MemoryPlanner, execution: Execution, work: ComputeShape, ste
     shape, trained = planner.shape, trained_part(planner.shape, planner.adapter)
     resident = replace(execution, placement="replicate", recompute="blocks")
     parts = predict(shape, resident, planner.adapter, planner.optimizer, work)
-    held = _held_weights(shape, execution)
+    held = held_weights(shape, execution)
     border = shape.hidden * execution.weight_format.float_bytes
     inside = parts.activations - recomputed_inputs(shape, resident, trained.depth, work.tokens)
     # In validation all rows of a group are before the same block.
@@ -38,13 +38,13 @@ def _parts(planner: MemoryPlanner, execution: Execution, work: ComputeShape, ste
     return replace(
         parts,
         weights=held,
-        gradients=min(parts.gradients, 4.0 * _GRADIENTS * trained.parameters),
+        gradients=min(parts.gradients, 4.0 * GRADIENTS * trained.parameters),
         activations=(trained.depth + 2) * step_tokens * border + inside,
         other_peak=parts.other_peak - parts.weights + held + validated,
     )
 
 
-def _held_weights(shape: ModelShape, execution: Execution) -> float:
+def held_weights(shape: ModelShape, execution: Execution) -> float:
     """Most bytes of weights that are in memory at once."""
     weights, count = shape.weight_bytes(execution.weight_format), len(execution.resident_blocks)
     in_memory = min(shape.blocks, count + _IN_FLIGHT)

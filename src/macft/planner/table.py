@@ -1,4 +1,4 @@
-"""A plan as tables on the terminal."""
+"""A plan as tables on the terminal, readable at 80 columns."""
 
 from __future__ import annotations
 
@@ -6,84 +6,160 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from macft.planner.memory import MemoryParts
+from macft.planner.partition import LayoutDecision
 from macft.planner.run_plan import NodePlan, RunPlan
-
-_PARTS = ("weights", "adapter", "optimizer", "gradients", "activations", "logits", "overhead")
+from macft.planner.stage_costs import StageChoice
 
 
 def show(plan: RunPlan, console: Console) -> None:
-    """Prints memory by node and part, then speed and time, then what the figures rest on."""
+    """Prints memory by node and part, the placements, speed and time, then what the figures rest on."""
     shape = plan.shape
     console.print(
         f"{plan.model}: {shape.parameters / 1e6:,.0f} M parameters, {plan.trainable / 1e6:,.2f} M trained; "
         f"{plan.steps:,} steps of {plan.tokens:,.0f} tokens"
     )
-    table = Table(box=box.SIMPLE_HEAD, title="memory, GB", title_justify="left", pad_edge=False)
-    table.add_column("node")
-    for name in (*_PARTS, "peak", "may take"):
-        table.add_column(name, justify="right")
-    table.add_column("fits")
-    table.add_column("rows")
-    table.add_column("settings")
-    for node in plan.nodes:
-        unknown = node.parts.unknown
-        parts = [_gigabytes(node.parts, name) for name in _PARTS]
-        table.add_row(
-            node.name,
-            *parts,
-            f"{'> ' if unknown else ''}{node.parts.peak / 1e9:.2f}",
-            f"{node.budget / 1e9:.1f}",
-            "no" if node.refusal is not None else "not known" if unknown else "yes",
-            str(node.rows),
-            _short(node),
-        )
-    console.print(table)
-    for node in plan.nodes:
-        console.print(f"{node.name}: {node.layout.line}")
-    for node in plan.nodes:
-        if node.refusal is not None:
-            console.print(f"{node.name}: {node.refusal}")
-        if node.parts.unknown:
-            console.print(f"{node.name}: {node.parts.unknown}")
-    if plan.fits:
-        _show_speed(plan, console)
+    if plan.chosen != "pipeline":
+        _show_memory(plan, console)
+    if "pipeline" in plan.placements:
+        _show_pipelines(plan, plan.placements["pipeline"], console)
+    if plan.placements:
+        _show_placements(plan, console)
+    for line in plan.advice:
+        console.print(f"> {line}")
     for note in plan.notes:
         console.print(f"· {note}")
     console.print("· memory is MLX's peak, within 15% where it was measured (docs/plan.md); speed is a rough estimate")
 
 
-def _show_speed(plan: RunPlan, console: Console) -> None:
-    table = Table(box=box.SIMPLE_HEAD, title="estimate", title_justify="left", pad_edge=False)
-    for name in ("tokens/s", "s/step", "of it exchange", "time of the run"):
-        table.add_column(name, justify="right")
-    row = [
-        f"{plan.tokens_per_second:,.0f}",
-        f"{plan.step_seconds:.2f}",
-        f"{plan.exchange_seconds / plan.step_seconds:.0%}",
-        _duration(plan.step_seconds * plan.steps),
-    ]
+def _table(title: str) -> Table:
+    return Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
+
+
+def _numbers(table: Table, *names: str) -> None:
+    """Columns that are never narrower than their content."""
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
+
+
+def _show_memory(plan: RunPlan, console: Console) -> None:
+    """Memory of each node with the whole model."""
+    table = _table("memory of each node with the whole model, GB")
+    table.add_column("node", overflow="fold", min_width=8)
+    _numbers(table, "weights", "trained", "activations", "rest", "peak", "may take")
+    table.add_column("fits", no_wrap=True)
+    _numbers(table, "rows")
+    for node in plan.nodes:
+        parts, unknown = node.parts, node.parts.unknown
+        table.add_row(
+            node.name,
+            _gb(parts.weights),
+            _gb(parts.adapter + parts.optimizer + parts.gradients),
+            "?" if unknown else _gb(parts.activations + parts.logits),
+            _gb(parts.overhead),
+            f"{'> ' if unknown else ''}{_gb(parts.peak)}",
+            f"{node.budget / 1e9:.1f}",
+            "no" if node.refusal is not None else "?" if unknown else "yes",
+            str(node.rows),
+        )
+    console.print(table)
+    for node in plan.nodes:
+        console.print(f"{node.name}: {node.layout.line}; {_settings(node)}")
+    for node in plan.nodes:
+        if node.refusal is not None:
+            console.print(f"{node.name}: {node.refusal}")
+        if node.parts.unknown:
+            console.print(f"{node.name}: {node.parts.unknown}")
+
+
+def _show_pipelines(plan: RunPlan, decision: LayoutDecision, console: Console) -> None:
+    """Which node has which blocks."""
+    table = _table("pipeline: blocks and memory of each node, GB")
+    table.add_column("node", overflow="fold", min_width=8)
+    table.add_column("blocks", no_wrap=True)
+    _numbers(table, "weights", "trained", "activations", "reserve", "peak", "may take", "busy")
+    pairs = zip(decision.layout.pipelines, decision.choices, decision.micro_batches, strict=True)
+    for number, (stages, choices, count) in enumerate(pairs):
+        for stage, choice in zip(stages, choices, strict=True):
+            node = plan.nodes[stage.rank]
+            busy = count * choice.cost.busy / max(1e-12, decision.seconds - decision.exchange)
+            table.add_row(
+                node.name,
+                f"{stage.first}-{stage.end - 1}",
+                *_stage_memory(node, choice),
+                f"{node.budget / 1e9:.1f}",
+                f"{busy:.0%}",
+                end_section=stage is stages[-1] and number + 1 < len(decision.layout.pipelines),
+            )
+    console.print(table)
+    for number, count in enumerate(decision.micro_batches):
+        which = f"pipeline {number + 1}: " if len(decision.micro_batches) > 1 else "pipeline: "
+        names = " > ".join(plan.nodes[stage.rank].name for stage in decision.layout.pipelines[number])
+        console.print(f"{which}{names}, {count} micro-batch{'es' if count > 1 else ''} a step")
+    for stages, choices in zip(decision.layout.pipelines, decision.choices, strict=True):
+        for stage, choice in zip(stages, choices, strict=True):
+            node = plan.nodes[stage.rank]
+            if choice.reading > 0 and choice.memory is None:
+                console.print(f"{node.name}: {node.layout.line}")
+            elif choice.reading > 0:
+                console.print(
+                    f"{node.name}: {choice.resident} of its {len(stage.blocks)} blocks stay in memory, the others are "
+                    "read from disk for each micro-batch"
+                )
+    left_out = [node.name for rank, node in enumerate(plan.nodes) if rank not in decision.ranks]
+    if left_out:
+        console.print(f"left out, because a step is no faster with it: {', '.join(left_out)}")
+
+
+def _stage_memory(node: NodePlan, choice: StageChoice) -> list[str]:
+    """Weights, trained, activations, reserve and peak."""
+    memory = choice.memory
+    if memory is None:  # a node with the whole model
+        parts = node.parts
+        trained = parts.adapter + parts.optimizer + parts.gradients
+        return [*map(_gb, (parts.weights, trained, parts.activations + parts.logits, parts.overhead, parts.peak))]
+    return [*map(_gb, (memory.weights, memory.state, memory.activations, memory.reserve, memory.peak))]
+
+
+def _show_placements(plan: RunPlan, console: Console) -> None:
+    """Speed and time of each placement that fits."""
+    table = _table("estimate")
+    table.add_column("placement", no_wrap=True)
+    _numbers(table, "tokens/s", "s/step", "idle", "exchange", "wire", "disk", "whole run")
     watts = [node.watts for node in plan.nodes]
     if all(value is not None for value in watts):
-        table.add_column("energy of the chips", justify="right")
-        joules = sum(value or 0.0 for value in watts) * plan.step_seconds * plan.steps
-        row.append(f"{joules / 3.6e6:.3f} kWh")
-    table.add_row(*row)
+        _numbers(table, "energy")
+    for name, decision in sorted(plan.placements.items(), key=lambda item: item[1].seconds):
+        row = [
+            f"{name}{' *' if name == plan.chosen and len(plan.placements) > 1 else ''}",
+            f"{plan.tokens / decision.seconds:,.0f}",
+            f"{decision.seconds:.2f}",
+            f"{decision.bubble:.0%}",
+            *(_seconds(value) for value in (decision.exchange, decision.wire, decision.disk)),
+            _duration(decision.seconds * plan.steps),
+        ]
+        if all(value is not None for value in watts):
+            used = sum(watts[rank] or 0.0 for rank in decision.ranks)
+            row.append(f"{used * decision.seconds * plan.steps / 3.6e6:.3f} kWh")
+        table.add_row(*row)
     console.print(table)
+    if len(plan.placements) > 1 and plan.chosen is not None:
+        console.print(f"* the run's placement. Others: topology.placement={'|'.join(plan.placements)}")
 
 
-def _gigabytes(parts: MemoryParts, name: str) -> str:
-    """The part ``name`` in GB, or a question mark."""
-    is_known = not parts.unknown or name not in ("activations", "logits")
-    return f"{getattr(parts, name) / 1e9:.2f}" if is_known else "?"
-
-
-def _short(node: NodePlan) -> str:
+def _settings(node: NodePlan) -> str:
     execution = node.execution
     words = [f"micro-batch {execution.micro_batch_size or 'all'}"]
     words += [f"recompute {execution.recompute}"] if execution.recompute != "none" else []
     words += [f"chunks of {execution.loss_chunk}"] if execution.loss_chunk else []
     return ", ".join(words)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value else "-"
 
 
 def _duration(seconds: float) -> str:

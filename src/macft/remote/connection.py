@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
+from pathlib import Path
 
 import asyncssh
 
@@ -39,6 +41,10 @@ async def connect(destination: str) -> asyncssh.SSHClientConnection:
             "compare the fingerprint with the one that the host shows"
         ) from None
     except asyncssh.PermissionDenied:
+        if not any(Path("~/.ssh").expanduser().glob("id_*.pub")) and not os.environ.get("SSH_AUTH_SOCK"):
+            raise LaunchError(
+                f"{destination}: you have no SSH key; run `ssh-keygen -t ed25519`, then `ssh-copy-id {arguments}`"
+            ) from None
         raise LaunchError(f"{destination}: refuses your SSH key; run `ssh-copy-id {arguments}`") from None
     except (TimeoutError, OSError, asyncssh.ConnectionLost, asyncssh.DisconnectError) as error:
         reason = getattr(error, "strerror", None) or str(error) or "no answer"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgpack
@@ -23,6 +24,9 @@ from macft.rendezvous.sockets import RendezvousClient
 _MAX_REASON = 1000
 _REPLY_SECONDS = 1.0
 """How much longer than the server a rank waits: the server's reply names the missing ranks."""
+_FIRST_WAIT_SECONDS = 3.0
+_WAIT_SECONDS = 8.0
+"""A rank that waits says so after the first, then each time after the second."""
 _log = logging.getLogger("macft.rendezvous")
 
 
@@ -39,6 +43,8 @@ class RankConfig:
         name: This rank's name in messages.
         timeout: Seconds to wait until all ranks have met.
         keyring: The server must be one of its members, and trust this machine. None: no encryption.
+        names: All ranks' names, if they are known, for ``on_waiting``.
+        on_waiting: Called with a line about whom this rank waits for, every few seconds.
     """
 
     server: str
@@ -49,6 +55,8 @@ class RankConfig:
     name: str
     timeout: float = 60.0
     keyring: Keyring | None = None
+    names: Sequence[str] = ()
+    on_waiting: Callable[[str], None] = lambda _: None
 
 
 def connect(config: RankConfig, settings: CollectiveConfig, *, bind: str = "127.0.0.1:0") -> Collective:
@@ -116,9 +124,19 @@ def join_rendezvous(config: RankConfig, ring_address: str, ring_key: bytes = b""
     if keyring is not None:
         message["key"] = ring_key
     problem = no_answer = "no answer"
+    whom = f"the rendezvous at {server}"
     deadline = time.monotonic() + config.timeout + _REPLY_SECONDS
+    tells_at = time.monotonic() + _FIRST_WAIT_SECONDS
     with zmq.Context() as context, RendezvousClient(context, server, keyring, msgpack.packb(message)) as client:
-        while (data := client.receive(deadline)) is not None:
+        while True:
+            data = client.receive(min(deadline, tells_at))
+            if data is None:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                config.on_waiting(f"waiting for {whom}; {left:.0f} s left")
+                tells_at = time.monotonic() + _WAIT_SECONDS
+                continue
             answer = unpack_message(data) or {}
             if "refused" in answer:
                 raise RendezvousError(f"rendezvous at {server}: {str(answer['refused'])[:_MAX_REASON]}")
@@ -131,5 +149,14 @@ def join_rendezvous(config: RankConfig, ring_address: str, ring_key: bytes = b""
                 _log.info("met the other ranks at %s: %s", server, ", ".join(roster.addresses))
                 return roster
             problem = str(answer.get("waiting", ""))[:_MAX_REASON] or problem
+            whom = _missing(answer.get("missing"), config) or whom
     reason = f"{problem} within {config.timeout:g} s; is macft running there, and is the port open?"
     raise RendezvousError(f"rendezvous at {server}: {reason if problem == no_answer else problem}")
+
+
+def _missing(ranks: object, config: RankConfig) -> str:
+    """The ranks that have not arrived, with their names; empty if ``ranks``, from the wire, is not a list of some."""
+    if not isinstance(ranks, list) or len(ranks) > config.world_size:
+        return ""
+    known = [rank for rank in ranks if type(rank) is int and 0 <= rank < config.world_size]
+    return ", ".join(f"rank {rank}" + (f" ({config.names[rank]})" if config.names else "") for rank in known)

@@ -36,6 +36,7 @@ def connect_hosts(
                 run_id=run_id,
                 must_match=must_match,
                 timeout=topology.start_timeout,
+                names=topology.hosts,
                 keyring=keyring,
                 on_refusal=lambda line: print(f"note: {line}", file=sys.stderr),
             )
@@ -50,6 +51,8 @@ def connect_hosts(
             name=topology.hosts[rank],
             timeout=topology.start_timeout,
             keyring=keyring,
+            names=topology.hosts,
+            on_waiting=lambda line: print(f"note: {line}", file=sys.stderr, flush=True),
         )
         bind = bind_addresses(host_paths(topology.hosts[rank], port), 1)
         yield stack.enter_context(connect(rank_config, settings, bind=bind))

@@ -1,26 +1,26 @@
 """This machine's key and the keys it trusts, in files that only their owner can read.
 
 ``secret`` holds the secret key, ``trusted`` a line ``NAME KEY`` for each other machine; a key is 64 hexadecimal digits.
-The files are in the user's configuration folder, or in the folder that ``MACFT_KEYS`` names.
+The files are in ``keys`` in the user's configuration folder, or in the folder that ``MACFT_KEYS`` names.
 """
 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import platform
 import re
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-
 from macft.collective.security import KEY_BYTES, KeyPair
 from macft.collective.settings import CollectiveConfig
+from macft.device.user_folder import user_config_folder
 from macft.errors import ConfigError
 from macft.topology.settings import TopologyConfig
 
@@ -46,7 +46,7 @@ class Keyring:
 def key_folder() -> Path:
     """The folder of this user's keys."""
     override = os.environ.get("MACFT_KEYS")
-    return Path(override).expanduser() if override else platformdirs.user_config_path("macft") / "keys"
+    return Path(override).expanduser() if override else user_config_folder() / "keys"
 
 
 def own_name() -> str:
@@ -146,9 +146,41 @@ def trust(folder: Path, name: str, key: str) -> None:
         if known.trusted.get(name, bytes.fromhex(key)) != bytes.fromhex(key):
             raise ConfigError(
                 f"{name} is trusted with another key; if it has been set up again, run "
-                f"`python -m macft.keys forget {name}` first"
+                f"`python -m macft.keys forget {name}` first; if this is another machine, give it another name here"
             )
         _write_trusted(folder, {**known.trusted, name: bytes.fromhex(key)})
+
+
+def trust_all(folder: Path, keys: Mapping[str, str]) -> list[str]:
+    """Trusts all machines, {name: key in hexadecimal}, but this one itself and those that are trusted already.
+
+    A machine whose name another one has here is trusted under a free name, so that neither loses its place.
+
+    Returns:
+        A line for each such machine.
+
+    Raises:
+        ConfigError: as :func:`trust` does.
+    """
+    lines = []
+    for name, key in keys.items():
+        known = load(folder)
+        if any(key == member.hex() for member in known.members):
+            continue
+        free = free_name(name, known.trusted)
+        if free != name:
+            lines.append(
+                f"note: another machine is trusted as {name}, this one now as {free}; if {name} was set up again, "
+                f"remove its old key: python -m macft.keys forget {name}"
+            )
+        trust(folder, free, key)
+    return lines
+
+
+def free_name(name: str, used: Container[str]) -> str:
+    """``name``, with a number behind it if it is used."""
+    numbered = (name if number == 1 else f"{name[:60]}-{number}" for number in itertools.count(1))
+    return next(each for each in numbered if each not in used)
 
 
 def forget(folder: Path, name: str) -> None:

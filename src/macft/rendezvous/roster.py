@@ -1,9 +1,9 @@
 """The messages of the rendezvous: what a rank sends, and the roster of all ranks that it gets.
 
 A rank sends a map with ``protocol``, ``version``, ``run_id``, ``world_size``, ``must_match``, ``rank``, ``name``,
-``address`` and, in an encrypted run, ``key``. It gets ``{"waiting": text}`` any number of times, then either
-``{"refused": text}`` or the roster: ``addresses``, ``names``, ``ring_id`` and ``keys``. Messages are msgpack; a value
-from the wire has the type ``object`` until it has been checked.
+``address`` and, in an encrypted run, ``key``. It gets ``{"waiting": text, "missing": ranks}`` any number of times,
+then either ``{"refused": text}`` or the roster: ``addresses``, ``names``, ``ring_id`` and ``keys``. Messages are
+msgpack; a value from the wire has the type ``object`` until it has been checked.
 """
 
 from __future__ import annotations

@@ -104,6 +104,11 @@ class RendezvousServer:
         """The ranks that have arrived so far."""
         return tuple(self._arrivals)
 
+    @property
+    def has_met(self) -> bool:
+        """Whether all ranks have arrived and been told of each other."""
+        return self._roster is not None and self._ended.is_set()
+
     def start(self) -> None:
         """Starts answering."""
         _log.info("rendezvous at %s waits for %d ranks", self.address, self._world_size)
@@ -169,7 +174,8 @@ class RendezvousServer:
             _log.info("all %d ranks have met: %s", self._world_size, ", ".join(self._roster.addresses))
             self._ended.set()
         else:
-            self._send_all({"waiting": self._missing_ranks()})
+            missing = [rank for rank in range(self._world_size) if rank not in self._arrivals]
+            self._send_all({"waiting": self._missing_ranks(), "missing": missing})
 
     def _add(self, routing_id: bytes, message: Message) -> None:
         rank, name, address, key = message["rank"], message["name"], message["address"], message.get("key")

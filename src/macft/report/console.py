@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from macft.cli.shell import command
+from macft.report.durations import duration
 from macft.report.events import (
     Evaluated,
     Event,
@@ -130,7 +131,7 @@ class ConsoleReporter:
     def _show_step(self, event: StepDone) -> None:
         self._end_phase()
         self._speed.add(event.tokens, event.seconds)
-        left = _duration(self._speed.seconds_per_step * (event.total_steps - event.step))
+        left = duration(self._speed.seconds_per_step * (event.total_steps - event.step))
         rate = f"{self._speed.tokens_per_second:,.0f} tokens/s"
         if self._progress is not None and self._training is not None:
             detail = f"loss {event.loss:.3f}  left {left}  {rate}  lr {event.learning_rate:.1e}"
@@ -183,7 +184,7 @@ class ConsoleReporter:
         self.close()
         # The commands come below the panel and unbroken, so that they can be copied.
         title, colour = _TITLES.get(event.reason, (event.reason, ""))
-        rows = [*_result_rows(event), ("time", f"{event.steps:,} steps, {_duration(event.seconds)}", "")]
+        rows = [*_result_rows(event), ("time", f"{event.steps:,} steps, {duration(event.seconds)}", "")]
         if self._speed.total_seconds:
             average = self._speed.total_tokens / self._speed.total_seconds
             rows.append(("speed", f"{average:,.0f} tokens/s on average", ""))
@@ -202,8 +203,8 @@ class ConsoleReporter:
         if event.adapter_folder is not None:
             self._line(f"try it: {command('python', '-m', 'macft.generate', _short(self._folder.path))}")
             self._line(f"with mlx-lm: {self._generate(event.adapter_folder)}")
-        if self._folder.tensorboard.is_dir():
-            self._line(f"curves: {command('tensorboard', '--logdir', _short(self._folder.path))}")
+        if self._folder.curves:
+            self._line(f"curves: {command('tensorboard', '--logdir', _short(self._folder.logdir))}")
 
     def _position(self, step: int) -> str:
         width = len(str(self._total_steps))
@@ -364,9 +365,3 @@ def _words(name: str) -> str:
 
 def _millions(count: int) -> str:
     return f"{count / 1e6:,.2f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

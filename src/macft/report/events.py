@@ -120,6 +120,8 @@ class NodesChanged(ReplayedEvent):
     shares: list[float]
     recomputed: bool
     seconds: float = 0.0
+    # Which blocks each rank has now; empty where all have all.
+    layout: str = ""
 
     @property
     def line(self) -> str:
@@ -130,6 +132,7 @@ class NodesChanged(ReplayedEvent):
         count = f"{len(self.names)} node{'s' if len(self.names) > 1 else ''}"
         when = "left" if self.left and not self.joined else "now"
         shares = ", ".join(f"{name} {share:.0%}" for name, share in zip(self.names, self.shares, strict=True))
+        shares = self.layout or shares
         redone = f"step {self.step + 1} is computed again" if self.recomputed else "no step was lost"
         return f"{change}; {count} {when}: {shares}; {redone}, {self.seconds:.1f} s"
 
@@ -224,6 +227,15 @@ class RunEnded(Event):
     detail: str = ""
     energy: Energy | None = None
     warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RunEnding(Event):
+    """The results are there and have to be kept: the summary is written. ``end`` follows once all ranks know."""
+
+    is_recorded: ClassVar[bool] = False
+
+    end: RunEnded
 
 
 class Sink(Protocol):

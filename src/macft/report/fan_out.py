@@ -18,6 +18,7 @@ from macft.report.run_folder import RunFolder
 from macft.report.settings import ReportConfig
 from macft.report.summary import SummaryWriter
 from macft.report.tensorboard import TensorBoard
+from macft.report.trackers.registry import tracker_sink
 
 log = logging.getLogger("macft.report")
 
@@ -49,7 +50,7 @@ class FanOut:
                 self._sinks.remove(sink)
                 with contextlib.suppress(Exception):
                     sink.close()  # restores the terminal; may fail for the same reason
-                _complain(type(sink).__name__, error)
+                _complain(getattr(sink, "name", type(sink).__name__), error)
 
 
 def build(
@@ -86,24 +87,25 @@ def build(
 def _leader_sinks(config: ReportConfig, folder: RunFolder, hparams: Mapping[str, object], first_step: int) -> FanOut:
     folder.create()
     changes = recorded_changes(folder.metrics, first_step) if first_step else []
-    makers: list[tuple[bool, type[Sink], Callable[[], Sink]]] = [
-        (True, SummaryWriter, lambda: SummaryWriter(folder, changes)),
+    makers: list[tuple[bool, str, Callable[[], Sink]]] = [
+        (True, SummaryWriter.__name__, lambda: SummaryWriter(folder, changes)),
         (
             config.tensorboard,
-            TensorBoard,
-            lambda: TensorBoard(folder.tensorboard, hparams=hparams, first_step=first_step),
+            TensorBoard.__name__,
+            lambda: TensorBoard(folder.path, hparams=hparams, first_step=first_step),
         ),
         # After TensorBoard: a step in this file is in both if this node is killed.
-        (config.metrics_file, MetricsFile, lambda: MetricsFile(folder.metrics, first_step=first_step)),
-        (config.console, ConsoleReporter, lambda: ConsoleReporter(every=config.every, changes=changes)),
+        (config.metrics_file, MetricsFile.__name__, lambda: MetricsFile(folder.metrics, first_step=first_step)),
+        (config.console, ConsoleReporter.__name__, lambda: ConsoleReporter(every=config.every, changes=changes)),
+        *((True, name, partial(tracker_sink, name, config.project, folder, hparams)) for name in config.trackers),
     ]
     sinks: list[Sink] = []
-    for is_wanted, kind, make in makers:
+    for is_wanted, name, make in makers:
         if is_wanted:
             try:
                 sinks.append(make())
             except Exception as error:
-                _complain(kind.__name__, error)
+                _complain(name, error)
     return FanOut(sinks)
 
 

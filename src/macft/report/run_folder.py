@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +37,14 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
-    def tensorboard(self) -> Path:
-        """TensorBoard's event files."""
-        return self.path / "tensorboard"
+    def curves(self) -> list[Path]:
+        """TensorBoard's event files. They lie in the folder itself, so that TensorBoard calls the run by its name."""
+        return sorted(self.path.glob("events.out.tfevents.*"))
+
+    @property
+    def trackers(self) -> Path:
+        """What experiment trackers keep of the run on this machine."""
+        return self.path / "trackers"
 
     @property
     def metrics(self) -> Path:
@@ -85,14 +91,34 @@ class RunFolder:
         """Whether a checkpoint is stored."""
         return any(self.checkpoints.glob("step-*"))
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the results of a run that came to its end are stored."""
+        try:
+            reason = json.loads(self.summary.read_text(encoding="utf-8"))["reason"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        has_adapter = (self.adapters / "adapters.safetensors").is_file()
+        return reason in ("finished", "early_stopped") and has_adapter and self.config.is_file()
+
     def clear(self) -> None:
         """Removes a run that another one replaces: all but its logs. Raises OSError where that fails."""
         files = (self.config, self.metrics, self.summary, self.summary_text, self.members, self.contents)
-        for path in files:
+        for path in (*files, *self.curves):
             path.unlink(missing_ok=True)
-        for path in (self.checkpoints, self.adapters, self.model, self.tensorboard):
+        for path in (self.checkpoints, self.adapters, self.model, self.trackers):
             if path.is_dir():
                 shutil.rmtree(path)
+
+    @property
+    def logdir(self) -> Path:
+        """What TensorBoard is to show: the folder of this run and its like, or this one where others are there too."""
+        parent = self.path.absolute().parent
+        try:
+            are_runs = all((each / self.config.name).is_file() for each in parent.iterdir() if each.name != "latest")
+        except OSError:
+            are_runs = False
+        return self.path.parent if are_runs else self.path
 
     def begin(self, config: str) -> None:
         """Makes the folder that of a run with ``config``, in YAML: all checks have passed. Raises OSError."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 
 from macft.logs.run_log import LEVELS
 
 OBJECTIVES = ("valid_loss", "metric")
+_PROJECT = re.compile(r"[0-9A-Za-z_.+-]+")
+"""What all trackers take."""
+TRACKERS = ("wandb", "swanlab", "trackio", "mlflow")
 
 
 @dataclass
@@ -19,6 +23,12 @@ class ReportConfig:
     tensorboard: bool = True
     # metrics.jsonl in the run's folder, one event a line.
     metrics_file: bool = True
+    # Experiment trackers, by the names of their packages: wandb, swanlab, trackio, mlflow.
+    trackers: list[str] = field(default_factory=list)
+    # The project, or experiment, in which they keep the run.
+    project: str = "macft"
+    # Keys that TensorBoard's HPARAMS tab shows first; a sweep adds its own.
+    hparams: list[str] = field(default_factory=list)
     # Steps between lines on the terminal.
     every: int = 10
     # Answers shown side by side, before and after training.
@@ -40,6 +50,13 @@ def problems(config: ReportConfig) -> list[str]:
         lines.append(f"report.every: {config.every} must be 1 or more")
     if config.samples < 0:
         lines.append(f"report.samples: {config.samples} must be 0 (none) or more")
+    lines += [
+        f"report.trackers: '{name}' is not one of {', '.join(TRACKERS)}"
+        for name in config.trackers
+        if name not in TRACKERS
+    ]
+    if not _PROJECT.fullmatch(config.project):
+        lines.append(f"report.project: '{config.project}' must be letters, digits and any of - _ . +")
     if config.log_level not in LEVELS:
         lines.append(f"report.log_level: '{config.log_level}' is not one of {', '.join(LEVELS)}")
     if config.objective not in OBJECTIVES:

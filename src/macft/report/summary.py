@@ -10,7 +10,8 @@ from typing import Any
 
 from macft import __version__
 from macft.device.durable import write_atomically
-from macft.report.events import Event, NodesChanged, RunEnded, RunStarted, StepDone
+from macft.report.durations import duration
+from macft.report.events import Event, NodesChanged, RunEnded, RunEnding, RunStarted, StepDone
 from macft.report.metrics_file import plain
 from macft.report.run_folder import RunFolder
 
@@ -30,6 +31,7 @@ class SummaryWriter:
         self._tokens, self._seconds, self._peak_memory = 0, 0.0, 0
         self._last_loss: float | None = None
         self._changes = [_line(event) for event in changes]
+        self._written: RunEnded | None = None
 
     def handle(self, event: Event) -> None:
         """Collects facts; writes both files at the end. Raises OSError where that fails."""
@@ -44,7 +46,10 @@ class SummaryWriter:
             case NodesChanged():
                 self._changes.append(_line(event))
                 self._facts["nodes_at_the_end"] = len(event.names)
-            case RunEnded():
+            case RunEnding():
+                self._write(event.end)
+                self._written = event.end
+            case RunEnded() if event is not self._written:
                 self._write(event)
 
     def close(self) -> None:
@@ -117,7 +122,7 @@ def _markdown(values: Mapping[str, Any]) -> str:
     lines += ["| run | |", "| --- | --- |"]
     for name, value in values.items():
         if value not in (None, "") and not isinstance(value, dict | list):
-            lines.append(f"| {_words(name)} | {_cell(value)} |")
+            lines.append("| {} | {} |".format(*(_cell(text) for text in _as_read(name, value))))
     lines += ["", *(f"- warning: {_cell(warning)}" for warning in values["warnings"])]
     lines += [f"- {_cell(change)}" for change in values["membership_changes"]]
     lines += [f"- {_cell(note)}" for note in values.get("notes", [])]
@@ -125,12 +130,23 @@ def _markdown(values: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"Versions: {versions}", ""])
 
 
+def _as_read(name: str, value: object) -> tuple[str, str]:
+    """A fact's name and value, with units, as people read them."""
+    if name == "seconds" and isinstance(value, int | float):
+        return "time", duration(value)
+    if name.endswith("_bytes") and isinstance(value, int | float):
+        return _words(name.removesuffix("_bytes")), f"{value / 1e9:.2f} GB"
+    return _words(name), _number(value)
+
+
 def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
 def _number(value: object) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _cell(value: object) -> str:

@@ -21,9 +21,26 @@ from macft.report.events import (
     SamplesShown,
     StepDone,
 )
+from macft.report.scalars import Scalars, results
 
-# The keys that the HPARAMS tab shows; the others change how a run is computed, not what it learns.
-_COMPARED = ("model.", "dataset.", "adapter.", "optimizer.", "training.", "topology.nodes", "seed")
+# The keys that the HPARAMS tab shows, after those of `report.hparams`. A column that is alike in all runs only hides
+# the others.
+_COMPARED = (
+    "model.path",
+    "dataset.path",
+    "adapter.type",
+    "adapter.rank",
+    "adapter.scale",
+    "adapter.dropout",
+    "adapter.num_layers",
+    "optimizer.name",
+    "optimizer.learning_rate",
+    "training.batch_size",
+    "training.steps",
+    "training.epochs",
+    "topology.nodes",
+    "seed",
+)
 
 
 class TensorBoard:
@@ -42,7 +59,10 @@ class TensorBoard:
 
         self._writer = EventFileWriter(str(folder))
         self._event = Event
-        self._hparams = _compared(hparams)
+        self._hparams, self._shown_first = _compared(hparams)
+        self._named = Scalars()
+        dataset = hparams.get("dataset")
+        self._metric = dataset.get("metric") if isinstance(dataset, Mapping) else None
         self._notes: list[str] = []
         self._step = first_step
         # TensorBoard drops the marked step too. A run that starts over leaves nothing of an earlier attempt.
@@ -60,16 +80,12 @@ class TensorBoard:
                 self._writer.flush()
             case StepDone():
                 self._step = event.step
-                self._scalars(_of_step(event) | _of_nodes(event), event.step)
+                self._scalars(self._named.of(event), event.step)
                 self._writer.flush()  # a node may be killed at any time, and the next one repeats nothing
-            case Evaluated():
-                self._scalars({"loss/valid": event.loss}, event.step)
-            case MetricScored():
-                self._scalars({f"metric/{event.name}": event.value}, event.step)
+            case Evaluated() | MetricScored() | CheckpointSaved():
+                self._scalars(self._named.of(event), event.step)
             case SamplesShown():
                 self._text("samples", _table(event.samples), event.step)
-            case CheckpointSaved():
-                self._scalars({"checkpoint/seconds": event.seconds, "checkpoint/waited": event.waited}, event.step)
             case Noted():
                 self._add_notes([event.text if event.level == "info" else f"{event.level}: {event.text}"])
             case NodesChanged():  # the curves of world size, generation and shares show it too
@@ -82,10 +98,9 @@ class TensorBoard:
         self._writer.close()
 
     def _end(self, event: RunEnded) -> None:
-        results = {**event.final, "seconds": event.seconds, "steps": float(event.steps)}
-        if event.energy is not None:
-            results |= {"joules": event.energy.joules, "kwh": event.energy.kwh, "co2_grams": event.energy.co2_grams}
-        self._scalars({f"final/{name}": value for name, value in results.items()}, event.steps)
+        # What was before training is the first point of a curve.
+        hidden = ("_before", "/steps")
+        self._scalars({k: v for k, v in results(event).items() if not k.endswith(hidden)}, event.steps)
         # TensorBoard uses the first end it reads, so a run that can be resumed must not have one yet.
         if event.reason != "interrupted":
             self._end_session(succeeded=event.reason != "failed")
@@ -95,17 +110,16 @@ class TensorBoard:
         from tensorboard.plugins.hparams import api_pb2, metadata, summary_v2
         from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-        results = ["valid_loss_before", "valid_loss"]
-        if isinstance(metric := self._hparams.get("dataset.metric"), str):
-            results += [f"{metric}_before", metric]
+        names = ["valid_loss", *([self._metric] if self._metric else []), "seconds"]
         experiment = api_pb2.Experiment(
             # Types without domains: a run knows only its own values, not those of the others in a sweep.
             hparam_infos=[
-                api_pb2.HParamInfo(name=name, type=_data_type(value)) for name, value in self._hparams.items()
+                # TensorBoard sorts those that differ to the front.
+                api_pb2.HParamInfo(name=name, type=_data_type(value), differs=name in self._shown_first)
+                for name, value in self._hparams.items()
             ],
             metric_infos=[
-                api_pb2.MetricInfo(name=api_pb2.MetricName(tag=f"final/{name}"), display_name=name)
-                for name in [*results, "seconds", "steps"]
+                api_pb2.MetricInfo(name=api_pb2.MetricName(tag=f"result/{name}"), display_name=name) for name in names
             ],
             time_created_secs=time.time(),
         )
@@ -149,54 +163,26 @@ class TensorBoard:
         self._writer.add_event(self._event(summary=summary, step=step, wall_time=time.time()))
 
 
-def _of_step(event: StepDone) -> dict[str, float]:
-    """Loss, learning rate, gradient norm, speed (tokens/s), time and its parts (s), memory (GB)."""
-    seconds = max(event.seconds, 1e-9)
-    return {
-        "loss/train": event.loss,
-        "optim/learning_rate": event.learning_rate,
-        "optim/grad_norm": event.grad_norm,
-        "throughput/tokens_per_second_cluster": event.tokens / seconds,
-        "throughput/tokens_per_second_node": event.node_tokens / seconds,
-        "throughput/target_tokens_per_second": event.target_tokens / seconds,
-        "time/step": event.seconds,
-        "collective/bytes_sent": event.bytes_sent,
-        "collective/residual_norm": event.residual_norm,
-        "memory/peak_gb": event.peak_memory / 1e9,
-        "memory/active_gb": event.active_memory / 1e9,
-        "epoch": event.epoch,
-        **{f"time/{name}": part for name, part in event.parts.items()},
-    }
+def _compared(config: Mapping[str, object]) -> tuple[dict[str, bool | float | str], set[str]]:
+    """The hyper-parameters by dotted key, and those of them that ``report.hparams`` names, which may be groups.
+
+    Lists are text; empty values, which the tab can't hold, are left out.
+    """
+    flat = _flat(config)
+    report = config.get("report")
+    named = report.get("hparams") if isinstance(report, Mapping) else None
+    names = [str(name) for name in named] if isinstance(named, list) else []
+    first = {key for name in names for key in flat if key == name or (key.startswith(f"{name}.") and key in _COMPARED)}
+    return {key: flat[key] for key in flat if key in first or key in _COMPARED}, first
 
 
-def _of_nodes(event: StepDone) -> dict[str, float]:
-    """Temperature (C), power (W), duty and share of each node; the hottest state; power of all. Unknown is left out."""
-    values: dict[str, float] = {}
-    if len(event.nodes) > 1 or event.generation:
-        values |= {"cluster/world_size": float(len(event.nodes)), "cluster/generation": float(event.generation)}
-        values |= {f"plan/share_rank{rank}": share for rank, share in enumerate(event.shares)}
-    for rank, node in enumerate(event.nodes):
-        if node.temperature is not None:
-            values[f"thermal/temperature_rank{rank}"] = node.temperature
-        if node.watts is not None:
-            values[f"power/watts_rank{rank}"] = node.watts
-        if node.temperature is not None or node.state is not None or node.reason:
-            values[f"thermal/duty_rank{rank}"] = 0.0 if node.paused else node.duty
-    if states := [node.state for node in event.nodes if node.state is not None]:
-        values["thermal/state"] = float(max(states))
-    if watts := [node.watts for node in event.nodes if node.watts is not None]:
-        values["power/watts"] = sum(watts)
-    return values
-
-
-def _compared(config: Mapping[str, object], prefix: str = "") -> dict[str, bool | float | str]:
-    """The hyper-parameters by dotted key; lists as text, and no empty values, which the tab can't hold."""
+def _flat(config: Mapping[str, object], prefix: str = "") -> dict[str, bool | float | str]:
     flat: dict[str, bool | float | str] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            flat |= _compared(value, f"{name}.")
-        elif value in (None, "", []) or not name.startswith(_COMPARED):
+            flat |= _flat(value, f"{name}.")
+        elif value in (None, "", []):
             continue
         elif isinstance(value, bool | str):
             flat[name] = value

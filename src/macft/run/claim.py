@@ -21,6 +21,7 @@ from typing import Self
 from macft.config.overrides import resume_command
 from macft.config.schema import TrainConfig
 from macft.config.yaml import must_match, read
+from macft.device.durable import identity
 from macft.errors import ConfigError
 from macft.report.run_folder import RunFolder
 
@@ -47,7 +48,7 @@ class Claim:
     keeps_logs: bool = False
 
     def __post_init__(self) -> None:
-        self._config_before = _identity(RunFolder(self.path).config)
+        self._config_before = identity(RunFolder(self.path).config)
 
     @property
     def is_new(self) -> bool:
@@ -60,7 +61,7 @@ class Claim:
     def __exit__(self, *_: object) -> None:
         folder = RunFolder(self.path)
         names_before = {path.name for path in self.before}
-        has_begun = _identity(folder.config) != self._config_before or bool({*folder.results()} - names_before)
+        has_begun = identity(folder.config) != self._config_before or bool({*folder.results()} - names_before)
         if not has_begun and not self.keeps_logs:
             with contextlib.suppress(OSError):
                 self._restore()
@@ -194,15 +195,6 @@ def _lock(path: Path, key: str, *, shared: bool) -> int:
     except OSError:  # a file system without locks
         pass
     return descriptor
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """What changes when the file is replaced; None if there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns
 
 
 def _try_to_write(path: Path) -> None:

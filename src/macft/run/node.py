@@ -5,73 +5,101 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
-from macft.checkpoint.snapshot import digest
 from macft.collective.base import Collective
 from macft.collective.elastic import ElasticCollective
-from macft.config.overrides import resume_command
 from macft.config.schema import TrainConfig
 from macft.config.yaml import to_yaml
+from macft.device import fault_points
 from macft.device.durable import write_atomically
-from macft.errors import MacftError, MembershipChanged
-from macft.report.events import RunEnded, RunStarted
+from macft.errors import CollectiveError, MacftError, MembershipChanged
+from macft.report.events import RunStarted
 from macft.report.run_folder import RunFolder
+from macft.run.agreed_end import AgreedEnd
 from macft.run.prepare import Run, planned_world_size, prepare
-from macft.run.results import choose_final_adapter, save_final_adapter, score_after, score_before
-from macft.thermal.energy import summarize
-from macft.training.stop_request import StopRequest
+from macft.run.results import score_before
+from macft.training.stop_request import Stopped, StopRequest
 
 
 def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resume: bool, stop: StopRequest) -> str:
     """Trains this rank's part; returns why it ended: finished, early_stopped or interrupted.
 
+    It returns only once this rank knows that the results are on a disk; see :mod:`macft.run.agreed_end`.
+
     Raises:
         MacftError: whatever went wrong, in one line; rank 0 has reported it before.
+        KeyboardInterrupt: a stop was requested before anything was loaded that could be saved; on all ranks alike.
     """
     started = time.perf_counter()
     elastic = collective if isinstance(collective, ElasticCollective) else None
+    stop.defer("the run ends before its next step")
+    if elastic is not None:
+        stop.follow(lambda: elastic.stop_wanted)
+        elastic.tell_stop(lambda: stop.requested_here)
+    fault_points.reach("load")
     try:
-        run = prepare(config, collective, RunFolder(folder), resume=resume, stop=stop)
-    except MembershipChanged:
-        if elastic is None:
-            raise
-        # A node was lost before all were ready: this one prepares by itself, then joins those who are left.
-        elastic.step_out()
-        run = prepare(config, collective, RunFolder(folder), resume=resume, stop=stop)
+        run = _prepared(config, collective, elastic, folder, resume=resume, stop=stop)
+    except Stopped:
+        raise KeyboardInterrupt from None
+    ending = AgreedEnd(run, started)
     try:
         _report_start(run)
-        together = elastic is None or elastic.is_member or run.trainer.regroup()
-        while together:
-            _write_members(run)
-            try:
-                return _train(run, started)
-            except MembershipChanged:
-                together = run.trainer.regroup()
-        return _interrupted(run, started)
+        try:
+            return _train_together(run, elastic, ending)
+        except CollectiveError as error:
+            if not run.state.ended:
+                raise
+            return ending.alone(error)
     except MacftError as error:
-        _report_end(run, "failed", started, detail=str(error))
+        ending.fail(error)
         raise
     finally:
         run.close()
 
 
-def _train(run: Run, started: float) -> str:
+def _prepared(
+    config: TrainConfig,
+    collective: Collective,
+    elastic: ElasticCollective | None,
+    folder: Path,
+    *,
+    resume: bool,
+    stop: StopRequest,
+) -> Run:
+    try:
+        return prepare(config, collective, RunFolder(folder), resume=resume, stop=stop)
+    except MembershipChanged:
+        if elastic is None:
+            raise
+        # A node was lost before all were ready: this one prepares by itself, then joins those who are left.
+        elastic.step_out()
+        return prepare(config, collective, RunFolder(folder), resume=resume, stop=stop)
+
+
+def _train_together(run: Run, elastic: ElasticCollective | None, ending: AgreedEnd) -> str:
+    """Trains and ends the run, in one ring after another."""
+    together = elastic is None or elastic.is_member or run.trainer.regroup()
+    while together:
+        _write_members(run)
+        try:
+            return _train(run, ending)
+        except MembershipChanged:
+            together = run.trainer.regroup()
+    return ending.alone()
+
+
+def _train(run: Run, ending: AgreedEnd) -> str:
     """From the step that the run is at to its end."""
-    before = score_before(run)
+    state = run.state
+    run.stop.plan = "the current step is finished, then the state and the adapter are saved"
+    if not state.ended:
+        try:
+            score_before(run)
+        except Stopped:
+            state.ended = "interrupted"
     reason = run.trainer.train()
-    if reason == "interrupted":
-        return _interrupted(run, started)
-    loss = choose_final_adapter(run)
-    adapter_folder = save_final_adapter(run)
-    final = score_after(run, before, loss)
-    return _report_end(run, reason, started, final, adapter_folder=adapter_folder)
-
-
-def _interrupted(run: Run, started: float) -> str:
-    detail = f"go on with: {resume_command(run.folder.path)}"
-    return _report_end(run, "interrupted", started, detail=detail)
+    return ending.interrupt() if reason == "interrupted" else ending.finish(reason, state.progress.before)
 
 
 def _write_members(run: Run) -> None:
@@ -109,31 +137,3 @@ def _report_start(run: Run) -> None:
             layout=run.layout,
         )
     )
-
-
-def _report_end(
-    run: Run,
-    reason: str,
-    started: float,
-    final: Mapping[str, float] | None = None,
-    *,
-    detail: str = "",
-    adapter_folder: Path | None = None,
-) -> str:
-    trainer = run.trainer
-    trainer.checkpoints.report(wait=True)
-    trouble = run.saver.trouble
-    run.reporter.handle(
-        RunEnded(
-            reason=reason,
-            steps=run.state.progress.step,
-            seconds=time.perf_counter() - started,
-            final=final or {},
-            adapter_folder=adapter_folder,
-            adapter_sha256=digest(run.loaded.model).hex(),
-            detail=detail,
-            energy=summarize(trainer.statuses, run.config.thermal, tokens=trainer.tokens),
-            warnings=[trouble] if trouble else [],
-        )
-    )
-    return reason

@@ -33,10 +33,12 @@ from macft.model.load import LoadedModel, load, load_tokenizer
 from macft.model.resolve import resolve
 from macft.model.vocabulary import vocabulary_of
 from macft.parallel.balance import ShareBalancer
+from macft.parallel.stage_places import StagePlaces
 from macft.planner.preflight import preflight
 from macft.report import fan_out
 from macft.report.events import Reporter
 from macft.report.run_folder import RunFolder
+from macft.report.trackers.registry import require_installed
 from macft.run.contents import agree_on_contents, contents_of, store_contents, told_to_others
 from macft.run.resume import check_resume, check_steps, no_checkpoint, notes_of_changes, previous_config
 from macft.thermal.throttle import ThermalThrottle
@@ -48,7 +50,7 @@ from macft.training.optimizer import make_optimizer
 from macft.training.settings import steps_for
 from macft.training.state import TrainState
 from macft.training.step_gradient import make_step_gradient
-from macft.training.stop_request import StopRequest
+from macft.training.stop_request import Stopped, StopRequest
 
 log = logging.getLogger("macft.run")
 
@@ -69,6 +71,7 @@ class Run:
     throttle: ThermalThrottle | None
     reporter: Reporter
     trainer: Trainer
+    stop: StopRequest
     # The backend's operations on the model; closing it removes them.
     installed: ExitStack
     notes: list[str]
@@ -95,14 +98,17 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
     Raises:
         MacftError: something is missing or does not fit; in one line.
         MembershipChanged: a node was lost before all were ready.
+        Stopped: a stop was requested; on all ranks alike.
     """
     # Whatever can go wrong without a model goes wrong before one is fetched and loaded.
     given, before = config, previous_config(folder) if resume else None
     if resume:
         check_resume(folder, config)
     optimizer = make_optimizer(config.optimizer)
-    host = _host(config, collective)
+    host = host_name(config, collective)
     with told_to_others(collective, host):
+        if collective.rank == 0:
+            require_installed(config.report.trackers)
         log.info("reading the dataset %s", config.dataset.path)
         raw = read(config.dataset, seed=config.seed)
 
@@ -126,12 +132,16 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         contents = contents_of(config, data, order, model_folder, tokenizer)
     log.info("comparing contents")
     contents_notes = agree_on_contents(collective, host, contents, data.train, folder, resume=resume)
+    stop_together(collective, stop)
 
     device = prepare_device()
     log.info("planning memory")
-    execution, layout, plan_notes = preflight(
+    decision = preflight(
         config, model_folder, data.train.rows, order, collective, world_size=planned_world_size(collective)
     )
+    places = StagePlaces(collective, decision.decide)
+    places.agree()
+    execution = decision.execution
     config = with_execution(config, execution)
     training = config.training
 
@@ -142,6 +152,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
     if config.adapter.init_from is not None and collective.rank == 0:
         load_adapter_weights(Path(config.adapter.init_from).expanduser(), loaded.model)
 
+    stop_together(collective, stop)
     log.info("sharing the state")
     reducer = GradientReducer(collective, config.collective.codec, config.collective.powersgd_rank)
     state = TrainState(loaded.model, optimizer, Progress(), reducer, _outer_optimizer(config, loaded))
@@ -178,6 +189,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         loaded.streamed,
         seed=config.seed,
         bucket_bytes=config.collective.bucket_bytes,
+        places=places,
     )
     world_size = planned_world_size(collective)
     valid_rows = [data.valid.rows[i] for i in sample_rows(len(data.valid.rows), training.eval_rows, config.seed)]
@@ -206,6 +218,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         balancer=balancer,
         throttle=throttle,
         stop=stop,
+        places=places,
     )
     return Run(
         config=config,
@@ -220,9 +233,10 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         throttle=throttle,
         reporter=reporter,
         trainer=trainer,
+        stop=stop,
         installed=installed,
-        layout=layout,
-        notes=[*loaded.notes, *plan_notes, *revisions, *clock_notes, *contents_notes, *data.notes, *state_notes],
+        layout=decision.layout,
+        notes=[*loaded.notes, *decision.notes, *revisions, *clock_notes, *contents_notes, *data.notes, *state_notes],
     )
 
 
@@ -234,7 +248,13 @@ def _begin(folder: RunFolder, config: TrainConfig) -> None:
         raise CheckpointError(f"{folder.config} can't be written: {error.strerror or error}") from error
 
 
-def _host(config: TrainConfig, collective: Collective) -> str:
+def stop_together(collective: Collective, stop: StopRequest) -> None:
+    """Raises Stopped on all ranks if a stop was requested on any of them. A call of all ranks."""
+    if any(collective.all_gather(b"stop" if stop.requested else b"")):
+        raise Stopped
+
+
+def host_name(config: TrainConfig, collective: Collective) -> str:
     """This node's name in messages."""
     if isinstance(collective, ElasticCollective) and collective.is_member:
         return collective.members.names[collective.rank]

@@ -11,6 +11,7 @@ from macft.collective.newest import find_newest
 from macft.config.overrides import resume_command
 from macft.data.formats import Record
 from macft.data.load import sample_rows
+from macft.device.durable import sync_all
 from macft.errors import CheckpointError, DataError, ModelError
 from macft.evaluation.answers import Scored, score_answers
 from macft.evaluation.metrics import metric
@@ -40,6 +41,7 @@ def _score(run: Run, when: str) -> Scored | None:
         run.collective,
         max_tokens=training.metric_max_tokens,
         progress=lambda done, total: run.reporter.handle(PhaseProgress(f"answering, {when}", done, total)),
+        stopped=lambda: run.stop.requested,
     )
     step = run.state.progress.step
     run.reporter.handle(MetricScored(step, name, "test", when, result.value, len(records), result.seconds))
@@ -53,7 +55,11 @@ def _score(run: Run, when: str) -> Scored | None:
 
 
 def score_before(run: Run) -> Mapping[str, Any]:
-    """The metric of the untrained model; kept in the run's progress, so that a resumed run does not repeat it."""
+    """The metric of the untrained model; kept in the run's progress, so that a resumed run does not repeat it.
+
+    Raises:
+        Stopped: a stop was requested.
+    """
     progress = run.state.progress
     if not progress.before and progress.step == 0 and (scored := _score(run, "before")):
         progress.before = {"value": scored.value, "answers": scored.answers, "right": scored.right}
@@ -61,7 +67,11 @@ def score_before(run: Run) -> Mapping[str, Any]:
 
 
 def score_after(run: Run, before: Mapping[str, Any], loss: float | None) -> dict[str, float]:
-    """Metric, samples and losses for the adapter that is exported, whose validation loss is ``loss``."""
+    """Metric, samples and losses for the adapter that is exported, whose validation loss is ``loss``.
+
+    Raises:
+        Stopped: a stop was requested.
+    """
     progress = run.state.progress
     final: dict[str, float] = {}
     if progress.first_valid_loss is not None and loss is not None:
@@ -97,7 +107,7 @@ def choose_final_adapter(run: Run) -> float | None:
     progress, store = run.state.progress, run.saver.store
     if run.state.has_final_adapter:
         return progress.best_valid_loss
-    if run.config.training.export != "best" or progress.best_step in (None, progress.step):
+    if not _wants_best(run):
         return progress.valid_loss
     if progress.best_step == 0:
         run.reporter.handle(Noted("no validation was better than before training; the last adapter is kept", "warning"))
@@ -119,24 +129,39 @@ def choose_final_adapter(run: Run) -> float | None:
     return progress.best_valid_loss
 
 
-def save_final_adapter(run: Run) -> Path | None:
-    """Writes the adapter folder, on rank 0, and returns it.
+def has_final_adapter(run: Run) -> bool:
+    """Whether this rank can have the adapter that is exported without the others."""
+    progress = run.state.progress
+    if run.state.has_final_adapter or not _wants_best(run) or progress.best_step == 0:
+        return True
+    return progress.best_step in run.saver.store.steps()
+
+
+def _wants_best(run: Run) -> bool:
+    """Whether another adapter than the last one is to be exported."""
+    progress = run.state.progress
+    return run.config.training.export == "best" and progress.best_step not in (None, progress.step)
+
+
+def save_adapter_folder(run: Run) -> Path:
+    """Writes the adapter folder of this rank's run folder, and returns it once it is on disk.
 
     Raises:
         ModelError: it can't be written.
     """
-    if run.collective.rank != 0:
-        return None
     loaded, folder = run.loaded, run.folder.adapters
     source = str(loaded.path) if run.config.model.path != str(loaded.path) else run.config.model.path
     try:
         save_adapter(folder, loaded.model, run.adaptation.mlx_lm_config, model_name=source)
+        sync_all(folder)
         if run.config.adapter.type == "full" and loaded.was_quantized:
             # The tuned weights don't fit the quantised checkpoint they came from, so the whole model goes along.
-            save_model(run.folder.path / "model", loaded)
-    except OSError as error:
+            save_model(run.folder.model, loaded)
+            sync_all(run.folder.model)
+    except (OSError, RuntimeError) as error:  # MLX's own writing raises the latter
+        why = " ".join(str(error).split()) if isinstance(error, RuntimeError) else error.strerror or error
         raise ModelError(
-            f"the adapter can't be written to {folder} ({error.strerror or error}); make room there, then go on with: "
+            f"the adapter can't be written to {folder} ({why}); make room there, then go on with: "
             f"{resume_command(run.folder.path)}"
         ) from error
     return folder

@@ -116,6 +116,7 @@ class TunedModel:
             shape = None
         budget = parse_budget(topology.memory_budget, usable_bytes())
         wanted = self.placement or topology.placement
+        wanted = "auto" if wanted == "pipeline" else wanted  # this machine is alone
         resident = topology.resident_blocks if wanted == topology.placement else "auto"
         return inference_placement(execution, shape, budget, wanted, resident)
 
@@ -127,7 +128,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter-path", type=Path, help="an adapter's folder, in mlx-lm's format")
     parser.add_argument(
         "--placement",
-        choices=PLACEMENTS,
+        choices=[placement for placement in PLACEMENTS if placement != "pipeline"],
         help="stream: read blocks from disk when they are needed; default: as the run's topology.placement",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")

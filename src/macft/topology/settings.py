@@ -12,9 +12,10 @@ MAX_PORT = 65533
 KINDS = ("single", "local", "hosts", "ssh")
 SHARES = ("auto", "equal")
 BATCHES = ("fixed", "auto")
-PLACEMENTS = ("auto", "replicate", "stream")
+PLACEMENTS = ("auto", "replicate", "stream", "pipeline")
 SHIPMENTS = ("code", "data", "model")
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?")
+_LINK_LOCAL = re.compile(r"\[?fe[89ab][0-9a-f]:[^+]*:", re.IGNORECASE)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(gb|gib|mb|mib)", re.IGNORECASE)
 _UNITS = {"gb": 1e9, "gib": 2.0**30, "mb": 1e6, "mib": 2.0**20}
 _DESTINATION = re.compile(
@@ -61,8 +62,15 @@ class TopologyConfig:
     # run that is predicted to need more is refused before its model loads.
     memory_budget: str = "0.95"
     # Where the weights are. replicate: all in memory. stream: a block is read from disk when it is needed, twice in a
-    # step, so that models larger than the memory can be trained. auto: stream on a node whose memory they don't fit.
+    # step, so that models larger than the memory can be trained. pipeline: each node holds and computes some of the
+    # blocks, for all rows. auto: stream on a node whose memory they don't fit.
     placement: str = "auto"
+    # With placement=pipeline, how many blocks each node has: evenly many (auto), or a number for each, in ring order:
+    # [8, 16].
+    stages: Any = "auto"
+    # With placement=pipeline, the number of pipelines. Nodes that follow each other in the ring form one; the rows of a
+    # batch are divided among pipelines.
+    pipelines: int = 1
     # With placement=stream, the blocks that stay in memory: as many as fit (auto), or a number.
     resident_blocks: Any = "auto"
     # With topology=ssh, the SSH destination of each of `hosts`, in the same order: [studio, me@192.168.0.2:22]. Names
@@ -99,8 +107,8 @@ def host_paths(host: str, default_port: int) -> list[tuple[str, int]]:
     paths: list[tuple[str, int]] = []
     for path in host.split("+"):
         match = _HOST.fullmatch(path)
-        if match is None:
-            raise ValueError(f"'{host}' is not a host name or address with an optional :port")
+        if match is None or _LINK_LOCAL.match(path):
+            raise ValueError(_objection(host, path))
         port = int(match["port"]) if match["port"] else (paths[0][1] if paths else default_port)
         if not 1 <= port <= MAX_PORT:
             raise ValueError(f"'{host}': port {port} is not from 1 to {MAX_PORT}")
@@ -108,6 +116,18 @@ def host_paths(host: str, default_port: int) -> list[tuple[str, int]]:
     if len(paths) > MAX_PATHS:
         raise ValueError(f"'{host}' has {len(paths)} addresses; {MAX_PATHS} are the most")
     return paths
+
+
+def _objection(host: str, path: str) -> str:
+    """Why ``path`` of ``host`` can't be used."""
+    if _LINK_LOCAL.match(path):
+        return (
+            f"'{host}' is a link-local IPv6 address, which needs the name of an interface that differs from machine to "
+            "machine; use an IPv4 address or another IPv6 address"
+        )
+    if path.count(":") > 1 and "[" not in path:
+        return f"'{host}': write an IPv6 address in brackets and quotes: \"[{path}]\""
+    return f"'{host}' is not a host name or address with an optional :port"
 
 
 def problems(config: TopologyConfig) -> list[str]:
@@ -160,7 +180,35 @@ def _placement_problems(config: TopologyConfig) -> list[str]:
     is_count = isinstance(resident, int) and not isinstance(resident, bool) and resident >= 0
     if resident != "auto" and not is_count:
         lines.append(f"topology.resident_blocks: '{resident}' is neither auto nor a number of blocks, 0 or more")
+    return lines + _stage_problems(config)
+
+
+def _stage_problems(config: TopologyConfig) -> list[str]:
+    stages, pipelines, nodes = config.stages, config.pipelines, _nodes(config)
+    if config.placement != "pipeline":
+        named = [("stages", stages != "auto"), ("pipelines", pipelines != 1)]
+        return [f"topology.{key}: only topology.placement=pipeline has them" for key, is_set in named if is_set]
+    lines = []
+    if nodes < 2 and config.join is None:
+        lines.append(
+            "topology.placement: pipeline needs two or more nodes, and there is one; use topology.placement=stream, "
+            "which reads blocks from disk when they are needed"
+        )
+    elif pipelines < 1 or (config.join is None and 2 * pipelines > nodes):
+        lines.append(
+            f"topology.pipelines: {pipelines} pipelines of {nodes} nodes; each needs two or more, so use 1 to "
+            f"{nodes // 2}"
+        )
+    is_list = isinstance(stages, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in stages)
+    if stages != "auto" and (not is_list or any(n < 1 for n in stages)):
+        lines.append(f"topology.stages: {stages} is neither auto nor a list of numbers of blocks, such as [8,16]")
+    elif is_list and config.join is None and len(stages) != nodes:
+        lines.append(f"topology.stages: {stages} has {len(stages)} numbers, and there are {nodes} nodes")
     return lines
+
+
+def _nodes(config: TopologyConfig) -> int:
+    return len(config.hosts) if config.kind in ("hosts", "ssh") else config.nodes
 
 
 def _share_problems(config: TopologyConfig) -> list[str]:
@@ -171,7 +219,7 @@ def _share_problems(config: TopologyConfig) -> list[str]:
         if shares not in SHARES:
             lines.append(f"topology.shares: '{shares}' is not auto, equal or a list of numbers such as [2,1]")
         return lines
-    nodes = len(config.hosts) if config.kind in ("hosts", "ssh") else config.nodes
+    nodes = _nodes(config)
     if not isinstance(shares, list) or any(isinstance(n, bool) or not isinstance(n, int | float) for n in shares):
         lines.append(f"topology.shares: {shares} is not auto, equal or a list of numbers such as [2,1]")
     elif len(shares) != nodes:

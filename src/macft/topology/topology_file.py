@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
-import platformdirs
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from macft.device.durable import write_atomically
+from macft.device.user_folder import user_config_folder
 from macft.errors import ConfigError
 from macft.topology.settings import TopologyConfig, host_paths, problems
 
@@ -23,12 +22,6 @@ _HEAD = """\
 # The cluster "{name}". Yours to edit: topology={name} reads it each time.
 # hosts: address of each machine in ring order, neighbours by the fastest links. ssh: where SSH finds them.
 """
-
-
-def user_config_folder() -> Path:
-    """The folder of this user's own Hydra groups; the variable ``MACFT_CONFIG`` overrides it."""
-    override = os.environ.get("MACFT_CONFIG")
-    return Path(override).expanduser().absolute() if override else platformdirs.user_config_path("macft")
 
 
 def path_of(name: str) -> Path:

@@ -10,6 +10,7 @@ from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.parallel.balance import ShareBalancer
 from macft.parallel.shares import DataShard
+from macft.parallel.stage_places import StagePlaces
 from macft.report.events import Reporter
 from macft.training.batch_loader import BatchLoader
 from macft.training.checkpoint_policy import CheckpointPolicy
@@ -43,10 +44,12 @@ def build_trainer(
     balancer: ShareBalancer | None = None,
     throttle: Throttle | None = None,
     stop: StopRequest | None = None,
+    places: StagePlaces | None = None,
 ) -> Trainer:
     """Builds the trainer of ``state``; its ranks are those of ``state.reducer.collective``.
 
-    Left out, ``balancer`` gives all ranks equal shares, ``throttle`` never rests, and ``stop`` is never requested.
+    Left out, ``balancer`` gives all ranks equal shares, ``throttle`` never rests, ``stop`` is never requested, and
+    every rank computes all blocks of its rows.
     """
     model, collective, stop = state.model, state.reducer.collective, stop or StopRequest()
     total_steps = steps_for(config, order.steps_per_epoch)
@@ -55,6 +58,7 @@ def build_trainer(
         balancer or ShareBalancer("equal", collective.world_size, every=1),
         throttle or NoThrottle(),
         follow_speed=state.outer is None,
+        places=places,
     )
     context = StepContext(
         loader=BatchLoader(train_rows, order, config.micro_batch_size, shared=compute.execution.shared_prefixes),
@@ -80,6 +84,7 @@ def build_trainer(
             collective,
             shard=shard,
             progress=progress,
+            stopped=lambda: stop.requested,
         )
 
     validation = ValidationPolicy(

@@ -10,6 +10,8 @@ from macft.collective.elastic import ElasticCollective
 from macft.parallel.balance import ShareBalancer
 from macft.parallel.node_status import NodeStatus
 from macft.parallel.shares import DataShard
+from macft.parallel.stage_layout import StageLayout
+from macft.parallel.stage_places import StagePlaces
 from macft.training.node_messages import NodeMessages
 from macft.training.throttle import Throttle
 
@@ -22,14 +24,22 @@ class NodeCoordinator:
     Args:
         follow_speed: Whether shares follow the measured speeds and duties; not with DiLoCo, where they would change
             what is learned.
+        places: Which blocks each rank computes; None: all of them.
     """
 
     def __init__(
-        self, collective: Collective, balancer: ShareBalancer, throttle: Throttle, *, follow_speed: bool = True
+        self,
+        collective: Collective,
+        balancer: ShareBalancer,
+        throttle: Throttle,
+        *,
+        follow_speed: bool = True,
+        places: StagePlaces | None = None,
     ):
         self.collective = collective
         self.elastic = collective if isinstance(collective, ElasticCollective) else None
         self.balancer = balancer
+        self.places = places or StagePlaces(collective)
         self.statuses: list[NodeStatus] = []
         """Every rank's status of the newest step that all of them know."""
         self._throttle, self._follow_speed = throttle, follow_speed
@@ -38,7 +48,7 @@ class NodeCoordinator:
     @property
     def shard(self) -> DataShard:
         """Which rows of the next step are this rank's."""
-        return DataShard(self.collective.rank, self.collective.world_size, tuple(self.balancer.shares))
+        return self.places.shard(self.balancer.shares)
 
     @property
     def wants_change(self) -> bool:
@@ -81,6 +91,7 @@ class NodeCoordinator:
         shown = self._throttle.messages(self.statuses, self.balancer.shares)
         return [*self._messages.exchange(self.statuses), *shown]
 
-    def regrouped(self, balancer: ShareBalancer) -> None:
-        """The ranks have changed; ``balancer`` has the shares of the new ones."""
+    def regrouped(self, balancer: ShareBalancer, layout: StageLayout) -> None:
+        """The ranks have changed; ``balancer`` has the shares of the new ones, ``layout`` their blocks."""
         self.balancer, self.statuses = balancer, []
+        self.places.change(layout)

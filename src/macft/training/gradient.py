@@ -46,6 +46,12 @@ class LocalGradient:
     waited_for_weights: float | None = None
     # Bytes of weights that were read for this step, as they are in memory.
     weights_read: int = 0
+    # Where another rank counts the tokens of these rows: it computes the end of the model for them.
+    is_counted_elsewhere: bool = False
+    # Seconds in which nothing was computed because another stage's hidden states or gradients were awaited, and seconds
+    # in which this stage's were being sent, in the background; None where there are no stages.
+    waited_for_stages: float | None = None
+    sent_to_stages: float | None = None
 
     @property
     def loss_sum(self) -> float:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
+from macft.device import fault_points
 from macft.errors import MembershipChanged, NonFiniteLoss
 from macft.parallel.node_status import NodeStatus
 from macft.report.events import Noted, Reporter, StepDone
@@ -15,6 +16,7 @@ from macft.training.coordination import NodeCoordinator
 from macft.training.recovery import Recovery
 from macft.training.state import TrainState
 from macft.training.stepper import Stepper, StepResult
+from macft.training.stop_request import Stopped
 from macft.training.validation_policy import ValidationPolicy
 
 
@@ -50,6 +52,8 @@ class Trainer:
     def train(self) -> str:
         """Trains to the last step; returns why it ended: finished, early_stopped or interrupted.
 
+        The last state is saved. Once training has ended on any rank, a call after :meth:`regroup` returns the same.
+
         Raises:
             NonFiniteLoss: loss or gradient of a step is NaN or infinite; no update was made with it.
             RanksDiverged: the ranks no longer hold the same adapter.
@@ -57,11 +61,22 @@ class Trainer:
             CollectiveError: a peer is gone or silent.
         """
         state, progress = self.state, self.state.progress
-        if state.ended:
-            return state.ended
+        if not state.ended:
+            try:
+                state.ended = self._train()
+            except Stopped:
+                state.ended = "interrupted"
+        if not state.has_final_adapter and progress.step:
+            self.checkpoints.save()
+        self.checkpoints.report(wait=True)
+        return state.ended
+
+    def _train(self) -> str:
+        progress = self.state.progress
         self._validate_and_save()
         while progress.step < self.total_steps and not self._validation.should_stop_early:
-            state.begun_step = progress.step
+            self.state.begun_step = progress.step
+            self._reach_fault_points()
             with self._explaining_non_finite():
                 result, agreement = self._stepper.step(progress.step, self.nodes.shard)
                 progress.step += 1
@@ -71,16 +86,12 @@ class Trainer:
                 if not agreement.is_synced or not (must_flush or self._is_due(progress.step)):
                     continue
                 self._report(self._stepper.flush())
-            self._validate_and_save()
             if agreement.stop and progress.step < self.total_steps:
-                self.checkpoints.save()
-                return "interrupted"
+                return "interrupted"  # a validation that is due is made after a resume
+            self._validate_and_save()
             if agreement.change:
                 raise MembershipChanged("a node wants to join")
-        self.checkpoints.save()
-        self.checkpoints.report(wait=True)
-        state.ended = "early_stopped" if self._validation.should_stop_early else "finished"
-        return state.ended
+        return "early_stopped" if self._validation.should_stop_early else "finished"
 
     def regroup(self) -> bool:
         """Forms a new ring with the nodes that can be reached; see :meth:`Recovery.regroup`."""
@@ -96,6 +107,12 @@ class Trainer:
     def statuses(self) -> list[NodeStatus]:
         """The last statuses of all nodes that took part, those that are gone included."""
         return [*self.nodes.statuses, *(self.recovery.departed if self.recovery else [])]
+
+    def _reach_fault_points(self) -> None:
+        if self.state.progress.step == 0:
+            fault_points.reach("first_step")
+        if self.state.progress.step == self.total_steps - 1:
+            fault_points.reach("last_step")
 
     def _is_due(self, step: int) -> bool:
         return step == self.total_steps or self._validation.is_due(step) or self.checkpoints.is_due(step)

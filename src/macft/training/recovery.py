@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from macft.collective.newest import find_newest
 from macft.errors import MembershipChanged, PeerLost
 from macft.parallel.balance import ShareBalancer
 from macft.parallel.node_status import NodeStatus
+from macft.parallel.stage_layout import StageLayout
 from macft.report.event_bytes import pack_events, unpack_events
 from macft.report.events import NodesChanged, Noted, Reporter
 from macft.training.checkpoint_policy import CheckpointPolicy
@@ -76,20 +77,25 @@ class MemberTracker:
 
 
 class PauseNotice:
-    """Called while a node waits for others: warns once when it takes long, and waits on until a stop is requested."""
+    """Called while a node waits for others: warns once when it takes long.
 
-    def __init__(self, stop: StopRequest, reporter: Reporter):
-        self._stop, self._reporter = stop, reporter
+    It waits on until ``may_leave()``: a stop is requested, say. Others that come soon are waited for even then, so that
+    all stop together.
+    """
+
+    def __init__(self, may_leave: Callable[[], bool], reporter: Reporter):
+        self._may_leave, self._reporter = may_leave, reporter
         self._started: float | None = None
         self._announced = ""
 
     def __call__(self, whom: str) -> bool:
         """Takes whom this node waits for; returns whether to go on waiting."""
         self._started = self._started or time.monotonic()
-        if time.monotonic() - self._started > _PATIENT_SECONDS and whom != self._announced:
+        is_long = time.monotonic() - self._started > _PATIENT_SECONDS
+        if is_long and whom != self._announced:
             self._announced = whom
             self._reporter.handle(Noted(f"paused: this node waits for {whom}", "warning"))
-        return not self._stop.requested
+        return not (is_long and self._may_leave())
 
 
 class Recovery:
@@ -122,14 +128,14 @@ class Recovery:
     def regroup(self) -> bool:
         """Forms a new ring with the nodes that there are, and takes over the newest state among them.
 
-        The step that was interrupted is computed again. Returns False if a stop was requested while this node waited
-        for others.
+        The step that was interrupted is computed again. Returns False if this node has waited for others and a stop
+        was requested, or it knows that the results are on disk.
 
         Raises:
             CollectiveError: the nodes can't come together, or all others have ended.
         """
         started = time.monotonic()
-        pause = PauseNotice(self._stop, self._reporter)
+        pause = PauseNotice(lambda: self._stop.requested or self._state.is_kept, self._reporter)
         while self._join_ring(pause):
             try:
                 change = self._sync_to_newest(self.elastic.members)
@@ -169,7 +175,8 @@ class Recovery:
         state.ended, state.has_final_adapter = shared["ended"], shared["has_final_adapter"]
         state.reducer.start_anew(shared["codec"], is_open=shared["codec_is_open"])
         left, joined = self._tracker.advance(members, self._nodes.statuses)
-        self._nodes.regrouped(ShareBalancer.from_state_dict(shared["balance"], shared["old_ranks"]))
+        layout = StageLayout.from_data(shared["layout"])
+        self._nodes.regrouped(ShareBalancer.from_state_dict(shared["balance"], shared["old_ranks"]), layout)
         self._checkpoints.members_changed()
         return NodesChanged(
             step=state.progress.step,
@@ -179,6 +186,7 @@ class Recovery:
             joined=joined,
             shares=list(self._nodes.balancer.shares),
             recomputed=state.begun_step == state.progress.step,
+            layout=str(layout) if layout.has_stages else "",
         )
 
     def _position(self) -> Position:
@@ -204,6 +212,7 @@ class Recovery:
             "has_final_adapter": self._state.has_final_adapter,
             "balance": self._nodes.balancer.state_dict(),
             "old_ranks": self._tracker.old_ranks(members),
+            "layout": self._nodes.places.decide(len(members.ids)).to_data(),
             "codec": codec,
             "codec_is_open": is_open,
         }

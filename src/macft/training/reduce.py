@@ -90,17 +90,18 @@ def reduce_gradient(
     slots = np.zeros((collective.world_size, NodeStatus.SIZE))
     slots[collective.rank] = status(seconds["compute"]).numbers()
     # float64 holds token counts exactly and costs nothing at this size.
-    counts = np.array([local.loss_sum, local.target_tokens, local.tokens, float(stop), float(change)])
+    tokens = 0 if local.is_counted_elsewhere else local.tokens
+    counts = np.array([local.loss_sum, local.target_tokens, tokens, float(stop), float(change)])
     sums = np.concatenate([counts, slots.ravel()])
     collective.all_reduce([sums])
-    loss_sum, target_tokens, tokens, stops, changes = (float(value) for value in sums[: len(counts)])
+    loss_sum, target_tokens, all_tokens, stops, changes = (float(value) for value in sums[: len(counts)])
     seconds["all_reduce"] += time.perf_counter() - ready
     scalars = clip_by_global_norm(loss_sum, _norm(local.gradient), target_tokens, max_norm, xp=np)
     metrics = StepMetrics(
         loss=float(scalars.loss),
         norm=float(scalars.norm),
         target_tokens=int(target_tokens),
-        tokens=int(tokens),
+        tokens=int(all_tokens),
         nodes=[NodeStatus.of_numbers(slot.tolist()) for slot in sums[len(counts) :].reshape(slots.shape)],
         seconds=seconds,
     )

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 
 from macft.data.batch import Batch
@@ -22,135 +21,13 @@ from macft.model.backends.base import Backend
 from macft.model.block_weights import BlockWeights
 from macft.model.dropout import DropoutKeys
 from macft.model.execution import Execution
-from macft.model.head import split_head
-from macft.model.packing import PackLayout, packed, takes_packs
-from macft.model.parameter_refs import ParameterRefs
-from macft.model.stages import CutModel, Entry
+from macft.model.packing import takes_packs
 from macft.training.batch_layout import BatchLayout, DeviceBatch
 from macft.training.gradient import Gradient, LocalGradient, add, buckets_of
+from macft.training.staged_model import StagedModel, Work
 
 VALIDATION_TOKENS = 16_384
 """Most tokens whose hidden states validation holds at once."""
-
-
-@dataclass
-class _Work:
-    """A part of the node's rows on its way through the blocks; ``hidden`` is the newest block's result."""
-
-    part: DeviceBatch
-    arrays: list[mx.array]
-    layout: PackLayout | None
-    keys: mx.array
-    entry: Entry | None = None
-    hidden: mx.array = field(default_factory=lambda: mx.zeros(()))
-    # By block number, the inputs that the backward pass needs.
-    kept: dict[int, mx.array] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, part: DeviceBatch, keys: mx.array) -> _Work:
-        return cls(part, part.loss_inputs(), part.pack_layout(), keys)
-
-
-class StagedModel:
-    """The blocks ``weights`` supplies, executed for parts of rows, and the loss of what they compute.
-
-    ``model`` must be installed in ``backend``. Each of the backend's lanes has a model of its own.
-    """
-
-    def __init__(self, model: nn.Module, backend: Backend, weights: BlockWeights):
-        self.lanes = backend.lanes(model)
-        self.weights = weights
-        self._model, self._backend = model, backend
-        self._cuts: list[CutModel] = []
-        self._losses = []
-        for each in self.lanes.models:
-            weights.follow(each)
-            with CutModel(each).skipped():
-                parts = split_head(each)
-            self._cuts.append(CutModel(each, parts[0] if parts else None))
-            self._losses.append(backend.cross_entropy(parts[1] if parts else None))
-        self._refs = [[ParameterRefs(block) for block in cut.blocks] for cut in self._cuts]
-        names = {id(module): name for name, module in model.named_modules()}
-        self.prefixes = [names[id(block)] for block in self._cuts[0].blocks]
-
-    @property
-    def count(self) -> int:
-        """Number of blocks."""
-        return len(self._refs[0])
-
-    def parameters_of(self, number: int) -> list[str]:
-        """Names in the model of the trained parameters of block ``number``."""
-        return [f"{self.prefixes[number]}.{name}" for name in self._refs[0][number].names]
-
-    def enter(self, lane: int, work: _Work) -> _Work:
-        """Computes what is before the blocks."""
-        with packed(work.layout):
-            work.entry = self._cuts[lane].enter(work.arrays[0])
-            mx.eval(work.entry.arrays)
-        work.hidden = work.entry.hidden
-        return work
-
-    def forward(self, number: int, lane: int, work: _Work, *, training: bool) -> _Work:
-        """Computes block ``number``."""
-        assert work.entry is not None
-        cut, arguments = self._cuts[lane], work.entry.arguments[number]
-        with packed(work.layout):
-
-            def block(hidden: mx.array) -> mx.array:
-                return cut.block(number, hidden, arguments)
-
-            work.hidden = self._backend.value(block, work.hidden) if training else block(work.hidden)
-            mx.eval(work.hidden)
-        return work
-
-    def loss(self, lane: int, work: _Work) -> float:
-        """The summed loss of what the last block has computed, in nats, without a gradient."""
-        inputs, positions, targets, weights = work.arrays
-        with packed(work.layout):
-            hidden = self._cuts[lane].leave(inputs, work.hidden)
-            hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
-            return float(np.asarray(self._losses[lane](hidden, targets, weights, with_gradient=False)))
-
-    def loss_and_gradient(self, lane: int, work: _Work) -> tuple[mx.array, mx.array]:
-        """The summed loss, and its gradient by what the last block has computed."""
-        inputs, positions, targets, weights = work.arrays
-
-        def loss(hidden: mx.array) -> mx.array:
-            hidden = self._cuts[lane].leave(inputs, hidden)
-            hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
-            return self._losses[lane](hidden, targets, weights, with_gradient=True)
-
-        with packed(work.layout):
-            value, (gradient,) = self._backend.vjp(loss, [work.hidden], mx.array(1.0))
-            mx.eval(value, gradient)
-        return value, gradient
-
-    def backward(self, number: int, lane: int, work: _Work, *, to_input: bool) -> Gradient:
-        """Computes block ``number`` again, and the gradient by its parameters and, ``to_input``, by its input.
-
-        ``work.hidden`` is the gradient by the block's result, and becomes that by its input.
-        """
-        assert work.entry is not None
-        cut, arguments, refs = self._cuts[lane], work.entry.arguments[number], self._refs[lane][number]
-        hidden, trained = work.kept.pop(number), refs.get()
-
-        def block(hidden: mx.array, *values: mx.array) -> mx.array:
-            refs.put(values)
-            return cut.block(number, hidden, arguments)
-
-        def by_parameters(*values: mx.array) -> mx.array:
-            return block(hidden, *values)
-
-        function, inputs = (block, [hidden, *trained]) if to_input else (by_parameters, trained)
-        try:
-            with packed(work.layout):
-                _, gradients = self._backend.vjp(function, inputs, work.hidden)
-                mx.eval(gradients)
-        finally:
-            refs.put(trained)
-        work.hidden = gradients[0] if to_input else hidden
-        found = zip(self.parameters_of(number), gradients[to_input:], strict=True)
-        return {name: gradient.astype(mx.float32) for name, gradient in found}
 
 
 class StagedLoss:
@@ -172,7 +49,7 @@ class StagedLoss:
 
     def _compute(self, batches: Sequence[Sequence[DeviceBatch]]) -> Iterator[list[float]]:
         staged, none = self._staged, mx.zeros(1, mx.uint32)
-        works = [_Work.of(part, none) for parts in batches for part in parts]
+        works = [Work.of(part, none) for parts in batches for part in parts]
         _all(staged.lanes.map(staged.enter, works))
         for number in range(staged.count):
             with staged.weights.held(number, then=[*range(number + 1, staged.count), *range(staged.count)]):
@@ -218,7 +95,7 @@ class StagedGradient:
         batches: Sequence[Batch],
         before_micro_batch: Callable[[], None] = lambda: None,
         *,
-        in_buckets: bool = True,
+        in_buckets: bool = True,  # noqa: ARG002
     ) -> LocalGradient:
         """Computes ``batches``, this node's micro-batches of ``step``; there may be none.
 
@@ -230,36 +107,60 @@ class StagedGradient:
             self._model.train()
         total: Gradient = {}
         losses: list[mx.array] = []
-        works = [self._work(step, part) for batch in batches for part in self._layout.parts(batch)]
+        works = [work for batch in batches for work in self.works(step, batch)]
         if works:
             rests = _Rests(before_micro_batch, len(batches), 2 * self.staged.count - self._first)
             self._forward(works, rests)
             losses = self._losses(works)
             self._backward(works, total, rests)
-        total = {name: total[name] if name in total else mx.zeros(shape) for name, shape in self._shapes.items()}
-        if in_buckets:
-            total = {name: mx.contiguous(value) for name, value in total.items()}
-        mx.eval(total)
+        return self.result(total, losses, batches, sum(work.target_tokens for work in works), started)
+
+    @property
+    def first_trained(self) -> int:
+        """The first block that has a backward pass."""
+        return self._first
+
+    def works(self, step: int, batch: Batch) -> list[Work]:
+        """The parts of a micro-batch of ``step``, which are computed one by one."""
+        return [self._work(step, part) for part in self._layout.parts(batch)]
+
+    def result(
+        self,
+        total: Gradient,
+        losses: Sequence[mx.array],
+        batches: Sequence[Batch],
+        target_tokens: int,
+        started: float,
+        **of_stages: Any,
+    ) -> LocalGradient:
+        """What :meth:`__call__` returns; parameters that ``total`` lacks have a gradient of zero.
+
+        ``of_stages``: the fields of LocalGradient that only a stage of a pipeline has.
+        """
+        gradient = {name: total[name] if name in total else mx.zeros(shape) for name, shape in self._shapes.items()}
+        gradient = {name: mx.contiguous(value) for name, value in gradient.items()}
+        mx.eval(gradient)
         waited, read = self.staged.weights.take_figures()
         return LocalGradient(
-            gradient=total,
+            gradient=gradient,
             buckets=self.buckets,
             losses=losses,
-            target_tokens=sum(int(work.part.weights.sum()) for work in works),
+            target_tokens=target_tokens,
             tokens=sum(int(batch.lengths.sum()) for batch in batches),
             started=started,
             waited_for_weights=waited,
             weights_read=read,
+            **of_stages,
         )
 
-    def _work(self, step: int, part: DeviceBatch) -> _Work:
-        return _Work.of(part, mx.array(self._keys.needed_for(self._seed, step, part.row_ids)))
+    def _work(self, step: int, part: DeviceBatch) -> Work:
+        return Work.of(part, mx.array(self._keys.needed_for(self._seed, step, part.row_ids)))
 
-    def _forward(self, works: Sequence[_Work], rests: _Rests) -> None:
+    def _forward(self, works: Sequence[Work], rests: _Rests) -> None:
         staged, count = self.staged, self.staged.count
         backwards = range(count - 1, self._first - 1, -1)
 
-        def compute(number: int, lane: int, work: _Work) -> _Work:
+        def compute(number: int, lane: int, work: Work) -> Work:
             if number >= self._first:
                 work.kept[number] = work.hidden
             with self._keys.using(work.keys):
@@ -271,7 +172,7 @@ class StagedGradient:
             with staged.weights.held(number, then=[*range(number + 1, count), *backwards]):
                 _all(staged.lanes.map(partial(compute, number), works))
 
-    def _losses(self, works: Sequence[_Work]) -> list[mx.array]:
+    def _losses(self, works: Sequence[Work]) -> list[mx.array]:
         losses = []
         found = self.staged.lanes.map(self.staged.loss_and_gradient, works)
         for work, (loss, gradient) in zip(works, found, strict=True):
@@ -279,10 +180,10 @@ class StagedGradient:
             work.hidden = gradient
         return losses
 
-    def _backward(self, works: Sequence[_Work], total: Gradient, rests: _Rests) -> None:
+    def _backward(self, works: Sequence[Work], total: Gradient, rests: _Rests) -> None:
         staged = self.staged
 
-        def compute(number: int, lane: int, work: _Work) -> Gradient:
+        def compute(number: int, lane: int, work: Work) -> Gradient:
             with self._keys.using(work.keys):
                 return staged.backward(number, lane, work, to_input=number > self._first)
 

@@ -27,10 +27,12 @@ class TrainState:
     outer: OuterOptimizer | None = None
     # The step that was begun last, from 0: the one that is computed again after a node was lost.
     begun_step: int = -1
-    # Why training ended: "finished" or "early_stopped"; empty while it goes on.
+    # Why training ended: "finished", "early_stopped" or "interrupted"; empty while it goes on.
     ended: str = ""
     # Whether the adapter to be exported has replaced the last one in the model.
     has_final_adapter: bool = False
+    # Whether this rank knows that the run's results are on a disk.
+    is_kept: bool = False
 
     def capture(self) -> Snapshot:
         """What all ranks have alike. Any rank can call it by itself."""

@@ -1,4 +1,4 @@
-"""What computes a node's part of a step: the whole model at once, or block by block."""
+"""What computes a node's part of a step: the whole model at once, block by block, or a stage of a pipeline."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from macft.model.backends.base import Backend
 from macft.model.block_weights import BlockWeights
 from macft.model.dropout import DropoutKeys
 from macft.model.execution import Execution
+from macft.parallel.stage_places import StagePlaces
 from macft.training.gradient import GradientComputer, LocalGradient
 from macft.training.loss import TokenLoss
-from macft.training.staged_gradient import StagedGradient, StagedLoss, StagedModel
+from macft.training.pipelined_gradient import PipelinedGradient
+from macft.training.staged_gradient import StagedGradient, StagedLoss
+from macft.training.staged_model import StagedModel
 from macft.training.validation import Losses
 
 
@@ -56,8 +59,18 @@ def make_step_gradient(
     *,
     seed: int,
     bucket_bytes: int,
+    places: StagePlaces | None = None,
 ) -> StepGradient:
-    """What ``execution`` asks for; ``streamed`` supplies the blocks' weights where they are not all in memory."""
+    """What ``execution`` asks for; ``streamed`` supplies the blocks' weights where they are not all in memory.
+
+    ``places``: the ranks' stages, where ``execution`` is that of a pipeline.
+    """
+    if execution.placement == "pipeline":
+        assert streamed is not None
+        assert places is not None
+        return PipelinedGradient(
+            model, backend, execution, dropout_keys, streamed, places, seed=seed, bucket_bytes=bucket_bytes
+        )
     if streamed is None:
         return GradientComputer(model, backend, execution, dropout_keys, seed=seed, bucket_bytes=bucket_bytes)
     return StagedGradient(model, backend, execution, dropout_keys, streamed, seed=seed, bucket_bytes=bucket_bytes)

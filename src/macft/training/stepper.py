@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -21,6 +21,7 @@ from macft.parallel.node_status import NodeStatus
 from macft.parallel.shares import DataShard
 from macft.training.batch_loader import BatchLoader
 from macft.training.coordination import NodeCoordinator
+from macft.training.gradient import LocalGradient
 from macft.training.optimizer import OptimizerStep
 from macft.training.reduce import StepMetrics, reduce_gradient
 from macft.training.step_gradient import StepGradient
@@ -103,7 +104,7 @@ class SynchronousStepper:
             stop=context.stop.requested,
             change=nodes.wants_change,
             computed=nodes.step_computed,
-            status=partial(nodes.status, local.tokens),
+            status=partial(_status, nodes, local),
         )
         metrics, rate = reduced.metrics, context.learning_rate(step)
         updating = time.perf_counter()
@@ -115,6 +116,8 @@ class SynchronousStepper:
         seconds = {"data": loaded - started, **metrics.seconds, "update": updated - updating}
         if local.waited_for_weights is not None:
             seconds["disk"] = local.waited_for_weights
+        if local.waited_for_stages is not None and local.sent_to_stages is not None:
+            seconds |= {"wait": local.waited_for_stages, "wire": local.sent_to_stages}
         if sync.has_rounds:
             seconds["sync"] = ended - updated
         result = StepResult(
@@ -131,6 +134,16 @@ class SynchronousStepper:
 
     def flush(self) -> None:
         """Returns None: a step is completed when :meth:`step` returns."""
+
+
+def _status(nodes: NodeCoordinator, local: LocalGradient, seconds: float) -> NodeStatus:
+    """This node's status after its part of a step, which took ``seconds``."""
+    return replace(
+        nodes.status(local.tokens, seconds),
+        disk_seconds=local.waited_for_weights,
+        wait_seconds=local.waited_for_stages,
+        wire_seconds=local.sent_to_stages,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,140 @@
-"""A request to stop the run cleanly."""
+"""A wish to stop the run: Ctrl-C, SIGTERM, SIGHUP (a closed terminal), a launcher that ends, or another node's wish."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_QUIT_SECONDS = 3.0
+"""How long the main thread may take to end after a second wish; a kernel of MLX can't be interrupted."""
+_INTERRUPTED = 130
+_SHOW_CURSOR = "\x1b[?25h"
+
+
+class Stopped(Exception):
+    """All ranks have agreed to stop here. Every rank raises it at the same point."""
+
 
 class StopRequest:
-    """Ctrl-C and SIGTERM stop the run after the current step; a second one interrupts it at once."""
+    """The first wish is answered at once and met at the next point where all ranks can agree on it; the second quits.
 
-    def __init__(self) -> None:
-        self._requested = False
-        self._other = threading.Event()
+    Until :meth:`defer` there is nothing to save and nobody to agree with, so the first one quits, by KeyboardInterrupt
+    in the main thread. Signals are read in a thread of their own, for the main one may be in a long call of MLX.
+
+    Args:
+        announce: Shows a line to the user. None: this process has no terminal, and the launcher answers.
+        farewell: The line for a user who quits while the main thread does not answer.
+
+    Attributes:
+        plan: What happens after the first wish, in words.
+    """
+
+    def __init__(
+        self,
+        announce: Callable[[str], None] | None = None,
+        farewell: Callable[[], str] = lambda: "interrupted",
+    ) -> None:
+        self.plan = ""
+        self._announce, self._farewell = announce, farewell
+        self._requested = threading.Event()
+        self._elsewhere: Callable[[], bool] = lambda: False
+        self._lock = threading.Lock()
+        self._is_deferred = self._must_quit = self._has_quit = self._is_listening = False
 
     @property
     def requested(self) -> bool:
-        """Whether a stop was requested."""
-        return self._requested or self._other.is_set()
+        """Whether a stop was requested, here or on another node."""
+        return self._requested.is_set() or self._elsewhere()
 
-    def __call__(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
-        """Requests a stop. Usable as a signal handler."""
-        if self._requested:
-            raise KeyboardInterrupt
-        self._requested = True
+    @property
+    def requested_here(self) -> bool:
+        """Whether a stop was requested on this node."""
+        return self._requested.is_set()
+
+    def request(self, *, may_quit: bool = True) -> None:
+        """A wish to stop, from any thread. ``may_quit``: if it is not the first one, this process quits."""
+        with self._lock:
+            is_first = not self._requested.is_set()
+            self._requested.set()
+            quits = not self._must_quit and ((is_first and not self._is_deferred) or (may_quit and not is_first))
+            self._must_quit = self._must_quit or quits
+        if quits:
+            self._quit()
+        elif is_first and self._announce is not None:
+            self._announce(f"stopping: {self.plan}; Ctrl-C again quits now")
+
+    def defer(self, plan: str) -> None:
+        """From now on the first wish waits until all ranks can agree on it; ``plan`` says what happens then."""
+        with self._lock:
+            self.plan, self._is_deferred = plan, True
+
+    def follow(self, elsewhere: Callable[[], bool]) -> None:
+        """A stop is also requested when ``elsewhere()`` is true: another node wants it."""
+        self._elsewhere = elsewhere
 
     @contextmanager
-    def listening(self, other: threading.Event | None = None) -> Iterator[None]:
-        """Handles SIGINT and SIGTERM while active; ``other`` requests a stop too when it is set."""
-        self._other = other or self._other
-        previous = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+    def listening(self) -> Iterator[None]:
+        """Handles the signals while active. SIGHUP stays ignored where it was (``nohup``)."""
+        signals = [each for each in _SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        thread = threading.Thread(target=self._read, args=(reading,), name="signals", daemon=True)
+        self._is_listening = True
+        previous_fd = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        previous = {number: signal.signal(number, self._handle) for number in signals}
+        thread.start()
         try:
             yield
         finally:
+            self._is_listening = False
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(previous_fd)
+            os.write(writing, b"\0")
+            thread.join()
+            os.close(reading)
+            os.close(writing)
+
+    def _read(self, descriptor: int) -> None:
+        while True:
+            for number in os.read(descriptor, 64):
+                if number == 0:
+                    return
+                if number in _SIGNALS:  # a closed terminal may send SIGHUP twice, which is one wish
+                    self.request(may_quit=number != signal.SIGHUP)
+
+    def _handle(self, _signal: int, _frame: FrameType | None) -> None:
+        if self._must_quit and not self._has_quit:
+            self._has_quit = True
+            raise KeyboardInterrupt
+
+    def _quit(self) -> None:
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)  # wakes it from a call that waits
+        timer = threading.Timer(_QUIT_SECONDS, self._end)
+        timer.daemon = True
+        timer.start()
+
+    def _end(self) -> None:
+        if not self._is_listening:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            if sys.stdout.isatty():
+                sys.stdout.write(_SHOW_CURSOR)
+                sys.stdout.flush()
+            print(self._farewell(), file=sys.stderr, flush=True)
+        os._exit(_INTERRUPTED)
+
+
+def announce(line: str) -> None:
+    """Shows a line on standard error, if that is still read."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)

@@ -16,13 +16,17 @@ from macft.data.formats import Row
 from macft.model.execution import Execution
 from macft.parallel.shares import DataShard, rows_of_shard
 from macft.training.batch_layout import BatchLayout, DeviceBatch
+from macft.training.stop_request import Stopped
 
 
 class Losses(Protocol):
     """What computes the losses of rows."""
 
     def of_batches(self, batches: Iterable[Sequence[DeviceBatch]]) -> Iterator[list[float]]:
-        """The loss of each part of each of ``batches``, in nats, without a gradient; in their order."""
+        """The loss of each part of each of ``batches``, in nats, without a gradient; in their order.
+
+        Of a batch whose end another rank computes there are none here.
+        """
         ...
 
 
@@ -44,10 +48,15 @@ def validation_loss(
     *,
     shard: DataShard,
     progress: Callable[[int, int], None],
+    stopped: Callable[[], bool] = lambda: False,
 ) -> ValidationResult:
     """Evaluates ``rows``, this rank those of its ``shard``; ``progress`` is called with (done, total) of them.
 
-    ``model`` must be installed in the backend of ``execution``.
+    ``model`` must be installed in the backend of ``execution``. Once ``stopped()`` on any rank, which is asked between
+    two batches, there is no result.
+
+    Raises:
+        Stopped: on all ranks alike.
     """
     started = time.perf_counter()
     model.eval()
@@ -58,12 +67,16 @@ def validation_loss(
 
     batches = list(micro_batches([rows[i] for i in mine], mine, execution.evaluation_rows))
     parts = [list(layout.parts(batch)) for batch in batches]
+    is_stopped = False
     for batch, items, values in zip(batches, parts, losses.of_batches(parts), strict=True):
-        for value in values:
-            loss_sum += value
-        target_tokens += sum(int(part.weights.sum()) for part in items)
+        loss_sum += sum(values)
+        target_tokens += sum(int(part.weights.sum()) for part in items[: len(values)])
         done += len(batch.row_ids)
         progress(done, len(mine))
-    sums = np.array([loss_sum, target_tokens], dtype=np.float64)
+        if is_stopped := stopped():
+            break
+    sums = np.array([loss_sum, target_tokens, float(is_stopped)], dtype=np.float64)
     collective.all_reduce([sums])
+    if sums[2]:
+        raise Stopped
     return ValidationResult(float(sums[0] / max(sums[1], 1.0)), int(sums[1]), time.perf_counter() - started)

@@ -48,6 +48,9 @@ class ValidationPolicy:
         """Validates if it is time to and was not done yet, and records the best loss.
 
         Collective: every rank must call it.
+
+        Raises:
+            Stopped: a stop was requested during the validation, which is then made after a resume.
         """
         progress = self._state.progress
         if self._validate is None or not self.is_due(progress.step) or progress.evaluated_step == progress.step:

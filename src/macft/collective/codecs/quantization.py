@@ -19,6 +19,8 @@ class WireCodec(Protocol):
     name: str
     ratio: float
     """Encoded bytes per byte of float32, for long arrays."""
+    block: int
+    """Values that are encoded together. Cut between two blocks, an array decodes to the same bits as in one piece."""
 
     def encoded_bytes(self, size: int) -> int:
         """The number of bytes that ``size`` values take."""
@@ -38,6 +40,7 @@ class Bfloat16:
 
     name = "bfloat16"
     ratio = 0.5
+    block = 1
 
     def encoded_bytes(self, size: int) -> int:
         """2 bytes a value."""
@@ -57,6 +60,7 @@ class Int8:
 
     name = "int8"
     ratio = (BLOCK + 4) / (4 * BLOCK)
+    block = BLOCK
 
     def encoded_bytes(self, size: int) -> int:
         """1 byte a value and 4 bytes a block."""

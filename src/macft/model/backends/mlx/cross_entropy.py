@@ -27,9 +27,7 @@ def whole_cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) 
     return (losses * weights).sum()
 
 
-def fused_loss_and_gradient(
-    logits: mx.array, targets: mx.array, weights: mx.array
-) -> tuple[mx.array, mx.array]:
+def fused_loss_and_gradient(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
     """See ``LossAndGradient``. The logits exist in float32 only for their sum, the gradient in their own type only."""
     totals = mx.logsumexp(logits.astype(mx.float32), axis=-1)
     right = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0].astype(mx.float32)

@@ -1,0 +1,166 @@
+"""Kills of a rank at a named point of a run, or at a random moment, and what becomes of the run.
+
+`tests/test_edges.py` has a few, `benchmarks/edges.py` many. The points are those of `macft.device.fault_points`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import psutil
+
+from harness.runs import command, environment, free_ports
+from macft.report.run_folder import RunFolder
+
+_LONGEST = 240.0
+_LOOK_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Rank ``rank`` is killed when it reaches ``point``, or ``seconds`` after the start where there is none."""
+
+    rank: int
+    point: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class Outcome:
+    """What became of a run. ``statuses``: of the launcher, or of each host's process that was not killed."""
+
+    statuses: list[int]
+    has_result: bool
+    silence: float
+    """The longest time in seconds, from the kill on, in which nothing was written to any terminal."""
+    seconds: float
+    output: str = field(repr=False, default="")
+    is_killed: bool = True
+
+    @property
+    def is_right(self) -> bool:
+        """Success where there is a result, and only there."""
+        return all((status == 0) == self.has_result for status in self.statuses)
+
+
+class Terminal:
+    """A command, and what it writes with the time of each piece."""
+
+    def __init__(self, argv: Sequence[str], cwd: Path, variables: dict[str, str]):
+        self.process = subprocess.Popen(
+            argv,
+            cwd=cwd,
+            env={**environment(), **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.output = ""
+        self.times: list[float] = []
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line.decode(errors="replace")
+            self.times.append(time.monotonic())
+
+    def close(self) -> None:
+        """Waits for the rest of the output."""
+        self._thread.join(5.0)
+
+
+def local(folder: Path, overrides: Sequence[str], nodes: int, kill: Kill) -> Outcome:
+    """A run of ``topology=local`` in ``folder``."""
+    argv = command(*overrides, "topology=local", f"topology.nodes={nodes}", f"hydra.run.dir={folder}")
+    terminal = Terminal(argv, folder.parent, _variables(kill))
+    killed = _await([terminal], kill, lambda: _rank_of(terminal.process, kill.rank))
+    return _outcome([terminal], [terminal], [folder], killed)
+
+
+def hosts(folder: Path, overrides: Sequence[str], nodes: int, kill: Kill) -> Outcome:
+    """A run of ``topology=hosts`` whose hosts are processes on this machine, with a folder each in ``folder``."""
+    names = ",".join(f"127.0.0.1:{port}" for port in free_ports(nodes))
+    folder.mkdir(parents=True, exist_ok=True)
+    terminals = []
+    for rank in range(nodes):
+        more = ["topology=hosts", f"topology.hosts=[{names}]", f"topology.rank={rank}"]
+        argv = command(*overrides, *more, f"hydra.run.dir={folder / str(rank)}")
+        terminals.append(Terminal(argv, folder, _variables(kill)))
+    victim = terminals[kill.rank]
+    killed = _await(terminals, kill, lambda: psutil.Process(victim.process.pid))
+    others = [terminal for terminal in terminals if terminal is not victim or killed is None]
+    return _outcome(terminals, others, [folder / str(rank) for rank in range(nodes)], killed)
+
+
+def _variables(kill: Kill) -> dict[str, str]:
+    return {"MACFT_FAULT": f"{kill.point}:{kill.rank}:kill"} if kill.point else {}
+
+
+def _rank_of(launcher: subprocess.Popen[bytes], rank: int) -> psutil.Process | None:
+    for child in psutil.Process(launcher.pid).children():
+        line = child.cmdline()
+        if "macft.launch.worker" in line and line[4] == str(rank):
+            return child
+    return None
+
+
+def _await(terminals: Sequence[Terminal], kill: Kill, find: object) -> float | None:
+    """Until all have ended; kills where the time says so. Returns when the victim was killed, None if it was not."""
+    assert callable(find)
+    began = time.monotonic()
+    victim: psutil.Process | None = None
+    killed: float | None = None
+    while any(terminal.process.poll() is None for terminal in terminals):
+        now = time.monotonic()
+        assert now - began < _LONGEST, "\n".join(terminal.output for terminal in terminals)
+        if killed is None:
+            try:
+                victim = victim or find()
+                if victim is not None and not kill.point and now - began > kill.seconds:
+                    victim.send_signal(signal.SIGKILL)
+                    killed = now
+                elif victim is not None and kill.point and not _runs(victim):
+                    killed = now
+            except psutil.NoSuchProcess:
+                pass
+        time.sleep(_LOOK_SECONDS)
+    return killed
+
+
+def _runs(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def _outcome(
+    terminals: Sequence[Terminal], others: Sequence[Terminal], folders: Sequence[Path], killed: float | None
+) -> Outcome:
+    ended = time.monotonic()
+    for terminal in terminals:
+        terminal.close()
+    times = sorted(each for terminal in others for each in terminal.times)
+    since = ended if killed is None else killed
+    moments = [since, *(each for each in times if each > since), ended]
+    return Outcome(
+        statuses=[terminal.process.returncode for terminal in others],
+        has_result=any(_has_result(folder) for folder in folders),
+        silence=max(after - before for before, after in itertools.pairwise(moments)),
+        seconds=0.0,
+        output="\n".join(terminal.output for terminal in terminals),
+        is_killed=killed is not None,
+    )
+
+
+def _has_result(folder: Path) -> bool:
+    if not RunFolder(folder).is_finished:
+        return False
+    return bool(mx.load(str(RunFolder(folder).adapters / "adapters.safetensors")))

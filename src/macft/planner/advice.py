@@ -1,0 +1,72 @@
+"""What would make a planned run possible, or faster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from macft.planner.cluster_model import ModelCost, Node, RingLinks, StepWork
+from macft.planner.partition import LayoutDecision, compare
+
+# Something else is named where a step then takes at most this share of the time.
+_WORTH_IT = 0.95
+_MOST_NODES = 8
+
+
+def advice(
+    nodes: Sequence[Node],
+    ring: RingLinks,
+    model: ModelCost,
+    work: StepWork,
+    placements: Mapping[str, LayoutDecision],
+    chosen: str | None,
+    *,
+    can_pipeline: bool,
+    is_quantized: bool,
+) -> list[str]:
+    """Lines for a person. ``placements`` are those that were compared, ``chosen`` is that of the run."""
+    lines = []
+    best = placements[chosen] if chosen is not None else None
+    pipelines = dict(placements) if "pipeline" in placements else compare(nodes, ring, model, work, kinds=["pipeline"])
+    pipeline = pipelines.get("pipeline") if can_pipeline else None
+    if pipeline is not None and chosen != "pipeline" and _is_better(pipeline, best):
+        lines.append(f"topology.placement=pipeline would take {pipeline.seconds:.2f} s a step")
+    if pipeline is not None and chosen in ("pipeline", None):
+        lines += _order(nodes, ring, model, work, pipeline)
+    if best is None and not is_quantized:
+        lines.append("a model in 4 bits needs about a quarter of the memory of one in 16")
+    if can_pipeline and (best is None or best.disk > 0):
+        lines += _more(nodes, ring, model, work, best)
+    return lines
+
+
+def _is_better(decision: LayoutDecision, best: LayoutDecision | None) -> bool:
+    return best is None or decision.seconds <= _WORTH_IT * best.seconds
+
+
+def _order(
+    nodes: Sequence[Node], ring: RingLinks, model: ModelCost, work: StepWork, pipeline: LayoutDecision
+) -> list[str]:
+    """The order of the nodes in which a pipeline would be faster."""
+    free = compare(nodes, ring, model, work, kinds=["pipeline"], order="free").get("pipeline")
+    if free is None or not _is_better(free, pipeline):
+        return []
+    ranks = [stage.rank for stages in free.layout.pipelines for stage in stages]
+    order = ", ".join(nodes[rank].name for rank in [*ranks, *sorted(set(range(len(nodes))) - set(ranks))])
+    return [f"in the order {order} a step would take {free.seconds:.2f} s"]
+
+
+def _more(
+    nodes: Sequence[Node], ring: RingLinks, model: ModelCost, work: StepWork, best: LayoutDecision | None
+) -> list[str]:
+    """How many more nodes hold the model in memory, where all are alike and wait for their disks."""
+    like = replace(nodes[0], alone=())
+    if any((node.speed, node.memory) != (like.speed, like.memory) for node in nodes):
+        return []
+    for count in range(max(2, len(nodes) + 1), _MOST_NODES + 1):
+        more = RingLinks.of_one_kind(min(ring.links, key=lambda link: link.bandwidth), count)
+        found = compare([like] * count, more, model, work, kinds=["pipeline"]).get("pipeline")
+        if found is not None and not found.disk and _is_better(found, best):
+            name = nodes[0].name.split(" #")[0]
+            return [f"{count} x {name} would hold the model in memory, as a pipeline: {found.seconds:.2f} s a step"]
+    return []

@@ -1,0 +1,119 @@
+"""What the choice of a placement needs of a run: the model's costs, the work of a step, how a node computes alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import chain
+
+from macft.config.schema import TrainConfig
+from macft.errors import ConfigError
+from macft.model.execution import Execution
+from macft.planner.cluster_model import Alone, ModelCost, StepWork
+from macft.planner.fit import MemoryPlanner
+from macft.planner.memory import ComputeShape, MemoryParts, predict, trained_part
+from macft.planner.placement import Layout, Placer
+from macft.planner.speed import attention_operations, step_cost
+
+# The sums of all blocks, and the gradient of one.
+_GRADIENTS = 1.2
+# Hidden states that a block of an unknown kind has inside, as multiples of its input.
+_UNKNOWN_INSIDE = 16.0
+# What the trainer does with the trained blocks of a stage: the backward pass computes them again.
+_RECOMPUTE = "always"
+
+
+def can_pipeline(config: TrainConfig) -> bool:
+    """Whether a run with these settings can be a pipeline at all."""
+    return config.adapter.type != "full" and config.training.sync != "diloco" and config.collective.backend == "ring"
+
+
+def model_cost(planner: MemoryPlanner) -> ModelCost:
+    """The costs of ``planner``'s model; ``planner`` has all rows of the steps, as a single pipeline gets them."""
+    shape, execution, adapter = planner.shape, replace(planner.execution, lanes=1), planner.adapter
+    trained = trained_part(shape, adapter)
+    batches = list(chain.from_iterable(planner.step_batches(1)))
+    tokens = max(1, sum(batch.tokens for batch in batches))
+    forward_pairs, backward_pairs = attention_operations(planner, execution, batches)
+    matrices = 2.0 * shape.block_parameters
+    low_rank = (2 if adapter.type == "full" else 6) * trained.parameters / max(1, trained.depth)
+    first = shape.blocks - trained.depth
+    backward = matrices + backward_pairs / tokens + low_rank
+    weights, outside = shape.weight_bytes(execution.weight_format), 1 - shape.block_share
+    is_tied = outside * shape.parameters < 1.5 * shape.embedding_parameters
+    ends = weights * outside
+    longest = max(planner.works(execution.with_batch(1, "none")), key=lambda work: work.tokens)
+    saved, inside, inside_again, logits = _activations(planner, longest)
+    resident = predict(shape, replace(execution, recompute="blocks"), adapter, planner.optimizer, longest)
+    targets = sum(batch.targets for batch in batches)
+    return ModelCost(
+        forward=(matrices + forward_pairs / tokens,) * shape.blocks,
+        backward=(0.0,) * first + (backward,) * trained.depth,
+        block_bytes=(weights * shape.block_share / shape.blocks,) * shape.blocks,
+        file_bytes=(shape.checkpoint_bytes() * shape.block_share / shape.blocks,) * shape.blocks,
+        embedding_bytes=ends if is_tied else ends / 2,
+        head_bytes=0.0 if is_tied else ends / 2,
+        hidden=float(shape.hidden * execution.weight_format.float_bytes),
+        saved=saved,
+        inside=inside,
+        inside_again=inside_again,
+        loss_operations=4.0 * shape.embedding_parameters * targets / tokens,
+        loss_bytes=logits / longest.tokens,
+        # Chunks of logits have a size that more tokens don't change.
+        loss_most=max(logits, 60.0 * execution.max_logits) if execution.kernels == "mlx" else float("inf"),
+        state=resident.adapter + resident.optimizer + 4.0 * _GRADIENTS * trained.parameters,
+        exchanged=4.0 * trained.parameters,
+        first_trained=first,
+        ends_everywhere=True,
+    )
+
+
+def step_work(planner: MemoryPlanner, micro_batch_size: int | None) -> StepWork:
+    """The work of an average step of ``planner``, which has all of its rows."""
+    steps = max(1, len(planner.steps))
+    batches = list(chain.from_iterable(planner.step_batches(1)))
+    rows = max(1, round(sum(len(step.lengths) for step in planner.steps) / steps))
+    return StepWork(
+        tokens=sum(batch.tokens for batch in batches) / steps,
+        rows=rows,
+        longest=float(max((batch.tokens for batch in batches), default=1)),
+        micro_batches=-(-rows // micro_batch_size) if micro_batch_size else None,
+        recompute=_RECOMPUTE,
+    )
+
+
+def alone(placer: Placer, execution: Execution, *, speed: float, disk: float) -> Alone:
+    """How the node of ``placer`` computes with the whole model, as ``execution`` says.
+
+    ``placer`` has the rows that the node would get; ``speed`` in operations a second, ``disk`` in bytes a second.
+    """
+    planner = placer.planner
+    steps = max(1, len(planner.steps))
+    tokens = sum(batch.tokens for batch in chain.from_iterable(planner.step_batches(1))) / steps
+    seconds = step_cost(planner, execution).operations / speed
+    read = Layout.of(planner.shape, execution, placer.first_trained).read_bytes
+    return Alone(seconds / max(1.0, tokens), read / disk, execution.placement == "stream")
+
+
+def _activations(planner: MemoryPlanner, work: ComputeShape) -> tuple[float, float, float, float]:
+    """Bytes a token: saved by a block, inside a block, inside one that is recomputed; and bytes of the logits.
+
+    They are the differences between predictions with the last block and the last two blocks trained.
+    """
+    shape, execution = planner.shape, replace(planner.execution, lanes=1)
+    border = float(shape.hidden * execution.weight_format.float_bytes)
+
+    def parts(recompute: str, depth: int) -> MemoryParts:
+        last = list(range(shape.blocks))[-depth:]
+        adapter = replace(planner.adapter, layers=last, num_layers=-1)
+        return predict(shape, replace(execution, recompute=recompute), adapter, planner.optimizer, work)
+
+    try:
+        one, two, again = parts("none", 1), parts("none", 2), parts("blocks", 1)
+    except ConfigError:  # the last blocks have none of the layers that are trained
+        return _UNKNOWN_INSIDE * border, _UNKNOWN_INSIDE * border, _UNKNOWN_INSIDE * border, 0.0
+    if one.unknown or two.unknown:
+        return _UNKNOWN_INSIDE * border, _UNKNOWN_INSIDE * border, _UNKNOWN_INSIDE * border, 0.0
+    saved = max(border * work.tokens, two.activations - one.activations)
+    inside = max(0.0, one.activations - saved)
+    inside_again = one.activations if again.unknown else max(0.0, again.activations - border * work.tokens)
+    return saved / work.tokens, inside / work.tokens, inside_again / work.tokens, one.logits

@@ -1,0 +1,151 @@
+"""Chooses a placement: which node holds which blocks, so that a step is fastest among what fits.
+
+Every placement is a set of pipelines, and a pipeline of one stage is a node by itself. So all are compared by one
+clock: the time of the whole step, with the filling and draining of pipelines, reading, and the exchange of gradients.
+How pipelines are found is in :mod:`macft.planner.pipeline_search`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from macft.errors import ConfigError
+from macft.parallel.stage_layout import StageLayout
+from macft.planner.cluster_model import CHOICES, Alone, ModelCost, Node, RingLinks, StepWork
+from macft.planner.pipeline_search import Pipeline, PipelineSearch, alone_pipeline, deal
+from macft.planner.stage_costs import StageChoice
+
+
+@dataclass(frozen=True)
+class LayoutDecision:
+    """A placement, and what a step takes with it.
+
+    ``placement`` is "replicate", "stream" or "pipeline". ``choices`` are those of the stages, in the order of
+    ``layout``. ``micro_batches`` of each pipeline. ``seconds`` of a step, of which ``exchange`` for the gradients.
+    ``bubble``: the share of the rest in which the nodes of the layout wait, on average. ``disk``: the most seconds that
+    a node reads in a step, while it computes or not. ``wire``: the most seconds that a link between two stages is busy
+    in one direction.
+    """
+
+    placement: str
+    layout: StageLayout
+    choices: tuple[tuple[StageChoice, ...], ...]
+    micro_batches: tuple[int, ...]
+    seconds: float
+    exchange: float
+    bubble: float
+    disk: float
+    wire: float
+
+    def choice_of(self, rank: int) -> StageChoice | None:
+        """How ``rank`` holds its stage; None if it has none."""
+        place = self.layout.place_of(rank)
+        return self.choices[place[0]][place[1]] if place else None
+
+    @property
+    def ranks(self) -> list[int]:
+        """Those that compute."""
+        return sorted(stage.rank for pipeline in self.layout.pipelines for stage in pipeline)
+
+
+def choose_layout(
+    nodes: Sequence[Node],
+    ring: RingLinks,
+    model: ModelCost,
+    step: StepWork,
+    *,
+    wanted: str = "auto",
+    kinds: Sequence[str] = CHOICES,
+    order: str = "ring",
+) -> LayoutDecision:
+    """The fastest of the placements of :func:`compare`; ``wanted`` is ``topology.placement``, ``kinds`` those of auto.
+
+    One node decides, and sends ``layout.to_data()`` to the others.
+
+    Raises:
+        ConfigError: nothing that is wanted fits; one line that begins with the key.
+    """
+    found = compare(nodes, ring, model, step, kinds=kinds if wanted == "auto" else [wanted], order=order)
+    if not found:
+        raise ConfigError(f"topology.placement: {why_none(nodes, model, wanted)}")
+    return min(found.values(), key=lambda decision: decision.seconds)
+
+
+def compare(
+    nodes: Sequence[Node],
+    ring: RingLinks,
+    model: ModelCost,
+    step: StepWork,
+    *,
+    kinds: Sequence[str] = CHOICES,
+    order: str = "ring",
+) -> dict[str, LayoutDecision]:
+    """The best layout of each kind that fits, by kind.
+
+    Under "replicate" every node holds the whole model in memory. Under "stream" every node computes with the whole
+    model, and at least one reads blocks from disk. Under "pipeline" at least two nodes share a model; nodes may be left
+    out, and stages may read blocks from disk. ``order``: "ring", the stages of a pipeline follow each other around the
+    ring, from any node on, or "free".
+    """
+    found: dict[str, LayoutDecision] = {}
+    exchange = ring.all_reduce(model.exchanged, len(nodes))
+    for kind in ("replicate", "stream"):
+        ways = _ways_alone(nodes, step, kind)
+        if kind in kinds and ways is not None:
+            tokens = step.tokens / step.rows
+            pipelines = [alone_pipeline(rank, way, model, tokens) for rank, way in enumerate(ways)]
+            dealt = deal([pipeline.clock for pipeline in pipelines], step.rows)
+            found[kind] = _decision(kind, pipelines, dealt, exchange)
+    if "pipeline" in kinds and len(nodes) > 1 and model.blocks > 1:
+        searches = [PipelineSearch(nodes, ring, model, step, count, order) for count in step.divisions()]
+        decisions = [_decision("pipeline", *best, exchange) for each in searches if (best := each.best()) is not None]
+        if decisions:
+            found["pipeline"] = min(decisions, key=lambda decision: decision.seconds)
+    return found
+
+
+def why_none(nodes: Sequence[Node], model: ModelCost, wanted: str) -> str:
+    """Why no layout of this kind fits, in one line."""
+    if wanted == "pipeline" and len(nodes) < 2:
+        return "pipeline needs two or more nodes; topology.placement=stream reads blocks from disk on one node"
+    if wanted == "pipeline" and model.blocks < 2:
+        return "a model of one block can't be cut; use topology.placement=replicate or stream"
+    memory = ", ".join(f"{node.memory / 1e9:.1f}" for node in nodes)
+    return (
+        f"no layout for {wanted} fits the memory of the nodes ({memory} GB), with weights of {model.weights / 1e9:.1f} "
+        "GB; shorter or fewer rows (dataset.max_seq_length, training.batch_size), fewer bits or another node would help"
+    )
+
+
+def _ways_alone(nodes: Sequence[Node], step: StepWork, kind: str) -> list[Alone] | None:
+    """How each node computes with the whole model; None if one can't, or if none streams and ``kind`` is "stream"."""
+    ways = []
+    for node in nodes:
+        options = [way for way in node.alone if kind == "stream" or not way.streams]
+        if not options:
+            return None
+        share = step.tokens / len(nodes)
+        ways.append(min(options, key=lambda way: max(way.per_token * share, way.reading)))
+    if kind == "stream" and not any(way.streams for way in ways):
+        ways = [next((way for way in node.alone if way.streams), way) for node, way in zip(nodes, ways, strict=True)]
+    return ways if kind == "replicate" or any(way.streams for way in ways) else None
+
+
+def _decision(kind: str, pipelines: Sequence[Pipeline], dealt: Sequence[int], exchange: float) -> LayoutDecision:
+    """The decision for ``pipelines`` that get ``dealt`` micro-batches."""
+    pairs = list(zip(pipelines, dealt, strict=True))
+    seconds = max(pipeline.simulated(count) for pipeline, count in pairs)
+    stages = [(choice, pipeline.alone, count) for pipeline, count in pairs for choice in pipeline.choices]
+    busy = [count * choice.cost.busy for choice, _, count in stages]
+    return LayoutDecision(
+        placement=kind,
+        layout=StageLayout(tuple(pipeline.stages for pipeline in pipelines)),
+        choices=tuple(pipeline.choices for pipeline in pipelines),
+        micro_batches=tuple(dealt),
+        seconds=seconds + exchange,
+        exchange=exchange,
+        bubble=max(0.0, 1 - sum(busy) / len(busy) / seconds) if seconds else 0.0,
+        disk=max(choice.reading * (1 if alone else count) for choice, alone, count in stages),
+        wire=max(choice.cost.wire * count for choice, _, count in stages),
+    )

@@ -1,0 +1,133 @@
+"""The layout of a pipeline, and what a stage of it takes of a node's memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from macft.errors import ConfigError
+from macft.model.execution import Execution
+from macft.parallel.stage_layout import Stage, StageLayout, even_layout, spread
+from macft.planner.fit import MemoryPlanner
+from macft.planner.memory import ComputeShape, MemoryParts, predict, recomputed_inputs, trained_part
+from macft.planner.streamed_memory import GRADIENTS, held_weights
+from macft.topology.settings import TopologyConfig
+
+
+def decide_layout(topology: TopologyConfig, blocks: int, world_size: int) -> StageLayout:
+    """Which of ``world_size`` ranks computes which of the model's ``blocks``.
+
+    As ``topology`` wants it, where it fits the number of ranks: that may have changed since the start. A pure function.
+    """
+    pipelines = max(1, min(topology.pipelines, world_size // 2))
+    sizes = [world_size // pipelines + (place < world_size % pipelines) for place in range(pipelines)]
+    counts = topology.stages if isinstance(topology.stages, list) and len(topology.stages) == world_size else None
+    made: list[tuple[Stage, ...]] = []
+    rank = 0
+    for size in sizes:
+        ranks = range(rank, rank + min(size, blocks))  # the others have nothing to do
+        if counts is None:
+            made += even_layout(blocks, ranks).pipelines
+        else:
+            ends = [sum(counts[rank:each]) for each in range(rank, rank + size + 1)]
+            made.append(tuple(Stage(rank + place, ends[place], ends[place + 1]) for place in range(size)))
+        rank += size
+    return StageLayout(tuple(made))
+
+
+def check_layout(topology: TopologyConfig, blocks: int, world_size: int) -> None:
+    """Raises ConfigError where the model can't be cut as ``topology`` wants at the start; in one line."""
+    stages = -(-world_size // topology.pipelines)
+    if stages > blocks:
+        raise ConfigError(
+            f"topology.placement: pipelines of {stages} stages are more than the model's {blocks} blocks allow; use "
+            f"topology.pipelines={-(-world_size // blocks)}, fewer nodes, or topology.placement=replicate"
+        )
+    if not isinstance(topology.stages, list) or len(topology.stages) != world_size:
+        return
+    if world_size % topology.pipelines:
+        raise ConfigError(
+            f"topology.stages: {world_size} nodes can't form {topology.pipelines} equal pipelines; use auto"
+        )
+    for start in range(0, world_size, stages):
+        counts = topology.stages[start : start + stages]
+        if sum(counts) != blocks:
+            raise ConfigError(f"topology.stages: {counts} are {sum(counts)} blocks, and the model has {blocks}")
+
+
+@dataclass(frozen=True)
+class StagePlanner:
+    """The memory of ``rank``'s stage in ``layout``, of which ``budget`` bytes may be taken.
+
+    ``first_trained``: the first block that has a backward pass. ``wanted``: ``topology.resident_blocks``.
+    """
+
+    planner: MemoryPlanner
+    budget: float
+    layout: StageLayout
+    rank: int
+    first_trained: int
+    wanted: int | str
+
+    def decide(self) -> Execution:
+        """The execution of this node: it keeps as many blocks in memory as fit.
+
+        Raises:
+            ConfigError: the stage doesn't fit, even with its blocks read from disk.
+        """
+        blocks = self.planner.shape.blocks
+        if not isinstance(self.wanted, str):
+            return self._with(min(self.wanted, blocks))
+        low, high = -1, blocks
+        while low < high:
+            middle = -(-(low + high) // 2)
+            if self.parts(middle).peak <= self.budget:
+                low = middle
+            else:
+                high = middle - 1
+        if low < 0:
+            raise ConfigError(
+                f"topology.memory_budget: even with its blocks read from disk a stage would need about "
+                f"{self.parts(0).peak / 1e9:.2f} GB and may take {self.budget / 1e9:.2f} GB; fewer or shorter rows in "
+                "a micro-batch (training.micro_batch_size, dataset.max_seq_length) need less"
+            )
+        return self._with(low)
+
+    def parts(self, capacity: int) -> MemoryParts:
+        """The peak by part, with up to ``capacity`` blocks in memory."""
+        works = self.planner.works(self.planner.execution)
+        return max((self._parts(work, capacity) for work in works), key=lambda parts: parts.peak)
+
+    @property
+    def line(self) -> str:
+        """The layout, for a person."""
+        return f"pipeline: {self.layout}"
+
+    @property
+    def _stage(self) -> tuple[range, int]:
+        """This rank's blocks, and how many micro-batches it holds at once."""
+        place = self.layout.place_of(self.rank)
+        if place is None:
+            return range(0), 0
+        pipeline = self.layout.pipelines[place[0]]
+        return pipeline[place[1]].blocks, len(pipeline) - place[1]
+
+    def _with(self, capacity: int) -> Execution:
+        blocks, _ = self._stage
+        return self.planner.execution.pipelined(capacity, tuple(spread(blocks, capacity)))
+
+    def _parts(self, work: ComputeShape, capacity: int) -> MemoryParts:
+        planner, (blocks, in_flight) = self.planner, self._stage
+        shape, trained = planner.shape, trained_part(planner.shape, planner.adapter)
+        inside = replace(planner.execution, placement="replicate", recompute="blocks")
+        parts = predict(shape, inside, planner.adapter, planner.optimizer, work)
+        held = held_weights(shape, replace(planner.execution, resident_blocks=tuple(spread(blocks, capacity))))
+        border = shape.hidden * planner.execution.weight_format.float_bytes * work.tokens
+        borders = in_flight * (1 + sum(block >= self.first_trained for block in blocks)) * border
+        one_block = parts.activations - recomputed_inputs(shape, inside, trained.depth, work.tokens)
+        return replace(
+            parts,
+            weights=held,
+            gradients=min(parts.gradients, 4.0 * GRADIENTS * trained.parameters),
+            activations=borders + one_block + 2 * border,
+            other_peak=parts.other_peak - parts.weights + held,
+        )

@@ -1,0 +1,53 @@
+"""What a tracker does, and what it is told of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """The run as a tracker shows it.
+
+    Attributes:
+        project: The project or experiment in which the tracker keeps it.
+        name: For people.
+        id: The same each time that the run is resumed, and on a node that goes on reporting it.
+        folder: Where the tracker may keep files of this run.
+        config: The whole configuration as nested plain values.
+    """
+
+    project: str
+    name: str
+    id: str
+    folder: Path
+    config: Mapping[str, object]
+
+
+class Tracker(Protocol):
+    """A run in a tracker, which the constructor opens or goes on with.
+
+    All calls come from one thread, which is not the main thread. A call that fails raises whatever the library raises.
+    """
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Adds ``values`` by name, as of ``step`` updates."""
+        ...
+
+    def finish(self, results: Mapping[str, float], reason: str) -> None:
+        """Stores the final results and ends the run; ``reason`` is that of ``RunEnded``, or empty where it goes on."""
+        ...
+
+
+def flat(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """``{"training.steps": 20}`` from ``{"training": {"steps": 20}}``."""
+    values: dict[str, object] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            values |= flat(value, f"{prefix}{key}.")
+        else:
+            values[f"{prefix}{key}"] = value
+    return values

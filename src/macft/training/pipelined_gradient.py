@@ -1,0 +1,220 @@
+"""A stage of a pipeline: its blocks forward and backward for one micro-batch after the other.
+
+Hidden states come from the stage before and go to the one behind, their gradients the other way, in the model's type,
+while the next micro-batch is computed. Every rank knows the rows of a step, so masks and other arguments of blocks are
+made where they are needed. What is computed, and the order of the sums, are those of
+:class:`~macft.training.staged_gradient.StagedGradient`, whose micro-batches are the parts of rows: the loss and each
+block's gradient have the same bits however many stages there are. A block's gradient is zero where the block is not
+computed, and losses are counted at the last stage only; so the sum over all ranks is that of one that holds the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from macft.collective.array_bytes import array_bytes, array_of
+from macft.collective.base import Channels
+from macft.data.batch import Batch
+from macft.model.backends.base import Backend
+from macft.model.block_weights import BlockWeights
+from macft.model.dropout import DropoutKeys
+from macft.model.execution import Execution
+from macft.parallel.stage_layout import spread
+from macft.parallel.stage_places import Place, StagePlaces
+from macft.training.batch_layout import DeviceBatch
+from macft.training.gradient import Gradient, LocalGradient, add
+from macft.training.pipeline_schedule import one_forward_one_backward
+from macft.training.staged_gradient import StagedGradient, StagedLoss
+from macft.training.staged_model import StagedModel, Work
+
+_FORWARD, _BACKWARD, _VALIDATION = 0, 1, 2
+
+
+class _StageRun:
+    """One stage at work: ``channels`` are those of ``places`` now."""
+
+    def __init__(self, staged: StagedModel, place: Place, channels: Channels, first_trained: int):
+        self.place = place
+        self._staged, self._channels = staged, channels
+        self._first_trained = first_trained
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this stage computes the losses."""
+        return self.place.after is None
+
+    @property
+    def trained(self) -> range:
+        """Its blocks that have a backward pass."""
+        stage = self.place.stage
+        return range(max(stage.first, self._first_trained), stage.end)
+
+    def forward(self, work: Work, tag: int, *, training: bool) -> None:
+        """Its blocks' forward passes; what they make of ``work`` is sent on, or stays at the last stage."""
+        staged, stage, place = self._staged, self.place.stage, self.place
+        staged.enter(0, work, embed=place.before is None)
+        if place.before is not None:
+            work.hidden = array_of(self._channels.receive(place.before, tag), work.hidden.shape, work.hidden.dtype)
+        for number in stage.blocks:
+            if training and number >= self._first_trained:
+                work.kept[number] = work.hidden
+            with staged.weights.held(number, then=[*range(number + 1, stage.end), *stage.blocks]):
+                staged.forward(number, 0, work, training=training)
+        if place.after is not None:
+            self._channels.send(place.after, tag, array_bytes(work.hidden))
+            work.hidden = mx.zeros(work.hidden.shape, work.hidden.dtype)  # never computed: it tells shape and type
+
+    def backward(self, work: Work, tag: int, total: Gradient) -> None:
+        """Its blocks' backward passes; their gradients are added to ``total``."""
+        staged, stage, place = self._staged, self.place.stage, self.place
+        if place.after is not None:
+            shape, dtype = work.hidden.shape, work.hidden.dtype
+            work.hidden = array_of(self._channels.receive(place.after, tag), shape, dtype)
+        for number in reversed(self.trained):
+            before = [*range(number - 1, stage.first - 1, -1), *stage.blocks]
+            with staged.weights.held(number, then=before):
+                gradient = staged.backward(number, 0, work, to_input=number > self._first_trained)
+                known = {name: total[name] for name in gradient if name in total}
+                total |= add(known, gradient)
+                mx.eval(total)
+        if place.before is not None and stage.first > self._first_trained:
+            self._channels.send(place.before, tag, array_bytes(work.hidden))
+
+
+class PipelinedLoss:
+    """The losses of validation; see :meth:`~macft.training.loss.TokenLoss.of_batches`."""
+
+    def __init__(self, staged: StagedModel, places: StagePlaces, settle: Callable[[], _StageRun | None]):
+        self._staged, self._places, self._settle = staged, places, settle
+        self._alone = StagedLoss(staged)
+        self._count = 0
+
+    def of_batches(self, batches: Iterable[Sequence[DeviceBatch]]) -> Iterator[list[float]]:
+        """See :meth:`~macft.training.loss.TokenLoss.of_batches`. Collective: every rank must call it."""
+        run = self._settle()
+        if run is None or len(run.place.stages) == 1:
+            return self._alone.of_batches(batches)
+        return self._forward(run, batches)
+
+    def _forward(self, run: _StageRun, batches: Iterable[Sequence[DeviceBatch]]) -> Iterator[list[float]]:
+        none = mx.zeros(1, mx.uint32)
+        for number, parts in enumerate(batches):
+            losses = []
+            for place, part in enumerate(parts):
+                work = Work.of(part, none)
+                run.forward(work, _tag(number, place, _VALIDATION), training=False)
+                if run.is_last:
+                    losses.append(self._staged.loss(0, work))
+            yield losses
+
+
+class PipelinedGradient:
+    """Computes this rank's stage; see GradientComputer for the interface.
+
+    ``weights`` supplies the blocks, and keeps as many of the stage's in memory as ``execution`` allows. ``places`` says
+    which they are; where that changes, the next step goes by it. A pipeline of one stage computes block by block.
+
+    Raises:
+        RuntimeError: rows are to be packed, and ``model`` is not installed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        backend: Backend,
+        execution: Execution,
+        dropout_keys: DropoutKeys,
+        weights: BlockWeights,
+        places: StagePlaces,
+        *,
+        seed: int,
+        bucket_bytes: int = 4 * 1024 * 1024,
+    ):
+        self.execution = execution
+        self._model, self._keys, self._weights, self._places = model, dropout_keys, weights, places
+        self._whole = StagedGradient(
+            model, backend, execution, dropout_keys, weights, seed=seed, bucket_bytes=bucket_bytes
+        )
+        self.loss = PipelinedLoss(self._whole.staged, places, self._settle)
+
+    def __call__(
+        self,
+        step: int,
+        batches: Sequence[Batch],
+        before_micro_batch: Callable[[], None] = lambda: None,
+        *,
+        in_buckets: bool = True,
+    ) -> LocalGradient:
+        """Computes ``batches``, the micro-batches of this rank's pipeline in ``step``; there may be none.
+
+        ``before_micro_batch`` is called before each one's forward pass. All is computed when this returns.
+        Collective: every rank must call it.
+        """
+        run = self._settle()
+        if run is None or len(run.place.stages) == 1:
+            return self._whole(step, batches, before_micro_batch, in_buckets=in_buckets)
+        return self._compute(run, step, batches, before_micro_batch)
+
+    def _compute(
+        self, run: _StageRun, step: int, batches: Sequence[Batch], before_micro_batch: Callable[[], None]
+    ) -> LocalGradient:
+        started = time.perf_counter()
+        channels = self._places.channels()
+        waited, sent = channels.waited, channels.sending_seconds
+        if not self._model.training:
+            self._model.train()
+        parts = [self._whole.works(step, batch) for batch in batches]
+        works = [work for each in parts for work in each]
+        first_of_batch = {id(each[0]) for each in parts if each}
+        total: Gradient = {}
+        losses: list[mx.array] = []
+        place = run.place
+        for number, is_forward in one_forward_one_backward(
+            place.number, len(place.stages), len(works), backward=bool(run.trained)
+        ):
+            work = works[number]
+            with self._keys.using(work.keys):
+                if not is_forward:
+                    run.backward(work, _tag(step, number, _BACKWARD), total)
+                    works[number] = work.finished()
+                    continue
+                if id(work) in first_of_batch:
+                    before_micro_batch()
+                run.forward(work, _tag(step, number, _FORWARD), training=True)
+                if run.is_last:
+                    loss, work.hidden = self._whole.staged.loss_and_gradient(0, work)
+                    losses.append(loss)
+                if not run.trained:
+                    works[number] = work.finished()
+        targets = sum(work.target_tokens for work in works) if run.is_last else 0
+        return self._whole.result(
+            total,
+            losses,
+            batches,
+            targets,
+            started,
+            is_counted_elsewhere=not run.is_last,
+            waited_for_stages=channels.waited - waited,
+            sent_to_stages=channels.sending_seconds - sent,
+        )
+
+    def _settle(self) -> _StageRun | None:
+        """This rank's stage, with its blocks, and not others, to be kept in memory. A call of all ranks."""
+        channels, place = self._places.channels(), self._places.own
+        if place is None:
+            self._weights.resident = ()
+            return None
+        blocks = place.stage.blocks
+        resident = frozenset(spread(blocks, min(len(blocks), self.execution.block_capacity)))
+        if resident != self._weights.resident:
+            self._weights.resident = resident
+        return _StageRun(self._whole.staged, place, channels, self._whole.first_trained)
+
+
+def _tag(step: int, number: int, kind: int) -> int:
+    """Of a message: micro-batch ``number`` of ``step``, on its way forward or backward."""
+    return step << 26 | number << 2 | kind

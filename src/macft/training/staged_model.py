@@ -1,0 +1,147 @@
+"""A model whose blocks' weights are supplied one by one, executed for parts of a node's rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from macft.model.backends.base import Backend
+from macft.model.block_weights import BlockWeights
+from macft.model.head import split_head
+from macft.model.packing import PackLayout, packed
+from macft.model.parameter_refs import ParameterRefs
+from macft.model.stages import CutModel, Entry
+from macft.training.batch_layout import DeviceBatch
+from macft.training.gradient import Gradient
+
+
+@dataclass
+class Work:
+    """A part of the node's rows on its way through the blocks; ``hidden`` is the newest block's result."""
+
+    part: DeviceBatch
+    arrays: list[mx.array]
+    layout: PackLayout | None
+    keys: mx.array
+    entry: Entry | None = None
+    hidden: mx.array = field(default_factory=lambda: mx.zeros(()))
+    # By block number, the inputs that the backward pass needs.
+    kept: dict[int, mx.array] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, part: DeviceBatch, keys: mx.array) -> Work:
+        return cls(part, part.loss_inputs(), part.pack_layout(), keys)
+
+    def finished(self) -> Work:
+        """This one without its arrays on the device."""
+        return replace(self, arrays=[], layout=None, entry=None, hidden=self.keys, kept={})
+
+    @property
+    def target_tokens(self) -> int:
+        """Number of targets."""
+        return int(self.part.weights.sum())
+
+
+class StagedModel:
+    """The blocks ``weights`` supplies, executed for parts of rows, and the loss of what they compute.
+
+    ``model`` must be installed in ``backend``. Each of the backend's lanes has a model of its own.
+    """
+
+    def __init__(self, model: nn.Module, backend: Backend, weights: BlockWeights):
+        self.lanes = backend.lanes(model)
+        self.weights = weights
+        self._model, self._backend = model, backend
+        self._cuts: list[CutModel] = []
+        self._losses = []
+        for each in self.lanes.models:
+            weights.follow(each)
+            with CutModel(each).skipped():
+                parts = split_head(each)
+            self._cuts.append(CutModel(each, parts[0] if parts else None))
+            self._losses.append(backend.cross_entropy(parts[1] if parts else None))
+        self._refs = [[ParameterRefs(block) for block in cut.blocks] for cut in self._cuts]
+        names = {id(module): name for name, module in model.named_modules()}
+        self.prefixes = [names[id(block)] for block in self._cuts[0].blocks]
+
+    @property
+    def count(self) -> int:
+        """Number of blocks."""
+        return len(self._refs[0])
+
+    def parameters_of(self, number: int) -> list[str]:
+        """Names in the model of the trained parameters of block ``number``."""
+        return [f"{self.prefixes[number]}.{name}" for name in self._refs[0][number].names]
+
+    def enter(self, lane: int, work: Work, *, embed: bool = True) -> Work:
+        """Computes what is before the blocks; without ``embed`` only the blocks' other arguments."""
+        with packed(work.layout):
+            entry = work.entry = self._cuts[lane].enter(work.arrays[0])
+            mx.eval(entry.arrays if embed else [array for each in entry.arguments for array in each.arrays])
+        work.hidden = entry.hidden
+        return work
+
+    def forward(self, number: int, lane: int, work: Work, *, training: bool) -> Work:
+        """Computes block ``number``."""
+        assert work.entry is not None
+        cut, arguments = self._cuts[lane], work.entry.arguments[number]
+        with packed(work.layout):
+
+            def block(hidden: mx.array) -> mx.array:
+                return cut.block(number, hidden, arguments)
+
+            work.hidden = self._backend.value(block, work.hidden) if training else block(work.hidden)
+            mx.eval(work.hidden)
+        return work
+
+    def loss(self, lane: int, work: Work) -> float:
+        """The summed loss of what the last block has computed, in nats, without a gradient."""
+        inputs, positions, targets, weights = work.arrays
+        with packed(work.layout):
+            hidden = self._cuts[lane].leave(inputs, work.hidden)
+            hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
+            return float(np.asarray(self._losses[lane](hidden, targets, weights, with_gradient=False)))
+
+    def loss_and_gradient(self, lane: int, work: Work) -> tuple[mx.array, mx.array]:
+        """The summed loss, and its gradient by what the last block has computed."""
+        inputs, positions, targets, weights = work.arrays
+
+        def loss(hidden: mx.array) -> mx.array:
+            hidden = self._cuts[lane].leave(inputs, hidden)
+            hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
+            return self._losses[lane](hidden, targets, weights, with_gradient=True)
+
+        with packed(work.layout):
+            value, (gradient,) = self._backend.vjp(loss, [work.hidden], mx.array(1.0))
+            mx.eval(value, gradient)
+        return value, gradient
+
+    def backward(self, number: int, lane: int, work: Work, *, to_input: bool) -> Gradient:
+        """Computes block ``number`` again, and the gradient by its parameters and, ``to_input``, by its input.
+
+        ``work.hidden`` is the gradient by the block's result, and becomes that by its input.
+        """
+        assert work.entry is not None
+        cut, arguments, refs = self._cuts[lane], work.entry.arguments[number], self._refs[lane][number]
+        hidden, trained = work.kept.pop(number), refs.get()
+
+        def block(hidden: mx.array, *values: mx.array) -> mx.array:
+            refs.put(values)
+            return cut.block(number, hidden, arguments)
+
+        def by_parameters(*values: mx.array) -> mx.array:
+            return block(hidden, *values)
+
+        function, inputs = (block, [hidden, *trained]) if to_input else (by_parameters, trained)
+        try:
+            with packed(work.layout):
+                _, gradients = self._backend.vjp(function, inputs, work.hidden)
+                mx.eval(gradients)
+        finally:
+            refs.put(trained)
+        work.hidden = gradients[0] if to_input else hidden
+        found = zip(self.parameters_of(number), gradients[to_input:], strict=True)
+        return {name: gradient.astype(mx.float32) for name, gradient in found}

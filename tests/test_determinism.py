@@ -1,0 +1,117 @@
+"""The same command gives the same bits: neither the measured speed of the links nor the load of the machine shows."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from harness.runs import adapter, losses, same_bits, train_to_end
+from helpers.rings import local_listeners, run_ranks
+from macft.collective.ring import Ring
+from macft.training.gradient_reducer import GradientReducer
+
+
+def sums(world_size: int, kind: mx.Dtype, size: int, gather_reduce_bytes: int) -> list[bytes]:
+    """The bits of each rank's sum, with the algorithm that ``gather_reduce_bytes`` chooses."""
+
+    def work(ring: Ring) -> bytes:
+        ring._gather_reduce_bytes = gather_reduce_bytes
+        values = np.random.default_rng(ring.rank).standard_normal(size) * 10.0 ** np.arange(size).astype(float).clip(
+            0, 4
+        )
+        arrays = [
+            mx.array(values.astype(np.float32)).astype(kind),
+            mx.array(values[:5].astype(np.float32)).astype(kind),
+        ]
+        mx.eval(arrays)
+        ring.all_reduce(arrays)
+        return b"".join(bytes(memoryview(array)) for array in arrays)
+
+    return run_ranks(local_listeners(world_size), work)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 5])
+@pytest.mark.parametrize("kind", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("size", [3, 20_000, 50_001])
+def test_both_algorithms_give_the_same_bits(world_size: int, kind: mx.Dtype, size: int) -> None:
+    """Which one sums how many bytes follows the measured latency and speed of the links."""
+    exchanged, in_pieces = sums(world_size, kind, size, 1 << 30), sums(world_size, kind, size, 0)
+    assert set(exchanged) == set(in_pieces)
+    assert len(set(exchanged)) == 1
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("codec", ["none", "bfloat16", "int8", "powersgd"])
+def test_the_size_of_a_piece_does_not_show(world_size: int, codec: str) -> None:
+    """It follows the measured speed; int8 has a scale for each block of 256 values."""
+
+    def work(ring: Ring, piece_bytes: int) -> bytes:
+        ring._piece_bytes, ring._gather_reduce_bytes = piece_bytes, 0
+        reducer = GradientReducer(ring, codec)
+        random, bits = np.random.default_rng(ring.rank), b""
+        for _ in range(3):  # the rounding errors of a step come into the next one
+            array = random.standard_normal((150, 130)).astype(np.float32)
+            reducer.all_reduce(["a"], [array])
+            bits += array.tobytes()
+        return bits
+
+    results = {
+        bits
+        for piece_bytes in (4096, 4104, 16_000, 1 << 20)
+        for bits in run_ranks(local_listeners(world_size), lambda ring, piece=piece_bytes: work(ring, piece))
+    }
+    assert len(results) == 1
+
+
+SPINNING = "while True: pass"
+
+
+@contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """So many processes that compute, beside whatever the block does."""
+    spinning = [subprocess.Popen([sys.executable, "-c", SPINNING]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ten_runs_under_changing_load_have_the_same_bits(tmp_path: Path, tiny_task: list[str]) -> None:
+    """Three nodes; exact sums, a codec, and weights that are read from disk."""
+    basics = [
+        *tiny_task,
+        "training.batch_size=6",
+        "training.micro_batch_size=2",
+        "training.steps=6",
+        "training.eval_every=0",
+        "training.save_every=0",
+        "training.kernels=mlx",
+        "adapter.rank=64",
+        "optimizer.learning_rate=1e-2",
+        "collective.bucket_bytes=40000",  # of such a size that the measured speed decides which algorithm sums it
+        "report.console=false",
+        "report.tensorboard=false",
+        "topology=local",
+        "topology.nodes=3",
+    ]
+    kinds = {"exact": [], "int8": ["collective.codec=int8"], "streamed": ["topology.placement=stream"]}
+    order = ["exact", "int8", "streamed", "exact", "int8", "streamed", "exact", "int8", "streamed", "exact"]
+    finished: dict[str, list[Path]] = {kind: [] for kind in kinds}
+    for number, kind in enumerate(order):
+        with busy(number % 4):
+            finished[kind].append(train_to_end(*basics, *kinds[kind], folder=tmp_path / str(number)))
+    for runs in finished.values():
+        assert all(losses(run) == losses(runs[0]) for run in runs)
+        assert all(same_bits(adapter(run), adapter(runs[0])) for run in runs)
+    assert not same_bits(adapter(finished["exact"][0]), adapter(finished["int8"][0]))

@@ -1,0 +1,273 @@
+"""Cuts of a model over unequal nodes: against brute force, in memory, and against a simulated step."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from macft.errors import ConfigError
+from macft.planner.cluster_model import Alone, ModelCost, Node, NodeLink, RingLinks, StageCost, StepWork, clock_of
+from macft.planner.partition import LayoutDecision, choose_layout, compare
+from macft.planner.pipeline_search import PipelineSearch
+from macft.planner.pipeline_simulator import simulate
+from macft.planner.stage_costs import StageTables
+from placement import LLAMA_70B, UNEQUAL, cuts, inputs
+
+GIGABIT = NodeLink(117e6, 150e-6)
+NO_WIRE = NodeLink(1e30, 0.0)
+
+
+def model(blocks: int = 6, first_trained: int = 0, **changes: float) -> ModelCost:
+    """Blocks of 100 bytes and 1 operation a token; a trained one costs twice or, recomputed, three times as much."""
+    values = {"embedding_bytes": 30.0, "head_bytes": 30.0, "hidden": 1.0, "saved": 8.0, "inside": 4.0} | changes
+    trained = [number >= first_trained for number in range(blocks)]
+    return ModelCost(
+        forward=(1.0,) * blocks,
+        backward=tuple(map(float, trained)),
+        block_bytes=(100.0,) * blocks,
+        file_bytes=(100.0,) * blocks,
+        inside_again=values["inside"],
+        loss_operations=values.pop("loss_operations", 0.5),
+        loss_bytes=2.0,
+        loss_most=1e9,
+        state=20.0,
+        exchanged=values.pop("exchanged", 0.0),
+        first_trained=first_trained,
+        **values,
+    )
+
+
+def nodes(speeds: list[float], memory: list[float] | None = None, disk: float = 1e-9) -> list[Node]:
+    memory = memory or [1e6] * len(speeds)
+    return [Node(f"n{i}", speed, size, disk) for i, (speed, size) in enumerate(zip(speeds, memory, strict=True))]
+
+
+def only_pipelines(members: list[Node], costs: ModelCost, work: StepWork, **how: object) -> LayoutDecision:
+    ring = RingLinks.of_one_kind(NO_WIRE, len(members))
+    return compare(members, ring, costs, work, kinds=["pipeline"], **how)["pipeline"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("count", "micro_batches"), [(1, 3), (2, 1), (4, 4), (4, 16), (8, 5)])
+def test_equal_stages_take_the_time_of_the_bubble_formula(count: int, micro_batches: int) -> None:
+    equal = [StageCost(1.0, 2.0)] * count
+    step = simulate(equal, micro_batches)
+    assert step.seconds == pytest.approx(3.0 * (micro_batches + count - 1))
+    assert clock_of(equal).seconds(micro_batches) == pytest.approx(step.seconds)
+    assert [step.in_flight(stage) for stage in range(count)] == [
+        min(micro_batches, count - stage) for stage in range(count)
+    ]
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    speeds=st.lists(st.floats(0.3, 1.0), min_size=1, max_size=6),
+    micro_batches=st.integers(1, 32),
+    ratio=st.floats(1.0, 3.0),
+    wire=st.sampled_from([0.0, 0.01, 0.1]),
+    frozen=st.integers(0, 3),
+)
+def test_the_formula_is_near_the_simulated_step(
+    speeds: list[float], micro_batches: int, ratio: float, wire: float, frozen: int
+) -> None:
+    frozen = min(frozen, len(speeds) - 1)
+    costs = [
+        StageCost(
+            speed,
+            0.0 if place < frozen else ratio * speed,
+            0.0 if place == len(speeds) - 1 else wire,
+            bound=place >= frozen,
+        )
+        for place, speed in enumerate(speeds)
+    ]
+    step = simulate(costs, micro_batches)
+    for place, cost in enumerate(costs):
+        own = sorted((each for each in step.intervals if each.stage == place), key=lambda each: each.start)
+        assert all(a.end <= b.start + 1e-9 for a, b in itertools.pairwise(own))
+        assert step.busy(place) == pytest.approx(micro_batches * cost.busy)
+    assert step.seconds >= max(micro_batches * cost.busy for cost in costs) - 1e-9
+    # An upper bound where links cost nothing, and never far off.
+    assert 0.92 * step.seconds <= clock_of(costs).seconds(micro_batches) <= 1.3 * step.seconds
+    if not wire:
+        assert clock_of(costs).seconds(micro_batches) >= step.seconds - 1e-9
+
+
+def by_brute_force(
+    members: list[Node], costs: ModelCost, work: StepWork, micro_batches: int, orders: list[tuple[int, ...]]
+) -> float:
+    """The least time by the formula of a pipeline of two or more of ``members`` in one of ``orders``."""
+    tokens, best = work.tokens / micro_batches, math.inf
+    tables = [
+        StageTables(costs, node, tokens, max(tokens, work.longest), recompute=work.recompute, streams=True)
+        for node in members
+    ]
+    for order in orders:
+        for cut in itertools.combinations(range(1, costs.blocks), len(order) - 1):
+            borders = [0, *cut, costs.blocks]
+            made = []
+            for place, rank in enumerate(order):
+                window, at = min(micro_batches, len(order) - place), (borders[place], borders[place + 1])
+                if not math.isfinite(tables[rank].seconds(window)[at]):
+                    break
+                made.append(tables[rank].choice(*at, window, 0.0).cost)
+            else:
+                best = min(best, clock_of(made).seconds(micro_batches))
+    return best
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_the_search_finds_what_brute_force_finds(data: st.DataObject) -> None:
+    count, blocks = data.draw(st.integers(2, 3)), data.draw(st.integers(3, 6))
+    order = data.draw(st.sampled_from(["ring", "free"]))
+    speeds = data.draw(st.lists(st.sampled_from([1.0, 2.0, 2.5, 7.0]), min_size=count, max_size=count))
+    memory = data.draw(st.lists(st.floats(250.0, 900.0), min_size=count, max_size=count))
+    costs = model(blocks, data.draw(st.integers(0, blocks - 1)))
+    work = StepWork(24.0, 8, 3.0, 8, data.draw(st.sampled_from(["auto", "always"])))
+    members = nodes(speeds, memory, disk=data.draw(st.sampled_from([1e-9, 50.0])))
+    orders = [each for size in range(2, count + 1) for each in itertools.permutations(range(count), size)]
+    if order == "ring":
+        turns = [[(turn + step) % count for step in range(count)] for turn in range(count)]
+        orders = [each for each in orders if any(sorted(each, key=turn.index) == list(each) for turn in turns)]
+    expected = by_brute_force(members, costs, work, 8, orders)
+    found = PipelineSearch(members, RingLinks.of_one_kind(NO_WIRE, count), costs, work, 8, order).pipelines
+    best = min((each.clock.seconds(8) for made in found.values() for each in made), default=math.inf)
+    assert best == pytest.approx(expected, rel=1e-9)
+
+
+@settings(deadline=None, max_examples=80)
+@given(data=st.data())
+def test_no_layout_exceeds_a_nodes_memory(data: st.DataObject) -> None:
+    count, blocks = data.draw(st.integers(2, 4)), data.draw(st.integers(2, 9))
+    memory = data.draw(st.lists(st.floats(100.0, 1200.0), min_size=count, max_size=count))
+    costs = model(blocks, data.draw(st.integers(0, blocks - 1)))
+    work = StepWork(32.0, 8, 4.0, None, data.draw(st.sampled_from(["auto", "always"])))
+    members = nodes([1.0 + i for i in range(count)], memory, disk=100.0)
+    found = compare(members, RingLinks.of_one_kind(GIGABIT, count), costs, work)
+    for decision in found.values():
+        for stages, choices, micro_batches in zip(
+            decision.layout.pipelines, decision.choices, decision.micro_batches, strict=True
+        ):
+            tokens = max(32.0 / sum(decision.micro_batches), 4.0)
+            for place, (stage, choice) in enumerate(zip(stages, choices, strict=True)):
+                # Counted again, from below: what is resident, of each micro-batch in flight what its backward needs.
+                held = 100.0 * choice.resident + 20.0
+                held += 30.0 * (stage.first == 0) + 30.0 * (stage.end == blocks)
+                trained = sum(number >= costs.first_trained for number in stage.blocks)
+                kept = 1.0 if choice.recompute else 8.0
+                held += min(micro_batches, len(stages) - place) * trained * kept * tokens
+                assert choice.memory is not None
+                assert held <= choice.memory.peak <= memory[stage.rank] * (1 + 1e-9)
+
+
+def test_unequal_macs_are_1_3_times_as_fast_as_with_blocks_in_proportion_to_memory() -> None:
+    members, costs, work = inputs(LLAMA_70B, UNEQUAL, rows=32, length=512)
+    even, by_memory, planned, ideal = cuts(members, RingLinks.of_one_kind(GIGABIT, 4), costs, work)
+    assert by_memory.seconds >= 1.3 * planned.seconds
+    assert even.seconds >= 1.3 * planned.seconds
+    assert ideal.seconds <= planned.seconds <= 1.15 * ideal.seconds
+
+
+def test_a_slow_node_is_left_out_where_that_is_faster() -> None:
+    work = StepWork(16.0, 4, 4.0)
+    decision = only_pipelines(nodes([1.0, 0.01, 1.0]), model(), work)
+    assert decision.ranks == [0, 2]
+    assert decision.choice_of(1) is None
+    slow_but_needed = only_pipelines(nodes([1.0, 0.1, 1.0], [450.0] * 3), model(8), work)
+    assert slow_but_needed.ranks == [0, 1, 2]
+
+
+def test_many_rows_make_several_pipelines_and_rows_go_to_the_faster_one() -> None:
+    work = StepWork(64.0, 16, 4.0, recompute="always")
+    decision = only_pipelines(nodes([1.0] * 4, [550.0] * 4), model(6), work)
+    assert [len(stages) for stages in decision.layout.pipelines] == [2, 2]
+    assert decision.micro_batches == (8, 8)
+    uneven = only_pipelines(nodes([2.0, 2.0, 1.0, 1.0], [550.0] * 4), model(6, saved=1.0), work)
+    by_pipeline = zip(uneven.layout.pipelines, uneven.micro_batches, strict=True)
+    shares = {frozenset(stage.rank for stage in stages): count for stages, count in by_pipeline}
+    if frozenset({0, 1}) in shares:
+        assert shares[frozenset({0, 1})] > shares[frozenset({2, 3})]
+
+
+def test_every_node_keeps_the_whole_model_where_it_can() -> None:
+    """Without a bubble, and recomputing nothing, that is faster than a pipeline."""
+    members = [replace(node, alone=(Alone(12.5, 0.0),)) for node in nodes([1.0, 1.0])]
+    ring, work = RingLinks.of_one_kind(NO_WIRE, 2), StepWork(32.0, 8, 4.0, recompute="always")
+    decision = choose_layout(members, ring, model(), work)
+    assert decision.placement == "replicate"
+    assert decision.micro_batches == (4, 4)
+    assert decision.seconds == pytest.approx(16 * 12.5)
+    assert decision.disk == 0
+    # Streaming with a disk that is too slow loses to a pipeline that holds all in memory.
+    slow = [replace(node, alone=(Alone(18.5, 5000.0, streams=True),)) for node in members]
+    found = compare(slow, ring, model(), work)
+    assert set(found) == {"stream", "pipeline"}
+    assert found["stream"].seconds == pytest.approx(5000.0)
+    assert choose_layout(slow, ring, model(), work).placement == "pipeline"
+    assert choose_layout(slow, ring, model(), work, wanted="stream").placement == "stream"
+    quick = [replace(node, alone=(Alone(18.5, 10.0, streams=True),)) for node in members]
+    assert choose_layout(quick, ring, model(), work, kinds=["replicate", "stream"]).placement == "stream"
+
+
+def test_a_stage_that_does_not_fit_reads_blocks_from_disk() -> None:
+    work = StepWork(16.0, 4, 4.0, recompute="always")
+    decision = only_pipelines(nodes([1.0, 1.0], [450.0, 450.0], disk=1e3), model(12), work)
+    assert any(choice.resident < len(stage.blocks) for stages, choices in
+               zip(decision.layout.pipelines, decision.choices, strict=True)
+               for stage, choice in zip(stages, choices, strict=True))  # fmt: skip
+    assert decision.disk > 0
+
+
+def test_stages_follow_the_ring_unless_every_order_is_allowed() -> None:
+    """A small node is best the last one, where one micro-batch is in flight; in the ring it may be between others."""
+    costs, work = model(9, saved=60.0, inside=1.0), StepWork(32.0, 8, 4.0)
+    members = nodes([1.0, 1.0, 1.0, 1.0], [5000.0, 700.0, 2500.0, 2500.0])
+    ring = only_pipelines(members, costs, work)
+    for stages in ring.layout.pipelines:
+        ranks = [stage.rank for stage in stages]
+        assert sum(a > b for a, b in itertools.pairwise(ranks)) <= 1
+    assert only_pipelines(members, costs, work, order="free").seconds <= ring.seconds * (1 + 1e-9)
+
+
+def test_more_than_eight_nodes_are_cut_as_groups_of_neighbours() -> None:
+    decision = only_pipelines(nodes([1.0] * 12, [400.0] * 12), model(12), StepWork(96.0, 24, 4.0, recompute="always"))
+    ranks = [[stage.rank for stage in stages] for stages in decision.layout.pipelines]
+    assert all(each == list(range(each[0], each[0] + len(each))) for each in ranks)
+    assert len({len(each) for each in ranks}) == 1
+
+
+@pytest.mark.parametrize(
+    ("members", "blocks", "wanted", "message"),
+    [
+        (nodes([1.0]), 6, "pipeline", "pipeline needs two or more nodes; topology.placement=stream"),
+        (nodes([1.0, 1.0]), 1, "pipeline", "a model of one block can't be cut"),
+        (nodes([1.0, 1.0], [50.0, 50.0]), 6, "auto", "no layout for auto fits the memory of the nodes"),
+        (nodes([1.0, 1.0]), 6, "replicate", "no layout for replicate fits"),
+    ],
+)
+def test_what_cannot_be_is_one_line(members: list[Node], blocks: int, wanted: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        choose_layout(members, RingLinks.of_one_kind(GIGABIT, len(members)), model(blocks), StepWork(8.0, 2, 4.0),
+                      wanted=wanted)  # fmt: skip
+    assert str(raised.value).startswith("topology.placement: ")
+    assert "\n" not in str(raised.value)
+
+
+def test_slow_links_lengthen_a_step_by_what_waits_for_them() -> None:
+    costs, work, members = model(hidden=100.0), StepWork(32.0, 8, 4.0, 8), nodes([1.0, 1.0])
+    fast, slow = (
+        compare(members, RingLinks.of_one_kind(link, 2), costs, work, kinds=["pipeline"])["pipeline"]
+        for link in (NodeLink(1e9, 0.0), NodeLink(20.0, 0.0))
+    )
+    assert fast.wire < slow.wire
+    assert fast.seconds < slow.seconds
+    mixed = RingLinks((NodeLink(1e9, 0.0), NodeLink(5.0, 0.1), NodeLink(1e9, 0.0)))
+    assert mixed.between(0, 1) == NodeLink(1e9, 0.0)
+    assert mixed.between(2, 1) == NodeLink(5.0, 0.1)
+    assert mixed.all_reduce(100.0, 1) == 0.0
+    assert np.isclose(mixed.all_reduce(15.0, 3), 4 * (0.1 + 15.0 / 3 / 5.0))

@@ -1,0 +1,210 @@
+"""Stages of a pipeline, each in a thread with a ring of real sockets: together they compute what one node does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from numpy.typing import NDArray
+
+from harness.execution import execution_with
+from harness.families import build
+from helpers.computing import randomize_adapter
+from helpers.rings import local_listeners, run_ranks
+from macft.collective.base import Collective
+from macft.collective.settings import CollectiveConfig
+from macft.collective.solo import Solo
+from macft.data.batch import micro_batches
+from macft.data.formats import Row
+from macft.model.adapt import adapt
+from macft.model.adapter_settings import AdapterConfig
+from macft.model.backends.choose import make_backend
+from macft.model.load import load
+from macft.model.settings import ModelConfig
+from macft.parallel.shares import rows_of_shard
+from macft.parallel.stage_layout import Stage, StageLayout, even_layout
+from macft.parallel.stage_places import StagePlaces
+from macft.training.batch_layout import BatchLayout
+from macft.training.pipeline_schedule import Pass, one_forward_one_backward
+from macft.training.step_gradient import make_step_gradient
+
+BLOCKS = 5
+EXACT = ModelConfig(precision="float32", quantization="none")
+ADAPTERS = {
+    "lora": AdapterConfig(),
+    "last three, dropout": AdapterConfig(num_layers=3, dropout=0.3),
+    "dora": AdapterConfig(type="dora"),
+    "last block": AdapterConfig(num_layers=1),
+}
+Numbers = dict[str, Any]
+_PREPARING = threading.Lock()
+"""One thread at a time: Python 3.11's parser, which reads the code of models, is not for several."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of five blocks, its embedding tied to its head."""
+    return build("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=BLOCKS, tie_word_embeddings=True)
+
+
+def rows() -> list[Row]:
+    generator = np.random.default_rng(0)
+    lengths = (9, 33, 17, 5, 20, 21, 12, 8)
+    return [Row(generator.integers(1, 97, length).astype(np.int32), prompt_length=3) for length in lengths]
+
+
+def layout_of(*pipelines: Sequence[int]) -> StageLayout:
+    """Stages of so many blocks each, the ranks in order."""
+    rank, made = 0, []
+    for counts in pipelines:
+        ends = np.cumsum([0, *counts]).tolist()
+        made.append(tuple(Stage(rank + place, *ends[place : place + 2]) for place in range(len(counts))))
+        rank += len(counts)
+    return StageLayout(tuple(made))
+
+
+def computed(
+    collective: Collective,
+    layout: StageLayout,
+    folder: Path,
+    kernels: str,
+    adapter: AdapterConfig,
+    *,
+    model: ModelConfig = EXACT,
+    capacity: int = BLOCKS,
+    sizes: Sequence[int | None] = (2, 1),
+    packing: bool = False,
+) -> list[Numbers]:
+    """What one rank has after the exchange: loss, counts and gradient of a step for each of ``sizes``; then losses."""
+    places = StagePlaces(collective, lambda _: layout)
+    places.agree()
+    execution = execution_with(kernels, packing=packing, dropout=adapter.dropout > 0)
+    execution = replace(execution, dtype=model.precision)
+    execution = (replace(execution, pack_tokens=40) if execution.packing else execution).pipelined(capacity)
+    shard = places.shard([1.0] * collective.world_size)
+    mine = rows_of_shard(shard, [row.tokens for row in rows()], shared=execution.shared_prefixes)
+    found = []
+    with ExitStack() as installed:
+        with _PREPARING:
+            loaded = load(model, folder, execution)
+            adaptation = adapt(loaded.model, adapter, seed=0, streamed=loaded.streamed)
+            trained = tree_flatten(loaded.model.trainable_parameters())
+            randomize_adapter(loaded.model)
+            loaded.model.load_weights([(name, value) for name, value in trained if name[-2:] == ".m"], strict=False)
+            mx.eval(loaded.model.trainable_parameters())
+            backend = make_backend(execution)
+            installed.enter_context(backend.installed(loaded.model))
+            keys, streamed = adaptation.dropout_keys, loaded.streamed
+            assert streamed is not None
+            compute = make_step_gradient(
+                loaded.model, backend, execution, keys, streamed, seed=1, bucket_bytes=4_000_000, places=places
+            )
+        for step, size in enumerate(sizes):
+            local = compute(step, list(micro_batches([rows()[i] for i in mine], mine, size)))
+            mx.eval(local.gradient)
+            tokens = 0 if local.is_counted_elsewhere else local.tokens
+            counts = np.array([local.loss_sum, local.target_tokens, tokens])
+            gradient = {name: np.array(value) for name, value in local.gradient.items()}
+            collective.all_reduce([counts, *gradient.values()])
+            found.append({"counts": counts, **gradient})
+        loaded.model.eval()
+        batches = micro_batches([rows()[i] for i in mine], mine, 4)
+        validation = BatchLayout.for_validation(execution)
+        losses = list(compute.loss.of_batches([list(validation.parts(batch)) for batch in batches]))
+        total = np.array([float(sum(sum(each) for each in losses))])
+        collective.all_reduce([total])
+        found.append({"validation": total})
+        place = places.own
+        if place is not None:
+            assert streamed._held <= set(place.stage.blocks)  # nothing but its own
+    return found
+
+
+def one_node(folder: Path, kernels: str, adapter: AdapterConfig, **more: Any) -> list[Numbers]:
+    return computed(Solo(), layout_of([BLOCKS]), folder, kernels, adapter, **more)
+
+
+def in_stages(layout: StageLayout, world_size: int, *arguments: Any, encrypted: bool = False, **more: Any) -> list[Any]:
+    listeners = local_listeners(world_size, CollectiveConfig(timeout=60.0), encrypted=encrypted)
+    return run_ranks(listeners, lambda ring: computed(ring, layout, *arguments, **more))
+
+
+def assert_same(found: list[Numbers], expected: list[Numbers], check: Callable[..., None]) -> None:
+    assert len(found) == len(expected)
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.keys() == other.keys()
+        for name, value in other.items():
+            check(mine[name], value, err_msg=name)
+
+
+def close(found: NDArray[Any], expected: NDArray[Any], err_msg: str) -> None:
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max(), err_msg=err_msg)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_stages_have_the_bits_of_one_node(folder: Path, kernels: str, name: str) -> None:
+    """With accumulation; every rank has the whole gradient. Three uneven stages, over encrypted streams."""
+    adapter, packing = ADAPTERS[name], name in ("last three, dropout", "dora")
+    expected = one_node(folder, kernels, adapter, packing=packing)
+    for found in in_stages(layout_of([1, 3, 1]), 3, folder, kernels, adapter, packing=packing, encrypted=True):
+        assert_same(found, expected, np.testing.assert_array_equal)
+
+
+@pytest.mark.parametrize("counts", [[2, 3], [1, 2, 1, 1]], ids=str)
+def test_other_cuts_have_the_same_bits(folder: Path, counts: list[int]) -> None:
+    expected = one_node(folder, "mlx", AdapterConfig(dropout=0.2))
+    for found in in_stages(layout_of(counts), len(counts), folder, "mlx", AdapterConfig(dropout=0.2)):
+        assert_same(found, expected, np.testing.assert_array_equal)
+
+
+def test_two_pipelines_of_two_and_a_rank_that_is_left_out(folder: Path) -> None:
+    """Rows are dealt to pipelines, so sums are made in another order."""
+    expected = one_node(folder, "mlx", AdapterConfig())
+    for found in in_stages(layout_of([2, 3], [4, 1]), 5, folder, "mlx", AdapterConfig()):
+        assert_same(found, expected, close)
+
+
+def test_stages_that_hold_fewer_blocks_than_they_compute(folder: Path) -> None:
+    expected = one_node(folder, "mlx", AdapterConfig())
+    for found in in_stages(layout_of([2, 3]), 2, folder, "mlx", AdapterConfig(), capacity=1):
+        assert_same(found, expected, np.testing.assert_array_equal)
+
+
+def test_half_precision_travels_as_it_is(folder: Path) -> None:
+    model = ModelConfig(precision="bfloat16", quantization="none")
+    expected = one_node(folder, "mlx", AdapterConfig(), model=model)
+    for found in in_stages(layout_of([2, 3]), 2, folder, "mlx", AdapterConfig(), model=model):
+        assert_same(found, expected, np.testing.assert_array_equal)
+
+
+@pytest.mark.parametrize(("stages", "count"), [(1, 3), (2, 1), (2, 5), (4, 2), (4, 8)])
+def test_the_schedule(stages: int, count: int) -> None:
+    """Each pass once, forward before backward, both in order, and no more in flight than stages from here on."""
+    for stage in range(stages):
+        passes = list(one_forward_one_backward(stage, stages, count))
+        assert sorted(passes) == sorted([Pass(number, way) for number in range(count) for way in (True, False)])
+        for way in (True, False):
+            assert [number for number, is_forward in passes if is_forward == way] == list(range(count))
+        in_flight, most = 0, 0
+        for number, is_forward in passes:
+            assert is_forward or Pass(number, True) in passes[: passes.index(Pass(number, False))]
+            in_flight += 1 if is_forward else -1
+            most = max(most, in_flight)
+        assert most <= stages - stage
+        only_forward = one_forward_one_backward(stage, stages, count, backward=False)
+        assert list(only_forward) == [Pass(number, True) for number in range(count)]
+
+
+def test_even_layouts_agree() -> None:
+    places = StagePlaces(Solo(), lambda world_size: even_layout(4, range(world_size)))
+    places.agree()
+    assert places.shard([0.0]).shares == (1.0,)
+    assert not places.channels().peers

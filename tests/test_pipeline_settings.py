@@ -1,0 +1,120 @@
+"""The settings of pipelines: what can't be is one line, and which layouts they make."""
+
+from __future__ import annotations
+
+import pytest
+
+from macft.config.execution import execution_for
+from macft.config.schema import TrainConfig
+from macft.config.validate import problems
+from macft.device.kind import Device
+from macft.errors import ConfigError
+from macft.model.execution import WeightFormat
+from macft.planner.stages import check_layout, decide_layout
+from macft.topology.settings import TopologyConfig
+
+
+def config_of(**topology: object) -> TrainConfig:
+    config = TrainConfig()
+    config.dataset.path, config.training.epochs, config.training.steps = "rows", None, 9
+    config.topology = TopologyConfig(**{"kind": "local", "nodes": 2, "placement": "pipeline", **topology})  # type: ignore[arg-type]
+    return config
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ({"kind": "single", "nodes": 1}, "topology.placement: pipeline needs two or more nodes, and there is one"),
+        (
+            {"nodes": 4, "pipelines": 3},
+            "topology.pipelines: 3 pipelines of 4 nodes; each needs two or more, so use 1 to 2",
+        ),
+        ({"pipelines": 0}, "topology.pipelines: 0 pipelines of 2 nodes"),
+        ({"stages": [6]}, "topology.stages: [6] has 1 numbers, and there are 2 nodes"),
+        ({"stages": [6, "x"]}, "topology.stages: [6, 'x'] is neither auto nor a list of numbers of blocks"),
+        ({"stages": [6, 0]}, "topology.stages: [6, 0] is neither auto nor a list of numbers of blocks"),
+        ({"stages": "even"}, "topology.stages: even is neither auto nor a list of numbers of blocks"),
+        ({"placement": "stream", "pipelines": 2}, "topology.pipelines: only topology.placement=pipeline has them"),
+        ({"placement": "auto", "stages": [1, 1]}, "topology.stages: only topology.placement=pipeline has them"),
+    ],
+)
+def test_a_topology_that_cannot_be(topology: dict[str, object], message: str) -> None:
+    (line,) = problems(config_of(**topology))
+    assert line.startswith(message)
+
+
+def test_what_does_not_go_with_a_pipeline() -> None:
+    config = config_of()
+    assert problems(config) == []
+    config.training.sync = "diloco"
+    assert any(line.startswith("topology.placement: a pipeline's nodes exchange hidden") for line in problems(config))
+    config = config_of()
+    config.collective.backend = "mlx"
+    assert "topology.placement: pipeline works on collective=ring only" in problems(config)
+    config = config_of()
+    config.collective.streams = False
+    assert any("pipeline needs collective.streams=true" in line for line in problems(config))
+    config = config_of()
+    config.adapter.type = "full"
+    assert any("pipeline can't train the model's own weights" in line for line in problems(config))
+    config = config_of(nodes=8, pipelines=4)
+    config.training.batch_size = 3
+    (line,) = problems(config)
+    assert line.startswith("training.batch_size: 3 rows can't be shared by 4 pipelines")
+    config.training.batch_size = 4  # fewer than nodes
+    assert problems(config) == []
+
+
+def test_there_are_sixteen_micro_batches_unless_told_otherwise() -> None:
+    def rows(**topology: object) -> int | None:
+        config = config_of(**topology)
+        config.training.batch_size = 64
+        return execution_for(config, None, WeightFormat("float32"), Device("cpu")).micro_batch_size
+
+    assert rows() == 4
+    assert rows(nodes=4, pipelines=2) == 2
+    assert rows(placement="stream") is None
+
+
+@pytest.mark.parametrize(
+    ("topology", "world_size", "shown"),
+    [
+        ({}, 2, "rank 0: blocks 0-3 > rank 1: blocks 4-6"),
+        ({"stages": [2, 5]}, 2, "rank 0: blocks 0-1 > rank 1: blocks 2-6"),
+        ({"stages": [2, 5]}, 1, "rank 0: blocks 0-6"),  # a node was lost
+        (
+            {"pipelines": 2},
+            5,
+            "rank 0: blocks 0-2 > rank 1: blocks 3-4 > rank 2: blocks 5-6 | rank 3: blocks 0-3 > rank 4: blocks 4-6",
+        ),
+        ({"pipelines": 2}, 3, "rank 0: blocks 0-2 > rank 1: blocks 3-4 > rank 2: blocks 5-6"),
+        (
+            {"pipelines": 2, "stages": [1, 6, 5, 2]},
+            4,
+            "rank 0: blocks 0-0 > rank 1: blocks 1-6 | rank 2: blocks 0-4 > rank 3: blocks 5-6",
+        ),
+    ],
+)
+def test_layouts(topology: dict[str, object], world_size: int, shown: str) -> None:
+    settings = config_of(**topology).topology
+    check_layout(settings, 7, world_size)
+    assert str(decide_layout(settings, 7, world_size)) == shown
+
+
+def test_more_ranks_than_blocks_have_joined() -> None:
+    layout = decide_layout(config_of().topology, 2, 4)
+    assert layout.place_of(2) is layout.place_of(3) is None
+
+
+@pytest.mark.parametrize(
+    ("topology", "world_size", "message"),
+    [
+        ({}, 9, "pipelines of 9 stages are more than the model's 7 blocks allow; use topology.pipelines=2"),
+        ({"stages": [2, 4]}, 2, r"topology.stages: \[2, 4\] are 6 blocks, and the model has 7"),
+        ({"pipelines": 2, "stages": [2, 5, 7, 1]}, 4, r"topology.stages: \[7, 1\] are 8 blocks"),
+        ({"pipelines": 2, "stages": [2, 5, 3, 2, 2]}, 5, "5 nodes can't form 2 equal pipelines"),
+    ],
+)
+def test_layouts_that_cannot_be(topology: dict[str, object], world_size: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_layout(config_of(**topology).topology, 7, world_size)

@@ -1,0 +1,156 @@
+"""Runs whose blocks are split over nodes: as users start them, resumed elsewhere, killed, joined, refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harness.families import build
+from harness.runs import (
+    adapter,
+    adapter_digests,
+    assert_adapters_close,
+    events,
+    losses,
+    ranks,
+    same_bits,
+    start,
+    train,
+    train_to_end,
+    wait_for_events,
+    wait_for_step,
+)
+
+ONE_NODE = ["topology.placement=replicate", "training.recompute=blocks"]
+PIPELINE = ["topology=local", "topology.placement=pipeline"]
+
+
+@pytest.fixture(scope="module")
+def basics(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides for a short run of a model of six blocks."""
+    model = build("llama", tmp_path_factory.mktemp("six"), num_hidden_layers=6, tie_word_embeddings=True)
+    rows = [{"text": f"number {n} is followed by number {n + 1}" * (1 + n % 3)} for n in range(40)]
+    data = tmp_path_factory.mktemp("rows")
+    for split in ("train", "valid"):
+        (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return [
+        f"model={model}",
+        f"dataset={data}",
+        "training.batch_size=8",
+        "training.micro_batch_size=2",
+        "training.steps=8",
+        "training.eval_every=4",
+        "training.eval_rows=12",
+        "training.save_every=4",
+        "training.keep_last=20",
+        "training.export=last",
+        "optimizer.learning_rate=1e-3",
+        "optimizer.warmup_steps=2",
+        "adapter.dropout=0.1",
+        "report.console=false",
+        "training.kernels=mlx",
+    ]
+
+
+@pytest.fixture(scope="module")
+def one_node(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Path:
+    """The run on one node, with all weights in memory and blocks recomputed."""
+    return train_to_end(*basics, *ONE_NODE, folder=tmp_path_factory.mktemp("one-node"))
+
+
+@pytest.mark.slow
+def test_three_stages_have_the_bits_of_one_node(tmp_path: Path, basics: list[str], one_node: Path) -> None:
+    more = ["topology.nodes=3", "topology.stages=[1,3,2]", "collective.encryption=on"]
+    run = train_to_end(*basics, *PIPELINE, *more, folder=tmp_path)
+    assert losses(run) == losses(one_node)
+    assert same_bits(adapter(run), adapter(one_node))
+    assert len(set(adapter_digests(run))) == 1
+    evaluated = [[event["loss"] for event in events(each, "evaluated")] for each in (run, one_node)]
+    np.testing.assert_allclose(*evaluated, rtol=1e-6)
+    (begun,) = events(run, "run_started")
+    assert begun["layout"] == "pipeline: rank 0: blocks 0-0 > rank 1: blocks 1-3 > rank 2: blocks 4-5"
+    for event in events(run, "step_done"):
+        assert event["parts"]["wait"] >= 0
+        assert event["parts"]["wire"] > 0
+        assert event["parts"]["disk"] >= 0
+
+
+@pytest.mark.slow
+def test_resumed_with_other_nodes_and_another_placement(tmp_path: Path, basics: list[str], one_node: Path) -> None:
+    """A pipeline goes on as one node and as two pipelines of two, from the checkpoint in the middle."""
+    run = train_to_end(*basics, *PIPELINE, "topology.nodes=2", folder=tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "step-00000008")
+    shutil.rmtree(run / "adapters")
+    shutil.copytree(run, tmp_path / "again")
+    alone = train(f"+resume={run}", "topology=single", *ONE_NODE, cwd=tmp_path)
+    assert alone.status == 0, alone.errors
+    assert same_bits(adapter(run), adapter(one_node))
+    four = [*PIPELINE, "topology.nodes=4", "topology.pipelines=2"]
+    again = train(f"+resume={tmp_path / 'again'}", *four, cwd=tmp_path)
+    assert again.status == 0, again.errors
+    assert_adapters_close(tmp_path / "again", one_node, rtol=1e-2, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_stages_are_killed_one_after_the_other(tmp_path: Path, basics: list[str]) -> None:
+    """The others take over their blocks, until one node computes all of them."""
+    more = [*basics, "training.steps=60", "training.eval_every=0"]
+    process = start(*more, *PIPELINE, "topology.nodes=3", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    wait_for_step(process, tmp_path, 5)
+    alive = ranks(process)
+    alive[1].kill()
+    wait_for_events(process, tmp_path, "nodes_changed")
+    alive[0].kill()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert [event["layout"] for event in events(tmp_path, "nodes_changed")] == [
+        "rank 0: blocks 0-2 > rank 1: blocks 3-5",
+        "",
+    ]
+    whole = train_to_end(*more, *ONE_NODE, folder=tmp_path / "whole")
+    assert losses(tmp_path) == losses(whole)  # however many stages there are
+    assert same_bits(adapter(tmp_path), adapter(whole))
+
+
+@pytest.mark.slow
+def test_a_stage_is_killed_and_comes_back(tmp_path: Path, basics: list[str]) -> None:
+    more = [*basics, "training.steps=60", "training.eval_every=0"]
+    local = [*PIPELINE, "topology.nodes=2", "topology.restart=true", f"hydra.run.dir={tmp_path}"]
+    process = start(*more, *local, cwd=tmp_path)
+    wait_for_step(process, tmp_path, 5)
+    ranks(process)[1].kill()
+    wait_for_events(process, tmp_path, "nodes_changed", 2)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    left, joined = (event["layout"] for event in events(tmp_path, "nodes_changed"))
+    assert left == ""
+    assert joined == "rank 0: blocks 0-2 > rank 1: blocks 3-5"
+    assert len(set(adapter_digests(tmp_path))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["topology.stages=[1,4]"], "topology.stages: rank 0: [1, 4] are 5 blocks, and the model has 6"),
+        (["topology.memory_budget=1MB"], "topology.memory_budget: rank 0: even with its blocks read from disk"),
+    ],
+)
+def test_what_cannot_be_is_one_line(tmp_path: Path, basics: list[str], words: list[str], message: str) -> None:
+    done = train(*basics, *PIPELINE, "topology.nodes=2", *words, cwd=tmp_path)
+    assert done.status == 2
+    assert done.errors.startswith(f"error: {message}")
+    assert len(done.errors.splitlines()) == 1, done.errors
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_cut_is_one_line(tmp_path: Path, basics: list[str]) -> None:
+    model = build("gemma4_text", tmp_path / "uncut")
+    done = train(*basics, f"model={model}", *PIPELINE, "topology.nodes=2", cwd=tmp_path)
+    assert done.status == 2
+    assert done.errors.startswith("error: topology.placement: pipeline can't cut this model into its blocks")
+    assert len(done.errors.splitlines()) == 1
