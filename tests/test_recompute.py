@@ -1,4 +1,4 @@
-"""Gradients are those of mlx-lm whatever the backward pass computes again, and little is held where it computes more."""
+"""Gradients are mlx-lm's whatever the backward pass computes again, and little is held where it computes more."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Execution:
     pack_tokens: int | None = None
     # Gradient and update are compiled with mx.compile.
     compiled: bool = False
-    # What the backward pass computes again: "none"; "cheap", what lies between a block's costly operations; or "blocks".
+    # What the backward pass computes again: "none"; "cheap", what lies between a block's costly operations; "blocks".
     recompute: str = "none"
     # What of these the planner may choose from, the fastest first; empty where the configuration says which.
     recompute_choices: tuple[str, ...] = ()

@@ -93,10 +93,10 @@ class MemoryPlanner:
         """The fastest settings within ``budget`` bytes, None if there are none.
 
         The largest micro-batch first, each with nothing recomputed and then what is cheap, and checkpointed blocks
-        last. ``sizes``: smaller micro-batches may be taken; the run's own is never exceeded. ``asked``: recomputation is
-        as the configuration says, where it does; otherwise it is that or more. If recomputation is free, and nothing
-        recomputed would take more than half of the budget, what is cheap is recomputed: other programs and errors of the
-        prediction need room too.
+        last. ``sizes``: smaller micro-batches may be taken; the run's own is never exceeded. ``asked``: recomputation
+        is as the configuration says, where it does; otherwise it is that or more. If recomputation is free, and nothing
+        recomputed would take more than half of the budget, what is cheap is recomputed: other programs and errors of
+        the prediction need room too.
 
         Where the peak isn't known the run's own settings stay, and if none whose peak is known fits, the most saving
         ones are returned.

@@ -57,9 +57,9 @@ class TrainingConfig:
     outer_momentum: float = 0.9
     # Clip the gradient to this global L2 norm, over all parameters and nodes; 0 turns clipping off.
     max_grad_norm: float = 1.0
-    # What the backward pass computes again instead of holding it. cheap: what lies between a block's matrix products and
-    # attention (with kernels=cpu nothing, they hold little). blocks: each block from its input, about a third more time.
-    # auto: none, or what the memory budget needs.
+    # What the backward pass computes again instead of holding it. cheap: what lies between a block's matrix products
+    # and attention (with kernels=cpu nothing, they hold little). blocks: each block from its input, about a third more
+    # time. auto: none, or what the memory budget needs.
     recompute: str = "auto"
     # Lay rows end to end instead of padding them, and compute what they begin with in common once: auto (where the
     # model can take it), true (or fail), false.

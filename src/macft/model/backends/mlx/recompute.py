@@ -12,7 +12,7 @@ A block is computed again when its gradient is there, not before: MLX goes throu
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,8 +74,8 @@ def _recomputed(
         refs.put(inputs[count:])
         try:
             arguments, named = put_together(frame, inputs[:count])
-            frame_of_result, outputs = take_apart(call(block, *arguments, **named))
-            return outputs
+            frame_of_result, computed = take_apart(call(block, *arguments, **named))
+            return computed
         finally:
             refs.put(before)
 
