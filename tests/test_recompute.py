@@ -68,8 +68,8 @@ def test_the_gradient_is_mlx_lm_s(kind: str, bits: int | None, recompute: str, p
 
 
 @pytest.mark.parametrize("recompute", ["cheap", "blocks"])
-@pytest.mark.parametrize("family", ["gemma3_text", "deepseek_v2", "gpt_oss", "qwen3_moe"])
-def test_windows_masks_from_tokens_sinks_and_experts_too(family: str, recompute: str) -> None:
+@pytest.mark.parametrize("family", ["gemma3_text", "deepseek_v2", "gpt_oss", "qwen3_moe", "afm7"])
+def test_windows_masks_from_tokens_sinks_experts_and_fused_layers_too(family: str, recompute: str) -> None:
     model, adaptation = adapted(new_model(configuration(family)), "lora")
     assert_as_mlx_lm(model, computed(model, adaptation, recompute=recompute))
 

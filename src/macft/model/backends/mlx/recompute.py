@@ -94,7 +94,8 @@ def _recomputed(
 
         def later(value: mx.array) -> mx.array:
             """By itself, so that what isn't needed is not held until then."""
-            return mx.depends([value], gradients)[0]
+            held: mx.array = mx.depends([value], gradients)[0]
+            return held
 
         made = Kept([later(value) for value in outputs[results:]], forms)
 
