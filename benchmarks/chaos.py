@@ -1,6 +1,6 @@
 """Chaos over hundreds of steps: nodes are killed, stopped, cut off and slowed down.
 
-    sudo python benchmarks/chaos.py [--nodes 4] [--steps 1200] [--seed 1] [--chance 0.01 | --faults 24]
+    sudo python benchmarks/chaos.py [--nodes 4] [--steps 1200] [--seed 1] [--chance 0.01 | --faults 24] [--pipeline]
 
 Real nodes in network namespaces (Linux, root), encrypted, on a small random model, so that there are many steps; the
 machinery is that of `tests/test_chaos.py`. --chance: at each step each of the four comes upon a random node with this
@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.families import build
 from harness.faults import (
     KINDS,
     TIMEOUT,
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--chance", type=float, default=0.01)
     parser.add_argument("--faults", type=int)
+    parser.add_argument("--pipeline", action="store_true", help="each node has some of a larger model's blocks")
     options = parser.parse_args()
     if reason := missing_requirement():
         sys.exit(reason)
@@ -55,7 +57,11 @@ def main() -> None:
         faults = faults_of_each_kind(options.faults, nodes=options.nodes, every=every, seed=options.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = make_tiny_model(folder / "model", ensure_bundled())
+        if options.pipeline:
+            model = build("llama", folder / "model", num_hidden_layers=2 * options.nodes)
+        else:
+            model = make_tiny_model(folder / "model", ensure_bundled())
+        placement = ["topology.placement=pipeline", "training.micro_batch_size=2"] if options.pipeline else []
         overrides = [
             f"model={model}",
             f"dataset={uneven_dataset(folder / 'data')}",
@@ -73,7 +79,7 @@ def main() -> None:
         outcome = train_with_faults(
             folder / "chaos",
             reference=reference,
-            overrides=overrides,
+            overrides=[*overrides, *placement],
             nodes=options.nodes,
             faults=faults,
             one_by_one=options.faults is not None,

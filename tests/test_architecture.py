@@ -41,6 +41,9 @@ ORDER = (
     "planner",
     "run",
     "launch",
+    "publishing",
+    "api",
+    "completion",
     "collective_bench",
 )
 
@@ -49,6 +52,7 @@ COMMANDS = {
     "adapter",
     "bench",
     "cluster",
+    "completion",
     "data",
     "doctor",
     "evaluate",
@@ -57,6 +61,7 @@ COMMANDS = {
     "keys",
     "monitor",
     "plan",
+    "push",
     "train",
 }
 

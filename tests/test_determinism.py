@@ -88,7 +88,7 @@ def busy(processes: int) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ten_runs_under_changing_load_have_the_same_bits(tmp_path: Path, tiny_task: list[str]) -> None:
-    """Three nodes; exact sums, a codec, and weights that are read from disk."""
+    """Three nodes with exact sums, a codec, and weights that are read from disk; a pipeline of two stages."""
     basics = [
         *tiny_task,
         "training.batch_size=6",
@@ -103,10 +103,14 @@ def test_ten_runs_under_changing_load_have_the_same_bits(tmp_path: Path, tiny_ta
         "report.console=false",
         "report.tensorboard=false",
         "topology=local",
-        "topology.nodes=3",
     ]
-    kinds = {"exact": [], "int8": ["collective.codec=int8"], "streamed": ["topology.placement=stream"]}
-    order = ["exact", "int8", "streamed", "exact", "int8", "streamed", "exact", "int8", "streamed", "exact"]
+    kinds = {
+        "exact": ["topology.nodes=3"],
+        "int8": ["topology.nodes=3", "collective.codec=int8"],
+        "streamed": ["topology.nodes=3", "topology.placement=stream"],
+        "pipeline": ["topology.nodes=2", "topology.placement=pipeline"],
+    }
+    order = ["exact", "int8", "streamed", "pipeline", "exact", "int8", "streamed", "pipeline", "exact", "pipeline"]
     finished: dict[str, list[Path]] = {kind: [] for kind in kinds}
     for number, kind in enumerate(order):
         with busy(number % 4):

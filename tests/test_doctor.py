@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from macft.diagnostics import LEVELS, machine, network, software
-from macft.doctor import find_model
+from macft.diagnostics.shareable import without_names
+from macft.doctor import find_model, main
+from macft.errors import ConfigError
 from macft.network import macos
 from macft.network.links import Link, discover, linux_kind
 
@@ -257,3 +261,49 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: py
     assert done.stderr.splitlines() == [
         "error: topology: no cluster 'desk' (there are: none yet); make it: python -m macft.cluster init desk"
     ]
+
+
+# What people attach to an issue
+
+
+@given(
+    st.ip_addresses(v=4).map(str) | st.ip_addresses(v=6).map(str),
+    st.sampled_from(["{}", "at {}:7070", "({}/24)", "jane@{}", "cannot reach {}; is it on?"]),
+)
+def test_no_address_is_left_in_a_text(address: str, form: str) -> None:
+    assert address not in without_names(form.format(address), []) or address == "::"
+
+
+def test_what_names_a_machine_is_left_out_and_what_describes_it_is_not() -> None:
+    text = (
+        "Janes-MacBook-Pro.local, C02XK1ABJG5H, 1c:f6:4c:00:00:01, jane@studio.lan, /Users/jane/runs, "
+        "28CA4C30-1111-2222-3333-444455556666: Apple M2 Max, Metal, 32 GiB, mlx 0.32.4, macOS 15.1, 12:30:45"
+    )
+    cleaned = without_names(text, ["/Users/jane", "Janes-MacBook-Pro.local", "jane"])
+    for private in ("jane", "C02XK1ABJG5H", "1c:f6", "studio", "28CA4C30"):
+        assert private.lower() not in cleaned.lower(), cleaned
+    for told in ("Apple M2 Max, Metal, 32 GiB, mlx 0.32.4, macOS 15.1", "/runs"):
+        assert told in cleaned, cleaned
+
+
+@pytest.mark.slow
+def test_the_report_of_this_machine_names_nobody(tmp_path: Path) -> None:
+    home = tmp_path / "janedoe"
+    home.mkdir()
+    cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    environment = {**os.environ, "HOME": str(home), "USER": "janedoe", "LOGNAME": "janedoe", "XDG_CACHE_HOME": cache}
+    command = [sys.executable, "-m", "macft.doctor", "--report", "report.json"]
+    subprocess.run(command, check=True, cwd=home, env=environment, capture_output=True, timeout=280)
+    text = (home / "report.json").read_text()
+    report = json.loads(text)
+    assert report["smoke_run"]["result"] == "works", report["smoke_run"]
+    assert report["smoke_run"]["steps"] == 3
+    assert report["versions"]["mlx"]
+    assert {"kind", "speed_mbit"} == set().union(*(set(link) for link in report["links"])) or not report["links"]
+    for private in ("janedoe", socket.gethostname(), *(link.host for link in discover())):
+        assert not re.search(rf"(?<!\w){re.escape(private)}(?!\w)", text), private
+
+
+def test_a_report_is_of_this_machine() -> None:
+    with pytest.raises(ConfigError, match=r"--report: it describes this machine"):
+        main(["--report", "x.json", "--topology", "desk"])

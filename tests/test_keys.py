@@ -165,3 +165,22 @@ def test_auto_encrypts_beyond_loopback(hosts: list[str], expected: bool) -> None
     assert keystore.needs_keys(topology, CollectiveConfig(encryption="on"))
     assert not keystore.needs_keys(topology, CollectiveConfig(encryption="off"))
     assert not keystore.needs_keys(TopologyConfig(kind="local", nodes=3), CollectiveConfig())
+
+
+def test_keys_are_where_the_configuration_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MACFT_KEYS", raising=False)
+    monkeypatch.setenv("MACFT_CONFIG", str(tmp_path))
+    assert keystore.key_folder() == tmp_path / "keys"
+    monkeypatch.setenv("MACFT_KEYS", str(tmp_path / "elsewhere"))
+    assert keystore.key_folder() == tmp_path / "elsewhere"
+
+
+def test_machines_of_one_name_are_both_trusted(folder: Path) -> None:
+    own = keystore.make(folder)[0].own.public.hex()
+    first, second, third = (KeyPair.new().public.hex() for _ in range(3))
+    assert keystore.trust_all(folder, {"MacBook": first, "me": own}) == []
+    (line,) = keystore.trust_all(folder, {"MacBook": second, "studio": third})
+    assert line.startswith("note: another machine is trusted as MacBook, this one now as MacBook-2;")
+    assert keystore.trust_all(folder, {"again": first, "MacBook": second}) == []  # known by other names
+    trusted = {name: key.hex() for name, key in keystore.load(folder).trusted.items()}
+    assert trusted == {"MacBook": first, "MacBook-2": second, "studio": third}

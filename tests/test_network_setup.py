@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -117,6 +118,11 @@ for _ in range(2):
             sys.exit("admitted")
         except WrongCode:
             pass
+with connect() as leaving:  # Ctrl-C after joining; the same machine joins again below
+    channel = Channel(leaving, sys.argv[2], is_host=False)
+    channel.send(this_machine(4242).to_message())
+    channel.receive(60)
+    channel.send({"ready": True})
 with connect() as slow:
     probe = ProbeServer(bytes(16))
     channel = Channel(slow, sys.argv[2], is_host=False)
@@ -125,20 +131,27 @@ with connect() as slow:
     time.sleep(1)  # as on a busy machine: who measures now is turned away
     probe.admit(token)
     channel.send({"ready": True})
-    print(channel.receive(60)["hosts"])
+    while "hosts" not in (message := channel.receive(100)):
+        channel.send({"latency": 1e-4, "bandwidth": 1e8})
+    print(message["hosts"])
 """
 
 
 def test_guesses_are_counted_and_a_slow_guest_is_waited_for(tmp_path: Path) -> None:
-    with machines(tmp_path, [["10.99.0.1/24"], ["10.99.0.2/24"]]) as two:
-        init = two[0].start("-m", "macft.cluster", "init", "desk")
+    with machines(tmp_path, [["10.99.0.1/24"], ["10.99.0.2/24"], ["10.99.0.3/24"]]) as three:
+        init = three[0].start("-m", "macft.cluster", "init", "desk", "--nodes", "3")
         code, place = invitation(init)
-        assert "['10.99.0.1', '10.99.0.2']" in ended(two[1].start("-c", GUESTS, place, code))
-        output = ended(init)
+        guests = three[1].start("-c", GUESTS, place, code)
+        assert init.stdout is not None
+        printed = list(itertools.takewhile(lambda line: "has left" not in line, init.stdout))
+        ended(three[2].start("-m", "macft.cluster", "join", code, "--at", place))
+        assert "'10.99.0.1', '10.99.0.2', '10.99.0.3'" in ended(guests)
+        output = "".join(printed) + ended(init)
     assert "10.99.0.2: pairing: the other side runs an older macft; install the same version on all" in output
     assert output.count("not admitted") == 5
     assert output.count("used a wrong code") == 2
     assert "(2 of 3 tries)" in output
+    assert "two machines are named" not in output
 
 
 def test_three_wrong_codes_end_it(tmp_path: Path) -> None:

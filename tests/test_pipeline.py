@@ -27,6 +27,7 @@ from macft.data.formats import Row
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.backends.choose import make_backend
+from macft.model.confirm import confirm
 from macft.model.load import load
 from macft.model.settings import ModelConfig
 from macft.parallel.shares import rows_of_shard
@@ -80,6 +81,7 @@ def computed(
     *,
     model: ModelConfig = EXACT,
     capacity: int = BLOCKS,
+    keep: bool = False,
     sizes: Sequence[int | None] = (2, 1),
     packing: bool = False,
 ) -> list[Numbers]:
@@ -87,7 +89,7 @@ def computed(
     places = StagePlaces(collective, lambda _: layout)
     places.agree()
     execution = execution_with(kernels, packing=packing, dropout=adapter.dropout > 0)
-    execution = replace(execution, dtype=model.precision)
+    execution = replace(execution, dtype=model.precision, activation_capacity=100 if keep else 0)
     execution = (replace(execution, pack_tokens=40) if execution.packing else execution).pipelined(capacity)
     shard = places.shard([1.0] * collective.world_size)
     mine = rows_of_shard(shard, [row.tokens for row in rows()], shared=execution.shared_prefixes)
@@ -178,10 +180,36 @@ def test_stages_that_hold_fewer_blocks_than_they_compute(folder: Path) -> None:
         assert_same(found, expected, np.testing.assert_array_equal)
 
 
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_activations_that_are_kept_give_the_same_bits(folder: Path, name: str) -> None:
+    """Without a second forward pass, where the backend is not eager."""
+    adapter, packing = ADAPTERS[name], name in ("last three, dropout", "dora")
+    expected = one_node(folder, "mlx", adapter, packing=packing)
+    for found in in_stages(layout_of([2, 3]), 2, folder, "mlx", adapter, packing=packing, keep=True):
+        assert_same(found, expected, np.testing.assert_array_equal)
+
+
+def test_trials_before_a_run_read_no_block(folder: Path) -> None:
+    """They are of the model's code, and a stage has no use for the weights of others."""
+    execution = execution_with("mlx").pipelined(BLOCKS)
+    loaded = load(EXACT, folder, execution)
+    assert loaded.streamed is not None
+
+    def refuse(number: int) -> list[mx.array]:
+        raise AssertionError(f"block {number} is read")
+
+    read = loaded.streamed.replace_reader(lambda _: refuse)
+    assert confirm(execution, loaded) == (execution, [])
+    loaded.streamed.replace_reader(lambda _: read)
+    found = loaded.model(mx.arange(1, 9)[None])  # nothing of the trials is left
+    whole = load(EXACT, folder, execution_with("mlx")).model
+    assert mx.array_equal(found, whole(mx.arange(1, 9)[None]))
+
+
 def test_half_precision_travels_as_it_is(folder: Path) -> None:
     model = ModelConfig(precision="bfloat16", quantization="none")
     expected = one_node(folder, "mlx", AdapterConfig(), model=model)
-    for found in in_stages(layout_of([2, 3]), 2, folder, "mlx", AdapterConfig(), model=model):
+    for found in in_stages(layout_of([2, 3]), 2, folder, "mlx", AdapterConfig(), model=model, keep=True):
         assert_same(found, expected, np.testing.assert_array_equal)
 
 

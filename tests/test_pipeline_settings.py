@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import pytest
 
+from harness.families import configuration
 from macft.config.execution import execution_for
 from macft.config.schema import TrainConfig
 from macft.config.validate import problems
-from macft.device.kind import Device
+from macft.device.kind import METAL, Device
 from macft.errors import ConfigError
-from macft.model.execution import WeightFormat
-from macft.planner.stages import check_layout, decide_layout
+from macft.model.adapter_settings import AdapterConfig
+from macft.model.execution import WeightFormat, resolve
+from macft.model.settings import ModelConfig
+from macft.model.shape import shape_of
+from macft.parallel.stage_layout import even_layout
+from macft.planner.fit import MemoryPlanner
+from macft.planner.stages import StagePlanner, check_layout, decide_layout
+from macft.planner.workload import unlike_rows
 from macft.topology.settings import TopologyConfig
 
 
@@ -118,3 +125,33 @@ def test_more_ranks_than_blocks_have_joined() -> None:
 def test_layouts_that_cannot_be(topology: dict[str, object], world_size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_layout(config_of(**topology).topology, 7, world_size)
+
+
+def stages(budget: float, rank: int = 0, wanted: int | str = "auto") -> StagePlanner:
+    """A stage of a llama of eight blocks, on a device that computes with MLX's operations."""
+    shape = shape_of(configuration("llama") | {"num_hidden_layers": 8}, "config.json")
+    execution = resolve(ModelConfig(), shape.checkpoint, METAL, packing="false", micro_batch_size=2).pipelined(0)
+    planner = MemoryPlanner(shape, execution, AdapterConfig(), "adamw", [unlike_rows(8, 64, 60)], validation_rows=0)
+    return StagePlanner(planner, budget, even_layout(8, range(2)), rank, 0, wanted, may_keep=True)
+
+
+def test_a_stage_keeps_what_fits() -> None:
+    """First blocks in memory, then what the backward pass needs of them."""
+    roomy = stages(1e12).decide()
+    assert (roomy.block_capacity, roomy.resident_blocks) == (8, (0, 1, 2, 3))
+    assert roomy.activation_capacity >= 4 * 2  # blocks of two micro-batches
+    all_blocks = stages(0).parts(8).peak
+    tight = stages(all_blocks).decide()
+    assert tight.block_capacity == 8
+    assert tight.activation_capacity == 0
+    assert stages(0).predicted(roomy).peak > stages(0).predicted(tight).peak == all_blocks
+    two = stages(stages(0).parts(2).peak, rank=1).decide()
+    assert two.block_capacity >= 2
+    assert set(two.resident_blocks) < {4, 5, 6, 7}
+    assert stages(0, wanted=1).decide().block_capacity == 1
+    with pytest.raises(ConfigError, match="even with its blocks read from disk a stage would need about"):
+        stages(0).decide()
+
+
+def test_the_last_stage_holds_fewer_micro_batches() -> None:
+    assert stages(0, rank=1).parts(8).activations < stages(0).parts(8).activations

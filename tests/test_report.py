@@ -434,6 +434,18 @@ def test_a_nodes_status_keeps_its_keys(tmp_path: Path) -> None:
     assert (node["tokens"], node["remarks"]) == (3, 2)
 
 
+def test_where_the_time_of_a_stage_went() -> None:
+    first = NodeStatus(busy_seconds=3.0, wait_seconds=1.0, disk_seconds=0.5, wire_seconds=0.25)
+    values = Scalars().of(replace(step(1), nodes=[first, NodeStatus(busy_seconds=2.0)], shares=[0.5, 0.5]))
+    of_stages = {name: value for name, value in values.items() if name.startswith("stage/")}
+    assert of_stages == {
+        "stage/compute_rank0": 1.5,
+        "stage/wait_rank0": 1.0,
+        "stage/disk_rank0": 0.5,
+        "stage/wire_rank0": 0.25,
+    }
+
+
 def test_a_loss_that_is_no_number_is_still_json(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     reporter = MetricsFile(path, first_step=0)

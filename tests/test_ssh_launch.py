@@ -131,6 +131,20 @@ def test_the_host_that_leads_dies_and_the_results_come_from_another(
     assert not agents(three, "runs/e/1")
 
 
+def test_a_leader_that_cannot_write_leaves_the_results_to_another_host(
+    three: Cluster, basics: list[str], tmp_path: Path
+) -> None:
+    process = start(three, tmp_path, *basics, *over_ssh(three, 2), "training.steps=300", "hydra.run.dir=runs/f/1")
+    first = three.hosts[0].home / "macft/runs/f/1"
+    wait_for_step(process, first)
+    (first / "adapters").write_text("in the way")
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, output + errors
+    assert f"so the results are on rank 1 ({three.hosts[1].address})" in output
+    assert json.loads((tmp_path / "runs/f/1/summary.json").read_text())["reason"] == "finished"
+    assert (tmp_path / "runs/f/1/adapters/adapters.safetensors").is_file()
+
+
 def test_no_process_outlives_the_terminal(three: Cluster, basics: list[str], tmp_path: Path) -> None:
     longer = [*basics, *over_ssh(three, 2), "training.steps=100000", "hydra.run.dir=runs/c/1"]
     process = start(three, tmp_path, *longer)

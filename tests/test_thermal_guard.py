@@ -111,15 +111,15 @@ def test_a_runs_energy_and_what_it_costs() -> None:
     config = ThermalConfig(power_price=0.4, currency="USD", co2_grams_per_kwh=500)
     nodes = [NodeStatus(joules=1.8e6, peak_watts=watts, metered_seconds=36_000.0) for watts in (60.0, 40.0)]
     nodes.insert(1, NodeStatus(joules=None))
-    energy = summarize(nodes, config, tokens=1_000_000)
+    energy = summarize(nodes, config, tokens=1_000_000, target_tokens=400_000)
     assert energy is not None
     assert (energy.kwh, energy.cost, energy.co2_grams) == (1.0, 0.4, 500.0)
     assert (energy.joules_per_token, energy.average_watts, energy.peak_watts) == (3.6, 100.0, 100.0)
     assert energy.line == (
-        "3,600,000 J, 3.6 J/token, 100.0 W on average, 100.0 W at most, 1 kWh, 0.4 USD, 500 g CO2, "
+        "3,600,000 J, 3.6 J/token, 9 J/target token, 100.0 W on average, 100.0 W at most, 1 kWh, 0.4 USD, 500 g CO2, "
         "1 of 3 nodes without a reading"
     )
-    assert summarize([NodeStatus()], config, tokens=1) is None
+    assert summarize([NodeStatus()], config, tokens=1, target_tokens=1) is None
 
 
 def test_each_turn_of_a_governor_is_told_once() -> None:

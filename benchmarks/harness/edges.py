@@ -77,6 +77,8 @@ class Terminal:
     def close(self) -> None:
         """Waits for the rest of the output."""
         self._thread.join(5.0)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
 
 def local(folder: Path, overrides: Sequence[str], nodes: int, kill: Kill) -> Outcome:

@@ -86,6 +86,7 @@ def _place(at: str) -> tuple[str, int]:
 def _finish(name: str, topology: TopologyConfig) -> None:
     """Writes the cluster's file and shows the commands that come next, as far as they will work."""
     _show(f"the cluster is in {topology_file.save_topology(name, topology)}")
+    _show("trying to log in to each machine over SSH")
     problems = closed_to_ssh([topology.ssh_of(rank) for rank in range(len(topology.hosts))])
     train = f"python -m macft.train +recipe=llama-lora topology={name}"
     if problems:

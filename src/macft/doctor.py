@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,14 +16,23 @@ from typing import TypedDict
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.config.paths import models_by_name
+from macft.device.durable import write_atomically
+from macft.device.mlx_device import prepare_device
 from macft.diagnostics import LEVELS, Finding, machine, network, software
 from macft.diagnostics.hosts import HostsReport, examine_hosts
-from macft.errors import MacftError
+from macft.diagnostics.shareable import shareable
+from macft.errors import ConfigError, MacftError
 from macft.model.bundled import BUNDLED
 from macft.model.local import find_local
 from macft.model.resolve import is_hub_id
+from macft.network import links
 from macft.rendezvous import keystore
+from macft.thermal.load import Load
+from macft.thermal.sensors.choose import choose
+from macft.thermal.settings import ThermalConfig
 from macft.topology.topology_file import load_topology
+
+_SMOKE_SECONDS = 900
 
 
 class MachineReport(TypedDict):
@@ -42,6 +53,11 @@ def main(argv: Sequence[str]) -> int:
         MacftError: The arguments are wrong, or the topology can't be read.
     """
     arguments = _parser().parse_args(argv)
+    if arguments.report is not None:
+        if arguments.topology is not None:
+            raise ConfigError("--report: it describes this machine; run it on each host, without --topology")
+        write_report(Path(arguments.report), arguments.port)
+        return 0
     if arguments.topology is None:
         report: MachineReport | HostsReport = examine(arguments.port, arguments.model)
     else:
@@ -68,6 +84,38 @@ def examine(port: int, model: str | None) -> MachineReport:
         else find_model(model)
     )
     return {"versions": software.versions(), "time": time.time(), "findings": [asdict(item) for item in findings]}
+
+
+def write_report(path: Path, port: int) -> None:
+    """Writes what people attach to an issue; trains for three steps first. Raises ConfigError where it can't write."""
+    found = [*software.check(), *machine.check(Path.cwd()), *network.check(port)]
+    print("A short run of recipe=smoke shows whether training works here. It takes a minute or so.", flush=True)
+    sensors, missing = choose(ThermalConfig(), Load(), rank=0)
+    named = [f"{sensor.name}: {', '.join(sensor.kinds)}" for sensor in sensors]
+    for sensor in sensors:
+        sensor.close()
+    tried = {"found": named, "missing": missing}
+    report = shareable(software.versions(), prepare_device(), links.discover(), found, tried, _smoke_run())
+    try:
+        write_atomically(path, json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--report: {path} can't be written: {error.strerror}") from error
+    print(f"{path} has versions, chip, memory, kinds of links, sensors and the short run's result.")
+    print("It has no names, addresses or serial numbers; read it before you attach it to an issue.")
+
+
+def _smoke_run() -> dict[str, object]:
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-m", "macft.train", "+recipe=smoke", f"hydra.run.dir={folder}/run"]
+        try:
+            done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=_SMOKE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return {"result": f"not done within {_SMOKE_SECONDS} s"}
+        if done.returncode:
+            return {"result": f"exit status {done.returncode}", "errors": done.stderr.strip().splitlines()[-5:]}
+        summary = json.loads((Path(folder) / "run" / "summary.json").read_text(encoding="utf-8"))
+        kept = ("reason", "steps", "seconds", "results", "tokens_per_second", "peak_memory_bytes", "device")
+        return {"result": "works", **{name: summary.get(name) for name in kept}}
 
 
 def _keys() -> Finding:
@@ -98,6 +146,9 @@ def find_model(name: str) -> Finding:
 def _parser() -> Parser:
     parser = command_parser("doctor")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--report", metavar="FILE", help="write a file to attach to an issue, without names or addresses"
+    )
     parser.add_argument("--topology", metavar="NAME", help="check all hosts of this topology, over SSH")
     parser.add_argument("--model", metavar="NAME", help="check whether this model is on this machine: as in model=NAME")
     parser.add_argument("--port", type=int, default=7070, help="the run's port (default 7070)")

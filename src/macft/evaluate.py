@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.status import Status
 from rich.table import Table
 
+from macft.api.evaluation import Evaluation, evaluate_found
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
-from macft.data.checks import check_rows
-from macft.data.load import Sources, sample_rows, tokenize_split
-from macft.data.load import read as read_dataset
-from macft.data.settings import DatasetConfig, SourceConfig
-from macft.data.settings import problems as dataset_problems
 from macft.data.sources import SPLITS
-from macft.data.template_clock import fix_clock
 from macft.device.durable import write_atomically
-from macft.errors import ConfigError, DataError
-from macft.evaluation.metrics import METRICS, metric
+from macft.errors import ConfigError
+from macft.evaluation.metrics import METRICS
 from macft.run.tuned_model import TunedModel, add_model_arguments
-from macft.training.settings import TrainingConfig
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,121 +29,41 @@ def main(argv: Sequence[str]) -> None:
         MacftError: The arguments are wrong, or the model, adapter or dataset can't be read.
     """
     arguments = _parser().parse_args(argv)
-    if arguments.rows == 0 or arguments.rows < -1:
-        raise ConfigError(f"--rows: {arguments.rows} must be 1 or more, or -1 for all")
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise ConfigError(f"--json: the folder {arguments.json.parent} does not exist")
-    tuned = TunedModel.from_arguments(arguments)
-    if tuned.adapter is None and tuned.whole is None:
-        raise ConfigError("--adapter-path: nothing to compare; name an adapter beside --model")
-    dataset = _dataset(arguments, tuned)
-    training = tuned.run.training if tuned.run else TrainingConfig()
-    seed = tuned.run.seed if tuned.run else 0
-    # Errors in the dataset are found before the weights are loaded, which takes longer.
-    sources = read_dataset(dataset, seed=seed)
-    split = _split(sources, arguments.split, dataset)
-
-    from macft.device.mlx_device import prepare_device
-    from macft.evaluation.compare import Result, agreement, answers, evaluate
-    from macft.model.attach import attach
-    from macft.model.load import load_tokenizer
-    from macft.model.resolve import resolve
-    from macft.model.vocabulary import vocabulary_of
-
-    judge = metric(dataset.metric) if dataset.metric else None
     console = Console(highlight=False)
-    folder = resolve(tuned.model)
-    tokenizer = load_tokenizer(tuned.model, folder)
-    notes = fix_clock(tokenizer, dataset.template_time)
-    data, row_notes = tokenize_split(sources, dataset, tokenizer, split)
-    if not data.rows:
-        raise DataError(f"--split: no {split} row has a target token left")
-    notes += row_notes
-    notes += check_rows(
-        {split: data}, tokenizer, vocabulary=vocabulary_of(folder), max_seq_length=dataset.max_seq_length
-    )
-    prepare_device()
-    loaded = tuned.load(tuned=False, tokenizer=tokenizer)
-    chosen = sample_rows(len(data.rows), arguments.rows, seed)
-    rows, records = [data.rows[i] for i in chosen], [data.records[i] for i in chosen]
-
     with console.status("") as status:
+        evaluation = evaluate_found(
+            TunedModel.from_arguments(arguments),
+            dataset=arguments.dataset,
+            split=arguments.split,
+            rows=arguments.rows,
+            metric=arguments.metric,
+            max_tokens=arguments.max_tokens,
+            mask_prompt=arguments.mask_prompt,
+            progress=lambda what, done, total: status.update(f"{what}: {done}/{total}"),
+        )
+    _show(evaluation, console)
+    if arguments.json is not None:
+        _write(arguments.json, evaluation.as_dict())
 
-        def measure(which: str) -> Result:
-            return evaluate(
-                loaded,
-                rows,
-                records,
-                judge,
-                max_tokens=arguments.max_tokens or training.metric_max_tokens,
-                progress=lambda what, done, total: _show(status, f"{which}, {what}: {done}/{total}"),
-            )
 
-        base = measure("base")
-        if tuned.adapter is not None:
-            attach(loaded.model, tuned.adapter)
-        else:
-            loaded = tuned.load(tokenizer=tokenizer)
-        after = measure("tuned")
-    for note in notes:
+def _show(evaluation: Evaluation, console: Console) -> None:
+    base, tuned, rows = evaluation.base, evaluation.tuned, evaluation.rows
+    for note in evaluation.notes:
         console.print(note, markup=False)
-    both = agreement(base, after)
-    console.print(_table(base.numbers(), after.numbers(), dataset.metric or "metric"))
-    where = dataset.path or ", ".join(source.path for source in dataset.sources)
-    console.print(f"{len(rows)} {split} rows of {where}, {base.target_tokens:,} target tokens", markup=False)
-    if both:
+    console.print(_table(base.numbers(), tuned.numbers(), evaluation.metric or "metric"))
+    about = f"{rows} {evaluation.split} rows of {evaluation.dataset}, {base.target_tokens:,} target tokens"
+    console.print(about, markup=False)
+    if both := evaluation.agreement:
         words = "right in both {both}, only tuned {only_tuned}, only base {only_base}, neither {neither}"
         console.print(words.format(**both), markup=False)
-    for which, result in (("base", base), ("tuned", after)):
+    for which, result in (("base", base), ("tuned", tuned)):
         if result.scored is not None and result.scored.unanswered:
             console.print(
-                f"{which}: {result.scored.unanswered} of {len(rows)} answers were still thinking when they reached "
+                f"{which}: {result.scored.unanswered} of {rows} answers were still thinking when they reached "
                 "--max-tokens; they count as wrong"
             )
-    if arguments.json is not None:
-        report = {
-            "model": tuned.model.path,
-            "adapter": str(tuned.adapter or tuned.whole),
-            "dataset": where,
-            "split": split,
-            "rows": len(rows),
-            "target_tokens": base.target_tokens,
-            "metric": dataset.metric,
-            "base": _finite(base.numbers()),
-            "tuned": _finite(after.numbers()),
-            "agreement": both,
-            "answers": answers(records, base, after),
-        }
-        _write(arguments.json, report)
-
-
-def _dataset(arguments: argparse.Namespace, tuned: TunedModel) -> DatasetConfig:
-    dataset = tuned.run.dataset if tuned.run else DatasetConfig()
-    if arguments.dataset is not None:
-        # The run's sequence length and masking apply to the other dataset; its splits and columns do not.
-        dataset = replace(dataset, **vars(SourceConfig(path=arguments.dataset)), sources=[], valid_fraction=0.0)
-    elif tuned.run is None:
-        raise ConfigError("--dataset: name what to evaluate on: a folder, a file, a Hugging Face id or builtin:sql")
-    if arguments.mask_prompt is not None:
-        dataset = replace(dataset, mask_prompt=arguments.mask_prompt)
-    if arguments.metric is not None:
-        dataset = replace(dataset, metric=None if arguments.metric == "none" else arguments.metric)
-    if arguments.max_tokens is not None and arguments.max_tokens < 1:
-        raise ConfigError(f"--max-tokens: {arguments.max_tokens} must be 1 or more")
-    if problems := dataset_problems(dataset):
-        raise ConfigError("\n".join(problems))
-    return dataset
-
-
-def _split(sources: Sources, wanted: str | None, dataset: DatasetConfig) -> str:
-    """The split asked for, or the first of test, valid and train that has rows."""
-    counts = {name: sum(len(raw[name]) for _, raw in sources) for name in SPLITS}
-    if wanted is None:
-        return next(name for name in reversed(SPLITS) if counts[name])
-    if not counts[wanted]:
-        available = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
-        raise DataError(f"--split: {dataset.path or 'the dataset'} has no {wanted} rows; it has {available}")
-    return wanted
 
 
 def _table(base: dict[str, float], tuned: dict[str, float], metric: str) -> Table:
@@ -168,15 +79,6 @@ def _table(base: dict[str, float], tuned: dict[str, float], metric: str) -> Tabl
             shown = f"{before:,.{digits}f}", f"{after:,.{digits}f}", f"{after - before:+,.{digits}f}"
         table.add_row(metric.replace("_", " ") if name == "metric" else name, *shown)
     return table
-
-
-def _show(status: Status, text: str) -> None:
-    status.update(text)
-
-
-def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
-    """``numbers`` with null for infinity and NaN, which JSON doesn't have."""
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:

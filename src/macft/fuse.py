@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from macft.api.training_run import TrainingRun
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.cli.shell import command
@@ -31,6 +32,11 @@ def main(argv: Sequence[str]) -> None:
             f"--gguf-path: {arguments.gguf_path} must be a file name; the file is written into the save path"
         )
 
+    if arguments.upload_repo is not None:
+        from macft.publishing.hub import check_repository
+
+        check_repository(arguments.upload_repo, "--upload-repo")
+
     from macft.device.mlx_device import prepare_device
     from macft.model.merge import as_checkpoint, check_gguf, fuse, save_fused
     from macft.model.resolve import resolve
@@ -50,6 +56,16 @@ def main(argv: Sequence[str]) -> None:
     if arguments.export_gguf:
         print(f"{target / arguments.gguf_path}: GGUF; like mlx-lm, macft writes its vocabulary in SentencePiece's form")
     print(f'try it: {command("python", "-m", "macft.generate", "--model", target)} --prompt "..."')
+    if arguments.upload_repo is not None:
+        from macft.publishing.hub import push_model
+        from macft.publishing.model_card import hub_id
+
+        base = hub_id(tuned.model.path)
+        summary = TrainingRun(arguments.run_folder).summary if arguments.run_folder else {}
+        address = push_model(
+            target, arguments.upload_repo, base=base, config=tuned.run, summary=summary, private=arguments.private
+        )
+        print(f"{address}: model and model card")
 
 
 def _parser() -> Parser:
@@ -57,6 +73,8 @@ def _parser() -> Parser:
     add_model_arguments(parser)
     parser.add_argument("--save-path", type=Path, help="the folder to write (default RUN_FOLDER/fused)")
     parser.add_argument("--dequantize", action="store_true", help="write unquantised weights")
+    parser.add_argument("--upload-repo", metavar="USER/NAME", help="also put the result on the Hugging Face Hub")
+    parser.add_argument("--private", action="store_true", help="make that repository private, if it is made")
     parser.add_argument("--export-gguf", action="store_true", help="also write a GGUF file, float16, for llama.cpp")
     parser.add_argument("--gguf-path", default="ggml-model-f16.gguf", help="its name (default ggml-model-f16.gguf)")
     return parser

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from macft.api.loaded_model import load_found
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.errors import ConfigError
@@ -31,29 +32,19 @@ def main(argv: Sequence[str]) -> None:
     if prompt is not None and not prompt.strip():
         raise ConfigError("--prompt: is empty; leave it out to chat")
 
-    import mlx.core as mx
+    from macft.evaluation.chat import Sampling
 
-    from macft.device.mlx_device import prepare_device
-    from macft.evaluation.chat import Chat, Sampling
-    from macft.model.backends.choose import make_backend
-
-    sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in fields(Sampling)})
-    if problems := sampling.problems():
+    sampling = {field.name: getattr(arguments, field.name) for field in fields(Sampling)}
+    if problems := Sampling(**sampling).problems():
         raise ConfigError("\n".join(problems))
-    prepare_device()
-    loaded = tuned.load(tuned=not arguments.base)
-    for token in arguments.extra_eos_token:
-        loaded.tokenizer.add_eos_token(token)
-    if arguments.seed is not None:
-        mx.random.seed(arguments.seed)
-    chat = Chat(
-        loaded.model,
-        loaded.tokenizer,
-        sampling,
-        system_prompt=arguments.system_prompt,
-        template=not arguments.ignore_chat_template,
-    )
-    with make_backend(loaded.execution.padded()).installed(loaded.model):
+    with load_found(tuned, tuned=not arguments.base) as model:
+        chat = model.chat(
+            system_prompt=arguments.system_prompt,
+            template=not arguments.ignore_chat_template,
+            seed=arguments.seed,
+            stop_tokens=tuple(arguments.extra_eos_token),
+            **sampling,
+        )
         if prompt is not None:
             _answer(chat, prompt, verbose=arguments.verbose)
         else:

@@ -14,6 +14,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from macft import __version__
+from macft.api.fitting import run_claimed
 from macft.cli.parser import program_name
 from macft.cli.run_command import exit_status, run_command
 from macft.config.command_line import prepare
@@ -21,8 +23,6 @@ from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig
 from macft.config.sweeps import job_values
 from macft.config.validate import to_typed
-from macft.errors import MacftError
-from macft.launch.run import run
 from macft.launch.sweep import Job, Sweep
 from macft.run.claim import Claim, after_interrupt, claim, claim_sweep
 
@@ -34,6 +34,9 @@ def main(argv: Sequence[str]) -> None:
         ConfigError: the command line is wrong, or its folder can't be used; no job has started.
         SystemExit: a run, or one or more jobs of a sweep, has failed or was interrupted; with the command's status.
     """
+    if "--version" in argv:
+        print(__version__)
+        return
     OmegaConf.register_new_resolver("program", lambda: program_name("train"), replace=True)  # for the help text
     command = prepare(list(argv))
     output, job, resume = command.output, command.job, command.resume is not None
@@ -69,7 +72,7 @@ def _sweep_job(config: DictConfig, sweep: Sweep, sweep_folder: Path) -> float | 
         job = to_typed(config)
         job.report.hparams = list(dict.fromkeys([*sweep.swept, *job.report.hparams]))
         with claim(folder, job, key="hydra.sweep.subdir") as taken:
-            return _run(job, taken, resume=False)
+            return run_claimed(job, taken, resume=False)
 
     here = Job(hydra_config.job.num, job_values(hydra_config), folder, sweep_folder)
     return sweep.run(here, start)
@@ -78,21 +81,11 @@ def _sweep_job(config: DictConfig, sweep: Sweep, sweep_folder: Path) -> float | 
 def _job(config: TrainConfig, taken: Claim, *, resume: bool) -> None:
     # Here rather than around hydra.main, which would print a traceback of its own.
     status = run_command(
-        lambda _: exit_status(_run(config, taken, resume=resume)), interrupted=lambda: after_interrupt(taken.path)
+        lambda _: exit_status(run_claimed(config, taken, resume=resume)),
+        interrupted=lambda: after_interrupt(taken.path),
     )
     if status:
         sys.exit(status)
-
-
-def _run(config: TrainConfig, taken: Claim, *, resume: bool) -> str:
-    try:
-        return run(config, taken.path, resume=resume)
-    except MacftError as error:
-        taken.keeps_logs = error.needs_logs
-        raise
-    except Exception:
-        taken.keeps_logs = True
-        raise
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ COMMANDS = {
     "generate": "ask the tuned model a question, or chat with it",
     "evaluate": "compare the base model with the tuned one on held-out rows",
     "fuse": "merge the adapter into its base model, for other programs",
+    "push": "put an adapter on the Hugging Face Hub, with a model card",
     "adapter": "convert an adapter to or from the format of Hugging Face's PEFT",
     "doctor": "check that this machine, or each host of a topology, is ready to train",
     "cluster": "set up a cluster of machines; list or remove clusters",
     "keys": "show this machine's key, and manage the machines it trusts",
+    "completion": "print or install tab completion for bash, zsh or fish",
     "bench": "measure all-reduce speed between the machines of a topology",
 }
 """Name and description, in the order in which ``macft`` lists them."""

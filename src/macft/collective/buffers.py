@@ -71,12 +71,17 @@ def unfuse(copies: Sequence[FusedCopies]) -> None:
             start += flat.size
 
 
+def chunk_of(size: int, chunk: int, chunks: int) -> tuple[int, int]:
+    """Where one of ``chunks`` equal parts of ``size`` elements begins and ends."""
+    return size * chunk // chunks, size * (chunk + 1) // chunks
+
+
 def slices_of(flat: FlatArray, chunk: int, chunks: int, piece_bytes: int, *, multiple: int = 1) -> Iterator[slice]:
     """Where the pieces of at most ``piece_bytes`` are that make up one of ``chunks`` equal parts of ``flat``.
 
     All pieces but the last have a multiple of ``multiple`` elements.
     """
-    begin, end = flat.size * chunk // chunks, flat.size * (chunk + 1) // chunks
+    begin, end = chunk_of(flat.size, chunk, chunks)
     step = piece_bytes // flat.itemsize // multiple * multiple
     for start in range(begin, end, step):
         yield slice(start, min(start + step, end))

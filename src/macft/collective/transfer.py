@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.buffers import Buffer, layout_of, pieces_of, slices_of
+from macft.collective.buffers import Buffer, chunk_of, layout_of, pieces_of, slices_of
 from macft.collective.codecs.error_feedback import encode_with_feedback
 from macft.collective.codecs.quantization import WireCodec
 from macft.collective.dtypes import add
@@ -113,15 +113,19 @@ class GatherReduce(Transfer):
         for buffer in self._buffers:
             flat = buffer.flat
             parts = [np.frombuffer(self._parts[rank], flat.dtype, flat.size, start) for rank in range(ranks)]
-            for chunk in range(ranks):
-                for piece in slices_of(flat, chunk, ranks, flat.nbytes):
-                    first, *between, last = [parts[(chunk + hop) % ranks][piece] for hop in range(ranks)]
-                    # This rank's own part may be `flat` itself, so only the last addition writes there.
-                    total = np.empty_like(first) if between else first
+            if ranks == 2:  # the order of two does not matter
+                add(flat, parts[0], parts[1], buffer.dtype)
+            else:
+                # This rank's own part may be `flat` itself, so only the last addition writes there.
+                scratch = np.empty_like(flat)
+                for chunk in range(ranks):
+                    begin, end = chunk_of(flat.size, chunk, ranks)
+                    first, second, *between, last = [part[begin:end] for part in parts[chunk:] + parts[:chunk]]
+                    total = scratch[begin:end]
+                    add(total, first, second, buffer.dtype)
                     for part in between:
-                        add(total, first, part, buffer.dtype)
-                        first = total
-                    add(flat[piece], total, last, buffer.dtype)
+                        add(total, total, part, buffer.dtype)
+                    add(flat[begin:end], total, last, buffer.dtype)
             start += flat.nbytes
 
     def _header(self, hop: int) -> Header:

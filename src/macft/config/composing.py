@@ -27,6 +27,7 @@ def hydra_at(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: instead of every error of Hydra and OmegaConf.
     """
+    program = GlobalHydra.instance().hydra  # of a program that uses Hydra itself
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(folder.absolute()), job_name="train", version_base="1.3"):
@@ -34,7 +35,7 @@ def hydra_at(folder: Path) -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         raise explained(error) from error
     finally:
-        GlobalHydra.instance().clear()
+        GlobalHydra.instance().hydra = program
 
 
 def typed(config: DictConfig) -> TrainConfig:

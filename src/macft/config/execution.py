@@ -77,6 +77,6 @@ def with_execution(config: TrainConfig, execution: Execution) -> TrainConfig:
     training = replace(
         config.training,
         micro_batch_size=execution.micro_batch_size,
-        recompute=execution.recompute,
+        recompute=config.training.recompute if execution.supplies_blocks else execution.recompute,
     )
     return replace(config, training=training)

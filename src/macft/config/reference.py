@@ -144,7 +144,8 @@ def _limit(line: str, name: str) -> str:
     return match["limit"].replace(" nor ", " or ").split("; ")[0].strip() if match else ""
 
 
-def _defaults() -> TrainConfig:
+def default_config() -> TrainConfig:
+    """The configuration of a run without overrides."""
     register_schema()
     with initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
         return to_typed(compose("train"))
@@ -152,7 +153,7 @@ def _defaults() -> TrainConfig:
 
 def reference() -> str:
     """The whole page."""
-    config = _defaults()
+    config = default_config()
     plain = OmegaConf.create(to_plain(config))
     parts = [_HEAD]
     section = None

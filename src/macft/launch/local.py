@@ -53,6 +53,7 @@ def launch_local(
     keyring: Keyring | None = None,
     elastic: bool = False,
     restart: bool = False,
+    watch: Callable[[Callable[[], None]], None] | None = None,
 ) -> int:
     """Runs ``world_size`` ranks of the run in ``folder`` and waits for them; returns the run's exit status.
 
@@ -71,6 +72,7 @@ def launch_local(
         elastic: Whether the other ranks continue without a rank that ends. If rank 0 ends, the output of the next rank
             is shown here, and that rank gets the signals.
         restart: Whether a rank that was killed is started again and joins.
+        watch: Called again and again while the ranks run, and once after their end, with what stops the run in order.
 
     Raises:
         RankFailed: a rank other than 0 failed; the message contains the last lines of its log. Or one ended before the
@@ -89,8 +91,10 @@ def launch_local(
         keyring=keyring,
     )
     processes: list[subprocess.Popen[bytes]] = []
-    wish = _Wish(processes, server)
-    previous = {number: signal.signal(number, wish) for number in _SIGNALS if not _is_ignored(number)}
+    wish = _Wish(processes, server, watch)
+    # In another thread than the main one, as in a program of its own, there are no signals to handle.
+    signals = _SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    previous = {number: signal.signal(number, wish) for number in signals if not _is_ignored(number)}
     try:
         server.start()
         for rank in range(world_size):
@@ -106,6 +110,7 @@ def launch_local(
         server.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
+        wish.look()
 
 
 def _start(command: list[str], rank: int, logs: Path, threads: int) -> subprocess.Popen[bytes]:
@@ -132,8 +137,13 @@ def _is_ignored(number: int) -> bool:
 class _Wish:
     """What the user wants of the ranks in ``processes``: a signal handler, and what follows from it."""
 
-    def __init__(self, processes: list[subprocess.Popen[bytes]], server: RendezvousServer):
-        self.count = 0
+    def __init__(
+        self,
+        processes: list[subprocess.Popen[bytes]],
+        server: RendezvousServer,
+        watch: Callable[[Callable[[], None]], None] | None,
+    ):
+        self.count, self._watch = 0, watch
         self._processes, self._server, self._passed_on, self._ends_at = processes, server, 0, float("inf")
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
@@ -143,12 +153,18 @@ class _Wish:
         if self.count == 1 and self._server.has_met:
             announce("stopping: the current step is finished and saved first; Ctrl-C again quits now")
 
+    def look(self) -> None:
+        """Calls the ``watch`` of the launcher."""
+        if self._watch is not None:
+            self._watch(lambda: self(signal.SIGTERM, None))
+
     def pass_on(self) -> None:
         """Tells the ranks; those that don't quit in time are killed.
 
         Raises:
             KeyboardInterrupt: some had to be killed.
         """
+        self.look()
         while self._passed_on < min(self.count, 2):
             self._passed_on += 1
             for process in self._running():
@@ -176,13 +192,14 @@ def _wait_until_met(
             raise KeyboardInterrupt  # there is nothing to save
         codes = [process.poll() for process in processes]
         ended = next((rank for rank, code in enumerate(codes) if code is not None), None)
-        if ended is not None and deadline == float("inf"):
-            deadline = time.monotonic() + _REFUSAL_SECONDS
-        if None not in codes or time.monotonic() > deadline:
-            assert ended is not None
-            code = codes[ended] or 0
+        code = None if ended is None else codes[ended]
+        if code is not None and deadline == float("inf"):
+            deadline = time.monotonic() + (_REFUSAL_SECONDS if code > 0 else 0.0)
+        if ended is not None and code is not None and (None not in codes or time.monotonic() > deadline):
             if ended == 0 and code > 0:
                 return code  # it has said why
+            for process in processes:
+                process.kill()  # they wait for it, and have nothing to save
             raise RankFailed(
                 f"rank {ended} {_how(code)} before all ranks had met; {_tail(logs / f'rank-{ended}.log')}", 1
             )
@@ -203,7 +220,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path, wish: _Wish) -> 
             if failed is None and process.poll() not in (None, 0, 130):
                 failed, deadline = rank, time.monotonic() + _GRACE_SECONDS
                 _log.warning("rank %d ended with status %d; the others have %g s", rank, process.poll(), _GRACE_SECONDS)
-                announce(f"note: rank {rank} {_how(process.returncode)}")
+                if process.returncode < 0:  # else it has said why
+                    announce(f"note: rank {rank} {_how(process.returncode)}")
         wish.pass_on()
         time.sleep(0.05)
     for rank, process in enumerate(processes):
@@ -238,7 +256,7 @@ def _wait_elastic(
             if rank in ended or (code := process.poll()) is None:
                 continue
             is_running = 0 not in ended.values() and any(other.poll() is None for other in processes)
-            if code not in (0, 130):
+            if code < 0 and wish.count < 2:  # else it has said why
                 announce(f"note: rank {rank} {_how(code)}")
             if restarter is not None and code < 0 and is_running and not wish.count:
                 _log.warning("rank %d was ended by signal %d; starting it again", rank, -code)

@@ -5,6 +5,8 @@ Modules that only a rank needs are imported where a rank runs in this process, s
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from macft.config.schema import TrainConfig
@@ -14,6 +16,7 @@ from macft.device.durable import identity, write_atomically
 from macft.errors import LaunchError
 from macft.launch.run_clock import started, started_together
 from macft.logs.run_log import last_error, start_log
+from macft.report.callbacks import Callbacks
 from macft.report.run_folder import RunFolder
 from macft.report.trackers.registry import require_installed
 from macft.run.claim import after_interrupt
@@ -29,8 +32,10 @@ class RanksFailed(SystemExit):
         self.reason = reason
 
 
-def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
+def run(config: TrainConfig, folder: Path, *, resume: bool, callbacks: Callbacks | None = None) -> str:
     """Runs one job in ``folder``, which it has claimed, on the nodes of its topology; returns why it ended.
+
+    ``callbacks`` get the events of a run whose ranks are this process or processes on this machine.
 
     Raises:
         MacftError: the run is refused, in which case ``config.yaml`` is as it was, or it has failed.
@@ -45,7 +50,7 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
             return join_run(config, folder, config.topology.join)
     if config.topology.kind == "local" and config.topology.nodes > 1:
         with start_log(folder, "launcher", config.report.log_level):
-            return _run_local(config, folder, resume=resume)
+            return _run_local(config, folder, resume=resume, callbacks=callbacks)
     if config.topology.kind == "ssh":
         from macft.launch.run_over_ssh import run_over_ssh
 
@@ -73,11 +78,13 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> str:
                     return run_node(config, group, folder, resume=resume, stop=stop)
         from macft.collective.solo import Solo
 
+        if callbacks is not None:
+            callbacks.stop = lambda: stop.request(may_quit=False)
         with Solo() as collective, start_log(folder, 0, config.report.log_level):
-            return run_node(config, collective, folder, resume=resume, stop=stop)
+            return run_node(config, collective, folder, resume=resume, stop=stop, callbacks=callbacks)
 
 
-def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
+def _run_local(config: TrainConfig, folder: Path, *, resume: bool, callbacks: Callbacks | None) -> str:
     from macft.launch.local import RankFailed, launch_local
     from macft.model.resolve import resolve
     from macft.rendezvous.keystore import keyring_for
@@ -105,6 +112,7 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
             keyring=keyring,
             elastic=is_elastic(config),
             restart=config.topology.restart,
+            watch=None if callbacks is None else _follow(folder, callbacks),
         )
     except RankFailed:
         if not is_kept():
@@ -115,6 +123,20 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool) -> str:
     if status == 0 and not is_kept():
         raise LaunchError(f"the run has finished, but its results are not in {folder}; see what its ranks say above")
     return "finished" if is_kept() else _how_it_ended(status, folder)
+
+
+def _follow(folder: Path, callbacks: Callbacks) -> Callable[[Callable[[], None]], None]:
+    """Gives ``callbacks`` what rank 0 has written since the last call."""
+    from macft.report.recorded import EventReader
+
+    reader = EventReader(RunFolder(folder).metrics, since=time.time())
+
+    def watch(stop: Callable[[], None]) -> None:
+        callbacks.stop = stop
+        for event in reader.read():
+            callbacks.handle(event)
+
+    return watch
 
 
 def _how_it_ended(status: int, folder: Path) -> str:

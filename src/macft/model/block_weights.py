@@ -140,16 +140,14 @@ class BlockWeights:
             yield
         finally:
             self._reader, self._ahead = before, None
+            self.take_figures()
             for number in list(self._held):
                 self.drop(number)
 
     def _random(self, number: int) -> Arrays:
-        key = mx.random.key(number)
+        keys = mx.random.split(mx.random.key(number), 2 * len(self._empty[number]))
         arrays = [
-            mx.random.normal(array.shape, array.dtype, scale=0.02, key=key)
-            if mx.issubdtype(array.dtype, mx.floating)
-            else mx.random.randint(0, 100, array.shape, array.dtype, key=key)
-            for array in self._empty[number]
+            _product(array, keys[2 * place], keys[2 * place + 1]) for place, array in enumerate(self._empty[number])
         ]
         mx.eval(arrays)
         return arrays
@@ -276,6 +274,20 @@ def _placeholder(array: mx.array) -> mx.array:
     placeholder = mx.broadcast_to(mx.array(value, array.dtype), array.shape)
     mx.eval(placeholder)
     return placeholder
+
+
+def _product(like: mx.array, one: mx.array, other: mx.array) -> mx.array:
+    """A matrix of the shape and type of ``like``, made of two random vectors: that takes little time."""
+    *_, rows, columns = (1, 1, *like.shape)
+    if mx.issubdtype(like.dtype, mx.floating):
+        left, right = mx.random.normal((rows, 1), key=one), mx.random.normal((columns,), key=other)
+        values = (left * right * 0.1).astype(like.dtype)
+    else:
+        left, right = (
+            mx.random.randint(0, 100, size, key=key) for size, key in (((rows, 1), one), ((columns,), other))
+        )
+        values = (left ^ right).astype(like.dtype)
+    return mx.contiguous(mx.broadcast_to(values.reshape(values.shape[2 - min(like.ndim, 2) :]), like.shape))
 
 
 def _all_arrays(model: nn.Module) -> Arrays:

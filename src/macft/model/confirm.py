@@ -7,12 +7,10 @@ from dataclasses import replace
 
 # isort: split
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from macft.errors import ConfigError, ModelError
 from macft.model.backends.choose import can_pack
-from macft.model.block_weights import BlockWeights
 from macft.model.execution import Execution, cannot_pack
 from macft.model.fitness import obstacle_to_training
 from macft.model.load import LoadedModel
@@ -33,9 +31,17 @@ def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[
             and it can't be cut into its blocks.
         ModelError: training the model would make no sense, or its weights are streamed and can't be read.
     """
+    if loaded.streamed is None or execution.placement != "pipeline":
+        return _confirm(execution, loaded)
+    with loaded.streamed.standing_in():  # a stage does not read the blocks of others
+        return _confirm(execution, loaded)
+
+
+def _confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[str]]:
     notes: list[str] = []
     traced = loaded.streamed.left_out if loaded.streamed is not None else nullcontext
-    if loaded.streamed is not None and (obstacle := _obstacle_to_cutting(loaded.model, loaded.streamed, execution)):
+    cut = CutModel(loaded.model, same_form=execution.placement == "pipeline")
+    if loaded.streamed is not None and (obstacle := cut.obstacle(_TRIAL)):
         raise ConfigError(
             f"topology.placement: {execution.placement} can't cut this model into its blocks ({obstacle}); "
             "use topology.placement=replicate"
@@ -55,11 +61,3 @@ def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[
         execution = replace(execution, compiled=False)
         notes.append("this model's code needs values of arrays, so its steps aren't compiled")
     return execution, notes
-
-
-def _obstacle_to_cutting(model: nn.Module, weights: BlockWeights, execution: Execution) -> str | None:
-    """Why the model can't be cut; a stage of a pipeline finds that out without reading the blocks of others."""
-    if execution.placement != "pipeline":
-        return CutModel(model).obstacle(_TRIAL)
-    with weights.standing_in():
-        return CutModel(model, same_form=True).obstacle(_TRIAL)

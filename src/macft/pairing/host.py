@@ -76,8 +76,8 @@ class PairingHost:
             wrong_codes = 0
             while len(guests) < self._count - 1:
                 try:
-                    guests.append(self._accept_guest(seconds, guests))
-                    guests = [guest for guest in guests if guest is guests[-1] or not guest.channel.has_ended]
+                    newest = self._accept_guest(seconds, guests)
+                    guests = [*self._still_here(guests), newest]
                     _log.info("%s has joined, %d of %d", guests[-1].member.name, len(guests) + 1, self._count)
                     self._show(f"{guests[-1].member.name} has joined ({len(guests) + 1} of {self._count})")
                 except WrongCode as error:
@@ -98,6 +98,13 @@ class PairingHost:
                 guest.channel.close()
             self._listener.close()
             self._probe.close()
+
+    def _still_here(self, guests: Sequence[_Guest]) -> list[_Guest]:
+        """Those of ``guests`` that have not left again; they may come back."""
+        for guest in guests:
+            if guest.channel.has_ended:
+                self._show(f"{guest.member.name} has left")
+        return [guest for guest in guests if not guest.channel.has_ended]
 
     def _accept_guest(self, seconds: float, guests: Sequence[_Guest]) -> _Guest:
         self._listener.settimeout(seconds)

@@ -16,7 +16,7 @@ Decide = Callable[[int], StageLayout]
 
 
 @dataclass(frozen=True)
-class Place:
+class StagePlace:
     """Stage ``number`` of ``stages``, those of one pipeline."""
 
     number: int
@@ -67,10 +67,10 @@ class StagePlaces:
         self.layout, self._channels = layout, None
 
     @property
-    def own(self) -> Place | None:
+    def own(self) -> StagePlace | None:
         """This rank's place; None if it computes nothing."""
         place = self.layout.place_of(self._collective.rank)
-        return None if place is None else Place(place[1], self.layout.pipelines[place[0]])
+        return None if place is None else StagePlace(place[1], self.layout.pipelines[place[0]])
 
     def shard(self, shares: Sequence[float]) -> DataShard:
         """Which rows this rank's pipeline computes; ``shares`` are those of the ranks.

@@ -35,7 +35,7 @@ from macft.training.settings import TrainingConfig, steps_for
 _LONGEST_VERDICT = 2000
 
 
-class Decision(NamedTuple):
+class Preflight(NamedTuple):
     """How a node computes a run: ``layout`` says in one line where its weights are, ``notes`` are lines for the user.
 
     ``decide`` makes the layout of stages of a number of ranks.
@@ -55,7 +55,7 @@ def preflight(
     collective: Collective,
     *,
     world_size: int | None = None,
-) -> Decision:
+) -> Preflight:
     """How this node computes the run.
 
     All nodes tell each other whether they can, so that all end with the same message if one can't. ``world_size``: the
@@ -87,7 +87,7 @@ def preflight(
     return decision
 
 
-def _decide(config: TrainConfig, model_folder: Path, steps: Sequence[StepRows], shard: DataShard) -> Decision:
+def _decide(config: TrainConfig, model_folder: Path, steps: Sequence[StepRows], shard: DataShard) -> Preflight:
     """What this node decides. Raises ConfigError as :func:`preflight` does."""
     topology, device = config.topology, Device.default()
     check_weight_files(model_folder)
@@ -99,7 +99,7 @@ def _decide(config: TrainConfig, model_folder: Path, steps: Sequence[StepRows], 
         # mlx-lm may still know the model by code of its own; the run goes on without a prediction.
         execution = execution_for(config, None, read_weight_format(model_folder), device)
         execution = execution.streamed(()) if topology.placement == "stream" else execution.unplanned()
-        return Decision(execution, execution.placement, [f"no memory plan: {error}"])
+        return Preflight(execution, execution.placement, [f"no memory plan: {error}"])
     execution = execution_for(config, shape, shape.checkpoint, device)
     if topology.placement == "pipeline":
         return _decide_stage(config, shape, execution, steps, shard)
@@ -112,12 +112,12 @@ def _decide(config: TrainConfig, model_folder: Path, steps: Sequence[StepRows], 
         note += f"; topology.batch=auto chose {batch_overrides(chosen)}"
     elif chosen.recompute != execution.recompute:
         note += f"; training.recompute=auto chose {chosen.recompute}"
-    return Decision(chosen, Layout.of(shape, chosen, placer.first_trained).line, [note])
+    return Preflight(chosen, Layout.of(shape, chosen, placer.first_trained).line, [note])
 
 
 def _decide_stage(
     config: TrainConfig, shape: ModelShape, execution: Execution, steps: Sequence[StepRows], shard: DataShard
-) -> Decision:
+) -> Preflight:
     """What a node of a pipeline decides; ``shard`` has its rank and their number."""
     topology, world_size = config.topology, shard.world_size
     obstacle = obstacle_to_reading_blocks(execution, shape, config.adapter)
@@ -125,21 +125,22 @@ def _decide_stage(
         raise ConfigError(f"topology.placement: pipeline {obstacle}")
     check_layout(topology, shape.blocks, world_size)
     decide = partial(decide_layout, topology, shape.blocks)
+    may_keep = execution.recompute == "none" and execution.kernels == "mlx"
     layout, budget, execution = decide(world_size), _budget(topology), execution.pipelined(0)
     place = layout.place_of(shard.rank)
     rows = DataShard(place[0] if place is not None else 0, len(layout.pipelines))
     planner = planner_for(config, shape, execution, [step_of_shard(step, rows, execution) for step in steps])
     first_trained = min(select_layers(config.adapter, shape.adaptable).blocks, default=shape.blocks)
-    stages = StagePlanner(planner, budget, layout, shard.rank, first_trained, topology.resident_blocks)
+    stages = StagePlanner(planner, budget, layout, shard.rank, first_trained, topology.resident_blocks, may_keep)
     chosen = stages.decide()
-    notes = [_limited(stages.parts(chosen.block_capacity), budget)]
+    notes = [_limited(stages.predicted(chosen), budget)]
     size = layout.blocks_of(shard.rank)
     if chosen.block_capacity < len(size):
         notes.append(
             f"{chosen.block_capacity} of this stage's {len(size)} blocks stay in memory; the others are read from disk "
             "for each micro-batch"
         )
-    return Decision(chosen, stages.line, notes, decide)
+    return Preflight(chosen, stages.line, notes, decide)
 
 
 def _budget(topology: TopologyConfig) -> float:

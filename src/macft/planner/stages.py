@@ -58,7 +58,8 @@ def check_layout(topology: TopologyConfig, blocks: int, world_size: int) -> None
 class StagePlanner:
     """The memory of ``rank``'s stage in ``layout``, of which ``budget`` bytes may be taken.
 
-    ``first_trained``: the first block that has a backward pass. ``wanted``: ``topology.resident_blocks``.
+    ``first_trained``: the first block that has a backward pass. ``wanted``: ``topology.resident_blocks``. ``may_keep``:
+    whether activations may be kept for the backward pass, where there is room.
     """
 
     planner: MemoryPlanner
@@ -67,6 +68,7 @@ class StagePlanner:
     rank: int
     first_trained: int
     wanted: int | str
+    may_keep: bool
 
     def decide(self) -> Execution:
         """The execution of this node: it keeps as many blocks in memory as fit.
@@ -97,6 +99,15 @@ class StagePlanner:
         works = self.planner.works(self.planner.execution)
         return max((self._parts(work, capacity) for work in works), key=lambda parts: parts.peak)
 
+    def predicted(self, execution: Execution) -> MemoryParts:
+        """The peak by part of ``execution``, one that :meth:`decide` returned."""
+        parts = self.parts(execution.block_capacity)
+        blocks, in_flight = self._stage
+        kept = in_flight * sum(block >= self.first_trained for block in blocks)
+        if execution.block_capacity < len(blocks) or kept > execution.activation_capacity:
+            return parts
+        return replace(parts, activations=parts.activations + kept * self._activations_of_block)
+
     @property
     def line(self) -> str:
         """The layout, for a person."""
@@ -113,7 +124,22 @@ class StagePlanner:
 
     def _with(self, capacity: int) -> Execution:
         blocks, _ = self._stage
-        return self.planner.execution.pipelined(capacity, tuple(spread(blocks, capacity)))
+        held = self.planner.execution.pipelined(capacity, tuple(spread(blocks, capacity)))
+        room, one = self.budget - self.parts(capacity).peak, self._activations_of_block
+        return replace(held, activation_capacity=int(room / one) if self.may_keep and room > 0 and one else 0)
+
+    @property
+    def _activations_of_block(self) -> float:
+        """Bytes that a block of one micro-batch keeps for its backward pass; 0 where that isn't known."""
+        planner = self.planner
+        inside = replace(planner.execution, placement="replicate", recompute="none")
+        found = [
+            predict(planner.shape, inside, planner.adapter, planner.optimizer, work) for work in planner.works(inside)
+        ]
+        depth = trained_part(planner.shape, planner.adapter).depth
+        return (
+            0.0 if any(parts.unknown for parts in found) else max(parts.activations for parts in found) / max(1, depth)
+        )
 
     def _parts(self, work: ComputeShape, capacity: int) -> MemoryParts:
         planner, (blocks, in_flight) = self.planner, self._stage

@@ -16,6 +16,7 @@ class Energy:
     joules_by_rank: list[float | None]
     joules: float
     joules_per_token: float | None
+    joules_per_target_token: float | None
     average_watts: float | None
     peak_watts: float
     kwh: float
@@ -31,6 +32,7 @@ class Energy:
         parts = [
             f"{self.joules:,.0f} J",
             f"{self.joules_per_token:.3g} J/token" if self.joules_per_token is not None else "",
+            f"{self.joules_per_target_token:.3g} J/target token" if self.joules_per_target_token is not None else "",
             f"{self.average_watts:.1f} W on average" if self.average_watts is not None else "",
             f"{self.peak_watts:.1f} W at most",
             f"{self.kwh:.3g} kWh",

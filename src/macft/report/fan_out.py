@@ -61,6 +61,7 @@ def build(
     is_main: bool,
     first_step: int,
     is_newcomer: bool = False,
+    callbacks: Sink | None = None,
 ) -> Reporter:
     """The reporter of this rank, with the sinks that ``config`` asks for where the rank is 0 (``is_main``).
 
@@ -70,11 +71,12 @@ def build(
     Args:
         hparams: The whole configuration as nested plain values.
         first_step: The updates made before this start, 0 unless the run resumes.
+        callbacks: One more sink for the rank that reports.
 
     Raises:
         OSError: the run's folder can't be made.
     """
-    open_leader = partial(_leader_sinks, config, folder, hparams)
+    open_leader = partial(_leader_sinks, config, folder, hparams, callbacks)
     return FailoverReporter(
         open_leader,
         leader=open_leader(first_step) if is_main else None,
@@ -84,7 +86,9 @@ def build(
     )
 
 
-def _leader_sinks(config: ReportConfig, folder: RunFolder, hparams: Mapping[str, object], first_step: int) -> FanOut:
+def _leader_sinks(
+    config: ReportConfig, folder: RunFolder, hparams: Mapping[str, object], callbacks: Sink | None, first_step: int
+) -> FanOut:
     folder.create()
     changes = recorded_changes(folder.metrics, first_step) if first_step else []
     makers: list[tuple[bool, str, Callable[[], Sink]]] = [
@@ -99,7 +103,7 @@ def _leader_sinks(config: ReportConfig, folder: RunFolder, hparams: Mapping[str,
         (config.console, ConsoleReporter.__name__, lambda: ConsoleReporter(every=config.every, changes=changes)),
         *((True, name, partial(tracker_sink, name, config.project, folder, hparams)) for name in config.trackers),
     ]
-    sinks: list[Sink] = []
+    sinks: list[Sink] = [] if callbacks is None else [callbacks]
     for is_wanted, name, make in makers:
         if is_wanted:
             try:

@@ -29,6 +29,7 @@ from macft.run.results import choose_final_adapter, has_final_adapter, save_adap
 from macft.thermal.energy import summarize
 from macft.training.stop_request import Stopped
 
+_ENDING = "the run ends anyway, and its results are saved"
 log = logging.getLogger("macft.run")
 
 
@@ -57,7 +58,7 @@ class AgreedEnd:
             MembershipChanged, CollectiveError: a rank is lost.
         """
         run = self._run
-        run.stop.plan = "the run ends anyway, and its results are saved"
+        run.stop.plan = _ENDING
         loss = choose_final_adapter(run)
         kept = self._keep_adapter(0)
         try:
@@ -141,8 +142,10 @@ class AgreedEnd:
     def _score(self, before: Mapping[str, Any], loss: float | None) -> None:
         """Scores the exported adapter, unless all ranks have done so before a rank was lost."""
         fault_points.reach("scoring")
+        self._run.stop.plan = "the adapter is there; its answers are left out"
         if not all(self._run.collective.all_gather(b"scored" if self._results is not None else b"")):
             self._results = score_after(self._run, before, loss)
+        self._run.stop.plan = _ENDING
 
     def _agree(self, reason: str, kept: _Kept, *, detail: str) -> str:
         """Writes the summary where the adapter is, and tells all ranks that the results are kept."""
@@ -193,7 +196,12 @@ class AgreedEnd:
             adapter_folder=adapter,
             adapter_sha256=digest(run.loaded.model).hex(),
             detail=detail,
-            energy=summarize(run.trainer.statuses, run.config.thermal, tokens=run.trainer.tokens),
+            energy=summarize(
+                run.trainer.statuses,
+                run.config.thermal,
+                tokens=run.trainer.tokens,
+                target_tokens=run.trainer.target_tokens,
+            ),
             warnings=[trouble] if trouble else [],
         )
 

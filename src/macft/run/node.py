@@ -14,6 +14,7 @@ from macft.config.yaml import to_yaml
 from macft.device import fault_points
 from macft.device.durable import write_atomically
 from macft.errors import CollectiveError, MacftError, MembershipChanged
+from macft.report.callbacks import Callbacks
 from macft.report.events import RunStarted
 from macft.report.run_folder import RunFolder
 from macft.run.agreed_end import AgreedEnd
@@ -22,7 +23,15 @@ from macft.run.results import score_before
 from macft.training.stop_request import Stopped, StopRequest
 
 
-def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resume: bool, stop: StopRequest) -> str:
+def run_node(
+    config: TrainConfig,
+    collective: Collective,
+    folder: Path,
+    *,
+    resume: bool,
+    stop: StopRequest,
+    callbacks: Callbacks | None = None,
+) -> str:
     """Trains this rank's part; returns why it ended: finished, early_stopped or interrupted.
 
     It returns only once this rank knows that the results are on a disk; see :mod:`macft.run.agreed_end`.
@@ -39,7 +48,7 @@ def run_node(config: TrainConfig, collective: Collective, folder: Path, *, resum
         elastic.tell_stop(lambda: stop.requested_here)
     fault_points.reach("load")
     try:
-        run = _prepared(config, collective, elastic, folder, resume=resume, stop=stop)
+        run = _prepared(config, collective, elastic, folder, resume=resume, stop=stop, callbacks=callbacks)
     except Stopped:
         raise KeyboardInterrupt from None
     ending = AgreedEnd(run, started)
@@ -66,9 +75,10 @@ def _prepared(
     *,
     resume: bool,
     stop: StopRequest,
+    callbacks: Callbacks | None,
 ) -> Run:
     try:
-        return prepare(config, collective, RunFolder(folder), resume=resume, stop=stop)
+        return prepare(config, collective, RunFolder(folder), resume=resume, stop=stop, callbacks=callbacks)
     except MembershipChanged:
         if elastic is None:
             raise

@@ -36,6 +36,7 @@ from macft.parallel.balance import ShareBalancer
 from macft.parallel.stage_places import StagePlaces
 from macft.planner.preflight import preflight
 from macft.report import fan_out
+from macft.report.callbacks import Callbacks
 from macft.report.events import Reporter
 from macft.report.run_folder import RunFolder
 from macft.report.trackers.registry import require_installed
@@ -92,7 +93,15 @@ class Run:
         self.installed.close()
 
 
-def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, resume: bool, stop: StopRequest) -> Run:
+def prepare(
+    config: TrainConfig,
+    collective: Collective,
+    folder: RunFolder,
+    *,
+    resume: bool,
+    stop: StopRequest,
+    callbacks: Callbacks | None = None,
+) -> Run:
     """Loads everything; afterwards all ranks have the same state.
 
     Raises:
@@ -204,6 +213,7 @@ def prepare(config: TrainConfig, collective: Collective, folder: RunFolder, *, r
         is_main=is_main,
         first_step=state.progress.step,
         is_newcomer=is_newcomer,
+        callbacks=callbacks,
     )
     trainer = build_trainer(
         training,

@@ -40,38 +40,56 @@ class TunedModel:
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> Self:
-        """The model that ``arguments``, those of :func:`add_model_arguments`, name; reads small files only.
+        """The model that ``arguments``, those of :func:`add_model_arguments`, name; see :meth:`find`."""
+        return cls.find(
+            arguments.run_folder,
+            base_model=arguments.model,
+            adapter_path=arguments.adapter_path,
+            placement=arguments.placement,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+
+    @classmethod
+    def find(
+        cls,
+        run_folder: Path | None,
+        *,
+        base_model: str | None = None,
+        adapter_path: Path | None = None,
+        placement: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Self:
+        """The model of a run, or a base model with an adapter, or either; reads small files only.
 
         Raises:
             ConfigError: No model is named, or it isn't there.
             ModelError: The adapter's folder doesn't hold an adapter.
         """
         model = ModelConfig()
-        adapter: Path | None = arguments.adapter_path
-        whole: Path | None = None
+        adapter, whole = adapter_path, None
         run: TrainConfig | None = None
-        if arguments.run_folder is not None:
-            folder = find_run(arguments.run_folder)
+        if run_folder is not None:
+            folder = find_run(run_folder)
             run = read(folder.config)
             model = run.model
             if adapter is None and folder.model.is_dir():
                 whole = folder.model
             elif adapter is None:
                 adapter = finished_adapter(folder)
-        elif arguments.model is None and adapter is None:
+        elif base_model is None and adapter is None:
             raise ConfigError("RUN_FOLDER: name a run's folder, or a model by --model and an adapter by --adapter-path")
         if adapter is not None:
             from macft.model.attach import read_adapter_config
 
             base = read_adapter_config(adapter).get("model")
-            if run is None and arguments.model is None:
+            if run is None and base_model is None:
                 if not base:
                     raise ConfigError(f"--model: {adapter} doesn't name its base model; name it here")
                 model = replace(model, path=str(base))
-        if arguments.model is not None:
-            model = replace(model, path=arguments.model, revision=None)
-        trust = model.trust_remote_code or arguments.trust_remote_code
-        return cls(replace(model, trust_remote_code=trust), adapter, whole, run, arguments.placement)
+        if base_model is not None:
+            model = replace(model, path=base_model, revision=None)
+        trust = model.trust_remote_code or trust_remote_code
+        return cls(replace(model, trust_remote_code=trust), adapter, whole, run, placement)
 
     def load(
         self, *, tuned: bool = True, tokenizer: TokenizerWrapper | None = None, in_memory: bool = False

@@ -33,8 +33,11 @@ class EnergyMeter:
         self.estimated = self.estimated or estimated
 
 
-def summarize(nodes: Sequence[NodeStatus], config: ThermalConfig, *, tokens: int) -> Energy | None:
-    """Energy of a run of ``tokens`` from the nodes' last statuses; None if no node reads its power."""
+def summarize(nodes: Sequence[NodeStatus], config: ThermalConfig, *, tokens: int, target_tokens: int) -> Energy | None:
+    """A run's energy from the nodes' last statuses; None if no node reads its power.
+
+    ``tokens`` are all that were computed, ``target_tokens`` those with a loss.
+    """
     known = [node.joules for node in nodes if node.joules is not None]
     if not known:
         return None
@@ -45,6 +48,7 @@ def summarize(nodes: Sequence[NodeStatus], config: ThermalConfig, *, tokens: int
         joules_by_rank=[node.joules for node in nodes],
         joules=joules,
         joules_per_token=joules / tokens if tokens else None,
+        joules_per_target_token=joules / target_tokens if target_tokens else None,
         average_watts=sum(powers) if powers else None,
         peak_watts=sum(node.peak_watts or 0.0 for node in nodes),
         kwh=kwh,

@@ -44,7 +44,7 @@ class Trainer:
     ):
         self.state, self.nodes, self.checkpoints, self.recovery = state, nodes, checkpoints, recovery
         self.total_steps = total_steps
-        self.tokens = 0
+        self.tokens = self.target_tokens = 0
         """Tokens of all nodes since this start."""
         self._make_stepper, self._stepper = make_stepper, make_stepper()
         self._validation, self._reporter, self._epoch_of = validation, reporter, epoch_of
@@ -129,6 +129,7 @@ class Trainer:
         state, nodes, metrics = self.state, self.nodes, result.metrics
         state.progress.seconds += result.seconds
         self.tokens += metrics.tokens
+        self.target_tokens += metrics.target_tokens
         if note := state.reducer.observe(result.seconds, result.phase_seconds["all_reduce"]):
             self._reporter.handle(Noted(note))
         self._reporter.handle(

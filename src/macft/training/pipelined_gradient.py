@@ -24,7 +24,7 @@ from macft.model.block_weights import BlockWeights
 from macft.model.dropout import DropoutKeys
 from macft.model.execution import Execution
 from macft.parallel.stage_layout import spread
-from macft.parallel.stage_places import Place, StagePlaces
+from macft.parallel.stage_places import StagePlace, StagePlaces
 from macft.training.batch_layout import DeviceBatch
 from macft.training.gradient import Gradient, LocalGradient, add
 from macft.training.pipeline_schedule import one_forward_one_backward
@@ -37,10 +37,15 @@ _FORWARD, _BACKWARD, _VALIDATION = 0, 1, 2
 class _StageRun:
     """One stage at work: ``channels`` are those of ``places`` now."""
 
-    def __init__(self, staged: StagedModel, place: Place, channels: Channels, first_trained: int):
+    def __init__(
+        self, staged: StagedModel, place: StagePlace, channels: Channels, first_trained: int, activation_capacity: int
+    ):
         self.place = place
         self._staged, self._channels = staged, channels
         self._first_trained = first_trained
+        in_flight = len(place.stages) - place.number
+        is_resident = staged.weights.resident >= set(place.stage.blocks)
+        self._keeps = is_resident and len(self.trained) * in_flight <= activation_capacity
 
     @property
     def is_last(self) -> bool:
@@ -60,10 +65,14 @@ class _StageRun:
         if place.before is not None:
             work.hidden = array_of(self._channels.receive(place.before, tag), work.hidden.shape, work.hidden.dtype)
         for number in stage.blocks:
-            if training and number >= self._first_trained:
+            has_backward = training and number >= self._first_trained
+            if has_backward and not self._keeps:
                 work.kept[number] = work.hidden
             with staged.weights.held(number, then=[*range(number + 1, stage.end), *stage.blocks]):
-                staged.forward(number, 0, work, training=training)
+                if has_backward and self._keeps:
+                    staged.forward_kept(number, work, to_input=number > self._first_trained)
+                else:
+                    staged.forward(number, 0, work, training=training)
         if place.after is not None:
             self._channels.send(place.after, tag, array_bytes(work.hidden))
             work.hidden = mx.zeros(work.hidden.shape, work.hidden.dtype)  # never computed: it tells shape and type
@@ -77,7 +86,11 @@ class _StageRun:
         for number in reversed(self.trained):
             before = [*range(number - 1, stage.first - 1, -1), *stage.blocks]
             with staged.weights.held(number, then=before):
-                gradient = staged.backward(number, 0, work, to_input=number > self._first_trained)
+                to_input = number > self._first_trained
+                if self._keeps:
+                    gradient = staged.backward_kept(number, work, to_input=to_input)
+                else:
+                    gradient = staged.backward(number, 0, work, to_input=to_input)
                 known = {name: total[name] for name in gradient if name in total}
                 total |= add(known, gradient)
                 mx.eval(total)
@@ -135,6 +148,7 @@ class PipelinedGradient:
         bucket_bytes: int = 4 * 1024 * 1024,
     ):
         self.execution = execution
+        self._is_eager = backend.is_eager
         self._model, self._keys, self._weights, self._places = model, dropout_keys, weights, places
         self._whole = StagedGradient(
             model, backend, execution, dropout_keys, weights, seed=seed, bucket_bytes=bucket_bytes
@@ -212,7 +226,8 @@ class PipelinedGradient:
         resident = frozenset(spread(blocks, min(len(blocks), self.execution.block_capacity)))
         if resident != self._weights.resident:
             self._weights.resident = resident
-        return _StageRun(self._whole.staged, place, channels, self._whole.first_trained)
+        capacity = 0 if self._is_eager else self.execution.activation_capacity
+        return _StageRun(self._whole.staged, place, channels, self._whole.first_trained, capacity)
 
 
 def _tag(step: int, number: int, kind: int) -> int:

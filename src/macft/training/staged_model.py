@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from macft.collective.array_bytes import overwrite
 from macft.model.backends.base import Backend
 from macft.model.block_weights import BlockWeights
 from macft.model.head import split_head
@@ -30,6 +31,8 @@ class Work:
     hidden: mx.array = field(default_factory=lambda: mx.zeros(()))
     # By block number, the inputs that the backward pass needs.
     kept: dict[int, mx.array] = field(default_factory=dict)
+    # By block number, where the gradient by its result goes, and the gradients that follow from it.
+    pending: dict[int, tuple[mx.array, list[mx.array]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, part: DeviceBatch, keys: mx.array) -> Work:
@@ -37,7 +40,7 @@ class Work:
 
     def finished(self) -> Work:
         """This one without its arrays on the device."""
-        return replace(self, arrays=[], layout=None, entry=None, hidden=self.keys, kept={})
+        return replace(self, arrays=[], layout=None, entry=None, hidden=self.keys, kept={}, pending={})
 
     @property
     def target_tokens(self) -> int:
@@ -124,9 +127,38 @@ class StagedModel:
 
         ``work.hidden`` is the gradient by the block's result, and becomes that by its input.
         """
+        hidden = work.kept.pop(number)
+        gradients = self._vjp(number, lane, work, hidden, work.hidden, to_input=to_input)[1]
+        mx.eval(gradients)
+        return self._gradient(number, work, gradients, hidden, to_input=to_input)
+
+    def forward_kept(self, number: int, work: Work, *, to_input: bool) -> Work:
+        """Computes block ``number``, and keeps what :meth:`backward_kept` needs. Not for a backend that is eager.
+
+        The backward pass is made now, for a gradient whose values are not there yet: MLX computes what is asked for.
+        """
+        hidden = work.hidden
+        slot = mx.contiguous(mx.zeros(hidden.shape, hidden.dtype))
+        mx.eval(slot)
+        work.hidden, gradients = self._vjp(number, 0, work, hidden, slot, to_input=to_input)
+        mx.eval(work.hidden)
+        work.pending[number] = slot, gradients
+        return work
+
+    def backward_kept(self, number: int, work: Work, *, to_input: bool) -> Gradient:
+        """What :meth:`backward` returns, without computing block ``number`` again."""
+        slot, gradients = work.pending.pop(number)
+        overwrite(slot, work.hidden)
+        mx.eval(gradients)
+        return self._gradient(number, work, gradients, slot, to_input=to_input)
+
+    def _vjp(
+        self, number: int, lane: int, work: Work, hidden: mx.array, cotangent: mx.array, *, to_input: bool
+    ) -> tuple[mx.array, list[mx.array]]:
+        """Block ``number`` of ``hidden``, and ``cotangent`` times its derivatives; not computed yet."""
         assert work.entry is not None
         cut, arguments, refs = self._cuts[lane], work.entry.arguments[number], self._refs[lane][number]
-        hidden, trained = work.kept.pop(number), refs.get()
+        trained = refs.get()
 
         def block(hidden: mx.array, *values: mx.array) -> mx.array:
             refs.put(values)
@@ -138,10 +170,13 @@ class StagedModel:
         function, inputs = (block, [hidden, *trained]) if to_input else (by_parameters, trained)
         try:
             with packed(work.layout):
-                _, gradients = self._backend.vjp(function, inputs, work.hidden)
-                mx.eval(gradients)
+                return self._backend.vjp(function, inputs, cotangent)
         finally:
             refs.put(trained)
+
+    def _gradient(
+        self, number: int, work: Work, gradients: list[mx.array], hidden: mx.array, *, to_input: bool
+    ) -> Gradient:
         work.hidden = gradients[0] if to_input else hidden
         found = zip(self.parameters_of(number), gradients[to_input:], strict=True)
         return {name: gradient.astype(mx.float32) for name, gradient in found}

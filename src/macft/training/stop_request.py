@@ -81,7 +81,13 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handles the signals while active. SIGHUP stays ignored where it was (``nohup``)."""
+        """Handles the signals while active. SIGHUP stays ignored where it was (``nohup``).
+
+        In another thread than the main one, as in a program of its own, there are no signals to handle.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         signals = [each for each in _SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
         reading, writing = os.pipe()
         os.set_blocking(writing, False)

@@ -54,7 +54,7 @@ class MlxBackend:
         """Whether the backward pass computes attention again; not by sinks that are trained, which MLX has to see."""
         trained = (name for name, _ in tree_flatten(model.trainable_parameters()))
         execution = self._execution
-        return (execution.recompute != "none" or execution.placement != "replicate") and not any(
+        return (execution.recompute != "none" or execution.supplies_blocks) and not any(
             name.endswith("sinks") for name in trained
         )
 

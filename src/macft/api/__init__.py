@@ -1,0 +1,1 @@
+"""macft from Python: configurations, runs and models, as ``import macft`` offers them."""

@@ -1,0 +1,195 @@
+"""Base model against tuned model on held-out rows, from Python: what ``macft evaluate`` shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from macft.data.checks import check_rows
+from macft.data.load import Sources, sample_rows, tokenize_split
+from macft.data.load import read as read_dataset
+from macft.data.settings import DatasetConfig, SourceConfig
+from macft.data.settings import problems as dataset_problems
+from macft.data.sources import SPLITS
+from macft.data.template_clock import fix_clock
+from macft.errors import ConfigError, DataError
+from macft.evaluation.metrics import metric as metric_called
+from macft.run.tuned_model import TunedModel
+from macft.training.settings import TrainingConfig
+
+if TYPE_CHECKING:
+    from macft.data.formats import Record
+    from macft.evaluation.compare import Result
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Both models on the same rows. ``base`` and ``tuned`` hold loss, tokens and the scored answers of each."""
+
+    model: str
+    adapter: Path
+    dataset: str
+    split: str
+    metric: str | None
+    records: list[Record]
+    base: Result
+    tuned: Result
+    notes: list[str]
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return len(self.records)
+
+    @property
+    def agreement(self) -> dict[str, int]:
+        """How many questions both, only one, or neither answers right; empty without a metric."""
+        from macft.evaluation.compare import agreement
+
+        return agreement(self.base, self.tuned)
+
+    @property
+    def answers(self) -> list[dict[str, Any]]:
+        """Question, right answer and both models' answers, row by row; empty without a metric."""
+        from macft.evaluation.compare import answers
+
+        return answers(self.records, self.base, self.tuned)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything in JSON's types, as ``macft evaluate --json`` writes it: null for infinity and NaN."""
+        return {
+            "model": self.model,
+            "adapter": str(self.adapter),
+            "dataset": self.dataset,
+            "split": self.split,
+            "rows": self.rows,
+            "target_tokens": self.base.target_tokens,
+            "metric": self.metric,
+            "base": _finite(self.base.numbers()),
+            "tuned": _finite(self.tuned.numbers()),
+            "agreement": self.agreement,
+            "answers": self.answers,
+        }
+
+
+def evaluate_found(
+    found: TunedModel,
+    *,
+    dataset: str | None = None,
+    split: str | None = None,
+    rows: int = -1,
+    metric: str | None = None,
+    max_tokens: int | None = None,
+    mask_prompt: bool | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Compares the model that was ``found`` with its base model.
+
+    Args:
+        found: A model with an adapter, or one that was tuned as a whole.
+        dataset: A folder, a file or a Hugging Face id; None: the run's.
+        split: None: the first of test, valid and train that has rows.
+        rows: How many, the same ones each time; -1: all.
+        metric: How answers are scored, or "none"; None: the dataset's.
+        max_tokens: Of an answer; None: the run's.
+        mask_prompt: Whether the loss is that of the answers only; None: as in the run.
+        progress: Called with what is computed, and how many of how many rows are done.
+
+    Raises:
+        MacftError: an argument can't be right, or the model, the adapter or the dataset can't be read.
+    """
+    if rows == 0 or rows < -1:
+        raise ConfigError(f"--rows: {rows} must be 1 or more, or -1 for all")
+    if found.adapter is None and found.whole is None:
+        raise ConfigError("--adapter-path: nothing to compare; name an adapter beside --model")
+    wanted = _dataset(found, dataset, metric, max_tokens, mask_prompt)
+    training = found.run.training if found.run else TrainingConfig()
+    seed = found.run.seed if found.run else 0
+    # Errors in the dataset are found before the weights are loaded, which takes longer.
+    sources = read_dataset(wanted, seed=seed)
+    split = _split(sources, split, wanted)
+
+    from macft.device.mlx_device import prepare_device
+    from macft.evaluation.compare import evaluate
+    from macft.model.attach import attach
+    from macft.model.load import load_tokenizer
+    from macft.model.resolve import resolve
+    from macft.model.vocabulary import vocabulary_of
+
+    judge = metric_called(wanted.metric) if wanted.metric else None
+    folder = resolve(found.model)
+    tokenizer = load_tokenizer(found.model, folder)
+    notes = fix_clock(tokenizer, wanted.template_time)
+    data, row_notes = tokenize_split(sources, wanted, tokenizer, split)
+    if not data.rows:
+        raise DataError(f"--split: no {split} row has a target token left")
+    notes += row_notes
+    notes += check_rows(
+        {split: data}, tokenizer, vocabulary=vocabulary_of(folder), max_seq_length=wanted.max_seq_length
+    )
+    prepare_device()
+    loaded = found.load(tuned=False, tokenizer=tokenizer)
+    chosen = sample_rows(len(data.rows), rows, seed)
+    records = [data.records[i] for i in chosen]
+
+    def measure(which: str) -> Result:
+        return evaluate(
+            loaded,
+            [data.rows[i] for i in chosen],
+            records,
+            judge,
+            max_tokens=max_tokens or training.metric_max_tokens,
+            progress=lambda what, done, total: progress(f"{which}, {what}", done, total) if progress else None,
+        )
+
+    base = measure("base")
+    if found.adapter is not None:
+        attach(loaded.model, found.adapter)
+    else:
+        loaded = found.load(tokenizer=tokenizer)
+    tuned = measure("tuned")
+    where = wanted.path or ", ".join(source.path for source in wanted.sources)
+    adapter = found.adapter or found.whole
+    assert adapter is not None
+    return Evaluation(found.model.path, adapter, where, split, wanted.metric, records, base, tuned, notes)
+
+
+def _dataset(
+    found: TunedModel, path: str | None, metric: str | None, max_tokens: int | None, mask_prompt: bool | None
+) -> DatasetConfig:
+    dataset = found.run.dataset if found.run else DatasetConfig()
+    if path is not None:
+        # The run's sequence length and masking apply to the other dataset; its splits and columns do not.
+        dataset = replace(dataset, **vars(SourceConfig(path=path)), sources=[], valid_fraction=0.0)
+    elif found.run is None:
+        raise ConfigError("--dataset: name what to evaluate on: a folder, a file, a Hugging Face id or builtin:sql")
+    if mask_prompt is not None:
+        dataset = replace(dataset, mask_prompt=mask_prompt)
+    if metric is not None:
+        dataset = replace(dataset, metric=None if metric == "none" else metric)
+    if max_tokens is not None and max_tokens < 1:
+        raise ConfigError(f"--max-tokens: {max_tokens} must be 1 or more")
+    if problems := dataset_problems(dataset):
+        raise ConfigError("\n".join(problems))
+    return dataset
+
+
+def _split(sources: Sources, wanted: str | None, dataset: DatasetConfig) -> str:
+    """The split asked for, or the first of test, valid and train that has rows."""
+    counts = {name: sum(len(raw[name]) for _, raw in sources) for name in SPLITS}
+    if wanted is None:
+        return next(name for name in reversed(SPLITS) if counts[name])
+    if not counts.get(wanted):
+        available = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+        raise DataError(f"--split: {dataset.path or 'the dataset'} has no {wanted} rows; it has {available}")
+    return wanted
+
+
+def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
+    """``numbers`` with null for infinity and NaN, which JSON doesn't have."""
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}

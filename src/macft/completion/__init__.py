@@ -1,0 +1,1 @@
+"""Tab completion of the program ``macft`` for bash, zsh and fish."""

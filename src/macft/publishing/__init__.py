@@ -1,0 +1,1 @@
+"""Puts adapters and fused models on the Hugging Face Hub, with a model card."""

@@ -1,0 +1,87 @@
+"""What a run's exit status says is so, whichever rank is lost at whatever point; benchmarks/edges.py has many more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from harness import edges
+from harness.edges import Kill
+from harness.runs import free_ports, start, train, wait_for_step
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def basics(tiny_task: list[str]) -> list[str]:
+    return [
+        *tiny_task,
+        "training.batch_size=6",
+        "training.steps=3",
+        "training.eval_every=0",
+        "training.export=last",
+        "report.tensorboard=false",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("topology", "point", "rank"), [("local", "export", 0), ("local", "farewell", 0), ("hosts", "farewell", 0)]
+)
+def test_the_results_are_kept_if_the_leader_dies_at_the_end(
+    tmp_path: Path, basics: list[str], topology: str, point: str, rank: int
+) -> None:
+    outcome = getattr(edges, topology)(tmp_path / "run", basics, 2, Kill(rank, point))
+    assert outcome.is_killed
+    assert outcome.statuses == [0], outcome.output
+    assert outcome.has_result
+    assert "note: rank 0 was ended by signal 9" in outcome.output or topology == "hosts"
+
+
+def test_a_rank_that_dies_before_all_have_met_ends_the_start(tmp_path: Path, basics: list[str]) -> None:
+    outcome = edges.local(tmp_path / "run", basics, 2, Kill(1, "rendezvous"))
+    assert (outcome.statuses, outcome.has_result) == ([1], False)
+    assert "error: rank 1 was ended by signal 9 before all ranks had met" in outcome.output
+
+
+def test_a_leader_that_cannot_write_leaves_it_to_another_host(tmp_path: Path, basics: list[str]) -> None:
+    first, second = free_ports(2)
+    hosts = f"topology.hosts=[127.0.0.1:{first},127.0.0.1:{second}]"
+    basics = [*basics, "training.steps=300"]  # so that there is time to spoil the folder
+    processes = [
+        start(
+            *basics,
+            "topology=hosts",
+            hosts,
+            f"topology.rank={rank}",
+            f"hydra.run.dir={tmp_path / str(rank)}",
+            cwd=tmp_path,
+        )
+        for rank in (0, 1)
+    ]
+    wait_for_step(processes[0], tmp_path / "0")
+    (tmp_path / "0" / "adapters").write_text("in the way")
+    for rank, process in enumerate(processes):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        # The one that led has it among what it prints of the run.
+        assert rank == 0 or f"so the results are on rank 1 (127.0.0.1:{second}), in {tmp_path / '1'}" in errors
+    assert (tmp_path / "1" / "adapters" / "adapters.safetensors").is_file()
+    assert json.loads((tmp_path / "1" / "summary.json").read_text())["reason"] == "finished"
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_results_that_nobody_can_write_are_no_success(tmp_path: Path, basics: list[str], nodes: int) -> None:
+    folder = tmp_path / "run"
+    topology = ["topology=local", f"topology.nodes={nodes}"] if nodes > 1 else []
+    process = start(*basics, "training.steps=300", *topology, f"hydra.run.dir={folder}", cwd=tmp_path)
+    wait_for_step(process, folder)
+    (folder / "adapters").write_text("in the way")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert f"the adapter can't be written to {folder / 'adapters'} (File exists); make room there" in errors
+    assert json.loads((folder / "summary.json").read_text())["reason"] == "failed"
+    (folder / "adapters").unlink()
+    done = train(f"+resume={folder}", cwd=tmp_path)
+    assert done.status == 0, done.errors
