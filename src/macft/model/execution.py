@@ -85,8 +85,8 @@ class Execution:
     lanes: int = 1
     # Where the blocks' weights are: "replicate", all in memory; "stream", read from disk when they are needed, but for
     # the resident blocks, which stay in memory; "pipeline", those of this node's stage in memory, up to block_capacity
-    # of them. But for replicate, blocks are computed one by one, and again in the backward pass; in a pipeline not those
-    # of a stage whose blocks, times the micro-batches that it holds at once, are activation_capacity or fewer.
+    # of them. But for replicate, blocks are computed one by one, and again in the backward pass; in a pipeline not
+    # those of a stage whose blocks, times the micro-batches that it holds at once, are activation_capacity or fewer.
     placement: str = "replicate"
     resident_blocks: tuple[int, ...] = ()
     block_capacity: int = 0
