@@ -37,7 +37,7 @@ from macft.model.adapter_files import load_adapter_weights, save_adapter
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.attach import attach
 from macft.model.backends.choose import can_pack, make_backend
-from macft.model.execution import Execution
+from macft.model.execution import Execution, recomputations
 from macft.model.load import LoadedModel, load
 from macft.model.merge import fuse
 from macft.model.settings import ModelConfig
@@ -259,10 +259,13 @@ def check_packing(case: Case) -> str:
 
 
 def check_recompute(case: Case) -> str:
-    """The same with blocks that are computed again in the backward pass."""
+    """The same with blocks that are computed again in the backward pass, as a whole or what is cheap of them."""
     for kernels in case.kernels:
-        sums = case.adapted().sums(case.rows, kernels, recompute="blocks", packing=case.packs(kernels))
-        sums.compare(case.reference, kernels)
+        for recompute in recomputations(kernels)[1:]:
+            sums = case.adapted().sums(
+                case.rows, kernels, recompute=recompute, packing=case.packs(kernels), max_scores=2048
+            )
+            sums.compare(case.reference, f"{kernels}, {recompute}")
     return "yes"
 
 

@@ -80,7 +80,7 @@ class Placer:
     def choice(self) -> tuple[Execution, str | None]:
         """The execution, and why it can't be, if it can't: a line that begins with the key."""
         planner = self.planner
-        own = (planner.best(self.budget) if self.auto else None) or planner.execution
+        own = planner.best(self.budget, sizes=self.auto) or planner.execution
         refusal: str | None = None
         if self.wanted != "stream":
             refusal = planner.refusal(self.budget, auto=self.auto)
