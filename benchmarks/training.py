@@ -6,7 +6,8 @@
 Each run is a process of its own, A B B A ...; it trains one pass over the same rows and reports the time from the end
 of the warm-up to the end of the last step, the losses, and the process's peak memory. The device is idle at both ends
 of that time, so that it holds the steps that are counted, all of them and no other. The table shows medians and the
-median of the pairwise ratios; ``held_out_loss`` is that of the trained model on other rows, measured by the same code for all.
+median of the pairwise ratios; ``held_out_loss`` is that of the trained model on other rows, measured by the same code
+for all.
 Cases: ``sql``, the SQL dataset with masked prompts; ``mixed``, unmasked text of 16 to 384 tokens; and ``long``,
 unmasked text of 1,000 tokens and more, two rows a step.
 
@@ -145,6 +146,8 @@ def held_out_loss(loaded: Any, case: str) -> float:
 
 def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """macft's own loop, without reports, checkpoints and evaluation."""
+    import mlx.core as mx
+
     from macft.checkpoint.saver import CheckpointSaver
     from macft.checkpoint.snapshot import Progress
     from macft.checkpoint.store import CheckpointStore
@@ -161,8 +164,6 @@ def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from macft.training.optimizer import make_optimizer
     from macft.training.settings import OptimizerConfig, TrainingConfig
     from macft.training.state import TrainState
-
-    import mlx.core as mx
 
     seconds: list[float] = []
     targets: list[int] = []
