@@ -5,7 +5,8 @@
 Every second run is one of `topology=local`, every other one of `topology=hosts` on this machine's loopback. The points
 come by turns; at each the leader is killed twice as often as another rank, and a third of the runs are killed at a
 random moment instead. A line for each run is appended to FOLDER/runs.jsonl as it ends, so a second call goes on; the
-table of all of them is printed at the end. The folders of runs that went wrong are left.
+table of all of them is printed at the end. What the terminals showed is in FOLDER/terminals, and the folders of runs
+that went wrong are left.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ def main() -> None:
             file.write(json.dumps(record) + "\n")
         if outcome.is_right and outcome.silence < 10.0:
             shutil.rmtree(where, ignore_errors=True)
-        else:
-            (where / "terminal.txt").write_text(outcome.output)
+        terminals = folder / "terminals"
+        terminals.mkdir(exist_ok=True)
+        (terminals / f"{number}.txt").write_text(outcome.output)
         print(f"{number + 1}: {record}", flush=True)
     show(done)
 
