@@ -7,20 +7,19 @@ eighth of its width; with so many blocks; quantised to so many bits (else bfloat
 blocks (else 16). So ``8Bx2`` are two true blocks of the 8B model, with all of its vocabulary. Sides are mlx_lm, whose
 own step is run, and macft with ``training.recompute`` none, cheap and blocks. Each measurement is a process of its own.
 
-The first table is of a step that is not compiled. Its graph is built as a whole, and then evaluated in the order of its
-parts, so that what is held after each of them shows: the forward pass, the loss, each block's backward pass (the first
-that is computed, and the worst of the others) and the update. ``held`` is active memory after a part and ``peak`` the
-most during it, both without the weights, in GB. ``KB`` is what is held after the loss, for each token and adapted block:
-what the blocks keep for their backward passes.
+The first table is of a step that is not compiled. Its graph is built as a whole, and then evaluated in the order of
+its parts, so that what is held after each of them shows: the forward pass, the loss, each block's backward pass (the
+first that is computed, and the worst of the others) and the update. ``held`` is active memory after a part and ``peak``
+the most during it, both without the weights, in GB. ``KB`` is what is held after the loss, for each token and adapted
+block: what the blocks keep for their backward passes. ``operations``: those of the graph, views not counted.
 
-The second table is of the step as it is trained, compiled or not: its peak without weights, the part of mlx_lm's, how
-many operations its graph has (views not counted; compiled, some become one kernel), milliseconds of the fastest of three
-steps, from idle to idle. On a CPU these last are of no use. ``--traces`` adds how often a step was traced in 16 steps of
-rows of many lengths.
+The second table is of the step as it is trained, compiled or not: its peak without weights, that as a part of mlx_lm's,
+and milliseconds of the fastest of three steps, from idle to idle, which are of no use on a CPU. ``--traces`` adds how
+often a step was traced in 16 steps of rows of many lengths.
 
 On a GPU MLX hands over work in advance, and holds the memory of all that is under way: up to 10 graphs, of
-``MLX_MAX_OPS_PER_BUFFER`` operations or ``MLX_MAX_MB_PER_BUFFER`` megabytes each. To see what that takes, run this again
-with ``MLX_MAX_MB_PER_BUFFER=50``. Kernels are compiled by whoever needs them first: the first process is slow.
+``MLX_MAX_OPS_PER_BUFFER`` operations or ``MLX_MAX_MB_PER_BUFFER`` megabytes each. To see what that takes, run this
+again with ``MLX_MAX_MB_PER_BUFFER=50``. Kernels are compiled by whoever needs them first: the first process is slow.
 """
 
 from __future__ import annotations
@@ -324,9 +323,10 @@ def whole(side: Side, options: argparse.Namespace) -> dict[str, Any]:
 
 def work(options: argparse.Namespace) -> dict[str, Any]:
     """One measurement, in this process."""
-    import mlx.core as mx
+    from macft.device.mlx_device import prepare_device  # before MLX, so that a CPU has its OpenBLAS
 
-    from macft.device.mlx_device import prepare_device
+    # isort: split
+    import mlx.core as mx
 
     device = prepare_device()
     model = make_model(options.shape, options.vocabulary)

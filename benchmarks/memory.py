@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.tiny_model import TINY_CONFIG, make_tiny_model
 from macft.config.command_line import prepare
 from macft.config.paths import config_folder
 from macft.config.validate import to_typed
@@ -31,8 +32,9 @@ from macft.planner.run_plan import plan_run
 
 # isort: split
 import mlx.core as mx
+import mlx.nn as nn
 from hydra import compose, initialize_config_dir
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import _get_classes
 
 GOAL = 0.15
@@ -136,10 +138,10 @@ MODELS |= {
 # name: (model, tokens a row, overrides)
 CASES: dict[str, tuple[str, int, list[str]]] = {
     "SmolLM2, LoRA, 4 x 128": ("", 128, ["training.batch_size=4"]),
-    "SmolLM2, 4 blocks, 2 x 512, checkpointing": (
+    "SmolLM2, 4 blocks, 2 x 512, recompute blocks": (
         "",
         512,
-        ["training.batch_size=2", "training.grad_checkpoint=true", "training.eval_rows=4", "adapter.num_layers=4"],
+        ["training.batch_size=2", "training.recompute=blocks", "training.eval_rows=4", "adapter.num_layers=4"],
     ),
     "SmolLM2, SQL rows, micro-batch 2": (
         "sql",
@@ -160,7 +162,7 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
     ),
     "qwen, DoRA, dropout, 4 x 192": ("qwen", 192, ["training.batch_size=4", "adapter=dora", "adapter.dropout=0.1"]),
     "qwen, q and v only, 8 x 96": ("qwen", 96, ["training.batch_size=8", "adapter.targets=[q_proj,v_proj]"]),
-    "wide, 4 x 256, checkpointing": ("wide", 256, ["training.batch_size=4", "training.grad_checkpoint=true"]),
+    "wide, 4 x 256, recompute blocks": ("wide", 256, ["training.batch_size=4", "training.recompute=blocks"]),
 }
 CASES |= {
     f"{name}, 4 x 192, kernels {kernels}": (name, 192, ["training.batch_size=4", f"training.kernels={kernels}"])
@@ -169,11 +171,69 @@ CASES |= {
 }
 
 
+# MLX's operations, as on a GPU: type of the weights, what is recomputed, rows and tokens.
+PORTABLE = {
+    **TINY_CONFIG,
+    "hidden_size": 128,
+    "intermediate_size": 448,
+    "num_hidden_layers": 6,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+CASES |= {
+    f"portable, {form}, {recompute}, {rows} x {length}": (
+        f"portable-{form}",
+        length,
+        [
+            *("training.kernels=mlx", "training.packing=false", "training.eval_every=0", "training.loss_chunk=256"),
+            *(f"training.batch_size={rows}", f"training.recompute={recompute}", "model.quantization=keep"),
+            "model.precision=checkpoint",
+        ],
+    )
+    for form, recompute, rows, length in (
+        ("bfloat16", "none", 8, 64),
+        ("bfloat16", "cheap", 4, 256),
+        ("bfloat16", "cheap", 1, 2048),
+        ("bfloat16", "blocks", 2, 512),
+        ("4bit", "none", 4, 256),
+        ("4bit", "cheap", 1, 1024),
+        ("4bit", "blocks", 8, 64),
+        ("float32", "none", 1, 1024),
+        ("float32", "cheap", 1, 4096),
+        ("float32", "blocks", 1, 4096),
+    )
+}
+
+
+def make_portable(form: str, folder: Path) -> Path:
+    """A small llama with a small vocabulary, its weights in ``form``."""
+    config = dict(PORTABLE)
+    path = make_tiny_model(folder, ensure_bundled(), config)
+    model_class, arguments = _get_classes(config)
+    model = model_class(arguments.from_dict(config))
+    model.load_weights(str(path / "model.safetensors"))
+    if form != "float32":
+        model.update(tree_map(lambda value: value.astype(mx.bfloat16), model.parameters()))
+        config["torch_dtype"] = "bfloat16"
+    if form == "4bit":
+        nn.quantize(model, group_size=64, bits=4)
+        config["quantization"] = {"group_size": 64, "bits": 4}
+    weights = dict(tree_flatten(model.parameters()))
+    mx.eval(weights)
+    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
 def make_model(name: str, folder: Path) -> Path:
-    """A model of random weights with SmolLM2's tokenizer."""
-    config, path = MODELS[name], folder / name
+    """A model of random weights with SmolLM2's tokenizer, or the beginning of it."""
+    path = folder / name
     if path.exists():
         return path
+    if name.startswith("portable-"):
+        return make_portable(name.removeprefix("portable-"), path)
+    config = MODELS[name]
     path.mkdir()
     model_class, arguments = _get_classes(config)
     model = model_class(arguments.from_dict(config))

@@ -93,7 +93,7 @@ CONFIGURATIONS = {
         (*MODEL, "dataset=sql", "dataset.max_seq_length=1024", "training.packing=true", "training.eval_rows=6"),
     ),
     "padded": Configuration("padded rows", (*TINY, "training.packing=false")),
-    "grad-checkpoint": Configuration("activations recomputed", (*TINY, "training.grad_checkpoint=true")),
+    "grad-checkpoint": Configuration("activations recomputed", (*TINY, "training.recompute=blocks")),
     "compiled": Configuration(
         "compiled, packed: MLX operations only", (*TINY, "training.compile=true", "training.packing=true")
     ),

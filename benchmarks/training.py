@@ -6,7 +6,8 @@
 Each run is a process of its own, A B B A ...; it trains one pass over the same rows and reports the time from the end
 of the warm-up to the end of the last step, the losses, and the process's peak memory. The device is idle at both ends
 of that time, so that it holds the steps that are counted, all of them and no other. The table shows medians and the
-median of the pairwise ratios; ``held_out_loss`` is that of the trained model on other rows, measured by the same code for all.
+median of the pairwise ratios; ``held_out_loss`` is that of the trained model on other rows, measured by the same code
+for all.
 Cases: ``sql``, the SQL dataset with masked prompts; ``mixed``, unmasked text of 16 to 384 tokens; and ``long``,
 unmasked text of 1,000 tokens and more, two rows a step.
 

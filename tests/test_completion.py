@@ -71,7 +71,7 @@ def test_the_table_is_that_of_the_commands_and_of_the_schema() -> None:
         ("macft train thermal.simulated.am", ["thermal.simulated.ambient="]),
         ("macft train therm", ["thermal=", "thermal."]),
         ("macft train report.log_level=w", ["report.log_level=warning"]),
-        ("macft train training.grad_checkpoint=", ["training.grad_checkpoint=true", "training.grad_checkpoint=false"]),
+        ("macft train training.recompute=b", ["training.recompute=blocks"]),
         ("macft train topology=d", ["topology=desk"]),
         ("macft train --cf", ["--cfg"]),
         ("macft plan adapter=lo", ["adapter=lora"]),

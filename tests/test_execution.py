@@ -85,7 +85,18 @@ def test_steps_follow_device_and_wishes() -> None:
     assert decided({}, FLOATS, CPU, compile="true").kernels == "mlx"
     assert not decided({}, FLOATS, METAL, compile="false").compiled
     assert decided({}, FLOATS, CPU, micro_batch_size=3).evaluation_rows == 3
-    assert decided({}, FLOATS, CPU, grad_checkpoint=True).recompute == "blocks"
+
+
+def test_what_is_recomputed_follows_wish_and_kernels() -> None:
+    every = {"auto": "none", "none": "none", "cheap": "cheap", "blocks": "blocks"}
+    for wish, expected in every.items():
+        assert decided({}, FLOATS, METAL, recompute=wish).recompute == expected
+    assert decided({}, FLOATS, METAL).recompute_choices == ("none", "cheap", "blocks")
+    assert decided({}, FLOATS, METAL).unplanned().recompute == "cheap"
+    assert decided({}, FLOATS, METAL, recompute="none").unplanned().recompute == "none"
+    assert decided({}, FLOATS, CPU).recompute_choices == ("none", "blocks")
+    assert decided({}, FLOATS, CPU, recompute="cheap").recompute == "none"
+    assert decided({}, FLOATS, CPU, recompute="cheap").recompute_choices == ()
 
 
 @pytest.mark.parametrize(
@@ -127,7 +138,8 @@ STEPS = [
     {"packing": "false"},
     {"compile": "true"},
     {"kernels": "mlx"},
-    {"packing": "true", "micro_batch_size": 2, "grad_checkpoint": True},
+    {"packing": "true", "micro_batch_size": 2, "recompute": "blocks"},
+    {"kernels": "mlx", "recompute": "cheap"},
 ]
 ADAPTERS = [{}, {"dropout": 0.1}, {"type": "full", "dropout": 0.1}, {"type": "dora", "targets": ["q_proj", "up_proj"]}]
 
@@ -161,9 +173,9 @@ def test_the_planner_counts_what_is_loaded_and_trained(
         trained = [DeviceBatchShape.from_batch(part) for batch in batches for part in layout.parts(batch)]
         assert planner_for(config, shape, execution, [step]).step_batches(execution.micro_batch_size) == [trained]
         shown = with_execution(config, execution).training
-        assert (shown.micro_batch_size, shown.grad_checkpoint) == (
+        assert (shown.micro_batch_size, shown.recompute) == (
             execution.micro_batch_size,
-            execution.recompute == "blocks",
+            execution.recompute,
         )
 
 
@@ -191,7 +203,7 @@ def test_a_model_of_unknown_architecture_is_confirmed_once_it_is_loaded(tiny_mod
 
 
 DECIDERS = ("model/execution.py", "config/execution.py", "training/settings.py", "device/", "model/backends/")
-KEYS = {"packing", "compile", "kernels", "grad_checkpoint", "loss_chunk"}
+KEYS = {"packing", "compile", "kernels", "recompute", "loss_chunk"}
 
 
 def decisions_in(tree: ast.AST) -> list[str]:

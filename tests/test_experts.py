@@ -275,7 +275,7 @@ def test_two_nodes_train_experts_as_one_does(tmp_path: Path) -> None:
     common = [
         *("+recipe=smoke", f"model={model}", f"dataset={data}", "dataset.metric=null", "training.metric_rows=0"),
         *("adapter.dropout=0.2", "adapter.num_layers=-1", "training.steps=4", "training.batch_size=4", "thermal=off"),
-        *("training.grad_checkpoint=true", "training.eval_every=0"),
+        *("training.recompute=blocks", "training.eval_every=0"),
     ]
     one = adapter(train_to_end(*common, folder=tmp_path / "one"))
     two = adapter(train_to_end(*common, "topology=local", "topology.nodes=2", folder=tmp_path / "two"))

@@ -26,7 +26,7 @@ from harness.runs import (
     wait_for_step,
 )
 
-ONE_NODE = ["topology.placement=replicate", "training.grad_checkpoint=true"]
+ONE_NODE = ["topology.placement=replicate", "training.recompute=blocks"]
 PIPELINE = ["topology=local", "topology.placement=pipeline"]
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx.utils import tree_map
 from rich.console import Console
 
 from harness.families import configuration, new_model
@@ -40,7 +42,7 @@ from macft.model.settings import ModelConfig
 from macft.model.shape import ModelShape, read_shape, shape_of
 from macft.network.link_kinds import LINK_KINDS, find_links
 from macft.parallel.shares import DataShard, rows_of_shard
-from macft.planner.fit import MemoryPlanner
+from macft.planner.fit import MemoryPlanner, batch_overrides
 from macft.planner.memory import ComputeShape, predict, trained_part
 from macft.planner.preflight import step_of_shard
 from macft.planner.run_plan import RunPlan, known_models, plan_run
@@ -72,6 +74,11 @@ def tiny_shape() -> ModelShape:
 def padded_execution(**changes: Any) -> Execution:
     """Float32, padded, not compiled, with MLX's operations on a CPU."""
     return Execution(device="cpu", kernels="mlx", dtype="float32", max_logits=2**21, **changes)
+
+
+def free_execution(**changes: Any) -> Execution:
+    """The same, of which the planner chooses what is recomputed."""
+    return padded_execution(recompute_choices=("none", "cheap", "blocks"), **changes)
 
 
 def make_planner(rows: int = 8, length: int = 257, execution: Execution | None = None) -> MemoryPlanner:
@@ -138,13 +145,13 @@ def test_quantised_weights_are_counted_as_such() -> None:
 @given(
     rows=st.integers(1, 32),
     tokens=st.integers(2, 2048),
-    checkpoint=st.booleans(),
+    recompute=st.sampled_from(["none", "cheap", "blocks"]),
     kind=st.sampled_from(["lora", "dora", "full"]),
     kernels=st.sampled_from(["mlx", "cpu"]),
 )
-def test_memory_grows_with_rows_and_length(rows: int, tokens: int, checkpoint: bool, kind: str, kernels: str) -> None:
+def test_memory_grows_with_rows_and_length(rows: int, tokens: int, recompute: str, kind: str, kernels: str) -> None:
     shape, adapter = tiny_shape(), AdapterConfig(type=kind)
-    execution = replace(padded_execution(recompute="blocks" if checkpoint else "none"), kernels=kernels)
+    execution = replace(padded_execution(recompute=recompute), kernels=kernels)
 
     def peak(rows: int, tokens: int) -> float:
         work = ComputeShape(rows, tokens, rows * tokens, rows * tokens)
@@ -170,7 +177,7 @@ def test_chunked_logits_and_checkpointing_save_memory() -> None:
 @settings(deadline=None, max_examples=40)
 @given(share=st.floats(0.01, 1.5), rows=st.integers(1, 16), asked=st.none() | st.integers(1, 16))
 def test_auto_uses_the_memory_but_never_more(share: float, rows: int, asked: int | None) -> None:
-    execution = padded_execution().with_batch(asked, "none")
+    execution = free_execution().with_batch(asked, "none")
     planner = make_planner(rows=rows, execution=execution)
     budget = share * planner.parts().peak
     best = planner.best(budget)
@@ -183,13 +190,41 @@ def test_auto_uses_the_memory_but_never_more(share: float, rows: int, asked: int
     assert best.micro_batch_size is not None
     assert best.evaluation_rows == best.micro_batch_size <= min(rows, asked or rows)
     if share >= 1:
-        assert best == execution.with_batch(min(rows, asked or rows), "none")
+        assert best.micro_batch_size == min(rows, asked or rows)
+        assert best.recompute in ("none", "cheap")
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_recomputation_follows_the_budget(auto: bool) -> None:
+    """None where half of the budget is enough, then what is cheap, then blocks; never what was not asked for."""
+    planner = make_planner(rows=8, length=513, execution=free_execution(loss_chunk=64).with_batch(8, "none"))
+    planner = replace(planner, shape=shape_of({**WIDE_CONFIG, "num_hidden_layers": 24}, "config.json"))
+    peaks = {one: planner.parts(planner.execution.with_batch(8, one)).peak for one in ("none", "cheap", "blocks")}
+    assert peaks["blocks"] < peaks["cheap"] < peaks["none"]
+
+    def chosen(budget: float, planner: MemoryPlanner = planner) -> str | None:
+        best = planner.best(budget, sizes=auto)
+        return best and best.recompute
+
+    assert chosen(2.01 * peaks["none"]) == "none"
+    assert chosen(1.99 * peaks["none"]) == "cheap"
+    assert chosen(1.01 * peaks["cheap"]) == "cheap"
+    if not auto:
+        assert chosen(0.99 * peaks["cheap"]) == "blocks"
+        assert chosen(0.99 * peaks["blocks"]) is None
+    asked = replace(planner, execution=replace(planner.execution, recompute_choices=()))
+    assert chosen(1.01 * peaks["none"], asked) == "none"
+    if not auto:
+        assert chosen(0.99 * peaks["none"], asked) is None
+        assert "training.recompute=" in str(asked.refusal(0.99 * peaks["none"], auto=False))
 
 
 def test_a_refusal_names_the_nearest_settings_that_fit() -> None:
     planner = make_planner()
     budget = planner.parts(padded_execution().with_batch(2, "none")).peak
-    assert "training.micro_batch_size=2 would fit" in str(planner.refusal(budget, auto=False))
+    nearest = planner.best(budget, asked=False)
+    assert nearest is not None
+    assert f"{batch_overrides(nearest)} would fit" in str(planner.refusal(budget, auto=False))
     smallest = planner.parts(padded_execution().with_batch(1, "blocks")).peak
     assert "dataset.max_seq_length=" in str(planner.refusal(smallest * 0.7, auto=True))
     assert "topology.placement=stream reads" in str(planner.refusal(1e6, auto=True))
@@ -380,7 +415,7 @@ def test_a_slower_link_makes_a_step_longer_and_more_macs_make_it_shorter(bundled
 @pytest.mark.slow
 def test_settings_that_no_pipeline_is_for_have_none(bundled_model: Path) -> None:
     assert bundled_model.exists()
-    assert "pipeline" not in plan_for(["2x M2 Max 32GB"], "training.sync=diloco").placements
+    assert "pipeline" not in plan_for(["2x M2 Max 32GB"], "training.sync=diloco", "training.inner_steps=16").placements
 
 
 @pytest.mark.parametrize(
@@ -531,11 +566,59 @@ def test_blocks_of_other_kinds_are_predicted_within_15_percent(kind: str) -> Non
     assert parts.activations + parts.logits == pytest.approx(measured, rel=0.15)
 
 
+PORTABLE = {
+    **SMALL,
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "head_dim": 32,
+    "vocab_size": 512,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "recompute", "rows", "length"),
+    [
+        ("float32", None, "none", 4, 64),
+        ("float32", None, "cheap", 4, 64),
+        ("bfloat16", None, "cheap", 1, 256),
+        ("float32", 4, "cheap", 1, 512),
+        ("float32", None, "blocks", 2, 128),
+    ],
+)
+def test_the_portable_path_is_predicted_within_15_percent(
+    dtype: str, bits: int | None, recompute: str, rows: int, length: int
+) -> None:
+    """From the configuration alone, against a gradient with MLX's operations; longer rows in benchmarks/memory.py."""
+    shape, adapter = shape_of(PORTABLE, "config.json"), AdapterConfig(rank=4)
+    execution = replace(padded_execution(recompute=recompute), dtype=dtype, bits=bits)
+    parts = predict(shape, execution, adapter, "adamw", ComputeShape(rows, length, rows * length, rows * length))
+    model = make_from(PORTABLE)
+    model.update(tree_map(lambda value: value.astype(getattr(mx, dtype)), model.parameters()))
+    if bits:
+        nn.quantize(model, group_size=64, bits=bits)
+    adaptation = adapt(model, adapter, seed=0)
+    tokens = np.random.default_rng(0).integers(1, 500, (rows, length + 1)).astype(np.int32)
+    batch = collate([Row(row, prompt_length=0) for row in tokens], np.arange(rows))
+    with gradient_computer(model, adaptation, "mlx", recompute=recompute, max_logits=execution.max_logits) as compute:
+        mx.eval(compute(0, [batch], in_buckets=False).gradient)
+        mx.synchronize()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(compute(0, [batch], in_buckets=False).gradient)
+        measured = mx.get_peak_memory() - before
+    assert parts.activations + parts.logits + parts.gradients == pytest.approx(measured, rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("config", "changes", "reason"),
     [
         (KINDS["mixture"], {"kernels": "cpu"}, "computes layer by layer"),
-        (KINDS["mixture"], {"recompute": "blocks"}, "computed twice"),
+        (KINDS["mixture"], {"recompute": "blocks"}, "computed again"),
+        (KINDS["mixture"], {"recompute": "cheap"}, "computed again"),
         (MAMBA, {}, "token by token"),
     ],
 )
@@ -563,11 +646,13 @@ def test_where_no_known_peak_fits_the_most_saving_settings_are_tried() -> None:
     """Checkpointed blocks of a mixture are not predicted, so they are neither promised nor refused."""
     shape = shape_of(KINDS["mixture"], "config.json")
     steps = [unlike_rows(4, 257, 256)]
-    planner = MemoryPlanner(shape, padded_execution(), AdapterConfig(rank=4), "adamw", steps, validation_rows=0)
-    smallest = planner.parts(padded_execution().with_batch(1, "none")).peak
+    planner = MemoryPlanner(shape, free_execution(), AdapterConfig(rank=4), "adamw", steps, validation_rows=0)
+    smallest = planner.parts(free_execution().with_batch(1, "none")).peak
     best = planner.best(0.9 * smallest)
-    assert best == padded_execution().with_batch(1, "blocks")
-    assert "not predicted" in str(planner.refusal(0.9 * smallest, auto=False))
+    assert best == free_execution().with_batch(1, "blocks")
+    assert planner.refusal(0.9 * smallest, auto=False) is None
+    asked = replace(planner, execution=padded_execution())
+    assert "not predicted" in str(asked.refusal(0.9 * smallest, auto=False))
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from harness.runs import (
 )
 
 STREAM = ["topology.placement=stream", "topology.resident_blocks=0"]
-RECOMPUTED = ["topology.placement=replicate", "training.grad_checkpoint=true"]
+RECOMPUTED = ["topology.placement=replicate", "training.recompute=blocks"]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import contextlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,14 @@ from macft.data.tokenize import prompt_tokens
 from macft.errors import ConfigError
 from macft.evaluation.answers import score_answers
 from macft.evaluation.batched import greedy_answers
-from macft.evaluation.chat import Chat, Sampling
+from macft.evaluation.chat import Chat, ModelAnswers, Sampling
 from macft.evaluation.metrics import metric
 from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_files import load_adapter_weights, save_adapter
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.attach import attach
 from macft.model.backends.choose import can_pack, make_backend
-from macft.model.execution import Execution
+from macft.model.execution import Execution, recomputations
 from macft.model.load import LoadedModel, load
 from macft.model.merge import fuse
 from macft.model.settings import ModelConfig
@@ -259,10 +259,13 @@ def check_packing(case: Case) -> str:
 
 
 def check_recompute(case: Case) -> str:
-    """The same with blocks that are computed again in the backward pass."""
+    """The same with blocks that are computed again in the backward pass, as a whole or what is cheap of them."""
     for kernels in case.kernels:
-        sums = case.adapted().sums(case.rows, kernels, recompute="blocks", packing=case.packs(kernels))
-        sums.compare(case.reference, kernels)
+        for recompute in recomputations(kernels)[1:]:
+            sums = case.adapted().sums(
+                case.rows, kernels, recompute=recompute, packing=case.packs(kernels), max_scores=2048
+            )
+            sums.compare(case.reference, f"{kernels}, {recompute}")
     return "yes"
 
 
@@ -379,12 +382,18 @@ def check_generate(case: Case) -> str:
     if found != expected:
         raise Failed(f"in a batch: the answers are {found}, not {expected}")
     scored = score_answers(
-        model, tokenizer, records, metric("exact_match"), Solo(), max_tokens=ANSWER_TOKENS, progress=lambda *_: None
+        partial(greedy_answers, model, tokenizer),
+        tokenizer,
+        records,
+        metric("exact_match"),
+        Solo(),
+        max_tokens=ANSWER_TOKENS,
+        progress=lambda *_: None,
     )
     if [answer.strip() for answer in scored.answers] != [tokenizer.decode(tokens).strip() for tokens in expected]:
         raise Failed(f"scored: the answers are {scored.answers}")
     for prompt, tokens in zip(prompts, expected, strict=True):
-        said = "".join(Chat(model, tokenizer, Sampling(max_tokens=ANSWER_TOKENS)).say(prompt))
+        said = "".join(Chat(ModelAnswers(model, tokenizer, Sampling(max_tokens=ANSWER_TOKENS)), tokenizer).say(prompt))
         in_pieces = tokenizer.detokenizer
         for token in tokens:
             in_pieces.add_token(token)

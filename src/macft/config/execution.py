@@ -38,7 +38,7 @@ def execution_for(config: TrainConfig, shape: ModelShape | None, checkpoint: Wei
         dropout=has_dropout or (shape is not None and shape.has_dropout),
         compile=training.compile,
         kernels=training.kernels,
-        grad_checkpoint=training.grad_checkpoint,
+        recompute=training.recompute,
         loss_chunk=training.loss_chunk,
         micro_batch_size=training.micro_batch_size or _micro_batch_of_pipelines(config),
     )
@@ -77,6 +77,6 @@ def with_execution(config: TrainConfig, execution: Execution) -> TrainConfig:
     training = replace(
         config.training,
         micro_batch_size=execution.micro_batch_size,
-        grad_checkpoint=execution.recompute == "blocks" or config.training.grad_checkpoint,
+        recompute=config.training.recompute if execution.supplies_blocks else execution.recompute,
     )
     return replace(config, training=training)

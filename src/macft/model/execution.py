@@ -15,6 +15,8 @@ _PACK_TOKENS_ON_CPU = 512
 # Most logits in a chunk of automatic size; a chunk has at least 64 targets. MLX holds about 12 arrays of that size.
 _LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**21, 2**25
 _MIN_CHUNK_TARGETS = 64
+# Most scores at once where attention is recomputed. MLX holds about five arrays of that size in the backward pass.
+_SCORES = 2**24
 _EVALUATION_ROWS = 8
 _CANNOT_PACK = "training.packing: this model's attention can't take packed rows; use auto or false"
 
@@ -66,12 +68,16 @@ class Execution:
     pack_tokens: int | None = None
     # Gradient and update are compiled with mx.compile.
     compiled: bool = False
-    # What the backward pass computes again: "none" or "blocks".
+    # What the backward pass computes again: "none"; "cheap", what lies between a block's costly operations; "blocks".
     recompute: str = "none"
+    # What of these the planner may choose from, the fastest first; empty where the configuration says which.
+    recompute_choices: tuple[str, ...] = ()
     # Target positions whose logits exist at once, where the configuration says so; see loss_chunk_for.
     loss_chunk: int | None = None
     # Most logits in a chunk of automatic size.
     max_logits: int = _LOGITS_ON_GPU
+    # Most scores of queries and keys in a block of queries, where attention is recomputed.
+    max_scores: int = _SCORES
     # Most rows in a forward pass of training (None: all of a node's rows) and of validation.
     micro_batch_size: int | None = None
     evaluation_rows: int = _EVALUATION_ROWS
@@ -79,8 +85,8 @@ class Execution:
     lanes: int = 1
     # Where the blocks' weights are: "replicate", all in memory; "stream", read from disk when they are needed, but for
     # the resident blocks, which stay in memory; "pipeline", those of this node's stage in memory, up to block_capacity
-    # of them. But for replicate, blocks are computed one by one, and again in the backward pass; in a pipeline not those
-    # of a stage whose blocks, times the micro-batches that it holds at once, are activation_capacity or fewer.
+    # of them. But for replicate, blocks are computed one by one, and again in the backward pass; in a pipeline not
+    # those of a stage whose blocks, times the micro-batches that it holds at once, are activation_capacity or fewer.
     placement: str = "replicate"
     resident_blocks: tuple[int, ...] = ()
     block_capacity: int = 0
@@ -103,6 +109,10 @@ class Execution:
             evaluation_rows=micro_batch_size or _EVALUATION_ROWS,
             recompute=recompute,
         )
+
+    def unplanned(self) -> Execution:
+        """The same where memory can't be predicted: little is held, if that is left to the planner, at little cost."""
+        return replace(self, recompute="cheap") if "cheap" in self.recompute_choices else self
 
     def streamed(self, resident_blocks: tuple[int, ...]) -> Execution:
         """The same with all blocks but these read from disk when they are needed; each is computed by itself."""
@@ -137,7 +147,7 @@ def resolve(
     dropout: bool = False,
     compile: str = "auto",
     kernels: str = "auto",
-    grad_checkpoint: bool = False,
+    recompute: str = "auto",
     loss_chunk: int | None = None,
     micro_batch_size: int | None = None,
 ) -> Execution:
@@ -156,7 +166,7 @@ def resolve(
         dropout: whether the model or its adapter has active dropout; each row then has masks of its own.
         compile: ``training.compile``.
         kernels: ``training.kernels``.
-        grad_checkpoint: ``training.grad_checkpoint``.
+        recompute: ``training.recompute``.
         loss_chunk: ``training.loss_chunk``.
         micro_batch_size: ``training.micro_batch_size``.
 
@@ -198,7 +208,16 @@ def resolve(
         loss_chunk=loss_chunk,
         max_logits=_LOGITS_ON_CPU if on_cpu else _LOGITS_ON_GPU,
         lanes=device.cores if backend == "cpu" else 1,
-    ).with_batch(micro_batch_size, "blocks" if grad_checkpoint else "none")
+        recompute_choices=() if recompute != "auto" else recomputations(backend),
+    ).with_batch(micro_batch_size, recompute if recompute in recomputations(backend) else "none")
+
+
+def recomputations(kernels: str) -> tuple[str, ...]:
+    """What the backward pass can compute again with these kernels, the fastest first.
+
+    The CPU's keep the layers' inputs and results in any case, and no attention probabilities.
+    """
+    return ("none", "blocks") if kernels == "cpu" else ("none", "cheap", "blocks")
 
 
 def require_cpu_kernels(weights: WeightFormat, device: Device, *, compiled: bool) -> None:

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from macft.model.adapter_settings import AdapterConfig
-from macft.model.execution import Execution, WeightFormat
+from macft.model.execution import Execution, WeightFormat, recomputations
 from macft.model.shape import ModelShape
 from macft.planner.memory import ComputeShape, MemoryParts, predict
 from macft.planner.workload import DeviceBatchShape, StepRows
 from macft.training.batch_layout import BatchLayout
 
 _SHORTEST_HINT = 32
+# Of the budget, what a run that recomputes nothing may take where the planner may choose.
+_ROOM = 0.5
 
 
 @dataclass(frozen=True)
@@ -87,30 +89,48 @@ class MemoryPlanner:
     def _predict(self, execution: Execution, work: ComputeShape) -> MemoryParts:
         return predict(self.shape, execution, self.adapter, self.optimizer, work)
 
-    def best(self, budget: float) -> Execution | None:
+    def best(self, budget: float, *, sizes: bool = True, asked: bool = True) -> Execution | None:
         """The fastest settings within ``budget`` bytes, None if there are none.
 
-        The largest micro-batch without recomputation first, then checkpointed blocks. What the run's own execution
-        asks for stays: its micro-batch is not exceeded and its checkpointing not turned off. Where the peak isn't known
-        the run's own settings stay, and if none whose peak is known fits, the most saving ones are returned.
+        The largest micro-batch first, each with nothing recomputed and then what is cheap, and checkpointed blocks
+        last. ``sizes``: smaller micro-batches may be taken; the run's own is never exceeded. ``asked``: recomputation
+        is as the configuration says, where it does; otherwise it is that or more. If recomputation is free, and nothing
+        recomputed would take more than half of the budget, what is cheap is recomputed: other programs and errors of
+        the prediction need room too.
+
+        Where the peak isn't known the run's own settings stay, and if none whose peak is known fits, the most saving
+        ones are returned.
         """
-        candidates = list(self._candidates())
         parts = self.parts()
         if parts.unknown:
-            return self.execution if parts.peak <= budget else None
+            return self.execution.unplanned() if parts.peak <= budget else None
+        candidates = list(self._candidates(sizes, asked))
         for one in candidates:
             parts = self.parts(one)
             if not parts.unknown and parts.peak <= budget:
-                return one
+                return self._roomier(one, budget) if parts.peak > _ROOM * budget else one
         return candidates[-1] if parts.unknown and parts.peak <= budget else None
 
-    def _candidates(self) -> Iterator[Execution]:
-        sizes = [min(self.execution.micro_batch_size or self.rows, self.rows)]
-        while sizes[-1] > 1:
-            sizes.append(-(-sizes[-1] // 2))
-        for recompute in ["blocks"] if self.execution.recompute == "blocks" else ["none", "blocks"]:
-            for size in sizes:
-                yield self.execution.with_batch(size, recompute)
+    def _roomier(self, execution: Execution, budget: float) -> Execution:
+        """``execution`` with what is cheap recomputed, where the planner may choose that and it fits."""
+        if execution.recompute != "none" or "cheap" not in execution.recompute_choices:
+            return execution
+        cheap = execution.with_batch(execution.micro_batch_size, "cheap")
+        return cheap if self.parts(cheap).peak <= budget else execution
+
+    def _candidates(self, sizes: bool, asked: bool) -> Iterator[Execution]:
+        execution = self.execution
+        rows = [min(execution.micro_batch_size or self.rows, self.rows) if sizes else execution.micro_batch_size]
+        while sizes and rows[-1] is not None and rows[-1] > 1:
+            rows.append(-(-rows[-1] // 2))
+        choices = execution.recompute_choices or (execution.recompute,)
+        if not asked:
+            every = recomputations(execution.kernels)
+            choices = every[every.index(execution.recompute) :]
+        for recomputes in ([one for one in choices if one != "blocks"], [one for one in choices if one == "blocks"]):
+            for size in rows:
+                for recompute in recomputes:
+                    yield execution.with_batch(size, recompute)
 
     def longest_that_fits(self, budget: float) -> int | None:
         """The longest rows that fit under the most saving settings, tokens; None if none do."""
@@ -132,25 +152,21 @@ class MemoryPlanner:
         ``auto``: the node may choose its batch settings.
         """
         parts = self.parts()
-        if not auto and parts.peak <= budget:
+        if self.best(budget, sizes=auto) is not None:
             return None
-        best = self.best(budget)
-        if best is not None and auto:
-            return None
+        best = self.best(budget, asked=False)
         about = "at least" if parts.unknown else "about"
         needs = f"the run would need {about} {_gb(parts.peak)} and may take {_gb(budget)}"
         if best is not None and self.parts(best).unknown:
             return f"{needs}; {batch_overrides(best)} needs less, by how much is not predicted"
         if best is not None:
-            return (
-                f"{needs}; {batch_overrides(best)} would fit ({_gb(self.parts(best).peak)}), "
-                "topology.batch=auto picks it by itself"
-            )
+            hint = ", topology.batch=auto picks it by itself" if self.best(budget) is not None else ""
+            return f"{needs}; {batch_overrides(best)} would fit ({_gb(self.parts(best).peak)}){hint}"
         longest = self.longest_that_fits(budget)
         if longest is not None:
             return (
                 f"{needs}, and no micro-batch fits; dataset.max_seq_length={longest} with training.micro_batch_size=1 "
-                "training.grad_checkpoint=true would"
+                "training.recompute=blocks would"
             )
         if self.adapter.type == "full":
             return f"{needs}, and no batch fits; adapter=lora needs far less"
@@ -168,7 +184,7 @@ class MemoryPlanner:
 def batch_overrides(execution: Execution) -> str:
     """The words of a command line that ask for the batch settings of ``execution``."""
     words = [f"training.micro_batch_size={execution.micro_batch_size or 'null'}"]
-    words += ["training.grad_checkpoint=true"] if execution.recompute == "blocks" else []
+    words += [f"training.recompute={execution.recompute}"] if execution.recompute != "none" else []
     words += [f"training.loss_chunk={execution.loss_chunk}"] if execution.loss_chunk else []
     return " ".join(words)
 

@@ -22,14 +22,14 @@ from macft.model.adapter_layers import chosen_layers, select_layers
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape
+from macft.planner.recomputed_memory import recomputed_block
 from macft.planner.trace import Traced, traced
 from macft.training.optimizer_table import OPTIMIZERS
 
-# Fitted: transient floats per token while a block is computed, and floats per logit while the loss is.
+# Fitted: transient floats per token while a block is computed, and bytes per logit while the loss is.
 _BLOCK_HIDDEN, _BLOCK_INTERMEDIATE, _BLOCK_SCORES = 4.8, 7.3, 1.6
-_FLOATS_PER_LOGIT, _FLOATS_PER_CHUNKED_LOGIT = 6.6, 14.5
-# With checkpointed blocks: multiples of a block's saved and transient floats, and of its attention scores.
-_AGAIN, _AGAIN_SCORES, _BESIDE_HEAD = 1.6, 0.85, 0.4
+# In chunks several are under way, with a float32 copy where the logits are of 16 bits.
+_BYTES_PER_LOGIT, _BYTES_PER_CHUNKED_LOGIT = 21.0, {2: 42.0, 4: 60.0}
 _VALIDATION_FLOATS_PER_LOGIT = 3.45
 # Layer by layer: floats per token that each block saves (factors of hidden, queries, keys, feed-forward), transient
 # ones (factors of hidden, feed-forward), floats per logit and per trained parameter. With checkpointed blocks the saved
@@ -135,17 +135,14 @@ def predict(
     grad_bytes = 4.0 * trained.parameters * (1.3 if work.accumulated else 0.2)
     saved = _saved_by_block(shape, adapter, trained, width, work)
     transient = _transient_of_block(shape, width, work)
-    scores = shape.heads * work.rows * work.length**2 * width
     logits = _logits(shape, execution, work)
     if execution.kernels == "cpu":
         at_once = min(work.targets, work.parts * execution.loss_chunk_for(shape.vocabulary))
         activations, logits, grad_bytes = _layer_by_layer(shape, execution, trained, work, at_once)
-    elif execution.recompute == "blocks" and trained.depth:
-        # A block's forward pass runs a second time inside its backward pass, so that more of it exists at once.
-        inputs = trained.depth * work.tokens * shape.hidden * width
-        of_scores = scores * (1 + _BLOCK_SCORES)
-        activations = inputs + _AGAIN * (saved + transient - of_scores) + _AGAIN_SCORES * of_scores
-        logits = max(0.0, inputs + logits + _BESIDE_HEAD * (saved + transient) - activations)
+    elif execution.recompute != "none" and trained.depth:
+        block = recomputed_block(shape, execution, rows=work.rows, length=work.length, tokens=work.tokens)
+        activations = trained.depth * block.kept + block.inside
+        logits = max(0.0, logits - block.inside)
     else:
         activations = trained.depth * saved + transient
         logits = max(0.0, logits - transient)
@@ -177,8 +174,8 @@ def recomputed_inputs(shape: ModelShape, execution: Execution, depth: int, token
 def _logits(shape: ModelShape, execution: Execution, work: ComputeShape) -> float:
     """Bytes that the loss holds at once, with MLX's operations."""
     at_once = min(work.targets, work.parts * execution.loss_chunk_for(shape.vocabulary))
-    per_logit = _FLOATS_PER_LOGIT if at_once == work.targets else _FLOATS_PER_CHUNKED_LOGIT
-    return per_logit * 4 * at_once * shape.vocabulary
+    chunked = _BYTES_PER_CHUNKED_LOGIT[execution.weight_format.float_bytes]
+    return (_BYTES_PER_LOGIT if at_once == work.targets else chunked) * at_once * shape.vocabulary
 
 
 def _predict_from_graph(
@@ -275,11 +272,8 @@ def _saved_by_block(
     chosen = [linear for linear in shape.linears if linear.name.rsplit(".", 1)[-1] in names]
     inputs, outputs = sum(linear.inputs for linear in chosen), sum(linear.outputs for linear in chosen)
     saved += tokens * adapter.rank * len(chosen) * 4
-    if width != 4:
-        # The low-rank path is float32: each projection keeps its input in that type as well.
-        saved += tokens * inputs * 4
     if adapter.dropout:
-        saved += tokens * inputs * 4
+        saved += tokens * inputs * width
     if adapter.type == "dora":
         saved += tokens * outputs * width
     return saved

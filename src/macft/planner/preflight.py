@@ -98,7 +98,7 @@ def _decide(config: TrainConfig, model_folder: Path, steps: Sequence[StepRows], 
             raise ConfigError(f"topology.placement: pipeline can't tell this model's blocks: {error}") from None
         # mlx-lm may still know the model by code of its own; the run goes on without a prediction.
         execution = execution_for(config, None, read_weight_format(model_folder), device)
-        execution = execution.streamed(()) if topology.placement == "stream" else execution
+        execution = execution.streamed(()) if topology.placement == "stream" else execution.unplanned()
         return Preflight(execution, execution.placement, [f"no memory plan: {error}"])
     execution = execution_for(config, shape, shape.checkpoint, device)
     if topology.placement == "pipeline":
@@ -110,6 +110,8 @@ def _decide(config: TrainConfig, model_folder: Path, steps: Sequence[StepRows], 
     note = _limited(placer.parts(chosen), budget)
     if placer.auto:
         note += f"; topology.batch=auto chose {batch_overrides(chosen)}"
+    elif chosen.recompute != execution.recompute:
+        note += f"; training.recompute=auto chose {chosen.recompute}"
     return Preflight(chosen, Layout.of(shape, chosen, placer.first_trained).line, [note])
 
 

@@ -48,6 +48,8 @@ def step_cost(planner: MemoryPlanner, execution: Execution) -> StepCost:
         attention = attention_operations(planner, execution, [batch])
         forward, backward = (2 * shape.block_parameters * batch.tokens + each for each in attention)
         recomputed = trained.depth if execution.recompute == "blocks" or execution.placement == "stream" else 0
+        if execution.recompute == "cheap":  # the scores of attention, half of what it computes forward
+            operations += attention[0] / 2 * trained.depth
         operations += forward * (shape.blocks + recomputed) + backward * trained.depth
         # The low-rank path forward and back, or the gradients of the weights themselves.
         operations += (2 if planner.adapter.type == "full" else 6) * trained.parameters * batch.tokens

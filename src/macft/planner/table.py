@@ -149,7 +149,7 @@ def _show_placements(plan: RunPlan, console: Console) -> None:
 def _settings(node: NodePlan) -> str:
     execution = node.execution
     words = [f"micro-batch {execution.micro_batch_size or 'all'}"]
-    words += ["checkpointing"] if execution.recompute == "blocks" else []
+    words += [f"recompute {execution.recompute}"] if execution.recompute != "none" else []
     words += [f"chunks of {execution.loss_chunk}"] if execution.loss_chunk else []
     return ", ".join(words)
 

@@ -56,7 +56,7 @@ def traced(
     if execution.kernels != "mlx":
         return "training.kernels=cpu computes layer by layer"
     if execution.recompute != "none":
-        return "checkpointed blocks are computed twice"
+        return "parts of blocks are computed again in the backward pass"
     adapter_text = json.dumps(vars(adapter), sort_keys=True)
     loss_sizes = (int(logits), int(validation_logits))
     return _traced(json.dumps(config, sort_keys=True), execution, adapter_text, rows, length, loss_sizes)

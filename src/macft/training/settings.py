@@ -11,6 +11,7 @@ from macft.training.optimizer_table import OPTIMIZERS
 
 SYNCS = ("every_step", "diloco")
 KERNELS = ("auto", "mlx", "cpu")
+RECOMPUTE = ("auto", "none", "cheap", "blocks")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -57,8 +58,10 @@ class TrainingConfig:
     outer_momentum: float = 0.9
     # Clip the gradient to this global L2 norm, over all parameters and nodes; 0 turns clipping off.
     max_grad_norm: float = 1.0
-    # Recompute each block's activations in the backward pass: less memory, about a third more time.
-    grad_checkpoint: bool = False
+    # What the backward pass computes again instead of holding it. cheap: what lies between a block's matrix products
+    # and attention (with kernels=cpu nothing, they hold little). blocks: each block from its input, about a third more
+    # time. auto: none, or what the memory budget needs.
+    recompute: str = "auto"
     # Lay rows end to end instead of padding them, and compute what they begin with in common once: auto (where the
     # model can take it), true (or fail), false.
     packing: str = "auto"
@@ -109,6 +112,8 @@ def _training_problems(config: TrainingConfig) -> list[str]:
         lines.append(f"training.kernels: '{config.kernels}' is not one of {', '.join(KERNELS)}")
     if config.kernels == "cpu" and config.compile.lower() == "true":
         lines.append("training.kernels: cpu can't be compiled; use training.compile=auto, or training.kernels=mlx")
+    if config.recompute not in RECOMPUTE:
+        lines.append(f"training.recompute: '{config.recompute}' is not one of {', '.join(RECOMPUTE)}")
     if config.loss_chunk is not None and config.loss_chunk < 1:
         lines.append(f"training.loss_chunk: {config.loss_chunk} must be 1 or more, or null")
     if (config.steps is None) == (config.epochs is None):

@@ -1,7 +1,7 @@
 """A node's part of a step, block by block: all of its rows through a block before the next one is begun.
 
 Hidden states are kept at the borders of blocks, and the backward pass computes each block again from its input, as with
-``training.grad_checkpoint``. So a block's weights are needed twice a step, for the time of one block each. What is
+``training.recompute=blocks``. So a block's weights are needed twice a step, for the time of one block each. What is
 computed, and the order of the sums, are those of :class:`~macft.training.gradient.GradientComputer`.
 """
 

@@ -60,12 +60,12 @@ class MlxBackend:
 
     def _attention(self, model: nn.Module, original: ModuleCall) -> ModuleCall:
         """What stands in for mlx-lm's attention, ``original``."""
-        recomputes, attention = self._recomputes_attention(model), original
+        execution, recomputes, attention = self._execution, self._recomputes_attention(model), original
         if recomputes:
-            attention = attention_in_blocks(attention, lambda: bool(model.training))
-        if self._execution.packing:
+            attention = attention_in_blocks(attention, lambda: bool(model.training), execution.max_scores)
+        if execution.packing:
             attention = row_attention(attention)
-        return kept_attention(attention) if recomputes and self._execution.recompute == "cheap" else attention
+        return kept_attention(attention) if recomputes and execution.recompute == "cheap" else attention
 
     def lanes(self, model: nn.Module) -> Lanes:
         """See :class:`~macft.model.backends.base.Backend`."""

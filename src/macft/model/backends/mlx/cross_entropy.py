@@ -38,7 +38,7 @@ def fused_loss_and_gradient(logits: mx.array, targets: mx.array, weights: mx.arr
     return loss, _weighted_softmax(logits, totals[:, None], words, targets[:, None], weights[:, None])
 
 
-@mx.compile
+@partial(mx.compile, shapeless=True)
 def _weighted_softmax(
     logits: mx.array, totals: mx.array, words: mx.array, targets: mx.array, weights: mx.array
 ) -> mx.array:

@@ -53,8 +53,10 @@ def dora(layer: Any, x: mx.array, product: Callable[[Product], Product] = lambda
         result: mx.array = x @ layer._dequantized_weight().T + (layer.scale * low).astype(x.dtype)
         return result
 
-    output = product(adapted)(x, layer.lora_a, layer.lora_b)
+    output: mx.array = product(adapted)(x, layer.lora_a, layer.lora_b)
     weight = layer._dequantized_weight() + (layer.scale * layer.lora_b.T) @ layer.lora_a.T
     length = mx.stop_gradient(mx.linalg.norm(weight, axis=1))
     output = (layer.m / length).astype(x.dtype) * output
-    return output + layer.linear.bias if "bias" in layer.linear else output
+    if "bias" in layer.linear:
+        output = output + layer.linear.bias
+    return output

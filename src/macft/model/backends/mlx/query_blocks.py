@@ -17,17 +17,16 @@ import mlx.core as mx
 from macft.model.backends.operation import operation
 from macft.model.module_classes import ModuleCall
 
-_MOST_SCORES = 2**24
-"""Scores of all rows and heads that exist at once. MLX holds about five arrays of that size in the backward pass."""
 _FEWEST_QUERIES = 32
 _TILE = 128
 """MLX's fused gradient on CUDA takes multiples of so many queries (mlx 0.32)."""
 
 
-def attention_in_blocks(
-    original: ModuleCall, is_training: Callable[[], bool], most_scores: int = _MOST_SCORES
-) -> ModuleCall:
-    """Takes the place of mlx-lm's ``scaled_dot_product_attention``, ``original``, where the model trains."""
+def attention_in_blocks(original: ModuleCall, is_training: Callable[[], bool], most_scores: int) -> ModuleCall:
+    """Takes the place of mlx-lm's ``scaled_dot_product_attention``, ``original``, where the model trains.
+
+    ``most_scores`` of queries and keys, of all rows and heads, exist at once, but for those of 32 queries at least.
+    """
 
     def attention(
         queries: mx.array,

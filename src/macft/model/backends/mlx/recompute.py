@@ -23,7 +23,7 @@ from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
 
-from macft.model.backends.mlx.kept import kept, recorded, replayed
+from macft.model.backends.mlx.kept import Kept, kept, recorded, replayed
 from macft.model.backends.mlx.low_rank import KINDS, Product, dora
 from macft.model.backends.operation import operation
 from macft.model.backends.trees import holds_state, put_together, take_apart
@@ -67,6 +67,7 @@ def _recomputed(
     count = len(given)
     frame_of_result: Any = None
     results = 0
+    forms: list[tuple[Any, int]] = []
 
     def compute(*inputs: mx.array) -> list[mx.array]:
         nonlocal frame_of_result
@@ -74,17 +75,17 @@ def _recomputed(
         refs.put(inputs[count:])
         try:
             arguments, named = put_together(frame, inputs[:count])
-            frame_of_result, outputs = take_apart(call(block, *arguments, **named))
-            return outputs
+            frame_of_result, computed = take_apart(call(block, *arguments, **named))
+            return computed
         finally:
             refs.put(before)
 
     def forward(*inputs: mx.array) -> tuple[mx.array, ...]:
-        nonlocal results
+        nonlocal results, forms
         with recorded() as made:
             outputs = compute(*inputs)
-        results = len(outputs)
-        return (*outputs, *made)
+        results, forms = len(outputs), made.forms
+        return (*outputs, *made.arrays)
 
     def backward(
         inputs: Sequence[mx.array], grad_outputs: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
@@ -93,10 +94,16 @@ def _recomputed(
 
         def later(value: mx.array) -> mx.array:
             """By itself, so that what isn't needed is not held until then."""
-            return mx.depends([value], gradients)[0]
+            held: mx.array = mx.depends([value], gradients)[0]
+            return held
 
-        with replayed([later(value) for value in outputs[results:]]):
-            found: list[mx.array] = mx.vjp(compute, [later(value) for value in inputs], gradients)[1]
+        made = Kept([later(value) for value in outputs[results:]], forms)
+
+        def again(*inputs: mx.array) -> list[mx.array]:
+            with replayed(made):
+                return compute(*inputs)
+
+        found: list[mx.array] = mx.vjp(again, [later(value) for value in inputs], gradients)[1]
         return found
 
     outputs = operation(forward, backward)(*given, *refs.get())
@@ -136,17 +143,16 @@ def _kept(function: Product) -> Product:
 
 def _kept_call(
     call: ModuleCall, layer: nn.Module, refs: ParameterRefs, arguments: Sequence[Any], named: dict[str, Any]
-) -> mx.array:
+) -> Any:
     frame, given = take_apart((arguments, named))
     count = len(given)
 
-    def compute(*inputs: mx.array) -> mx.array:
+    def compute(*inputs: mx.array) -> Any:
         before = refs.get()
         refs.put(inputs[count:])
         try:
             arguments, named = put_together(frame, inputs[:count])
-            result: mx.array = call(layer, *arguments, **named)
-            return result
+            return call(layer, *arguments, **named)
         finally:
             refs.put(before)
 
@@ -161,17 +167,22 @@ def kept_attention(attention: ModuleCall) -> ModuleCall:
     """
 
     def call(
-        queries: mx.array, keys: mx.array, values: mx.array, cache: Any = None, mask: Any = None, **others: Any
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: Any = None,
+        scale: float = 1.0,
+        mask: Any = None,
+        **others: Any,
     ) -> mx.array:
         def compute(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-            result: mx.array = attention(queries, keys, values, cache=cache, mask=mask, **others)
+            result: mx.array = attention(queries, keys, values, cache=cache, scale=scale, mask=mask, **others)
             return result
 
         is_constant = not isinstance(mask, mx.array) or mask.dtype == mx.bool_
-        return (kept if is_constant and cache is None else _called)(compute, queries, keys, values)
+        if cache is not None or not is_constant:
+            return compute(queries, keys, values)
+        result: mx.array = kept(compute, queries, keys, values)
+        return result
 
     return call
-
-
-def _called(function: Product, *arrays: mx.array) -> mx.array:
-    return function(*arrays)
