@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -118,17 +119,21 @@ def test_stages_are_killed_one_after_the_other(tmp_path: Path, basics: list[str]
 
 @pytest.mark.slow
 def test_a_stage_is_killed_and_comes_back(tmp_path: Path, basics: list[str]) -> None:
-    more = [*basics, "training.steps=60", "training.eval_every=0"]
+    more = [*basics, "training.steps=5000", "training.eval_every=0", "training.save_every=0"]
     local = [*PIPELINE, "topology.nodes=2", "topology.restart=true", f"hydra.run.dir={tmp_path}"]
     process = start(*more, *local, cwd=tmp_path)
     wait_for_step(process, tmp_path, 5)
     ranks(process)[1].kill()
     wait_for_events(process, tmp_path, "nodes_changed", 2)
+    wait_for_step(process, tmp_path, len(losses(tmp_path)) + 3)
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    left, joined = (event["layout"] for event in events(tmp_path, "nodes_changed"))
+    assert process.returncode == 130, errors
+    left, joined = [event["layout"] for event in events(tmp_path, "nodes_changed")][:2]
     assert left == ""
     assert joined == "rank 0: blocks 0-2 > rank 1: blocks 3-5"
+    (ended,) = events(tmp_path, "run_ended")
+    assert ended["reason"] == "interrupted"
     assert len(set(adapter_digests(tmp_path))) == 1
 
 
