@@ -1,121 +1,147 @@
-"""Coverage-guided fuzzing of what a neighbour can send: the header's reader, and what takes in a frame.
+"""Malformed frames for every port that macft opens, while the work that the port is for goes on.
 
-    pip install atheris
-    python benchmarks/fuzz_wire.py -max_total_time=120            (any option of libFuzzer)
+    python benchmarks/fuzz_wire.py --frames 1000000 --write
+    python benchmarks/fuzz_wire.py --frames 20000 --surface membership --mode plain --seed 7 --first-batch 12
 
-Whatever comes must be taken in or end with ProtocolError: no other exception, no write beyond the array, no header that
-would be packed otherwise than it came. A failure is printed with its input, and kept as ``crash-...``.
+Each port is opened in a process of its own (`harness/fuzz/targets.py`), which does its work all along: rings add up
+known numbers, ranks meet at the rendezvous, a machine with the right code is let into the cluster, a link is measured.
+Frames are made from valid ones (`harness/fuzz/mutations.py`): bits flipped, cut off, lengths and msgpack fields set to
+other values, arrays nested a thousand times, parts in another order, sent again. They arrive over ZeroMQ, with the key
+of a machine that takes part where the port is encrypted, and as bytes over TCP; other connections are opened, say a
+byte now and then and never go on.
+
+After each batch the work must have gone on, with right results. At the end the process must not have more memory,
+threads or descriptors than after the first twentieth of the frames. All frames follow from --seed: a failure names its
+batch, and --first-batch repeats it. The exit status is 1 if a port has not stood the attack. --write writes the table
+to fuzz_wire.md.
 """
 
 from __future__ import annotations
 
-import contextlib
-import socket
+import argparse
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import atheris
+from harness.fuzz.attack import Attack, Broken, Result, difference
 
-with atheris.instrument_imports(include=["macft.collective"]):
-    from macft.collective.buffers import fuse
-    from macft.collective.stream import StreamIn, new_buffer
-    from macft.collective.transfer import BlobTransfer, GatherReduce, Reduction, Transfer
-    from macft.collective.wire import Frame, Header, Kind, pack, unpack
-
-import numpy as np
-
-from macft.errors import ProtocolError
-
-RANKS, RANK, PIECE_BYTES = 3, 1, 4096
-LONGEST_BODY = 1 << 16
-
-
-def transfers() -> list[Transfer]:
-    """One call of each sort, as rank 1 of 3 begins it."""
-    large, _ = fuse([np.ones(5_000, np.float32)])
-    small, _ = fuse([np.ones(100, np.float64)])
-    return [
-        Reduction(Header(Kind.PIECE, 0, RANK, sequence=1), large, RANKS, PIECE_BYTES),
-        GatherReduce(Header(Kind.EXCHANGE, 0, RANK, sequence=1), small, RANKS),
-        BlobTransfer(Header(Kind.GATHER, 0, RANK, sequence=1), b"own", RANKS, range(RANKS), PIECE_BYTES),
-        BlobTransfer(Header(Kind.BROADCAST, 0, RANK, sequence=1), b"", RANKS, [0], PIECE_BYTES),
-    ]
-
-
-def take(data: bytes) -> None:
-    """``data``: which call, and how: headers, each after a byte with its length, or the bytes of a stream."""
-    transfer = transfers()[data[0] % 4]
-    take_stream(transfer, data[1:]) if data[0] & 128 else take_headers(transfer, data[1:])
-    assert isinstance(transfer.incomplete, bool)
-    assert 0 <= transfer.next_source < RANKS
-
-
-def take_headers(transfer: Transfer, rest: bytes) -> None:
-    """Frames whose bodies are as long as they say."""
-    while rest:
-        header, rest = rest[1 : 1 + rest[0]], rest[1 + rest[0] :]
-        with complaint():
-            read = unpack(header, "a neighbour")
-            assert unpack(pack(read), "a neighbour") == read
-            if read.kind == transfer.call.kind and read.length <= LONGEST_BODY:
-                transfer.receive(Frame(read, bytes(read.length)))
+SHARES = {
+    ("ring", "plain"): 0.28,
+    ("ring", "encrypted"): 0.15,
+    ("membership", "plain"): 0.18,
+    ("membership", "encrypted"): 0.1,
+    ("join", "plain"): 0.05,
+    ("join", "encrypted"): 0.03,
+    ("stream", "plain"): 0.05,
+    ("stream", "encrypted"): 0.05,
+    ("announcement", "plain"): 0.048,
+    ("health", "plain"): 0.02,
+    ("rendezvous", "plain"): 0.02,
+    ("rendezvous", "encrypted"): 0.01,
+    ("link probe", "plain"): 0.01,
+    ("pairing", "plain"): 0.002,
+}
+"""The part of the frames that each port gets: few where a frame takes long, or ends what the port is for."""
+_MAX_BYTES_A_FRAME = 20.0
+_MAX_BYTES = 8_000_000
+"""What memory may grow by is the larger of these two."""
+PORTS = {
+    "ring": "a rank's port for its left neighbour (ZeroMQ)",
+    "stream": "the port of a stream, until its neighbour has connected (TCP)",
+    "membership": "heartbeats and votes (ZeroMQ)",
+    "join": "requests to join, at the same port",
+    "rendezvous": "where the ranks of a run meet (ZeroMQ)",
+    "pairing": "`cluster init` (TCP, encrypted by the code)",
+    "link probe": "measuring a link (TCP)",
+    "health": "reports with `collective=mlx` (TCP)",
+    "announcement": "`cluster init` by mDNS (UDP)",
+}
+HEADER = [
+    "| port | mode | frames | connections | checks | longest check, s | noted | memory, MB | bytes a frame | threads "
+    "| open files |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+]
 
 
-def take_stream(transfer: Transfer, data: bytes) -> None:
-    """Frames as a stream has them, received where the call wants them."""
-
-    def buffer_for(header: Header) -> memoryview | None:
-        same = header.kind == transfer.call.kind and header.total == transfer.call.total
-        return transfer.buffer_for(header, in_place=True) if same else new_buffer(header)
-
-    def next_frame() -> Frame | None:
-        try:
-            return stream.read(lambda packed: unpack(packed, "a neighbour"), buffer_for)
-        except ValueError as error:  # a stream's own; anywhere else it would be a fault
-            raise ProtocolError(str(error)) from None
-
-    near, far = socket.socketpair()
-    with near, far, complaint():
-        near.sendall(data)
-        stream = StreamIn(far, PIECE_BYTES, None)
-        while (frame := next_frame()) is not None:
-            if frame[0].kind == transfer.call.kind:
-                transfer.receive(frame)
+def row(result: Result) -> str:
+    """The table's line."""
+    before, after = result.before, result.after
+    assert before is not None
+    assert after is not None
+    return (
+        f"| {result.surface} | {result.mode} | {result.frames:,} | {result.connections:,} | {result.checks} | "
+        f"{result.longest:.1f} | {result.wrong or 'all right'} | {before.rss / 1e6:.1f} to {after.rss / 1e6:.1f} | "
+        f"{(after.rss - before.rss) / max(1, result.frames):.1f} | {before.threads} to {after.threads} | "
+        f"{before.descriptors} to {after.descriptors} |"
+    )
 
 
-@contextlib.contextmanager
-def complaint() -> Iterator[None]:
-    """What is refused is refused in one short line."""
-    text = "none"
-    try:
-        yield
-    except ProtocolError as error:
-        text = str(error)
-    assert len(text.splitlines()) == 1
-    assert len(text) < 500
-
-
-def seeds() -> list[bytes]:
-    """Good frames of each call, from which the fuzzer starts."""
+def grown(result: Result) -> str:
+    """What the process has more of than before; empty if nothing."""
+    more = difference(result)
     found = []
-    for number, transfer in enumerate(transfers()):
-        frames = [(header._replace(sender=0), body) for header, body in list(transfer.outgoing)[:2]]
-        headers = [pack(header) for header, _ in frames or [(transfer.call, b"")]]
-        found.append(bytes([number]) + b"".join(bytes([len(header)]) + header for header in headers))
-        found.append(bytes([number | 128]) + b"".join(pack(header) + bytes(body) for header, body in frames))
-    return found
+    if more.rss > max(_MAX_BYTES, _MAX_BYTES_A_FRAME * result.frames):
+        found.append(f"{more.rss / 1e6:.0f} MB of memory")
+    if more.threads > 0:
+        found.append(f"{more.threads} threads")
+    if more.descriptors > 0:
+        found.append(f"{more.descriptors} open files")
+    return ", ".join(found)
 
 
-def main() -> None:
-    corpus = Path(tempfile.mkdtemp(prefix="fuzz-wire-"))
-    for number, seed in enumerate(seeds()):
-        take(seed)
-        (corpus / f"seed-{number}").write_bytes(seed)
-    atheris.Setup([*sys.argv, "-max_len=10000", str(corpus)], lambda data: take(data) if data else None)
-    atheris.Fuzz()
+def attack(surface: str, mode: str, *, frames: int, seed: int, first_batch: int = 0) -> Result:
+    """Attacks one port.
+
+    Raises:
+        Broken: it has not stood the attack, or has grown; says which, with the seed and the batch.
+    """
+    result = Attack(surface, mode, str(seed)).run(frames, first_batch=first_batch)
+    if more := grown(result):
+        raise Broken(f"{surface}, {mode}, seed {seed}: after {result.frames} frames it has {more} more than before")
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=20_000, help="of all ports together, or of one (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--surface", choices=sorted(PORTS), help="one port only")
+    parser.add_argument("--mode", choices=("plain", "encrypted"))
+    parser.add_argument("--first-batch", type=int, default=0)
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    chosen = {
+        (surface, mode): 1.0 if options.surface else share
+        for (surface, mode), share in SHARES.items()
+        if options.surface in (None, surface) and options.mode in (None, mode)
+    }
+    lines, broken, total = [], 0, 0
+    print("\n".join(HEADER), flush=True)
+    for (surface, mode), share in chosen.items():
+        frames = max(100, round(options.frames * share))
+        try:
+            result = attack(surface, mode, frames=frames, seed=options.seed, first_batch=options.first_batch)
+        except Broken as error:
+            broken += 1
+            line = f"| {surface} | {mode} | broken: {error} |"
+        else:
+            total += result.frames
+            line = row(result)
+        lines.append(line)
+        print(line, flush=True)
+    print(f"{total:,} frames, {broken} of {len(chosen)} ports broken")
+    if options.write:
+        write(lines, total, options.seed)
+    return 1 if broken else 0
+
+
+def write(lines: list[str], total: int, seed: int) -> None:
+    """Replaces the table of fuzz_wire.md."""
+    path = Path(__file__).with_suffix(".md")
+    text = path.read_text()
+    before, after = text.split("<!-- table -->")[0], text.split("<!-- end of table -->")[1]
+    table = "\n".join([f"{total:,} frames, seed {seed}.", "", *HEADER, *lines])
+    path.write_text(f"{before}<!-- table -->\n\n{table}\n\n<!-- end of table -->{after}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

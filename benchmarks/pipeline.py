@@ -4,9 +4,10 @@
     python benchmarks/pipeline.py --link 1gbit       # each stage in a network namespace, on Linux as root
     python benchmarks/pipeline.py --link 100mbit
 
-SmolLM2-135M in float32, LoRA on all blocks, blocks recomputed by both. One node and the pipeline take turns, with the
-same micro-batches, and medians are compared. With m micro-batches p stages can reach m / (m + p - 1) of the speed of p
-nodes; the goal is 0.9 of that. Streams are encrypted. The default cut weighs the head as three blocks.
+SmolLM2-135M in float32, LoRA on all blocks, blocks recomputed by both, or with --keep by none. One node and the
+pipeline take turns, with the same micro-batches, and medians are compared. With m micro-batches p stages can reach
+m / (m + p - 1) of the speed of p nodes; the goal is 0.9 of that. Streams are encrypted. The default cut weighs the head
+as three blocks.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=1, help="rows in a micro-batch")
     parser.add_argument("--stages", default="17,13", help="blocks of each stage")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--keep", action="store_true", help="nothing is computed again; with --kernels mlx")
     parser.add_argument("--link", help="speed of each stage's network card, such as 1gbit")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -124,12 +127,12 @@ def compute_stage(arguments: argparse.Namespace) -> None:
     addresses = [place for place, _ in met]
     with ExitStack() as stack:
         ring = stack.enter_context(Ring(arguments.rank, STAGES, addresses, listener, ring_id="benchmark"))
-        together = prepared(stack, Path(folder), arguments.kernels, ring, StageLayout((stages,)))
-        alone = prepared(stack, Path(folder), arguments.kernels, Solo(), whole) if arguments.rank == 0 else None
+        together = prepared(stack, Path(folder), arguments, ring, StageLayout((stages,)))
+        alone = prepared(stack, Path(folder), arguments, Solo(), whole) if arguments.rank == 0 else None
         figures: dict[str, list[float]] = {"alone": [], "together": [], "cpu": [], "wait": [], "wire": []}
         for step in range(arguments.steps + 1):
             ring.barrier()
-            by_one = timed(lambda: alone(step, batches) if alone is not None else None)[0]  # noqa: B023
+            by_one = timed(lambda: computed(alone(step, batches)) if alone is not None else None)[0]  # noqa: B023
             ring.barrier()
 
             def both(step: int = step) -> LocalGradient:
@@ -148,6 +151,12 @@ def compute_stage(arguments: argparse.Namespace) -> None:
         ring.barrier()
 
 
+def computed(local: LocalGradient) -> LocalGradient:
+    """``local``, once MLX has it."""
+    mx.eval(local.gradient, local.losses)
+    return local
+
+
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds that ``call`` takes, and what it returns."""
     started = time.perf_counter()
@@ -155,12 +164,17 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def prepared(stack: ExitStack, folder: Path, kernels: str, collective: Collective, layout: StageLayout) -> StepGradient:
+def prepared(
+    stack: ExitStack, folder: Path, arguments: argparse.Namespace, collective: Collective, layout: StageLayout
+) -> StepGradient:
     """What computes this rank's stage of the model in ``folder``."""
-    device = Device.default()
+    device, kernels, blocks = Device.default(), arguments.kernels, layout.blocks_of(collective.rank)
     execution = resolve(
         FLOAT32, read_weight_format(folder), device, kernels=kernels, compile="false", can_pack=False, packing="false"
-    ).pipelined(layout.blocks)
+    )
+    if layout.has_stages or not arguments.keep:
+        execution = execution.pipelined(layout.blocks, tuple(blocks))
+        execution = replace(execution, activation_capacity=STAGES * layout.blocks if arguments.keep else 0)
     loaded = load(FLOAT32, folder, execution)
     adaptation = adapt(loaded.model, AdapterConfig(), seed=0, streamed=loaded.streamed)
     backend = make_backend(execution)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from macft.device.chips import find_macs
 from macft.device.kind import METAL
@@ -57,7 +57,7 @@ def inputs(model: str, macs: str, rows: int, length: int) -> tuple[list[Node], M
         Node(mac.name, mac.chip.tflops * 1e12 * MAC_EFFICIENCY, BUDGET * mac.usable_bytes, mac.chip.disk * 1e9)
         for mac in find_macs(macs.split(","))
     ]
-    return nodes, model_cost(planner), step_work(planner, None)
+    return nodes, model_cost(planner), replace(step_work(planner, None), recompute="always")
 
 
 def in_proportion(blocks: int, shares: Sequence[float]) -> list[int]:

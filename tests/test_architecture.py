@@ -36,6 +36,8 @@ ORDER = (
     "training",
     "thermal",
     "evaluation",
+    "generation",
+    "serving",
     "inspection",
     "config",
     "planner",
@@ -62,6 +64,7 @@ COMMANDS = {
     "monitor",
     "plan",
     "push",
+    "serve",
     "train",
 }
 

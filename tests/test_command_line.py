@@ -42,7 +42,6 @@ MISTAKES = [
     ("optimizer.schedule=cosin", "did you mean 'cosine'?"),
     ("training.batch_size=0", "training.batch_size: 0 must be 1 or more"),
     ("training.micro_batch_size=0", "training.micro_batch_size: 0 must be 1 or more"),
-    ("training.epochs=2", "training.steps and training.epochs: give exactly one"),
     ("training.steps=null", "training.steps and training.epochs: give exactly one"),
     ("training.export=newest", "training.export: 'newest' is not best or last"),
     ("training.patience=3 training.eval_every=0", "training.patience: early stopping needs validations"),
@@ -114,6 +113,46 @@ def test_a_mistake_ends_the_command_with_status_2(tmp_path: Path, mistake: str) 
 def test_a_model_or_dataset_may_be_an_option_an_id_or_a_path(override: str, expected: list[str]) -> None:
     argv = prepare([RECIPE, override]).argv
     assert set(expected) <= set(argv)
+
+
+@pytest.mark.parametrize(
+    ("typed", "steps", "epochs"),
+    [
+        (["training.epochs=3"], None, 3.0),
+        (["training.steps=50"], 50, None),
+        (["training.epochs=3", "training.steps=null"], None, 3.0),
+    ],
+)
+def test_what_is_typed_wins_over_the_recipes_other_measure(
+    typed: list[str], steps: int | None, epochs: float | None
+) -> None:
+    job = prepare([RECIPE, *typed]).job
+    assert job is not None
+    assert (job.training.steps, job.training.epochs) == (steps, epochs)
+
+
+def test_steps_and_epochs_typed_together_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"training\.steps and training\.epochs: give exactly one"):
+        prepare([RECIPE, "training.epochs=3", "training.steps=5"])
+
+
+def test_flags_of_mlx_lm_are_answered_with_their_translation() -> None:
+    with pytest.raises(ConfigError) as caught:
+        prepare([RECIPE, "--iters", "600", "--learning-rate=1e-4", "--model", "me/mine", "--data", "--steps-per-eval"])
+    assert str(caught.value).splitlines() == [
+        "--iters: overrides are written key=value: training.steps=600",
+        "--learning-rate: overrides are written key=value: optimizer.learning_rate=1e-4",
+        "--model: overrides are written key=value: model=me/mine",
+        "--data: overrides are written key=value: dataset.path=VALUE",
+        "--steps-per-eval: overrides are written key=value: training.eval_every=VALUE",
+    ]
+
+
+def test_without_arguments_there_is_help_and_no_run(tmp_path: Path) -> None:
+    done = train(cwd=tmp_path)
+    assert (done.status, done.errors) == (0, "")
+    assert "+recipe=" in done.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_recipe_needs_no_plus() -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from macft.device import disk_speed
 from macft.diagnostics import LEVELS, machine, network, software
 from macft.diagnostics.shareable import without_names
 from macft.doctor import find_model, main
@@ -163,6 +164,34 @@ def test_memory_and_disk_thresholds(tmp_path: Path) -> None:
     assert levels == ["problem", "warning", "ok"]
 
 
+def test_the_disks_speed_is_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / name)
+    assert disk_speed.stored() is None
+    assert disk_speed.disk_speed().source in ("table", "assumed")
+    measured = disk_speed.measure(size=(1 << 20) + 5)
+    assert measured > 0
+    assert disk_speed.disk_speed() == disk_speed.DiskSpeed(measured, "measured")
+    assert [path.name for path in (tmp_path / "macft").iterdir()] == ["disk-speed.json"]
+    for content in (
+        "",
+        "[]",
+        '{"bytes_per_second": "x"}',
+        '{"bytes_per_second": -1}',
+        "{}",
+        '{"bytes_per_second": 1e999}',
+    ):
+        (tmp_path / "macft" / "disk-speed.json").write_text(content)
+        assert disk_speed.stored() is None
+    finding = machine.disk_reads()
+    assert "GB/s" in finding.text
+    assert finding.level in ("ok", "warning")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda _: tmp_path / "file")
+    refused = machine.disk_reads()
+    assert refused.level == "warning"
+    assert refused.text.startswith("not measured: ")
+
+
 def test_linux_links_from_sysfs(tmp_path: Path) -> None:
     for name, files in {
         "eth0": {"type": "1\n", "speed": "2500\n"},
@@ -245,7 +274,7 @@ def test_the_command_reports_this_machine(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     report = json.loads(done.stdout)
     topics = {finding["topic"] for finding in report["findings"]}
-    assert {"packages", "BLAS", "memory", "disk", "thermal", "links", "ports", "keys", "model"} <= topics
+    assert {"packages", "BLAS", "memory", "disk", "disk speed", "thermal", "links", "ports", "keys", "model"} <= topics
     assert all(finding["level"] in LEVELS for finding in report["findings"])
     assert all(finding["mend"] for finding in report["findings"] if finding["level"] != "ok")
     assert done.returncode == int(any(finding["level"] == "problem" for finding in report["findings"]))

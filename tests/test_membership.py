@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 
 import msgpack
 import numpy as np
@@ -221,6 +222,7 @@ votes = st.builds(Vote, ballots, views)
         st.none() | votes,
         st.none() | ballots,
         st.none() | votes,
+        st.integers(0, 1 << 40),
     )
 )
 def test_a_heartbeat_comes_back_as_it_was(heartbeat: Heartbeat) -> None:
@@ -238,10 +240,35 @@ parts = st.recursive(
 @pytest.mark.slow
 @given(
     st.binary(max_size=300)
-    | st.lists(parts, max_size=10).map(lambda rest: msgpack.packb([heartbeat_codec.run_mark(b"s"), *rest]))
+    | st.lists(parts, max_size=10)
+    .map(msgpack.packb)
+    .map(lambda data: heartbeat_codec._authentication(data, b"s") + data)
 )
 def test_anything_else_is_ignored(data: bytes) -> None:
     assert heartbeat_codec.decode_heartbeat(data, b"s") is None
+
+
+def test_a_recorded_heartbeat_changes_nothing_as_it_was_or_changed(nodes: list[Node]) -> None:
+    """Without encryption others on the network read heartbeats. A node that has ended must not seem to live on."""
+    recorded = nodes[0].membership._paxos.heartbeat(0.0)
+    data = heartbeat_codec.encode_heartbeat(recorded, b"secret of this run")
+    nodes[0].close()
+    waiting = [node.thread.submit(node.ring.barrier) for node in nodes[1:]]
+    for call in waiting:
+        with pytest.raises(MembershipChanged):
+            call.result(30)
+    now = 1e9
+    paxos = nodes[1].membership._paxos
+    before = dict(paxos._last_heard)
+    for place in range(len(data)):
+        changed = bytearray(data)
+        changed[place] ^= 1
+        assert heartbeat_codec.decode_heartbeat(bytes(changed), b"secret of this run") is None
+    earlier = heartbeat_codec.decode_heartbeat(data, b"secret of this run")
+    assert earlier is not None
+    newest = paxos._heartbeats[earlier.sender.id].number
+    paxos.receive(replace(earlier, number=newest), now)
+    assert paxos._last_heard == before
 
 
 def test_views_and_reasons_are_logged(nodes: list[Node], caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ from macft.data.batch import PAD_TO, collate, micro_batches
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.parallel.shares import assign
+from macft.training.settings import TrainingConfig, steps_for
 
 ORDERS = st.tuples(st.lists(st.integers(1, 30), min_size=1, max_size=3), st.integers(1, 12), st.integers(0, 99))
 
@@ -166,6 +167,13 @@ def test_batch_size_cuts_the_same_stream_elsewhere() -> None:
         return np.concatenate([order.rows(step) for step in range(60 // batch_size)]).tolist()
 
     assert stream(1) == stream(4) == stream(15) == stream(60)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "epochs", "steps"), [(10, 4, 1, 3), (12, 4, 1, 3), (10, 3, 3, 10), (8, 4, 0.1, 1), (7, 7, 2, 2)]
+)
+def test_an_epoch_sees_every_row(rows: int, batch: int, epochs: float, steps: int) -> None:
+    assert steps_for(TrainingConfig(epochs=epochs), rows / batch) == steps
 
 
 def test_epochs_are_counted_in_batches() -> None:

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.rings import local_listeners, run_ranks
+from macft.collective.ring import Ring
 from macft.errors import ConfigError
+from macft.model.adapter_settings import AdapterConfig
+from macft.model.execution import Execution
+from macft.model.shape import read_shape
+from macft.parallel.stage_layout import StageLayout
 from macft.planner.cluster_model import Alone, ModelCost, Node, NodeLink, RingLinks, StageCost, StepWork, clock_of
+from macft.planner.fit import MemoryPlanner
+from macft.planner.node_report import from_payload, gather_reports, layout_for, own_report, to_payload
 from macft.planner.partition import LayoutDecision, choose_layout, compare
 from macft.planner.pipeline_search import PipelineSearch
 from macft.planner.pipeline_simulator import simulate
+from macft.planner.placement import Placer
 from macft.planner.stage_costs import StageTables
+from macft.planner.workload import unlike_rows
 from placement import LLAMA_70B, UNEQUAL, cuts, inputs
 
 GIGABIT = NodeLink(117e6, 150e-6)
@@ -37,6 +49,7 @@ def model(blocks: int = 6, first_trained: int = 0, **changes: float) -> ModelCos
         loss_bytes=2.0,
         loss_most=1e9,
         state=20.0,
+        update=0.0,
         exchanged=values.pop("exchanged", 0.0),
         first_trained=first_trained,
         **values,
@@ -271,3 +284,54 @@ def test_slow_links_lengthen_a_step_by_what_waits_for_them() -> None:
     assert mixed.between(2, 1) == NodeLink(5.0, 0.1)
     assert mixed.all_reduce(100.0, 1) == 0.0
     assert np.isclose(mixed.all_reduce(15.0, 3), 4 * (0.1 + 15.0 / 3 / 5.0))
+
+
+def test_nodes_report_themselves_and_every_rank_gets_the_same_layout() -> None:
+    """Over a ring: from each node's report to the layout that rank 0 sends."""
+    own = [Node("a", 2.0, 700.0, 9.0, (Alone(3.0, 0.5, True),)), Node("b", 1.0, 600.0, 9.0)]
+    costs, work = model(), StepWork(16.0, 4, 4.0, recompute="always")
+
+    def agree(ring: Ring) -> tuple[list[Node], StageLayout]:
+        found = gather_reports(ring, own[ring.rank])
+        links = RingLinks.of_one_kind(GIGABIT, len(found))
+        decision = choose_layout(found, links, costs, work, wanted="pipeline") if ring.rank == 0 else None
+        sent = json.dumps(decision.layout.to_data()).encode() if decision else b""
+        return found, StageLayout.from_data(json.loads(ring.broadcast(sent)))
+
+    first, second = run_ranks(local_listeners(2), agree)
+    assert first == second
+    assert first[0] == own
+    assert first[1].place_of(1) is not None
+
+
+@settings(deadline=None)
+@given(payload=st.binary(max_size=40) | st.recursive(st.none() | st.floats() | st.text(max_size=3), st.lists).map(
+    lambda value: json.dumps(value).encode()))  # fmt: skip
+def test_any_report_is_survived(payload: bytes) -> None:
+    node = from_payload(payload)
+    assert node is None or node.memory > 0
+
+
+def test_a_runs_layout_follows_from_reports_and_the_memory_planner(bundled_model: Path) -> None:
+    shape = read_shape(bundled_model)
+    execution = Execution(device="cpu", kernels="mlx", dtype="float32", max_logits=2**21)
+    planner = MemoryPlanner(shape, execution, AdapterConfig(), "adamw", [unlike_rows(8, 257, 64)], validation_rows=0)
+    placer = Placer(planner, 0.4e9, "replicate", "auto", auto=False)
+    node = own_report("this", placer, processes=2)
+    assert node.alone == ()  # the weights alone are 0.54 GB
+    assert node.speed > 0
+    decision = layout_for([node, replace(node, speed=2 * node.speed)], planner, wanted="auto", micro_batch_size=1)
+    assert decision.placement == "pipeline"
+    sizes = {stage.rank: len(stage.blocks) for stage in decision.layout.pipelines[0]}
+    assert sizes[1] > sizes[0]
+    assert decision.micro_batches == (8,)
+    for rank in (0, 1):
+        choice = decision.choice_of(rank)
+        assert choice is not None
+        assert choice.recompute
+        assert choice.memory is not None
+        assert choice.memory.peak <= 0.4e9
+    whole = own_report("this", replace(placer, budget=64e9))
+    (way,) = whole.alone
+    assert not way.streams
+    assert from_payload(to_payload(whole)) == whole

@@ -90,7 +90,9 @@ def computed(
     places.agree()
     execution = execution_with(kernels, packing=packing, dropout=adapter.dropout > 0)
     execution = replace(execution, dtype=model.precision, activation_capacity=100 if keep else 0)
-    execution = (replace(execution, pack_tokens=40) if execution.packing else execution).pipelined(capacity)
+    execution = (replace(execution, pack_tokens=40) if execution.packing else execution).pipelined(
+        capacity, tuple(layout.blocks_of(collective.rank))
+    )
     shard = places.shard([1.0] * collective.world_size)
     mine = rows_of_shard(shard, [row.tokens for row in rows()], shared=execution.shared_prefixes)
     found = []

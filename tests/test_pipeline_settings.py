@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import combinations, pairwise
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from harness.families import configuration
 from macft.config.execution import execution_for
@@ -14,7 +19,7 @@ from macft.model.adapter_settings import AdapterConfig
 from macft.model.execution import WeightFormat, resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import shape_of
-from macft.parallel.stage_layout import even_layout
+from macft.parallel.stage_layout import balanced_layout, even_layout
 from macft.planner.fit import MemoryPlanner
 from macft.planner.stages import StagePlanner, check_layout, decide_layout
 from macft.planner.workload import unlike_rows
@@ -36,7 +41,7 @@ def config_of(**topology: object) -> TrainConfig:
             {"nodes": 4, "pipelines": 3},
             "topology.pipelines: 3 pipelines of 4 nodes; each needs two or more, so use 1 to 2",
         ),
-        ({"pipelines": 0}, "topology.pipelines: 0 pipelines of 2 nodes"),
+        ({"pipelines": 0}, "topology.pipelines: 0 must be 1 or more"),
         ({"stages": [6]}, "topology.stages: [6] has 1 numbers, and there are 2 nodes"),
         ({"stages": [6, "x"]}, "topology.stages: [6, 'x'] is neither auto nor a list of numbers of blocks"),
         ({"stages": [6, 0]}, "topology.stages: [6, 0] is neither auto nor a list of numbers of blocks"),
@@ -105,11 +110,40 @@ def test_there_are_sixteen_micro_batches_unless_told_otherwise() -> None:
 def test_layouts(topology: dict[str, object], world_size: int, shown: str) -> None:
     settings = config_of(**topology).topology
     check_layout(settings, 7, world_size)
-    assert str(decide_layout(settings, 7, world_size)) == shown
+    assert str(decide_layout(settings, [1.0] * 7, world_size)) == shown
+
+
+def test_blocks_are_cut_by_what_they_cost() -> None:
+    """Sixteen of 32 blocks are trained, and cost twice or three times as much as the others."""
+
+    def counts(costs: Sequence[float], world_size: int) -> list[int]:
+        layout = decide_layout(config_of().topology, costs, world_size)
+        return [len(stage.blocks) for stage in layout.pipelines[0]]
+
+    assert counts([1.0] * 16 + [2.0] * 16, 2) == [20, 12]
+    assert counts([1.0] * 16 + [3.0] * 15 + [6.0], 2) == [22, 10]
+    assert counts([1.0] * 16 + [3.0] * 16, 4) == [12, 8, 6, 6]  # no more than one and a half times an even share
+    assert counts([1.0] * 31 + [50.0], 2) == [24, 8]
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=9), st.integers(1, 4), st.integers(1, 9))
+def test_no_cut_is_better(costs: list[int], stages: int, most: int) -> None:
+    stages = min(stages, len(costs))
+    most = max(most, -(-len(costs) // stages))
+
+    def worst(inner: Sequence[int]) -> int:
+        ends = [0, *inner, len(costs)]
+        pairs = list(pairwise(ends))
+        return max(sum(costs[first:end]) if end - first <= most else 10**6 for first, end in pairs)
+
+    (pipeline,) = balanced_layout(costs, range(stages), most).pipelines
+    assert [stage.rank for stage in pipeline] == list(range(stages))
+    best = min(worst(inner) for inner in combinations(range(1, len(costs)), stages - 1))
+    assert worst([stage.first for stage in pipeline[1:]]) == best
 
 
 def test_more_ranks_than_blocks_have_joined() -> None:
-    layout = decide_layout(config_of().topology, 2, 4)
+    layout = decide_layout(config_of().topology, [1.0] * 2, 4)
     assert layout.place_of(2) is layout.place_of(3) is None
 
 
@@ -140,14 +174,14 @@ def test_a_stage_keeps_what_fits() -> None:
     roomy = stages(1e12).decide()
     assert (roomy.block_capacity, roomy.resident_blocks) == (8, (0, 1, 2, 3))
     assert roomy.activation_capacity >= 4 * 2  # blocks of two micro-batches
-    all_blocks = stages(0).parts(8).peak
-    tight = stages(all_blocks).decide()
-    assert tight.block_capacity == 8
+    own = stages(0).parts(4).peak
+    tight = stages(own).decide()
+    assert (tight.block_capacity, tight.resident_blocks) == (4, (0, 1, 2, 3))
     assert tight.activation_capacity == 0
-    assert stages(0).predicted(roomy).peak > stages(0).predicted(tight).peak == all_blocks
-    two = stages(stages(0).parts(2).peak, rank=1).decide()
-    assert two.block_capacity >= 2
-    assert set(two.resident_blocks) < {4, 5, 6, 7}
+    assert stages(0).predicted(roomy).peak > stages(0).predicted(tight).peak == own
+    two = stages(stages(0).parts(2).peak).decide()
+    assert two.block_capacity == 2
+    assert two.resident_blocks == (1, 3)
     assert stages(0, wanted=1).decide().block_capacity == 1
     with pytest.raises(ConfigError, match="even with its blocks read from disk a stage would need about"):
         stages(0).decide()

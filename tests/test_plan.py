@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -16,18 +17,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_map
+from rich.console import Console
 
 from harness.families import configuration, new_model
 from harness.runs import environment, events, train, write_jsonl
 from harness.tiny_model import TINY_CONFIG, make_tiny_model
 from helpers.computing import gradient_computer
 from helpers.models import FAMILIES, MAMBA, SMALL, make_from, make_model
+from macft.config.command_line import prepare
 from macft.config.execution import execution_for
 from macft.config.schema import TrainConfig
 from macft.data.batch import Batch, collate, micro_batches, pack, pad_pack_to_bucket, pad_to_bucket
 from macft.data.formats import Row
 from macft.data.order import RowOrder
-from macft.device.chips import find_mac, known_chips
+from macft.device.chips import chip_of_brand, find_mac, find_macs, known_chips
 from macft.device.kind import METAL, Device
 from macft.errors import ConfigError, ModelError
 from macft.model.adapt import adapt
@@ -37,12 +40,14 @@ from macft.model.execution import Execution, WeightFormat, resolve
 from macft.model.load import load
 from macft.model.settings import ModelConfig
 from macft.model.shape import ModelShape, read_shape, shape_of
+from macft.network.link_kinds import LINK_KINDS, find_links
 from macft.parallel.shares import DataShard, rows_of_shard
 from macft.planner.fit import MemoryPlanner, batch_overrides
 from macft.planner.memory import ComputeShape, predict, trained_part
 from macft.planner.preflight import step_of_shard
-from macft.planner.run_plan import known_models
+from macft.planner.run_plan import RunPlan, known_models, plan_run
 from macft.planner.speed import step_cost
+from macft.planner.table import show
 from macft.planner.workload import DeviceBatchShape, StepRows, steps_of, unlike_rows
 from macft.topology.settings import parse_budget
 from macft.training.batch_layout import BatchLayout
@@ -50,6 +55,7 @@ from macft.training.targets import target_positions
 
 FLOAT32 = WeightFormat("float32")
 CPU = Device("cpu", openblas=True)
+LLAMA_70B = "mlx-community/Meta-Llama-3.1-70B-Instruct-4bit"
 LLAMA_8B = "mlx-community/Meta-Llama-3.1-8B-Instruct-4bit"
 # The logits, which take most of the memory, are those of a model's whole vocabulary.
 WIDE_CONFIG = {**TINY_CONFIG, "vocab_size": 49152}
@@ -358,6 +364,84 @@ def test_the_command_plans_for_macs_one_does_not_own(bundled_model: Path) -> Non
     assert "M4 Max 64GB" in done.stdout
     assert "tokens/s" in done.stdout
     assert bundled_model.exists()
+
+
+UNEQUAL = ["+recipe=llama-lora", f"model={LLAMA_70B}", "training.batch_size=16", "training.packing=false"]
+
+
+def plan_for(macs: list[str], *words: str) -> RunPlan:
+    config = prepare([*UNEQUAL, f"plan.chips={macs}", *words]).job
+    assert config is not None
+    return plan_run(config)
+
+
+@pytest.mark.slow
+def test_a_plan_can_be_read_at_80_columns(bundled_model: Path) -> None:
+    """Every number is whole, of a model that no Mac holds, cut over four unequal ones."""
+    assert bundled_model.exists()
+    plan = plan_for(["M2 Max 32GB", "M4 Pro 24GB", "M1 Max 32GB", "M2 Pro 16GB"], "plan.link=thunderbolt4")
+    text = io.StringIO()
+    show(plan, Console(file=text, width=80, highlight=False))
+    assert all(len(line.rstrip()) <= 80 for line in text.getvalue().splitlines())
+    assert "\u2026" not in text.getvalue()
+    pipeline = plan.placements["pipeline"]
+    for stages, choices in zip(pipeline.layout.pipelines, pipeline.choices, strict=True):
+        for stage, choice in zip(stages, choices, strict=True):
+            node = plan.nodes[stage.rank]
+            peak = choice.memory.peak if choice.memory else node.parts.peak
+            assert f" {stage.first}-{stage.end - 1} " in text.getvalue()
+            assert f" {peak / 1e9:.2f} " in text.getvalue()
+            assert peak <= node.budget
+    for decision in plan.placements.values():
+        assert f" {decision.seconds:.2f} " in text.getvalue()
+    assert "Thunderbolt 4 (plan.link)" in text.getvalue()
+
+
+@pytest.mark.slow
+def test_a_slower_link_makes_a_step_longer_and_more_macs_make_it_shorter(bundled_model: Path) -> None:
+    assert bundled_model.exists()
+    fast = plan_for(["2x M2 Max 32GB"], "plan.link=thunderbolt5")
+    slow = plan_for(["2x M2 Max 32GB"], "plan.link=[wifi,wifi]")
+    assert [node.name for node in fast.nodes] == ["M2 Max 32GB #1", "M2 Max 32GB #2"]
+    for kind, decision in fast.placements.items():
+        assert decision.seconds < slow.placements[kind].seconds
+    assert fast.chosen is not None
+    alone = plan_for(["M2 Max 32GB"])
+    assert alone.chosen == "stream"
+    assert any("would hold the model in memory, as a pipeline" in line for line in alone.advice)
+    assert alone.placements["stream"].seconds > fast.placements["stream"].seconds
+
+
+@pytest.mark.slow
+def test_settings_that_no_pipeline_is_for_have_none(bundled_model: Path) -> None:
+    assert bundled_model.exists()
+    assert "pipeline" not in plan_for(["2x M2 Max 32GB"], "training.sync=diloco", "training.inner_steps=16").placements
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--link", "carrier pigeon"], "plan.link: 'carrier pigeon' is not one of wifi, ethernet"),
+        (["--link", "0MB"], "plan.link: '0MB' is not one of"),
+        (["--link", "wifi,wifi,wifi", "--chips", "M1,M2"], "plan.link: 3 links for 2 Macs"),
+        (["--chips", "99x M1"], "plan.chips: '99x M1': plan for 1 to 64 Macs in all"),
+        (["--chips", "0x M1"], "plan.chips: '0x M1': plan for 1 to 64 Macs in all"),
+    ],
+)
+@pytest.mark.slow
+def test_wrong_links_and_counts_are_one_line(words: list[str], message: str) -> None:
+    wrong = planned("+recipe=llama-lora", *words)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith(f"error: {message}")
+    assert len(wrong.stderr.splitlines()) == 1
+
+
+def test_links_have_names_or_a_speed() -> None:
+    assert find_links("thunderbolt4") == [LINK_KINDS["thunderbolt4"]]
+    assert [link.bandwidth for link in find_links(["1.5GB", "20 MB/s"])] == [1.5e9, 2e7]
+    assert find_macs(["2x M2 Max 32GB", "M1 8GB"]) == [*[find_mac("M2 Max 32GB")] * 2, find_mac("M1 8GB")]
+    assert chip_of_brand("Apple M2 Max") is known_chips()["M2 Max"]
+    assert chip_of_brand("Intel(R) Xeon(R)") is None
 
 
 @pytest.mark.slow

@@ -270,7 +270,7 @@ def test_a_run_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 
 
 def test_events_come_back_from_the_file_as_they_were(tmp_path: Path) -> None:
-    energy = Energy([1.0, None], 1.0, 0.5, 2.0, 3.0, 0.1, 0.2, "EUR", 5.0, True)
+    energy = Energy([1.0, None], 1.0, 0.5, None, 2.0, 3.0, 0.1, 0.2, "EUR", 5.0, True)
     node = NodeStatus(tokens=4, temperature=61.5, state=1, messages=2)
     told: list[Event] = []
 

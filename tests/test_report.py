@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -184,6 +185,18 @@ def test_a_terminal_gets_panels_and_a_live_bar_and_is_left_in_order(
     # What a model answers can't steer the terminal, nor is it taken for rich's markup.
     assert "\x07" not in text
     assert "✗ �[31mred� [bold]herring" in text
+
+
+def test_a_terminal_of_20_columns_shows_every_result(tmp_path: Path) -> None:
+    file = io.StringIO()
+    console = ConsoleReporter(every=1, console=Console(file=file, width=20, highlight=False, force_terminal=True))
+    for event in (started(tmp_path), step(1), ended(tmp_path)):
+        console.handle(event)
+    console.close()
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).splitlines()]
+    words = " ".join(lines)
+    for part in ("validation loss 3.500 → 1.250", "speed", "tokens/s", "adapter lora rank 8"):
+        assert part in words
 
 
 # TensorBoard

@@ -117,8 +117,9 @@ def test_one_of_two_that_stream_is_killed(tmp_path: Path, basics: list[str]) -> 
 
 
 @pytest.mark.slow
-def test_auto_streams_what_does_not_fit(tmp_path: Path) -> None:
-    """The predicted memory is that of the blocks in memory, and what was used is within 20% of it."""
+@pytest.mark.parametrize("words", [["training.kernels=mlx", "training.packing=false"], ["training.kernels=cpu"]])
+def test_auto_streams_what_does_not_fit(tmp_path: Path, words: list[str]) -> None:
+    """The predicted memory is that of the blocks in memory. What is used is within 15% of it, and of the budget."""
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 24}
     wide = build("llama", tmp_path / "wide", tie_word_embeddings=True, **sizes)
     (tmp_path / "data").mkdir()
@@ -126,12 +127,11 @@ def test_auto_streams_what_does_not_fit(tmp_path: Path) -> None:
     for split in ("train", "valid"):
         (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     words = [
+        *words,
         f"model={wide}",
         f"dataset={tmp_path / 'data'}",
         "training.batch_size=4",
         "training.steps=2",
-        "training.kernels=mlx",
-        "training.packing=false",
         "optimizer.warmup_steps=0",
         "topology.memory_budget=60MB",
     ]
@@ -140,7 +140,8 @@ def test_auto_streams_what_does_not_fit(tmp_path: Path) -> None:
     assert "blocks stay in memory, the others are read from disk" in begun["layout"]
     predicted = float(next(note for note in begun["notes"] if note.startswith("memory: about")).split()[2])
     used = json.loads((run / "summary.json").read_text())["peak_memory_bytes"]
-    assert used == pytest.approx(predicted * 1e9, rel=0.2)
+    assert used == pytest.approx(predicted * 1e9, rel=0.15)
+    assert used <= 1.15 * 60e6
 
 
 @pytest.mark.slow

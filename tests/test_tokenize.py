@@ -27,7 +27,7 @@ from macft.data.settings import DatasetConfig
 from macft.data.template import template_tokens
 from macft.data.tokenize import common_prefix, prompt_tokens, text_tokens, tokenize
 from macft.errors import DataError
-from macft.evaluation.chat import Chat, Sampling
+from macft.evaluation.chat import Chat, ModelAnswers, Sampling
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_a_chat_begins_as_the_rows_did(begun: tuple[Any, Any], template: bool) -
     _, tokenizer = begun
     expected = prompt_tokens({"prompt": "Hi.", "completion": ""}, tokenizer) if template else tokenizer.encode("Hi.")
     for text in ("Hi.",) if template else ("Hi.", "<|endoftext|>Hi."):
-        chat = Chat(*begun, Sampling(max_tokens=1), template=template)
+        chat = Chat(ModelAnswers(*begun, Sampling(max_tokens=1)), begun[1], template=template)
         assert len(list(chat.say(text))) == 1
         assert chat.speed is not None
         assert chat.speed.prompt_tokens == len(expected)

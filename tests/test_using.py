@@ -24,11 +24,11 @@ import macft.fuse
 import macft.generate
 import macft.run.tuned_model
 from harness.runs import Finished, environment, events, train, uneven_dataset
+from helpers.models import random_adapter
 from macft import adapter as adapter_command
 from macft.errors import ConfigError, DataError, MacftError, ModelError
-from macft.evaluation.chat import Chat, Sampling
-from macft.model.adapt import adapt
-from macft.model.adapter_files import read_tensors, save_adapter
+from macft.evaluation.chat import Chat, ModelAnswers, Sampling
+from macft.model.adapter_files import read_tensors
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.attach import attach
 from macft.model.peft import export_peft, import_peft
@@ -145,7 +145,7 @@ def test_a_chat_remembers_until_it_is_told_to_begin_anew(run: Path, tuned: tuple
 
 
 def test_an_answer_cut_short_leaves_the_conversation_whole(tuned: tuple[nn.Module, Any]) -> None:
-    chat = Chat(*tuned, Sampling(max_tokens=12), system_prompt="Be brief.")
+    chat = Chat(ModelAnswers(*tuned, Sampling(max_tokens=12)), tuned[1], system_prompt="Be brief.")
     parts = chat.say("river stone")
     heard = next(parts) + next(parts) + next(parts)
     parts.close()
@@ -283,18 +283,6 @@ def test_an_exported_adapter_comes_back_and_answers_the_same(
     expected = mlx_lm_answer(*tuned, [{"role": "user", "content": "Repeat: red"}], 6)
     macft.generate.main(["--adapter-path", str(tmp_path / "back"), "-p", "Repeat: red", "-m", "6"])
     assert capsys.readouterr().out == expected + "\n"
-
-
-def random_adapter(folder: Path, base: Path, config: AdapterConfig) -> nn.Module:
-    """Saves a random adapter of the model in ``base``; returns the model with it."""
-    model = mlx_lm_load(str(base))[0]
-    settings = adapt(model, config, seed=1).mlx_lm_config
-    model.update(
-        nn.utils.tree_map(lambda value: value + 0.1 * mx.random.normal(value.shape), model.trainable_parameters())
-    )
-    save_adapter(folder, model, settings, model_name=str(base))
-    model.eval()
-    return model
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

@@ -11,7 +11,7 @@ import contextlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from macft.data.tokenize import prompt_tokens
 from macft.errors import ConfigError
 from macft.evaluation.answers import score_answers
 from macft.evaluation.batched import greedy_answers
-from macft.evaluation.chat import Chat, Sampling
+from macft.evaluation.chat import Chat, ModelAnswers, Sampling
 from macft.evaluation.metrics import metric
 from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_files import load_adapter_weights, save_adapter
@@ -382,12 +382,18 @@ def check_generate(case: Case) -> str:
     if found != expected:
         raise Failed(f"in a batch: the answers are {found}, not {expected}")
     scored = score_answers(
-        model, tokenizer, records, metric("exact_match"), Solo(), max_tokens=ANSWER_TOKENS, progress=lambda *_: None
+        partial(greedy_answers, model, tokenizer),
+        tokenizer,
+        records,
+        metric("exact_match"),
+        Solo(),
+        max_tokens=ANSWER_TOKENS,
+        progress=lambda *_: None,
     )
     if [answer.strip() for answer in scored.answers] != [tokenizer.decode(tokens).strip() for tokens in expected]:
         raise Failed(f"scored: the answers are {scored.answers}")
     for prompt, tokens in zip(prompts, expected, strict=True):
-        said = "".join(Chat(model, tokenizer, Sampling(max_tokens=ANSWER_TOKENS)).say(prompt))
+        said = "".join(Chat(ModelAnswers(model, tokenizer, Sampling(max_tokens=ANSWER_TOKENS)), tokenizer).say(prompt))
         in_pieces = tokenizer.detokenizer
         for token in tokens:
             in_pieces.add_token(token)

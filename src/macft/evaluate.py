@@ -6,20 +6,31 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from macft.api.evaluation import Evaluation, evaluate_found
+from macft.api.evaluation import Evaluation, Progress, Results, evaluate_found
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.data.sources import SPLITS
 from macft.device.durable import write_atomically
 from macft.errors import ConfigError
 from macft.evaluation.metrics import METRICS
+from macft.launch.cluster_command import add_cluster_arguments, leading_rank, spread_model, topology_of
 from macft.run.tuned_model import TunedModel, add_model_arguments
+from macft.topology.settings import TopologyConfig
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from macft.evaluation.compare import Asked, Result
+
+_TOGETHER = 32
+"""Most answers at the same time on a cluster."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,10 +42,11 @@ def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise ConfigError(f"--json: the folder {arguments.json.parent} does not exist")
+    tuned, topology = TunedModel.from_arguments(arguments), topology_of(arguments)
     console = Console(highlight=False)
     with console.status("") as status:
         evaluation = evaluate_found(
-            TunedModel.from_arguments(arguments),
+            tuned,
             dataset=arguments.dataset,
             split=arguments.split,
             rows=arguments.rows,
@@ -42,10 +54,28 @@ def main(argv: Sequence[str]) -> None:
             max_tokens=arguments.max_tokens,
             mask_prompt=arguments.mask_prompt,
             progress=lambda what, done, total: status.update(f"{what}: {done}/{total}"),
+            compare=None if topology is None else partial(_compare_spread, topology),
         )
     _show(evaluation, console)
     if arguments.json is not None:
         _write(arguments.json, evaluation.as_dict())
+
+
+def _compare_spread(
+    topology: TopologyConfig, tuned: TunedModel, tokenizer: TokenizerWrapper, asked: Asked, progress: Progress
+) -> Results:
+    """The results of both models on the machines of ``topology``."""
+    from macft.run.cluster_answers import ClusterAnswers, evaluate_spread
+
+    def measure(which: str, *, is_tuned: bool) -> Result:
+        spread = spread_model(tuned, is_tuned=is_tuned)
+        answers = ClusterAnswers(rank, spread, together=_TOGETHER, tell=lambda line: print(line, file=sys.stderr))
+        result = evaluate_spread(answers, asked, lambda what, *counts: progress(f"{which}, {what}", *counts))
+        answers.close()
+        return result
+
+    with leading_rank(topology, tokenizer) as rank:
+        return measure("base", is_tuned=False), measure("tuned", is_tuned=True)
 
 
 def _show(evaluation: Evaluation, console: Console) -> None:
@@ -91,6 +121,7 @@ def _write(path: Path, report: dict[str, Any]) -> None:
 def _parser() -> Parser:
     parser = command_parser("evaluate", epilog="Shows loss, perplexity and the dataset's metric of both models.")
     add_model_arguments(parser)
+    add_cluster_arguments(parser)
     parser.add_argument("--dataset", help="evaluate on this instead of the run's: a folder, a file or a hub id")
     parser.add_argument("--split", choices=SPLITS, help="default: test, else valid, else train, whichever has rows")
     parser.add_argument(

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 from macft.api.loaded_model import load_found
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.errors import ConfigError
+from macft.launch.cluster_command import add_cluster_arguments, leading_rank, spread_model, topology_of
 from macft.run.tuned_model import TunedModel, add_model_arguments
+from macft.topology.settings import TopologyConfig
 
 if TYPE_CHECKING:
-    from macft.evaluation.chat import Chat
+    from macft.evaluation.chat import Chat, Sampling
 
 _HELP = "q ends the chat, r starts a new one, h shows this; Ctrl-C stops an answer"
 
@@ -37,18 +40,55 @@ def main(argv: Sequence[str]) -> None:
     sampling = {field.name: getattr(arguments, field.name) for field in fields(Sampling)}
     if problems := Sampling(**sampling).problems():
         raise ConfigError("\n".join(problems))
-    with load_found(tuned, tuned=not arguments.base) as model:
-        chat = model.chat(
-            system_prompt=arguments.system_prompt,
-            template=not arguments.ignore_chat_template,
-            seed=arguments.seed,
-            stop_tokens=tuple(arguments.extra_eos_token),
-            **sampling,
-        )
+    topology = topology_of(arguments)
+    chosen = Sampling(**sampling)
+    with _here(tuned, arguments, chosen) if topology is None else _spread(tuned, arguments, chosen, topology) as chat:
         if prompt is not None:
             _answer(chat, prompt, verbose=arguments.verbose)
         else:
             _converse(chat, verbose=arguments.verbose)
+
+
+@contextmanager
+def _here(tuned: TunedModel, arguments: argparse.Namespace, sampling: Sampling) -> Iterator[Chat]:
+    """A conversation with the model in this process."""
+    with load_found(tuned, tuned=not arguments.base) as model:
+        yield model.chat(
+            system_prompt=arguments.system_prompt,
+            template=not arguments.ignore_chat_template,
+            seed=arguments.seed,
+            stop_tokens=tuple(arguments.extra_eos_token),
+            **asdict(sampling),
+        )
+
+
+@contextmanager
+def _spread(
+    tuned: TunedModel, arguments: argparse.Namespace, sampling: Sampling, topology: TopologyConfig
+) -> Iterator[Chat]:
+    """A conversation with the model on the machines of ``topology``."""
+    from macft.device.mlx_device import prepare_device
+    from macft.evaluation.chat import Chat
+    from macft.run.cluster_answers import ClusterAnswers, ClusterConversation
+
+    def tell(line: str) -> None:
+        if arguments.verbose:
+            print(line, file=sys.stderr, flush=True)
+
+    prepare_device()
+    with leading_rank(topology) as rank:
+        spread = spread_model(tuned, is_tuned=not arguments.base)
+        answers = ClusterAnswers(rank, spread, together=1, remembered=1, tell=tell)
+        for token in arguments.extra_eos_token:
+            answers.tokenizer.add_eos_token(token)
+        source = ClusterConversation(answers, sampling, arguments.seed)
+        yield Chat(
+            source,
+            answers.tokenizer,
+            system_prompt=arguments.system_prompt,
+            template=not arguments.ignore_chat_template,
+        )
+        answers.close()
 
 
 def _converse(chat: Chat, *, verbose: bool) -> None:
@@ -97,6 +137,7 @@ def _answer(chat: Chat, text: str, *, verbose: bool) -> None:
 def _parser() -> Parser:
     parser = command_parser("generate", epilog=f"The answer goes to standard output. In a chat: {_HELP}.")
     add_model_arguments(parser)
+    add_cluster_arguments(parser)
     parser.add_argument("--prompt", "-p", help="answer this and exit; - reads it from standard input")
     parser.add_argument("--base", action="store_true", help="use the base model without the adapter, to compare")
     parser.add_argument("--system-prompt", help="the system message of the conversation")

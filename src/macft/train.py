@@ -28,7 +28,7 @@ from macft.run.claim import Claim, after_interrupt, claim, claim_sweep
 
 
 def main(argv: Sequence[str]) -> None:
-    """Checks the command line, claims a folder, lets Hydra compose each job, and trains.
+    """Checks the command line, claims a folder, lets Hydra compose each job, and trains. Without arguments: the help.
 
     Raises:
         ConfigError: the command line is wrong, or its folder can't be used; no job has started.
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
         print(__version__)
         return
     OmegaConf.register_new_resolver("program", lambda: program_name("train"), replace=True)  # for the help text
-    command = prepare(list(argv))
+    command = prepare(list(argv) or ["--help"])
     output, job, resume = command.output, command.job, command.resume is not None
     if output is None or job is None:
         _call_hydra(command.argv, lambda _: None)

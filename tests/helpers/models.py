@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm import load
 
 from macft.data.formats import Row
+from macft.model.adapt import adapt
+from macft.model.adapter_files import save_adapter
+from macft.model.adapter_settings import AdapterConfig
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -97,3 +102,15 @@ def assert_same_gradient(gradient: dict[str, mx.array], expected: dict[str, mx.a
     assert gradient.keys() == expected.keys()
     for name, value in gradient.items():
         np.testing.assert_allclose(np.array(value), np.array(expected[name]), rtol=rtol, atol=rtol * largest)
+
+
+def random_adapter(folder: Path, base: Path, config: AdapterConfig) -> nn.Module:
+    """Saves a random adapter of the model in ``base``; returns the model with it."""
+    model = load(str(base))[0]
+    settings = adapt(model, config, seed=1).mlx_lm_config
+    model.update(
+        nn.utils.tree_map(lambda value: value + 0.1 * mx.random.normal(value.shape), model.trainable_parameters())
+    )
+    save_adapter(folder, model, settings, model_name=str(base))
+    model.eval()
+    return model

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from macft.data.checks import check_rows
 from macft.data.load import Sources, sample_rows, tokenize_split
@@ -21,10 +21,16 @@ from macft.run.tuned_model import TunedModel
 from macft.training.settings import TrainingConfig
 
 if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
     from macft.data.formats import Record
-    from macft.evaluation.compare import Result
+    from macft.evaluation.compare import Asked, Result
 
 Progress = Callable[[str, int, int], None]
+Results: TypeAlias = "tuple[Result, Result]"
+"""Of the base model and of the tuned one."""
+Compare: TypeAlias = "Callable[[TunedModel, TokenizerWrapper, Asked, Progress], Results]"
+"""Computes both results."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,7 @@ def evaluate_found(
     max_tokens: int | None = None,
     mask_prompt: bool | None = None,
     progress: Progress | None = None,
+    compare: Compare | None = None,
 ) -> Evaluation:
     """Compares the model that was ``found`` with its base model.
 
@@ -99,6 +106,7 @@ def evaluate_found(
         max_tokens: Of an answer; None: the run's.
         mask_prompt: Whether the loss is that of the answers only; None: as in the run.
         progress: Called with what is computed, and how many of how many rows are done.
+        compare: Computes both results; None: in this process.
 
     Raises:
         MacftError: an argument can't be right, or the model, the adapter or the dataset can't be read.
@@ -115,8 +123,7 @@ def evaluate_found(
     split = _split(sources, split, wanted)
 
     from macft.device.mlx_device import prepare_device
-    from macft.evaluation.compare import evaluate
-    from macft.model.attach import attach
+    from macft.evaluation.compare import Asked
     from macft.model.load import load_tokenizer
     from macft.model.resolve import resolve
     from macft.model.vocabulary import vocabulary_of
@@ -133,30 +140,28 @@ def evaluate_found(
         {split: data}, tokenizer, vocabulary=vocabulary_of(folder), max_seq_length=wanted.max_seq_length
     )
     prepare_device()
-    loaded = found.load(tuned=False, tokenizer=tokenizer)
     chosen = sample_rows(len(data.rows), rows, seed)
     records = [data.records[i] for i in chosen]
-
-    def measure(which: str) -> Result:
-        return evaluate(
-            loaded,
-            [data.rows[i] for i in chosen],
-            records,
-            judge,
-            max_tokens=max_tokens or training.metric_max_tokens,
-            progress=lambda what, done, total: progress(f"{which}, {what}", done, total) if progress else None,
-        )
-
-    base = measure("base")
-    if found.adapter is not None:
-        attach(loaded.model, found.adapter)
-    else:
-        loaded = found.load(tokenizer=tokenizer)
-    tuned = measure("tuned")
+    asked = Asked([data.rows[i] for i in chosen], records, judge, max_tokens or training.metric_max_tokens)
+    base, tuned = (compare or compare_here)(found, tokenizer, asked, progress or (lambda *_: None))
     where = wanted.path or ", ".join(source.path for source in wanted.sources)
     adapter = found.adapter or found.whole
     assert adapter is not None
     return Evaluation(found.model.path, adapter, where, split, wanted.metric, records, base, tuned, notes)
+
+
+def compare_here(found: TunedModel, tokenizer: TokenizerWrapper, asked: Asked, progress: Progress) -> Results:
+    """The results of the base model and of the tuned one, in this process."""
+    from macft.evaluation.compare import evaluate
+    from macft.model.attach import attach
+
+    loaded = found.load(tuned=False, tokenizer=tokenizer)
+    base = evaluate(loaded, asked, lambda what, *counts: progress(f"base, {what}", *counts))
+    if found.adapter is not None:
+        attach(loaded.model, found.adapter)
+    else:
+        loaded = found.load(tokenizer=tokenizer)
+    return base, evaluate(loaded, asked, lambda what, *counts: progress(f"tuned, {what}", *counts))
 
 
 def _dataset(

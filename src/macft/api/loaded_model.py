@@ -73,7 +73,7 @@ class Model:
         """
         import mlx.core as mx
 
-        from macft.evaluation.chat import Chat, Sampling
+        from macft.evaluation.chat import Chat, ModelAnswers, Sampling
 
         try:
             chosen = Sampling(**sampling)
@@ -88,7 +88,8 @@ class Model:
             mx.random.seed(seed)
         for token in stop_tokens:
             self.tokenizer.add_eos_token(token)
-        return Chat(self.model, self.tokenizer, chosen, system_prompt=system_prompt, template=template)
+        source = ModelAnswers(self.model, self.tokenizer, chosen)
+        return Chat(source, self.tokenizer, system_prompt=system_prompt, template=template)
 
     def close(self) -> None:
         """Takes macft's operations off the model. Safe to call twice."""

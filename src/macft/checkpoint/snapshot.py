@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import mlx.optimizers as optim
 import msgpack
 from mlx.utils import tree_flatten, tree_unflatten
 
+from macft.checkpoint.tensors import pack_tensors, unpack_tensors
 from macft.errors import CheckpointError
 
 log = logging.getLogger("macft.checkpoint")
@@ -159,17 +159,3 @@ def restore_adapter(snapshot: Snapshot, model: nn.Module) -> None:
 def digest(model: nn.Module) -> bytes:
     """SHA-256 of the trainable parameters' names and bits: equal on two ranks only if their adapters are identical."""
     return hashlib.sha256(pack_tensors(model.trainable_parameters())).digest()
-
-
-def pack_tensors(tree: object) -> bytes:
-    """A tree of arrays as safetensors, sorted by name."""
-    buffer = io.BytesIO()
-    mx.save_safetensors(buffer, dict(sorted(tree_flatten(tree))))
-    return buffer.getvalue()
-
-
-def unpack_tensors(data: bytes) -> dict[str, mx.array]:
-    """The inverse of :func:`pack_tensors`: arrays by dotted name."""
-    arrays = mx.load(io.BytesIO(data), format="safetensors")
-    assert isinstance(arrays, dict)
-    return arrays

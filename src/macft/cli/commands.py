@@ -13,6 +13,7 @@ COMMANDS = {
     "plan": "predict memory and time of a run, without starting it",
     "monitor": "show a run live",
     "generate": "ask the tuned model a question, or chat with it",
+    "serve": "answer programs over HTTP, as OpenAI's API does",
     "evaluate": "compare the base model with the tuned one on held-out rows",
     "fuse": "merge the adapter into its base model, for other programs",
     "push": "put an adapter on the Hugging Face Hub, with a model card",

@@ -1,1 +1,1 @@
-"""Operations that all ranks of a run carry out together: summing, sharing and gathering."""
+"""Operations that all ranks of a run carry out together: summing, sharing, gathering; and messages between two."""

@@ -22,6 +22,7 @@ from macft.errors import CollectiveError
 _MAX_BYTES = 4096
 _MAX_TEXT = 400
 _ANSWER_SECONDS = 1.0
+_RETRY_SECONDS = 0.01
 
 
 @dataclass
@@ -57,12 +58,14 @@ class HealthServer:
         self.secret = ""
         """The run's secret. Never sent; only its hash is, to identify ranks of the same run."""
         self._read = read
+        self._is_closed = False
         self._thread = threading.Thread(target=self._serve, name="health", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Frees the port. Safe to call twice."""
-        if self._server.fileno() >= 0:
+        if not self._is_closed:
+            self._is_closed = True
             # Closing alone does not wake the thread on every system.
             with contextlib.suppress(OSError):  # macOS: "not connected"; there closing does wake it
                 self._server.shutdown(socket.SHUT_RDWR)
@@ -73,8 +76,11 @@ class HealthServer:
         while True:
             try:
                 connection, _ = self._server.accept()
-            except OSError:
-                return
+            except OSError:  # the other side has gone already, or there are too many open files; or this is closed
+                if self._is_closed:
+                    return
+                time.sleep(_RETRY_SECONDS)
+                continue
             with connection:
                 try:
                     connection.settimeout(_ANSWER_SECONDS)

@@ -15,6 +15,8 @@ from macft.collective.stream import BufferFor
 from macft.collective.wire import CALL_NAMES, Cause, Frame, Header, Kind
 from macft.errors import ProtocolError
 
+_MOST_OF_STRANGERS = 1_000
+
 Ready: TypeAlias = dict[zmq.Socket[bytes] | int, int]
 """Sockets with events: ZeroMQ's sockets, and the descriptors of others."""
 
@@ -24,12 +26,14 @@ class Incoming:
 
     Attributes:
         progress: A number that grows whenever data of a stream arrives, also part of a frame.
+        is_flooded: Whether strangers have sent more messages than are dropped at a time.
     """
 
     def __init__(
         self, ring: RingIdentity, paths: list[RecvPath], handshake: Handshake, departure: Departure, ending: Ending
     ):
         self.progress = 0
+        self.is_flooded = False
         self._ring, self._paths, self._handshake = ring, paths, handshake
         self._departure, self._ending = departure, ending
 
@@ -45,13 +49,19 @@ class Incoming:
             path.sock in ready or any(sock.fileno() in ready for sock in path.data_sockets) for path in self._paths
         )
 
-    def read(self, ready: Ready, call: object, buffer_for: BufferFor) -> Frame | None:
-        """Reads one message, or what the streams have; returns a data frame, if that is one."""
+    def read(self, ready: Ready, call: object, buffer_for: BufferFor) -> tuple[bool, Frame | None]:
+        """Reads one message, or what the streams have.
+
+        Returns:
+            Whether the left neighbour has sent anything, and the data frame, if it is one. Messages of strangers are
+            dropped, up to ``_MOST_OF_STRANGERS``: they must not keep the neighbour's, or its end, from being seen.
+        """
         for path in self._paths:
-            if path.sock in ready:
+            if path.sock in ready and (parts := self._next_of_neighbour(path)):
                 self._move_to_end(path)
-                return self._read_message(path, call)
-        return self.read_streams(call, buffer_for)
+                return True, self._read_message(path, parts, call)
+        has_data = any(sock.fileno() in ready for path in self._paths for sock in path.data_sockets)
+        return has_data, self.read_streams(call, buffer_for) if has_data else None
 
     def read_streams(self, call: object, buffer_for: BufferFor, *, blocking: bool = False) -> Frame | None:
         """The next frame that a stream has."""
@@ -92,11 +102,20 @@ class Incoming:
                 self._end_path(path, path.goodbye[0], call)
             path.failed = path.failed or (ended_at is not None and ended_at < deadline)
 
-    def _read_message(self, path: RecvPath, call: object) -> Frame | None:
-        parts = path.sock.recv_multipart(zmq.NOBLOCK, copy=False)
-        if parts[0].bytes != path.peer:
+    def _next_of_neighbour(self, path: RecvPath) -> list[zmq.Frame]:
+        """The neighbour's next message; empty if there is none. Those of others are answered, or dropped."""
+        for _ in range(_MOST_OF_STRANGERS):
+            try:
+                parts = path.sock.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return []
+            if parts[0].bytes == path.peer:
+                return parts
             self._handshake.answer(path, parts[0].bytes, parts[1])
-            return None
+        self.is_flooded = True
+        return []
+
+    def _read_message(self, path: RecvPath, parts: list[zmq.Frame], call: object) -> Frame | None:
         left = self._ring.left
         header = self._ending.unpack(parts[1].buffer, left)
         if header.kind == Kind.GOODBYE:

@@ -166,7 +166,11 @@ class Links:
         right_has_sent = self._read_right_sockets(ready, call)
         self._sent += self.sender.flush()
         if left and self._incoming.is_ready(ready):
-            return self._incoming.read(ready, call, buffer_for)
+            has_sent, frame = self._incoming.read(ready, call, buffer_for)
+            if self._incoming.is_flooded:
+                self._incoming.is_flooded, self._poll_zmq_at = False, 0.0
+            if has_sent:
+                return frame
         is_quiet = not self._read_monitors(ready)
         deadline = time.monotonic() - _REASON_SECONDS
         self.sender.lose_broken(deadline)

@@ -21,6 +21,7 @@ from macft.collective.wire import Frame, Header, Kind, pack, split_address
 WINDOW = 32
 """Most frames that a rank may have sent over a path without a credit from its neighbour."""
 _INITIAL_RATE = 1e9
+_MOST_EVENTS = 1_000
 _MEASURED_BYTES, _MEASURED_SECONDS = 256 * 1024, 0.02
 _NEWEST_WEIGHT = 0.3
 """Weight of the newest measurement in the running average of a path's speed."""
@@ -207,14 +208,17 @@ class RecvPath:
             self._port = None
 
     def read_monitor(self) -> None:
-        """Reads one connection event of the ROUTER's monitor."""
-        event = recv_monitor_message(self.monitor)
-        number = int(event["value"])
-        if event["event"] == zmq.EVENT_ACCEPTED:
-            self._accepted.add(number)
-        else:
-            self._accepted.discard(number)
-            self.failed = self.failed or number == self._descriptor
+        """Reads the connection events of the ROUTER's monitor that have come, up to ``_MOST_EVENTS``; never waits."""
+        for _ in range(_MOST_EVENTS):
+            if not self.monitor.poll(0):
+                return
+            event = recv_monitor_message(self.monitor)
+            number = int(event["value"])
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                self._accepted.add(number)
+            else:
+                self._accepted.discard(number)
+                self.failed = self.failed or number == self._descriptor
 
     def send_credit(self, generation: int, rank: int) -> None:
         """Acknowledges all frames received since the last credit."""

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from macft.cli.shell import command
 from macft.config.composing import hydra_at, typed
-from macft.config.nearest import schema_keys, unknown_key
+from macft.config.nearest import KNOWN_ELSEWHERE, schema_keys, unknown_key
 from macft.config.overrides import override, quoted, unescaped
 from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig, register_schema
@@ -33,6 +33,7 @@ from macft.errors import ConfigError
 
 _FREE_FORM = ("dataset.columns", "optimizer.arguments")
 """Users add keys of their own below these, without Hydra's ``+``."""
+_GROUPS_OF_FLAGS = ("model", "dataset", "optimizer", "seed")
 _FOLDERS = ("resume", "hydra.run.dir", "hydra.sweep.dir")
 _PATHS = (*_FOLDERS, "model", "model.path", "dataset", "dataset.path", "adapter.init_from", "topology.join")
 """Keys whose value may be a path: as a user's shell completes it, without the quotes of Hydra's grammar."""
@@ -109,6 +110,7 @@ def prepare(argv: list[str]) -> CommandLine:
     own = [_folder_of("--config-dir", arguments.config_dir)] if arguments.config_dir else []
     folders = [primary, *own, *searched]
     rest = [text for item in others for text in _expand(item, folders, resuming=resume is not None)]
+    rest += _steps_or_epochs(others)
     _check_keys(_parse(rest), folders)
     if resume is not None:
         flags += ["--config-path", str(resume), "--config-name", "config"]
@@ -134,7 +136,28 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         raise ConfigError(f"{message}; `python -m macft.train --help` shows what there is")
 
     parser.error = error  # type: ignore[method-assign]
+    _refuse_flags_of_others(argv)
     return parser.parse_intermixed_args(argv)
+
+
+def _refuse_flags_of_others(argv: list[str]) -> None:
+    """Translates the flags of mlx_lm.lora and of other trainers.
+
+    Raises:
+        ConfigError: there are some; one line for each, with the override that does the same.
+    """
+    lines = []
+    for place, word in enumerate(argv):
+        name, equals, value = word.removeprefix("--").partition("=")
+        key = KNOWN_ELSEWHERE.get(name.replace("-", "_")) or (name if name in _GROUPS_OF_FLAGS else None)
+        if not word.startswith("--") or key is None:
+            continue
+        if not equals:
+            value = next(iter(argv[place + 1 : place + 2]), "-")
+        value = "VALUE" if value.startswith("-") else value
+        lines.append(f"{word.partition('=')[0]}: overrides are written key=value: {key}={value}")
+    if lines:
+        raise ConfigError("\n".join(lines))
 
 
 def _output(job: DictConfig, *, is_sweep: bool) -> OutputFolder:
@@ -257,6 +280,15 @@ def _expand(item: Override, folders: list[Path], *, resuming: bool) -> list[str]
     if resuming and "/" not in group and not text.startswith(("+", "~")) and _is_group(group, folders):
         return [f"+{text}"]
     return [text]
+
+
+def _steps_or_epochs(typed: list[Override]) -> list[str]:
+    """Sets to null what the recipe has of the two where only the other one was typed."""
+    keys = {item.key_or_group: item for item in typed}
+    for key, other in (("training.epochs", "training.steps"), ("training.steps", "training.epochs")):
+        if key in keys and other not in keys and keys[key].value() is not None:
+            return [f"{other}=null"]
+    return []
 
 
 def _texts(item: Override) -> list[str]:

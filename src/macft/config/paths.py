@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 import macft
 
 
@@ -18,6 +16,8 @@ def config_folder() -> Path:
 
 def models_by_name() -> dict[str, str]:
     """The options of ``model=`` that name a model: {option: its path, as in ``model.path``}."""
+    import yaml  # a tab key, which needs the folder, does not wait for it
+
     files = sorted((config_folder() / "model").glob("*.yaml"))
     paths = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")).get("path") for file in files}
     return {name: path for name, path in paths.items() if path}

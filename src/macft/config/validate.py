@@ -106,6 +106,8 @@ def _placement_combinations(config: TrainConfig) -> list[str]:
         )
     if placement != "pipeline":
         return errors
+    if not config.plan.chips:  # they are the nodes of a plan
+        errors += topology_settings.pipeline_problems(config.topology)
     if config.training.sync == "diloco":
         errors.append(
             "topology.placement: a pipeline's nodes exchange hidden states in every step, and training.sync=diloco is "

@@ -80,7 +80,7 @@ def sleep_settings(text: str) -> list[Finding]:
         findings.append(Finding("power", "ok", "low-power mode is off"))
     minutes = int(settings.get("sleep", "0"))
     if minutes:
-        text = f"falls asleep after {minutes} minutes (a run started over SSH keeps it awake by caffeinate)"
+        text = f"falls asleep after {minutes} minutes (a run keeps it awake by caffeinate)"
         findings.append(Finding("sleep", "warning", text, "sudo pmset -c sleep 0"))
     else:
         findings.append(Finding("sleep", "ok", "does not fall asleep by itself"))

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-import mlx.nn as nn
 import msgpack
 
 from macft.collective.base import Collective
 from macft.data.formats import Record
 from macft.data.tokenize import prompt_tokens
 from macft.evaluation.answer_form import AnswerForm, AnswerTokenizer
-from macft.evaluation.batched import greedy_answers
+from macft.evaluation.batched import Prompt
 from macft.evaluation.metrics import Metric
 from macft.evaluation.record import expected_text, with_answer
 from macft.training.stop_request import Stopped
@@ -41,8 +41,26 @@ class Scored:
     seconds: float
 
 
+class Answers(Protocol):
+    """Computes the most likely answer to each of some prompts."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int,
+        progress: Callable[[int], None],
+        stopped: Callable[[], bool],
+    ) -> list[list[int]]:
+        """The tokens of each answer, at most ``max_tokens``, without the one that ends it.
+
+        ``progress`` is called with the number of finished answers. Once ``stopped()`` is true, the rest may be empty.
+        """
+        ...
+
+
 def score_answers(
-    model: nn.Module,
+    answers_to: Answers,
     tokenizer: AnswerTokenizer,
     records: Sequence[Record],
     metric: Metric,
@@ -55,6 +73,7 @@ def score_answers(
     """Generates answers greedily, on each rank for its share of ``records``; every rank returns the whole result.
 
     Args:
+        answers_to: What answers; :func:`~macft.evaluation.batched.greedy_answers` of a model, for instance.
         max_tokens: Longest answer, in tokens.
         progress: Called with the numbers of this rank's finished records and of all its records.
         stopped: Asked between two batches; once it is true on any rank, there is no result.
@@ -65,18 +84,10 @@ def score_answers(
         Stopped: On all ranks alike.
     """
     started = time.perf_counter()
-    model.eval()
     mine = list(range(collective.rank, len(records), collective.world_size))
     prompts = [prompt_tokens(records[index], tokenizer) for index in mine]
     form = AnswerForm.of(tokenizer, records[0]) if records else AnswerForm()
-    found = greedy_answers(
-        model,
-        tokenizer,
-        prompts,
-        max_tokens=max_tokens,
-        progress=lambda done: progress(done, len(mine)),
-        stopped=stopped,
-    )
+    found = answers_to(prompts, max_tokens=max_tokens, progress=lambda done: progress(done, len(mine)), stopped=stopped)
     generated: list[tuple[int, str | None]] = []
     for index, prompt, tokens in zip(mine, prompts, found, strict=True):
         # A model that ends its turn in a block that its prompt began has learned to answer without thinking.

@@ -39,6 +39,7 @@ def greedy_answers(
     between two batches, the answers that are missing are empty.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # which needs little padding
+    model.eval()
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
     for group in _groups(model, tokenizer, prompts, order):
@@ -64,9 +65,9 @@ def _groups(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], order: 
     shortest, longest = prompts[order[0]], prompts[order[-1]]
     # Three, since two rows may pass for the two groups of heads that a mask is spread over; one with padding of a
     # single token, which no block of a sparse attention is a multiple of.
-    if _is_right_together(model, tokenizer, shortest, longest, longest[1:] or shortest):
+    if takes_batches(model, tokenizer, [shortest, longest, longest[1:] or shortest]):
         yield from _chunks(order, _TOGETHER)
-    elif _is_right_together(model, tokenizer, shortest, longest[-len(shortest) :], shortest):
+    elif takes_batches(model, tokenizer, [shortest, longest[-len(shortest) :], shortest]):
         for _, alike in groupby(order, key=lambda index: len(prompts[index])):
             yield from _chunks(list(alike), _ALIKE)
     else:
@@ -77,8 +78,8 @@ def _chunks(indices: Sequence[int], size: int) -> Iterator[list[int]]:
     return (list(indices[start : start + size]) for start in range(0, len(indices), size))
 
 
-def _is_right_together(model: nn.Module, tokenizer: Any, *prompts: Prompt) -> bool:
-    """Whether the first tokens of the answers have the same probabilities in a batch as alone."""
+def takes_batches(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt]) -> bool:
+    """Whether the first tokens of the answers to ``prompts`` have the same probabilities in a batch as alone."""
     try:
         batch = batch_generate(
             model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -75,46 +75,38 @@ class Speed:
     answer_rate: float
 
 
-class Chat:
-    """A conversation that keeps its messages and the model's key-value cache between turns.
+class AnswerSource(Protocol):
+    """What computes the answers of a conversation."""
 
-    Args:
-        system_prompt: The first message, with the role system.
-        template: Whether to apply the model's chat template. Without it the model gets the plain text, for models that
-            were tuned on text rows.
-    """
+    speed: Speed | None
+    """Of the last answer."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        sampling: Sampling,
-        *,
-        system_prompt: str | None = None,
-        template: bool = True,
-    ):
+    def stream(self, prompt: list[int]) -> Generator[str]:
+        """Yields the answer to ``prompt``, tokens, in pieces. The generator may be closed at any point."""
+        ...
+
+    def reset(self) -> None:
+        """The next prompt begins a new conversation."""
+        ...
+
+
+class ModelAnswers:
+    """The answers of ``model``, in this process. Its key-value cache is kept from one prompt to the next."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, sampling: Sampling):
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self._sampler = sampling.sampler(tokenizer)
-        self._template = template and tokenizer.has_chat_template
-        self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self.speed: Speed | None = None
-        self._cached_tokens: list[int] = []
         self.reset()
 
     def reset(self) -> None:
-        """Starts a new conversation."""
-        self._messages = list(self._system)
-        self._text = ""
-        self._clear_cache()
+        """See :class:`AnswerSource`."""
+        self._cache = make_prompt_cache(self._model, self._sampling.max_kv_size)
+        self._cached_tokens: list[int] = []
 
-    def say(self, text: str) -> Generator[str]:
-        """Yields the answer to ``text`` in pieces. The generator may be closed at any point: the answer so far is kept.
-
-        Raises:
-            DataError: The model's chat template refuses the conversation.
-        """
-        prompt = self._tokens_with(text)
-        answer, generated = "", []
+    def stream(self, prompt: list[int]) -> Generator[str]:
+        """See :class:`AnswerSource`."""
+        generated = []
         try:
             for part in stream_generate(
                 self._model,
@@ -125,7 +117,6 @@ class Chat:
                 prompt_cache=self._cache,
             ):
                 generated.append(int(part.token))
-                answer += part.text
                 self.speed = Speed(part.prompt_tokens, part.prompt_tps, part.generation_tokens, part.generation_tps)
                 yield part.text
         finally:
@@ -135,18 +126,7 @@ class Chat:
             if offset <= len(tokens) and can_trim_prompt_cache(self._cache):
                 self._cached_tokens = tokens[:offset]
             else:
-                self._clear_cache()
-            self._messages.append({"role": "assistant", "content": answer})
-            self._text += answer
-
-    def _tokens_with(self, text: str) -> list[int]:
-        if not self._template:
-            self._text += text
-            return text_tokens(self._text, self._tokenizer)
-        messages = [*self._messages, {"role": "user", "content": text}]
-        tokens = template_tokens(Conversation(messages), self._tokenizer, opens_answer=True)
-        self._messages = messages
-        return tokens
+                self.reset()
 
     def _not_in_cache(self, prompt: list[int]) -> list[int]:
         """The end of ``prompt`` that is not in the cache, at least its last token; trims the cache to the rest."""
@@ -159,10 +139,63 @@ class Chat:
             if can_trim_prompt_cache(self._cache):
                 trim_prompt_cache(self._cache, len(self._cached_tokens) - same)
             else:
-                self._clear_cache()
+                self.reset()
                 return prompt
         return prompt[same:]
 
-    def _clear_cache(self) -> None:
-        self._cache = make_prompt_cache(self._model, self._sampling.max_kv_size)
-        self._cached_tokens = []
+
+class Chat:
+    """A conversation, which keeps its messages.
+
+    Args:
+        source: Computes the answers.
+        tokenizer: The model's.
+        system_prompt: The first message, with the role system.
+        template: Whether to apply the model's chat template. Without it the model gets the plain text, for models that
+            were tuned on text rows.
+    """
+
+    def __init__(
+        self, source: AnswerSource, tokenizer: Any, *, system_prompt: str | None = None, template: bool = True
+    ):
+        self._source, self._tokenizer = source, tokenizer
+        self._template = template and tokenizer.has_chat_template
+        self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        self.reset()
+
+    @property
+    def speed(self) -> Speed | None:
+        """Of the last answer."""
+        return self._source.speed
+
+    def reset(self) -> None:
+        """Starts a new conversation."""
+        self._messages = list(self._system)
+        self._text = ""
+        self._source.reset()
+
+    def say(self, text: str) -> Generator[str]:
+        """Yields the answer to ``text`` in pieces. The generator may be closed at any point: the answer so far is kept.
+
+        Raises:
+            DataError: The model's chat template refuses the conversation.
+        """
+        parts = self._source.stream(self._tokens_with(text))
+        answer = ""
+        try:
+            for part in parts:
+                answer += part
+                yield part
+        finally:
+            parts.close()
+            self._messages.append({"role": "assistant", "content": answer})
+            self._text += answer
+
+    def _tokens_with(self, text: str) -> list[int]:
+        if not self._template:
+            self._text += text
+            return text_tokens(self._text, self._tokenizer)
+        messages = [*self._messages, {"role": "user", "content": text}]
+        tokens = template_tokens(Conversation(messages), self._tokenizer, opens_answer=True)
+        self._messages = messages
+        return tokens

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from macft.collective.solo import Solo
 from macft.data.formats import Record, Row
-from macft.evaluation.answers import Scored, score_answers
+from macft.evaluation.answers import Answers, Scored, score_answers
+from macft.evaluation.batched import greedy_answers
 from macft.evaluation.metrics import Metric
 from macft.evaluation.record import question_text
 from macft.model.backends.choose import make_backend
 from macft.model.confirm import confirm
+from macft.model.execution import Execution
 from macft.model.load import LoadedModel
 from macft.parallel.shares import DataShard
 from macft.training.step_gradient import make_losses
-from macft.training.validation import validation_loss
+from macft.training.validation import Losses, validation_loss
 
 Progress = Callable[[str, int, int], None]
 
@@ -41,41 +44,55 @@ class Result:
         return values | ({"metric": self.scored.value} if self.scored else {})
 
 
-def evaluate(
-    loaded: LoadedModel,
-    rows: Sequence[Row],
-    records: Sequence[Record],
-    metric: Metric | None,
-    *,
-    max_tokens: int,
-    progress: Progress,
-) -> Result:
-    """Loss over ``rows``, and with a ``metric`` the score of greedy answers to their ``records``.
+@dataclass(frozen=True)
+class Asked:
+    """What both models are asked: the loss over ``rows``, and, with a ``metric``, greedy answers to their ``records``.
 
-    Computed as ``loaded.execution`` says. ``progress`` is called with (what, done, total).
+    ``max_tokens``: of an answer.
+    """
+
+    rows: Sequence[Row]
+    records: Sequence[Record]
+    metric: Metric | None
+    max_tokens: int
+
+
+def evaluate(loaded: LoadedModel, asked: Asked, progress: Progress) -> Result:
+    """The results of the model, computed as ``loaded.execution`` says.
+
+    ``progress`` is called with (what, done, total).
     """
     model = loaded.model
     execution, _ = confirm(loaded.execution, loaded)
     backend = make_backend(execution)
-    with Solo() as alone, backend.installed(model):
+    with backend.installed(model):
+        losses = make_losses(model, backend, loaded.streamed)
+        return measure(losses, partial(greedy_answers, model, loaded.tokenizer), loaded, execution, asked, progress)
+
+
+def measure(
+    losses: Losses, answers_to: Answers, loaded: LoadedModel, execution: Execution, asked: Asked, progress: Progress
+) -> Result:
+    """As :func:`evaluate`, with ``losses`` and ``answers_to`` of any kind; ``loaded`` is the model or a part of it."""
+    with Solo() as alone:
         validation = validation_loss(
-            model,
-            make_losses(model, backend, loaded.streamed),
+            loaded.model,
+            losses,
             execution,
-            rows,
+            asked.rows,
             alone,
             shard=DataShard(0, 1),
             progress=lambda done, total: progress("loss", done, total),
         )
         scored = None
-        if metric is not None:
+        if asked.metric is not None:
             scored = score_answers(
-                model,
+                answers_to,
                 loaded.tokenizer,
-                records,
-                metric,
+                asked.records,
+                asked.metric,
                 alone,
-                max_tokens=max_tokens,
+                max_tokens=asked.max_tokens,
                 progress=lambda done, total: progress("answers", done, total),
             )
     return Result(validation.loss, validation.target_tokens, scored)

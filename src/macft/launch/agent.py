@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import queue
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +20,7 @@ from queue import SimpleQueue
 
 from macft.cli.run_command import exit_status, run_command
 from macft.config.yaml import read
+from macft.device.awake import keep_awake
 from macft.errors import LaunchError
 from macft.launch.run_on_hosts import run_on_hosts
 from macft.logs.run_log import start_log
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> int:
     """Runs one rank of the run in a folder; returns the exit status."""
     folder, rank = Path(argv[0]), int(argv[1])
     close_log = _copy_output_to(folder / "logs" / f"rank-{rank}.log")
-    _prevent_sleep()
+    keep_awake()
     stop = StopRequest(farewell=lambda: after_interrupt(folder))
     keys: SimpleQueue[bytes] = SimpleQueue()
     threading.Thread(target=_read_commands, args=(stop, keys), name="terminal", daemon=True).start()
@@ -118,13 +117,6 @@ def _copy_output_to(path: Path) -> Callable[[], None]:
         thread.join(_LOG_SECONDS)
 
     return close
-
-
-def _prevent_sleep() -> None:
-    """Keeps a Mac awake while this process runs."""
-    if platform.system() == "Darwin":
-        devnull = subprocess.DEVNULL
-        subprocess.Popen(["caffeinate", "-i", "-w", str(os.getpid())], stdin=devnull, stdout=devnull, stderr=devnull)
 
 
 if __name__ == "__main__":

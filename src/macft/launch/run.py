@@ -12,6 +12,7 @@ from pathlib import Path
 from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
 from macft.config.yaml import must_match, to_yaml
+from macft.device.awake import keep_awake
 from macft.device.durable import identity, write_atomically
 from macft.errors import LaunchError
 from macft.launch.run_clock import started, started_together
@@ -41,6 +42,7 @@ def run(config: TrainConfig, folder: Path, *, resume: bool, callbacks: Callbacks
         MacftError: the run is refused, in which case ``config.yaml`` is as it was, or it has failed.
     """
     config = started(config)
+    keep_awake()
     if resume:
         check_resume(RunFolder(folder), config)
     if config.topology.join is not None:

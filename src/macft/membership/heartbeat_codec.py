@@ -6,6 +6,7 @@ Values from the wire have the type ``object`` until they have been checked.
 from __future__ import annotations
 
 import hashlib
+import hmac
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -19,16 +20,17 @@ MAX_BYTES = 65_536
 _MAX_MEMBERS = 64
 _MAX_TEXT = 255
 _MAX_NUMBER = 1 << 62
+_AUTHENTICATION_BYTES = 16
 
 EncodedView: TypeAlias = list[object]
 """A view as msgpack sends it: ``[generation, [member, ...]]``."""
 
 
 def encode_heartbeat(heartbeat: Heartbeat, secret: bytes) -> bytes:
-    """``heartbeat`` as bytes, for the members of the run that shares ``secret``."""
+    """``heartbeat`` as bytes, authenticated with the ``secret`` that the members of a run share."""
     packed: bytes = msgpack.packb(
         [
-            run_mark(secret),
+            heartbeat.number,
             list(heartbeat.sender),
             encode_view(heartbeat.view),
             list(heartbeat.hears),
@@ -40,15 +42,20 @@ def encode_heartbeat(heartbeat: Heartbeat, secret: bytes) -> bytes:
             heartbeat.stops,
         ]
     )
-    return packed
+    return _authentication(packed, secret) + packed
 
 
 def decode_heartbeat(data: bytes, secret: bytes) -> Heartbeat | None:
-    """The inverse of :func:`encode_heartbeat`; None for anything else."""
+    """The inverse of :func:`encode_heartbeat`; None for anything else, which includes any change of a heartbeat."""
+    packed = data[_AUTHENTICATION_BYTES:]
+    if not hmac.compare_digest(data[:_AUTHENTICATION_BYTES], _authentication(packed, secret)):
+        return None
     try:
-        (mark, sender, view, hears, ready, ballot, proposed, promised, accepted, stops) = _array(msgpack.unpackb(data))
+        number, sender, view, hears, ready, ballot, proposed, promised, accepted, stops = _array(
+            msgpack.unpackb(packed)
+        )
         heard = _array(hears)
-        if mark != run_mark(secret) or type(ready) is not bool or type(stops) is not bool or len(heard) > _MAX_MEMBERS:
+        if type(ready) is not bool or type(stops) is not bool or len(heard) > _MAX_MEMBERS:
             return None
         return Heartbeat(
             sender=decode_member(sender),
@@ -59,15 +66,17 @@ def decode_heartbeat(data: bytes, secret: bytes) -> Heartbeat | None:
             proposed=_decode_vote(proposed),
             promised=_decode_ballot(promised),
             accepted=_decode_vote(accepted),
+            number=_number(number),
             stops=stops,
         )
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException):
         return None
 
 
-def run_mark(secret: bytes) -> bytes:
-    """Identifies the members of a run without sending its secret."""
-    return hashlib.sha256(b"membership " + secret).digest()[:16]
+def _authentication(packed: bytes, secret: bytes) -> bytes:
+    """BLAKE2b keyed with the run's secret (RFC 7693): only a member can make it."""
+    key = hashlib.sha256(b"membership " + secret).digest()
+    return hashlib.blake2b(packed, key=key, digest_size=_AUTHENTICATION_BYTES).digest()
 
 
 def decode_member(value: object) -> MemberRecord:

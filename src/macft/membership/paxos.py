@@ -84,6 +84,7 @@ class Heartbeat:
         proposed: What it proposes as the next view.
         promised: The highest ballot it has promised to.
         accepted: What it has accepted as the next view.
+        number: Counts the heartbeats of its sender, so that one that is late or was recorded is recognised.
         stops: Whether its user wants the run to stop. It plays no part in the agreement.
     """
 
@@ -95,6 +96,7 @@ class Heartbeat:
     proposed: Vote | None = None
     promised: Ballot | None = None
     accepted: Vote | None = None
+    number: int = 0
     stops: bool = False
 
 
@@ -115,6 +117,7 @@ class PaxosMembership:
         self._heartbeats: dict[str, Heartbeat] = {}
         self._last_heard: dict[str, float] = {}
         self._ended: set[str] = set()
+        self._sent = 0
         self.departures: dict[str, str] = {}
         """Why members of the previous view are not in this one, by id."""
         self.view = view
@@ -139,8 +142,8 @@ class PaxosMembership:
         if sender == self.own.id:
             return
         known = self._heartbeats.get(sender)
-        if known is not None and known.view.generation > heartbeat.view.generation:
-            return  # delayed
+        if known is not None and known.number >= heartbeat.number:
+            return  # delayed, or repeated: it also arrives over other cables
         self._heartbeats[sender], self._last_heard[sender] = heartbeat, now
         self._ended.discard(sender)
         if heartbeat.ready:
@@ -192,6 +195,7 @@ class PaxosMembership:
 
     def heartbeat(self, now: float) -> Heartbeat:
         """This node's state, for all others."""
+        self._sent += 1
         return Heartbeat(
             sender=self.own,
             view=self.view,
@@ -201,6 +205,7 @@ class PaxosMembership:
             proposed=self._proposed,
             promised=self._promised,
             accepted=self._accepted,
+            number=self._sent,
         )
 
     def lost(self, now: float) -> dict[str, str]:

@@ -8,7 +8,7 @@ and other arguments of a block are as the model makes them. Numbers of blocks ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -118,21 +118,29 @@ class CutModel:
         with self._answered_by(lambda _number, _call, hidden, _arguments: hidden):
             yield
 
-    def obstacle(self, inputs: mx.array) -> str | None:
+    def obstacle(
+        self,
+        inputs: mx.array,
+        numbers: range | None = None,
+        held: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext(),
+    ) -> str | None:
         """Why the parts do not make the whole model, found by trial on the tokens ``inputs``; None if they do.
 
-        Every block is computed once. Blocks that return more than hidden states, share keys and values, or get
-        arguments that depend on what earlier blocks computed can't be cut apart.
+        Every block of ``numbers`` (None: of the model) is computed once, inside ``held``, the others never. Blocks that
+        return more than hidden states, share keys and values, or get arguments that depend on what earlier blocks
+        computed can't be cut apart.
         """
         try:
             entry = self.enter(inputs)
             mx.eval(entry.arrays)
-            return self._differences(inputs, entry)
+            return self._differences(inputs, entry, range(len(self.blocks)) if numbers is None else numbers, held)
         except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             return f"its own code fails without them: {lines[0]}"
 
-    def _differences(self, inputs: mx.array, entry: Entry) -> str | None:
+    def _differences(
+        self, inputs: mx.array, entry: Entry, numbers: range, held: Callable[[int], AbstractContextManager[None]]
+    ) -> str | None:
         found: list[str] = []
         hidden = entry.hidden
 
@@ -143,10 +151,13 @@ class CutModel:
                 found.append(f"block {number} gets something else than {before}")
             if not arguments.equal(entry.arguments[number]):
                 found.append(f"the arguments of block {number} depend on other blocks")
-            hidden = arguments.given_to(partial(call, self.blocks[number]), given)
-            if not isinstance(hidden, mx.array):
-                raise TypeError("a block returns more than hidden states")
-            mx.eval(hidden)
+            if number not in numbers:
+                return hidden
+            with held(number):
+                hidden = arguments.given_to(partial(call, self.blocks[number]), given)
+                if not isinstance(hidden, mx.array):
+                    raise TypeError("a block returns more than hidden states")
+                mx.eval(hidden)
             if self._same_form and (hidden.shape, hidden.dtype) != (given.shape, given.dtype):
                 found.append(f"block {number} changes the shape or the type of hidden states")
             return hidden

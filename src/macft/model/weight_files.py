@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from macft.errors import ConfigError
 
@@ -12,21 +12,26 @@ from macft.errors import ConfigError
 _LARGEST_HEADER = 100_000_000
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of the safetensors file ``path``, entries by name, and at which byte the tensors begin.
+def parse_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, entries by name, and at which byte the tensors begin.
 
     Raises:
         OSError: the file can't be read.
         ValueError: it has no such header.
     """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= _LARGEST_HEADER:
-            raise ValueError(f"a header of {length} bytes")
-        header = json.loads(file.read(length))
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= _LARGEST_HEADER:
+        raise ValueError(f"a header of {length} bytes")
+    header = json.loads(file.read(length))
     if not isinstance(header, dict):
         raise ValueError("a header that is not a JSON object")
     return header, 8 + length
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """As :func:`parse_header`, of the file ``path``."""
+    with path.open("rb") as file:
+        return parse_header(file)
 
 
 def check_weight_files(folder: Path) -> None:

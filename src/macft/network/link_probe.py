@@ -12,13 +12,16 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from macft.errors import LaunchError
+from macft.network.connections import ConnectionServer
 
 _PINGS = 50
 _BULK_BYTES = 32 * 2**20
 _SECONDS = 60.0
+_TOKEN_SECONDS = 5.0
 _PIECE_BYTES = 1_000_000
 CONNECT_SECONDS = 5.0
 """Time for a connection on a local network: enough for two packets that get lost."""
@@ -39,13 +42,17 @@ class LinkMeasurement:
 
 
 class ProbeServer:
-    """Answers :func:`measure` of clients that know ``token`` (16 bytes), in a thread of its own, one at a time."""
+    """Answers :func:`measure` of clients that know ``token`` (16 bytes), in threads of its own, one at a time.
+
+    A connection that does not send the token within 5 seconds is closed, and keeps nobody waiting meanwhile.
+    """
 
     def __init__(self, token: bytes):
         self._token = token
-        self._socket = socket.create_server(("0.0.0.0", 0))
-        self.port = int(self._socket.getsockname()[1])
-        threading.Thread(target=self._serve, name="link-probe", daemon=True).start()
+        self._turn = threading.Lock()
+        server = socket.create_server(("0.0.0.0", 0))
+        self._connections = ConnectionServer(server, self._answer, seconds=_TOKEN_SECONDS, name="link-probe")
+        self.port = self._connections.port
 
     def admit(self, token: bytes) -> None:
         """Replaces the token."""
@@ -53,32 +60,21 @@ class ProbeServer:
 
     def close(self) -> None:
         """Stops answering."""
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+        self._connections.close()
 
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            with connection:
-                connection.settimeout(_SECONDS)
-                try:
-                    self._answer(connection)
-                except OSError:
-                    continue
-
-    def _answer(self, connection: socket.socket) -> None:
+    def _answer(self, connection: socket.socket, is_known: Callable[[], None]) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if not hmac.compare_digest(_receive(connection, TOKEN_BYTES), self._token):
             return
-        for _ in range(_PINGS):
-            connection.sendall(_receive(connection, 1))
-        remaining = _BULK_BYTES
-        while remaining:
-            remaining -= len(_receive_some(connection, remaining))
-        connection.sendall(b".")
+        is_known()
+        connection.settimeout(_SECONDS)
+        with self._turn:
+            for _ in range(_PINGS):
+                connection.sendall(_receive(connection, 1))
+            remaining = _BULK_BYTES
+            while remaining:
+                remaining -= len(_receive_some(connection, remaining))
+            connection.sendall(b".")
 
 
 def measure(address: str, port: int, token: bytes) -> LinkMeasurement:

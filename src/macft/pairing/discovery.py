@@ -70,8 +70,9 @@ def discover_offers(seconds: float, *, cluster: str | None = None) -> list[Offer
 
     zeroconf = Zeroconf(interfaces=[link.host for link in own])
     try:
-        ServiceBrowser(zeroconf, SERVICE, handlers=[on_change])
+        browser = ServiceBrowser(zeroconf, SERVICE, handlers=[on_change])
         is_found.wait(seconds)
+        browser.cancel()  # else its thread stays
     finally:
         zeroconf.close()
     return list(offers.values())

@@ -1,1 +1,1 @@
-"""Which rank computes which rows: shares, their balance, and each node's status."""
+"""Which rank computes which rows and blocks: shares, their balance, stages, and each node's status."""

@@ -111,3 +111,36 @@ def even_layout(blocks: int, ranks: Sequence[int], pipelines: int = 1) -> StageL
             for group in range(pipelines)
         )
     )
+
+
+def balanced_layout(costs: Sequence[float], ranks: Sequence[int], most: int) -> StageLayout:
+    """One pipeline of ``ranks`` whose most expensive stage is as cheap as can be, and the others about as expensive.
+
+    Args:
+        costs: of each block; what comes with the last block, such as the head, is added to its cost.
+        ranks: of the stages, in their order; not more than there are blocks.
+        most: blocks that a stage may have; more if they would not be enough.
+    """
+    count, stages = len(costs), len(ranks)
+    most = max(most, -(-count // stages))
+    before = [0.0]
+    for cost in costs:
+        before.append(before[-1] + cost)
+    # By number of blocks: the most expensive stage, the sum of squares, and where the last of the stages so far begins.
+    found: list[dict[int, tuple[float, float, int]]] = [{0: (0.0, 0.0, 0)}]
+    for stage in range(1, stages + 1):
+        best: dict[int, tuple[float, float, int]] = {}
+        for end in range(stage, count - (stages - stage) + 1):
+            for first in range(end - 1, max(end - most, stage - 1) - 1, -1):
+                if first not in found[-1]:
+                    continue
+                cost, (largest, squares, _) = before[end] - before[first], found[-1][first]
+                candidate = (max(largest, cost), squares + cost**2, first)
+                if end not in best or candidate[:2] < best[end][:2]:
+                    best[end] = candidate
+        found.append(best)
+    ends = [count]
+    for best in reversed(found[1:]):
+        ends.append(best[ends[-1]][2])
+    ends.reverse()
+    return StageLayout((tuple(Stage(rank, *ends[place : place + 2]) for place, rank in enumerate(ranks)),))

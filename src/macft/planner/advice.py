@@ -23,21 +23,40 @@ def advice(
     *,
     can_pipeline: bool,
     is_quantized: bool,
+    is_batch_too_large: bool,
 ) -> list[str]:
-    """Lines for a person. ``placements`` are those that were compared, ``chosen`` is that of the run."""
-    lines = []
+    """Lines for a person. ``placements`` are those that were compared, ``chosen`` is that of the run.
+
+    ``is_batch_too_large``: a smaller micro-batch would make it fit, as the node's own line says.
+    """
+    lines: list[str] = []
     best = placements[chosen] if chosen is not None else None
     pipelines = dict(placements) if "pipeline" in placements else compare(nodes, ring, model, work, kinds=["pipeline"])
     pipeline = pipelines.get("pipeline") if can_pipeline else None
     if pipeline is not None and chosen != "pipeline" and _is_better(pipeline, best):
         lines.append(f"topology.placement=pipeline would take {pipeline.seconds:.2f} s a step")
+    if pipeline is not None and (words := _overrides(pipeline, len(nodes))):
+        lines.append(f"for this cut: {words}")
     if pipeline is not None and chosen in ("pipeline", None):
         lines += _order(nodes, ring, model, work, pipeline)
+    if is_batch_too_large:
+        return lines
     if best is None and not is_quantized:
         lines.append("a model in 4 bits needs about a quarter of the memory of one in 16")
-    if can_pipeline and (best is None or best.disk > 0):
+    if can_pipeline and (best is None or best.disk > 0) and (pipeline is None or pipeline.disk > 0):
         lines += _more(nodes, ring, model, work, best)
     return lines
+
+
+def _overrides(pipeline: LayoutDecision, nodes: int) -> str:
+    """The words that ask for this cut; empty if none do: ranks form equal groups, in their order."""
+    stages = [stage for each in pipeline.layout.pipelines for stage in each]
+    sizes = {len(each) for each in pipeline.layout.pipelines}
+    if [stage.rank for stage in stages] != list(range(nodes)) or len(sizes) > 1:
+        return ""
+    counts = ",".join(str(len(stage.blocks)) for stage in stages)
+    several = f" topology.pipelines={len(pipeline.layout.pipelines)}" if len(pipeline.layout.pipelines) > 1 else ""
+    return f"topology.placement=pipeline 'topology.stages=[{counts}]'{several}"
 
 
 def _is_better(decision: LayoutDecision, best: LayoutDecision | None) -> bool:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 CHOICES = ("replicate", "stream", "pipeline")
 """Placements that :func:`~macft.planner.partition.compare` can return."""
+CHOICES_OF_AUTO = ("replicate", "stream")
+"""Those between which ``topology.placement=auto`` chooses in a run."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class ModelCost:
     forward pass. ``block_bytes`` in memory, ``file_bytes`` on disk. ``saved``: bytes a token that a trained block keeps
     for its backward pass; ``inside``: that exist only while a block is computed, and ``inside_again`` where it is
     recomputed; ``hidden``: of hidden states. ``loss_operations`` a token, ``loss_bytes`` a token and ``loss_most`` at
-    most. ``state``: adapter, optimizer and gradients, which every node holds. ``exchanged``: size of the gradient.
+    most. ``state``: adapter, optimizer and gradients, which every node holds, ``update``: these during an update, when
+    there are no activations. ``exchanged``: size of the gradient.
     ``ends_everywhere``: every stage holds embedding and head (``head_bytes`` is 0 where they are one); otherwise the
     first one holds the embedding and the last one the head.
     """
@@ -75,6 +78,7 @@ class ModelCost:
     loss_bytes: float
     loss_most: float
     state: float
+    update: float
     exchanged: float
     first_trained: int
     ends_everywhere: bool = False

@@ -13,13 +13,12 @@ from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import ComputeShape, MemoryParts, predict, trained_part
 from macft.planner.placement import Layout, Placer
 from macft.planner.speed import attention_operations, step_cost
+from macft.planner.streamed_memory import update_bytes
 
 # The sums of all blocks, and the gradient of one.
 _GRADIENTS = 1.2
 # Hidden states that a block of an unknown kind has inside, as multiples of its input.
 _UNKNOWN_INSIDE = 16.0
-# What the trainer does with the trained blocks of a stage: the backward pass computes them again.
-_RECOMPUTE = "always"
 
 
 def can_pipeline(config: TrainConfig) -> bool:
@@ -61,6 +60,7 @@ def model_cost(planner: MemoryPlanner) -> ModelCost:
         # Chunks of logits have a size that more tokens don't change.
         loss_most=max(logits, 60.0 * execution.max_logits) if execution.kernels == "mlx" else float("inf"),
         state=resident.adapter + resident.optimizer + 4.0 * _GRADIENTS * trained.parameters,
+        update=resident.adapter + resident.optimizer + update_bytes(trained.parameters),
         exchanged=4.0 * trained.parameters,
         first_trained=first,
         ends_everywhere=True,
@@ -77,7 +77,8 @@ def step_work(planner: MemoryPlanner, micro_batch_size: int | None) -> StepWork:
         rows=rows,
         longest=float(max((batch.tokens for batch in batches), default=1)),
         micro_batches=-(-rows // micro_batch_size) if micro_batch_size else None,
-        recompute=_RECOMPUTE,
+        # With MLX's operations a stage keeps what its backward pass needs, where there is room.
+        recompute="auto" if planner.execution.recompute == "none" and planner.execution.kernels == "mlx" else "always",
     )
 
 

@@ -189,21 +189,26 @@ def resident_blocks(blocks: int, first_trained: int, count: int) -> tuple[int, .
 def inference_placement(
     execution: Execution, shape: ModelShape | None, budget: float, wanted: str, resident: int | str
 ) -> Execution:
-    """How a machine that may take ``budget`` bytes holds a model that only answers or is evaluated.
-
-    Beside the weights it needs activations and a cache of keys and values, for which a fifth is left.
-    """
+    """How a machine that may take ``budget`` bytes holds a model that only answers or is evaluated."""
     if shape is None:
         return execution.streamed(()) if wanted == "stream" else execution
-    room = _WEIGHTS_ONLY * budget
-    weights = shape.weight_bytes(execution.weight_format)
-    if wanted == "replicate" or (wanted == "auto" and weights <= budget):
+    if wanted == "replicate" or (wanted == "auto" and shape.weight_bytes(execution.weight_format) <= budget):
         return execution
-    outside, block = weights * (1 - shape.block_share), weights * shape.block_share / shape.blocks
-    count = shape.blocks if weights <= room else max(0, math.floor((room - outside) / block) - 2)
+    room = blocks_with_room(shape, execution, budget)
+    count = shape.blocks if room >= shape.blocks else max(0, room - 2)
     if not isinstance(resident, str):
         count = resident
     return execution.streamed(resident_blocks(shape.blocks, shape.blocks, min(count, shape.blocks)))
+
+
+def blocks_with_room(shape: ModelShape, execution: Execution, budget: float) -> int:
+    """Of a model that only answers, the blocks that fit ``budget`` bytes beside what is around them; may be too many.
+
+    A fifth is left for activations and a cache of keys and values.
+    """
+    weights = shape.weight_bytes(execution.weight_format)
+    outside, block = weights * (1 - shape.block_share), weights * shape.block_share / shape.blocks
+    return max(0, math.floor((_WEIGHTS_ONLY * budget - outside) / block))
 
 
 def _with_key(refusal: str | None) -> str | None:

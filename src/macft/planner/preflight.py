@@ -27,7 +27,7 @@ from macft.parallel.stage_places import Decide, whole_models
 from macft.planner.fit import MemoryPlanner, batch_overrides
 from macft.planner.memory import MemoryParts
 from macft.planner.placement import Layout, Placer, obstacle_to_reading_blocks
-from macft.planner.stages import StagePlanner, check_layout, decide_layout
+from macft.planner.stages import StagePlanner, block_costs, check_layout, decide_layout
 from macft.planner.workload import StepRows, steps_of
 from macft.topology.settings import TopologyConfig, parse_budget
 from macft.training.settings import TrainingConfig, steps_for
@@ -124,13 +124,13 @@ def _decide_stage(
     if obstacle is not None:
         raise ConfigError(f"topology.placement: pipeline {obstacle}")
     check_layout(topology, shape.blocks, world_size)
-    decide = partial(decide_layout, topology, shape.blocks)
     may_keep = execution.recompute == "none" and execution.kernels == "mlx"
+    first_trained = min(select_layers(config.adapter, shape.adaptable).blocks, default=shape.blocks)
+    decide = partial(decide_layout, topology, block_costs(shape, first_trained, keeps=may_keep))
     layout, budget, execution = decide(world_size), _budget(topology), execution.pipelined(0)
     place = layout.place_of(shard.rank)
     rows = DataShard(place[0] if place is not None else 0, len(layout.pipelines))
     planner = planner_for(config, shape, execution, [step_of_shard(step, rows, execution) for step in steps])
-    first_trained = min(select_layers(config.adapter, shape.adaptable).blocks, default=shape.blocks)
     stages = StagePlanner(planner, budget, layout, shard.rank, first_trained, topology.resident_blocks, may_keep)
     chosen = stages.decide()
     notes = [_limited(stages.predicted(chosen), budget)]

@@ -29,7 +29,7 @@ from macft.model.shape import ModelShape, read_shape, shape_of
 from macft.network.link_kinds import LinkKind, find_links
 from macft.parallel.shares import DataShard
 from macft.planner.advice import advice
-from macft.planner.cluster_model import CHOICES, Node, NodeLink, RingLinks
+from macft.planner.cluster_model import CHOICES, CHOICES_OF_AUTO, Node, NodeLink, RingLinks
 from macft.planner.layout_inputs import alone, can_pipeline, model_cost, step_work
 from macft.planner.memory import MemoryParts, trained_part
 from macft.planner.partition import LayoutDecision, compare
@@ -37,7 +37,7 @@ from macft.planner.placement import Layout, Placer
 from macft.planner.preflight import placer_for, planner_for, step_of_shard
 from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops
 from macft.planner.workload import StepRows, assumed_steps, steps_of
-from macft.topology.settings import PLACEMENTS, parse_budget
+from macft.topology.settings import parse_budget
 from macft.training.settings import steps_for
 
 
@@ -92,23 +92,24 @@ def plan_run(config: TrainConfig) -> RunPlan:
     macs = find_macs(config.plan.chips)
     speeds = [mac.chip.tflops * 1e12 * MAC_EFFICIENCY for mac in macs] or _own_speeds(config, notes)
     disks = [mac.chip.disk * 1e9 for mac in macs] or _own_disks(len(speeds), notes)
-    plans, nodes = [], []
+    plans, nodes, wanted, is_batch_too_large = [], [], config.topology.placement, False
     for rank, (speed, disk) in enumerate(zip(speeds, disks, strict=True)):
         placer = _placer(config, shape, steps, DataShard(rank, len(speeds), tuple(speeds)), macs)
         plan = _plan_node(_name(macs, rank, len(speeds)), placer, macs[rank] if macs else None)
         ways = () if plan.refusal is not None else (alone(placer, plan.execution, speed=speed, disk=disk),)
+        is_batch_too_large |= plan.refusal is not None and placer.planner.best(placer.budget) is not None
         plans.append(plan)
         nodes.append(Node(plan.name, speed, plan.budget, disk, ways))
     whole = _placer(config, shape, steps, DataShard(0, 1), macs).planner
     model, work = model_cost(whole), step_work(whole, config.training.micro_batch_size)
     links = find_links(config.plan.link)
     ring = _ring(links, len(nodes))
-    wanted = config.topology.placement
     kinds = [kind for kind in CHOICES if wanted in ("auto", kind) and (kind != "pipeline" or can_pipeline(config))]
     placements = compare(nodes, ring, model, work, kinds=kinds)
-    chosen = min(
-        (kind for kind in placements if kind in PLACEMENTS), key=lambda kind: placements[kind].seconds, default=None
-    )
+    possible = [kind for kind in placements if wanted == kind or kind in CHOICES_OF_AUTO]
+    if wanted == "auto" and is_batch_too_large:  # refused: a smaller micro-batch is the faster way
+        possible = []
+    chosen = min(possible, key=lambda kind: placements[kind].seconds, default=None)
     notes += _link_notes(links, len(nodes))
     return RunPlan(
         model=config.model.path,
@@ -129,6 +130,7 @@ def plan_run(config: TrainConfig) -> RunPlan:
             chosen,
             can_pipeline=can_pipeline(config),
             is_quantized=whole.execution.bits is not None,
+            is_batch_too_large=is_batch_too_large,
         ),
     )
 

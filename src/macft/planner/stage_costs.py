@@ -27,7 +27,7 @@ KEEP, RECOMPUTE, STREAM = range(3)
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of a stage at its peak, by part."""
+    """Bytes of a stage at its peak, by part; ``activations`` or, where that is more, what an update takes."""
 
     weights: float
     state: float
@@ -152,7 +152,8 @@ class StageTables:
         loss = np.zeros_like(inside)
         loss[:, -1] = min(model.loss_bytes * held, model.loss_most)
         kept_bytes = in_flight * held * kept * self._trained
-        activations: Table = _MARGIN * (kept_bytes + held * inside + loss) + _ON_THE_WIRE * held * model.hidden
+        step: Table = _MARGIN * (kept_bytes + held * inside + loss) + _ON_THE_WIRE * held * model.hidden
+        activations: Table = np.maximum(step, model.update - model.state)
         return activations
 
     @property

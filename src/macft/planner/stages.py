@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from macft.errors import ConfigError
 from macft.model.execution import Execution
-from macft.parallel.stage_layout import Stage, StageLayout, even_layout, spread
+from macft.model.shape import ModelShape
+from macft.parallel.stage_layout import Stage, StageLayout, balanced_layout, spread
 from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import ComputeShape, MemoryParts, predict, recomputed_inputs, trained_part
 from macft.planner.streamed_memory import GRADIENTS, held_weights
 from macft.topology.settings import TopologyConfig
 
+_MOST_BLOCKS = 1.5
+"""Blocks of a stage at most, as a multiple of an even share: blocks that cost little time need memory too."""
 
-def decide_layout(topology: TopologyConfig, blocks: int, world_size: int) -> StageLayout:
-    """Which of ``world_size`` ranks computes which of the model's ``blocks``.
 
-    As ``topology`` wants it, where it fits the number of ranks: that may have changed since the start. A pure function.
+def block_costs(shape: ModelShape, first_trained: int, *, keeps: bool) -> tuple[float, ...]:
+    """What each block costs a pipeline, in forward passes of a block; the head is counted with the last one.
+
+    A trained block has a backward pass too, and unless ``keeps`` a second forward pass. Half of the tokens are taken to
+    have a target. The same on all nodes.
+    """
+    trained = 2.0 if keeps else 3.0
+    costs = [1.0 if number < first_trained else trained for number in range(shape.blocks)]
+    costs[-1] += shape.embedding_parameters / shape.block_parameters
+    return tuple(costs)
+
+
+def decide_layout(topology: TopologyConfig, costs: Sequence[float], world_size: int) -> StageLayout:
+    """Which of ``world_size`` ranks computes which of the model's blocks, whose ``costs`` are given.
+
+    As ``topology`` wants it, where it fits the number of ranks: that may have changed since the start. Otherwise nodes
+    are taken to be alike. A pure function.
     """
     pipelines = max(1, min(topology.pipelines, world_size // 2))
     sizes = [world_size // pipelines + (place < world_size % pipelines) for place in range(pipelines)]
@@ -24,9 +43,10 @@ def decide_layout(topology: TopologyConfig, blocks: int, world_size: int) -> Sta
     made: list[tuple[Stage, ...]] = []
     rank = 0
     for size in sizes:
-        ranks = range(rank, rank + min(size, blocks))  # the others have nothing to do
         if counts is None:
-            made += even_layout(blocks, ranks).pipelines
+            stages = min(size, len(costs))  # the other ranks have nothing to do
+            most = math.ceil(_MOST_BLOCKS * len(costs) / stages)
+            made += balanced_layout(costs, range(rank, rank + stages), most).pipelines
         else:
             ends = [sum(counts[rank:each]) for each in range(rank, rank + size + 1)]
             made.append(tuple(Stage(rank + place, ends[place], ends[place + 1]) for place in range(size)))
@@ -71,7 +91,7 @@ class StagePlanner:
     may_keep: bool
 
     def decide(self) -> Execution:
-        """The execution of this node: it keeps as many blocks in memory as fit.
+        """The execution of this node: it keeps as many blocks in memory as fit, those of a larger stage later included.
 
         Raises:
             ConfigError: the stage doesn't fit, even with its blocks read from disk.
@@ -94,15 +114,15 @@ class StagePlanner:
             )
         return self._with(low)
 
-    def parts(self, capacity: int) -> MemoryParts:
-        """The peak by part, with up to ``capacity`` blocks in memory."""
+    def parts(self, held: int) -> MemoryParts:
+        """The peak by part, with ``held`` blocks in memory."""
         works = self.planner.works(self.planner.execution)
-        return max((self._parts(work, capacity) for work in works), key=lambda parts: parts.peak)
+        return max((self._parts(work, held) for work in works), key=lambda parts: parts.peak)
 
     def predicted(self, execution: Execution) -> MemoryParts:
         """The peak by part of ``execution``, one that :meth:`decide` returned."""
-        parts = self.parts(execution.block_capacity)
         blocks, in_flight = self._stage
+        parts = self.parts(min(execution.block_capacity, len(blocks)))
         kept = in_flight * sum(block >= self.first_trained for block in blocks)
         if execution.block_capacity < len(blocks) or kept > execution.activation_capacity:
             return parts
@@ -125,7 +145,7 @@ class StagePlanner:
     def _with(self, capacity: int) -> Execution:
         blocks, _ = self._stage
         held = self.planner.execution.pipelined(capacity, tuple(spread(blocks, capacity)))
-        room, one = self.budget - self.parts(capacity).peak, self._activations_of_block
+        room, one = self.budget - self.parts(min(capacity, len(blocks))).peak, self._activations_of_block
         return replace(held, activation_capacity=int(room / one) if self.may_keep and room > 0 and one else 0)
 
     @property
@@ -141,12 +161,12 @@ class StagePlanner:
             0.0 if any(parts.unknown for parts in found) else max(parts.activations for parts in found) / max(1, depth)
         )
 
-    def _parts(self, work: ComputeShape, capacity: int) -> MemoryParts:
+    def _parts(self, work: ComputeShape, count: int) -> MemoryParts:
         planner, (blocks, in_flight) = self.planner, self._stage
         shape, trained = planner.shape, trained_part(planner.shape, planner.adapter)
         inside = replace(planner.execution, placement="replicate", recompute="blocks")
         parts = predict(shape, inside, planner.adapter, planner.optimizer, work)
-        held = held_weights(shape, replace(planner.execution, resident_blocks=tuple(spread(blocks, capacity))))
+        held = held_weights(shape, replace(planner.execution, resident_blocks=tuple(range(count))))
         border = shape.hidden * planner.execution.weight_format.float_bytes * work.tokens
         borders = in_flight * (1 + sum(block >= self.first_trained for block in blocks)) * border
         one_block = parts.activations - recomputed_inputs(shape, inside, trained.depth, work.tokens)

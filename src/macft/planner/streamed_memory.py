@@ -14,6 +14,9 @@ from macft.training.staged_gradient import VALIDATION_TOKENS
 _IN_FLIGHT = 2
 # The sums of all blocks, and the gradient of one.
 GRADIENTS = 1.2
+# What an update takes beside the adapter and the optimizer's states, as multiples of the adapter: the gradient, and new
+# values and long arrays of small ones beside the old. Measured in runs with little else in memory.
+_UPDATE = 6.0
 
 
 def streamed_parts(planner: MemoryPlanner, execution: Execution) -> MemoryParts:
@@ -40,8 +43,16 @@ def _parts(planner: MemoryPlanner, execution: Execution, work: ComputeShape, ste
         weights=held,
         gradients=min(parts.gradients, 4.0 * GRADIENTS * trained.parameters),
         activations=(trained.depth + 2) * step_tokens * border + inside,
-        other_peak=parts.other_peak - parts.weights + held + validated,
+        other_peak=max(
+            parts.other_peak - parts.weights + held + validated,
+            held + parts.adapter + parts.optimizer + update_bytes(trained.parameters),
+        ),
     )
+
+
+def update_bytes(trained: int) -> float:
+    """Bytes that an update of ``trained`` parameters of an adapter takes beside them and the optimizer's states."""
+    return 4.0 * _UPDATE * trained
 
 
 def held_weights(shape: ModelShape, execution: Execution) -> float:

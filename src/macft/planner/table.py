@@ -122,12 +122,12 @@ def _stage_memory(node: NodePlan, choice: StageChoice) -> list[str]:
 
 def _show_placements(plan: RunPlan, console: Console) -> None:
     """Speed and time of each placement that fits."""
-    table = _table("estimate")
+    table = _table("estimate; exchange, wire and disk in seconds a step")
     table.add_column("placement", no_wrap=True)
     _numbers(table, "tokens/s", "s/step", "idle", "exchange", "wire", "disk", "whole run")
     watts = [node.watts for node in plan.nodes]
     if all(value is not None for value in watts):
-        _numbers(table, "energy")
+        _numbers(table, "kWh")
     for name, decision in sorted(plan.placements.items(), key=lambda item: item[1].seconds):
         row = [
             f"{name}{' *' if name == plan.chosen and len(plan.placements) > 1 else ''}",
@@ -139,7 +139,7 @@ def _show_placements(plan: RunPlan, console: Console) -> None:
         ]
         if all(value is not None for value in watts):
             used = sum(watts[rank] or 0.0 for rank in decision.ranks)
-            row.append(f"{used * decision.seconds * plan.steps / 3.6e6:.3f} kWh")
+            row.append(f"{used * decision.seconds * plan.steps / 3.6e6:.3f}")
         table.add_row(*row)
     console.print(table)
     if len(plan.placements) > 1 and plan.chosen is not None:
@@ -159,7 +159,7 @@ def _gb(size: float) -> str:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value else "-"
+    return f"{value:.2f}" if value else "-"
 
 
 def _duration(seconds: float) -> str:

@@ -82,7 +82,7 @@ class RendezvousServer:
         self._arrivals: dict[int, _Arrival] = {}
         self._roster: Roster | None = None
         self._error: RendezvousError | None = None
-        self._reason = ""
+        self._reason = self._given_up = ""
         self._stop, self._ended = threading.Event(), threading.Event()
         self._refusals: list[str] = []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -121,6 +121,10 @@ class RendezvousServer:
             raise self._error or RendezvousError(f"rendezvous at {self.address}: closed before all ranks arrived")
         return self._roster
 
+    def give_up(self, reason: str) -> None:
+        """Refuses all ranks, soon: one of them can't come. Without effect once they have met."""
+        self._given_up = reason
+
     def close(self) -> None:
         """Ends the thread and frees the port, within about a second. Safe to call twice."""
         self._stop.set()
@@ -135,6 +139,8 @@ class RendezvousServer:
         while not self._stop.is_set():
             if self._socket.poll(int(_POLL_SECONDS * 1000)):
                 self._receive(self._socket.recv_multipart())
+            elif self._given_up and not self._ended.is_set():
+                self._refuse_all(self._given_up)
             elif time.monotonic() > deadline and not self._ended.is_set():
                 self._refuse_all(self._missing_ranks())
             for line in self._listener.refusals():
@@ -154,7 +160,7 @@ class RendezvousServer:
             self._send(routing_id, {"refused": reason})
             return
         if objection := self._objection(message):
-            self._refuse_all(objection, routing_id)
+            self._refuse_all("".join(filter(str.isprintable, objection)), routing_id)
             return
         self._add(routing_id, message)
         # A rank whose connection has ended must not count: it may return with another address.

@@ -24,6 +24,7 @@ _OTHER_MECHANISM = zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
 _TRIES = 3
 """Handshakes that may fail before a rank gives up: a server that ends can break one, too."""
 _GREETING_BYTES = 64
+_MAX_REPORTED = 50
 
 
 class RendezvousSocket:
@@ -49,7 +50,10 @@ class RendezvousSocket:
             raise RendezvousError(f"rendezvous: {error}") from None
 
     def refusals(self) -> list[str]:
-        """A line for each connection refused since the last call, with the command that would admit it."""
+        """A line for each connection refused since the last call, with the command that would admit it.
+
+        After ``_MAX_REPORTED`` lines there are no more: whoever makes so many is not somebody who forgot a key.
+        """
         lines: dict[Refused | str, str] = {}
         for refused in [] if self._gate is None else list(self._gate.refused):
             key = refused.key.hex()
@@ -62,9 +66,10 @@ class RendezvousSocket:
                 how = "encrypted" if self._gate is None else "unencrypted"
                 line = f"a node connected {how}, unlike this one; is collective.encryption the same on all nodes?"
                 lines[line] = line
-        new_lines = [line for reason, line in lines.items() if reason not in self._reported]
-        self._reported |= lines.keys()
-        return new_lines
+        new = {reason: line for reason, line in lines.items() if reason not in self._reported}
+        new = dict(list(new.items())[: _MAX_REPORTED - len(self._reported)])
+        self._reported |= new.keys()
+        return list(new.values())
 
     def close(self) -> None:
         """Safe to call twice."""

@@ -32,6 +32,7 @@ from macft.report.events import (
 from macft.report.run_folder import RunFolder
 
 _PLAIN_WIDTH = 100
+_NARROWEST_PANEL = 40
 # Weight of the newest step in the running speed: about the last twenty steps count.
 _SMOOTHING = 0.1
 _LONGEST_TEXT = 480
@@ -222,11 +223,17 @@ class ConsoleReporter:
         self._console.print(Text(text, style=style), soft_wrap=True)
 
     def _block(self, title: str, rows: list[Row], colour: str) -> None:
-        if self._is_live:
+        if self._is_live and self._console.width >= _NARROWEST_PANEL:
             panel = Panel(_grid(rows), title=title, title_align="left", border_style=colour, box=box.ROUNDED)
             self._console.print(panel)
             return
         self._line(title)
+        if self._is_live:  # too narrow for two columns: a panel would leave the texts out
+            for label, text, _ in rows:
+                self._line(f"  {label}")
+                for line in textwrap.wrap(_printable(text) or "-", max(8, self._console.width - 4)):
+                    self._line(f"    {line}")
+            return
         width = max(len(label) for label, _, _ in rows)
         for label, text, _ in rows:
             lines = textwrap.fill(

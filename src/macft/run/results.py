@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from macft.data.load import sample_rows
 from macft.device.durable import sync_all
 from macft.errors import CheckpointError, DataError, ModelError
 from macft.evaluation.answers import Scored, score_answers
+from macft.evaluation.batched import greedy_answers
 from macft.evaluation.metrics import metric
 from macft.evaluation.record import question_text
 from macft.model.adapter_files import save_adapter, save_model
@@ -34,7 +36,7 @@ def _score(run: Run, when: str) -> Scored | None:
     if not records:
         raise DataError(f"training.metric_rows: dataset {run.config.dataset.path} has no test rows to score")
     result = score_answers(
-        run.loaded.model,
+        partial(greedy_answers, run.loaded.model, run.loaded.tokenizer),
         run.loaded.tokenizer,
         records,
         metric(name),

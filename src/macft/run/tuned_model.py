@@ -91,6 +91,11 @@ class TunedModel:
         trust = model.trust_remote_code or trust_remote_code
         return cls(replace(model, trust_remote_code=trust), adapter, whole, run, placement)
 
+    @property
+    def name(self) -> str:
+        """The run's name, or the last part of the model's."""
+        return self.run.name if self.run is not None else Path(self.model.path).name
+
     def load(
         self, *, tuned: bool = True, tokenizer: TokenizerWrapper | None = None, in_memory: bool = False
     ) -> LoadedModel:

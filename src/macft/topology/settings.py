@@ -65,8 +65,8 @@ class TopologyConfig:
     # step, so that models larger than the memory can be trained. pipeline: each node holds and computes some of the
     # blocks, for all rows. auto: stream on a node whose memory they don't fit.
     placement: str = "auto"
-    # With placement=pipeline, how many blocks each node has: evenly many (auto), or a number for each, in ring order:
-    # [8, 16].
+    # With placement=pipeline, how many blocks each node has: a number for each, in ring order: [8, 16]. auto: so many
+    # that nodes of equal speed take equally long; blocks below the first trained one cost less.
     stages: Any = "auto"
     # With placement=pipeline, the number of pipelines. Nodes that follow each other in the ring form one; the rows of a
     # batch are divided among pipelines.
@@ -184,25 +184,36 @@ def _placement_problems(config: TopologyConfig) -> list[str]:
 
 
 def _stage_problems(config: TopologyConfig) -> list[str]:
-    stages, pipelines, nodes = config.stages, config.pipelines, _nodes(config)
+    stages, pipelines = config.stages, config.pipelines
     if config.placement != "pipeline":
         named = [("stages", stages != "auto"), ("pipelines", pipelines != 1)]
         return [f"topology.{key}: only topology.placement=pipeline has them" for key, is_set in named if is_set]
     lines = []
-    if nodes < 2 and config.join is None:
+    if pipelines < 1:
+        lines.append(f"topology.pipelines: {pipelines} must be 1 or more")
+    is_list = isinstance(stages, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in stages)
+    if stages != "auto" and (not is_list or any(n < 1 for n in stages)):
+        lines.append(f"topology.stages: {stages} is neither auto nor a list of numbers of blocks, such as [8,16]")
+    return lines
+
+
+def pipeline_problems(config: TopologyConfig) -> list[str]:
+    """One line for what the number of nodes doesn't allow, where they are to form pipelines."""
+    nodes, stages = _nodes(config), config.stages
+    if config.placement != "pipeline" or config.join is not None:
+        return []
+    lines = []
+    if nodes < 2:
         lines.append(
             "topology.placement: pipeline needs two or more nodes, and there is one; use topology.placement=stream, "
             "which reads blocks from disk when they are needed"
         )
-    elif pipelines < 1 or (config.join is None and 2 * pipelines > nodes):
+    elif 2 * config.pipelines > nodes:
         lines.append(
-            f"topology.pipelines: {pipelines} pipelines of {nodes} nodes; each needs two or more, so use 1 to "
+            f"topology.pipelines: {config.pipelines} pipelines of {nodes} nodes; each needs two or more, so use 1 to "
             f"{nodes // 2}"
         )
-    is_list = isinstance(stages, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in stages)
-    if stages != "auto" and (not is_list or any(n < 1 for n in stages)):
-        lines.append(f"topology.stages: {stages} is neither auto nor a list of numbers of blocks, such as [8,16]")
-    elif is_list and config.join is None and len(stages) != nodes:
+    if isinstance(stages, list) and len(stages) != nodes:
         lines.append(f"topology.stages: {stages} has {len(stages)} numbers, and there are {nodes} nodes")
     return lines
 

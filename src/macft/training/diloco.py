@@ -16,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from numpy.typing import NDArray
 
-from macft.checkpoint.snapshot import pack_tensors, unpack_tensors
+from macft.checkpoint.tensors import pack_tensors, unpack_tensors
 from macft.collective.solo import Solo
 from macft.errors import CheckpointError, NonFiniteLoss
 from macft.parallel.node_status import NodeStatus

@@ -226,7 +226,9 @@ class PipelinedGradient:
         resident = frozenset(spread(blocks, min(len(blocks), self.execution.block_capacity)))
         if resident != self._weights.resident:
             self._weights.resident = resident
-        capacity = 0 if self._is_eager else self.execution.activation_capacity
+        # What there is room for was found for a stage of so many blocks.
+        has_room = len(blocks) <= len(self.execution.resident_blocks)
+        capacity = self.execution.activation_capacity if has_room and not self._is_eager else 0
         return _StageRun(self._whole.staged, place, channels, self._whole.first_trained, capacity)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +45,7 @@ class TrainingConfig:
     micro_batch_size: int | None = None
     # Optimizer updates to make (mlx-lm: iters / grad_accumulation_steps). Or give `epochs`.
     steps: int | None = None
-    # Passes over the training set, instead of `steps`.
+    # Passes over the training set, instead of `steps`; rounded up to whole steps.
     epochs: float | None = None
     # every_step: nodes exchange gradients in each step, and learn what one machine would. diloco: each takes
     # `inner_steps` steps by itself before they meet (DiLoCo, arXiv:2311.08105): far less traffic, another loss curve.
@@ -146,10 +147,11 @@ def _training_problems(config: TrainingConfig) -> list[str]:
 
 
 def steps_for(config: TrainingConfig, steps_per_epoch: float) -> int:
-    """Total optimizer updates from ``training.steps`` or ``training.epochs``."""
+    """Total optimizer updates from ``training.steps``, or as many as ``training.epochs`` needs to see every row."""
     if config.steps is not None:
         return config.steps
-    return max(1, round((config.epochs or 0) * steps_per_epoch))
+    # Rounded up, but not because of the last bits of a product: 3 epochs of 3.3333 steps are 10.
+    return max(1, math.ceil(round((config.epochs or 0) * steps_per_epoch, 6)))
 
 
 def _sync_problems(config: TrainingConfig) -> list[str]:

@@ -1,0 +1,1 @@
+"""Answers of a model whose blocks are spread over the ranks of a cluster."""

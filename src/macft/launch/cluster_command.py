@@ -1,0 +1,86 @@
+"""The arguments by which a command that answers is told to use a cluster, and that cluster."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from macft.collective.settings import CollectiveConfig
+from macft.errors import ConfigError
+from macft.run.tuned_model import TunedModel
+from macft.topology.settings import TopologyConfig
+from macft.topology.topology_file import load_topology
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from macft.run.answering import AnsweringRank, SpreadModel
+
+_LOCAL = "local"
+
+
+def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--topology`` and ``--nodes``."""
+    parser.add_argument(
+        "--topology",
+        metavar="NAME",
+        help="spread the model's blocks over the machines of this cluster, or over processes here (local)",
+    )
+    parser.add_argument("--nodes", type=int, help="number of processes of --topology local (default 2)")
+
+
+def topology_of(arguments: argparse.Namespace) -> TopologyConfig | None:
+    """The cluster that ``arguments`` name; None for this process alone.
+
+    Raises:
+        ConfigError: there is no such cluster, or the arguments contradict each other.
+    """
+    name, nodes = arguments.topology, arguments.nodes
+    if nodes is not None and name != _LOCAL:
+        raise ConfigError("--nodes: is for --topology local; a cluster has the machines that its file lists")
+    if name is None:
+        if arguments.placement == "pipeline":
+            raise ConfigError("--placement: pipeline spreads the model over machines; name them by --topology")
+        return None
+    if arguments.placement in ("replicate", "stream"):
+        raise ConfigError(
+            f"--placement: {arguments.placement} is for one machine; with --topology each machine has a part of the "
+            "blocks, and reads those from disk that don't fit its memory"
+        )
+    if name == _LOCAL:
+        count = 2 if nodes is None else nodes
+        if count < 2:
+            raise ConfigError(f"--nodes: {count} must be 2 or more; leave --topology out for one process")
+        return TopologyConfig(kind="local", nodes=count)
+    return load_topology(name)
+
+
+def spread_model(tuned: TunedModel, *, is_tuned: bool) -> SpreadModel:
+    """What the ranks load of ``tuned``; without its tuning if not ``is_tuned``."""
+    from macft.run.answering import SpreadModel
+
+    budget = (tuned.run.topology if tuned.run else TopologyConfig()).memory_budget
+    if is_tuned and tuned.whole is not None:
+        return SpreadModel.of(replace(tuned.model, path=str(tuned.whole)), None, budget)
+    return SpreadModel.of(tuned.model, tuned.adapter if is_tuned else None, budget)
+
+
+@contextmanager
+def leading_rank(topology: TopologyConfig, tokenizer: TokenizerWrapper | None = None) -> Iterator[AnsweringRank]:
+    """The rank of this process, which leads, of the cluster ``topology``; the others are started, and end with it.
+
+    Raises:
+        MacftError: the ranks do not come together.
+    """
+    from macft.launch.answering import answering_cluster
+    from macft.run.answering import AnsweringRank
+    from macft.run.cluster_answers import dismiss
+
+    share = 1 / topology.nodes if topology.kind == "local" else 1.0
+    with answering_cluster(topology, CollectiveConfig()) as collective:
+        rank = AnsweringRank(collective, name="this machine", machine_share=share, tokenizer=tokenizer)
+        yield rank
+        dismiss(rank)

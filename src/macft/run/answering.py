@@ -1,0 +1,290 @@
+"""The ranks of a cluster that answers: they agree on who has which blocks, load them, and compute.
+
+One rank leads: the one at whose terminal the command was given. The others know nothing but how to meet it; what they
+load, the adapter's files included, comes from it. Of the base model each rank reads only its own blocks, from its own
+disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import msgpack
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from macft.collective.base import Channels, Collective
+from macft.collective.elastic import ElasticCollective
+from macft.config.execution import inference_execution
+from macft.device.memory import usable_bytes
+from macft.errors import ConfigError, MacftError, MembershipChanged, ModelError, PeerLost, ProtocolError
+from macft.generation.layout import answering_layout
+from macft.generation.pipeline import channel_pairs, follow
+from macft.generation.stage import AnsweringStage
+from macft.model.attach import attach
+from macft.model.backends.choose import make_backend
+from macft.model.load import LoadedModel, load
+from macft.model.resolve import resolve
+from macft.model.settings import ModelConfig
+from macft.model.shape import read_shape
+from macft.model.weight_files import check_weight_files
+from macft.parallel.stage_layout import StageLayout
+from macft.parallel.stage_places import StagePlace
+from macft.planner.placement import blocks_with_room, resident_blocks
+from macft.topology.settings import parse_budget
+
+PURPOSE = "answers"
+_PATIENT_SECONDS = 3.0
+_ADAPTER_FILES = ("adapter_config.json", "adapters.safetensors")
+_log = logging.getLogger("macft.generation")
+
+
+@dataclass(frozen=True)
+class SpreadModel:
+    """A model that all ranks load in parts.
+
+    Attributes:
+        model: As each rank finds it.
+        adapter: The files of an adapter's folder, by name; empty for none.
+        memory_budget: As ``topology.memory_budget``, of each machine.
+    """
+
+    model: ModelConfig
+    adapter: Mapping[str, bytes] = field(repr=False)
+    memory_budget: str
+
+    @classmethod
+    def of(cls, model: ModelConfig, adapter: Path | None, memory_budget: str) -> SpreadModel:
+        """The model with the adapter in the folder ``adapter``."""
+        files = {} if adapter is None else {name: (adapter / name).read_bytes() for name in _ADAPTER_FILES}
+        return cls(model, files, memory_budget)
+
+    def pack(self) -> bytes:
+        """As a message."""
+        packed: bytes = msgpack.packb([asdict(self.model), dict(self.adapter), self.memory_budget])
+        return packed
+
+    @classmethod
+    def unpack(cls, message: bytes) -> SpreadModel:
+        """The inverse of :meth:`pack`. Raises ProtocolError for anything else."""
+        try:
+            model, adapter, budget = msgpack.unpackb(message)
+            files = {name: bytes(adapter[name]) for name in _ADAPTER_FILES if adapter}
+            return cls(ModelConfig(**model), files, str(budget))
+        except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
+            raise ProtocolError(f"the leader's model is malformed ({type(error).__name__})") from None
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a rank finds on its machine; ``error`` is why it can't load the model."""
+
+    name: str
+    blocks: int = 0
+    room: int = 0
+    # Of the model's files.
+    digest: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class OpenStage:
+    """This rank's stage, ready to compute."""
+
+    stage: AnsweringStage
+    place: StagePlace
+    channels: Channels
+    layout: StageLayout
+
+
+class AnsweringRank:
+    """This process's rank of a cluster that answers.
+
+    Args:
+        collective: All ranks.
+        name: Of this rank's machine, for messages.
+        machine_share: The part of its machine's memory that it may use.
+        tokenizer: The model's, if it was loaded before.
+    """
+
+    def __init__(
+        self,
+        collective: Collective,
+        *,
+        name: str,
+        machine_share: float = 1.0,
+        tokenizer: TokenizerWrapper | None = None,
+    ):
+        self.collective = collective
+        self._name, self._machine_share, self._tokenizer = name, machine_share, tokenizer
+        self._loaded: LoadedModel | None = None
+        self._holds: SpreadModel | None = None
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model of the open stage."""
+        assert self._loaded is not None
+        return self._loaded
+
+    def agree(self, spread: SpreadModel | None, *, leads: bool) -> tuple[SpreadModel | None, int]:
+        """What the leader wants all to load, None for nothing more, and its rank. A call of all ranks.
+
+        Raises:
+            PeerLost: the leader is gone.
+        """
+        own = b"" if not leads else b"\0" + (b"" if spread is None else spread.pack())
+        said = self.collective.all_gather(own)
+        leaders = [rank for rank, message in enumerate(said) if message]
+        if not leaders:
+            raise PeerLost("the machine at whose terminal the command was given is gone")
+        message = said[leaders[0]][1:]
+        return (SpreadModel.unpack(message) if message else None), leaders[0]
+
+    @contextmanager
+    def open_stage(self, spread: SpreadModel, leader: int) -> Iterator[OpenStage]:
+        """This rank's part of ``spread``, as all ranks have agreed on it. A call of all ranks.
+
+        Raises:
+            MacftError: a rank can't load its part; all ranks raise it, and it names that rank.
+        """
+        facts = self._gather(self._facts(spread))
+        layout = _layout(facts, leader)
+        stages = layout.pipelines[0]
+        number = next(number for number, stage in enumerate(stages) if stage.rank == self.collective.rank)
+        place = StagePlace(number, stages)
+        with ExitStack() as stack:
+            stage: AnsweringStage | None = None
+            error = ""
+            try:
+                stage = stack.enter_context(self._stage(spread, place.stage.blocks))
+            except MacftError as problem:
+                error = str(problem)
+            self._gather(_Facts(self._name, error=error))
+            assert stage is not None
+            channels = self.collective.open_channels(channel_pairs(place), PURPOSE)
+            _log.info("%s", layout)
+            yield OpenStage(stage, place, channels, layout)
+
+    def _facts(self, spread: SpreadModel) -> _Facts:
+        try:
+            folder = resolve(spread.model)
+            check_weight_files(folder)
+            shape = read_shape(folder)
+            execution = inference_execution(spread.model, folder)
+            budget = self._machine_share * parse_budget(spread.memory_budget, usable_bytes())
+            room = blocks_with_room(shape, execution, budget)
+            return _Facts(self._name, shape.blocks, room, _digest(folder))
+        except MacftError as error:
+            return _Facts(self._name, error=str(error))
+
+    def _gather(self, own: _Facts) -> list[_Facts]:
+        """The facts of all ranks. Raises ModelError, on all ranks, if one of them has an error."""
+        try:
+            found = [_Facts(**msgpack.unpackb(each)) for each in self.collective.all_gather(msgpack.packb(asdict(own)))]
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            raise ProtocolError(f"what a rank says of itself is malformed ({type(error).__name__})") from None
+        if problems := [f"{each.name}: {line}" for each in found for line in each.error.splitlines()[:1]]:
+            raise ModelError("\n".join(problems))
+        return found
+
+    @contextmanager
+    def _stage(self, spread: SpreadModel, blocks: range) -> Iterator[AnsweringStage]:
+        loaded = self._load(spread, blocks)
+        backend = make_backend(loaded.execution)
+        with backend.installed(loaded.model):
+            yield AnsweringStage(loaded, backend, blocks)
+
+    def _load(self, spread: SpreadModel, blocks: range) -> LoadedModel:
+        folder = resolve(spread.model)
+        execution = inference_execution(spread.model, folder)
+        budget = self._machine_share * parse_budget(spread.memory_budget, usable_bytes())
+        room = blocks_with_room(read_shape(folder), execution, budget)
+        # Two more take their turns in memory.
+        count = len(blocks) if len(blocks) <= room else max(0, min(room, len(blocks)) - 2)
+        resident = tuple(blocks.start + number for number in resident_blocks(len(blocks), len(blocks), count))
+        held, loaded = self._holds, self._loaded
+        can_go_on = held is not None and held.model == spread.model and held.adapter in ({}, spread.adapter)
+        if loaded is None or loaded.streamed is None or not can_go_on:
+            self._loaded = None  # its memory is needed
+            loaded = load(spread.model, folder, execution.streamed(resident).padded(), self._tokenizer)
+            held = None
+        assert loaded.streamed is not None
+        loaded.streamed.resident = resident
+        if spread.adapter and (held is None or not held.adapter):
+            with tempfile.TemporaryDirectory(prefix="macft-") as place:
+                for name, content in spread.adapter.items():
+                    (Path(place) / name).write_bytes(content)
+                attach(loaded.model, Path(place))
+        loaded.model.eval()
+        self._loaded, self._holds = loaded, spread
+        return loaded
+
+
+def follow_leader(rank: AnsweringRank) -> None:
+    """Computes what the leader asks for until it wants nothing more.
+
+    Raises:
+        MacftError: this rank can't go on, or the leader is gone.
+    """
+    while True:
+        try:
+            spread, leader = rank.agree(None, leads=False)
+            if spread is None:
+                return
+            with ExitStack() as stack:
+                try:
+                    opened = stack.enter_context(rank.open_stage(spread, leader))
+                except (ModelError, ConfigError) as error:  # on all ranks: the leader decides what follows
+                    _log.warning("%s", error)
+                    continue
+                follow(opened.stage, opened.place, opened.channels)
+        except MembershipChanged:
+            regroup(rank.collective)
+
+
+def _layout(facts: Sequence[_Facts], leader: int) -> StageLayout:
+    for other in facts:
+        if other.digest != facts[leader].digest:
+            raise ModelError(
+                f"{other.name}: its files of the model differ from those of {facts[leader].name}; copy the model's "
+                "folder, or remove it there to have it fetched again"
+            )
+    try:
+        return answering_layout(facts[leader].blocks, [each.room for each in facts], leader)
+    except ValueError:
+        raise ConfigError(
+            f"--nodes: {len(facts)} nodes are more than the {facts[leader].blocks} blocks of the model; use "
+            f"{facts[leader].blocks} or fewer"
+        ) from None
+
+
+def regroup(collective: Collective, tell: Callable[[str], None] = _log.info) -> None:
+    """A new ring of the ranks that are left; ``tell`` gets a line where that takes long.
+
+    Raises:
+        PeerLost: no rank is left, or this collective is none that goes on.
+    """
+    if not isinstance(collective, ElasticCollective):
+        raise PeerLost("a rank is lost")
+    started, told = time.monotonic(), ""
+
+    def waiting(whom: str) -> bool:
+        nonlocal told
+        if whom != told and time.monotonic() - started > _PATIENT_SECONDS:
+            told = whom
+            tell(f"paused: this machine waits for {whom}")
+        return True
+
+    collective.regroup(waiting)
+
+
+def _digest(folder: Path) -> str:
+    """Of the model's configuration, and of the names and sizes of its weight files, which are too large to compare."""
+    weights = sorted((path.name, path.stat().st_size) for path in folder.glob("model*.safetensors"))
+    return hashlib.sha256((folder / "config.json").read_bytes() + repr(weights).encode()).hexdigest()

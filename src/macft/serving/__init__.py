@@ -1,0 +1,1 @@
+"""``macft serve``: answers over HTTP in the form of OpenAI's API."""

@@ -1,0 +1,461 @@
+"""Answers of a model whose blocks are spread over ranks: equal to those of one process, token by token."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import stream_generate
+
+import macft.evaluate
+import macft.generate
+import macft.serve
+from harness.families import build
+from harness.runs import environment, uneven_dataset
+from harness.tiny_model import TINY_CONFIG, make_tiny_model
+from helpers.hosts import cluster
+from helpers.models import random_adapter
+from helpers.serving import CHAT, JSON, Served, events, served
+from macft.collective.solo import Solo
+from macft.config.execution import inference_execution
+from macft.errors import ConfigError, MacftError, ModelError, ProtocolError
+from macft.evaluation.chat import Chat, ModelAnswers, Sampling
+from macft.generation.layout import answering_layout
+from macft.generation.pipeline import AnswerPipeline
+from macft.generation.stage import AnsweringStage
+from macft.generation.tasks import (
+    Options,
+    Outcome,
+    Task,
+    TaskKind,
+    pack_outcome,
+    pack_task,
+    unpack_outcome,
+    unpack_task,
+)
+from macft.model.adapter_settings import AdapterConfig
+from macft.model.attach import attach
+from macft.model.backends.choose import make_backend
+from macft.model.load import LoadedModel, load
+from macft.model.settings import ModelConfig
+from macft.parallel.stage_layout import Stage
+from macft.parallel.stage_places import StagePlace
+
+QUESTIONS = ("Repeat: red", "seven lamps", "what is north? " * 9, "quiet", "river stone paper")
+
+
+# A model in parts, in this process.
+
+
+def stage_of(folder: Path, blocks: range, stack: ExitStack) -> tuple[AnsweringStage, LoadedModel]:
+    """The stage ``blocks`` of the model in ``folder``, and what it has loaded."""
+    model = ModelConfig()
+    loaded = load(model, folder, inference_execution(model, folder).streamed(tuple(blocks)).padded())
+    backend = make_backend(loaded.execution)
+    stack.enter_context(backend.installed(loaded.model))
+    return AnsweringStage(loaded, backend, blocks), loaded
+
+
+def through(stages: list[AnsweringStage], task: Task) -> Outcome:
+    """What all stages make of a task, which goes from one to the next as messages."""
+    hidden = None
+    for stage in stages:
+        made = stage.compute(task, hidden)
+        if isinstance(made, Outcome):
+            return unpack_outcome(memoryview(pack_outcome(made)))
+        task, hidden = unpack_task(pack_task(task, made))
+    raise AssertionError("the last stage has no outcome")
+
+
+# Windows and caches that forget, experts, state spaces, blocks of several kinds, learned positions, a wrapper.
+SPREAD = ["llama", "gemma3_text", "gpt_oss", "qwen3_moe", "jamba", "qwen3_next", "lfm2", "gpt2", "mamba2", "gemma3"]
+
+
+@pytest.mark.parametrize("family", SPREAD)
+def test_stages_choose_the_tokens_of_the_whole_model(family: str, tmp_path: Path) -> None:
+    folder = build(family, tmp_path / "model")
+    execution = inference_execution(ModelConfig(), folder)
+    whole = load(ModelConfig(), folder, execution)
+    whole.model.eval()
+    prompts = [list(range(5, 48)), [7, 9, 3, 11]]
+    with make_backend(execution.padded()).installed(whole.model):
+        expected = [
+            [part.token for part in stream_generate(whole.model, whole.tokenizer, mx.array(prompt), max_tokens=24)]
+            for prompt in prompts
+        ]
+    count = len(whole.model.layers)
+    cut = max(1, count // 2)
+    with ExitStack() as stack:
+        stages = [stage_of(folder, blocks, stack)[0] for blocks in (range(cut), range(cut, count))]
+        found: list[list[int]] = [[], []]
+        for answer, prompt in enumerate(prompts):
+            through(stages, Task(TaskKind.TOKENS, answer, tuple(prompt[:-1]), Options()))
+        for place in range(24):  # by turns: the caches of answers don't meet
+            for answer, tokens in enumerate(expected):
+                if place < len(tokens):
+                    last = found[answer][-1] if found[answer] else prompts[answer][-1]
+                    outcome = through(stages, Task(TaskKind.TOKENS, answer, (last,), chooses=True))
+                    assert outcome.token is not None
+                    found[answer].append(outcome.token)
+    assert found == expected
+
+
+def test_a_model_whose_blocks_share_keys_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = build("gemma4_text", tmp_path / "model")
+    with ExitStack() as stack, pytest.raises(ModelError, match="this model can't be spread over several nodes: ") as e:
+        stage_of(folder, range(1, 2), stack)
+    assert "\n" not in str(e.value)
+
+
+def test_blocks_of_other_stages_are_never_read(five_blocks: Path) -> None:
+    with ExitStack() as stack:
+        stage, loaded = stage_of(five_blocks, range(2, 4), stack)
+        assert loaded.streamed is not None
+        hidden = mx.zeros((1, 3, TINY_CONFIG["hidden_size"]))
+        for _ in range(2):
+            stage.compute(Task(TaskKind.TOKENS, 0, (1, 2, 3), Options()), hidden)
+        block = sum(value.nbytes for name, value in weights(five_blocks).items() if ".layers.2." in name)
+        assert loaded.streamed.take_figures()[1] == 2 * block
+
+
+def weights(folder: Path) -> dict[str, mx.array]:
+    found = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(found, dict)
+    return found
+
+
+def test_a_stage_larger_than_its_memory_reads_its_blocks_again(five_blocks: Path) -> None:
+    """Only block 1 stays in memory; the tokens are those of a stage that holds all."""
+    model = ModelConfig()
+    found = []
+    for resident in ((0, 1, 2, 3, 4), (1,)):
+        loaded = load(model, five_blocks, inference_execution(model, five_blocks).streamed(resident).padded())
+        backend = make_backend(loaded.execution)
+        with backend.installed(loaded.model), Solo() as alone:
+            stage = AnsweringStage(loaded, backend, range(5))
+            pipeline = AnswerPipeline(
+                stage, StagePlace(0, (Stage(0, 0, 5),)), alone.open_channels([], "answers"), together=2
+            )
+            found.append(answers(pipeline, [[5, 6, 7], [9, 9, 4, 3]]))
+    assert found[0] == found[1]
+
+
+def answers(pipeline: AnswerPipeline, prompts: list[list[int]], options: Options | None = None) -> list[list[int]]:
+    """The tokens of the answers, six of each."""
+    begun = [pipeline.begin(each, options or Options(), most_tokens=6, stop_tokens=()) for each in prompts]
+    found: dict[int, list[int]] = {number: [] for number in begun}
+    while not pipeline.is_idle:
+        for new in pipeline.advance():
+            assert new.outcome.token is not None
+            found[new.answer].append(new.outcome.token)
+    return list(found.values())
+
+
+@pytest.fixture
+def pipeline(five_blocks: Path) -> Iterator[AnswerPipeline]:
+    """One stage that has all blocks, which remembers two answers."""
+    with ExitStack() as stack:
+        stage, _ = stage_of(five_blocks, range(5), stack)
+        channels = stack.enter_context(Solo()).open_channels([], "answers")
+        yield AnswerPipeline(stage, StagePlace(0, (Stage(0, 0, 5),)), channels, together=2, remembered=2)
+
+
+def test_more_answers_than_there_is_room_for_wait(pipeline: AnswerPipeline) -> None:
+    prompts = [[5, 6, 7], [9, 9, 4, 3], [8], [5, 1], [2, 3, 4]]
+    assert answers(pipeline, prompts) == [answers(pipeline, [prompt])[0] for prompt in prompts]
+
+
+def test_a_prompt_goes_on_where_an_earlier_one_began_alike(pipeline: AnswerPipeline) -> None:
+    prompt = list(range(20, 60))
+    first = answers(pipeline, [prompt])[0]
+    longer, other = [*prompt, *first, 7, 8], [*prompt[:30], 1, 2]
+    expected = []
+    for each in (longer, other):
+        answers(pipeline, [[3], [4]])  # so that nothing is remembered
+        expected.append(answers(pipeline, [each])[0])
+    answers(pipeline, [prompt, [4]])
+    number = pipeline.begin(longer, Options(), most_tokens=6, stop_tokens=())
+    assert pipeline.reused(number) == len(prompt) + len(first) - 1  # the last token was never computed
+    pipeline.end(number)
+    answers(pipeline, [prompt, [4]])
+    assert answers(pipeline, [longer])[0] == expected[0]
+    assert answers(pipeline, [other])[0] == expected[1]
+
+
+def test_an_answer_that_nobody_wants_any_more_leaves_no_trace(pipeline: AnswerPipeline) -> None:
+    expected = answers(pipeline, [[5, 6, 7, 8]])[0]
+    unwanted = pipeline.begin([5, 6, 7, 8], Options(), most_tokens=-1, stop_tokens=())
+    for _ in range(3):
+        pipeline.advance()
+    pipeline.end(unwanted)
+    assert answers(pipeline, [[5, 6, 7, 8]])[0] == expected
+
+
+def test_penalties_and_biases_change_the_answer(pipeline: AnswerPipeline) -> None:
+    plain = answers(pipeline, [[5, 6, 7]])[0]
+    assert answers(pipeline, [[5, 6, 7]], Options(logit_bias=((77, 1e6),)))[0] == [77] * 6
+    penalised = answers(pipeline, [[5, 6, 7]], Options(penalties={"repetition_penalty": 1e6}))[0]
+    assert len(set(penalised)) == 6
+    assert len(set(plain)) < 6  # a random model repeats itself
+
+
+@pytest.mark.parametrize(
+    ("blocks", "room", "leader", "expected"),
+    [
+        (6, [9, 9], 0, "rank 0: blocks 0-2 > rank 1: blocks 3-5"),
+        (7, [9, 9, 9], 1, "rank 1: blocks 0-2 > rank 2: blocks 3-4 > rank 0: blocks 5-6"),
+        (6, [1, 9], 0, "rank 0: blocks 0-0 > rank 1: blocks 1-5"),
+        (6, [0, 4, 2], 0, "rank 0: blocks 0-0 > rank 1: blocks 1-3 > rank 2: blocks 4-5"),
+        (8, [2, 3], 0, "rank 0: blocks 0-3 > rank 1: blocks 4-7"),
+    ],
+)
+def test_blocks_are_spread_evenly_where_they_fit(blocks: int, room: list[int], leader: int, expected: str) -> None:
+    assert str(answering_layout(blocks, room, leader)) == expected
+
+
+def test_malformed_messages_between_stages_are_told() -> None:
+    good = bytes(pack_task(Task(TaskKind.TOKENS, 1, (1, 2), Options()), mx.zeros((1, 2, 4))))
+    task, hidden = unpack_task(memoryview(good))
+    assert hidden is not None
+    assert (task.tokens, hidden.shape) == ((1, 2), (1, 2, 4))
+    for bad in (b"", good[:3], good[:-1], good + b"x", b"\xff\xff\xff\xff" + good[4:], good[:8] + b"\xc1" + good[9:]):
+        with pytest.raises(ProtocolError):
+            unpack_task(memoryview(bad))
+    for bad in (b"", b"\x80", b"\xc1", pack_outcome(Outcome(3))[:-1]):
+        with pytest.raises(ProtocolError):
+            unpack_outcome(memoryview(bad))
+
+
+# Whole commands, with processes of their own.
+
+
+@pytest.fixture(scope="module")
+def five_blocks(tmp_path_factory: pytest.TempPathFactory, bundled_model: Path) -> Path:
+    """A random model of five blocks."""
+    config = {**TINY_CONFIG, "num_hidden_layers": 5}
+    return make_tiny_model(tmp_path_factory.mktemp("five-blocks"), bundled_model, config)
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory: pytest.TempPathFactory, five_blocks: Path) -> Path:
+    folder = tmp_path_factory.mktemp("adapter") / "ours"
+    random_adapter(folder, five_blocks, AdapterConfig(rank=4, scale=4.0))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(adapter_folder: Path, five_blocks: Path) -> Any:
+    """``(question, sampling) -> the answer of one process``."""
+    loaded = load(ModelConfig(), five_blocks)
+    attach(loaded.model, adapter_folder)
+
+    def answer(question: str, sampling: Sampling, seed: int = 0) -> str:
+        mx.random.seed(seed)
+        with make_backend(loaded.execution.padded()).installed(loaded.model):
+            source = ModelAnswers(loaded.model, loaded.tokenizer, sampling)
+            return "".join(Chat(source, loaded.tokenizer).say(question))
+
+    return answer
+
+
+@pytest.mark.slow
+def test_generate_says_the_same_over_three_ranks(
+    adapter_folder: Path, expected: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--adapter-path", str(adapter_folder), "-p", QUESTIONS[2], "-m", "12", "--topology", "local"]
+    macft.generate.main([*words, "--nodes", "3"])
+    said = capsys.readouterr()
+    assert said.out == expected(QUESTIONS[2], Sampling(max_tokens=12)) + "\n"
+    assert said.err.startswith("rank 0: blocks 0-1 > rank 1: blocks 2-3 > rank 2: blocks 4-4\n")
+
+
+@pytest.mark.slow
+def test_a_chat_with_a_seed_says_the_same_over_two_ranks(
+    adapter_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--adapter-path", str(adapter_folder), "-m", "7", "--temp", "1.3", "--seed", "5", "--verbose", "False"]
+    said = []
+    for more in ([], ["--topology", "local"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("seven lamps\nand glass\nr\nquiet\nq\n"))
+        macft.generate.main([*words, *more])
+        said.append(capsys.readouterr())
+    assert said[0].out == said[1].out
+    assert said[1].err == ""
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(adapter_folder: Path, expected: Any) -> None:
+    words = ["--adapter-path", adapter_folder, "-m", -1, "--verbose", "False", "--topology", "local"]
+    chat = subprocess.Popen(
+        [sys.executable, "-m", "macft.generate", *map(str, words)],
+        env=environment() | {"PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert chat.stdin is not None
+    assert chat.stdout is not None
+    for question in QUESTIONS[:3]:
+        chat.stdin.write(f"r\n{question}\n".encode())
+        chat.stdin.flush()
+        beginning = expected(question, Sampling(max_tokens=30)).encode()[:60]
+        assert chat.stdout.read(len(beginning)) == beginning
+        chat.send_signal(signal.SIGINT)
+        assert chat.stdout.readline().endswith(b" ... (stopped)\n")
+    _, errors = chat.communicate(b"q\n", timeout=60)
+    assert (chat.returncode, errors) == (0, b"")
+
+
+@pytest.mark.slow
+def test_evaluate_finds_the_same_over_two_ranks(adapter_folder: Path, tmp_path: Path) -> None:
+    common = ["--adapter-path", str(adapter_folder), "--dataset", str(uneven_dataset(tmp_path / "data"))]
+    reports = []
+    for name, words in (("one", []), ("two", ["--topology", "local"])):
+        file = tmp_path / f"{name}.json"
+        macft.evaluate.main([*common, "--metric", "exact_match", "-m", "6", "--json", str(file), *words])
+        reports.append(json.loads(file.read_text()))
+    alone, together = reports
+    for which in ("base", "tuned"):
+        assert together[which]["loss"] == pytest.approx(alone[which]["loss"], rel=1e-6)
+    assert together["answers"] == alone["answers"]
+    assert together["target_tokens"] == alone["target_tokens"]
+
+
+@pytest.fixture(scope="module")
+def server(adapter_folder: Path) -> Iterator[Served]:
+    with served("--adapter-path", adapter_folder, "--name", "tuned", "--topology", "local", "--nodes", 2) as running:
+        yield running
+
+
+@pytest.mark.slow
+def test_a_served_cluster_gives_the_answers_of_one_process(server: Served, expected: Any) -> None:
+    wanted = [expected(question, Sampling(max_tokens=12)) for question in QUESTIONS]
+    assert [server.text(question, max_tokens=12) for question in QUESTIONS] == wanted
+    with ThreadPoolExecutor(len(QUESTIONS)) as pool:
+        assert list(pool.map(lambda question: server.text(question, max_tokens=12), QUESTIONS)) == wanted
+    assert server.chat(QUESTIONS[2], max_tokens=3)["usage"]["prompt_tokens_details"]["cached_tokens"] > 40
+
+
+@pytest.mark.slow
+def test_a_served_cluster_streams_and_samples(server: Served, expected: Any) -> None:
+    sampling = Sampling(max_tokens=9, temp=1.5, top_k=50)
+    options = {"max_tokens": 9, "temperature": 1.5, "top_k": 50, "seed": 3}
+    body = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "stream": True, **options}
+    pieces = [event["choices"][0]["delta"].get("content", "") for event in events(server.post(CHAT, body))]
+    assert "".join(pieces) == expected(QUESTIONS[0], sampling, 3)
+    assert len([piece for piece in pieces if piece]) > 1
+    top = server.chat(QUESTIONS[0], max_tokens=2, logprobs=True, top_logprobs=3)["choices"][0]["logprobs"]["content"]
+    assert [len(each["top_logprobs"]) for each in top] == [3, 3]
+    first = server.text(QUESTIONS[0], max_tokens=12)
+    word = first.split()[1]
+    assert server.text(QUESTIONS[0], max_tokens=12, stop=f" {word}") == first.partition(f" {word}")[0]
+
+
+@pytest.mark.slow
+def test_mistakes_are_told_by_a_served_cluster_too(server: Served) -> None:
+    code, said = server.refusal(CHAT, {"messages": [{"role": "user", "content": "red " * 2000}]})
+    assert (code, "and the model takes 512" in said) == (400, True)
+    assert server.get("/health") == {"status": "ok"}
+
+
+@pytest.mark.slow
+def test_answers_go_on_when_a_rank_is_killed(adapter_folder: Path, expected: Any) -> None:
+    """The rank in the middle is killed while an answer is streamed, and the last one while nothing is asked for."""
+    words = ("--adapter-path", adapter_folder, "--topology", "local", "--nodes", 3)
+    long = expected(QUESTIONS[0], Sampling(max_tokens=200))
+    with served(*words) as running:
+        connection = HTTPConnection(*running.address, timeout=60)
+        body = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "stream": True, "max_tokens": 200}
+        connection.request("POST", CHAT, json.dumps(body), JSON)
+        stream = connection.getresponse()
+        beginning = stream.read(4000)
+        middle, last = running.workers()
+        middle.kill()
+        pieces = events(beginning + stream.read())
+        assert "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces) == long
+        last.kill()
+        assert running.text(QUESTIONS[1], max_tokens=12) == expected(QUESTIONS[1], Sampling(max_tokens=12))
+        assert running.workers() == []
+
+
+@pytest.mark.slow
+def test_a_broken_weights_file_names_rank_and_file(five_blocks: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in five_blocks.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes()[: -9 if file.suffix == ".safetensors" else None])
+    with pytest.raises(ModelError) as raised:
+        macft.generate.main(["--model", str(broken), "-p", "x", "--topology", "local"])
+    for line, name in zip(str(raised.value).splitlines(), ("this machine", "local-1"), strict=True):
+        assert line.startswith(f"{name}: model.path: {broken / 'model.safetensors'} has ")
+
+
+@pytest.mark.parametrize("main", [macft.generate.main, macft.serve.main])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nodes", "2"], "--nodes: is for --topology local"),
+        (["--topology", "local", "--nodes", "1"], "--nodes: 1 must be 2 or more"),
+        (["--topology", "local", "--placement", "stream"], "--placement: stream is for one machine"),
+        (["--topology", "nowhere"], "topology: no cluster 'nowhere'"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_starts(
+    main: Any, words: list[str], message: str, five_blocks: Path
+) -> None:
+    with pytest.raises(MacftError) as raised:
+        main(["--model", str(five_blocks), *(["-p", "x"] if main is macft.generate.main else []), *words])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.slow
+def test_more_nodes_than_blocks_are_refused(tiny_model_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="--nodes: 3 nodes are more than the 2 blocks of the model; use 2 or fewer"):
+        macft.generate.main(["--model", str(tiny_model_folder), "-p", "x", "--topology", "local", "--nodes", "3"])
+
+
+@pytest.mark.slow
+def test_machines_of_a_cluster_are_started_over_ssh(
+    adapter_folder: Path, expected: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Two hosts, of which the machine at the terminal is none: it leads, and the connection is encrypted."""
+    with cluster(tmp_path_factory.mktemp("hosts"), 2) as made:
+        folder = made.home / "config/topology"
+        folder.mkdir(parents=True)
+        hosts = [host.address for host in made.hosts]
+        (folder / "desk.yaml").write_text(json.dumps({"kind": "ssh", "hosts": hosts, "python": [sys.executable]}))
+        words = ["--adapter-path", str(adapter_folder), "-p", QUESTIONS[0], "-m", "12", "--topology", "desk"]
+
+        def call(*before: str) -> subprocess.CompletedProcess[str]:
+            command = [*before, sys.executable, "-m", "macft.generate", *words]
+            return subprocess.run(
+                command, env=made.environment(), capture_output=True, text=True, timeout=120, check=False
+            )
+
+        done = call()
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == expected(QUESTIONS[0], Sampling(max_tokens=12)) + "\n"
+        assert done.stderr.startswith("rank 0: blocks 0-1 > rank 1: blocks 2-3 > rank 2: blocks 4-4\n")
+        done = call(*made.inside(made.hosts[1]))  # now it is one of them
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == expected(QUESTIONS[0], Sampling(max_tokens=12)) + "\n"
+        assert done.stderr.startswith("rank 0: blocks 0-2 > rank 1: blocks 3-4\n")
+        (folder / "desk.yaml").write_text(json.dumps({"kind": "ssh", "hosts": hosts, "python": ["/no/python"]}))
+        done = call()
+        assert done.returncode == 1
+        assert f"{hosts[0]} ended: " in done.stderr
+        assert "/no/python" in done.stderr
+        assert done.stderr.count("\n") == 1
