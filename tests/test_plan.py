@@ -606,9 +606,11 @@ def test_the_portable_path_is_predicted_within_15_percent(
     with gradient_computer(model, adaptation, "mlx", recompute=recompute, max_logits=execution.max_logits) as compute:
         mx.eval(compute(0, [batch], in_buckets=False).gradient)
         mx.synchronize()
-        mx.reset_peak_memory()
         before = mx.get_active_memory()
-        mx.eval(compute(0, [batch], in_buckets=False).gradient)
+        mx.reset_peak_memory()
+        for _ in range(6):  # how far MLX runs ahead of itself depends on the machine's load
+            mx.eval(compute(0, [batch], in_buckets=False).gradient)
+            mx.synchronize()
         measured = mx.get_peak_memory() - before
     assert parts.activations + parts.logits + parts.gradients == pytest.approx(measured, rel=0.15)
 
