@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from macft.model.load import LoadedModel
     from macft.run.cluster_answers import ClusterAnswers
     from macft.serving.engine import Engine
-    from macft.serving.settings import ServerConfig
+    from macft.serving.options import ServerConfig
 
 _KEY_VARIABLE = "MACFT_API_KEY"
 _REMEMBERED = 10
@@ -110,7 +110,7 @@ def _announce(config: ServerConfig, url: str) -> None:
 
 def _config(arguments: argparse.Namespace, tuned: TunedModel) -> ServerConfig:
     from macft.evaluation.chat import Sampling
-    from macft.serving.settings import ServerConfig, is_loopback, new_key
+    from macft.serving.options import ServerConfig, is_loopback, new_key
 
     key = arguments.api_key if arguments.api_key is not None else os.environ.get(_KEY_VARIABLE, "")
     if arguments.api_key == "":

@@ -35,7 +35,7 @@ class Scalars:
         return {name: value for name, value in values.items() if name in self._seen or name.startswith(_ALWAYS)}
 
 
-_ALWAYS = ("loss/", "optim/")
+_ALWAYS = ("loss/", "optim/", "system/cluster/")
 
 
 def results(event: RunEnded) -> dict[str, float]:

@@ -18,7 +18,7 @@ from macft.generation.pipeline import AnswerPipeline, NewToken
 from macft.generation.tasks import Options
 from macft.model.load import LoadedModel
 from macft.serving.engine import Engine
-from macft.serving.settings import ServerConfig
+from macft.serving.options import ServerConfig
 
 _WAIT_SECONDS = 0.05
 _LOOK_SECONDS = 2.0

@@ -18,7 +18,7 @@ from macft.data.tokenize import text_tokens
 from macft.errors import DataError, MacftError, ModelError
 from macft.evaluation.batched import takes_batches
 from macft.model.load import LoadedModel
-from macft.serving.settings import ServerConfig
+from macft.serving.options import ServerConfig
 
 _STOP_SECONDS = 1.0
 _PREFILL_TOKENS = 2048

@@ -22,7 +22,7 @@ from mlx_lm.server import APIHandler
 from macft.data.conversation import conversation
 from macft.errors import DataError
 from macft.serving.engine import Engine, status_of
-from macft.serving.settings import MAX_BODY_BYTES, ServerConfig, is_loopback
+from macft.serving.options import MAX_BODY_BYTES, ServerConfig, is_loopback
 
 _COMPLETIONS = ("/v1/chat/completions", "/chat/completions", "/v1/completions")
 _MODELS = "/v1/models"

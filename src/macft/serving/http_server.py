@@ -12,7 +12,7 @@ from typing import Any
 from macft.errors import LaunchError
 from macft.serving.engine import Engine
 from macft.serving.handler import Handler
-from macft.serving.settings import ServerConfig
+from macft.serving.options import ServerConfig
 
 _MAX_CONNECTIONS = 128
 
