@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import platform
 import re
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -69,6 +71,11 @@ def chip_of_brand(brand: str) -> Chip | None:
     return known_chips().get(brand.removeprefix("Apple ").strip())
 
 
+def own_chip() -> Chip | None:
+    """This Mac's; None for other machines, and for chips that the table doesn't have."""
+    return chip_of_brand(_brand())
+
+
 def find_macs(texts: Sequence[str]) -> list[Mac]:
     """Each text as :func:`find_mac` reads it; ``"4x M2 Max 32GB"`` is four of them.
 
@@ -108,3 +115,16 @@ def find_mac(text: str) -> Mac:
         raise ConfigError(f"plan.chips: '{text}': {name} comes with {options} GB, not {memory}")
     memory = memory or chip.memory[0]
     return Mac(f"{name} {memory}GB", chip, memory)
+
+
+def _brand() -> str:
+    """The processor's name on a Mac, "Apple M2 Max"; empty elsewhere."""
+    if platform.system() != "Darwin":
+        return ""
+    try:
+        done = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()

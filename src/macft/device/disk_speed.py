@@ -8,16 +8,14 @@ import json
 import math
 import mmap
 import os
-import platform
 import shutil
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
 
-from macft.device.chips import chip_of_brand
+from macft.device.chips import own_chip
 from macft.device.durable import write_atomically
 
 UNKNOWN_DISK = 3e9
@@ -44,7 +42,7 @@ def disk_speed() -> DiskSpeed:
     measured = stored()
     if measured is not None:
         return DiskSpeed(measured, "measured")
-    chip = chip_of_brand(_brand())
+    chip = own_chip()
     return DiskSpeed(chip.disk * 1e9, "table") if chip is not None else DiskSpeed(UNKNOWN_DISK, "assumed")
 
 
@@ -122,16 +120,3 @@ def _read_seconds(path: Path, size: int) -> float:
             return time.perf_counter() - started
     finally:
         os.close(descriptor)
-
-
-def _brand() -> str:
-    """The processor's name on a Mac, "Apple M2 Max"; empty elsewhere."""
-    if platform.system() != "Darwin":
-        return ""
-    try:
-        done = subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=5, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip()

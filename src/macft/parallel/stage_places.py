@@ -48,7 +48,7 @@ class StagePlaces:
 
     Args:
         collective: The ranks.
-        decide: Makes the layout. A pure function; rank 0's answer counts.
+        decide: Makes the layout. One rank's answer counts.
     """
 
     def __init__(self, collective: Collective, decide: Decide = whole_models):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from macft.collective.base import Collective
+from macft.device.chips import own_chip
 from macft.device.disk_speed import disk_speed
 from macft.device.kind import Device
 from macft.errors import ConfigError
@@ -21,33 +24,73 @@ from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops
 
 _LONGEST_REPORT = 4096
 _LONGEST_NAME = 255
+# The part of a speed that another measurement of it reaches at least.
+_ALIKE = 0.85
+
+
+def own_node(memory: float, *, name: str | None = None, processes: int = 1) -> Node:
+    """This machine as a node that may take ``memory`` bytes, one of ``processes`` on it.
+
+    Its name is that of the machine and of its chip unless ``name`` is given.
+
+    The speed is that of the chip's table. Of other machines it is measured, about 0.6 s. For the disk see
+    :func:`~macft.device.disk_speed.disk_speed`.
+    """
+    is_cpu = Device.default().kind == "cpu"
+    chip = None if is_cpu else own_chip()
+    # The first measurement is also what makes a resting processor run at its full speed.
+    flops = chip.tflops * 1e12 if chip is not None else max(measured_flops() for _ in range(2))
+    speed = flops * (CPU_EFFICIENCY if is_cpu else MAC_EFFICIENCY)
+    if name is None:
+        name = f"{platform.node()}, {chip.chip if chip is not None else platform.machine()}"
+    return Node(name, speed / processes, memory, disk_speed().bytes_per_second / processes)
 
 
 def own_report(name: str, placer: Placer, processes: int = 1) -> Node:
-    """This machine as a node, one of ``processes`` on it; ``placer`` has the rows that it would get.
-
-    Measures the speed of matrix products, about 0.3 s. For the disk see :func:`~macft.device.disk_speed.disk_speed`.
-    """
-    efficiency = CPU_EFFICIENCY if Device.default().kind == "cpu" else MAC_EFFICIENCY
-    speed, disk = measured_flops() * efficiency / processes, disk_speed().bytes_per_second / processes
+    """That of :func:`own_node`, with how it computes alone; ``placer`` has the rows that it would get."""
+    node = own_node(placer.budget, name=name, processes=processes)
     execution, refusal = placer.choice()
-    ways = () if refusal is not None else (alone(placer, execution, speed=speed, disk=disk),)
-    return Node(name, speed, placer.budget, disk, ways)
+    ways = () if refusal is not None else (alone(placer, execution, speed=node.speed, disk=node.disk),)
+    return replace(node, alone=ways)
 
 
-def gather_reports(collective: Collective, own: Node) -> list[Node]:
-    """Every rank's node, by rank. A call of all ranks.
+def gather_reports(collective: Collective, own: Node | None) -> list[Node]:
+    """Every rank's node, by rank; none at all if a rank has None. A call of all ranks.
 
     Raises:
         ConfigError: a rank's report is not valid.
     """
     nodes = []
-    for rank, payload in enumerate(collective.all_gather(to_payload(own))):
+    payloads = collective.all_gather(b"" if own is None else to_payload(own))
+    for rank, payload in enumerate(payloads if all(payloads) else []):
         node = from_payload(payload)
         if node is None:
             raise ConfigError(f"topology.placement: rank {rank} sent no valid report of its speed and memory")
         nodes.append(node)
     return nodes
+
+
+def alike(nodes: Sequence[Node]) -> list[Node]:
+    """``nodes`` with one speed, and one disk, for all whose figures differ by no more than measurements do.
+
+    Nodes of one name are on one machine, where they slow down each other's measurement.
+    """
+    here = {name: [node for node in nodes if node.name == name] for name in {node.name for node in nodes}}
+    speeds = {name: max(node.speed for node in same) for name, same in here.items()}
+    disks = {name: max(node.disk for node in same) for name, same in here.items()}
+    speed_of, disk_of = _rounded(speeds.values()), _rounded(disks.values())
+    return [replace(node, speed=speed_of[speeds[node.name]], disk=disk_of[disks[node.name]]) for node in nodes]
+
+
+def _rounded(values: Iterable[float]) -> dict[float, float]:
+    """For each value the largest one of its group, all of whose values are at least ``_ALIKE`` times it."""
+    rounded: dict[float, float] = {}
+    largest = math.inf
+    for value in sorted(values, reverse=True):
+        if math.isinf(largest) or value < _ALIKE * largest:
+            largest = value
+        rounded[value] = largest
+    return rounded
 
 
 def to_payload(node: Node) -> bytes:

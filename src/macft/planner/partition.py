@@ -86,7 +86,7 @@ def compare(
     Under "replicate" every node holds the whole model in memory. Under "stream" every node computes with the whole
     model, and at least one reads blocks from disk. Under "pipeline" at least two nodes share a model; nodes may be left
     out, and stages may read blocks from disk. ``order``: "ring", the stages of a pipeline follow each other around the
-    ring, from any node on, or "free".
+    ring, from any node on, "free", or "given": all nodes form one pipeline, in their order.
     """
     found: dict[str, LayoutDecision] = {}
     exchange = ring.all_reduce(model.exchanged, len(nodes))

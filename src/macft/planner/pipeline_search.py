@@ -70,6 +70,7 @@ class PipelineSearch:
         self, nodes: Sequence[Node], ring: RingLinks, model: ModelCost, step: StepWork, count: int, order: str
     ):
         self._nodes, self._ring, self._model, self._count = nodes, ring, model, count
+        self._is_given = order == "given"
         self._any_order = order == "free" and len(nodes) <= MOST_NODES
         self._tokens = step.tokens / count
         self._kind_of = _kinds(nodes, ring)
@@ -108,6 +109,9 @@ class PipelineSearch:
     def _sequences(self) -> Iterator[list[int]]:
         """Nodes that may form a pipeline, in the order of its stages."""
         count = len(self._nodes)
+        if self._is_given:
+            yield list(range(count))
+            return
         if count > MOST_NODES:
             for size in range(2, count + 1):
                 if count % size == 0:
@@ -161,6 +165,9 @@ class PipelineSearch:
     def _partitions(self, several: dict[int, list[Pipeline]]) -> Iterator[list[int]]:
         """Divisions of the nodes into sets that have a pipeline; nodes may be left out."""
         count = len(self._nodes)
+        if self._is_given:
+            yield list(several)
+            return
         if count > MOST_NODES:
             for size in range(2, count + 1):
                 masks = [mask for mask in several if mask.bit_count() == size]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -23,9 +24,12 @@ from macft.model.execution import Execution
 from macft.model.shape import ModelShape, read_shape, read_weight_format
 from macft.model.weight_files import check_weight_files
 from macft.parallel.shares import DataShard
+from macft.parallel.stage_layout import StageLayout
 from macft.parallel.stage_places import Decide, whole_models
 from macft.planner.fit import MemoryPlanner, batch_overrides
 from macft.planner.memory import MemoryParts
+from macft.planner.node_cuts import Cut, NodeCuts, agree, members_of
+from macft.planner.node_report import alike, gather_reports, own_node
 from macft.planner.placement import Layout, Placer, obstacle_to_reading_blocks
 from macft.planner.stages import StagePlanner, block_costs, check_layout, decide_layout
 from macft.planner.workload import StepRows, steps_of
@@ -71,9 +75,10 @@ def preflight(
         shard = DataShard(collective.rank, collective.world_size, shares)
     else:
         shard = DataShard(world_size - 1, world_size)
+    cut = _agreed_cut(config, model_folder, steps, collective, shard)
     decision, refusal = None, None
     try:
-        decision = _decide(config, model_folder, steps, shard)
+        decision = _decide(config, model_folder, steps, shard, cut)
     except ConfigError as error:
         refusal = str(error)
     verdicts = collective.all_gather(json.dumps(refusal and refusal[:_LONGEST_VERDICT]).encode())
@@ -87,7 +92,39 @@ def preflight(
     return decision
 
 
-def _decide(config: TrainConfig, model_folder: Path, steps: Sequence[StepRows], shard: DataShard) -> Preflight:
+def _agreed_cut(
+    config: TrainConfig, model_folder: Path, steps: Sequence[StepRows], collective: Collective, shard: DataShard
+) -> Cut:
+    """How a pipeline is cut by the speeds and memories of its nodes. A call of all ranks.
+
+    Processes on one machine are alike, and so is what a newcomer knows of the nodes.
+    """
+    topology, own, planner_of = config.topology, None, None
+    wanted = topology.placement == "pipeline" and topology.stages == "auto" and topology.kind != "local"
+    if wanted and shard.world_size == collective.world_size > 1:
+        with contextlib.suppress(ConfigError, ModelError):  # raised once more by the node's own decision
+            shape = read_shape(model_folder)
+            execution = execution_for(config, shape, shape.checkpoint, Device.default())
+            planner_of = partial(_planner_of_pipeline, config, shape, execution, steps)
+            own = own_node(_budget(topology))
+    nodes = gather_reports(collective, own)
+    if planner_of is None or not nodes:
+        return lambda _: None
+    known = dict(zip(members_of(collective), alike(nodes), strict=True))
+    return agree(collective, NodeCuts(known, topology.pipelines, planner_of))
+
+
+def _planner_of_pipeline(
+    config: TrainConfig, shape: ModelShape, execution: Execution, steps: Sequence[StepRows], pipelines: int
+) -> MemoryPlanner:
+    """The prediction for the rows of one of ``pipelines``."""
+    own = [step_of_shard(step, DataShard(0, pipelines), execution) for step in steps]
+    return planner_for(config, shape, execution, own)
+
+
+def _decide(
+    config: TrainConfig, model_folder: Path, steps: Sequence[StepRows], shard: DataShard, cut: Cut
+) -> Preflight:
     """What this node decides. Raises ConfigError as :func:`preflight` does."""
     topology, device = config.topology, Device.default()
     check_weight_files(model_folder)
@@ -102,7 +139,7 @@ def _decide(config: TrainConfig, model_folder: Path, steps: Sequence[StepRows], 
         return Preflight(execution, execution.placement, [f"no memory plan: {error}"])
     execution = execution_for(config, shape, shape.checkpoint, device)
     if topology.placement == "pipeline":
-        return _decide_stage(config, shape, execution, steps, shard)
+        return _decide_stage(config, shape, execution, steps, shard, cut)
     planner = planner_for(config, shape, execution, [step_of_shard(step, shard, execution) for step in steps])
     budget = _budget(topology)
     placer = placer_for(config, planner, budget)
@@ -116,7 +153,12 @@ def _decide(config: TrainConfig, model_folder: Path, steps: Sequence[StepRows], 
 
 
 def _decide_stage(
-    config: TrainConfig, shape: ModelShape, execution: Execution, steps: Sequence[StepRows], shard: DataShard
+    config: TrainConfig,
+    shape: ModelShape,
+    execution: Execution,
+    steps: Sequence[StepRows],
+    shard: DataShard,
+    cut: Cut,
 ) -> Preflight:
     """What a node of a pipeline decides; ``shard`` has its rank and their number."""
     topology, world_size = config.topology, shard.world_size
@@ -126,7 +168,11 @@ def _decide_stage(
     check_layout(topology, shape.blocks, world_size)
     may_keep = execution.recompute == "none" and execution.kernels == "mlx"
     first_trained = min(select_layers(config.adapter, shape.adaptable).blocks, default=shape.blocks)
-    decide = partial(decide_layout, topology, block_costs(shape, first_trained, keeps=may_keep))
+    costs = block_costs(shape, first_trained, keeps=may_keep)
+
+    def decide(world_size: int) -> StageLayout:
+        return cut(world_size) or decide_layout(topology, costs, world_size)
+
     layout, budget, execution = decide(world_size), _budget(topology), execution.pipelined(0)
     place = layout.place_of(shard.rank)
     rows = DataShard(place[0] if place is not None else 0, len(layout.pipelines))

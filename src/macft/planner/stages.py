@@ -12,7 +12,7 @@ from macft.model.shape import ModelShape
 from macft.parallel.stage_layout import Stage, StageLayout, balanced_layout, spread
 from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import ComputeShape, MemoryParts, predict, recomputed_inputs, trained_part
-from macft.planner.streamed_memory import GRADIENTS, held_weights
+from macft.planner.streamed_memory import GRADIENTS, held_weights, update_bytes
 from macft.topology.settings import TopologyConfig
 
 _MOST_BLOCKS = 1.5
@@ -37,8 +37,7 @@ def decide_layout(topology: TopologyConfig, costs: Sequence[float], world_size: 
     As ``topology`` wants it, where it fits the number of ranks: that may have changed since the start. Otherwise nodes
     are taken to be alike. A pure function.
     """
-    pipelines = max(1, min(topology.pipelines, world_size // 2))
-    sizes = [world_size // pipelines + (place < world_size % pipelines) for place in range(pipelines)]
+    sizes = pipeline_sizes(topology.pipelines, world_size)
     counts = topology.stages if isinstance(topology.stages, list) and len(topology.stages) == world_size else None
     made: list[tuple[Stage, ...]] = []
     rank = 0
@@ -52,6 +51,12 @@ def decide_layout(topology: TopologyConfig, costs: Sequence[float], world_size: 
             made.append(tuple(Stage(rank + place, ends[place], ends[place + 1]) for place in range(size)))
         rank += size
     return StageLayout(tuple(made))
+
+
+def pipeline_sizes(pipelines: int, world_size: int) -> list[int]:
+    """Ranks of each of ``pipelines``, fewer where ``world_size`` ranks are not two for each."""
+    count = max(1, min(pipelines, world_size // 2))
+    return [world_size // count + (place < world_size % count) for place in range(count)]
 
 
 def check_layout(topology: TopologyConfig, blocks: int, world_size: int) -> None:
@@ -175,5 +180,8 @@ class StagePlanner:
             weights=held,
             gradients=min(parts.gradients, 4.0 * GRADIENTS * trained.parameters),
             activations=borders + one_block + 2 * border,
-            other_peak=parts.other_peak - parts.weights + held,
+            other_peak=max(
+                parts.other_peak - parts.weights + held,
+                held + parts.adapter + parts.optimizer + update_bytes(trained.parameters),
+            ),
         )

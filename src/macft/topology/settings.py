@@ -65,8 +65,8 @@ class TopologyConfig:
     # step, so that models larger than the memory can be trained. pipeline: each node holds and computes some of the
     # blocks, for all rows. auto: stream on a node whose memory they don't fit.
     placement: str = "auto"
-    # With placement=pipeline, how many blocks each node has: a number for each, in ring order: [8, 16]. auto: so many
-    # that nodes of equal speed take equally long; blocks below the first trained one cost less.
+    # With placement=pipeline, how many blocks each node has: a number for each, in ring order: [8, 16]. auto: by the
+    # speed and the memory of each node, so that a step is fastest.
     stages: Any = "auto"
     # With placement=pipeline, the number of pipelines. Nodes that follow each other in the ring form one; the rows of a
     # batch are divided among pipelines.
