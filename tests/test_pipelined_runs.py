@@ -143,11 +143,11 @@ def test_a_host_with_little_memory_gets_fewer_blocks(tmp_path: Path, basics: lis
     """And the result has the bits of one node, as with every cut."""
     sizes = {"num_hidden_layers": 6, "hidden_size": 256, "intermediate_size": 1024}
     model = build("llama", tmp_path / "model", tie_word_embeddings=True, **sizes)
-    more = [*basics, f"model={model}", "training.steps=4"]
+    more = [*basics, f"model={model}", "training.steps=4", "adapter.rank=1"]
     first, second = free_ports(2)
     hosts = ["topology=hosts", f"topology.hosts=[127.0.0.1:{first},127.0.0.1:{second}]", "topology.placement=pipeline"]
     own = [[f"topology.rank={rank}", f"hydra.run.dir={tmp_path / str(rank)}"] for rank in (0, 1)]
-    budgets = ["topology.memory_budget=32MB", "topology.memory_budget=4GB"]
+    budgets = ["topology.memory_budget=28MB", "topology.memory_budget=4GB"]
     processes = [start(*more, *hosts, *own[rank], budgets[rank], cwd=tmp_path) for rank in (0, 1)]
     for process in processes:
         _, errors = process.communicate(timeout=120)
