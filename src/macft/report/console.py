@@ -51,7 +51,8 @@ Row = tuple[str, str, str]
 class ConsoleReporter:
     """Prints through rich, on stdout.
 
-    On a terminal: panels, a live bar, and a permanent line every ``every`` steps. Elsewhere plain lines without control
+    On a terminal: panels, a live bar, and a permanent line of the first step and
+    every ``every`` steps. Elsewhere plain lines without control
     codes, so that logs stay readable. ``changes`` of the nodes are those that another node has already reported.
     Raises OSError when the output is no longer read.
     """
@@ -67,6 +68,7 @@ class ConsoleReporter:
         self._model = ""
         self._folder = RunFolder(Path())
         self._total_steps = 0
+        self._has_stepped = False
         self._changes = list(changes)
 
     def handle(self, event: Event) -> None:
@@ -137,7 +139,8 @@ class ConsoleReporter:
         if self._progress is not None and self._training is not None:
             detail = f"loss {event.loss:.3f}  left {left}  {rate}  lr {event.learning_rate:.1e}"
             self._progress.update(self._training, completed=event.step, detail=detail)
-        if event.step % self._every == 0 or event.step == event.total_steps:
+        is_first, self._has_stepped = not self._has_stepped, True
+        if is_first or event.step % self._every == 0 or event.step == event.total_steps:
             self._line(
                 f"{self._position(event.step)}  loss {event.loss:6.3f}  lr {event.learning_rate:.2e}  "
                 f"grad {event.grad_norm:6.2f}  {rate:>14}  {self._speed.seconds_per_step:5.2f} s/step  "

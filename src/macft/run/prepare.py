@@ -41,6 +41,7 @@ from macft.report.events import Reporter
 from macft.report.run_folder import RunFolder
 from macft.report.trackers.registry import require_installed
 from macft.run.contents import agree_on_contents, contents_of, store_contents, told_to_others
+from macft.run.local_paths import with_absolute_paths
 from macft.run.resume import check_resume, check_steps, no_checkpoint, notes_of_changes, previous_config
 from macft.thermal.throttle import ThermalThrottle
 from macft.training.build_trainer import build_trainer
@@ -110,7 +111,7 @@ def prepare(
         Stopped: a stop was requested; on all ranks alike.
     """
     # Whatever can go wrong without a model goes wrong before one is fetched and loaded.
-    given, before = config, previous_config(folder) if resume else None
+    given, before = with_absolute_paths(config), previous_config(folder) if resume else None
     if resume:
         check_resume(folder, config)
     optimizer = make_optimizer(config.optimizer)
@@ -176,7 +177,7 @@ def prepare(
         state, store, folder, total_steps=steps_for(training, order.steps_per_epoch), resume=resume
     )
     if before is not None:
-        state_notes += notes_of_changes(before, given, state.progress.step)
+        state_notes += notes_of_changes(with_absolute_paths(before), given, state.progress.step)
     if state.outer is not None:
         state_notes.append(
             f"training.sync=diloco: the nodes meet every {training.inner_steps} steps; between two meetings the loss "
