@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from macft import monitor
+from macft.completion.candidates import candidates
 from macft.config.command_line import prepare
 from macft.config.schema import TrainConfig
 from macft.config.yaml import to_yaml
@@ -88,6 +89,7 @@ def test_commands_take_the_link(
     assert command.resume == run
     assert command.output is not None
     assert command.output.path == run
+    assert ("runs/latest", "the newest run") in candidates("macft generate runs/la")
     monitor.main(["runs/latest", "--once"])
     assert "no step yet" in capsys.readouterr().out
 
