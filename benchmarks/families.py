@@ -69,8 +69,11 @@ def row_of(family: str, words: dict[str, str]) -> list[str]:
         found = [words[check] for check in checks]
         return "wrong" if any(word.startswith(FAILED) for word in found) else found[0]
 
-    cells = [cell(*_LORA), *(cell(check) for check in ("experts", "dora", "packing", "quantized", "recompute"))]
-    return [f"`{family}`", *cells, "-", "; ".join(remarks)]
+    cells = [
+        cell(*_LORA),
+        *(cell(check) for check in ("experts", "dora", "packing", "quantized", "recompute", "stream")),
+    ]
+    return [f"`{family}`", *cells, "; ".join(remarks)]
 
 
 def write_table(rows: dict[str, list[str]]) -> None:

@@ -29,6 +29,7 @@ from macft.config.schema import TrainConfig
 from macft.config.yaml import to_yaml
 from macft.report.events import Noted
 from macft.report.metrics_file import MetricsFile
+from macft.report.run_folder import RunFolder
 from macft.topology.settings import TopologyConfig
 from macft.topology.topology_file import save_topology, to_hostfile
 
@@ -59,8 +60,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory, bundled_model: Path) -> It
     config = TrainConfig()
     config.dataset.path, config.training.steps = str(rows), 2
     for name in {name for page in PAGES for name in RUN_FOLDER.findall(page.read_text())}:
-        (folder / name).mkdir(parents=True)
-        (folder / name / "config.yaml").write_text(to_yaml(config))
+        RunFolder(folder / name).begin(to_yaml(config))
         with contextlib.closing(MetricsFile(folder / name / "metrics.jsonl", first_step=0)) as told:
             told.handle(Noted("the run has begun"))
     with pytest.MonkeyPatch.context() as patch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -318,3 +319,46 @@ def test_a_configuration_of_the_users_own(tmp_path: Path) -> None:
     wrong = train("training.steps=7", "--config-path", "own", "training.stepz=7", cwd=tmp_path)
     assert wrong.errors == "error: training.stepz: no such key; did you mean training.steps?\n"
     assert list(tmp_path.iterdir()) == [own]
+
+
+# Paths that begin in the working folder.
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_and_is_evaluated_from_another_folder(tmp_path: Path, tiny_model_folder: Path) -> None:
+    """Model, dataset and first adapter are typed as relative paths; every later command is typed elsewhere."""
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    (project / "models").mkdir(parents=True)
+    elsewhere.mkdir()
+    (project / "models" / "tiny").symlink_to(tiny_model_folder)
+    rows = "".join(
+        json.dumps({"prompt": f"what is {number}", "completion": f"number {number}"}) + "\n" for number in range(12)
+    )
+    for split in ("train", "valid", "test"):
+        (project / "rows").mkdir(exist_ok=True)
+        (project / "rows" / f"{split}.jsonl").write_text(rows)
+    typed = ("+recipe=smoke", "model=./models/tiny", "dataset=rows", "training.batch_size=2", "thermal=off", "name=x")
+    done = train(*typed, "training.steps=2", cwd=project)
+    assert done.status == 0, done.errors
+    run = (project / "runs" / "latest").resolve()
+    assert read(run / "config.yaml").dataset.path == str(project / "rows")
+    assert read(run / "config.yaml").model.path == str(project / "models" / "tiny")
+
+    assert json.loads((run / "adapters" / "adapter_config.json").read_text())["model"] == str(
+        project / "models" / "tiny"
+    )
+
+    latest = project / "runs" / "latest"
+    resumed = train(f"+resume={latest}", "training.steps=3", cwd=elsewhere)
+    assert resumed.status == 0, resumed.errors
+    assert len(losses(run)) == 3
+    changed = next(line for line in resumed.output.splitlines() if "changed after step 2" in line)
+    assert "path" not in changed
+    again = train("+resume=runs/latest", "dataset.path=rows", "training.steps=4", cwd=project)
+    assert "path" not in next(line for line in again.output.splitlines() if "changed after step 3" in line)
+    for command in (["generate", "--prompt", "what is 3", "--max-tokens", "4"], ["evaluate", "--rows", "2"]):
+        done = subprocess.run(
+            [sys.executable, "-m", f"macft.{command[0]}", str(latest), *command[1:]],
+            cwd=elsewhere, capture_output=True, text=True, timeout=240, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr

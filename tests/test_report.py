@@ -96,10 +96,10 @@ def test_a_log_gets_plain_short_lines(log: Console, tmp_path: Path) -> None:
     shown = text.splitlines()
     assert max(len(line) for line in shown if str(tmp_path) not in line) <= 100
     steps = [line for line in shown if "tokens/s" in line and line.startswith("step")]
-    assert [line.split("/")[0].split()[-1] for line in steps] == ["5", "10", "15", "20"]
+    assert [line.split("/")[0].split()[-1] for line in steps] == ["1", "5", "10", "15", "20"]
     assert "loss  2.000" in steps[-1]
     assert "800 tokens/s" in steps[-1]
-    assert "left 0:08" in steps[0]  # 15 steps of 0.5 s, rounded half to even
+    assert "left 0:08" in steps[1]  # 15 steps of 0.5 s, rounded half to even
     assert "warning: the disk is nearly full" in shown
 
 

@@ -41,9 +41,11 @@ from macft.model.execution import Execution, recomputations
 from macft.model.load import LoadedModel, load
 from macft.model.merge import fuse
 from macft.model.settings import ModelConfig
+from macft.model.stages import CutModel
 from macft.parallel.shares import DataShard
 from macft.training.gradient import GradientComputer
 from macft.training.loss import TokenLoss
+from macft.training.step_gradient import make_step_gradient
 from macft.training.validation import validation_loss
 
 from .execution import execution_with
@@ -269,6 +271,34 @@ def check_recompute(case: Case) -> str:
     return "yes"
 
 
+def check_stream(case: Case) -> str:
+    """The same block by block, each read from disk when it is computed; "no" where the model can't be cut."""
+    for kernels in case.kernels:
+        execution = execution_with(kernels, packing=case.packs(kernels)).streamed(())
+        loaded = case.load(execution)
+        assert loaded.streamed is not None
+        if CutModel(loaded.model).obstacle(mx.array([[5, 7, 11]])):
+            return "no"
+        config = AdapterConfig(type="lora", rank=RANK, scale=SCALE, targets=case.targets)
+        adaptation = adapt(loaded.model, config, seed=SEED, streamed=loaded.streamed)
+        randomize(loaded.model)
+        backend = make_backend(execution)
+        with backend.installed(loaded.model):
+            compute = make_step_gradient(
+                loaded.model,
+                backend,
+                execution,
+                adaptation.dropout_keys,
+                loaded.streamed,
+                seed=SEED,
+                bucket_bytes=2**22,
+            )
+            result = compute(STEP, [collate(case.rows, np.arange(len(case.rows)))])
+            found = Sums(result.loss_sum, {name: np.array(value) for name, value in result.gradient.items()})
+        found.compare(case.reference, f"{kernels}, stream")
+    return "yes"
+
+
 def check_dropout(case: Case) -> str:
     """A row's masks are the same alone, beside others and in a pack, or dropout is refused."""
     try:
@@ -431,6 +461,7 @@ CHECKS: dict[str, Callable[[Case], str]] = {
     "gradient": check_gradient,
     "packing": check_packing,
     "recompute": check_recompute,
+    "stream": check_stream,
     "dropout": check_dropout,
     "dora": check_dora,
     "quantized": check_quantized,

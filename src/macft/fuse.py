@@ -13,6 +13,7 @@ from macft.cli.run_command import run_command
 from macft.cli.shell import command
 from macft.device.durable import new_folder
 from macft.errors import ConfigError
+from macft.report.latest import followed
 from macft.run.tuned_model import TunedModel, add_model_arguments
 
 
@@ -23,6 +24,8 @@ def main(argv: Sequence[str]) -> None:
         MacftError: The arguments are wrong, the model or adapter can't be read, or the result can't be written.
     """
     arguments = _parser().parse_args(argv)
+    if arguments.run_folder is not None:
+        arguments.run_folder = followed(arguments.run_folder.expanduser())
     tuned = TunedModel.from_arguments(arguments)
     target = arguments.save_path or (arguments.run_folder / "fused" if arguments.run_folder else Path("fused_model"))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -18,6 +18,7 @@ from rich.text import Text
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.errors import ConfigError
+from macft.report.latest import followed
 from macft.report.run_folder import RunFolder
 from macft.thermal.readings import STATES
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
         ConfigError: The arguments are wrong, or the folder has no metrics file.
     """
     options = _parser().parse_args(argv)
-    path = RunFolder(options.run_folder).metrics
+    path = RunFolder(followed(options.run_folder)).metrics
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; give the folder of a run with report.metrics_file=true")
     console = Console(highlight=False)
@@ -70,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _parser() -> Parser:
     parser = command_parser("monitor")
-    parser.add_argument("run_folder", type=Path, help="the run's folder, runs/NAME/TIME")
+    parser.add_argument("run_folder", type=Path, help="the run's folder, runs/NAME/TIME or runs/latest")
     parser.add_argument("--once", action="store_true", help="print the state once and exit")
     return parser
 

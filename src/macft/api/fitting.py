@@ -12,6 +12,7 @@ from macft.config.schema import TrainConfig
 from macft.errors import ConfigError, MacftError, TrainingError
 from macft.launch.run import RanksFailed, run
 from macft.report.callbacks import Callback, Callbacks
+from macft.report.latest import followed
 from macft.run.claim import Claim, claim
 
 
@@ -46,7 +47,7 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, callbacks: Sequ
         ConfigError: there is no run, or its checkpoints don't fit the settings.
         MacftError: the run was refused, or it failed.
     """
-    path = Path(folder).expanduser()
+    path = followed(Path(folder).expanduser())
     config = configuration.of_run(path, overrides)
     with claim(path, config, key="folder", resume=True) as taken:
         return _fit(config, taken, callbacks, resume=True)

@@ -30,6 +30,7 @@ from macft.config.yaml import check_whole
 from macft.data.files import READERS
 from macft.device.user_folder import user_config_folder
 from macft.errors import ConfigError
+from macft.report.latest import followed
 
 _FREE_FORM = ("dataset.columns", "optimizer.arguments")
 """Users add keys of their own below these, without Hydra's ``+``."""
@@ -248,10 +249,10 @@ def _take_resume(parsed: list[Override]) -> tuple[Path | None, list[Override]]:
     rest = [item for item in parsed if item.key_or_group != "resume"]
     if not chosen:
         return None, rest
-    folder = Path(_texts(chosen[-1])[-1]).expanduser().absolute()
+    folder = followed(Path(_texts(chosen[-1])[-1]).expanduser().absolute())
     if not (folder / "config.yaml").is_file():
         what = "is not a run's folder (it has no config.yaml)" if folder.is_dir() else "does not exist"
-        raise ConfigError(f"resume: {folder} {what}; give a run's folder, such as runs/NAME/TIME")
+        raise ConfigError(f"resume: {folder} {what}; give a run's folder, such as runs/NAME/TIME or runs/latest")
     try:
         check_whole(folder / "config.yaml")
     except ConfigError as error:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 
 import numpy as np
 
@@ -67,15 +68,20 @@ def tokenize_all(
     tokenizer: Tokenizer,
     *,
     need_test: bool,
+    progress: Callable[[int], None] | None = None,
 ) -> LoadedData:
     """Tokenises what :func:`read` returned; the test split only if ``need_test``.
+
+    ``progress`` is called with the number of rows done, of those that :func:`rows_to_tokenize` counts.
 
     Raises:
         DataError: A row is in none of the formats; the message names the split, the row and the field.
     """
     data = LoadedData(Split(), Split(), Split(), [])
-    for name in SPLITS if need_test else SPLITS[:2]:
-        split, notes = tokenize_split(sources, config, tokenizer, name)
+    counted = partial(next, count(1))
+    row_done = None if progress is None else lambda: progress(counted())
+    for name in _splits(need_test=need_test):
+        split, notes = tokenize_split(sources, config, tokenizer, name, row_done=row_done)
         setattr(data, name, split)
         data.notes += notes
     if not data.train.rows:
@@ -89,8 +95,26 @@ def tokenize_all(
     return data
 
 
-def tokenize_split(sources: Sources, config: DatasetConfig, tokenizer: Tokenizer, name: str) -> tuple[Split, list[str]]:
+def rows_to_tokenize(sources: Sources, *, need_test: bool) -> int:
+    """How many rows :func:`tokenize_all` tokenises."""
+    return sum(len(raw[name]) for _, raw in sources for name in _splits(need_test=need_test))
+
+
+def _splits(*, need_test: bool) -> tuple[str, ...]:
+    return SPLITS if need_test else SPLITS[:2]
+
+
+def tokenize_split(
+    sources: Sources,
+    config: DatasetConfig,
+    tokenizer: Tokenizer,
+    name: str,
+    *,
+    row_done: Callable[[], None] | None = None,
+) -> tuple[Split, list[str]]:
     """Tokenises one split of what :func:`read` returned; returns it with lines for the user.
+
+    ``row_done`` is called after each row.
 
     Raises:
         DataError: A row is in none of the formats; the message names the split, the row and the field.
@@ -99,7 +123,7 @@ def tokenize_split(sources: Sources, config: DatasetConfig, tokenizer: Tokenizer
     for source, raw in sources:
         before = len(split.rows)
         remarks = Remarks()
-        _add(split, raw[name], dict(source.columns), config, tokenizer, remarks)
+        _add(split, raw[name], dict(source.columns), config, tokenizer, remarks, row_done)
         where = f"{source.path}, {name}" if len(sources) > 1 else name
         notes += remarks.lines(where, len(raw[name]))
         if len(split.rows) > before:
@@ -141,6 +165,7 @@ def _add(
     config: DatasetConfig,
     tokenizer: Tokenizer,
     remarks: Remarks,
+    row_done: Callable[[], None] | None,
 ) -> None:
     """Appends the rows of one source to ``split``."""
     for read_record, place in raw:
@@ -158,6 +183,8 @@ def _add(
             )
         except DataError as error:
             raise DataError(f"{place}: {error}") from error
+        if row_done is not None:
+            row_done()
         if len(row.tokens) > config.max_seq_length:
             remarks.add(f"cut to {config.max_seq_length} tokens", place)
             row = Row(row.tokens[: config.max_seq_length], row.prompt_length)

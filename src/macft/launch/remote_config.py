@@ -11,6 +11,7 @@ import asyncssh
 
 from macft.device.durable import write_atomically
 from macft.errors import LaunchError
+from macft.report.latest import point_to
 from macft.report.run_folder import RunFolder
 
 
@@ -47,11 +48,12 @@ async def own_config(
 ) -> AsyncIterator[None]:
     """Writes this machine's ``config.yaml``, with which the run can go on after this terminal was closed.
 
-    If the run has not begun on any host at the end, the old file is put back.
+    If the run has not begun on any host at the end, the old file is put back; else it is then ``runs/latest`` here.
     """
     files = RunFolder(folder)
     before = files.config.read_bytes() if files.config.exists() else None
-    files.begin(config)
+    files.create()
+    write_atomically(files.config, config)
     try:
         yield
     finally:
@@ -59,6 +61,8 @@ async def own_config(
         answers = [answer for each in connections if (answer := await _content(each, path)) is not None]
         if answers and config not in answers:
             files.config.unlink() if before is None else write_atomically(files.config, before)
+        else:
+            point_to(folder)
 
 
 async def _content(connection: asyncssh.SSHClientConnection, path: str) -> str | None:

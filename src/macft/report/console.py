@@ -29,6 +29,7 @@ from macft.report.events import (
     SamplesShown,
     StepDone,
 )
+from macft.report.phase_lines import PhaseLines
 from macft.report.run_folder import RunFolder
 
 _PLAIN_WIDTH = 100
@@ -36,6 +37,8 @@ _NARROWEST_PANEL = 40
 # Weight of the newest step in the running speed: about the last twenty steps count.
 _SMOOTHING = 0.1
 _LONGEST_TEXT = 480
+_LONGEST_SILENCE = 30.0
+"""Seconds of training after which a step is printed even if it is none of every ``every`` steps."""
 _NOTE_STYLES = {"warning": "yellow", "error": "red"}
 _TITLES = {
     "finished": ("Finished", "green"),
@@ -51,7 +54,8 @@ Row = tuple[str, str, str]
 class ConsoleReporter:
     """Prints through rich, on stdout.
 
-    On a terminal: panels, a live bar, and a permanent line every ``every`` steps. Elsewhere plain lines without control
+    On a terminal: panels, a live bar, and a permanent line of the first step and
+    every ``every`` steps. Elsewhere plain lines without control
     codes, so that logs stay readable. ``changes`` of the nodes are those that another node has already reported.
     Raises OSError when the output is no longer read.
     """
@@ -63,10 +67,14 @@ class ConsoleReporter:
         self._progress: Progress | None = None
         self._training: TaskID | None = None
         self._phase: tuple[str, TaskID] | None = None
+        self._phase_in_lines: str | None = None
+        self._phase_lines = PhaseLines(lambda line: self._show_note(line, "info"))
         self._speed = _Speed()
         self._model = ""
         self._folder = RunFolder(Path())
         self._total_steps = 0
+        self._has_stepped = False
+        self._untold_seconds = 0.0
         self._changes = list(changes)
 
     def handle(self, event: Event) -> None:
@@ -93,6 +101,7 @@ class ConsoleReporter:
 
     def close(self) -> None:
         """Ends the live display. Safe to call twice."""
+        self._phase_lines.close()
         progress, self._progress = self._progress, None
         if progress is not None:
             progress.stop()
@@ -137,7 +146,11 @@ class ConsoleReporter:
         if self._progress is not None and self._training is not None:
             detail = f"loss {event.loss:.3f}  left {left}  {rate}  lr {event.learning_rate:.1e}"
             self._progress.update(self._training, completed=event.step, detail=detail)
-        if event.step % self._every == 0 or event.step == event.total_steps:
+        is_first, self._has_stepped = not self._has_stepped, True
+        self._untold_seconds += event.seconds
+        is_long = self._untold_seconds >= _LONGEST_SILENCE
+        if is_first or is_long or event.step % self._every == 0 or event.step == event.total_steps:
+            self._untold_seconds = 0.0
             self._line(
                 f"{self._position(event.step)}  loss {event.loss:6.3f}  lr {event.learning_rate:.2e}  "
                 f"grad {event.grad_norm:6.2f}  {rate:>14}  {self._speed.seconds_per_step:5.2f} s/step  "
@@ -175,11 +188,19 @@ class ConsoleReporter:
 
     def _show_progress(self, event: PhaseProgress) -> None:
         if self._progress is None:
+            if not self._is_live:
+                self._show_progress_lines(event)
             return
         if self._phase is None or self._phase[0] != event.name:
             self._end_phase()
             self._phase = (event.name, self._progress.add_task(event.name, total=event.total, detail=""))
         self._progress.update(self._phase[1], completed=event.done, total=event.total)
+
+    def _show_progress_lines(self, event: PhaseProgress) -> None:
+        if self._phase_in_lines != event.name:
+            self._phase_in_lines = event.name
+            self._phase_lines.begin(event.name, event.total)
+        self._phase_lines.advance(event.done)
 
     def _show_end(self, event: RunEnded) -> None:
         self.close()
@@ -250,7 +271,8 @@ class ConsoleReporter:
         if self._progress is not None and self._phase is not None:
             self._progress.remove_task(self._phase[1])
             self._progress.refresh()
-        self._phase = None
+        self._phase_lines.end()
+        self._phase = self._phase_in_lines = None
 
 
 class _Output(Console):

@@ -200,7 +200,7 @@ class Noted(Event):
 
 @dataclass(frozen=True)
 class PhaseProgress(Event):
-    """Progress of an evaluation or of the answers to questions."""
+    """Progress of an evaluation, of the answers to questions, or of saving the adapter."""
 
     is_recorded: ClassVar[bool] = False
 

@@ -69,6 +69,7 @@ class FailoverReporter(Reporter):
             except OSError as error:  # a run must not end because it can't be reported
                 self._follower.handle(Noted(f"this node can't report the run: {error}", "warning"))
                 return
+            self._follower.close()
             if self._started is not None:
                 self._leader.handle(replace(self._started, first_step=step))
             missed = [event for event in self._missed if event.step > reported]

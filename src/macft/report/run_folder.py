@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from macft.device.durable import write_atomically
+from macft.report import latest
 
 
 @dataclass(frozen=True)
@@ -115,15 +116,19 @@ class RunFolder:
         """What TensorBoard is to show: the folder of this run and its like, or this one where others are there too."""
         parent = self.path.absolute().parent
         try:
-            are_runs = all((each / self.config.name).is_file() for each in parent.iterdir() if each.name != "latest")
+            are_runs = all((each / self.config.name).is_file() for each in parent.iterdir() if each.name != latest.NAME)
         except OSError:
             are_runs = False
         return self.path.parent if are_runs else self.path
 
     def begin(self, config: str) -> None:
-        """Makes the folder that of a run with ``config``, in YAML: all checks have passed. Raises OSError."""
+        """Makes the folder that of a run with ``config``, in YAML: all checks have passed. Raises OSError.
+
+        It becomes ``runs/latest``.
+        """
         self.create()
         write_atomically(self.config, config)
+        latest.point_to(self.path)
 
     def create(self) -> None:
         """Makes the folder itself, if it does not exist."""

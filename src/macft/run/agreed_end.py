@@ -23,7 +23,7 @@ from macft.config.overrides import resume_command
 from macft.device import fault_points
 from macft.device.durable import identity
 from macft.errors import CollectiveError, ModelError
-from macft.report.events import Noted, RunEnded, RunEnding
+from macft.report.events import Noted, PhaseProgress, RunEnded, RunEnding
 from macft.run.prepare import Run, host_name
 from macft.run.results import choose_final_adapter, has_final_adapter, save_adapter_folder, score_after
 from macft.thermal.energy import summarize
@@ -122,6 +122,7 @@ class AgreedEnd:
         for rank in range(first, collective.world_size):
             name, folder, trouble = host_name(run.config, collective), "", ""
             if rank == collective.rank:
+                run.reporter.handle(PhaseProgress("saving the adapter", 0, 1))
                 try:
                     folder = str(save_adapter_folder(run))
                 except ModelError as error:

@@ -23,6 +23,7 @@ from macft.config.schema import TrainConfig
 from macft.config.yaml import must_match, read
 from macft.device.durable import identity
 from macft.errors import ConfigError
+from macft.report.latest import leads_through_link
 from macft.report.run_folder import RunFolder
 
 _PROBE_BYTES = 64 * 1024
@@ -90,6 +91,10 @@ def claim(wanted: Path, config: TrainConfig, *, key: str, is_named: bool = True,
     Raises:
         ConfigError: another run is in the folder, or it can't be written; nothing was changed.
     """
+    if not resume and leads_through_link(wanted.absolute()):
+        raise ConfigError(
+            f"{key}: {wanted} leads through runs/latest, which is the newest run; give another name or folder"
+        )
     path, made = _make_or_explain(wanted, key, is_named=is_named)
     with ExitStack() as undo:
         undo.callback(_remove_empty, made)

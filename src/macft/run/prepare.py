@@ -19,8 +19,9 @@ from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain
 from macft.config.yaml import to_yaml
 from macft.data.checks import check_rows
-from macft.data.load import LoadedData, read, sample_rows, tokenize_all
+from macft.data.load import LoadedData, read, rows_to_tokenize, sample_rows, tokenize_all
 from macft.data.order import RowOrder
+from macft.data.settings import DatasetConfig
 from macft.data.template_clock import fix_clock
 from macft.device.mlx_device import prepare_device
 from macft.errors import CheckpointError
@@ -38,9 +39,11 @@ from macft.planner.preflight import preflight
 from macft.report import fan_out
 from macft.report.callbacks import Callbacks
 from macft.report.events import Reporter
+from macft.report.phase_lines import PhaseLines
 from macft.report.run_folder import RunFolder
 from macft.report.trackers.registry import require_installed
 from macft.run.contents import agree_on_contents, contents_of, store_contents, told_to_others
+from macft.run.local_paths import with_absolute_paths
 from macft.run.resume import check_resume, check_steps, no_checkpoint, notes_of_changes, previous_config
 from macft.thermal.throttle import ThermalThrottle
 from macft.training.build_trainer import build_trainer
@@ -109,8 +112,22 @@ def prepare(
         MembershipChanged: a node was lost before all were ready.
         Stopped: a stop was requested; on all ranks alike.
     """
+    with PhaseLines(_say if config.report.console else log.debug) as phases:
+        return _prepare(config, collective, folder, phases, resume=resume, stop=stop, callbacks=callbacks)
+
+
+def _prepare(
+    config: TrainConfig,
+    collective: Collective,
+    folder: RunFolder,
+    phases: PhaseLines,
+    *,
+    resume: bool,
+    stop: StopRequest,
+    callbacks: Callbacks | None,
+) -> Run:
     # Whatever can go wrong without a model goes wrong before one is fetched and loaded.
-    given, before = config, previous_config(folder) if resume else None
+    given, before = with_absolute_paths(config), previous_config(folder) if resume else None
     if resume:
         check_resume(folder, config)
     optimizer = make_optimizer(config.optimizer)
@@ -118,16 +135,18 @@ def prepare(
     with told_to_others(collective, host):
         if collective.rank == 0:
             require_installed(config.report.trackers)
-        log.info("reading the dataset %s", config.dataset.path)
+        _begin_phase(phases, f"reading the dataset {_named(config.dataset)}")
         raw = read(config.dataset, seed=config.seed)
 
-        log.info("finding the model %s", config.model.path)
+        _begin_phase(phases, f"finding the model {config.model.path}", once=True)  # a download shows a bar
         model_folder = resolve(config.model)
         tokenizer = load_tokenizer(config.model, model_folder)
         clock_notes = fix_clock(tokenizer, config.dataset.template_time)
 
-        log.info("tokenizing")
-        data = tokenize_all(raw, config.dataset, tokenizer, need_test=is_scored(config))
+        total = rows_to_tokenize(raw, need_test=is_scored(config))
+        _begin_phase(phases, "tokenizing", total, unit="rows")
+        data = tokenize_all(raw, config.dataset, tokenizer, need_test=is_scored(config), progress=phases.advance)
+        _begin_phase(phases, "checking the rows")
         data.notes += check_rows(
             {"train": data.train, "valid": data.valid, "test": data.test},
             tokenizer,
@@ -139,12 +158,12 @@ def prepare(
             data.train.source_sizes, data.train.source_weights, batch_size=config.training.batch_size, seed=config.seed
         )
         contents = contents_of(config, data, order, model_folder, tokenizer)
-    log.info("comparing contents")
+    _begin_phase(phases, "comparing the rows and the model with the other nodes'")
     contents_notes = agree_on_contents(collective, host, contents, data.train, folder, resume=resume)
     stop_together(collective, stop)
 
     device = prepare_device()
-    log.info("planning memory")
+    _begin_phase(phases, "planning memory")
     decision = preflight(
         config, model_folder, data.train.rows, order, collective, world_size=planned_world_size(collective)
     )
@@ -154,7 +173,8 @@ def prepare(
     config = with_execution(config, execution)
     training = config.training
 
-    log.info("loading %s on %s", model_folder, device)
+    _begin_phase(phases, f"loading the model {config.model.path}")
+    log.info("from %s, on %s", model_folder, device)
     loaded = load(config.model, model_folder, execution, tokenizer)
     execution, revisions = confirm(execution, loaded)
     adaptation = adapt(loaded.model, config.adapter, seed=config.seed, streamed=loaded.streamed)
@@ -162,7 +182,7 @@ def prepare(
         load_adapter_weights(Path(config.adapter.init_from).expanduser(), loaded.model)
 
     stop_together(collective, stop)
-    log.info("sharing the state")
+    _begin_phase(phases, "sharing the state")
     reducer = GradientReducer(collective, config.collective.codec, config.collective.powersgd_rank)
     state = TrainState(loaded.model, optimizer, Progress(), reducer, _outer_optimizer(config, loaded))
     store = CheckpointStore(folder.checkpoints, keep_last=training.keep_last)
@@ -176,7 +196,7 @@ def prepare(
         state, store, folder, total_steps=steps_for(training, order.steps_per_epoch), resume=resume
     )
     if before is not None:
-        state_notes += notes_of_changes(before, given, state.progress.step)
+        state_notes += notes_of_changes(with_absolute_paths(before), given, state.progress.step)
     if state.outer is not None:
         state_notes.append(
             f"training.sync=diloco: the nodes meet every {training.inner_steps} steps; between two meetings the loss "
@@ -248,6 +268,21 @@ def prepare(
         layout=decision.layout,
         notes=[*loaded.notes, *decision.notes, *revisions, *clock_notes, *contents_notes, *data.notes, *state_notes],
     )
+
+
+def _begin_phase(
+    phases: PhaseLines, name: str, total: int | None = None, *, unit: str = "", once: bool = False
+) -> None:
+    log.info("%s%s", name, "" if total is None else f": {total} {unit}")
+    phases.begin(name, total, unit=unit, once=once)
+
+
+def _say(line: str) -> None:
+    print(f"· {line}", flush=True)
+
+
+def _named(dataset: DatasetConfig) -> str:
+    return ", ".join(source.path for source in dataset.all_sources())
 
 
 def _begin(folder: RunFolder, config: TrainConfig) -> None:

@@ -152,9 +152,10 @@ def save_adapter_folder(run: Run) -> Path:
         ModelError: it can't be written.
     """
     loaded, folder = run.loaded, run.folder.adapters
-    source = str(loaded.path) if run.config.model.path != str(loaded.path) else run.config.model.path
+    # On the hosts of topology=ssh relative paths begin at their own folder, and the adapter comes back from there.
+    source = loaded.path if run.config.topology.kind == "ssh" else loaded.path.absolute()
     try:
-        save_adapter(folder, loaded.model, run.adaptation.mlx_lm_config, model_name=source)
+        save_adapter(folder, loaded.model, run.adaptation.mlx_lm_config, model_name=str(source))
         sync_all(folder)
         if run.config.adapter.type == "full" and loaded.was_quantized:
             # The tuned weights don't fit the quantised checkpoint they came from, so the whole model goes along.

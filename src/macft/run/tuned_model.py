@@ -13,6 +13,7 @@ from macft.config.schema import TrainConfig
 from macft.config.yaml import read
 from macft.errors import ConfigError, ModelError
 from macft.model.settings import ModelConfig
+from macft.report.latest import followed
 from macft.report.run_folder import RunFolder
 from macft.topology.settings import PLACEMENTS, TopologyConfig, parse_budget
 
@@ -163,14 +164,14 @@ def find_run(path: Path) -> RunFolder:
     Raises:
         ConfigError: ``path`` is not a run's folder.
     """
-    folder = RunFolder(path.expanduser())
+    folder = RunFolder(followed(path.expanduser()))
     if not folder.config.is_file():
         if (path / "adapter_config.json").is_file():
             raise ConfigError(
                 f"RUN_FOLDER: {path} is an adapter's folder; name it by {command('--adapter-path', path)}"
             )
         what = "is not a run's folder (it has no config.yaml)" if folder.path.is_dir() else "does not exist"
-        raise ConfigError(f"RUN_FOLDER: {path} {what}; give a run's folder, such as runs/NAME/TIME")
+        raise ConfigError(f"RUN_FOLDER: {path} {what}; give a run's folder, such as runs/NAME/TIME or runs/latest")
     return folder
 
 
