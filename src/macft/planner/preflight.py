@@ -97,7 +97,7 @@ def _agreed_cut(
 ) -> Cut:
     """How a pipeline is cut by the speeds and memories of its nodes. A call of all ranks.
 
-    Processes on one machine are alike, and so is what a newcomer knows of the nodes.
+    With topology=local all nodes are alike. A newcomer knows nothing of the others, whose layout it is given.
     """
     topology, own, planner_of = config.topology, None, None
     wanted = topology.placement == "pipeline" and topology.stages == "auto" and topology.kind != "local"
