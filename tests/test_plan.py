@@ -479,6 +479,7 @@ def test_a_run_that_does_not_fit_is_refused_and_auto_makes_it_fit(wide_model_fol
         f"dataset={tmp_path / 'data'}",
         "dataset.max_seq_length=1000",
         "training.packing=false",
+        "training.recompute=none",
         "training.batch_size=8",
         "training.steps=1",
         "training.eval_every=0",

@@ -34,8 +34,8 @@ stop = StopRequest(announce, farewell=lambda: "quit")
 with stop.listening():
     if sys.argv[1] != "undeferred":
         stop.defer("all is saved")
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         if sys.argv[1] == "busy":  # in one call that no signal ends
             hashlib.pbkdf2_hmac("sha256", b"", b"", (1 << 31) - 1)
         while not (stop.requested and sys.argv[1] == "once"):
