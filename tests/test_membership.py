@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -269,6 +270,14 @@ def test_a_recorded_heartbeat_changes_nothing_as_it_was_or_changed(nodes: list[N
     newest = paxos._heartbeats[earlier.sender.id].number
     paxos.receive(replace(earlier, number=newest), now)
     assert paxos._last_heard == before
+
+
+def test_nodes_at_rest_do_not_answer_each_other_as_fast_as_they_can(nodes: list[Node]) -> None:
+    """Each sends ten heartbeats a second here, so its thread wakes about thirty times a second."""
+    paxos = nodes[0].membership._paxos
+    first, began = paxos._sent, time.monotonic()
+    wait_until(lambda: paxos._sent >= first + 60)
+    assert time.monotonic() - began > 0.5
 
 
 def test_views_and_reasons_are_logged(nodes: list[Node], caplog: pytest.LogCaptureFixture) -> None:
