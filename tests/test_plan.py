@@ -595,7 +595,7 @@ def test_the_portable_path_needs_no_more_than_predicted(
 ) -> None:
     """From the configuration alone, against a gradient with MLX's operations; longer rows in benchmarks/memory.py.
 
-    How far MLX runs ahead of itself differs from run to run, so the peak of a model this small may be well off the prediction.
+    How far MLX runs ahead of itself differs from run to run, and so does the peak of a model this small.
     """
     shape, adapter = shape_of(PORTABLE, "config.json"), AdapterConfig(rank=4)
     execution = replace(padded_execution(recompute=recompute), dtype=dtype, bits=bits)
