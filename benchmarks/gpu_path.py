@@ -37,6 +37,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from harness.random_weights import in_bfloat16
+
 SIZES: dict[str, dict[str, Any]] = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8},
@@ -66,8 +68,6 @@ def parse(shape: str) -> tuple[str, int, int | None, int]:
 def make_model(shape: str, vocabulary: int | None) -> Any:
     """A frozen model of random weights."""
     import mlx.core as mx
-    import mlx.nn as nn
-    from mlx.utils import tree_map
     from mlx_lm.models.llama import Model, ModelArgs
 
     name, blocks, bits, _ = parse(shape)
@@ -81,15 +81,7 @@ def make_model(shape: str, vocabulary: int | None) -> Any:
         "tie_word_embeddings": name != "8B",
     }
     mx.random.seed(1)
-    model = Model(ModelArgs.from_dict(config | SIZES[name]))
-    model.update(tree_map(lambda value: value.astype(mx.bfloat16), model.parameters()))
-    if bits:
-        nn.quantize(model, group_size=64, bits=bits)
-    for part in [*model.layers, model]:  # one at a time, for they are made in float32
-        mx.eval(part.parameters())
-    mx.clear_cache()
-    model.freeze()
-    return model
+    return in_bfloat16(Model(ModelArgs.from_dict(config | SIZES[name])), bits)
 
 
 def make_batch(options: argparse.Namespace, seed: int = 0) -> Any:

@@ -38,6 +38,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from harness.random_weights import in_bfloat16
+
 ROWS_A_STEP = {"sql": 4, "mixed": 4, "long": 2}
 WARM_UP_STEPS = {"sql": 4, "mixed": 4, "long": 1}
 TOKENS = {"mixed": (16, 384), "long": (1000, 1020)}
@@ -74,23 +76,13 @@ def random_model(name: str, bits: int | None) -> Any:
 
     # isort: split
     import mlx.core as mx
-    import mlx.nn as nn
-    from mlx.utils import tree_map
     from mlx_lm.utils import _get_classes
 
     (config,) = [known for path, known in known_models().items() if f"/{name}-" in path]
     del config["quantization"]
     mx.random.seed(1)
     model_class, arguments = _get_classes(config)
-    model = model_class(arguments.from_dict(config))
-    model.update(tree_map(lambda value: value.astype(mx.bfloat16), model.parameters()))
-    if bits:
-        nn.quantize(model, group_size=64, bits=bits)
-    for block in [*model.layers, model]:  # one at a time, for they are made in float32
-        mx.eval(block.parameters())
-    mx.clear_cache()
-    model.freeze()
-    return model
+    return in_bfloat16(model_class(arguments.from_dict(config)), bits)
 
 
 def texts(records: list[dict[str, Any]], tokenizer: Any, least: int, most: int, count: int) -> list[dict[str, Any]]:

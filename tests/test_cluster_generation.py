@@ -26,11 +26,11 @@ from harness.runs import environment, uneven_dataset
 from harness.tiny_model import TINY_CONFIG, make_tiny_model
 from helpers.hosts import cluster
 from helpers.models import random_adapter
-from helpers.serving import CHAT, JSON, Served, events, served
+from helpers.serving import CHAT, JSON, Served, answers_of_one_process, events, served
 from macft.collective.solo import Solo
 from macft.config.execution import inference_execution
 from macft.errors import ConfigError, MacftError, ModelError, ProtocolError
-from macft.evaluation.chat import Chat, ModelAnswers, Sampling
+from macft.evaluation.chat import Sampling
 from macft.generation.layout import answering_layout
 from macft.generation.pipeline import AnswerPipeline
 from macft.generation.stage import AnsweringStage
@@ -45,7 +45,6 @@ from macft.generation.tasks import (
     unpack_task,
 )
 from macft.model.adapter_settings import AdapterConfig
-from macft.model.attach import attach
 from macft.model.backends.choose import make_backend
 from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig
@@ -256,17 +255,8 @@ def adapter_folder(tmp_path_factory: pytest.TempPathFactory, five_blocks: Path) 
 
 @pytest.fixture(scope="module")
 def expected(adapter_folder: Path, five_blocks: Path) -> Any:
-    """``(question, sampling) -> the answer of one process``."""
-    loaded = load(ModelConfig(), five_blocks)
-    attach(loaded.model, adapter_folder)
-
-    def answer(question: str, sampling: Sampling, seed: int = 0) -> str:
-        mx.random.seed(seed)
-        with make_backend(loaded.execution.padded()).installed(loaded.model):
-            source = ModelAnswers(loaded.model, loaded.tokenizer, sampling)
-            return "".join(Chat(source, loaded.tokenizer).say(question))
-
-    return answer
+    """``(question, sampling, seed) -> the answer of one process``."""
+    return answers_of_one_process(five_blocks, adapter_folder)
 
 
 @pytest.mark.slow

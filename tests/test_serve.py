@@ -12,20 +12,15 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
 
 import macft.serve
 from harness.runs import environment
 from helpers.models import random_adapter
-from helpers.serving import CHAT, JSON, Served, events, served
+from helpers.serving import CHAT, JSON, Served, answers_of_one_process, events, served
 from macft.errors import ConfigError, LaunchError, MacftError
-from macft.evaluation.chat import Chat, ModelAnswers, Sampling
+from macft.evaluation.chat import Sampling
 from macft.model.adapter_settings import AdapterConfig
-from macft.model.attach import attach
-from macft.model.backends.choose import make_backend
-from macft.model.load import load
-from macft.model.settings import ModelConfig
 
 pytestmark = pytest.mark.slow
 
@@ -47,16 +42,8 @@ def server(adapter_folder: Path) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def expected(adapter_folder: Path, tiny_model_folder: Path) -> Any:
-    """``(question, sampling, seed) -> the answer of macft generate``."""
-    loaded = load(ModelConfig(), tiny_model_folder)
-    attach(loaded.model, adapter_folder)
-
-    def answer(question: str, sampling: Sampling, seed: int = 0) -> str:
-        mx.random.seed(seed)
-        with make_backend(loaded.execution.padded()).installed(loaded.model):
-            return "".join(Chat(ModelAnswers(loaded.model, loaded.tokenizer, sampling), loaded.tokenizer).say(question))
-
-    return answer
+    """``(question, sampling, seed) -> the answer of one process``."""
+    return answers_of_one_process(tiny_model_folder, adapter_folder)
 
 
 def test_greedy_answers_are_those_of_generate(server: Served, expected: Any) -> None:

@@ -16,6 +16,7 @@ import yaml
 from harness.runs import events, uneven_dataset, wait_for_events
 from helpers.docs import PAGES, Command, commands
 from helpers.hosts import Cluster, Host, cluster
+from helpers.machines import ended
 
 pytestmark = pytest.mark.slow
 MARKED = [
@@ -53,13 +54,6 @@ def typed(three: Cluster, host: Host, command: Command | str, *more: str, **text
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def ended(process: subprocess.Popen[str], status: int = 0) -> str:
-    """What a command has printed by its end."""
-    output, errors = process.communicate(timeout=150)
-    assert process.returncode == status, output + errors
-    return output + errors
 
 
 def of_the_page(beginning: str) -> Command:

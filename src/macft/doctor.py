@@ -27,6 +27,7 @@ from macft.model.local import find_local
 from macft.model.resolve import is_hub_id
 from macft.network import links
 from macft.rendezvous import keystore
+from macft.report.run_folder import RunFolder
 from macft.thermal.load import Load
 from macft.thermal.sensors.choose import choose
 from macft.thermal.settings import ThermalConfig
@@ -113,7 +114,7 @@ def _smoke_run() -> dict[str, object]:
             return {"result": f"not done within {_SMOKE_SECONDS} s"}
         if done.returncode:
             return {"result": f"exit status {done.returncode}", "errors": done.stderr.strip().splitlines()[-5:]}
-        summary = json.loads((Path(folder) / "run" / "summary.json").read_text(encoding="utf-8"))
+        summary = RunFolder(Path(folder) / "run").read_summary()
         kept = ("reason", "steps", "seconds", "results", "tokens_per_second", "peak_memory_bytes", "device")
         return {"result": "works", **{name: summary.get(name) for name in kept}}
 

@@ -9,14 +9,21 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import psutil
 import pytest
 
 from harness.runs import environment
+from macft.evaluation.chat import Chat, ModelAnswers, Sampling
+from macft.model.attach import attach
+from macft.model.backends.choose import make_backend
+from macft.model.load import load
+from macft.model.settings import ModelConfig
 
 JSON = {"Content-Type": "application/json"}
 CHAT = "/v1/chat/completions"
@@ -104,3 +111,16 @@ def events(stream: bytes) -> list[dict[str, Any]]:
     lines = [line.removeprefix("data: ") for line in stream.decode().splitlines() if line.startswith("data: ")]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
+
+
+def answers_of_one_process(model_folder: Path, adapter_folder: Path) -> Callable[..., str]:
+    """``(question, sampling, seed) -> the answer of macft generate`` of a model with an adapter."""
+    loaded = load(ModelConfig(), model_folder)
+    attach(loaded.model, adapter_folder)
+
+    def answer(question: str, sampling: Sampling, seed: int = 0) -> str:
+        mx.random.seed(seed)
+        with make_backend(loaded.execution.padded()).installed(loaded.model):
+            return "".join(Chat(ModelAnswers(loaded.model, loaded.tokenizer, sampling), loaded.tokenizer).say(question))
+
+    return answer

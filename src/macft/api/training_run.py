@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +41,7 @@ class TrainingRun:
     @property
     def summary(self) -> dict[str, Any]:
         """``summary.json``: results, speed, memory, energy, versions. Empty until the run has ended."""
-        try:
-            summary = json.loads(self._folder.summary.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return summary if isinstance(summary, dict) else {}
+        return self._folder.read_summary()
 
     @property
     def reason(self) -> str | None:

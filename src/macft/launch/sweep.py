@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shlex
 import shutil
@@ -13,7 +12,6 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from macft.cli.run_command import INTERRUPTED, exit_status, run_command
 from macft.errors import LaunchError, MacftError
@@ -124,7 +122,7 @@ class Sweep:
         return SweepTable(self._rows, self.swept, objective, self._metric is not None, self._planned)
 
     def _row(self, job: Job, ended: str, reason: str | None, seconds: float) -> SweepRow:
-        summary = _summary(job.folder)
+        summary = RunFolder(job.folder).read_summary()  # empty on a host other than the first
         results = summary.get("results") or {}
         is_done = ended not in ("failed", "interrupted")
         objective = _number(results.get(self._metric or "valid_loss")) if is_done else None
@@ -179,15 +177,6 @@ def _ended(start: Callable[[], str]) -> tuple[str, str | None]:
         traceback.print_exc()
         return "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
     return ("interrupted" if status == INTERRUPTED else ended), reason
-
-
-def _summary(folder: Path) -> dict[str, Any]:
-    """The summary of a run; empty where it has none, as on a host other than the first."""
-    try:
-        summary = json.loads(RunFolder(folder).summary.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def _number(value: object) -> float | None:

@@ -6,7 +6,6 @@ It runs while the node computes, so a busy node is never considered lost. The ag
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import secrets
@@ -19,23 +18,22 @@ from typing import NotRequired, TypedDict
 
 import msgpack
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 import macft
 from macft.collective.matching import Texts, difference, read_texts
-from macft.collective.security import Gate, encrypt_to
+from macft.collective.security import Gate
 from macft.collective.settings import CollectiveConfig
-from macft.collective.wire import PROTOCOL_VERSION, bind, probe, set_endpoint, split_paths
-from macft.errors import CollectiveError, PeerLost
+from macft.collective.wire import PROTOCOL_VERSION, bind, probe
+from macft.errors import PeerLost
 from macft.membership import heartbeat_codec
 from macft.membership.paxos import MemberRecord, PaxosMembership, View
+from macft.membership.peer_connection import MAX_QUEUED, PeerConnection
 from macft.rendezvous.keystore import Keyring
 
 _POLL_SECONDS = 0.1
 _PROBE_INTERVAL = 0.5
 _PROBE_SECONDS = 0.3
 """Most seconds of a round of probes. This node sends no heartbeats meanwhile, so it is also limited by the timeout."""
-_MAX_QUEUED = 64
 # A clock that advances while a laptop sleeps; on macOS CLOCK_MONOTONIC does.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _log = logging.getLogger("macft.membership")
@@ -123,7 +121,7 @@ class MembershipService:
         self.wants_stop: Callable[[], bool] = lambda: False
         self._stop_wanted = False
         self._settings, self._keyring, self._must_match = settings, keyring, must_match
-        self._peers: dict[str, _PeerConnection] = {}
+        self._peers: dict[str, PeerConnection] = {}
         self._probes: dict[str, _Probe] = {}
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._gate = None if keyring is None else Gate(self._context, keyring.own)
@@ -217,7 +215,7 @@ class MembershipService:
             self._publish(now)
 
     def _read(self, now: float) -> None:
-        for _ in range(_MAX_QUEUED):
+        for _ in range(MAX_QUEUED):
             try:
                 parts = self._inbox.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -269,7 +267,7 @@ class MembershipService:
                 self._peers.pop(node).close()
         for node, member in wanted.items():
             if node not in self._peers:
-                self._peers[node] = _PeerConnection(self._context, member, self._keyring, self._settings)
+                self._peers[node] = PeerConnection(self._context, member, self._keyring, self._settings)
 
     def _probe_broken_peers(self) -> None:
         """Distinguishes a process that has ended from a silent machine: its port refuses connections.
@@ -329,64 +327,6 @@ def _has_ended(path: str, deadline: float) -> bool:
     """Whether the process that listened at ``path`` has ended, as far as a probe shows until ``deadline``."""
     remaining = deadline - _now()
     return remaining > 0 and probe(path, remaining) == "ended"
-
-
-@dataclass
-class _PathConnection:
-    sock: zmq.Socket[bytes]
-    monitor: zmq.Socket[bytes]
-    is_open: bool = True
-
-
-class _PeerConnection:
-    """The connections to another node: a DEALER over each of its cables. What cannot be sent at once is dropped."""
-
-    def __init__(
-        self,
-        context: zmq.Context[zmq.Socket[bytes]],
-        member: MemberRecord,
-        keyring: Keyring | None,
-        settings: CollectiveConfig,
-    ):
-        self.member, self.paths = member, split_paths(member.address)
-        self._connections: list[_PathConnection] = []
-        for path in self.paths:
-            sock: zmq.Socket[bytes] = context.socket(zmq.DEALER)
-            sock.linger, sock.immediate, sock.sndhwm = 0, True, _MAX_QUEUED
-            sock.heartbeat_ivl = int(settings.heartbeat * 1000)
-            sock.heartbeat_timeout = int(settings.timeout * 1000)
-            sock.reconnect_ivl_max = 1000
-            if keyring is not None:
-                encrypt_to(sock, keyring.own, member.key)
-            monitor_address = f"inproc://peer-{id(sock)}"
-            sock.monitor(monitor_address, zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
-            monitor: zmq.Socket[bytes] = context.socket(zmq.PAIR)
-            monitor.linger = 0
-            monitor.connect(monitor_address)
-            with contextlib.suppress(CollectiveError):  # a name that is unknown here; another path may work
-                sock.connect(set_endpoint(sock, path))
-            self._connections.append(_PathConnection(sock, monitor))
-
-    def send(self, data: bytes) -> None:
-        """Sends over every open connection."""
-        for connection in self._connections:
-            with contextlib.suppress(zmq.Again):
-                connection.sock.send(data, zmq.NOBLOCK)
-
-    def is_broken(self) -> bool:
-        """Whether no connection is open."""
-        for connection in self._connections:
-            while connection.monitor.poll(0):
-                connection.is_open = recv_monitor_message(connection.monitor)["event"] == zmq.EVENT_CONNECTED
-        return not any(connection.is_open for connection in self._connections)
-
-    def close(self) -> None:
-        """Safe to call twice."""
-        for connection in self._connections:
-            if not connection.sock.closed:
-                connection.sock.disable_monitor()
-            connection.sock.close()
-            connection.monitor.close()
 
 
 _REFUSALS = {

@@ -9,6 +9,7 @@ from rich.table import Table
 from macft.planner.partition import LayoutDecision
 from macft.planner.run_plan import NodePlan, RunPlan
 from macft.planner.stage_costs import StageChoice
+from macft.report.durations import duration
 
 
 def show(plan: RunPlan, console: Console) -> None:
@@ -135,7 +136,7 @@ def _show_placements(plan: RunPlan, console: Console) -> None:
             f"{decision.seconds:.2f}",
             f"{decision.bubble:.0%}",
             *(_seconds(value) for value in (decision.exchange, decision.wire, decision.disk)),
-            _duration(decision.seconds * plan.steps),
+            duration(decision.seconds * plan.steps),
         ]
         if all(value is not None for value in watts):
             used = sum(watts[rank] or 0.0 for rank in decision.ranks)
@@ -160,9 +161,3 @@ def _gb(size: float) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.2f}" if value else "-"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from macft.device.durable import write_atomically
 from macft.report import latest
@@ -95,12 +96,16 @@ class RunFolder:
     @property
     def is_finished(self) -> bool:
         """Whether the results of a run that came to its end are stored."""
+        has_ended = self.read_summary().get("reason") in ("finished", "early_stopped")
+        return has_ended and (self.adapters / "adapters.safetensors").is_file() and self.config.is_file()
+
+    def read_summary(self) -> dict[str, Any]:
+        """The content of ``summary.json``; empty where there is none that can be read."""
         try:
-            reason = json.loads(self.summary.read_text(encoding="utf-8"))["reason"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-        has_adapter = (self.adapters / "adapters.safetensors").is_file()
-        return reason in ("finished", "early_stopped") and has_adapter and self.config.is_file()
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return summary if isinstance(summary, dict) else {}
 
     def clear(self) -> None:
         """Removes a run that another one replaces: all but its logs. Raises OSError where that fails."""

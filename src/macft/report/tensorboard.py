@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from macft.report.dotted import flat
 from macft.report.events import (
     CheckpointSaved,
     Evaluated,
@@ -168,29 +169,21 @@ def _compared(config: Mapping[str, object]) -> tuple[dict[str, bool | float | st
 
     Lists are text; empty values, which the tab can't hold, are left out.
     """
-    flat = _flat(config)
+    values = {key: _held(value) for key, value in flat(config).items() if value not in (None, "", [])}
     report = config.get("report")
     named = report.get("hparams") if isinstance(report, Mapping) else None
     names = [str(name) for name in named] if isinstance(named, list) else []
-    first = {key for name in names for key in flat if key == name or (key.startswith(f"{name}.") and key in _COMPARED)}
-    return {key: flat[key] for key in flat if key in first or key in _COMPARED}, first
+    first = {
+        key for name in names for key in values if key == name or (key.startswith(f"{name}.") and key in _COMPARED)
+    }
+    return {key: value for key, value in values.items() if key in first or key in _COMPARED}, first
 
 
-def _flat(config: Mapping[str, object], prefix: str = "") -> dict[str, bool | float | str]:
-    flat: dict[str, bool | float | str] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{name}.")
-        elif value in (None, "", []):
-            continue
-        elif isinstance(value, bool | str):
-            flat[name] = value
-        elif isinstance(value, int | float):
-            flat[name] = float(value)
-        else:
-            flat[name] = str(value)
-    return flat
+def _held(value: object) -> bool | float | str:
+    """``value`` as the tab can hold it."""
+    if isinstance(value, bool | str):
+        return value
+    return float(value) if isinstance(value, int | float) else str(value)
 
 
 def _data_type(value: bool | float | str) -> Any:

@@ -8,7 +8,6 @@ all ranks, and can be made again: if a rank is lost meanwhile, the others form a
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -177,10 +176,7 @@ class AgreedEnd:
     def _is_on_disk(self) -> bool:
         """Whether another rank has left these results in this rank's folder, which local ranks share."""
         run = self._run
-        try:
-            summary = json.loads(run.folder.summary.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
+        summary = run.folder.read_summary()
         expected = (run.state.ended, digest(run.loaded.model).hex())
         is_there = (run.folder.adapters / "adapters.safetensors").is_file()
         return is_there and (summary.get("reason"), summary.get("adapter_sha256")) == expected

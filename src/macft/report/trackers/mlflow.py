@@ -6,7 +6,8 @@ import os
 import time
 from collections.abc import Mapping
 
-from macft.report.trackers.tracker import TrackedRun, flat
+from macft.report.dotted import flat
+from macft.report.trackers.tracker import TrackedRun
 
 _ID_TAG = "macft.run_id"
 _STATES = {"failed": "FAILED", "interrupted": "KILLED", "": "RUNNING"}

@@ -40,14 +40,3 @@ class Tracker(Protocol):
     def finish(self, results: Mapping[str, float], reason: str) -> None:
         """Stores the final results and ends the run; ``reason`` is that of ``RunEnded``, or empty where it goes on."""
         ...
-
-
-def flat(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """``{"training.steps": 20}`` from ``{"training": {"steps": 20}}``."""
-    values: dict[str, object] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            values |= flat(value, f"{prefix}{key}.")
-        else:
-            values[f"{prefix}{key}"] = value
-    return values

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from macft.report.trackers.tracker import TrackedRun, flat
+from macft.report.dotted import flat
+from macft.report.trackers.tracker import TrackedRun
 
 
 class TrackioTracker:
