@@ -60,7 +60,7 @@ QUESTIONS = ("Repeat: red", "seven lamps", "what is north? " * 9, "quiet", "rive
 def stage_of(folder: Path, blocks: range, stack: ExitStack) -> tuple[AnsweringStage, LoadedModel]:
     """The stage ``blocks`` of the model in ``folder``, and what it has loaded."""
     model = ModelConfig()
-    loaded = load(model, folder, inference_execution(model, folder).streamed(tuple(blocks)).padded())
+    loaded = load(model, folder, inference_execution(model, folder).streamed(tuple(blocks), reads_ends=True).padded())
     backend = make_backend(loaded.execution)
     stack.enter_context(backend.installed(loaded.model))
     return AnsweringStage(loaded, backend, blocks), loaded

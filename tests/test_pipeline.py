@@ -32,9 +32,9 @@ from macft.model.load import load
 from macft.model.settings import ModelConfig
 from macft.parallel.shares import rows_of_shard
 from macft.parallel.stage_layout import Stage, StageLayout, even_layout
-from macft.parallel.stage_places import StagePlaces
+from macft.parallel.stage_places import StagePlace, StagePlaces
 from macft.training.batch_layout import BatchLayout
-from macft.training.pipeline_schedule import Pass, one_forward_one_backward
+from macft.training.pipeline_schedule import Pass, holding, one_forward_one_backward
 from macft.training.step_gradient import make_step_gradient
 
 BLOCKS = 5
@@ -82,6 +82,7 @@ def computed(
     model: ModelConfig = EXACT,
     capacity: int = BLOCKS,
     keep: bool = False,
+    ahead: int = 100,
     sizes: Sequence[int | None] = (2, 1),
     packing: bool = False,
 ) -> list[Numbers]:
@@ -89,7 +90,7 @@ def computed(
     places = StagePlaces(collective, lambda _: layout)
     places.agree()
     execution = execution_with(kernels, packing=packing, dropout=adapter.dropout > 0)
-    execution = replace(execution, dtype=model.precision, activation_capacity=100 if keep else 0)
+    execution = replace(execution, dtype=model.precision, activation_capacity=100 if keep else 0, border_capacity=ahead)
     execution = (replace(execution, pack_tokens=40) if execution.packing else execution).pipelined(
         capacity, tuple(layout.blocks_of(collective.rank))
     )
@@ -128,8 +129,19 @@ def computed(
         found.append({"validation": total})
         place = places.own
         if place is not None:
-            assert streamed._held <= set(place.stage.blocks)  # nothing but its own
+            assert streamed.held_blocks <= set(place.stage.blocks)  # nothing but its own
+            assert streamed.ends == place.ends
+            assert_has_no_other_end(loaded.model, place)
     return found
+
+
+def assert_has_no_other_end(model: Any, place: StagePlace) -> None:
+    """The embedding is in memory on the first stage only, or on the last one too where it is the head."""
+    head = model.model.embed_tokens if "lm_head" not in model else model.lm_head
+    needed = {id(head): place.after is None}
+    needed[id(model.model.embed_tokens)] = place.before is None or needed.get(id(model.model.embed_tokens), False)
+    for module in (head, model.model.embed_tokens):
+        assert bool(mx.isnan(module.weight[0, 0]).item()) != needed[id(module)]
 
 
 def one_node(folder: Path, kernels: str, adapter: AdapterConfig, **more: Any) -> list[Numbers]:
@@ -162,6 +174,13 @@ def test_stages_have_the_bits_of_one_node(folder: Path, kernels: str, name: str)
         assert_same(found, expected, np.testing.assert_array_equal)
 
 
+def test_embedding_and_head_are_apart(tmp_path: Path, kernels: str) -> None:
+    folder = build("llama", tmp_path / "apart", num_hidden_layers=BLOCKS, tie_word_embeddings=False)
+    expected = one_node(folder, kernels, AdapterConfig())
+    for found in in_stages(layout_of([1, 3, 1]), 3, folder, kernels, AdapterConfig()):
+        assert_same(found, expected, np.testing.assert_array_equal)
+
+
 @pytest.mark.parametrize("counts", [[2, 3], [1, 2, 1, 1]], ids=str)
 def test_other_cuts_have_the_same_bits(folder: Path, counts: list[int]) -> None:
     expected = one_node(folder, "mlx", AdapterConfig(dropout=0.2))
@@ -178,7 +197,7 @@ def test_two_pipelines_of_two_and_a_rank_that_is_left_out(folder: Path) -> None:
 
 def test_stages_that_hold_fewer_blocks_than_they_compute(folder: Path) -> None:
     expected = one_node(folder, "mlx", AdapterConfig())
-    for found in in_stages(layout_of([2, 3]), 2, folder, "mlx", AdapterConfig(), capacity=1):
+    for found in in_stages(layout_of([2, 3]), 2, folder, "mlx", AdapterConfig(), capacity=1, ahead=0):
         assert_same(found, expected, np.testing.assert_array_equal)
 
 
@@ -215,11 +234,11 @@ def test_half_precision_travels_as_it_is(folder: Path) -> None:
         assert_same(found, expected, np.testing.assert_array_equal)
 
 
-@pytest.mark.parametrize(("stages", "count"), [(1, 3), (2, 1), (2, 5), (4, 2), (4, 8)])
-def test_the_schedule(stages: int, count: int) -> None:
-    """Each pass once, forward before backward, both in order, and no more in flight than stages from here on."""
-    for stage in range(stages):
-        passes = list(one_forward_one_backward(stage, stages, count))
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_the_schedule(count: int) -> None:
+    """Each pass once, forward before backward, both in order, and no more in flight than there may be."""
+    for held in range(1, 8):
+        passes = list(one_forward_one_backward(held, count))
         assert sorted(passes) == sorted([Pass(number, way) for number in range(count) for way in (True, False)])
         for way in (True, False):
             assert [number for number, is_forward in passes if is_forward == way] == list(range(count))
@@ -228,9 +247,20 @@ def test_the_schedule(stages: int, count: int) -> None:
             assert is_forward or Pass(number, True) in passes[: passes.index(Pass(number, False))]
             in_flight += 1 if is_forward else -1
             most = max(most, in_flight)
-        assert most <= stages - stage
-        only_forward = one_forward_one_backward(stage, stages, count, backward=False)
+        assert most == min(held, count)
+        only_forward = one_forward_one_backward(held, count, backward=False)
         assert list(only_forward) == [Pass(number, True) for number in range(count)]
+
+
+def test_a_stage_holds_what_there_is_room_for() -> None:
+    """Micro-batches on the network beside those of 1F1B, and activations rather than hidden states."""
+    roomy = replace(execution_with("mlx"), activation_capacity=100, border_capacity=100)
+    assert holding(roomy, 3, 4, can_keep=True) == (5, True)
+    assert holding(roomy, 1, 4, can_keep=True) == (1, True)
+    assert holding(replace(roomy, activation_capacity=17), 3, 4, can_keep=True) == (4, True)
+    assert holding(replace(roomy, activation_capacity=11), 3, 4, can_keep=True) == (5, False)
+    assert holding(replace(roomy, border_capacity=0), 3, 4, can_keep=False) == (3, False)
+    assert holding(replace(roomy, border_capacity=21), 3, 4, can_keep=False) == (4, False)
 
 
 def test_even_layouts_agree() -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten
 
 from harness.families import configuration, new_model
+from macft.model.ends import AFTER, BEFORE, BOTH_ENDS, find_ends
 from macft.model.head import split_head
+from macft.model.shape import shape_of
 from macft.model.stages import CutModel
 
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -31,6 +34,29 @@ def test_the_parts_make_the_whole(family: str) -> None:
     cut = CutModel(model)
     assert cut.obstacle(TOKENS) is None
     assert mx.array_equal(in_parts(cut, TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "before", "after", "both"),
+    [
+        ("llama", {"tie_word_embeddings": False}, {"embed_tokens"}, {"norm", "lm_head"}, set()),
+        ("llama", {"tie_word_embeddings": True}, set(), {"norm"}, {"embed_tokens"}),
+        ("gpt2", {}, {"wpe"}, {"ln_f"}, {"wte"}),
+    ],
+)
+def test_the_ends_of_a_model(
+    family: str, changes: dict[str, object], before: set[str], after: set[str], both: set[str]
+) -> None:
+    """Each array outside of the blocks once, by who needs it; and their sizes, without the arrays."""
+    config = configuration(family) | changes
+    model = new_model(config)
+    found = {part.ends: {name.split(".")[-2] for name in part.names} for part in find_ends(model)}
+    assert found == {frozenset({BEFORE}): before, frozenset({AFTER}): after, BOTH_ENDS: both}
+    shape = shape_of(config, "config.json")
+    sizes = {name: value.size for name, value in tree_flatten(model.parameters())}
+    first = sum(size for name, size in sizes.items() if name.split(".")[-2] in before | both)
+    assert shape.outside_share({BEFORE}) * shape.parameters == pytest.approx(first)
+    assert shape.outside_share(()) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,11 @@ class TrainConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
 
 
+def is_scored(config: TrainConfig) -> bool:
+    """Whether the dataset's metric is measured before and after training, with answers that the model generates."""
+    return config.dataset.metric is not None and config.training.metric_rows != 0
+
+
 def register_schema() -> None:
     """Registers the schema with Hydra, which then checks every key and type when it composes."""
     from hydra.core.config_store import ConfigStore  # Hydra is slow to import, and only the command line needs it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,8 @@ from mlx_lm.models.cache import KVCache, can_trim_prompt_cache, make_prompt_cach
 from macft.errors import ModelError
 from macft.generation.choice import TokenChoice
 from macft.generation.tasks import LossRows, Outcome, Task, TaskKind
-from macft.model.backends.base import Backend
+from macft.model.backends.base import Backend, CrossEntropy
+from macft.model.ends import ends_of
 from macft.model.head import split_head
 from macft.model.load import LoadedModel
 from macft.model.stages import Arguments, CutModel
@@ -35,8 +36,8 @@ class _Kept:
 class AnsweringStage:
     """The blocks ``blocks`` of ``loaded``, whose model is installed in ``backend``.
 
-    The first stage also embeds tokens, and the last one computes logits and chooses tokens. Blocks of other stages are
-    neither computed nor read.
+    The first stage also embeds tokens, and the last one computes logits and chooses tokens. What other stages compute
+    is neither computed nor read.
 
     Raises:
         ModelError: the model can't be computed in parts.
@@ -45,13 +46,20 @@ class AnsweringStage:
     def __init__(self, loaded: LoadedModel, backend: Backend, blocks: range):
         self._loaded, self._backend, self._blocks = loaded, backend, blocks
         self.is_first, self.is_last = blocks.start == 0, blocks.stop == len(loaded.model.layers)
+        ends = ends_of(is_first=self.is_first, is_last=self.is_last)
         self._answers: dict[int, _Kept] = {}
         loaded.model.eval()
-        with CutModel(loaded.model).skipped():
-            parts = split_head(loaded.model)
-        self._whole = CutModel(loaded.model, parts[0] if parts else None)
-        self._loss = backend.cross_entropy(parts[1] if parts else None)
-        obstacle = CutModel(loaded.model).obstacle(mx.array([_PROBE]), blocks, self._weights_of)
+        if loaded.streamed is not None:
+            loaded.streamed.ends = ends
+        with self._nothing_else_is_read():
+            self._whole = CutModel(loaded.model)
+            self._loss: CrossEntropy | None = None
+            if self.is_last:
+                with CutModel(loaded.model).skipped():
+                    parts = split_head(loaded.model)
+                self._whole = CutModel(loaded.model, parts[0] if parts else None)
+                self._loss = backend.cross_entropy(parts[1] if parts else None)
+            obstacle = CutModel(loaded.model).obstacle(mx.array([_PROBE]), blocks, self._weights_of, ends)
         if obstacle is not None:
             raise ModelError(f"{loaded.path}: this model can't be spread over several nodes: {obstacle}")
 
@@ -65,10 +73,11 @@ class AnsweringStage:
         """
         for answer in task.ended:
             self._answers.pop(answer, None)
-        if task.kind is TaskKind.TOKENS:
-            return self._tokens(task, hidden)
-        if task.kind is TaskKind.LOSS and task.rows is not None:
-            return self._losses(task.rows, hidden)
+        with self._nothing_else_is_read():
+            if task.kind is TaskKind.TOKENS:
+                return self._tokens(task, hidden)
+            if task.kind is TaskKind.LOSS and task.rows is not None:
+                return self._losses(task.rows, hidden)
         return Outcome() if self.is_last else None
 
     def can_forget(self, answer: int) -> bool:
@@ -107,7 +116,7 @@ class AnsweringStage:
             with self._weights_of(number):
                 hidden = self._whole.block(number, hidden, entry.arguments[number])
                 mx.eval(hidden)
-        if not self.is_last:
+        if self._loss is None:
             return hidden
         hidden = self._whole.leave(inputs, hidden)
         hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(rows.positions)]
@@ -123,6 +132,11 @@ class AnsweringStage:
             else:
                 kept.choice = choice
         return self._answers[task.answer]
+
+    def _nothing_else_is_read(self) -> AbstractContextManager[None]:
+        """Inside, the model's code reads nothing by itself: embedding and head of other stages are not computed."""
+        weights = self._loaded.streamed
+        return nullcontext() if weights is None else weights.left_out()
 
     @contextmanager
     def _weights_of(self, number: int) -> Iterator[None]:

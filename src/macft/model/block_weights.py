@@ -3,12 +3,15 @@
 Frozen weights never change, so that losing them costs a read, and nothing is written. A block's arrays are put into the
 model's modules before it is computed, and taken out afterwards. In their place are arrays of the same shapes and types
 that take no memory. While a block is computed, a thread reads the next one.
+
+What is before and after the blocks, embedding, norm and head, is in memory from the start, or, for a node that computes
+a part of the blocks, while one of its ends is wanted (:attr:`BlockWeights.ends`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,8 +21,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from macft.errors import ModelError
+from macft.model.ends import BOTH_ENDS, EndArrays, find_ends
 from macft.model.module_classes import Members, replaced_members
 from macft.model.reading_thread import in_reading_thread
+from macft.model.stand_ins import placeholder, product, shifted
 
 Arrays = list[mx.array]
 BlockReader = Callable[[int], Arrays]
@@ -35,20 +40,34 @@ class BlockWeights:
         read: makes a model with the same weights anew, as arrays that are not read yet. Called in another thread.
         resident: numbers of the blocks that stay in memory once they are read.
         source: names the files in errors.
+        reads_ends: what is around the blocks is not read either, until :attr:`ends` asks for it.
     """
 
-    def __init__(self, model: nn.Module, read: Callable[[], nn.Module], *, resident: Iterable[int], source: str):
+    def __init__(
+        self,
+        model: nn.Module,
+        read: Callable[[], nn.Module],
+        *,
+        resident: Iterable[int],
+        source: str,
+        reads_ends: bool = False,
+    ):
         self._model = model
         self._blocks = list(model.layers)
         self._resident = frozenset(resident)
         self._source = source
-        self._names = _own_names(model)
+        # Parts are numbered: the blocks, then the ends' arrays. What is said of blocks below is true of all of them.
+        self._end_parts: list[EndArrays] = find_ends(model) if reads_ends else []
+        self._names = [*_own_names(model), *(list(part.names) for part in self._end_parts)]
         self._reader: BlockReader = _Reader(read, self._names)
-        self._current = [_named(block, names) for block, names in zip(self._blocks, self._names, strict=True)]
+        self._current = [
+            _named(owner, names) for owner, names in zip(_owners(model, self._names), self._names, strict=True)
+        ]
         self._unread: list[Arrays] | None = list(self._current)
-        self._empty = [[_placeholder(array) for array in arrays] for arrays in self._current]
+        self._empty = [[placeholder(array) for array in arrays] for arrays in self._current]
         self._places: list[list[list[Place]]] = [[[] for _ in names] for names in self._names]
         self._held: set[int] = set()
+        self._ends: frozenset[str] = frozenset() if reads_ends else BOTH_ENDS
         self._ahead: tuple[int, Future[Arrays]] | None = None
         self._is_left_out = False
         self.waited = 0.0
@@ -71,8 +90,46 @@ class BlockWeights:
     @resident.setter
     def resident(self, numbers: Iterable[int]) -> None:
         self._resident = frozenset(numbers)
-        for number in self._held - self._resident:
+        for number in self.held_blocks - self._resident:
             self.drop(number)
+
+    @property
+    def held_blocks(self) -> frozenset[int]:
+        """Blocks whose weights are in memory."""
+        return frozenset(number for number in self._held if number < len(self._blocks))
+
+    @property
+    def ends(self) -> frozenset[str]:
+        """The ends of the model (:mod:`~macft.model.ends`) that are in memory; setting it reads and drops.
+
+        Raises:
+            ModelError: they can't be read.
+        """
+        return self._ends
+
+    @ends.setter
+    def ends(self, wanted: Iterable[str]) -> None:
+        wanted = frozenset(wanted)
+        needed = [number for number, part in enumerate(self._end_parts, start=len(self._blocks)) if part.ends & wanted]
+        for number in self._held - self.held_blocks - set(needed):
+            self.drop(number)
+        for number in needed:
+            if number not in self._held:
+                self._put(number, self._result(in_reading_thread(self._reader, number), "the embedding or the head"))
+                self._held.add(number)
+        self._ends = wanted
+
+    def blocks_beside(self, ends: Collection[str], others: Collection[str]) -> int:
+        """How many blocks take as much memory as ``ends`` take more than ``others``, rounded up; 0 for less."""
+        more = sum(
+            self._bytes(number) * (bool(part.ends & set(ends)) - bool(part.ends & set(others)))
+            for number, part in enumerate(self._end_parts, start=len(self._blocks))
+        )
+        block = max(1, max(self._bytes(number) for number in range(len(self._blocks))))
+        return max(0, -(-more // block))
+
+    def _bytes(self, number: int) -> int:
+        return sum(int(array.nbytes) for array in self._empty[number])
 
     def follow(self, model: nn.Module) -> None:
         """Keeps ``model`` supplied too: a copy of this one that holds the same arrays."""
@@ -125,17 +182,20 @@ class BlockWeights:
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
-        """Inside, blocks are computed without their weights, where only the graph is of interest."""
-        self._is_left_out = True
+        """Inside, nothing is read on demand: only the graph is of interest, or what is needed is held already."""
+        before, self._is_left_out = self._is_left_out, True
         try:
             yield
         finally:
-            self._is_left_out = False
+            self._is_left_out = before
 
     @contextmanager
     def standing_in(self) -> Iterator[None]:
-        """Inside, blocks get random values instead of being read: to try the model's code. None is held afterwards."""
-        before = self.replace_reader(lambda _: self._random)
+        """Inside, blocks and ends get random values instead of being read: to try the model's code.
+
+        None of these is held afterwards.
+        """
+        before, ends = self.replace_reader(lambda _: self._random), self._ends
         try:
             yield
         finally:
@@ -143,12 +203,12 @@ class BlockWeights:
             self.take_figures()
             for number in list(self._held):
                 self.drop(number)
+            self.ends = ends
 
     def _random(self, number: int) -> Arrays:
         keys = mx.random.split(mx.random.key(number), 2 * len(self._empty[number]))
-        arrays = [
-            _product(array, keys[2 * place], keys[2 * place + 1]) for place, array in enumerate(self._empty[number])
-        ]
+        make = product if number < len(self._blocks) else shifted
+        arrays = [make(array, keys[2 * place], keys[2 * place + 1]) for place, array in enumerate(self._empty[number])]
         mx.eval(arrays)
         return arrays
 
@@ -180,7 +240,8 @@ class BlockWeights:
     def _on_demand(self) -> Iterator[None]:
         """Inside, a block of the model that is called without weights gets them for that call.
 
-        This is how code that calls the whole model, generation for one, works: right, and as slow as the disk.
+        This is how code that calls the whole model, generation for one, works: right, and as slow as the disk. Its
+        ends are read, too, and stay until :attr:`ends` is set.
         """
         numbers = {id(block): number for number, block in enumerate(self._blocks)}
         count = len(self._blocks)
@@ -201,8 +262,22 @@ class BlockWeights:
 
             return {"__call__": supplied}
 
+        def whole(kind: type[nn.Module]) -> Members:
+            call = kind.__call__
+
+            def supplied(model: nn.Module, *positional: Any, **named: Any) -> Any:
+                if model is self._model and not self._is_left_out and self._ends != BOTH_ENDS:
+                    self.ends = BOTH_ENDS
+                return call(model, *positional, **named)
+
+            return {"__call__": supplied}
+
         with replaced_members(self._blocks, members):
-            yield
+            if not self._end_parts:
+                yield
+                return
+            with replaced_members([self._model], whole):
+                yield
 
     def _take(self, number: int) -> Arrays:
         if self._ahead is not None and self._ahead[0] == number:
@@ -210,12 +285,15 @@ class BlockWeights:
         else:
             future = in_reading_thread(self._reader, number)
         self._ahead = None
+        return self._result(future, f"block {number}")
+
+    def _result(self, future: Future[Arrays], what: str) -> Arrays:
         started = time.perf_counter()
         try:
             arrays = future.result()
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ModelError(f"{self._source}: the weights of block {number} can't be read: {reason}") from error
+            raise ModelError(f"{self._source}: the weights of {what} can't be read: {reason}") from error
         self.waited += time.perf_counter() - started
         self.read_bytes += sum(int(array.nbytes) for array in arrays)
         return arrays
@@ -228,7 +306,7 @@ class BlockWeights:
 
 
 class _Reader:
-    """Reads one block's arrays. A model made by ``read`` serves one read of each block; then the next one is made."""
+    """Reads one part's arrays. A model made by ``read`` serves one read of each part; then the next one is made."""
 
     def __init__(self, read: Callable[[], nn.Module], names: Sequence[Sequence[str]]):
         self._read, self._names = read, names
@@ -243,13 +321,14 @@ class _Reader:
 
     def _all(self) -> dict[int, Arrays]:
         model = self._read()
-        fresh = {}
-        for number, (block, names) in enumerate(zip(model.layers, self._names, strict=True)):
-            fresh[number] = _named(block, names)
-            own = {id(array) for array in fresh[number]}
-            for container, key, array in list(_walk(block)):  # so that this model holds nothing that is read
-                if id(array) in own:
-                    container[key] = _placeholder(array)
+        owners = _owners(model, self._names)
+        fresh = {
+            number: _named(owner, names) for number, (owner, names) in enumerate(zip(owners, self._names, strict=True))
+        }
+        own = {id(array) for arrays in fresh.values() for array in arrays}
+        for container, key, array in list(_walk(model)):  # so that this model holds nothing that is read
+            if id(array) in own:
+                container[key] = placeholder(array)
         return fresh
 
 
@@ -263,31 +342,17 @@ def _own_names(model: nn.Module) -> list[list[str]]:
     return [[name for name, value in block if counts.get(id(value)) == 1] for block in by_block]
 
 
+def _owners(model: nn.Module, names: Sequence[Sequence[str]]) -> Iterator[nn.Module]:
+    """What the names of each part begin at: the block, or the model."""
+    blocks = list(model.layers)
+    yield from blocks
+    for _ in names[len(blocks) :]:
+        yield model
+
+
 def _named(block: nn.Module, names: Sequence[str]) -> Arrays:
     values = dict(tree_flatten(block.parameters()))
     return [values[name] for name in names]
-
-
-def _placeholder(array: mx.array) -> mx.array:
-    """An array of this shape and type that takes no memory. Floating-point ones are NaN, so that no use is silent."""
-    value = float("nan") if mx.issubdtype(array.dtype, mx.floating) else 0
-    placeholder = mx.broadcast_to(mx.array(value, array.dtype), array.shape)
-    mx.eval(placeholder)
-    return placeholder
-
-
-def _product(like: mx.array, one: mx.array, other: mx.array) -> mx.array:
-    """A matrix of the shape and type of ``like``, made of two random vectors: that takes little time."""
-    *_, rows, columns = (1, 1, *like.shape)
-    if mx.issubdtype(like.dtype, mx.floating):
-        left, right = mx.random.normal((rows, 1), key=one), mx.random.normal((columns,), key=other)
-        values = (left * right * 0.1).astype(like.dtype)
-    else:
-        left, right = (
-            mx.random.randint(0, 100, size, key=key) for size, key in (((rows, 1), one), ((columns,), other))
-        )
-        values = (left ^ right).astype(like.dtype)
-    return mx.contiguous(mx.broadcast_to(values.reshape(values.shape[2 - min(like.ndim, 2) :]), like.shape))
 
 
 def _all_arrays(model: nn.Module) -> Arrays:

@@ -14,7 +14,7 @@ from macft.model.backends.choose import can_pack
 from macft.model.execution import Execution, cannot_pack
 from macft.model.fitness import obstacle_to_training
 from macft.model.load import LoadedModel
-from macft.model.stages import CutModel
+from macft.model.stages import CutModel, arguments_need_values
 from macft.model.traceable import is_traceable
 
 _TRIAL = mx.arange(1, 9)[None]
@@ -34,7 +34,18 @@ def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[
     if loaded.streamed is None or execution.placement != "pipeline":
         return _confirm(execution, loaded)
     with loaded.streamed.standing_in():  # a stage does not read the blocks of others
-        return _confirm(execution, loaded)
+        found = _confirm(execution, loaded)
+    with loaded.streamed.left_out():
+        if obstacle := arguments_need_values(CutModel(loaded.model).enter(_TRIAL)):
+            raise _cannot_cut(execution, obstacle)
+    return found
+
+
+def _cannot_cut(execution: Execution, obstacle: str) -> ConfigError:
+    return ConfigError(
+        f"topology.placement: {execution.placement} can't cut this model into its blocks ({obstacle}); "
+        "use topology.placement=replicate"
+    )
 
 
 def _confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[str]]:
@@ -42,10 +53,7 @@ def _confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list
     traced = loaded.streamed.left_out if loaded.streamed is not None else nullcontext
     cut = CutModel(loaded.model, same_form=execution.placement == "pipeline")
     if loaded.streamed is not None and (obstacle := cut.obstacle(_TRIAL)):
-        raise ConfigError(
-            f"topology.placement: {execution.placement} can't cut this model into its blocks ({obstacle}); "
-            "use topology.placement=replicate"
-        )
+        raise _cannot_cut(execution, obstacle)
     if (obstacle := obstacle_to_training(loaded.model)) is not None:
         raise ModelError(obstacle)
     types = {value.dtype for _, value in tree_flatten(loaded.model.parameters())}

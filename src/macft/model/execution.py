@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from macft.device.kind import Device
 from macft.errors import ConfigError
+from macft.model.ends import BOTH_ENDS
 from macft.model.settings import ModelConfig
 
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -87,10 +88,17 @@ class Execution:
     # the resident blocks, which stay in memory; "pipeline", those of this node's stage in memory, up to block_capacity
     # of them. But for replicate, blocks are computed one by one, and again in the backward pass; in a pipeline not
     # those of a stage whose blocks, times the micro-batches that it holds at once, are activation_capacity or fewer.
+    # border_capacity: where they are, how many hidden states of a micro-batch a stage has room for.
     placement: str = "replicate"
     resident_blocks: tuple[int, ...] = ()
+    # What is around the blocks is read when it is needed, too: a node without the first or the last block has no use
+    # for embedding or head.
+    reads_ends: bool = False
+    # The ends beside which there is room for block_capacity blocks.
+    ends: frozenset[str] = BOTH_ENDS
     block_capacity: int = 0
     activation_capacity: int = 0
+    border_capacity: int = 0
 
     @property
     def weight_format(self) -> WeightFormat:
@@ -114,18 +122,21 @@ class Execution:
         """The same where memory can't be predicted: little is held, if that is left to the planner, at little cost."""
         return replace(self, recompute="cheap") if "cheap" in self.recompute_choices else self
 
-    def streamed(self, resident_blocks: tuple[int, ...]) -> Execution:
+    def streamed(self, resident_blocks: tuple[int, ...], *, reads_ends: bool = False) -> Execution:
         """The same with all blocks but these read from disk when they are needed; each is computed by itself."""
-        return replace(self, placement="stream", resident_blocks=resident_blocks, recompute="none", compiled=False)
+        held = replace(self, placement="stream", resident_blocks=resident_blocks, reads_ends=reads_ends)
+        return replace(held, recompute="none", compiled=False)
 
-    def pipelined(self, block_capacity: int, resident_blocks: tuple[int, ...] = ()) -> Execution:
+    def pipelined(
+        self, block_capacity: int, resident_blocks: tuple[int, ...] = (), ends: frozenset[str] = BOTH_ENDS
+    ) -> Execution:
         """The same for stages of a pipeline, of which a node holds up to ``block_capacity`` blocks in memory.
 
-        ``resident_blocks``: those of them that it holds at first. One part of the rows is computed at a time, so that
-        parts do not depend on how many threads a node has.
+        That many fit beside ``ends`` of the model. ``resident_blocks``: those of them that it holds at first. One part
+        of the rows is computed at a time, so that parts do not depend on how many threads a node has.
         """
         held = replace(self, placement="pipeline", block_capacity=block_capacity, resident_blocks=resident_blocks)
-        return replace(held, recompute="none", compiled=False, lanes=1)
+        return replace(held, reads_ends=True, ends=ends, recompute="none", compiled=False, lanes=1)
 
     @property
     def supplies_blocks(self) -> bool:

@@ -96,7 +96,7 @@ class Head:
             if id(layer) in in_blocks or not isinstance(layer, nn.Linear | nn.Embedding):
                 continue
             matrix: mx.array = layer.weight
-            if matrix.dtype != mx.float32:
+            if matrix.dtype != mx.float32 or bool(mx.isnan(matrix[0, 0]).item()):  # NaN: it isn't in memory
                 continue
             probe = mx.random.normal((2, matrix.shape[1]), key=mx.random.key(0))
             try:

@@ -71,7 +71,11 @@ def load(
     with _readable(path, "weights"):
         if execution.supplies_blocks:
             streamed = BlockWeights(
-                model, _Renewal(config, path, execution), resident=execution.resident_blocks, source=str(path)
+                model,
+                _Renewal(config, path, execution),
+                resident=execution.resident_blocks,
+                source=str(path),
+                reads_ends=execution.reads_ends,
             )
         else:
             mx.eval(model.parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from macft.errors import ModelError
 from macft.model.adaptable import AdaptableBlock, adaptable_blocks
+from macft.model.ends import BOTH_ENDS, find_ends
 from macft.model.execution import FLOAT_BYTES, WeightFormat
 from macft.model.packable import may_pack
 from macft.model.weight_files import read_header
@@ -58,7 +60,7 @@ class ModelShape:
     ``adaptable`` are the layers that may be trained, block by block. ``checkpoint`` is how the files hold the weights.
     ``packs``: it is built as packed rows need it. ``has_dropout``: it drops elements of its own.
     ``plain_head``: logits are a product, not scaled or capped. ``block_share``: the part of the parameters that is in
-    blocks.
+    blocks; ``end_shares``: those that only the ends named (:mod:`~macft.model.ends`) use.
     """
 
     hidden: int
@@ -80,7 +82,12 @@ class ModelShape:
     has_dropout: bool
     plain_head: bool
     block_share: float
+    end_shares: tuple[tuple[frozenset[str], float], ...] = ()
     config: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def outside_share(self, ends: Collection[str] = BOTH_ENDS) -> float:
+        """The part of the parameters that a node holds outside of the blocks, where it computes ``ends``."""
+        return 1 - self.block_share - sum(share for users, share in self.end_shares if not users & set(ends))
 
     @property
     def embedding_parameters(self) -> int:
@@ -220,7 +227,9 @@ def shape_of(config: dict[str, Any], source: str) -> ModelShape:
         kv_heads = int(text.get("num_key_value_heads") or heads)
     except (KeyError, TypeError, ValueError, AttributeError, ImportError, IndexError, ZeroDivisionError) as error:
         raise ModelError(f"{source} is not the configuration of a model that mlx-lm knows: {error!r}") from error
-    sizes = [(value.ndim, int(value.size)) for _, value in tree_flatten(model.parameters())]
+    parameters = dict(tree_flatten(model.parameters()))
+    sizes = [(value.ndim, int(value.size)) for value in parameters.values()]
+    total = sum(size for _, size in sizes)
     in_blocks = sum(int(value.size) for block in blocks for _, value in tree_flatten(block.parameters()))
     return ModelShape(
         hidden=hidden,
@@ -233,8 +242,12 @@ def shape_of(config: dict[str, Any], source: str) -> ModelShape:
         linears=linears,
         odd_block=next((type(block).__name__ for block in blocks if not _is_llama_like(block, linears)), None),
         active_parameters=sum(_active_parameters(block, text) for block in blocks),
-        parameters=sum(size for _, size in sizes),
-        block_share=in_blocks / max(1, sum(size for _, size in sizes)),
+        parameters=total,
+        block_share=in_blocks / max(1, total),
+        end_shares=tuple(
+            (part.ends, sum(int(parameters[name].size) for name in part.names) / max(1, total))
+            for part in find_ends(model)
+        ),
         matrix_parameters=sum(size for dimensions, size in sizes if dimensions > 1),
         adaptable=adaptable,
         checkpoint=_format_from_config(config),

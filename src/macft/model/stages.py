@@ -7,8 +7,8 @@ and other arguments of a block are as the model makes them. Numbers of blocks ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from macft.model.ends import AFTER, BEFORE, BOTH_ENDS
 from macft.model.module_classes import Members, ModuleCall, replaced_members
 
 Answer = Callable[[int, ModuleCall, mx.array, "Arguments"], Any]
@@ -83,8 +84,11 @@ class CutModel:
         self._call = call or model
         self._numbers = {id(block): number for number, block in enumerate(self.blocks)}
 
-    def enter(self, inputs: mx.array) -> Entry:
+    def enter(self, inputs: mx.array, *, to_end: bool = False) -> Entry:
         """The first block's input for the tokens ``inputs`` (rows, length), and all blocks' arguments. No block runs.
+
+        The model's code is left when it has called its last block; with ``to_end`` it is run to its end, to see whether
+        blocks are called again.
 
         Raises:
             ValueError: not every block was called, once each and in their order.
@@ -93,9 +97,11 @@ class CutModel:
 
         def record(number: int, _call: ModuleCall, hidden: mx.array, arguments: Arguments) -> mx.array:
             seen.append((number, hidden, arguments))
+            if len(seen) == len(self.blocks) and not to_end:
+                raise _Entered
             return hidden
 
-        with self._answered_by(record):
+        with self._answered_by(record), suppress(_Entered):
             self._call(inputs)
         if [number for number, _, _ in seen] != list(range(len(self.blocks))):
             raise ValueError("it doesn't call its blocks once each, in their order")
@@ -114,8 +120,9 @@ class CutModel:
 
     @contextmanager
     def skipped(self) -> Iterator[None]:
-        """Inside, the model's blocks return their input, so that what is around them can be tried by itself."""
-        with self._answered_by(lambda _number, _call, hidden, _arguments: hidden):
+        """Inside, no block is computed, and the last one returns random values: to try what is after them by itself."""
+        last = len(self.blocks) - 1
+        with self._answered_by(lambda number, _call, hidden, _: _random_like(hidden) if number == last else hidden):
             yield
 
     def obstacle(
@@ -123,29 +130,42 @@ class CutModel:
         inputs: mx.array,
         numbers: range | None = None,
         held: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext(),
+        ends: Collection[str] = BOTH_ENDS,
     ) -> str | None:
         """Why the parts do not make the whole model, found by trial on the tokens ``inputs``; None if they do.
 
         Every block of ``numbers`` (None: of the model) is computed once, inside ``held``, the others never. Blocks that
         return more than hidden states, share keys and values, or get arguments that depend on what earlier blocks
-        computed can't be cut apart.
+        computed can't be cut apart. Of the model's ends only ``ends`` have values, and are tried.
         """
         try:
-            entry = self.enter(inputs)
+            entry = self.enter(inputs, to_end=True)
+            if BEFORE not in ends:
+                if obstacle := arguments_need_values(entry):
+                    return obstacle
+                entry = Entry(_random_like(entry.hidden), entry.arguments)
             mx.eval(entry.arrays)
-            return self._differences(inputs, entry, range(len(self.blocks)) if numbers is None else numbers, held)
+            numbers = range(len(self.blocks)) if numbers is None else numbers
+            return self._differences(inputs, entry, numbers, held, ends)
         except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             return f"its own code fails without them: {lines[0]}"
 
     def _differences(
-        self, inputs: mx.array, entry: Entry, numbers: range, held: Callable[[int], AbstractContextManager[None]]
+        self,
+        inputs: mx.array,
+        entry: Entry,
+        numbers: range,
+        held: Callable[[int], AbstractContextManager[None]],
+        ends: Collection[str],
     ) -> str | None:
         found: list[str] = []
         hidden = entry.hidden
 
         def compare(number: int, call: ModuleCall, given: mx.array, arguments: Arguments) -> Any:
             nonlocal hidden
+            if number == 0 and BEFORE not in ends:
+                given = hidden
             if not _equal(given, hidden):
                 before = f"block {number - 1} returns" if number else "the tokens alone give"
                 found.append(f"block {number} gets something else than {before}")
@@ -164,7 +184,7 @@ class CutModel:
 
         with self._answered_by(compare):
             whole = self._call(inputs)
-        if not found and not _equal(self.leave(inputs, hidden), whole):
+        if not found and AFTER in ends and not _equal(self.leave(inputs, hidden), whole):
             found.append("what follows the blocks depends on more than the last one")
         return found[0] if found else None
 
@@ -184,6 +204,24 @@ class CutModel:
 
         with replaced_members(self.blocks, members):
             yield
+
+
+class _Entered(Exception):
+    """All blocks have been called, and the rest of the model's code is of no interest."""
+
+
+def arguments_need_values(entry: Entry) -> str | None:
+    """Why the arguments of ``entry`` can't be made where the embedding has no values but NaN; None if they can."""
+    for number, arguments in enumerate(entry.arguments):
+        for array in arguments.arrays:
+            if mx.issubdtype(array.dtype, mx.floating) and bool(mx.isnan(array).any().item()):
+                return f"the arguments of block {number} depend on the embedding's values"
+    return None
+
+
+def _random_like(hidden: mx.array) -> mx.array:
+    values: mx.array = mx.random.normal(hidden.shape, key=mx.random.key(0)).astype(hidden.dtype)
+    return values
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from macft.collective.base import Channels, Collective
+from macft.model.ends import ends_of
 from macft.parallel.shares import DataShard
 from macft.parallel.stage_layout import Stage, StageLayout, even_layout
 
@@ -36,6 +37,11 @@ class StagePlace:
     def after(self) -> int | None:
         """The rank of the stage after; None for the last."""
         return self.stages[self.number + 1].rank if self.number + 1 < len(self.stages) else None
+
+    @property
+    def ends(self) -> frozenset[str]:
+        """The ends of the model that it computes: what is before the blocks, on the first stage, and after them."""
+        return ends_of(is_first=self.before is None, is_last=self.after is None)
 
 
 def whole_models(world_size: int) -> StageLayout:

@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from macft.training.pipeline_schedule import in_flight
+
 CHOICES = ("replicate", "stream", "pipeline")
 """Placements that :func:`~macft.planner.partition.compare` can return."""
 CHOICES_OF_AUTO = ("replicate", "stream")
@@ -60,8 +62,8 @@ class ModelCost:
     recomputed; ``hidden``: of hidden states. ``loss_operations`` a token, ``loss_bytes`` a token and ``loss_most`` at
     most. ``state``: adapter, optimizer and gradients, which every node holds, ``update``: these during an update, when
     there are no activations. ``exchanged``: size of the gradient.
-    ``ends_everywhere``: every stage holds embedding and head (``head_bytes`` is 0 where they are one); otherwise the
-    first one holds the embedding and the last one the head.
+    The first stage holds the embedding and the last one the head; ``tied_bytes`` of these are one and the same, which a
+    node with both holds once.
     """
 
     forward: tuple[float, ...]
@@ -81,7 +83,7 @@ class ModelCost:
     update: float
     exchanged: float
     first_trained: int
-    ends_everywhere: bool = False
+    tied_bytes: float = 0.0
 
     @property
     def blocks(self) -> int:
@@ -91,7 +93,7 @@ class ModelCost:
     @property
     def weights(self) -> float:
         """Bytes of all weights."""
-        return sum(self.block_bytes) + self.embedding_bytes + self.head_bytes
+        return sum(self.block_bytes) + self.embedding_bytes + self.head_bytes - self.tied_bytes
 
 
 @dataclass(frozen=True)
@@ -185,8 +187,8 @@ class PipelineClock:
 def clock_of(stages: Sequence[StageCost]) -> PipelineClock:
     """The time of 1F1B with ``stages`` (PipeDream-Flush, Narayanan et al. 2021, arXiv:2104.04473).
 
-    Stage s of p has at most p - s micro-batches in flight. So a micro-batch is begun no faster than the slowest stage
-    works, and no faster than p - s of them come back from the stages behind, the links there and back included. With
+    Stage s of p has at most 2(p - s) - 1 micro-batches in flight. So a micro-batch is begun no faster than the slowest
+    stage works, and no faster than so many come back from the stages behind, the links there and back included. With
     equal stages and no links m micro-batches take (m + p - 1) times a stage's time. See
     :mod:`macft.planner.pipeline_simulator` for how good this is with unequal ones.
     """
@@ -197,7 +199,7 @@ def clock_of(stages: Sequence[StageCost]) -> PipelineClock:
     for place in range(count - 1, -1, -1):
         behind += stages[place].busy + 2 * stages[place].wire
         if stages[place].bound:
-            period = max(period, behind / (count - place))
+            period = max(period, behind / in_flight(count - place)[1])
         else:
             behind = -math.inf
     return PipelineClock(fill, period)

@@ -7,6 +7,7 @@ from itertools import chain
 
 from macft.config.schema import TrainConfig
 from macft.errors import ConfigError
+from macft.model.ends import AFTER, BEFORE, BOTH_ENDS
 from macft.model.execution import Execution
 from macft.planner.cluster_model import Alone, ModelCost, StepWork
 from macft.planner.fit import MemoryPlanner
@@ -37,9 +38,8 @@ def model_cost(planner: MemoryPlanner) -> ModelCost:
     low_rank = (2 if adapter.type == "full" else 6) * trained.parameters / max(1, trained.depth)
     first = shape.blocks - trained.depth
     backward = matrices + backward_pairs / tokens + low_rank
-    weights, outside = shape.weight_bytes(execution.weight_format), 1 - shape.block_share
-    is_tied = outside * shape.parameters < 1.5 * shape.embedding_parameters
-    ends = weights * outside
+    weights = shape.weight_bytes(execution.weight_format)
+    embedding, head, both = (weights * shape.outside_share(ends) for ends in ((BEFORE,), (AFTER,), BOTH_ENDS))
     longest = max(planner.works(execution.with_batch(1, "none")), key=lambda work: work.tokens)
     saved, inside, inside_again, logits = _activations(planner, longest)
     resident = predict(shape, replace(execution, recompute="blocks"), adapter, planner.optimizer, longest)
@@ -49,8 +49,9 @@ def model_cost(planner: MemoryPlanner) -> ModelCost:
         backward=(0.0,) * first + (backward,) * trained.depth,
         block_bytes=(weights * shape.block_share / shape.blocks,) * shape.blocks,
         file_bytes=(shape.checkpoint_bytes() * shape.block_share / shape.blocks,) * shape.blocks,
-        embedding_bytes=ends if is_tied else ends / 2,
-        head_bytes=0.0 if is_tied else ends / 2,
+        embedding_bytes=embedding,
+        head_bytes=head,
+        tied_bytes=embedding + head - both,
         hidden=float(shape.hidden * execution.weight_format.float_bytes),
         saved=saved,
         inside=inside,
@@ -63,7 +64,6 @@ def model_cost(planner: MemoryPlanner) -> ModelCost:
         update=resident.adapter + resident.optimizer + update_bytes(trained.parameters),
         exchanged=4.0 * trained.parameters,
         first_trained=first,
-        ends_everywhere=True,
     )
 
 

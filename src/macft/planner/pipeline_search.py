@@ -21,6 +21,7 @@ from macft.planner.cluster_model import Alone, ModelCost, Node, PipelineClock, R
 from macft.planner.pipeline_cuts import Cuts, Group, KindStage
 from macft.planner.pipeline_simulator import simulate
 from macft.planner.stage_costs import StageChoice, StageTables
+from macft.training.pipeline_schedule import in_flight
 
 MOST_NODES = 8
 """Of more, only equal groups of neighbours are compared."""
@@ -185,8 +186,8 @@ class PipelineSearch:
         return self._tables[kind].seconds(self._window(from_end))
 
     def _window(self, from_end: int) -> int:
-        """Micro-batches in flight of a stage that ``from_end - 1`` others follow."""
-        return min(self._count, from_end)
+        """Micro-batches that a stage needs room for which ``from_end - 1`` others follow; it takes more if it can."""
+        return min(self._count, in_flight(from_end)[0])
 
     def _pipeline(self, stages: Sequence[Stage]) -> Pipeline:
         choices = []

@@ -1,8 +1,8 @@
 """A pipeline step, pass by pass: what the closed formula of :func:`~macft.planner.cluster_model.clock_of` predicts.
 
-Each stage does one thing at a time, in the order of 1F1B: as many forward passes as there are stages behind it, then
-forward and backward passes by turns, then the backward passes that are left. A stage that has no backward pass runs
-ahead. A link carries one message at a time in each direction, beside the computation.
+Each stage does one thing at a time, in the order of a run (:mod:`macft.training.pipeline_schedule`), with the most
+micro-batches in flight. A stage that has no backward pass runs ahead. A link carries one message at a time in each
+direction, beside the computation.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from macft.planner.cluster_model import StageCost
+from macft.training.pipeline_schedule import in_flight, one_forward_one_backward
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,10 @@ class SimulatedStep:
 def simulate(stages: Sequence[StageCost], micro_batches: int) -> SimulatedStep:
     """A step of ``micro_batches`` from the first forward to the last backward pass."""
     count = len(stages)
-    orders = [list(_order(stage, count - place, micro_batches)) for place, stage in enumerate(stages)]
+    orders = [
+        list(one_forward_one_backward(in_flight(count - place)[1], micro_batches, backward=stage.bound))
+        for place, stage in enumerate(stages)
+    ]
     # When the input of a pass is there: hidden states from the stage before, gradients from the one behind.
     ready = {(0, True, number): 0.0 for number in range(micro_batches)}
     free, done = [0.0] * count, [0] * count
@@ -58,7 +62,7 @@ def simulate(stages: Sequence[StageCost], micro_batches: int) -> SimulatedStep:
     while waiting:
         place = waiting.pop()
         while done[place] < len(orders[place]):
-            forward, number = orders[place][done[place]]
+            number, forward = orders[place][done[place]]
             if (place, forward, number) not in ready:
                 break
             start = max(free[place], ready[place, forward, number])
@@ -75,15 +79,3 @@ def simulate(stages: Sequence[StageCost], micro_batches: int) -> SimulatedStep:
                 waiting.add(to)
     assert done == [len(order) for order in orders]
     return SimulatedStep(max(free), tuple(intervals))
-
-
-def _order(stage: StageCost, from_end: int, micro_batches: int) -> Sequence[tuple[bool, int]]:
-    """The passes of a stage that ``from_end - 1`` others follow: (forward, micro-batch)."""
-    forwards = [(True, number) for number in range(micro_batches)]
-    if not stage.bound:
-        return forwards
-    ahead = min(from_end - 1, micro_batches)
-    order = forwards[:ahead]
-    for number in range(micro_batches):
-        order += [*forwards[ahead + number : ahead + number + 1], (False, number)]
-    return order

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
 from macft.errors import ConfigError
 from macft.model.adapter_layers import select_layers
 from macft.model.adapter_settings import AdapterConfig
+from macft.model.ends import BOTH_ENDS
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape
 from macft.parallel.stage_layout import spread
@@ -201,13 +203,13 @@ def inference_placement(
     return execution.streamed(resident_blocks(shape.blocks, shape.blocks, min(count, shape.blocks)))
 
 
-def blocks_with_room(shape: ModelShape, execution: Execution, budget: float) -> int:
-    """Of a model that only answers, the blocks that fit ``budget`` bytes beside what is around them; may be too many.
+def blocks_with_room(shape: ModelShape, execution: Execution, budget: float, ends: Collection[str] = BOTH_ENDS) -> int:
+    """Of a model that only answers, the blocks that fit ``budget`` bytes beside ``ends`` of it; may be too many.
 
     A fifth is left for activations and a cache of keys and values.
     """
     weights = shape.weight_bytes(execution.weight_format)
-    outside, block = weights * (1 - shape.block_share), weights * shape.block_share / shape.blocks
+    outside, block = weights * shape.outside_share(ends), weights * shape.block_share / shape.blocks
     return max(0, math.floor((_WEIGHTS_ONLY * budget - outside) / block))
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from macft.collective.base import Collective
 from macft.config.execution import execution_for
-from macft.config.schema import TrainConfig
+from macft.config.schema import TrainConfig, is_scored
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.device.kind import Device
@@ -177,14 +177,23 @@ def _decide_stage(
     place = layout.place_of(shard.rank)
     rows = DataShard(place[0] if place is not None else 0, len(layout.pipelines))
     planner = planner_for(config, shape, execution, [step_of_shard(step, rows, execution) for step in steps])
-    stages = StagePlanner(planner, budget, layout, shard.rank, first_trained, topology.resident_blocks, may_keep)
+    stages = StagePlanner(
+        planner,
+        budget,
+        layout,
+        shard.rank,
+        first_trained,
+        topology.resident_blocks,
+        may_keep,
+        answers=is_scored(config),
+    )
     chosen = stages.decide()
     notes = [_limited(stages.predicted(chosen), budget)]
     size = layout.blocks_of(shard.rank)
     if chosen.block_capacity < len(size):
         notes.append(
             f"{chosen.block_capacity} of this stage's {len(size)} blocks stay in memory; the others are read from disk "
-            "for each micro-batch"
+            f"for each micro-batch, {stages.read_bytes(chosen) / 1e9:.2f} GB a step"
         )
     return Preflight(chosen, stages.line, notes, decide)
 

@@ -195,10 +195,9 @@ class StageTables:
     def _outside(self) -> Table:
         """Bytes of embedding and head, for the stages that hold them."""
         outside = np.zeros((self._model.blocks + 1,) * 2)
-        if self._model.ends_everywhere:
-            return outside + self._model.embedding_bytes + self._model.head_bytes
         outside[0, :] += self._model.embedding_bytes
         outside[:, -1] += self._model.head_bytes
+        outside[0, -1] -= self._model.tied_bytes
         return outside
 
     @cached_property

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from macft.errors import ConfigError
+from macft.model.ends import ends_of
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape
 from macft.parallel.stage_layout import Stage, StageLayout, balanced_layout, spread
@@ -14,6 +15,7 @@ from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import ComputeShape, MemoryParts, predict, recomputed_inputs, trained_part
 from macft.planner.streamed_memory import GRADIENTS, held_weights, update_bytes
 from macft.topology.settings import TopologyConfig
+from macft.training.pipeline_schedule import holding, in_flight
 
 _MOST_BLOCKS = 1.5
 """Blocks of a stage at most, as a multiple of an even share: blocks that cost little time need memory too."""
@@ -84,7 +86,8 @@ class StagePlanner:
     """The memory of ``rank``'s stage in ``layout``, of which ``budget`` bytes may be taken.
 
     ``first_trained``: the first block that has a backward pass. ``wanted``: ``topology.resident_blocks``. ``may_keep``:
-    whether activations may be kept for the backward pass, where there is room.
+    whether activations may be kept for the backward pass, where there is room. ``answers``: the node also generates
+    answers in the run, with the whole model.
     """
 
     planner: MemoryPlanner
@@ -94,6 +97,7 @@ class StagePlanner:
     first_trained: int
     wanted: int | str
     may_keep: bool
+    answers: bool = False
 
     def decide(self) -> Execution:
         """The execution of this node: it keeps as many blocks in memory as fit, those of a larger stage later included.
@@ -126,12 +130,28 @@ class StagePlanner:
 
     def predicted(self, execution: Execution) -> MemoryParts:
         """The peak by part of ``execution``, one that :meth:`decide` returned."""
-        blocks, in_flight = self._stage
-        parts = self.parts(min(execution.block_capacity, len(blocks)))
-        kept = in_flight * sum(block >= self.first_trained for block in blocks)
-        if execution.block_capacity < len(blocks) or kept > execution.activation_capacity:
-            return parts
-        return replace(parts, activations=parts.activations + kept * self._activations_of_block)
+        blocks, from_end = self._stage
+        parts, trained = self.parts(min(execution.block_capacity, len(blocks))), self._trained
+        can_keep = execution.block_capacity >= len(blocks)
+        held, keeps = holding(execution, from_end, trained, can_keep=can_keep)
+        if keeps:
+            more = held * trained * self._activations_of_block
+        else:
+            more = (held - in_flight(from_end)[0]) * (1 + trained) * self._border
+        return replace(parts, activations=parts.activations + more)
+
+    def read_bytes(self, execution: Execution) -> float:
+        """What is read from disk in an average step of ``execution``: a block's file, forward and again backward.
+
+        The block that a micro-batch ends with is the first one of its way back, and the first block that a forward pass
+        needs may be in memory from the backward pass before; neither is counted off.
+        """
+        shape, blocks = self.planner.shape, self._stage[0]
+        resident = set(spread(blocks, min(len(blocks), execution.block_capacity)))
+        reads = sum(1 + (block >= self.first_trained) for block in blocks if block not in resident)
+        batches = self.planner.step_batches(self.planner.execution.micro_batch_size)
+        passes = sum(map(len, batches)) / max(1, len(batches))
+        return reads * passes * shape.checkpoint_bytes() * shape.block_share / shape.blocks
 
     @property
     def line(self) -> str:
@@ -140,18 +160,48 @@ class StagePlanner:
 
     @property
     def _stage(self) -> tuple[range, int]:
-        """This rank's blocks, and how many micro-batches it holds at once."""
+        """This rank's blocks, and how many stages are left from its own on."""
         place = self.layout.place_of(self.rank)
         if place is None:
             return range(0), 0
         pipeline = self.layout.pipelines[place[0]]
         return pipeline[place[1]].blocks, len(pipeline) - place[1]
 
+    @property
+    def _ends(self) -> frozenset[str]:
+        """The ends of the model that it computes."""
+        blocks, from_end = self._stage
+        return ends_of(is_first=bool(blocks) and blocks.start == 0, is_last=from_end == 1)
+
+    @property
+    def _trained(self) -> int:
+        """How many of its blocks have a backward pass."""
+        return sum(block >= self.first_trained for block in self._stage[0])
+
+    @property
+    def _border(self) -> float:
+        """Bytes of the hidden states of the largest micro-batch."""
+        planner = self.planner
+        tokens = max(work.tokens for work in planner.works(planner.execution))
+        return float(planner.shape.hidden * planner.execution.weight_format.float_bytes * tokens)
+
     def _with(self, capacity: int) -> Execution:
-        blocks, _ = self._stage
-        held = self.planner.execution.pipelined(capacity, tuple(spread(blocks, capacity)))
-        room, one = self.budget - self.parts(min(capacity, len(blocks))).peak, self._activations_of_block
-        return replace(held, activation_capacity=int(room / one) if self.may_keep and room > 0 and one else 0)
+        blocks, from_end = self._stage
+        held = self.planner.execution.pipelined(capacity, tuple(spread(blocks, capacity)), self._ends)
+        room = max(0.0, self.budget - self.parts(min(capacity, len(blocks))).peak)
+        one = self._activations_of_block
+        return replace(
+            held,
+            activation_capacity=int(room / one) if self.may_keep and one else 0,
+            border_capacity=in_flight(from_end)[0] * (1 + self._trained) + int(room / self._border),
+        )
+
+    def _whole_model(self, parts: MemoryParts, count: int) -> float:
+        """Bytes while the whole model is computed block by block, with both ends: when the node answers, beside the
+        ``count`` blocks that it holds, or else when the model's code is tried before anything is held."""
+        resident = tuple(range(count if self.answers else 0))
+        weights = held_weights(self.planner.shape, replace(self.planner.execution, resident_blocks=resident))
+        return weights + parts.adapter + (parts.optimizer if self.answers else 0.0)
 
     @property
     def _activations_of_block(self) -> float:
@@ -167,13 +217,13 @@ class StagePlanner:
         )
 
     def _parts(self, work: ComputeShape, count: int) -> MemoryParts:
-        planner, (blocks, in_flight) = self.planner, self._stage
+        planner, (_, from_end) = self.planner, self._stage
         shape, trained = planner.shape, trained_part(planner.shape, planner.adapter)
         inside = replace(planner.execution, placement="replicate", recompute="blocks")
         parts = predict(shape, inside, planner.adapter, planner.optimizer, work)
-        held = held_weights(shape, replace(planner.execution, resident_blocks=tuple(range(count))))
+        held = held_weights(shape, replace(planner.execution, resident_blocks=tuple(range(count))), self._ends)
         border = shape.hidden * planner.execution.weight_format.float_bytes * work.tokens
-        borders = in_flight * (1 + sum(block >= self.first_trained for block in blocks)) * border
+        borders = in_flight(from_end)[0] * (1 + self._trained) * border
         one_block = parts.activations - recomputed_inputs(shape, inside, trained.depth, work.tokens)
         return replace(
             parts,
@@ -182,6 +232,7 @@ class StagePlanner:
             activations=borders + one_block + 2 * border,
             other_peak=max(
                 parts.other_peak - parts.weights + held,
+                self._whole_model(parts, count),
                 held + parts.adapter + parts.optimizer + update_bytes(trained.parameters),
             ),
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
+from macft.model.ends import BOTH_ENDS
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape
 from macft.planner.fit import MemoryPlanner
@@ -55,8 +57,8 @@ def update_bytes(trained: int) -> float:
     return 4.0 * _UPDATE * trained
 
 
-def held_weights(shape: ModelShape, execution: Execution) -> float:
-    """Most bytes of weights that are in memory at once."""
+def held_weights(shape: ModelShape, execution: Execution, ends: Collection[str] = BOTH_ENDS) -> float:
+    """Most bytes of weights that are in memory at once, on a node that computes ``ends`` of the model."""
     weights, count = shape.weight_bytes(execution.weight_format), len(execution.resident_blocks)
     in_memory = min(shape.blocks, count + _IN_FLIGHT)
     block = weights * shape.block_share / shape.blocks
@@ -65,4 +67,4 @@ def held_weights(shape: ModelShape, execution: Execution) -> float:
     same = held.bits == stored.bits and (stored.bits is not None or held.float_bytes == stored.float_bytes)
     if count < shape.blocks and not same:  # cast or dequantised from the files' form
         being_read = shape.checkpoint_bytes() * shape.block_share / shape.blocks
-    return weights * (1 - shape.block_share) + block * in_memory + being_read
+    return weights * shape.outside_share(ends) + block * in_memory + being_read

@@ -29,6 +29,7 @@ from macft.generation.pipeline import channel_pairs, follow
 from macft.generation.stage import AnsweringStage
 from macft.model.attach import attach
 from macft.model.backends.choose import make_backend
+from macft.model.ends import ends_of
 from macft.model.load import LoadedModel, load
 from macft.model.resolve import resolve
 from macft.model.settings import ModelConfig
@@ -42,6 +43,7 @@ from macft.topology.settings import parse_budget
 PURPOSE = "answers"
 _PATIENT_SECONDS = 3.0
 _ADAPTER_FILES = ("adapter_config.json", "adapters.safetensors")
+_KINDS = tuple(ends_of(is_first=first, is_last=last) for first in (False, True) for last in (False, True))
 _log = logging.getLogger("macft.generation")
 
 
@@ -87,7 +89,8 @@ class _Facts:
 
     name: str
     blocks: int = 0
-    room: int = 0
+    # Of the model's blocks, how many fit its memory, beside each of _KINDS.
+    room: tuple[int, ...] = ()
     # Of the model's files.
     digest: str = ""
     error: str = ""
@@ -178,7 +181,7 @@ class AnsweringRank:
             shape = read_shape(folder)
             execution = inference_execution(spread.model, folder)
             budget = self._machine_share * parse_budget(spread.memory_budget, usable_bytes())
-            room = blocks_with_room(shape, execution, budget)
+            room = tuple(blocks_with_room(shape, execution, budget, ends) for ends in _KINDS)
             return _Facts(self._name, shape.blocks, room, _digest(folder))
         except MacftError as error:
             return _Facts(self._name, error=str(error))
@@ -203,8 +206,9 @@ class AnsweringRank:
     def _load(self, spread: SpreadModel, blocks: range) -> LoadedModel:
         folder = resolve(spread.model)
         execution = inference_execution(spread.model, folder)
-        budget = self._machine_share * parse_budget(spread.memory_budget, usable_bytes())
-        room = blocks_with_room(read_shape(folder), execution, budget)
+        shape, budget = read_shape(folder), self._machine_share * parse_budget(spread.memory_budget, usable_bytes())
+        ends = ends_of(is_first=blocks.start == 0, is_last=blocks.stop == shape.blocks)
+        room = blocks_with_room(shape, execution, budget, ends)
         # Two more take their turns in memory.
         count = len(blocks) if len(blocks) <= room else max(0, min(room, len(blocks)) - 2)
         resident = tuple(blocks.start + number for number in resident_blocks(len(blocks), len(blocks), count))
@@ -212,7 +216,7 @@ class AnsweringRank:
         can_go_on = held is not None and held.model == spread.model and held.adapter in ({}, spread.adapter)
         if loaded is None or loaded.streamed is None or not can_go_on:
             self._loaded = None  # its memory is needed
-            loaded = load(spread.model, folder, execution.streamed(resident).padded(), self._tokenizer)
+            loaded = load(spread.model, folder, execution.streamed(resident, reads_ends=True).padded(), self._tokenizer)
             held = None
         assert loaded.streamed is not None
         loaded.streamed.resident = resident
@@ -256,12 +260,23 @@ def _layout(facts: Sequence[_Facts], leader: int) -> StageLayout:
                 "folder, or remove it there to have it fetched again"
             )
     try:
-        return answering_layout(facts[leader].blocks, [each.room for each in facts], leader)
+        return answering_layout(facts[leader].blocks, _room(facts, leader), leader)
     except ValueError:
         raise ConfigError(
             f"--nodes: {len(facts)} nodes are more than the {facts[leader].blocks} blocks of the model; use "
             f"{facts[leader].blocks} or fewer"
         ) from None
+
+
+def _room(facts: Sequence[_Facts], leader: int) -> list[int]:
+    """By rank, the blocks that fit beside the ends that it will compute: the leader is the first of the ring."""
+    count = len(facts)
+    found = []
+    for rank, each in enumerate(facts):
+        number = (rank - leader) % count
+        kind = _KINDS.index(ends_of(is_first=number == 0, is_last=number == count - 1))
+        found.append(each.room[kind])
+    return found
 
 
 def regroup(collective: Collective, tell: Callable[[str], None] = _log.info) -> None:

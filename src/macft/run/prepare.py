@@ -15,7 +15,7 @@ from macft.collective.base import Collective
 from macft.collective.elastic import ElasticCollective
 from macft.collective.newest import find_newest
 from macft.config.execution import with_execution
-from macft.config.schema import TrainConfig
+from macft.config.schema import TrainConfig, is_scored
 from macft.config.validate import to_plain
 from macft.config.yaml import to_yaml
 from macft.data.checks import check_rows
@@ -310,11 +310,6 @@ def host_name(config: TrainConfig, collective: Collective) -> str:
 def planned_world_size(collective: Collective) -> int:
     """How many nodes the run has, as far as a newcomer knows yet."""
     return len(collective.members.ids) if isinstance(collective, ElasticCollective) else collective.world_size
-
-
-def is_scored(config: TrainConfig) -> bool:
-    """Whether the dataset's metric is measured before and after training."""
-    return config.dataset.metric is not None and config.training.metric_rows != 0
 
 
 def share_state(

@@ -10,6 +10,7 @@ from typing import Any
 from macft.checkpoint.snapshot import Snapshot, restore_adapter
 from macft.collective.newest import find_newest
 from macft.config.overrides import resume_command
+from macft.config.schema import is_scored
 from macft.data.formats import Record
 from macft.data.load import sample_rows
 from macft.device.durable import sync_all
@@ -20,7 +21,7 @@ from macft.evaluation.metrics import metric
 from macft.evaluation.record import question_text
 from macft.model.adapter_files import save_adapter, save_model
 from macft.report.events import MetricScored, Noted, PhaseProgress, Sample, SamplesShown
-from macft.run.prepare import Run, is_scored
+from macft.run.prepare import Run
 
 
 def _records(run: Run) -> list[Record]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,7 +28,7 @@ from macft.parallel.stage_layout import spread
 from macft.parallel.stage_places import StagePlace, StagePlaces
 from macft.training.batch_layout import DeviceBatch
 from macft.training.gradient import Gradient, LocalGradient, add
-from macft.training.pipeline_schedule import one_forward_one_backward
+from macft.training.pipeline_schedule import holding, one_forward_one_backward
 from macft.training.staged_gradient import StagedGradient, StagedLoss
 from macft.training.staged_model import StagedModel, Work
 
@@ -38,14 +39,21 @@ class _StageRun:
     """One stage at work: ``channels`` are those of ``places`` now."""
 
     def __init__(
-        self, staged: StagedModel, place: StagePlace, channels: Channels, first_trained: int, activation_capacity: int
+        self,
+        staged: StagedModel,
+        place: StagePlace,
+        channels: Channels,
+        first_trained: int,
+        execution: Execution,
+        *,
+        can_keep: bool,
     ):
         self.place = place
         self._staged, self._channels = staged, channels
         self._first_trained = first_trained
-        in_flight = len(place.stages) - place.number
-        is_resident = staged.weights.resident >= set(place.stage.blocks)
-        self._keeps = is_resident and len(self.trained) * in_flight <= activation_capacity
+        can_keep = can_keep and staged.weights.resident >= set(place.stage.blocks)
+        from_end = len(place.stages) - place.number
+        self.held, self._keeps = holding(execution, from_end, len(self.trained), can_keep=can_keep)
 
     @property
     def is_last(self) -> bool:
@@ -186,10 +194,7 @@ class PipelinedGradient:
         first_of_batch = {id(each[0]) for each in parts if each}
         total: Gradient = {}
         losses: list[mx.array] = []
-        place = run.place
-        for number, is_forward in one_forward_one_backward(
-            place.number, len(place.stages), len(works), backward=bool(run.trained)
-        ):
+        for number, is_forward in one_forward_one_backward(run.held, len(works), backward=bool(run.trained)):
             work = works[number]
             with self._keys.using(work.keys):
                 if not is_forward:
@@ -217,19 +222,27 @@ class PipelinedGradient:
         )
 
     def _settle(self) -> _StageRun | None:
-        """This rank's stage, with its blocks, and not others, to be kept in memory. A call of all ranks."""
+        """This rank's stage, with its parts of the model, and not others, kept in memory. A call of all ranks."""
         channels, place = self._places.channels(), self._places.own
+        ends = frozenset[str]() if place is None else place.ends
+        if ends != self._weights.ends:
+            self._whole.staged.have_ends(ends)
         if place is None:
             self._weights.resident = ()
             return None
         blocks = place.stage.blocks
-        resident = frozenset(spread(blocks, min(len(blocks), self.execution.block_capacity)))
+        # Room was found beside the ends that this rank had at first.
+        fewer = self._weights.blocks_beside(ends, self.execution.ends)
+        capacity = max(0, self.execution.block_capacity - fewer)
+        resident = frozenset(spread(blocks, min(len(blocks), capacity)))
         if resident != self._weights.resident:
             self._weights.resident = resident
-        # What there is room for was found for a stage of so many blocks.
-        has_room = len(blocks) <= len(self.execution.resident_blocks)
-        capacity = self.execution.activation_capacity if has_room and not self._is_eager else 0
-        return _StageRun(self._whole.staged, place, channels, self._whole.first_trained, capacity)
+        # What else there is room for was found for a stage of so many blocks.
+        has_room = len(blocks) <= len(self.execution.resident_blocks) and not fewer
+        execution = self.execution if has_room else replace(self.execution, activation_capacity=0, border_capacity=0)
+        return _StageRun(
+            self._whole.staged, place, channels, self._whole.first_trained, execution, can_keep=not self._is_eager
+        )
 
 
 def _tag(step: int, number: int, kind: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
@@ -9,8 +10,9 @@ import mlx.nn as nn
 import numpy as np
 
 from macft.collective.array_bytes import overwrite
-from macft.model.backends.base import Backend
+from macft.model.backends.base import Backend, CrossEntropy
 from macft.model.block_weights import BlockWeights
+from macft.model.ends import AFTER
 from macft.model.head import split_head
 from macft.model.packing import PackLayout, packed
 from macft.model.parameter_refs import ParameterRefs
@@ -58,17 +60,32 @@ class StagedModel:
         self.lanes = backend.lanes(model)
         self.weights = weights
         self._model, self._backend = model, backend
-        self._cuts: list[CutModel] = []
-        self._losses = []
         for each in self.lanes.models:
             weights.follow(each)
-            with CutModel(each).skipped():
-                parts = split_head(each)
-            self._cuts.append(CutModel(each, parts[0] if parts else None))
-            self._losses.append(backend.cross_entropy(parts[1] if parts else None))
+        self._cuts = [CutModel(each) for each in self.lanes.models]
+        # Of each lane, what is after the blocks, and the loss.
+        self._exits: list[tuple[CutModel, CrossEntropy]] = []
+        self.have_ends(weights.ends)
         self._refs = [[ParameterRefs(block) for block in cut.blocks] for cut in self._cuts]
         names = {id(module): name for name, module in model.named_modules()}
         self.prefixes = [names[id(block)] for block in self._cuts[0].blocks]
+
+    def have_ends(self, wanted: Collection[str]) -> None:
+        """Has the ends ``wanted`` of the model, and not others, in memory. The loss needs what is after the blocks.
+
+        Raises:
+            ModelError: they can't be read.
+        """
+        self._exits = []
+        self.weights.ends = frozenset(wanted)
+        if AFTER not in wanted:
+            return
+        with self.weights.left_out():
+            for each in self.lanes.models:
+                with CutModel(each).skipped():
+                    parts = split_head(each)
+                loss = self._backend.cross_entropy(parts[1] if parts else None)
+                self._exits.append((CutModel(each, parts[0] if parts else None), loss))
 
     @property
     def count(self) -> int:
@@ -81,7 +98,7 @@ class StagedModel:
 
     def enter(self, lane: int, work: Work, *, embed: bool = True) -> Work:
         """Computes what is before the blocks; without ``embed`` only the blocks' other arguments."""
-        with packed(work.layout):
+        with packed(work.layout), self.weights.left_out():
             entry = work.entry = self._cuts[lane].enter(work.arrays[0])
             mx.eval(entry.arrays if embed else [array for each in entry.arguments for array in each.arrays])
         work.hidden = entry.hidden
@@ -103,21 +120,23 @@ class StagedModel:
     def loss(self, lane: int, work: Work) -> float:
         """The summed loss of what the last block has computed, in nats, without a gradient."""
         inputs, positions, targets, weights = work.arrays
-        with packed(work.layout):
-            hidden = self._cuts[lane].leave(inputs, work.hidden)
+        cut, cross_entropy = self._exits[lane]
+        with packed(work.layout), self.weights.left_out():
+            hidden = cut.leave(inputs, work.hidden)
             hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
-            return float(np.asarray(self._losses[lane](hidden, targets, weights, with_gradient=False)))
+            return float(np.asarray(cross_entropy(hidden, targets, weights, with_gradient=False)))
 
     def loss_and_gradient(self, lane: int, work: Work) -> tuple[mx.array, mx.array]:
         """The summed loss, and its gradient by what the last block has computed."""
         inputs, positions, targets, weights = work.arrays
+        cut, cross_entropy = self._exits[lane]
 
         def loss(hidden: mx.array) -> mx.array:
-            hidden = self._cuts[lane].leave(inputs, hidden)
+            hidden = cut.leave(inputs, hidden)
             hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
-            return self._losses[lane](hidden, targets, weights, with_gradient=True)
+            return cross_entropy(hidden, targets, weights, with_gradient=True)
 
-        with packed(work.layout):
+        with packed(work.layout), self.weights.left_out():
             value, (gradient,) = self._backend.vjp(loss, [work.hidden], mx.array(1.0))
             mx.eval(value, gradient)
         return value, gradient
