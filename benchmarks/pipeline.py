@@ -6,9 +6,9 @@
 
 SmolLM2-135M in float32, LoRA on all blocks or the last --layers, blocks recomputed by both, or with --keep by none. One
 node and the pipeline take turns, with the same micro-batches, and medians are compared. With m micro-batches p stages
-can reach m / (m + p - 1) of the speed of p nodes; the goal is 0.9 of that. Streams are encrypted. The default cut weighs
-the head as three blocks. The exchange of the gradient, which has the same size however large a step is, is measured by
-itself.
+can reach m / (m + p - 1) of the speed of p nodes; the goal is 0.9 of that. Streams are encrypted. The default cut
+weighs the head as three blocks. The exchange of the gradient, which has the same size however large a step is, is
+measured by itself.
 """
 
 from __future__ import annotations
