@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -28,6 +29,7 @@ from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.confirm import confirm
+from macft.model.ends import AFTER, BEFORE
 from macft.model.load import load
 from macft.model.settings import ModelConfig
 from macft.parallel.shares import rows_of_shard
@@ -225,6 +227,17 @@ def test_trials_before_a_run_read_no_block(folder: Path) -> None:
     found = loaded.model(mx.arange(1, 9)[None])  # nothing of the trials is left
     whole = load(EXACT, folder, execution_with("mlx")).model
     assert mx.array_equal(found, whole(mx.arange(1, 9)[None]))
+
+
+def test_a_rank_that_gets_the_head_has_room_for_fewer_blocks(folder: Path) -> None:
+    loaded = load(EXACT, folder, execution_with("mlx").pipelined(BLOCKS))
+    assert loaded.streamed is not None
+    model = loaded.model.model
+    block = sum(int(value.nbytes) for _, value in tree_flatten(model.layers[0].parameters()))
+    head = int(model.embed_tokens.weight.nbytes) + int(model.norm.weight.nbytes)
+    assert loaded.streamed.blocks_beside({AFTER}, ()) == math.ceil(head / block)
+    assert loaded.streamed.blocks_beside({AFTER}, {BEFORE}) == 1  # the norm
+    assert loaded.streamed.blocks_beside((), {AFTER}) == 0
 
 
 def test_half_precision_travels_as_it_is(folder: Path) -> None:

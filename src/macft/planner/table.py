@@ -96,7 +96,8 @@ def _show_pipelines(plan: RunPlan, decision: LayoutDecision, console: Console) -
         which = f"pipeline {number + 1}: " if len(decision.micro_batches) > 1 else "pipeline: "
         names = " > ".join(plan.nodes[stage.rank].name for stage in decision.layout.pipelines[number])
         console.print(f"{which}{names}, {count} micro-batch{'es' if count > 1 else ''} a step")
-    for stages, choices in zip(decision.layout.pipelines, decision.choices, strict=True):
+    pairs = zip(decision.layout.pipelines, decision.choices, decision.micro_batches, strict=True)
+    for stages, choices, count in pairs:
         for stage, choice in zip(stages, choices, strict=True):
             node = plan.nodes[stage.rank]
             if choice.reading > 0 and choice.memory is None:
@@ -104,7 +105,7 @@ def _show_pipelines(plan: RunPlan, decision: LayoutDecision, console: Console) -
             elif choice.reading > 0:
                 console.print(
                     f"{node.name}: {choice.resident} of its {len(stage.blocks)} blocks stay in memory, the others are "
-                    "read from disk for each micro-batch"
+                    f"read from disk for each micro-batch, {count * choice.reading:.1f} s a step"
                 )
     left_out = [node.name for rank, node in enumerate(plan.nodes) if rank not in decision.ranks]
     if left_out:
