@@ -179,9 +179,9 @@ def test_a_stage_keeps_what_fits() -> None:
     assert (tight.block_capacity, tight.resident_blocks) == (4, (0, 1, 2, 3))
     assert tight.activation_capacity == 0
     assert stages(0).predicted(roomy).peak > stages(0).predicted(tight).peak == own
-    two = stages(stages(0).parts(2).peak).decide()
-    assert two.block_capacity == 2
-    assert two.resident_blocks == (1, 3)
+    one = stages(stages(0).parts(1).peak).decide()
+    assert one.block_capacity == 1
+    assert one.resident_blocks == (2,)
     assert stages(0, wanted=1).decide().block_capacity == 1
     with pytest.raises(ConfigError, match="even with its blocks read from disk a stage would need about"):
         stages(0).decide()

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 # isort: split
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from macft.errors import ConfigError, ModelError
 from macft.model.backends.choose import can_pack
+from macft.model.block_weights import BlockWeights
 from macft.model.execution import Execution, cannot_pack
 from macft.model.fitness import obstacle_to_training
 from macft.model.load import LoadedModel
@@ -35,10 +37,15 @@ def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[
         return _confirm(execution, loaded)
     with loaded.streamed.standing_in():  # a stage does not read the blocks of others
         found = _confirm(execution, loaded)
-    with loaded.streamed.left_out():
-        if obstacle := arguments_need_values(CutModel(loaded.model).enter(_TRIAL)):
-            raise _cannot_cut(execution, obstacle)
+    if obstacle := _needs_embedding(loaded.model, loaded.streamed):
+        raise _cannot_cut(execution, obstacle)
     return found
+
+
+def _needs_embedding(model: nn.Module, weights: BlockWeights) -> str | None:
+    """Why a stage without the embedding can't make its blocks' arguments; None if it can."""
+    with weights.left_out():
+        return arguments_need_values(CutModel(model).enter(_TRIAL))
 
 
 def _cannot_cut(execution: Execution, obstacle: str) -> ConfigError:

@@ -221,7 +221,9 @@ class StagePlanner:
         shape, trained = planner.shape, trained_part(planner.shape, planner.adapter)
         inside = replace(planner.execution, placement="replicate", recompute="blocks")
         parts = predict(shape, inside, planner.adapter, planner.optimizer, work)
-        held = held_weights(shape, replace(planner.execution, resident_blocks=tuple(range(count))), self._ends)
+        resident = replace(planner.execution, resident_blocks=tuple(range(count)))
+        blocks = len(self._stage[0]) if count <= len(self._stage[0]) else None  # None: of a larger stage later
+        held = held_weights(shape, resident, self._ends, blocks)
         border = shape.hidden * planner.execution.weight_format.float_bytes * work.tokens
         borders = in_flight(from_end)[0] * (1 + self._trained) * border
         one_block = parts.activations - recomputed_inputs(shape, inside, trained.depth, work.tokens)

@@ -57,10 +57,12 @@ def update_bytes(trained: int) -> float:
     return 4.0 * _UPDATE * trained
 
 
-def held_weights(shape: ModelShape, execution: Execution, ends: Collection[str] = BOTH_ENDS) -> float:
-    """Most bytes of weights that are in memory at once, on a node that computes ``ends`` of the model."""
+def held_weights(
+    shape: ModelShape, execution: Execution, ends: Collection[str] = BOTH_ENDS, blocks: int | None = None
+) -> float:
+    """Most bytes of weights in memory at once, on a node that computes ``ends`` and so many ``blocks``; None: all."""
     weights, count = shape.weight_bytes(execution.weight_format), len(execution.resident_blocks)
-    in_memory = min(shape.blocks, count + _IN_FLIGHT)
+    in_memory = min(shape.blocks if blocks is None else blocks, count + _IN_FLIGHT)
     block = weights * shape.block_share / shape.blocks
     being_read = 0.0
     held, stored = execution.weight_format, shape.checkpoint
