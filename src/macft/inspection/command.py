@@ -97,6 +97,7 @@ def _dataset(arguments: argparse.Namespace) -> DatasetConfig:
         columns=dict(arguments.column),
         mask_prompt=arguments.mask_prompt,
         max_seq_length=arguments.max_seq_length,
+        test_fraction=0.0,
     )
     if problems := dataset_problems(dataset):
         raise ConfigError("\n".join(problems))

@@ -63,7 +63,8 @@ class TensorBoard:
         self._hparams, self._shown_first = _compared(hparams)
         self._named = Scalars()
         dataset = hparams.get("dataset")
-        self._metric = dataset.get("metric") if isinstance(dataset, Mapping) else None
+        metric = dataset.get("metric") if isinstance(dataset, Mapping) else None
+        self._metrics = [str(name) for name in (metric if isinstance(metric, list) else [metric]) if name]
         self._notes: list[str] = []
         self._step = first_step
         # TensorBoard drops the marked step too. A run that starts over leaves nothing of an earlier attempt.
@@ -111,7 +112,7 @@ class TensorBoard:
         from tensorboard.plugins.hparams import api_pb2, metadata, summary_v2
         from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-        names = ["valid_loss", *([self._metric] if self._metric else []), "seconds"]
+        names = ["valid_loss", *self._metrics, "seconds"]
         experiment = api_pb2.Experiment(
             # Types without domains: a run knows only its own values, not those of the others in a sweep.
             hparam_infos=[
