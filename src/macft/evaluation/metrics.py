@@ -53,9 +53,7 @@ def check_metrics(config: DatasetConfig) -> list[str]:
         if name not in METRICS and name != PERPLEXITY and not is_dotted(name):
             known = [*METRICS, PERPLEXITY]
             near = difflib.get_close_matches(name, known, 1)
-            hint = (
-                f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}, or your my_module.my_metric"
-            )
+            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}, or my_module.my_metric"
             raise ConfigError(f"dataset.metric: no metric '{name}'; {hint}")
     return names
 

@@ -199,7 +199,9 @@ def _measure(run: Run, when: str) -> tuple[dict[str, float], Scored | None]:
             )
             run.reporter.handle(Noted(text, "warning"))
     if PERPLEXITY in asked.names:
-        values[PERPLEXITY], seconds = _perplexity(run, when)
+        perplexity, loss_seconds = _perplexity(run, when)
+        values |= {} if perplexity is None else {PERPLEXITY: perplexity}
+        seconds += loss_seconds
     values = {name: values[name] for name in asked.names if name in values}
     for name, value in values.items():
         step = run.state.progress.step
@@ -207,11 +209,15 @@ def _measure(run: Run, when: str) -> tuple[dict[str, float], Scored | None]:
     return values, scored
 
 
-def _perplexity(run: Run, when: str) -> tuple[float, float]:
+def _perplexity(run: Run, when: str) -> tuple[float | None, float]:
     """exp of the loss of the rows, in nats per target token over all of them; and the seconds that it took."""
     nodes, compute = run.trainer.nodes, run.compute
     # At the end a rank may be alone, with the shares of the others.
-    shard = nodes.shard if nodes.collective is run.collective else DataShard(0, 1)
+    is_alone = nodes.collective is not run.collective
+    if is_alone and compute.execution.placement == "pipeline":
+        run.reporter.handle(Noted(f"{PERPLEXITY}, {when}: not measured, the other stages are gone", "warning"))
+        return None, 0.0
+    shard = DataShard(0, 1) if is_alone else nodes.shard
     with nodes.working():
         result = validation_loss(
             run.loaded.model,
