@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from macft.api.evaluation import Evaluation, Progress, Results, evaluate_found
-from macft.cli.parser import Parser, command_parser
+from macft.cli.parser import Parser, add_column_argument, command_parser
 from macft.cli.run_command import run_command
 from macft.data.sources import SPLITS
 from macft.device.durable import write_atomically
@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
         evaluation = evaluate_found(
             tuned,
             dataset=arguments.dataset,
+            columns=dict(arguments.column),
             split=arguments.split,
             rows=arguments.rows,
             metric=_metric(arguments.metric),
@@ -127,6 +128,7 @@ def _parser() -> Parser:
     add_model_arguments(parser)
     add_cluster_arguments(parser)
     parser.add_argument("--dataset", help="evaluate on this instead of the run's: a folder, a file or a hub id")
+    add_column_argument(parser)
     parser.add_argument("--split", choices=SPLITS, help="default: test, else valid, else train, whichever has rows")
     parser.add_argument(
         "--rows", type=int, default=-1, help="number of rows, the same ones each time (default -1: all)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -83,6 +83,7 @@ def evaluate_found(
     found: TunedModel,
     *,
     dataset: str | None = None,
+    columns: Mapping[str, str] | None = None,
     split: str | None = None,
     rows: int = -1,
     metric: str | Sequence[str] | None = None,
@@ -96,6 +97,7 @@ def evaluate_found(
     Args:
         found: A model with an adapter, or one that was tuned as a whole.
         dataset: A folder, a file or a Hugging Face id; None: the run's.
+        columns: Of that ``dataset``: its column for a field of macft's, as ``dataset.columns``.
         split: None: the first of test, valid and train that has rows.
         rows: How many, the same ones each time; -1: all.
         metric: What is measured beside the loss, as ``dataset.metric``; "none": nothing; None: the dataset's.
@@ -111,7 +113,7 @@ def evaluate_found(
         raise ConfigError(f"--rows: {rows} must be 1 or more, or -1 for all")
     if found.adapter is None and found.whole is None:
         raise ConfigError("--adapter-path: nothing to compare; name an adapter beside --model")
-    wanted = _dataset(found, dataset, metric, max_tokens, mask_prompt)
+    wanted = _dataset(found, dataset, dict(columns or {}), metric, max_tokens, mask_prompt)
     training = found.run.training if found.run else TrainingConfig()
     seed = found.run.seed if found.run else 0
     # Errors in the dataset are found before the weights are loaded, which takes longer.
@@ -168,6 +170,7 @@ def compare_here(found: TunedModel, tokenizer: TokenizerWrapper, asked: Asked, p
 def _dataset(
     found: TunedModel,
     path: str | None,
+    columns: dict[str, str],
     metric: str | Sequence[str] | None,
     max_tokens: int | None,
     mask_prompt: bool | None,
@@ -175,7 +178,11 @@ def _dataset(
     dataset = found.run.dataset if found.run else DatasetConfig()
     if path is not None:
         # The run's sequence length and masking apply to the other dataset; its splits and columns do not.
-        dataset = replace(dataset, **vars(SourceConfig(path=path)), sources=[], valid_fraction=0.0, test_fraction=0.0)
+        dataset = replace(
+            dataset, **vars(SourceConfig(path=path, columns=columns)), sources=[], valid_fraction=0.0, test_fraction=0.0
+        )
+    elif columns:
+        raise ConfigError("--column: is for another dataset; name it by --dataset")
     elif found.run is None:
         raise ConfigError("--dataset: name what to evaluate on: a folder, a file, a Hugging Face id or builtin:sql")
     if mask_prompt is not None:
