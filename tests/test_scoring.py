@@ -70,9 +70,14 @@ def test_a_metric_that_fails_on_one_rank_has_no_value_on_any(tokenizer: Any, tmp
     for found in run_ranks(local_listeners(2), lambda ring: score(ring, tokenizer, metrics)):
         assert found.values.keys() == {"rouge_l"}
         assert "fails_sometimes.f raised ZeroDivisionError" in found.failures["fails_sometimes.f"]
-    rows_without_database: dict[str, Metric] = {"sql_execution": SqlExecution()}
-    errors = run_ranks(local_listeners(2), lambda ring: score(ring, tokenizer, rows_without_database), catch=DataError)
-    assert ["needs the field `database`" in str(error) for error in errors] == [True, True]
+
+    def without_database(ring: Collective) -> str:
+        with pytest.raises(DataError) as error:
+            score(ring, tokenizer, {"sql_execution": SqlExecution()})
+        ring.barrier()  # the others may not have heard of it yet
+        return str(error.value)
+
+    assert all("needs the field `database`" in text for text in run_ranks(local_listeners(2), without_database))
 
 
 PAIRS = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(12)]
