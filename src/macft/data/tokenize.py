@@ -67,7 +67,7 @@ def prompt_tokens(record: Record, tokenizer: Tokenizer) -> list[int]:
     """
     found = parse(record)
     if isinstance(found, str):
-        raise DataError("dataset.metric: text rows have no question to answer; set training.metric_rows=0")
+        raise DataError("dataset.metric: text rows have no question to answer; use dataset.metric=perplexity, or none")
     return template_tokens(found.until_answer().prompt(), tokenizer, opens_answer=True)
 
 

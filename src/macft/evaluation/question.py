@@ -39,8 +39,8 @@ def question(record: Record, tokenizer: Any) -> Question:
     Raises:
         DataError: The row is a text, or has no prompt or no answer.
     """
-    expected = expected_text(record)
-    return Question(prompt_tokens(record, tokenizer), question_text(record), expected, record)
+    prompt = prompt_tokens(record, tokenizer)
+    return Question(prompt, question_text(record), expected_text(record), record)
 
 
 def sample_question(record: Record, row: Row, tokenizer: Any) -> Question:
