@@ -73,32 +73,30 @@ def choose_asked(config: TrainConfig, data: LoadedData, tokenizer: Any) -> tuple
         ConfigError: A metric of the user's own can't be used.
         DataError: There are no rows for the metrics, or one of them can't score a row.
     """
-    names, notes = config.dataset.metrics(), list[str]()
-    split, rows = ("test", data.test) if data.test.rows else ("valid", data.valid)
-    metrics = answer_metrics(config.dataset)
-    longest = config.training.metric_max_tokens
-    if names and not is_scored(config):
-        notes.append(f"dataset.metric: {', '.join(names)} is not measured (training.metric_rows=0)")
-    elif names:
-        if not rows.rows:
+    names, notes, chosen = config.dataset.metrics(), list[str](), list[int]()
+    split, held_out = ("test", data.test) if data.test.rows else ("valid", data.valid)
+    if is_scored(config):
+        if not held_out.rows:
             raise DataError(
                 "training.metric_rows: the dataset has no test or validation rows to score; dataset.test_fraction=0.1 "
                 "holds some of the training rows out"
             )
         if split == "valid":
             notes.append("dataset.metric: there are no test rows, so validation rows are scored")
-        chosen = sample_rows(len(rows.rows), config.training.metric_rows, config.seed)
-        questions = asked_of([rows.records[i] for i in chosen], metrics, tokenizer)
-        if metrics:
-            return Asked(split, [rows.rows[i] for i in chosen], questions, metrics, names, longest), notes
-        scored = [rows.rows[i] for i in chosen]
-        samples, longest = _samples(config, rows, tokenizer)
-        return Asked(split, scored, samples, {}, names, longest), notes
-    samples, longest = _samples(config, rows, tokenizer)
-    if config.report.samples and not samples:
-        what = "rows with a question and an answer" if rows.rows else "rows, which dataset.test_fraction=0.1 makes"
+        chosen = sample_rows(len(held_out.rows), config.training.metric_rows, config.seed)
+    elif names:
+        notes.append(f"dataset.metric: {', '.join(names)} is not measured (training.metric_rows=0)")
+        names = []
+    metrics = answer_metrics(config.dataset) if names else {}
+    if metrics:
+        questions = asked_of([held_out.records[i] for i in chosen], metrics, tokenizer)
+        longest = config.training.metric_max_tokens
+    else:
+        questions, longest = _samples(config, held_out, tokenizer)
+    if config.report.samples and not questions:
+        what = "rows with a question and an answer" if held_out.rows else "rows, which dataset.test_fraction=0.1 makes"
         notes.append(f"report.samples: no answers are shown before and after training, for want of held-out {what}")
-    return Asked(split, [], samples, {}, [], longest), notes
+    return Asked(split, [held_out.rows[i] for i in chosen], questions, metrics, names, longest), notes
 
 
 def _samples(config: TrainConfig, split: Split, tokenizer: Any) -> tuple[list[Question], int]:
@@ -130,6 +128,7 @@ def score_before(run: Run) -> Mapping[str, Any]:
     if values or scored:
         progress.before = {
             "values": values,
+            "rows": len(run.asked.rows),
             "questions": [asked.text for asked in run.asked.questions] if scored else [],
             "answers": _shown(scored) if scored else [],
             "right": scored.right if scored else [],
@@ -147,16 +146,17 @@ def score_after(run: Run, before: Mapping[str, Any]) -> dict[str, float]:
     """
     values, scored = _measure(run, "after")
     final: dict[str, float] = {}
+    # A resumed run may be asked other questions than before.
+    values_before = before.get("values", {}) if before.get("rows") == len(run.asked.rows) else {}
     for name, value in values.items():
-        if name in before.get("values", {}):
-            final[f"{name}_before"] = float(before["values"][name])
+        if name in values_before:
+            final[f"{name}_before"] = float(values_before[name])
         final[name] = value
     if scored is None:
         return final
     for reason in scored.failures.values():
         run.reporter.handle(Noted(reason, "warning"))
     asked, answers, right = run.asked.questions, _shown(scored), scored.right
-    # A resumed run may be asked other questions than before.
     has_before = before.get("questions") == [item.text for item in asked]
     samples = [
         Sample(
