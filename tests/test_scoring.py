@@ -21,10 +21,10 @@ from macft.evaluation.answers import Scored, score_answers
 from macft.evaluation.exact_match import ExactMatch
 from macft.evaluation.metrics import Metric
 from macft.evaluation.own_metric import OwnMetric
-from macft.evaluation.question import Question
+from macft.evaluation.question import RowQuestion
 from macft.evaluation.rouge_l import RougeL
 from macft.evaluation.sql_execution import SqlExecution
-from macft.run.scoring import choose_asked
+from macft.run.held_out import choose_held_out
 
 WORDS = ["one two", "two", "three four five", "four", "five six"]
 
@@ -36,7 +36,7 @@ def tokenizer(bundled_model: Path) -> Any:
 
 def score(collective: Collective, tokenizer: Any, metrics: dict[str, Metric]) -> Scored:
     """Answers that repeat the last word of what is right."""
-    asked = [Question(tokenizer.encode(text), text, text, {"prompt": "?", "completion": text}) for text in WORDS]
+    asked = [RowQuestion(tokenizer.encode(text), text, text, {"prompt": "?", "completion": text}) for text in WORDS]
 
     def answers(
         prompts: Sequence[Sequence[int]],
@@ -87,7 +87,7 @@ def asked_of(folder: Path, tokenizer: Any, *overrides: str) -> tuple[Any, list[s
     """What a run with the rows in ``folder`` would ask, and its notes."""
     config = compose(overrides=[f"dataset={folder}", *overrides])
     data: LoadedData = tokenize_all(read(config.dataset, seed=0), config.dataset, tokenizer, need_test=True)
-    asked, notes = choose_asked(config, data, tokenizer)
+    asked, notes = choose_held_out(config, data, tokenizer)
     return asked, data.notes + notes
 
 

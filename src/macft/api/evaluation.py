@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from macft.evaluation.compare import Asked, Result
-    from macft.evaluation.question import Question
+    from macft.evaluation.question import RowQuestion
 
 Progress = Callable[[str, int, int], None]
 Results: TypeAlias = "tuple[Result, Result]"
@@ -43,7 +43,7 @@ class Evaluation:
     split: str
     metrics: list[str]
     rows: int
-    questions: list[Question]
+    questions: list[RowQuestion]
     base: Result
     tuned: Result
     notes: list[str]
@@ -57,7 +57,7 @@ class Evaluation:
 
     @property
     def answers(self) -> list[dict[str, Any]]:
-        """Question, right answer and both models' answers, row by row; empty without a metric."""
+        """RowQuestion, right answer and both models' answers, row by row; empty without a metric."""
         from macft.evaluation.compare import answers
 
         return answers(self.questions, self.base, self.tuned)

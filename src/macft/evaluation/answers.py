@@ -17,7 +17,7 @@ from macft.evaluation.answer_form import AnswerForm, AnswerTokenizer
 from macft.evaluation.batched import Prompt
 from macft.evaluation.metrics import Metric, right_answers
 from macft.evaluation.own_metric import OwnMetric
-from macft.evaluation.question import Question
+from macft.evaluation.question import RowQuestion
 from macft.training.stop_request import Stopped
 
 
@@ -73,7 +73,7 @@ class Answers(Protocol):
 def score_answers(
     answers_to: Answers,
     tokenizer: AnswerTokenizer,
-    questions: Sequence[Question],
+    questions: Sequence[RowQuestion],
     metrics: Mapping[str, Metric],
     collective: Collective,
     *,

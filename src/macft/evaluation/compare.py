@@ -13,7 +13,7 @@ from macft.data.formats import Row
 from macft.evaluation.answers import Answers, Scored, score_answers
 from macft.evaluation.batched import greedy_answers
 from macft.evaluation.metrics import Metric
-from macft.evaluation.question import Question
+from macft.evaluation.question import RowQuestion
 from macft.model.backends.choose import make_backend
 from macft.model.confirm import confirm
 from macft.model.execution import Execution
@@ -52,7 +52,7 @@ class Asked:
     """
 
     rows: Sequence[Row]
-    questions: Sequence[Question]
+    questions: Sequence[RowQuestion]
     metrics: Mapping[str, Metric]
     max_tokens: int
 
@@ -98,8 +98,8 @@ def measure(
     return Result(validation.loss, validation.target_tokens, scored)
 
 
-def answers(questions: Sequence[Question], base: Result, tuned: Result) -> list[dict[str, Any]]:
-    """Question, right answer and both models' answers with their scores, row by row; empty without a metric."""
+def answers(questions: Sequence[RowQuestion], base: Result, tuned: Result) -> list[dict[str, Any]]:
+    """RowQuestion, right answer and both models' answers with their scores, row by row; empty without a metric."""
     if base.scored is None or tuned.scored is None:
         return []
     right = {"base": base.scored.right, "tuned": tuned.scored.right}

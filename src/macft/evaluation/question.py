@@ -17,7 +17,7 @@ _SHORT_PROMPT = 512
 
 
 @dataclass(frozen=True)
-class Question:
+class RowQuestion:
     """A row as a question.
 
     Attributes:
@@ -33,17 +33,17 @@ class Question:
     record: Record
 
 
-def question(record: Record, tokenizer: Any) -> Question:
+def question(record: Record, tokenizer: Any) -> RowQuestion:
     """The question of a row that has an answer.
 
     Raises:
         DataError: The row is a text, or has no prompt or no answer.
     """
     prompt = prompt_tokens(record, tokenizer)
-    return Question(prompt, question_text(record), expected_text(record), record)
+    return RowQuestion(prompt, question_text(record), expected_text(record), record)
 
 
-def sample_question(record: Record, row: Row, tokenizer: Any) -> Question:
+def sample_question(record: Record, row: Row, tokenizer: Any) -> RowQuestion:
     """The question of any row: a text is to be continued from its beginning.
 
     Raises:
@@ -54,10 +54,10 @@ def sample_question(record: Record, row: Row, tokenizer: Any) -> Question:
     tokens = [int(token) for token in row.tokens]
     begin = max(1, min(len(tokens) // 2, _LONGEST_BEGINNING))
     rest = [token for token in tokens[begin:] if token not in tokenizer.eos_token_ids]
-    return Question(tokens[:begin], tokenizer.decode(tokens[:begin]), tokenizer.decode(rest), record)
+    return RowQuestion(tokens[:begin], tokenizer.decode(tokens[:begin]), tokenizer.decode(rest), record)
 
 
-def shortest_first(questions: Sequence[Question], count: int) -> list[Question]:
+def shortest_first(questions: Sequence[RowQuestion], count: int) -> list[RowQuestion]:
     """``count`` of ``questions`` in their order, rather those with prompts that are not long."""
     by_length = sorted(range(len(questions)), key=lambda i: (max(len(questions[i].prompt), _SHORT_PROMPT), i))
     return [questions[i] for i in sorted(by_length[:count])]

@@ -7,10 +7,10 @@ from typing import Any
 
 from macft.data.formats import Record
 from macft.evaluation.metrics import Metric
-from macft.evaluation.question import Question, question
+from macft.evaluation.question import RowQuestion, question
 
 
-def asked_of(records: Sequence[Record], metrics: Mapping[str, Metric], tokenizer: Any) -> list[Question]:
+def asked_of(records: Sequence[Record], metrics: Mapping[str, Metric], tokenizer: Any) -> list[RowQuestion]:
     """The questions of ``records``; none without ``metrics``. Each metric has scored one row's own answer.
 
     Raises:

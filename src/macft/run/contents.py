@@ -28,7 +28,7 @@ from macft.device.durable import write_atomically
 from macft.errors import CheckpointError, CollectiveError, MacftError, RendezvousError
 from macft.model.contents import model_contents, template_contents
 from macft.report.run_folder import RunFolder
-from macft.run.scoring import is_scored
+from macft.run.held_out import is_scored
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

@@ -43,9 +43,9 @@ from macft.report.phase_lines import PhaseLines
 from macft.report.run_folder import RunFolder
 from macft.report.trackers.registry import require_installed
 from macft.run.contents import agree_on_contents, contents_of, store_contents, told_to_others
+from macft.run.held_out import HeldOut, choose_held_out, test_rows_needed
 from macft.run.local_paths import with_absolute_paths
 from macft.run.resume import check_resume, check_steps, no_checkpoint, notes_of_changes, previous_config
-from macft.run.scoring import Asked, choose_asked, test_rows_needed
 from macft.thermal.throttle import ThermalThrottle
 from macft.training.build_trainer import build_trainer
 from macft.training.diloco import OuterOptimizer
@@ -77,7 +77,7 @@ class Run:
     reporter: Reporter
     trainer: Trainer
     compute: StepGradient
-    asked: Asked
+    held_out: HeldOut
     stop: StopRequest
     # The backend's operations on the model; closing it removes them.
     installed: ExitStack
@@ -158,7 +158,7 @@ def _prepare(
             max_seq_length=config.dataset.max_seq_length,
         )
         check_lengths(model_folder, [data.train, data.valid, data.test])
-        asked, asked_notes = choose_asked(config, data, tokenizer)
+        held_out, held_out_notes = choose_held_out(config, data, tokenizer)
         order = RowOrder(
             data.train.source_sizes, data.train.source_weights, batch_size=config.training.batch_size, seed=config.seed
         )
@@ -269,7 +269,7 @@ def _prepare(
         reporter=reporter,
         trainer=trainer,
         compute=compute,
-        asked=asked,
+        held_out=held_out,
         stop=stop,
         installed=installed,
         layout=decision.layout,
@@ -280,7 +280,7 @@ def _prepare(
             *clock_notes,
             *contents_notes,
             *data.notes,
-            *asked_notes,
+            *held_out_notes,
             *state_notes,
         ],
     )
