@@ -32,11 +32,10 @@ class TrackioTracker:
 
     def show(self, samples: Sequence[Sample], step: int) -> None:
         """Adds the samples as a table."""
-        import pandas
         import trackio
 
-        table = pandas.DataFrame([sample_cells(sample) for sample in samples], columns=list(COLUMNS))
-        self._run.log({"samples": trackio.Table(dataframe=table)}, step=step)
+        rows = [list(sample_cells(sample)) for sample in samples]
+        self._run.log({"samples": trackio.Table(columns=list(COLUMNS), data=rows)}, step=step)
 
     def finish(self, results: Mapping[str, float], reason: str) -> None:  # noqa: ARG002 - trackio has no end states
         """Adds the results and ends the run."""
