@@ -167,9 +167,10 @@ class ConsoleReporter:
 
     def _show_metric(self, event: MetricScored) -> None:
         self._end_phase()
+        split = "validation" if event.split == "valid" else event.split
         self._line(
             f"{self._position(event.step)}  {result_name(event.name)} {result_text(event.name, event.value)} of "
-            f"{event.count} {event.split} rows  {event.when} training",
+            f"{event.count} {split} rows  {event.when} training",
             "cyan",
         )
 
