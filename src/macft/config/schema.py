@@ -38,8 +38,13 @@ class TrainConfig:
 
 
 def is_scored(config: TrainConfig) -> bool:
-    """Whether the dataset's metric is measured before and after training, with answers that the model generates."""
-    return config.dataset.metric is not None and config.training.metric_rows != 0
+    """Whether the dataset's metrics are measured before and after training."""
+    return bool(config.dataset.metrics()) and config.training.metric_rows != 0
+
+
+def answers_questions(config: TrainConfig) -> bool:
+    """Whether the model generates answers before and after training, for metrics or to look at."""
+    return is_scored(config) or config.report.samples > 0
 
 
 def register_schema() -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from macft.collective.base import Collective
 from macft.config.execution import execution_for
-from macft.config.schema import TrainConfig, is_scored
+from macft.config.schema import TrainConfig, answers_questions
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.device.kind import Device
@@ -185,7 +185,7 @@ def _decide_stage(
         first_trained,
         topology.resident_blocks,
         may_keep,
-        answers=is_scored(config),
+        answers=answers_questions(config),
     )
     chosen = stages.decide()
     notes = [_limited(stages.predicted(chosen), budget)]

@@ -18,7 +18,7 @@ import msgpack
 from macft.collective.base import Collective
 from macft.collective.elastic import ElasticCollective
 from macft.collective.matching import MAX_TEXT, Texts, difference, disagreements, gather, read_texts, refuse_together
-from macft.config.schema import TrainConfig
+from macft.config.schema import TrainConfig, is_scored
 from macft.config.yaml import package_versions
 from macft.data.digest import GROUP, first_different, order_digest, row_digests, split_digest
 from macft.data.load import LoadedData, Split
@@ -42,6 +42,7 @@ _KEYS = {
     "training rows": "dataset",
     "validation rows": "dataset",
     "test rows": "dataset",
+    "sample rows": "dataset",
     "order of the training rows": "dataset",
 }
 """Each part, and the key that says where it comes from."""
@@ -54,7 +55,7 @@ _NEVER_CHANGE = ("model weights", "model configuration", "training rows", "valid
 def contents_of(
     config: TrainConfig, data: LoadedData, order: RowOrder, model_folder: Path, tokenizer: TokenizerWrapper
 ) -> dict[str, str]:
-    """A text for each part of :data:`_KEYS`; ``test rows`` only where they were read.
+    """A text for each part of :data:`_KEYS`; ``test rows`` where they are scored, else ``sample rows``, if any.
 
     Raises:
         ModelError: A file of the model can't be read.
@@ -67,7 +68,8 @@ def contents_of(
         "validation rows": split_digest(data.valid),
         "order of the training rows": order_digest(order),
     }
-    return parts | ({"test rows": split_digest(data.test, with_records=True)} if data.test.rows else {})
+    tests = "test rows" if is_scored(config) else "sample rows"
+    return parts | ({tests: split_digest(data.test, with_records=True)} if data.test.rows else {})
 
 
 @contextlib.contextmanager
