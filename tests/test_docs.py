@@ -226,6 +226,13 @@ def test_overrides_in_running_text_are_quoted_for_the_shell() -> None:
         assert not bare, f"{page.name}: {bare}"
 
 
+def test_overrides_in_messages_and_help_are_quoted_for_the_shell() -> None:
+    """Values of settings.py and the text of topology files stand in YAML."""
+    texts = [line for line in _literals().splitlines() if not line.startswith("#")]
+    bare = [text for text in texts if re.search(r"(?:^|[\s(])\+?[a-z_]+(?:\.[a-z_]+)+=[\[{]", text)]
+    assert bare == ["hydra.searchpath=["], bare
+
+
 def test_files_named_in_the_documentation_exist() -> None:
     for page in PAGES:
         for name in re.findall(r"`((?:\w+/)+\w+\.(?:py|yaml))`", page.read_text()):

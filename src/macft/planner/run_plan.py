@@ -198,7 +198,7 @@ def _own_speeds(config: TrainConfig, notes: list[str]) -> list[float]:
     efficiency = CPU_EFFICIENCY if Device.default().kind == "cpu" else MAC_EFFICIENCY
     nodes_here = count if config.topology.kind == "local" else 1
     if config.topology.kind in ("hosts", "ssh"):
-        notes.append("every host is taken to be a machine like this one; plan.chips=[...] names other Macs")
+        notes.append("every host is taken to be a machine like this one; --chips names other Macs")
     return [measured_flops() * efficiency / nodes_here] * count
 
 
