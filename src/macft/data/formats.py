@@ -126,7 +126,7 @@ def _renaming(present: Record) -> str:
         return "dataset.columns renames fields"
     whole = "text" if isinstance(present["chosen"], str) else "messages"
     field = "completion" if "prompt" in present else whole
-    return f"there is no training on preferences; 'dataset.columns={{{field}: chosen}}' trains on the chosen answers"
+    return f"there is no training on preferences; dataset.columns={{{field}: chosen}} trains on the chosen answers"
 
 
 def _string(record: Record, name: str) -> str:
