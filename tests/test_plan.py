@@ -94,7 +94,7 @@ def test_packs_are_chosen_where_they_compute_less() -> None:
     alike = [unlike_rows(4, 257, 64)]
     mixed = [StepRows([Row(np.arange(n, dtype=np.int32), 0) for n in (20, 40, 90, 300)], np.arange(4))]
     begun = np.arange(200, dtype=np.int32)
-    shared = [StepRows([Row(np.append(begun, [n] * 30).astype(np.int32), 200) for n in range(4)], np.arange(4))]
+    shared = [StepRows([Row(np.append(begun, [n] * 30).astype(np.int32), 228) for n in range(4)], np.arange(4))]
 
     def packs(steps: list[StepRows], **others: Any) -> bool:
         execution = replace(execution_with("mlx", packing=True), shared_prefixes=True, **others)
