@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import shutil
@@ -20,8 +21,8 @@ _SECONDS = 60.0
 class Page:
     """A page of a browser, to which commands are sent."""
 
-    def __init__(self, to: int, back: int):
-        self._to, self._back = to, os.fdopen(back, "rb")
+    def __init__(self, to: int, back: io.BufferedReader):
+        self._to, self._back = to, back
         self._rest, self._number, self._session = b"", 0, ""
         self.complaints: list[str] = []
         """Errors of scripts, and what the page's policy has forbidden."""
@@ -103,8 +104,10 @@ def browser(folder: Path) -> Iterator[Page]:
     )
     os.close(to_browser[0])
     os.close(from_browser[1])
-    try:
-        yield Page(to_browser[1], from_browser[0])
-    finally:
-        process.kill()
-        process.wait()
+    with os.fdopen(from_browser[0], "rb") as back:
+        try:
+            yield Page(to_browser[1], back)
+        finally:
+            process.kill()
+            process.wait()
+            os.close(to_browser[1])

@@ -30,6 +30,7 @@ class HttpServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 128  # with 5, a client that comes with others at once waits for seconds
 
     def __init__(self, host: str, port: int, handler: Any, *, connections: int):
         self._free = threading.Semaphore(connections)
