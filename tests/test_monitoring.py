@@ -463,8 +463,8 @@ def test_requests_that_are_none_do_no_harm(address: tuple[str, int]) -> None:
     ]  # fmt: skip
     for _ in range(int(os.environ.get("MACFT_MALFORMED", MALFORMED))):
         data = b"".join(rng.choice(parts) for _ in range(rng.randrange(1, 30)))
-        answer = sent(address, data + rng.randbytes(rng.randrange(20)) + rng.choice([b"\r\n\r\n", b""]))
-        assert answer == b"" or re.match(rb"HTTP/1\.[01] [2-5]\d\d |<|no|the|Bad|HTTP", answer), (data, answer)
+        data += rng.randbytes(rng.randrange(20)) + rng.choice([b"\r\n\r\n", b""])
+        assert b"Traceback" not in sent(address, data)
     assert asked(address, "/").status == 200
 
 
