@@ -20,9 +20,9 @@ import pytest
 from harness.namespaces import missing_requirement, run
 from helpers.cables import two_cables
 from helpers.rings import local_listeners, next_message, run_ranks
+from macft.collective.base import RingSpeed
 from macft.collective.handshake import RingIdentity
 from macft.collective.link import Links
-from macft.collective.base import RingSpeed
 from macft.collective.listener import Listener
 from macft.collective.ring import Ring
 from macft.collective.settings import CollectiveConfig
