@@ -35,7 +35,7 @@ class Scalars:
         return {name: value for name, value in values.items() if name in self._seen or name.startswith(_ALWAYS)}
 
 
-_ALWAYS = ("loss/", "optim/", "system/cluster/")
+_ALWAYS = ("loss/", "optim/", "system/cluster/share")
 
 
 def results(event: RunEnded) -> dict[str, float]:
