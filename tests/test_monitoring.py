@@ -156,6 +156,7 @@ def test_nodes_that_change_are_those_of_the_new_ring(tmp_path: Path) -> None:
     write(tmp_path, RingFormed(1, [NodeDescription("studio", "M2", 25e9)]), replace(step(13), nodes=STATUSES[:1]))
     watch.update()
     (node,) = watch.facts().nodes
+    assert "all_reduce" not in watch.facts().parts
     assert (node.device, node.blocks, node.tokens_per_second) == ("M2", "", pytest.approx(600))
     assert watch.facts().events[-1].text == "step 12: <b>air</b> is lost (it was lost); 1 node now"
 

@@ -210,7 +210,10 @@ class RunWatch:
         tokens = sum(number(step.get("tokens")) or 0.0 for step in self._steps)
         facts.tokens_per_second = tokens / max(sum(seconds), 1e-9)
         facts.step_seconds = sum(seconds) / len(seconds)
-        names = [name for name in mapping(self._steps[-1].get("parts")) if isinstance(name, str)]
+        is_alone = len(facts.nodes) == 1  # and waits for nobody
+        names = [
+            name for name in mapping(self._steps[-1].get("parts")) if not (is_alone and name.startswith("all_red"))
+        ]
         parts = {
             text(name): sum(number(mapping(step.get("parts")).get(name)) or 0.0 for step in self._steps) / len(seconds)
             for name in names

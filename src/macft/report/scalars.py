@@ -46,6 +46,12 @@ def results(event: RunEnded) -> dict[str, float]:
     return {f"result/{name}": value for name, value in values.items()}
 
 
+def _parts_of(event: StepDone) -> dict[str, float]:
+    """The parts of a step's time that tell something: a node that is alone waits for nobody."""
+    is_alone = len(event.nodes) == 1
+    return {name: part for name, part in event.parts.items() if not (is_alone and name.startswith("all_reduce"))}
+
+
 def _of_step(event: StepDone) -> dict[str, float]:
     """Loss, learning rate, gradient norm, speed (tokens/s), time and its parts (s), memory (GB)."""
     seconds = max(event.seconds, 1e-9)
@@ -61,7 +67,7 @@ def _of_step(event: StepDone) -> dict[str, float]:
         "system/network/codec_residual_norm": event.residual_norm,
         "system/memory/peak_gb": event.peak_memory / 1e9,
         "system/memory/active_gb": event.active_memory / 1e9,
-        **{f"time/{name}": part for name, part in event.parts.items()},
+        **{f"time/{name}": part for name, part in _parts_of(event).items()},
     }
     if len(event.nodes) > 1:
         values["throughput/tokens_per_second_of_this_node"] = event.node_tokens / seconds
