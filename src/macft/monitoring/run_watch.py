@@ -211,14 +211,13 @@ class RunWatch:
         facts.tokens_per_second = tokens / max(sum(seconds), 1e-9)
         facts.step_seconds = sum(seconds) / len(seconds)
         is_alone = len(facts.nodes) == 1  # and waits for nobody
-        names = [
-            name for name in mapping(self._steps[-1].get("parts")) if not (is_alone and name.startswith("all_red"))
-        ]
-        parts = {
+        newest = mapping(self._steps[-1].get("parts"))
+        names = [name for name in newest if not (is_alone and name.startswith("all_reduce"))]
+        means = {
             text(name): sum(number(mapping(step.get("parts")).get(name)) or 0.0 for step in self._steps) / len(seconds)
             for name in names
         }
-        facts.parts = {name: value for name, value in parts.items() if value > 0}
+        facts.parts = {name: value for name, value in means.items() if value > 0}
 
     def _add_times(self, facts: RunFacts, now: float) -> None:
         if self._began is not None:
