@@ -79,7 +79,7 @@ class _PageHandler(BaseHTTPRequestHandler):
                 break
             request += data
         self.connection.settimeout(_REQUEST_SECONDS)
-        self.rfile = io.BufferedReader(io.BytesIO(request))  # type: ignore[arg-type]
+        self.rfile = io.BufferedReader(io.BytesIO(request))
 
     def do_GET(self) -> None:
         """Sends the page or the stream."""
