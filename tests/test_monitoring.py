@@ -111,7 +111,7 @@ def newest(place: Path) -> Path:
 # Facts
 
 
-def test_the_facts_are_those_of_the_events(newest: Path) -> None:
+def test_the_facts_are_those_of_the_events(newest: Path, tmp_path: Path) -> None:
     watch = RunWatch(newest)
     assert watch.update()
     assert not watch.update()
@@ -121,7 +121,12 @@ def test_the_facts_are_those_of_the_events(newest: Path) -> None:
     assert facts.tokens_per_second == pytest.approx(800)
     assert facts.seconds_left == pytest.approx(4)
     assert facts.watts == 50.5
-    assert [(score.name, score.before, score.after) for score in facts.scores] == [("sql_execution", 0.125, None)]
+    assert [(score.name, score.before, score.after) for score in facts.scores] == [("sql execution", "12.5%", "")]
+    write(tmp_path, MetricScored(0, "perplexity", "test", "after", 3.25, 64, 2.0))
+    scored = RunWatch(tmp_path)
+    scored.update()
+    (score,) = scored.facts().scores
+    assert (score.name, score.after, scored.facts().events[0].text[:15]) == ("perplexity", "3.25", "perplexity 3.25")
     assert [point.step for point in facts.train_curve] == list(range(1, 13))
     assert [tuple(point) for point in facts.valid_curve] == [(0, 3.5), (12, 2.25)]
     first, second = facts.nodes
@@ -443,12 +448,12 @@ def test_loopback_needs_no_token_and_another_address_gets_one(
 def sent(address: tuple[str, int], data: bytes) -> bytes:
     """The beginning of the answer to ``data``, after which the client says nothing more."""
     with socket.create_connection(address, 10) as connection:
-        try:
+        with suppress(OSError):  # the server has closed it already
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
+        with suppress(ConnectionError):
             return connection.recv(64)
-        except ConnectionError:
-            return b""
+        return b""
 
 
 MALFORMED = 200

@@ -5,6 +5,7 @@ from __future__ import annotations
 from macft.monitoring.facts import EventFacts
 from macft.monitoring.values import Line, count, items, mapping, number, text
 from macft.report.durations import duration
+from macft.report.result_text import result_name, result_text
 
 _ENDS = {
     "finished": ("finished", "good"),
@@ -30,9 +31,10 @@ def _said(line: Line) -> tuple[str, str] | None:
             best = ", the best so far" if line.get("is_best") is True and count(line.get("step")) else ""
             return f"{_at(line)}validation loss {number(line.get('loss')) or 0.0:.3f}{best}", "info"
         case "metric_scored":
-            name, value = text(line.get("name")).replace("_", " "), number(line.get("value")) or 0.0
+            name, value = text(line.get("name")), number(line.get("value")) or 0.0
             rows, when = count(line.get("count")), text(line.get("when"))
-            return f"{name} {value:.1%} of {rows:,} {text(line.get('split'))} rows, {when} training", "good"
+            of = f"of {rows:,} {text(line.get('split'))} rows, {when} training"
+            return f"{result_name(name)} {result_text(name, value)} {of}", "good"
         case "checkpoint_saved":
             return f"{_at(line)}checkpoint saved in {number(line.get('seconds')) or 0.0:.1f} s", "info"
         case "nodes_changed":

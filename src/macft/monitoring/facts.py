@@ -40,12 +40,12 @@ class NodeFacts:
 
 @dataclass(frozen=True)
 class ScoreFacts:
-    """A metric, from 0 to 1, before and after training."""
+    """A metric before and after training, as people read it; empty: not known."""
 
     name: str
     rows: int
-    before: float | None = None
-    after: float | None = None
+    before: str = ""
+    after: str = ""
 
 
 @dataclass(frozen=True)

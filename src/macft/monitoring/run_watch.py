@@ -13,6 +13,7 @@ from macft.monitoring.event_lines import event_of
 from macft.monitoring.facts import EventFacts, NodeFacts, RunFacts, ScoreFacts
 from macft.monitoring.values import Line, count, items, mapping, number, text
 from macft.report.growing_file import GrowingFile
+from macft.report.result_text import result_name, result_text
 from macft.report.run_folder import RunFolder
 from macft.thermal.readings import STATES
 
@@ -160,8 +161,9 @@ class RunWatch:
         self._valid.add(count(line.get("step")), loss)
 
     def _add_score(self, line: Line) -> None:
-        name, value = text(line.get("name")), number(line.get("value"))
-        known = self._scores.get(name, ScoreFacts(name, count(line.get("count"))))
+        name, score = text(line.get("name")), number(line.get("value"))
+        value = "" if score is None else result_text(name, score)
+        known = self._scores.get(name, ScoreFacts(result_name(name), count(line.get("count"))))
         is_after = line.get("when") == "after"
         self._scores[name] = replace(known, after=value) if is_after else replace(known, before=value)
 

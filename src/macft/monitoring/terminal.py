@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from macft.monitoring.facts import NodeFacts, RunFacts
+from macft.monitoring.facts import NodeFacts, RunFacts, ScoreFacts
 from macft.monitoring.wording import gigabytes, link_speed, shown, status_line
 from macft.report.durations import duration
 
@@ -70,7 +70,7 @@ def _heading(facts: RunFacts, width: int) -> RenderResult:
     parts = [
         shown(facts.loss, "loss {:.3f}", ""),
         shown(facts.valid_loss, "validation {:.3f}", ""),
-        *[_score(score.name, score.before, score.after) for score in facts.scores],
+        *[_score(score) for score in facts.scores],
         shown(facts.tokens_per_second, "{:,.0f} tokens/s", ""),
         shown(facts.step_seconds, "{:.2f} s a step", ""),
         shown(facts.learning_rate, "lr {:.2e}", ""),
@@ -84,11 +84,10 @@ def _heading(facts: RunFacts, width: int) -> RenderResult:
         yield from _wrapped([f"a step: {shares[0]}", *shares[1:]], width, "dim")
 
 
-def _score(name: str, before: float | None, after: float | None) -> str:
-    words = name.replace("_", " ")
-    if before is not None and after is not None:
-        return f"{words} {before:.1%} → {after:.1%}"
-    return f"{words} {shown(after if after is not None else before, '{:.1%}')}"
+def _score(score: ScoreFacts) -> str:
+    if score.before and score.after:
+        return f"{score.name} {score.before} → {score.after}"
+    return f"{score.name} {score.after or score.before or '-'}"
 
 
 def _curve(facts: RunFacts, width: int) -> Text:

@@ -6,8 +6,10 @@ a run. A run is asked for by a name from the server's own list, so no request na
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
+import socket
 import time
 from base64 import b64encode
 from functools import cache, partial
@@ -26,6 +28,7 @@ _MAX_CONNECTIONS = 64
 _MAX_REQUEST_BYTES = 16 * 1024
 _REQUEST_SECONDS = 10.0
 """For all of a request, however slowly it comes; and for each part of an answer that a client is to take."""
+_LINGER_SECONDS, _LINGER_READS = 0.5, 64
 _EVERY_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 15.0
 _TOO_LARGE = (
@@ -67,7 +70,7 @@ class _PageHandler(BaseHTTPRequestHandler):
         request, deadline = b"", time.monotonic() + _REQUEST_SECONDS
         while b"\r\n\r\n" not in request and b"\n\n" not in request:
             if len(request) >= _MAX_REQUEST_BYTES:
-                self.connection.sendall(_TOO_LARGE)
+                self._refuse_too_large()
                 request = b""
                 break
             self.connection.settimeout(max(deadline - time.monotonic(), 0.001))
@@ -80,6 +83,16 @@ class _PageHandler(BaseHTTPRequestHandler):
             request += data
         self.connection.settimeout(_REQUEST_SECONDS)
         self.rfile = io.BufferedReader(io.BytesIO(request))
+
+    def _refuse_too_large(self) -> None:
+        """Answers, and takes some more of what comes: a connection with unread data would lose the answer."""
+        with contextlib.suppress(OSError):
+            self.connection.sendall(_TOO_LARGE)
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(_LINGER_SECONDS)
+            for _ in range(_LINGER_READS):
+                if not self.connection.recv(_MAX_REQUEST_BYTES):
+                    return
 
     def do_GET(self) -> None:
         """Sends the page or the stream."""
