@@ -247,7 +247,7 @@ def shown(facts: RunFacts, width: int) -> str:
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("width", [60, 80, 200])
+@pytest.mark.parametrize("width", [60, 80, 110, 140, 150, 160, 170, 200])
 def test_the_terminal_shows_the_same_facts_at_any_width(newest: Path, width: int) -> None:
     watch = RunWatch(newest)
     watch.update()

@@ -36,7 +36,7 @@ class TerminalView:
             yield _curve(facts, width)
         if facts.nodes:
             table = _table(facts)
-            if Measurement.get(console, options.update(max_width=10_000), table).minimum <= width:
+            if Measurement.get(console, options.update(max_width=10_000), table).maximum <= width:
                 yield table
             else:
                 for node in facts.nodes:
