@@ -449,7 +449,7 @@ def test_a_nodes_status_keeps_its_keys(tmp_path: Path) -> None:
     reporter.close()
     keys = "tokens busy_seconds duty paused reason temperature state watts peak_watts joules metered_seconds estimated"
     [node] = lines(path)[0]["nodes"]
-    assert list(node) == [*keys.split(), "remarks", "disk_seconds", "wait_seconds", "wire_seconds"]
+    assert list(node) == [*keys.split(), "remarks", "disk_seconds", "wait_seconds", "wire_seconds", "peak_memory"]
     assert (node["tokens"], node["remarks"]) == (3, 2)
 
 
