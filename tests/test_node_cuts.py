@@ -20,7 +20,7 @@ from macft.model.shape import shape_of
 from macft.parallel.stage_layout import StageLayout
 from macft.planner.cluster_model import Node
 from macft.planner.fit import MemoryPlanner
-from macft.planner.node_cuts import NodeCuts, agree
+from macft.planner.node_cuts import NodeCuts, agree, order_line
 from macft.planner.node_report import alike, gather_reports, own_node
 from macft.planner.workload import unlike_rows
 
@@ -92,11 +92,31 @@ def test_a_small_node_gets_the_blocks_that_fit() -> None:
 
 @given(speeds=st.lists(st.floats(0.1, 10), min_size=2, max_size=6), pipelines=st.integers(1, 3))
 @settings(deadline=None, max_examples=15)
-def test_every_node_has_a_stage_in_the_order_of_ranks(speeds: list[float], pipelines: int) -> None:
-    layout = cuts_of(nodes_of(speeds), pipelines).layout([str(number) for number in range(len(speeds))])
-    assert layout is not None
-    assert [stage.rank for stages in layout.pipelines for stage in stages] == list(range(len(speeds)))
-    assert layout.blocks == BLOCKS
+def test_nodes_keep_their_order_unless_another_one_or_fewer_are_clearly_faster(
+    speeds: list[float], pipelines: int
+) -> None:
+    cuts = cuts_of(nodes_of(speeds), pipelines)
+    found = cuts.found([str(number) for number in range(len(speeds))])
+    assert found is not None
+    assert found.in_order is not None
+    in_order = [stage.rank for stages in found.in_order.layout.pipelines for stage in stages]
+    assert in_order == list(range(len(speeds)))
+    assert len(found.best.layout.pipelines) == len(found.in_order.layout.pipelines)
+    assert found.best.layout.blocks == BLOCKS
+    assert found.best is found.in_order or found.best.seconds <= 0.95 * found.in_order.seconds
+    assert bool(order_line(found, len(speeds))) == (found.best.ranks != in_order or found.best is not found.in_order)
+
+
+def test_stages_may_have_another_order_than_ranks() -> None:
+    """A node with little memory is best the last one, where one micro-batch is in flight."""
+    planner = planner_of(1)
+    weights = planner.shape.weight_bytes(planner.execution.weight_format)
+    cuts = cuts_of(nodes_of([1, 1, 0.05], [0.35 * weights, 0.8 * weights, 0.8 * weights]))
+    found = cuts.found(["0", "1", "2"])
+    assert found is not None
+    print(found.best.layout, order_line(found, 3))
+    assert found.best.layout.described(3).endswith("; rank 2 without a stage")
+    assert order_line(found, 3).startswith("no stage for rank 2, which stays ready to replace a lost node: ")
 
 
 def test_the_layout_follows_the_members() -> None:
