@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from harness.families import build, configuration
+from helpers.members import Node as Member
 from helpers.rings import local_listeners, run_ranks
 from macft.collective.ring import Ring
 from macft.config.schema import TrainConfig
+from macft.errors import ConfigError
+from macft.membership.paxos import View
 from macft.model.confirm import obstacle_to_cutting
 from macft.model.execution import Execution
 from macft.model.settings import ModelConfig
@@ -134,7 +137,12 @@ def test_several_pipelines_get_rows_as_the_run_deals_them(folder: Path) -> None:
     ("budgets", "more", "placement", "says"),
     [
         (["4GB", "4GB"], {}, "auto", ["auto chose replicate: the run fits the memory of each node"]),
-        (["14MB", "14MB"], {}, "pipeline", ["auto chose pipeline: ", "doesn't fit the memory of rank 0"]),
+        (
+            ["14MB", "14MB"],
+            {},
+            "pipeline",
+            ["auto chose pipeline, of nodes that read blocks from disk: ", "doesn't fit the memory of rank 0"],
+        ),
         (["14MB", "14MB"], {"placement": "stream"}, "stream", []),
     ],
 )
@@ -163,3 +171,44 @@ def test_all_ranks_agree(
     assert all(text in first.lines[0] for text in says)
     assert first.cut(2) == second.cut(2)
     assert (first.cut(2) is not None) == (placement == "pipeline")
+
+
+@pytest.mark.parametrize(
+    ("told", "wanted", "found"),
+    [
+        ({"topology.placement": "pipeline", "topology.pipelines": "2"}, "auto", ("pipeline", 2)),
+        ({"topology.placement": "each node has the whole model"}, "auto", ("auto", 1)),
+        ({"topology.placement": "each node has the whole model"}, "stream", ("stream", 1)),
+        (
+            {"topology.placement": "pipeline", "topology.pipelines": "1"},
+            "stream",
+            "the run that this node joins is a pi",
+        ),
+        (
+            {"topology.placement": "each node has the whole model"},
+            "pipeline",
+            "is one in which each node has the whole",
+        ),
+    ],
+)
+def test_a_newcomer_takes_over_the_runs_placement(
+    folder: Path, told: dict[str, str], wanted: str, found: str | tuple[str, int]
+) -> None:
+    members = Member("a", None), Member("b", None)
+    newcomer = Member("c", None)
+    try:
+        newcomer.enter(View(0, tuple(member.membership.own for member in members)), b"secret")
+        assert newcomer.ring is not None
+        newcomer.ring.contents = {"training rows": "40 rows", **told}
+        part = part_of(folder, 3, 2, placement=wanted)
+        if isinstance(found, str):
+            with pytest.raises(ConfigError, match=f"topology.placement: {wanted}, and .*{found}.*; use auto"):
+                agree_on_placement(part, newcomer.ring)
+            return
+        placement = agree_on_placement(part, newcomer.ring)
+        assert (placement.config.topology.placement, placement.config.topology.pipelines) == found
+        assert placement.settings == told
+        assert placement.cut(3) is None
+    finally:
+        for member in (*members, newcomer):
+            member.close()
