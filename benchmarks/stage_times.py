@@ -67,6 +67,7 @@ def measured_parts(folder: Path, kernels: str, length: int) -> PartTimes:
     generator = np.random.default_rng(0)
     rows = [Row(generator.integers(1, 4000, length).astype(np.int32), 0) for _ in range(_MICRO_BATCHES + 1)]
     seconds: dict[str, list[float]] = {"embedding": [], "forward": [], "backward": [], "head": []}
+    started = 0.0
 
     def clock(name: str) -> None:
         nonlocal started
