@@ -20,7 +20,7 @@ from macft.model.shape import shape_of
 from macft.parallel.stage_layout import StageLayout
 from macft.planner.cluster_model import Node, NodeLink
 from macft.planner.fit import MemoryPlanner
-from macft.planner.node_cuts import NodeCuts, agree, order_line
+from macft.planner.node_cuts import NodeCuts, agree, order_line, ranks
 from macft.planner.node_report import alike, gather_reports, own_node
 from macft.planner.workload import unlike_rows
 
@@ -103,7 +103,7 @@ def test_nodes_keep_their_order_unless_another_one_or_fewer_are_clearly_faster(
     assert len(found.best.layout.pipelines) == len(found.in_order.layout.pipelines)
     assert found.best.layout.blocks == BLOCKS
     assert found.best is found.in_order or found.best.seconds <= 0.95 * found.in_order.seconds
-    assert bool(order_line(found, len(speeds))) == (found.best.ranks != in_order or found.best is not found.in_order)
+    assert bool(order_line(found, ranks(len(speeds)))) == (found.best is not found.in_order)
 
 
 def test_stages_may_have_another_order_than_ranks_and_nodes_may_have_none() -> None:
@@ -114,18 +114,18 @@ def test_stages_may_have_another_order_than_ranks_and_nodes_may_have_none() -> N
         nodes = nodes_of(speeds, [weights * memory for memory in memories])
         pipelines = cuts_of(nodes).found(["0", "1", "2"])
         assert pipelines is not None
-        return pipelines.best.layout.described(3), order_line(pipelines, 3)
+        return pipelines.best.layout.described(3), order_line(pipelines, ranks(3))
 
     # The last stage holds the fewest micro-batches.
     layout, line = found([1, 1, 1], [0.8, 99, 99])
     assert layout == "rank 1: blocks 0-3 > rank 2: blocks 4-7 > rank 0: blocks 8-11"
-    assert line.startswith("stages in another order than ranks: ")
-    assert line.endswith(" s with all nodes in the order of ranks")
+    assert line.startswith("stages in another order than the nodes; ")
+    assert line.endswith(" s with all nodes in their order")
     layout, line = found([1, 1, 0.05], [0.8, 0.8, 0.8])
     assert layout == "rank 0: blocks 0-5 > rank 1: blocks 6-11; rank 2 without a stage"
-    assert line.startswith("no stage for rank 2, which stays ready to replace a lost node: ")
+    assert line.startswith("no stage for rank 2: a spare, which takes blocks when another node is lost; ")
     _, line = found([1, 1, 1], [0.45, 1.2, 1.2])
-    assert line.endswith("ready to replace a lost node: all nodes in the order of ranks have no layout that fits")
+    assert line.endswith("node is lost; all nodes in their order have no layout that fits")
 
 
 def test_the_layout_follows_the_members() -> None:

@@ -122,8 +122,8 @@ def test_a_slow_node_is_left_out(folder: Path) -> None:
     assert spare.pipelines is not None
     assert str(spare.pipelines.best.layout).count("rank 1") == 0
     assert spare.pipelines.best.layout.described(3).endswith("; rank 1 without a stage")
-    assert spare.lines[1].startswith("no stage for rank 1, which stays ready to replace a lost node: ")
-    assert spare.lines[1].endswith(" s with all nodes in the order of ranks")
+    assert spare.lines[1].startswith("no stage for rank 1: a spare, which takes blocks when another node is lost; ")
+    assert spare.lines[1].endswith(" s with all nodes in their order")
 
 
 def test_several_pipelines_get_rows_as_the_run_deals_them(folder: Path) -> None:
