@@ -138,7 +138,7 @@ def wide_model(folder: Path) -> Path:
 def test_a_stage_is_killed_and_comes_back(tmp_path: Path, basics: list[str], slow_disk: dict[str, str]) -> None:
     """Under topology.placement=auto: the process that is started anew takes over what the run chose."""
     more = [*basics, "training.steps=5000", "training.eval_every=0", "training.save_every=0", "adapter.rank=1"]
-    more += [f"model={wide_model(tmp_path / 'model')}", "topology=local", "topology.memory_budget=28MB"]
+    more += [f"model={wide_model(tmp_path / 'model')}", "topology=local", "topology.memory_budget=24MB"]
     local = ["topology.nodes=2", "topology.restart=true", f"hydra.run.dir={tmp_path}"]
     process = start(*more, *local, cwd=tmp_path, variables=slow_disk)
     wait_for_step(process, tmp_path, 5)
@@ -165,7 +165,7 @@ def test_a_host_with_little_memory_gets_fewer_blocks(
     first, second = free_ports(2)
     hosts = ["topology=hosts", f"topology.hosts=[127.0.0.1:{first},127.0.0.1:{second}]"]
     own = [[f"topology.rank={rank}", f"hydra.run.dir={tmp_path / str(rank)}"] for rank in (0, 1)]
-    budgets = ["topology.memory_budget=28MB", "topology.memory_budget=4GB"]
+    budgets = ["topology.memory_budget=24MB", "topology.memory_budget=4GB"]
     processes = [start(*more, *hosts, *own[rank], budgets[rank], cwd=tmp_path, variables=slow_disk) for rank in (0, 1)]
     for process in processes:
         _, errors = process.communicate(timeout=120)
