@@ -110,7 +110,8 @@ def _decide(part: NodePart, cut: Cut) -> Preflight:
         execution = execution.streamed(()) if topology.placement == "stream" else execution.unplanned()
         return Preflight(config, execution, execution.placement, [f"no memory plan: {error}"])
     if topology.placement == "pipeline":
-        return _decide_stage(part, cut)
+        decision = _decide_stage(part, cut)
+        return decision._replace(notes=[*decision.notes, *part.packing_notes])
     placer = part.placer
     chosen = placer.decide()
     note = _limited(placer.parts(chosen), part.budget)
@@ -118,7 +119,7 @@ def _decide(part: NodePart, cut: Cut) -> Preflight:
         note += f"; topology.batch=auto chose {batch_overrides(chosen)}"
     elif chosen.recompute != part.execution.recompute:
         note += f"; training.recompute=auto chose {chosen.recompute}"
-    return Preflight(config, chosen, Layout.of(shape, chosen, placer.first_trained).line, [note])
+    return Preflight(config, chosen, Layout.of(shape, chosen, placer.first_trained).line, [note, *part.packing_notes])
 
 
 def _decide_stage(part: NodePart, cut: Cut) -> Preflight:
