@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -28,6 +29,7 @@ from harness.runs import (
 )
 
 ONE_NODE = ["topology.placement=replicate", "training.recompute=blocks"]
+STAGE = re.compile(r"rank (\d): blocks (\d)-(\d)")
 SCORED = ["dataset.metric=perplexity", "training.metric_rows=6", "report.samples=2", "training.metric_max_tokens=4"]
 PIPELINE = ["topology=local", "topology.placement=pipeline"]
 
@@ -127,11 +129,27 @@ def test_stages_are_killed_one_after_the_other(tmp_path: Path, basics: list[str]
     assert same_bits(adapter(tmp_path), adapter(whole))
 
 
+@pytest.fixture
+def slow_disk(tmp_path: Path) -> dict[str, str]:
+    """Variables with which macft takes the disk for one of 100 KB a second, and streams nothing that it can avoid."""
+    (tmp_path / "cache" / "macft").mkdir(parents=True)
+    (tmp_path / "cache" / "macft" / "disk-speed.json").write_text(json.dumps({"bytes_per_second": 1e5}))
+    return {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+
+def wide_model(folder: Path) -> Path:
+    """Of six blocks of 3 MB each."""
+    sizes = {"num_hidden_layers": 6, "hidden_size": 256, "intermediate_size": 1024}
+    return build("llama", folder, tie_word_embeddings=True, **sizes)
+
+
 @pytest.mark.slow
-def test_a_stage_is_killed_and_comes_back(tmp_path: Path, basics: list[str]) -> None:
-    more = [*basics, "training.steps=5000", "training.eval_every=0", "training.save_every=0"]
-    local = [*PIPELINE, "topology.nodes=2", "topology.restart=true", f"hydra.run.dir={tmp_path}"]
-    process = start(*more, *local, cwd=tmp_path)
+def test_a_stage_is_killed_and_comes_back(tmp_path: Path, basics: list[str], slow_disk: dict[str, str]) -> None:
+    """Under topology.placement=auto: the process that is started anew takes over what the run chose."""
+    more = [*basics, "training.steps=5000", "training.eval_every=0", "training.save_every=0", "adapter.rank=1"]
+    more += [f"model={wide_model(tmp_path / 'model')}", "topology=local", "topology.memory_budget=24MB"]
+    local = ["topology.nodes=2", "topology.restart=true", f"hydra.run.dir={tmp_path}"]
+    process = start(*more, *local, cwd=tmp_path, variables=slow_disk)
     wait_for_step(process, tmp_path, 5)
     ranks(process)[1].kill()
     wait_for_events(process, tmp_path, "nodes_changed", 2)
@@ -148,21 +166,24 @@ def test_a_stage_is_killed_and_comes_back(tmp_path: Path, basics: list[str]) -> 
 
 
 @pytest.mark.slow
-def test_a_host_with_little_memory_gets_fewer_blocks(tmp_path: Path, basics: list[str]) -> None:
-    """And the result has the bits of one node, as with every cut."""
-    sizes = {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 1024}
-    model = build("llama", tmp_path / "model", tie_word_embeddings=True, **sizes)
-    more = [*basics, f"model={model}", "training.steps=4", "adapter.rank=1"]
+def test_a_host_with_little_memory_gets_fewer_blocks(
+    tmp_path: Path, basics: list[str], slow_disk: dict[str, str]
+) -> None:
+    """And makes the run a pipeline. The result has the bits of one node, as with every cut."""
+    more = [*basics, f"model={wide_model(tmp_path / 'model')}", "training.steps=4", "adapter.rank=1"]
     first, second = free_ports(2)
-    hosts = ["topology=hosts", f"topology.hosts=[127.0.0.1:{first},127.0.0.1:{second}]", "topology.placement=pipeline"]
+    hosts = ["topology=hosts", f"topology.hosts=[127.0.0.1:{first},127.0.0.1:{second}]"]
     own = [[f"topology.rank={rank}", f"hydra.run.dir={tmp_path / str(rank)}"] for rank in (0, 1)]
-    budgets = ["topology.memory_budget=37MB", "topology.memory_budget=4GB"]
-    processes = [start(*more, *hosts, *own[rank], budgets[rank], cwd=tmp_path) for rank in (0, 1)]
+    budgets = ["topology.memory_budget=24MB", "topology.memory_budget=4GB"]
+    processes = [start(*more, *hosts, *own[rank], budgets[rank], cwd=tmp_path, variables=slow_disk) for rank in (0, 1)]
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     (begun,) = events(tmp_path / "0", "run_started")
-    assert begun["layout"] in {f"pipeline: rank 0: blocks 0-{n} > rank 1: blocks {n + 1}-7" for n in (0, 1, 2)}
+    sizes = {int(rank): int(end) - int(start) + 1 for rank, start, end in STAGE.findall(begun["layout"])}
+    assert sizes[0] < sizes[1] == 6 - sizes[0]
+    (line,) = (note for note in begun["notes"] if note.startswith("topology.placement=auto chose pipeline: "))
+    assert "; the whole model doesn't fit the memory of rank 0 (" in line
     whole = train_to_end(*more, *ONE_NODE, folder=tmp_path / "whole")
     assert losses(tmp_path / "0") == losses(whole)
     assert same_bits(adapter(tmp_path / "0"), adapter(whole))

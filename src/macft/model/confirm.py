@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 # isort: split
 import mlx.core as mx
@@ -15,11 +16,12 @@ from macft.model.backends.choose import can_pack
 from macft.model.block_weights import BlockWeights
 from macft.model.execution import Execution, cannot_pack
 from macft.model.fitness import obstacle_to_training
-from macft.model.load import LoadedModel
+from macft.model.load import LoadedModel, load_without_blocks
+from macft.model.settings import ModelConfig
 from macft.model.stages import CutModel, arguments_need_values
 from macft.model.traceable import is_traceable
 
-_TRIAL = mx.arange(1, 9)[None]
+_TRIAL_TOKENS = 8
 
 
 def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[str]]:
@@ -45,7 +47,7 @@ def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[
 def _needs_embedding(model: nn.Module, weights: BlockWeights) -> str | None:
     """Why a stage without the embedding can't make its blocks' arguments; None if it can."""
     with weights.left_out():
-        return arguments_need_values(CutModel(model).enter(_TRIAL))
+        return arguments_need_values(CutModel(model).enter(_trial()))
 
 
 def _cannot_cut(execution: Execution, obstacle: str) -> ConfigError:
@@ -55,11 +57,26 @@ def _cannot_cut(execution: Execution, obstacle: str) -> ConfigError:
     )
 
 
+def obstacle_to_cutting(config: ModelConfig, path: Path, execution: Execution) -> str | None:
+    """Why the model in ``path`` can't be cut into stages, tried without reading its blocks; None if it can."""
+    try:
+        model, weights = load_without_blocks(config, path, execution.pipelined(0))
+    except ModelError as error:
+        return str(error)
+    with weights.standing_in():
+        return CutModel(model, same_form=True).obstacle(_trial())
+
+
+def _trial() -> mx.array:
+    """Tokens to try a model with (1, 8)."""
+    return mx.arange(1, 1 + _TRIAL_TOKENS)[None]
+
+
 def _confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[str]]:
     notes: list[str] = []
     traced = loaded.streamed.left_out if loaded.streamed is not None else nullcontext
     cut = CutModel(loaded.model, same_form=execution.placement == "pipeline")
-    if loaded.streamed is not None and (obstacle := cut.obstacle(_TRIAL)):
+    if loaded.streamed is not None and (obstacle := cut.obstacle(_trial())):
         raise _cannot_cut(execution, obstacle)
     if (obstacle := obstacle_to_training(loaded.model)) is not None:
         raise ModelError(obstacle)

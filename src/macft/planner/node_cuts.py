@@ -1,73 +1,80 @@
-"""``topology.stages=auto``: the blocks of a pipeline are cut by what each node told of its speed and memory."""
+"""The pipelines of a run, cut by what each node told of its speed and memory; after a loss, for those that are left."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 from macft.collective.base import Collective
 from macft.collective.elastic import ElasticCollective
-from macft.errors import ConfigError
-from macft.parallel.stage_layout import Stage, StageLayout
-from macft.planner.cluster_model import Node, NodeLink, RingLinks
+from macft.parallel.stage_layout import StageLayout
+from macft.planner.cluster_model import Node, RingLinks
 from macft.planner.fit import MemoryPlanner
 from macft.planner.layout_inputs import model_cost, step_work
-from macft.planner.partition import choose_layout
+from macft.planner.node_report import ring_of
+from macft.planner.partition import LayoutDecision, best_pipelines
 from macft.planner.stages import pipeline_sizes
-
-# Every cut sends the same hidden states, so the network doesn't decide between them.
-_NO_LINK = NodeLink(float("inf"), 0.0)
-
 
 Cut: TypeAlias = Callable[[int], StageLayout | None]
 """The layout of a number of ranks; None if nodes are to be taken as alike."""
+
+
+class FoundPipelines(NamedTuple):
+    """``best``, and ``in_order``: that of all nodes in the order of ranks; None where there is none."""
+
+    best: LayoutDecision
+    in_order: LayoutDecision | None
 
 
 @dataclass(frozen=True)
 class NodeCuts:
     """Cuts by ``nodes``: by member, what it told at the start.
 
-    ``pipelines``: ``topology.pipelines``. ``planner_of``: the prediction for a node that has the rows of one of so many
-    pipelines.
+    ``pipelines``: how many there are, if there are two nodes for each. ``planner_of``: the prediction for all rows, in
+    the micro-batches of a run with so many pipelines. ``shares``: of the rows, by member; None: by speed.
     """
 
     nodes: Mapping[str, Node]
     pipelines: int
     planner_of: Callable[[int], MemoryPlanner]
+    shares: Mapping[str, float] | None = None
 
     def layout(self, members: Sequence[str]) -> StageLayout | None:
         """The layout in which a step of ``members``, by rank, is fastest; None where these nodes give none.
 
-        That is so for a node that joined later, a node that is alone, or if no cut fits.
+        That is so for a node that joined later, a node that is alone, or if no cut fits. Nodes may have no stage.
         """
+        found = self.found(members)
+        return None if found is None else found.best.layout
+
+    def found(self, members: Sequence[str]) -> FoundPipelines | None:
+        """The layouts of ``members``, by rank; None as for :meth:`layout`."""
         nodes = [self.nodes[member] for member in members if member in self.nodes]
         if len(nodes) < max(2, len(members)):
             return None
-        sizes = pipeline_sizes(self.pipelines, len(nodes))
-        planner = self.planner_of(len(sizes))
-        model, work = model_cost(planner), step_work(planner, planner.execution.micro_batch_size)
-        made: list[tuple[Stage, ...]] = []
-        rank = 0
-        for size in sizes:
-            own = nodes[rank : rank + min(size, model.blocks)]  # the other ranks have nothing to do
-            ring = RingLinks.of_one_kind(_NO_LINK, len(own))
-            try:
-                layout = choose_layout(own, ring, model, work, wanted="pipeline", order="given").layout
-            except ConfigError:  # each node's own plan says what it lacks
-                return None
-            made += [tuple(replace(each, rank=rank + each.rank) for each in stages) for stages in layout.pipelines]
-            rank += size
-        return StageLayout(tuple(made))
+        shares = None if self.shares is None else tuple(self.shares.get(member, 0.0) for member in members)
+        return find_pipelines(nodes, ring_of(nodes), self.planner_of(self.pipelines), self.pipelines, shares)
 
 
-def agree(collective: Collective, cuts: NodeCuts) -> Cut:
-    """Rank 0's layout for the members of now, and that of ``cuts`` for others later. A call of all ranks."""
+def find_pipelines(
+    nodes: Sequence[Node],
+    ring: RingLinks,
+    planner: MemoryPlanner,
+    pipelines: int,
+    shares: tuple[float, ...] | None,
+) -> FoundPipelines | None:
+    """Layouts of ``nodes``, by rank, for all rows of ``planner`` in its micro-batches; None if none fits."""
+    count = len(pipeline_sizes(pipelines, len(nodes)))
+    work = step_work(planner, planner.execution.micro_batch_size, shares)
+    best, in_order = best_pipelines(nodes, ring, model_cost(planner), work, count)
+    return None if best is None else FoundPipelines(best, in_order)
+
+
+def followed(collective: Collective, cuts: NodeCuts, agreed: StageLayout | None) -> Cut:
+    """``agreed`` for the members of now, and the layout of ``cuts`` for others later."""
     first = members_of(collective)
-    own = cuts.layout(first) if collective.rank == 0 else None
-    data = json.loads(collective.broadcast(json.dumps(own and own.to_data()).encode()))
-    agreed = data and StageLayout.from_data(data)
 
     def cut(world_size: int) -> StageLayout | None:
         members = members_of(collective)
@@ -76,6 +83,45 @@ def agree(collective: Collective, cuts: NodeCuts) -> Cut:
         return agreed if members == first else cuts.layout(members)
 
     return cut
+
+
+def agree(collective: Collective, cuts: NodeCuts) -> tuple[Cut, str]:
+    """Rank 0's layout for the members of now, that of ``cuts`` for others later, and a line. A call of all ranks.
+
+    The line says why some nodes have no stage, or stages another order than ranks; it is empty where that isn't so.
+    """
+    found = cuts.found(members_of(collective)) if collective.rank == 0 else None
+    own = None if found is None else [found.best.layout.to_data(), order_line(found, ranks(collective.world_size))]
+    data = json.loads(collective.broadcast(json.dumps(own).encode()))
+    if data is None:
+        return followed(collective, cuts, None), ""
+    layout, line = data
+    return followed(collective, cuts, StageLayout.from_data(layout)), str(line)
+
+
+def order_line(found: FoundPipelines, names: Sequence[str]) -> str:
+    """Why not all nodes have a stage in the order of ranks, for a person; empty where they have.
+
+    ``names``: of the nodes, by rank.
+    """
+    best, in_order = found
+    used = [stage.rank for stages in best.layout.pipelines for stage in stages]
+    if used == list(range(len(names))):
+        return ""
+    spare = [name for rank, name in enumerate(names) if rank not in used]
+    what = "stages in another order than the nodes"
+    if spare:
+        what = f"no stage for {', '.join(spare)}: a spare, which takes blocks when another node is lost"
+    if best is in_order:
+        return f"{what}; there are more nodes than blocks"
+    if in_order is None:
+        return f"{what}; all nodes in their order have no layout that fits"
+    return f"{what}; {best.seconds:.2f} s a step expected, {in_order.seconds:.2f} s with all nodes in their order"
+
+
+def ranks(count: int) -> list[str]:
+    """The names of so many ranks."""
+    return [f"rank {rank}" for rank in range(count)]
 
 
 def members_of(collective: Collective) -> list[str]:

@@ -154,11 +154,6 @@ class StagePlanner:
         return reads * passes * shape.checkpoint_bytes() * shape.block_share / shape.blocks
 
     @property
-    def line(self) -> str:
-        """The layout, for a person."""
-        return f"pipeline: {self.layout}"
-
-    @property
     def _stage(self) -> tuple[range, int]:
         """This rank's blocks, and how many stages are left from its own on."""
         place = self.layout.place_of(self.rank)
