@@ -11,7 +11,7 @@ from typing import Any
 
 from macft.collective.base import Collective
 from macft.device.chips import own_chip
-from macft.device.disk_speed import disk_speed
+from macft.device.disk_speed import UNKNOWN_DISK, disk_speed
 from macft.device.kind import Device
 from macft.errors import ConfigError
 from macft.network.link_kinds import LINK_KINDS
@@ -24,6 +24,7 @@ from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops
 
 _LONGEST_REPORT = 4096
 _LONGEST_NAME = 255
+_SOME_SPEED = 1e12
 # The part of a speed that another measurement of it reaches at least.
 _ALIKE = 0.85
 
@@ -44,6 +45,11 @@ def own_node(memory: float, *, name: str | None = None, processes: int = 1) -> N
     if name is None:
         name = f"{platform.node()}, {chip.chip if chip is not None else platform.machine()}"
     return Node(name, speed / processes, memory, disk_speed().bytes_per_second / processes)
+
+
+def one_of_many_here(memory: float) -> Node:
+    """One of the nodes of ``topology=local``, which count as equally fast, so that nothing is measured."""
+    return Node(platform.node(), _SOME_SPEED, memory, UNKNOWN_DISK)
 
 
 def own_report(name: str, placer: Placer, processes: int = 1) -> Node:

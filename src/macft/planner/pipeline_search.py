@@ -102,7 +102,7 @@ class PipelineSearch:
         found: dict[int, list[Pipeline]] = {}
         for group, layouts in self._layouts(list(sequences)).items():
             for ranks in sequences.get(group, []):
-                made = [self._pipeline(_with_ranks(layout, ranks, self._kind_of)) for layout in layouts]
+                made = [self.pipeline(_with_ranks(layout, ranks, self._kind_of)) for layout in layouts]
                 found.setdefault(_bits(ranks), []).extend(made)
         return {mask: _undominated(pipelines) for mask, pipelines in found.items()}
 
@@ -188,7 +188,13 @@ class PipelineSearch:
         """Micro-batches in flight of a stage that ``from_end - 1`` others follow."""
         return min(self._count, from_end)
 
-    def _pipeline(self, stages: Sequence[Stage]) -> Pipeline:
+    @property
+    def micro_batches(self) -> int:
+        """Those of a step."""
+        return self._count
+
+    def pipeline(self, stages: Sequence[Stage]) -> Pipeline:
+        """These stages, whose ranks are places among the nodes."""
         choices = []
         for place, stage in enumerate(stages):
             wire = 0.0
@@ -211,7 +217,7 @@ class PipelineSearch:
                 stages[border + 1] = replace(stages[border + 1], first=stages[border + 1].first + move)
                 if not self._fits(stages):
                     continue
-                other = self._pipeline(stages)
+                other = self.pipeline(stages)
                 taken = other.simulated(micro_batches)
                 if taken < seconds * (1 - 1e-9):
                     best, seconds, improved = other, taken, True

@@ -25,15 +25,17 @@ from macft.model.shape import ModelShape, read_shape, read_weight_format
 from macft.model.weight_files import check_weight_files
 from macft.parallel.shares import DataShard
 from macft.parallel.stage_layout import StageLayout
-from macft.parallel.stage_places import Decide, whole_models
+from macft.parallel.stage_places import Decide, LayoutChanges, whole_models
 from macft.planner.fit import MemoryPlanner, batch_overrides
 from macft.planner.memory import MemoryParts
 from macft.planner.node_cuts import Cut, NodeCuts, agree, members_of
-from macft.planner.node_report import alike, gather_reports, own_node
+from macft.planner.node_report import alike, gather_reports, one_of_many_here, own_node
 from macft.planner.placement import Layout, Placer, obstacle_to_reading_blocks
-from macft.planner.stages import StagePlanner, block_costs, check_layout, decide_layout
+from macft.planner.refit import StageRefit, WholeModelRefit, heaviest
+from macft.planner.stages import block_costs, check_layout, decide_layout
 from macft.planner.workload import StepRows, steps_of
 from macft.topology.settings import TopologyConfig, parse_budget
+from macft.training.node_fit import Refit
 from macft.training.settings import TrainingConfig, steps_for
 
 _LONGEST_VERDICT = 2000
@@ -42,13 +44,17 @@ _LONGEST_VERDICT = 2000
 class Preflight(NamedTuple):
     """How a node computes a run: ``layout`` says in one line where its weights are, ``notes`` are lines for the user.
 
-    ``decide`` makes the layout of stages of a number of ranks.
+    ``decide`` makes the first layout of stages of a number of ranks.
     """
 
     execution: Execution
     layout: str
     notes: list[str]
     decide: Decide = whole_models
+    # How the node computes with other members or other blocks; None where memory isn't predicted.
+    refit: Refit | None = None
+    # What finds better layouts of a pipeline while the run goes on; None where there is nothing to find.
+    changes: LayoutChanges | None = None
 
 
 def preflight(
@@ -75,10 +81,11 @@ def preflight(
         shard = DataShard(collective.rank, collective.world_size, shares)
     else:
         shard = DataShard(world_size - 1, world_size)
-    cut = _agreed_cut(config, model_folder, steps, collective, shard)
+    cuts = _node_cuts(config, model_folder, steps, collective, shard)
+    cut = agree(cuts) if cuts is not None else lambda _: None
     decision, refusal = None, None
     try:
-        decision = _decide(config, model_folder, steps, shard, cut)
+        decision = _decide(config, model_folder, steps, shard, cut)._replace(changes=cuts)
     except ConfigError as error:
         refusal = str(error)
     verdicts = collective.all_gather(json.dumps(refusal and refusal[:_LONGEST_VERDICT]).encode())
@@ -92,34 +99,42 @@ def preflight(
     return decision
 
 
-def _agreed_cut(
+def _node_cuts(
     config: TrainConfig, model_folder: Path, steps: Sequence[StepRows], collective: Collective, shard: DataShard
-) -> Cut:
-    """How a pipeline is cut by the speeds and memories of its nodes. A call of all ranks.
+) -> NodeCuts | None:
+    """How a pipeline is cut by the speeds and memories of its nodes; None where that isn't asked for or not known.
 
-    With topology=local all nodes are alike. A newcomer knows nothing of the others, whose layout it is given.
+    A call of all ranks. With topology=local all nodes are alike until they are measured. A newcomer hears of the others
+    when it joins.
     """
     topology, own, planner_of = config.topology, None, None
-    wanted = topology.placement == "pipeline" and topology.stages == "auto" and topology.kind != "local"
-    if wanted and shard.world_size == collective.world_size > 1:
+    if topology.placement == "pipeline" and topology.stages == "auto":
         with contextlib.suppress(ConfigError, ModelError):  # raised once more by the node's own decision
             shape = read_shape(model_folder)
             execution = execution_for(config, shape, shape.checkpoint, Device.default())
             planner_of = partial(_planner_of_pipeline, config, shape, execution, steps)
-            own = own_node(_budget(topology))
+            own = own_node(_budget(topology)) if topology.kind != "local" else one_of_many_here(_budget(topology))
     nodes = gather_reports(collective, own)
     if planner_of is None or not nodes:
-        return lambda _: None
-    known = dict(zip(members_of(collective), alike(nodes), strict=True))
-    return agree(collective, NodeCuts(known, topology.pipelines, planner_of))
+        return None
+    cuts = NodeCuts(collective, {}, topology.pipelines, planner_of, own, are_alike=topology.kind == "local")
+    if shard.world_size == collective.world_size:
+        cuts.nodes = dict(zip(members_of(collective), alike(nodes), strict=True))
+    return cuts
+
+
+def _planner_of_shard(
+    config: TrainConfig, shape: ModelShape, shard: DataShard, execution: Execution, steps: Sequence[StepRows]
+) -> MemoryPlanner:
+    """The prediction for the rows of ``shard``."""
+    return planner_for(config, shape, execution, [step_of_shard(step, shard, execution) for step in steps])
 
 
 def _planner_of_pipeline(
     config: TrainConfig, shape: ModelShape, execution: Execution, steps: Sequence[StepRows], pipelines: int
 ) -> MemoryPlanner:
     """The prediction for the rows of one of ``pipelines``."""
-    own = [step_of_shard(step, DataShard(0, pipelines), execution) for step in steps]
-    return planner_for(config, shape, execution, own)
+    return _planner_of_shard(config, shape, DataShard(0, pipelines), execution, steps)
 
 
 def _decide(
@@ -149,7 +164,9 @@ def _decide(
         note += f"; topology.batch=auto chose {batch_overrides(chosen)}"
     elif chosen.recompute != execution.recompute:
         note += f"; training.recompute=auto chose {chosen.recompute}"
-    return Preflight(chosen, Layout.of(shape, chosen, placer.first_trained).line, [note])
+    planner_of = partial(_planner_of_shard, config, shape)
+    refit = WholeModelRefit(planner_of, chosen, heaviest(steps), budget, topology.resident_blocks)
+    return Preflight(chosen, Layout.of(shape, chosen, placer.first_trained).line, [note], refit=refit)
 
 
 def _decide_stage(
@@ -176,8 +193,11 @@ def _decide_stage(
     layout, budget, execution = decide(world_size), _budget(topology), execution.pipelined(0)
     place = layout.place_of(shard.rank)
     rows = DataShard(place[0] if place is not None else 0, len(layout.pipelines))
-    planner = planner_for(config, shape, execution, [step_of_shard(step, rows, execution) for step in steps])
-    stages = StagePlanner(planner, budget, layout, shard.rank, first_trained, topology.resident_blocks, may_keep)
+    planner_of = partial(_planner_of_shard, config, shape)
+    refit = StageRefit(
+        planner_of, execution, heaviest(steps), budget, topology.resident_blocks, first_trained, may_keep
+    )
+    stages = refit.planned(planner_of(rows, execution, steps), layout, shard.rank)
     chosen = stages.decide()
     notes = [_limited(stages.predicted(chosen), budget)]
     size = layout.blocks_of(shard.rank)
@@ -186,7 +206,7 @@ def _decide_stage(
             f"{chosen.block_capacity} of this stage's {len(size)} blocks stay in memory; the others are read from disk "
             "for each micro-batch"
         )
-    return Preflight(chosen, stages.line, notes, decide)
+    return Preflight(chosen, stages.line, notes, decide, refit)
 
 
 def _budget(topology: TopologyConfig) -> float:

@@ -103,6 +103,34 @@ class StepDone(ReplayedEvent):
     nodes: list[NodeStatus] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
     generation: int = 0
+    # How many of the model's blocks each rank computes; empty where all compute all.
+    blocks: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class BlocksMoved(ReplayedEvent):
+    """Stages of a pipeline have handed over blocks after ``step`` updates, because one of them is slow or hot.
+
+    By rank: ``before`` and ``blocks`` are how many each had and has, ``reasons`` why it may compute only a part of the
+    time (empty where it may always). ``gain``: the part of a step's time that this is expected to save. ``layout``:
+    which blocks each rank has now.
+    """
+
+    before: list[int]
+    blocks: list[int]
+    reasons: list[str]
+    gain: float
+    layout: str
+
+    @property
+    def line(self) -> str:
+        """For people, in one line."""
+        givers = [
+            f"rank {rank} hands over {old - new} block{'s' if old - new > 1 else ''} ({reason or 'slower than others'})"
+            for rank, (old, new, reason) in enumerate(zip(self.before, self.blocks, self.reasons, strict=True))
+            if new < old
+        ]
+        return f"{', '.join(givers)}; now {self.layout}; a step is expected to take {self.gain:.0%} less time"
 
 
 @dataclass(frozen=True)

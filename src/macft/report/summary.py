@@ -11,7 +11,7 @@ from typing import Any
 from macft import __version__
 from macft.device.durable import write_atomically
 from macft.report.durations import duration
-from macft.report.events import Event, NodesChanged, RunEnded, RunEnding, RunStarted, StepDone
+from macft.report.events import BlocksMoved, Event, NodesChanged, RunEnded, RunEnding, RunStarted, StepDone
 from macft.report.metrics_file import plain
 from macft.report.run_folder import RunFolder
 
@@ -31,6 +31,7 @@ class SummaryWriter:
         self._tokens, self._seconds, self._peak_memory = 0, 0.0, 0
         self._last_loss: float | None = None
         self._changes = [_line(event) for event in changes]
+        self._moves: list[str] = []
         self._written: RunEnded | None = None
 
     def handle(self, event: Event) -> None:
@@ -46,6 +47,8 @@ class SummaryWriter:
             case NodesChanged():
                 self._changes.append(_line(event))
                 self._facts["nodes_at_the_end"] = len(event.names)
+            case BlocksMoved():
+                self._moves.append(f"after step {event.step}: {event.line}")
             case RunEnding():
                 self._write(event.end)
                 self._written = event.end
@@ -72,6 +75,7 @@ class SummaryWriter:
             "adapter_sha256": event.adapter_sha256,
             **self._facts,
             "membership_changes": self._changes,
+            "moved_blocks": self._moves,
             "versions": _versions(),
         }
         values: dict[str, Any] = {name: plain(value) for name, value in facts.items()}
@@ -124,7 +128,7 @@ def _markdown(values: Mapping[str, Any]) -> str:
         if value not in (None, "") and not isinstance(value, dict | list):
             lines.append("| {} | {} |".format(*(_cell(text) for text in _as_read(name, value))))
     lines += ["", *(f"- warning: {_cell(warning)}" for warning in values["warnings"])]
-    lines += [f"- {_cell(change)}" for change in values["membership_changes"]]
+    lines += [f"- {_cell(change)}" for change in [*values["membership_changes"], *values["moved_blocks"]]]
     lines += [f"- {_cell(note)}" for note in values.get("notes", [])]
     versions = ", ".join(f"{name} {version}" for name, version in values["versions"].items())
     return "\n".join([*lines, "", f"Versions: {versions}", ""])

@@ -28,6 +28,10 @@ class Throttle(Protocol):
         """Surrounds work that is not part of a step, such as validation."""
         ...
 
+    def waiting(self) -> AbstractContextManager[None]:
+        """Surrounds a wait for another stage within a micro-batch: the node rests meanwhile."""
+        ...
+
     def status(self, tokens: int, seconds: float) -> NodeStatus:
         """This node's status after a step of ``tokens`` that took ``seconds``, rests included."""
         ...
@@ -54,6 +58,10 @@ class NoThrottle:
         """Does nothing."""
 
     def working(self) -> AbstractContextManager[None]:
+        """Does nothing."""
+        return nullcontext()
+
+    def waiting(self) -> AbstractContextManager[None]:
         """Does nothing."""
         return nullcontext()
 

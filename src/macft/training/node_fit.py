@@ -1,0 +1,42 @@
+"""Whether this node's memory holds its part of the run when nodes or stages change, and how the part is then computed.
+
+A node that gets more rows may need smaller micro-batches, one that gets more blocks may have to read some from disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from macft.errors import ConfigError
+from macft.model.execution import Execution
+from macft.parallel.stage_layout import StageLayout
+from macft.training.batch_loader import BatchLoader
+from macft.training.step_gradient import StepGradient
+
+Refit = Callable[[StageLayout, int, int], Execution]
+"""Layout, rank and world size to how that rank computes its part. Raises ConfigError where its memory is too small."""
+
+
+class NodeFit:
+    """Adapts ``compute`` and ``loader`` to this node's part. ``refit``: None where memory can't be predicted."""
+
+    def __init__(self, refit: Refit | None, compute: StepGradient, loader: BatchLoader):
+        self._refit, self._compute, self._loader = refit, compute, loader
+        self._found: Execution | None = None
+
+    def obstacle(self, layout: StageLayout, rank: int, world_size: int) -> str:
+        """Why ``rank``'s part doesn't fit this node's memory; empty if it does. :meth:`take` then makes it so."""
+        self._found = None
+        if self._refit is None:
+            return ""
+        try:
+            self._found = self._refit(layout, rank, world_size)
+        except ConfigError as error:
+            return str(error).partition(": ")[2] or str(error)
+        return ""
+
+    def take(self) -> None:
+        """Computes from now on as the last :meth:`obstacle` has found."""
+        if self._found is not None:
+            self._loader.micro_batch_size = self._found.micro_batch_size
+            self._compute.adopt(self._found)
