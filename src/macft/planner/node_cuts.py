@@ -46,8 +46,7 @@ class NodeCuts(LayoutChanges):
     """Cuts for the members of ``collective``.
 
     ``nodes``: by member, what it told at the start. ``pipelines``: ``topology.pipelines``. ``planner_of``: the
-    prediction for a node that has the rows of one of so many pipelines. ``own``: this node. ``are_alike``: all nodes
-    count as equally fast until they have been measured.
+    prediction for a node that has the rows of one of so many pipelines. ``own``: this node.
     """
 
     collective: Collective
@@ -55,7 +54,6 @@ class NodeCuts(LayoutChanges):
     pipelines: int
     planner_of: Callable[[int], MemoryPlanner]
     own: Node | None = None
-    are_alike: bool = False
     # By member, its measured speed as a multiple of what it told.
     paces: dict[str, float] = field(default_factory=dict)
     _known_costs: dict[int, tuple[ModelCost, StepWork]] = field(default_factory=dict, init=False, repr=False)
@@ -66,7 +64,7 @@ class NodeCuts(LayoutChanges):
         That is so if a node has told nothing, for a node that is alone, or if no cut fits.
         """
         nodes = self._paced(members)
-        if len(nodes) < max(2, len(members)) or (self.are_alike and not self.paces):
+        if len(nodes) < max(2, len(members)):
             return None
         sizes = pipeline_sizes(self.pipelines, len(nodes))
         model, work = self._costs(len(sizes))

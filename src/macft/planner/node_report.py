@@ -24,7 +24,8 @@ from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops
 
 _LONGEST_REPORT = 4096
 _LONGEST_NAME = 255
-_SOME_SPEED = 1e12
+# The speed of a node that has not measured it.
+_UNMEASURED = 1e12
 # The part of a speed that another measurement of it reaches at least.
 _ALIKE = 0.85
 
@@ -48,8 +49,8 @@ def own_node(memory: float, *, name: str | None = None, processes: int = 1) -> N
 
 
 def one_of_many_here(memory: float) -> Node:
-    """One of the nodes of ``topology=local``, which count as equally fast, so that nothing is measured."""
-    return Node(platform.node(), _SOME_SPEED, memory, UNKNOWN_DISK)
+    """One of the nodes of ``topology=local``, whose speed nobody measures."""
+    return Node(platform.node(), _UNMEASURED, memory, UNKNOWN_DISK)
 
 
 def own_report(name: str, placer: Placer, processes: int = 1) -> Node:
@@ -79,8 +80,11 @@ def gather_reports(collective: Collective, own: Node | None) -> list[Node]:
 def alike(nodes: Sequence[Node]) -> list[Node]:
     """``nodes`` with one speed, and one disk, for all whose figures differ by no more than measurements do.
 
-    Nodes of one name are on one machine, where they slow down each other's measurement.
+    Nodes of one name are on one machine, where they slow down each other's measurement. Where one has not measured its
+    speed, all count as equally fast.
     """
+    if any(node.speed == _UNMEASURED for node in nodes):
+        nodes = [replace(node, speed=_UNMEASURED) for node in nodes]
     here = {name: [node for node in nodes if node.name == name] for name in {node.name for node in nodes}}
     speeds = {name: max(node.speed for node in same) for name, same in here.items()}
     disks = {name: max(node.disk for node in same) for name, same in here.items()}

@@ -104,8 +104,8 @@ def _node_cuts(
 ) -> NodeCuts | None:
     """How a pipeline is cut by the speeds and memories of its nodes; None where that isn't asked for or not known.
 
-    A call of all ranks. With topology=local all nodes are alike until they are measured. A newcomer hears of the others
-    when it joins.
+    A call of all ranks. With topology=local no node measures its speed, so that all are alike until their stages are
+    measured. A newcomer hears of the others when it joins.
     """
     topology, own, planner_of = config.topology, None, None
     if topology.placement == "pipeline" and topology.stages == "auto":
@@ -117,7 +117,7 @@ def _node_cuts(
     nodes = gather_reports(collective, own)
     if planner_of is None or not nodes:
         return None
-    cuts = NodeCuts(collective, {}, topology.pipelines, planner_of, own, are_alike=topology.kind == "local")
+    cuts = NodeCuts(collective, {}, topology.pipelines, planner_of, own)
     if shard.world_size == collective.world_size:
         cuts.nodes = dict(zip(members_of(collective), alike(nodes), strict=True))
     return cuts
