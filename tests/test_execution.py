@@ -26,7 +26,7 @@ from macft.model.load import load
 from macft.model.settings import ModelConfig
 from macft.model.shape import read_shape, read_weight_format
 from macft.planner.memory import trained_part
-from macft.planner.preflight import planner_for
+from macft.planner.node_part import planner_for
 from macft.planner.workload import DeviceBatchShape, StepRows
 from macft.training.batch_layout import BatchLayout
 from macft.training.settings import OptimizerConfig, TrainingConfig, problems

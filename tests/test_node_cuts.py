@@ -27,12 +27,12 @@ from macft.planner.workload import unlike_rows
 BLOCKS = 12
 
 
-def planner_of(pipelines: int) -> MemoryPlanner:
+def planner_of(_pipelines: int) -> MemoryPlanner:
     """A llama with blocks that are large beside its head, 32 rows in a step, and micro-batches of two."""
     sizes = {"num_hidden_layers": BLOCKS, "hidden_size": 512, "intermediate_size": 2048}
     shape = shape_of(configuration("llama") | sizes, "config.json")
     execution = resolve(ModelConfig(), shape.checkpoint, METAL, packing="false", micro_batch_size=2)
-    steps = [unlike_rows(32 // pipelines, 64, 60)]
+    steps = [unlike_rows(32, 64, 60)]
     return MemoryPlanner(shape, execution, AdapterConfig(), "adamw", steps, validation_rows=0)
 
 
@@ -117,7 +117,7 @@ def test_all_ranks_take_the_layout_of_rank_0() -> None:
     def decide(ring: Ring) -> tuple[list[Node], list[list[int]], StageLayout | None]:
         nodes = gather_reports(ring, told[ring.rank])
         seen = nodes if ring.rank == 0 else [replace(node, speed=1e12) for node in nodes]
-        chosen = agree(ring, cuts_of(seen))
+        chosen, _ = agree(ring, cuts_of(seen))
         return nodes, counts(chosen(2)), chosen(1)
 
     first, second = run_ranks(local_listeners(2), decide)

@@ -22,11 +22,12 @@ from macft.model.shape import read_shape
 from macft.parallel.stage_layout import StageLayout
 from macft.planner.cluster_model import Alone, ModelCost, Node, NodeLink, RingLinks, StageCost, StepWork, clock_of
 from macft.planner.fit import MemoryPlanner
-from macft.planner.node_report import from_payload, gather_reports, layout_for, own_report, to_payload
-from macft.planner.partition import LayoutDecision, choose_layout, compare
+from macft.planner.node_report import from_payload, gather_reports, own_report, ring_of, to_payload
+from macft.planner.partition import LayoutDecision, choose_layout, compare, preferred
 from macft.planner.pipeline_search import PipelineSearch
 from macft.planner.pipeline_simulator import simulate
 from macft.planner.placement import Placer
+from macft.planner.run_placement import run_placements
 from macft.planner.stage_costs import StageTables
 from macft.planner.workload import unlike_rows
 from placement import LLAMA_70B, UNEQUAL, cuts, inputs
@@ -317,21 +318,25 @@ def test_a_runs_layout_follows_from_reports_and_the_memory_planner(bundled_model
     execution = Execution(device="cpu", kernels="mlx", dtype="float32", max_logits=2**21)
     planner = MemoryPlanner(shape, execution, AdapterConfig(), "adamw", [unlike_rows(8, 257, 64)], validation_rows=0)
     placer = Placer(planner, 0.4e9, "replicate", "auto", auto=False)
-    node = own_report("this", placer, processes=2)
+    node = own_report(placer, name="this", processes=2, address="127.0.0.1")
     assert node.alone == ()  # the weights alone are 0.54 GB
     assert node.speed > 0
-    decision = layout_for([node, replace(node, speed=2 * node.speed)], planner, wanted="auto", micro_batch_size=1)
+    assert from_payload(to_payload(node)) == node
+    assert ring_of([node, node]).between(0, 1) == node.link
+    assert ring_of([node, replace(node, link=None)]).between(0, 1) == GIGABIT
+    faster = replace(node, speed=2 * node.speed)
+    found, _ = run_placements([node, faster], ring_of([node, faster]), lambda _: planner, None, counts=[1])
+    decision = found[preferred(found)]
     assert decision.placement == "pipeline"
     sizes = {stage.rank: len(stage.blocks) for stage in decision.layout.pipelines[0]}
     assert sizes[1] > sizes[0]
-    assert decision.micro_batches == (8,)
     for rank in (0, 1):
         choice = decision.choice_of(rank)
         assert choice is not None
         assert choice.recompute
         assert choice.memory is not None
         assert choice.memory.peak <= 0.4e9
-    whole = own_report("this", replace(placer, budget=64e9))
+    whole = own_report(replace(placer, budget=64e9), name="this")
     (way,) = whole.alone
     assert not way.streams
     assert from_payload(to_payload(whole)) == whole

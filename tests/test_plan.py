@@ -44,7 +44,7 @@ from macft.network.link_kinds import LINK_KINDS, find_links
 from macft.parallel.shares import DataShard, rows_of_shard
 from macft.planner.fit import MemoryPlanner, batch_overrides
 from macft.planner.memory import ComputeShape, predict, trained_part
-from macft.planner.preflight import step_of_shard
+from macft.planner.node_part import step_of_shard
 from macft.planner.run_plan import RunPlan, known_models, plan_run
 from macft.planner.speed import step_cost
 from macft.planner.table import show

@@ -92,6 +92,9 @@ def must_match(config: TrainConfig, *, of_newcomer: bool = False) -> dict[str, s
             "shares": topology.shares,
             "rebalance_every": topology.rebalance_every,
             "elastic": topology.elastic,
+            # Where each node has the whole model, its weights may be where it likes.
+            "placement": "pipeline" if topology.placement == "pipeline" else "auto, replicate or stream",
+            "pipelines": topology.pipelines,
         }
     return {key: _text(value) for key, value in _flat(plain)} | package_versions()
 

@@ -43,6 +43,10 @@ class _Faults:
 _faults = _Faults() if _VARIABLE in os.environ else None
 
 
+NEWCOMER = -1
+"""The rank in the variable of a process that joins a running run."""
+
+
 def begin(rank: int) -> None:
     """This process was started as ``rank``."""
     if _faults is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 # isort: split
 import mlx.core as mx
@@ -13,7 +14,8 @@ from macft.errors import ConfigError, ModelError
 from macft.model.backends.choose import can_pack
 from macft.model.execution import Execution, cannot_pack
 from macft.model.fitness import obstacle_to_training
-from macft.model.load import LoadedModel
+from macft.model.load import LoadedModel, load_without_blocks
+from macft.model.settings import ModelConfig
 from macft.model.stages import CutModel
 from macft.model.traceable import is_traceable
 
@@ -35,6 +37,16 @@ def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[
         return _confirm(execution, loaded)
     with loaded.streamed.standing_in():  # a stage does not read the blocks of others
         return _confirm(execution, loaded)
+
+
+def obstacle_to_cutting(config: ModelConfig, path: Path, execution: Execution) -> str | None:
+    """Why the model in ``path`` can't be cut into stages, tried without reading its blocks; None if it can."""
+    try:
+        model, weights = load_without_blocks(config, path, execution.pipelined(0))
+    except ModelError as error:
+        return str(error)
+    with weights.standing_in():
+        return CutModel(model, same_form=True).obstacle(_TRIAL)
 
 
 def _confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[str]]:

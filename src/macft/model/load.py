@@ -70,9 +70,7 @@ def load(
     streamed = None
     with _readable(path, "weights"):
         if execution.supplies_blocks:
-            streamed = BlockWeights(
-                model, _Renewal(config, path, execution), resident=execution.resident_blocks, source=str(path)
-            )
+            streamed = _block_weights(model, config, path, execution)
         else:
             mx.eval(model.parameters())
     with _readable(path, "as a model"):
@@ -89,6 +87,18 @@ def load(
         notes=_notes(execution),
         streamed=streamed,
     )
+
+
+def load_without_blocks(config: ModelConfig, path: Path, execution: Execution) -> tuple[nn.Module, BlockWeights]:
+    """The model in the folder ``path`` without its blocks' weights, and what supplies them; raises as :func:`load`."""
+    model, _, _ = _unread(config, path, execution)
+    with _readable(path, "weights"):
+        return model, _block_weights(model, config, path, execution)
+
+
+def _block_weights(model: nn.Module, config: ModelConfig, path: Path, execution: Execution) -> BlockWeights:
+    renewal = _Renewal(config, path, execution)
+    return BlockWeights(model, renewal, resident=execution.resident_blocks, source=str(path))
 
 
 def _unread(

@@ -74,6 +74,13 @@ class StageLayout:
             for pipeline in self.pipelines
         )
 
+    def described(self, world_size: int) -> str:
+        """The line, and which of ``world_size`` ranks have no stage."""
+        spare = [rank for rank in range(world_size) if self.place_of(rank) is None]
+        if not spare:
+            return str(self)
+        return f"{self}; rank{'s' if len(spare) > 1 else ''} {', '.join(map(str, spare))} without a stage"
+
     def to_data(self) -> list[list[list[int]]]:
         """Plain lists, for a message or a file; :meth:`from_data` makes them a layout again."""
         return [[[stage.rank, stage.first, stage.end] for stage in pipeline] for pipeline in self.pipelines]

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 CHOICES = ("replicate", "stream", "pipeline")
 """Placements that :func:`~macft.planner.partition.compare` can return."""
-CHOICES_OF_AUTO = ("replicate", "stream")
-"""Those between which ``topology.placement=auto`` chooses in a run."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,8 @@ class Alone:
 class Node:
     """``speed`` in operations a second that training reaches, ``memory`` that a run may take, ``disk`` bytes a second.
 
-    ``alone``: how it computes with the whole model, for each way that fits; empty if none does.
+    ``alone``: how it computes with the whole model, for each way that fits; empty if none does. ``link``: what connects
+    it to the others, as far as it knows.
     """
 
     name: str
@@ -36,6 +35,7 @@ class Node:
     memory: float
     disk: float
     alone: tuple[Alone, ...] = ()
+    link: NodeLink | None = None
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,9 @@ class ModelCost:
 class StepWork:
     """``tokens`` of ``rows`` rows in a step; the longest row has ``longest``.
 
-    ``micro_batches``: of how many equal parts the step is to consist; None: as many as are best. ``recompute``: whether
-    trained blocks are computed again in the backward pass: "auto" where memory asks for it, or "always".
+    ``micro_batches``: of how many equal parts the step is to consist; None: as many as are best. Where it is given,
+    ``longest`` is that of a micro-batch. ``recompute``: whether trained blocks are computed again in the backward pass:
+    "auto" where memory asks for it, or "always". ``shares``: of the rows, by rank; None: rows are dealt by speed.
     """
 
     tokens: float
@@ -107,6 +108,7 @@ class StepWork:
     longest: float
     micro_batches: int | None = None
     recompute: str = "auto"
+    shares: tuple[float, ...] | None = None
 
     def divisions(self) -> list[int]:
         """Numbers of micro-batches to compare."""

@@ -23,7 +23,9 @@ _UNKNOWN_INSIDE = 16.0
 
 def can_pipeline(config: TrainConfig) -> bool:
     """Whether a run with these settings can be a pipeline at all."""
-    return config.adapter.type != "full" and config.training.sync != "diloco" and config.collective.backend == "ring"
+    uses_streams = config.collective.backend == "ring" and config.collective.streams
+    is_compiled = config.training.compile.lower() == "true"
+    return config.adapter.type != "full" and config.training.sync != "diloco" and uses_streams and not is_compiled
 
 
 def model_cost(planner: MemoryPlanner) -> ModelCost:
@@ -67,18 +69,22 @@ def model_cost(planner: MemoryPlanner) -> ModelCost:
     )
 
 
-def step_work(planner: MemoryPlanner, micro_batch_size: int | None) -> StepWork:
-    """The work of an average step of ``planner``, which has all of its rows."""
+def step_work(
+    planner: MemoryPlanner, micro_batch_size: int | None, shares: tuple[float, ...] | None = None
+) -> StepWork:
+    """The work of an average step of ``planner``, which has all of its rows; for ``shares`` see StepWork."""
     steps = max(1, len(planner.steps))
     batches = list(chain.from_iterable(planner.step_batches(1)))
+    at_once = list(chain.from_iterable(planner.step_batches(micro_batch_size or 1)))
     rows = max(1, round(sum(len(step.lengths) for step in planner.steps) / steps))
     return StepWork(
         tokens=sum(batch.tokens for batch in batches) / steps,
         rows=rows,
-        longest=float(max((batch.tokens for batch in batches), default=1)),
+        longest=float(max((batch.tokens for batch in at_once), default=1)),
         micro_batches=-(-rows // micro_batch_size) if micro_batch_size else None,
         # With MLX's operations a stage keeps what its backward pass needs, where there is room.
         recompute="auto" if planner.execution.recompute == "none" and planner.execution.kernels == "mlx" else "always",
+        shares=shares,
     )
 
 

@@ -7,7 +7,6 @@ import math
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from macft.collective.base import Collective
 from macft.device.chips import own_chip
@@ -15,23 +14,25 @@ from macft.device.disk_speed import UNKNOWN_DISK, disk_speed
 from macft.device.kind import Device
 from macft.errors import ConfigError
 from macft.network.link_kinds import LINK_KINDS
-from macft.planner.cluster_model import CHOICES, Alone, Node, NodeLink, RingLinks
-from macft.planner.fit import MemoryPlanner
-from macft.planner.layout_inputs import alone, model_cost, step_work
-from macft.planner.partition import LayoutDecision, choose_layout
+from macft.network.own_link import own_link
+from macft.planner.cluster_model import Alone, Node, NodeLink, RingLinks
+from macft.planner.layout_inputs import alone
 from macft.planner.placement import Placer
 from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops
 
 _LONGEST_REPORT = 4096
 _LONGEST_NAME = 255
-# The speed of a node that has not measured it.
+# The speed of a node that has not measured it, and the link between processes of a machine.
 _UNMEASURED = 1e12
+_INSIDE = NodeLink(1e10, 1e-5)
 # The part of a speed that another measurement of it reaches at least.
 _ALIKE = 0.85
 
 
-def own_node(memory: float, *, name: str | None = None, processes: int = 1) -> Node:
+def own_node(memory: float, *, name: str | None = None, processes: int = 1, address: str | None = None) -> Node:
     """This machine as a node that may take ``memory`` bytes, one of ``processes`` on it.
+
+    ``address``: at which the others reach it.
 
     Its name is that of the machine and of its chip unless ``name`` is given.
 
@@ -45,17 +46,19 @@ def own_node(memory: float, *, name: str | None = None, processes: int = 1) -> N
     speed = flops * (CPU_EFFICIENCY if is_cpu else MAC_EFFICIENCY)
     if name is None:
         name = f"{platform.node()}, {chip.chip if chip is not None else platform.machine()}"
-    return Node(name, speed / processes, memory, disk_speed().bytes_per_second / processes)
+    found = own_link(address) if address is not None else None
+    link = None if found is None else NodeLink(found.bandwidth, found.latency)
+    return Node(name, speed / processes, memory, disk_speed().bytes_per_second / processes, link=link)
 
 
 def one_of_many_here(memory: float) -> Node:
-    """One of the nodes of ``topology=local``, whose speed nobody measures."""
-    return Node(platform.node(), _UNMEASURED, memory, UNKNOWN_DISK)
+    """One of the nodes of ``topology=local``, whose speed nobody measures before the run."""
+    return Node(platform.node(), _UNMEASURED, memory, UNKNOWN_DISK, link=_INSIDE)
 
 
-def own_report(name: str, placer: Placer, processes: int = 1) -> Node:
+def own_report(placer: Placer, *, name: str | None = None, processes: int = 1, address: str | None = None) -> Node:
     """That of :func:`own_node`, with how it computes alone; ``placer`` has the rows that it would get."""
-    node = own_node(placer.budget, name=name, processes=processes)
+    node = own_node(placer.budget, name=name, processes=processes, address=address)
     execution, refusal = placer.choice()
     ways = () if refusal is not None else (alone(placer, execution, speed=node.speed, disk=node.disk),)
     return replace(node, alone=ways)
@@ -84,12 +87,21 @@ def alike(nodes: Sequence[Node]) -> list[Node]:
     speed, all count as equally fast.
     """
     if any(node.speed == _UNMEASURED for node in nodes):
-        nodes = [replace(node, speed=_UNMEASURED) for node in nodes]
+        nodes = [_with(node, _UNMEASURED, node.disk) for node in nodes]
     here = {name: [node for node in nodes if node.name == name] for name in {node.name for node in nodes}}
     speeds = {name: max(node.speed for node in same) for name, same in here.items()}
     disks = {name: max(node.disk for node in same) for name, same in here.items()}
     speed_of, disk_of = _rounded(speeds.values()), _rounded(disks.values())
-    return [replace(node, speed=speed_of[speeds[node.name]], disk=disk_of[disks[node.name]]) for node in nodes]
+    return [_with(node, speed_of[speeds[node.name]], disk_of[disks[node.name]]) for node in nodes]
+
+
+def _with(node: Node, speed: float, disk: float) -> Node:
+    """``node`` with another speed and disk; so it computes alone in another time."""
+    ways = (
+        replace(way, per_token=way.per_token * node.speed / speed, reading=way.reading * node.disk / disk)
+        for way in node.alone
+    )
+    return replace(node, speed=speed, disk=disk, alone=tuple(ways))
 
 
 def _rounded(values: Iterable[float]) -> dict[float, float]:
@@ -106,7 +118,8 @@ def _rounded(values: Iterable[float]) -> dict[float, float]:
 def to_payload(node: Node) -> bytes:
     """The node as JSON."""
     ways = [[way.per_token, way.reading, way.streams] for way in node.alone]
-    return json.dumps([node.name[:_LONGEST_NAME], node.speed, node.memory, node.disk, ways]).encode()
+    link = node.link and [node.link.bandwidth, node.link.latency]
+    return json.dumps([node.name[:_LONGEST_NAME], node.speed, node.memory, node.disk, link, ways]).encode()
 
 
 def from_payload(payload: bytes) -> Node | None:
@@ -114,38 +127,24 @@ def from_payload(payload: bytes) -> Node | None:
     if len(payload) > _LONGEST_REPORT:
         return None
     try:
-        name, *sizes, ways = json.loads(payload)
+        name, *sizes, to_others, ways = json.loads(payload)
         speed, memory, disk = map(float, sizes)
+        link = None if to_others is None else NodeLink(*map(float, to_others))
         alone_ways = tuple(Alone(float(each), float(reading), bool(streams)) for each, reading, streams in ways)
     except (ValueError, TypeError, OverflowError, RecursionError):
         return None
-    numbers: list[Any] = [speed, memory, disk, *(way.per_token for way in alone_ways)]
-    if not all(math.isfinite(number) and number > 0 for number in numbers) or not isinstance(name, str):
+    positive = [speed, memory, disk, *(way.per_token for way in alone_ways), *([link.bandwidth] if link else [])]
+    others = [*(way.reading for way in alone_ways), *([link.latency] if link else [])]
+    if not all(math.isfinite(number) and number > 0 for number in positive) or not isinstance(name, str):
         return None
-    if not all(math.isfinite(way.reading) and way.reading >= 0 for way in alone_ways):
+    if not all(math.isfinite(number) and number >= 0 for number in others):
         return None
-    return Node(name, speed, memory, disk, alone_ways)
+    return Node(name, speed, memory, disk, alone_ways, link)
 
 
-def layout_for(
-    nodes: Sequence[Node],
-    whole: MemoryPlanner,
-    *,
-    wanted: str,
-    micro_batch_size: int | None,
-    link: NodeLink | None = None,
-    kinds: Sequence[str] = CHOICES,
-) -> LayoutDecision:
-    """The placement of a run on ``nodes``, by rank; ``whole`` has all rows of the steps.
-
-    ``link``: what connects the nodes; where nobody measured it, 1 Gbit/s is assumed. For the others see
-    :func:`~macft.planner.partition.choose_layout`.
-
-    Raises:
-        ConfigError: nothing that is wanted fits.
-    """
-    if link is None:
-        kind = LINK_KINDS["ethernet"]
-        link = NodeLink(kind.bandwidth, kind.latency)
-    ring = RingLinks.of_one_kind(link, len(nodes))
-    return choose_layout(nodes, ring, model_cost(whole), step_work(whole, micro_batch_size), wanted=wanted, kinds=kinds)
+def ring_of(nodes: Sequence[Node]) -> RingLinks:
+    """The links of ``nodes`` in ring order: each is as slow as the slower end. Unknown ones are of 1 Gbit/s."""
+    kind = LINK_KINDS["ethernet"]
+    ends = [node.link or NodeLink(kind.bandwidth, kind.latency) for node in nodes]
+    pairs = zip(ends, [*ends[1:], *ends[:1]], strict=True)
+    return RingLinks(tuple(NodeLink(min(a.bandwidth, b.bandwidth), max(a.latency, b.latency)) for a, b in pairs))

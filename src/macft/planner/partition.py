@@ -7,7 +7,7 @@ How pipelines are found is in :mod:`macft.planner.pipeline_search`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from macft.errors import ConfigError
@@ -15,6 +15,11 @@ from macft.parallel.stage_layout import StageLayout
 from macft.planner.cluster_model import CHOICES, Alone, ModelCost, Node, RingLinks, StepWork
 from macft.planner.pipeline_search import Pipeline, PipelineSearch, alone_pipeline, deal
 from macft.planner.stage_costs import StageChoice
+
+# Of the time that a step takes with whole models, what it may take at most with a pipeline for that to be chosen.
+_INSTEAD_OF = {"replicate": 0.8, "stream": 0.95}
+# The same for another order of the stages, or fewer nodes: the ring's order follows the links.
+_ANOTHER_ORDER = 0.95
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,9 @@ def choose_layout(
     kinds: Sequence[str] = CHOICES,
     order: str = "ring",
 ) -> LayoutDecision:
-    """The fastest of the placements of :func:`compare`; ``wanted`` is ``topology.placement``, ``kinds`` those of auto.
+    """The best of the placements of :func:`compare`; ``wanted`` is ``topology.placement``, ``kinds`` those of auto.
 
-    One node decides, and sends ``layout.to_data()`` to the others.
+    For auto see :func:`preferred`. One node decides, and sends ``layout.to_data()`` to the others.
 
     Raises:
         ConfigError: nothing that is wanted fits; one line that begins with the key.
@@ -69,7 +74,37 @@ def choose_layout(
     found = compare(nodes, ring, model, step, kinds=kinds if wanted == "auto" else [wanted], order=order)
     if not found:
         raise ConfigError(f"topology.placement: {why_none(nodes, model, wanted)}")
-    return min(found.values(), key=lambda decision: decision.seconds)
+    return found[preferred(found)]
+
+
+def preferred(found: Mapping[str, LayoutDecision]) -> str:
+    """What ``topology.placement=auto`` chooses of these placements: the fastest, but a pipeline only if that is clear.
+
+    Nodes that have the whole model are worth something: rows move freely between them, and a lost node costs no time.
+    """
+    whole = min((kind for kind in found if kind != "pipeline"), key=lambda kind: found[kind].seconds, default=None)
+    if whole is None:
+        return "pipeline"
+    pipeline = found.get("pipeline")
+    is_faster = pipeline is not None and pipeline.seconds <= _INSTEAD_OF[whole] * found[whole].seconds
+    return "pipeline" if is_faster else whole
+
+
+def best_pipelines(
+    nodes: Sequence[Node], ring: RingLinks, model: ModelCost, step: StepWork, pipelines: int = 1
+) -> tuple[LayoutDecision | None, LayoutDecision | None]:
+    """The layout of exactly so many pipelines for a run, and the best one of all nodes in their order; None if none.
+
+    The first is the second unless another order of the stages, or fewer nodes, are clearly faster.
+    """
+    orders = [
+        compare(nodes, ring, model, step, kinds=["pipeline"], order=order, pipelines=pipelines).get("pipeline")
+        for order in ("given", "free")
+    ]
+    given, free = orders
+    if given is None or (free is not None and free.seconds <= _ANOTHER_ORDER * given.seconds):
+        return free, given
+    return given, given
 
 
 def compare(
@@ -80,13 +115,17 @@ def compare(
     *,
     kinds: Sequence[str] = CHOICES,
     order: str = "ring",
+    pipelines: int | None = None,
 ) -> dict[str, LayoutDecision]:
     """The best layout of each kind that fits, by kind.
 
     Under "replicate" every node holds the whole model in memory. Under "stream" every node computes with the whole
     model, and at least one reads blocks from disk. Under "pipeline" at least two nodes share a model; nodes may be left
     out, and stages may read blocks from disk. ``order``: "ring", the stages of a pipeline follow each other around the
-    ring, from any node on, "free", or "given": all nodes form one pipeline, in their order.
+    ring, from any node on, "free", or "given": all nodes form pipelines, in their order. ``pipelines``: how many there
+    are, of two or more nodes each; None: as many as are best, one under "given".
+
+    Under "replicate" rows are dealt by speed, as ``topology.shares=auto`` deals them, otherwise as ``step`` says.
     """
     found: dict[str, LayoutDecision] = {}
     exchange = ring.all_reduce(model.exchanged, len(nodes))
@@ -94,11 +133,12 @@ def compare(
         ways = _ways_alone(nodes, step, kind)
         if kind in kinds and ways is not None:
             tokens = step.tokens / step.rows
-            pipelines = [alone_pipeline(rank, way, model, tokens) for rank, way in enumerate(ways)]
-            dealt = deal([pipeline.clock for pipeline in pipelines], step.rows)
-            found[kind] = _decision(kind, pipelines, dealt, exchange)
+            alone = [alone_pipeline(rank, way, model, tokens) for rank, way in enumerate(ways)]
+            shares = None if kind == "replicate" else step.shares
+            dealt = deal([pipeline.clock for pipeline in alone], step.rows, shares)
+            found[kind] = _decision(kind, alone, dealt, exchange)
     if "pipeline" in kinds and len(nodes) > 1 and model.blocks > 1:
-        searches = [PipelineSearch(nodes, ring, model, step, count, order) for count in step.divisions()]
+        searches = [PipelineSearch(nodes, ring, model, step, count, order, pipelines) for count in step.divisions()]
         decisions = [_decision("pipeline", *best, exchange) for each in searches if (best := each.best()) is not None]
         if decisions:
             found["pipeline"] = min(decisions, key=lambda decision: decision.seconds)

@@ -21,6 +21,7 @@ from macft.planner.cluster_model import Alone, ModelCost, Node, PipelineClock, R
 from macft.planner.pipeline_cuts import Cuts, Group, KindStage
 from macft.planner.pipeline_simulator import simulate
 from macft.planner.stage_costs import StageChoice, StageTables
+from macft.planner.stages import pipeline_sizes
 
 MOST_NODES = 8
 """Of more, only equal groups of neighbours are compared."""
@@ -54,8 +55,14 @@ def alone_pipeline(rank: int, way: Alone, model: ModelCost, tokens: float) -> Pi
     return Pipeline((stage,), (choice,), PipelineClock(seconds, seconds, way.reading), alone=True)
 
 
-def deal(clocks: Sequence[PipelineClock], count: int) -> list[int]:
-    """``count`` equal parts over pipelines, each to the one that would end it first, which is best for equal parts."""
+def deal(clocks: Sequence[PipelineClock], count: int, shares: Sequence[float] | None = None) -> list[int]:
+    """``count`` equal parts over pipelines, in proportion to ``shares``.
+
+    None: each to the one that would end it first, which is best for equal parts.
+    """
+    if shares is not None and any(shares):
+        borders = [round(count * end / sum(shares)) for end in itertools.accumulate(shares, initial=0.0)]
+        return [end - start for start, end in itertools.pairwise(borders)]
     dealt = [0] * len(clocks)
     for _ in range(count):
         ends = [clock.seconds(number + 1) for clock, number in zip(clocks, dealt, strict=True)]
@@ -64,12 +71,23 @@ def deal(clocks: Sequence[PipelineClock], count: int) -> list[int]:
 
 
 class PipelineSearch:
-    """Layouts with a pipeline of several stages, for a step of ``count`` micro-batches."""
+    """Layouts with a pipeline of several stages, for a step of ``count`` micro-batches.
+
+    For ``order`` and ``pipelines`` see :func:`~macft.planner.partition.compare`.
+    """
 
     def __init__(
-        self, nodes: Sequence[Node], ring: RingLinks, model: ModelCost, step: StepWork, count: int, order: str
+        self,
+        nodes: Sequence[Node],
+        ring: RingLinks,
+        model: ModelCost,
+        step: StepWork,
+        count: int,
+        order: str,
+        pipelines: int | None = None,
     ):
         self._nodes, self._ring, self._model, self._count = nodes, ring, model, count
+        self._shares, self._pipelines = step.shares, pipelines
         self._is_given = order == "given"
         self._any_order = order == "free" and len(nodes) <= MOST_NODES
         self._tokens = step.tokens / count
@@ -106,11 +124,20 @@ class PipelineSearch:
                 found.setdefault(_bits(ranks), []).extend(made)
         return {mask: _undominated(pipelines) for mask, pipelines in found.items()}
 
+    @property
+    def _groups(self) -> list[list[int]]:
+        """All nodes in their order, as pipelines of neighbours; more than there are blocks have nothing to do."""
+        sizes = pipeline_sizes(self._pipelines or 1, len(self._nodes))
+        starts = itertools.accumulate(sizes[:-1], initial=0)
+        return [
+            list(range(start, start + min(size, self._model.blocks))) for start, size in zip(starts, sizes, strict=True)
+        ]
+
     def _sequences(self) -> Iterator[list[int]]:
         """Nodes that may form a pipeline, in the order of its stages."""
         count = len(self._nodes)
         if self._is_given:
-            yield list(range(count))
+            yield from self._groups
             return
         if count > MOST_NODES:
             for size in range(2, count + 1):
@@ -144,7 +171,7 @@ class PipelineSearch:
         speeds = [node.speed for node in self._nodes]
         seen = set()
         for division in self._partitions(several):
-            kinds = tuple(sorted(tuple(self._kind_of[rank] for rank in _ranks(mask)) for mask in division))
+            kinds = tuple(sorted(tuple(self._kind(rank) for rank in _ranks(mask)) for mask in division))
             if kinds in seen or not any(mask in several for mask in division):
                 continue
             seen.add(kinds)
@@ -156,7 +183,7 @@ class PipelineSearch:
                     min(each, key=lambda one, part=part: one.clock.seconds(max(1, round(part))))  # type: ignore[misc]
                     for each, part in zip(options, parts, strict=True)
                 ]
-                dealt = deal([pipeline.clock for pipeline in chosen], self._count)
+                dealt = deal([pipeline.clock for pipeline in chosen], self._count, self._shares_of(division))
                 parts = [float(number) for number in dealt]
             if all(dealt):
                 ends = [each.clock.seconds(number) for each, number in zip(chosen, dealt, strict=True)]
@@ -166,16 +193,31 @@ class PipelineSearch:
         """Divisions of the nodes into sets that have a pipeline; nodes may be left out."""
         count = len(self._nodes)
         if self._is_given:
-            yield list(several)
+            masks = [_bits(ranks) for ranks in self._groups]
+            if all(mask in several for mask in masks):
+                yield masks
             return
         if count > MOST_NODES:
             for size in range(2, count + 1):
                 masks = [mask for mask in several if mask.bit_count() == size]
-                if masks and size * len(masks) == count:
+                if masks and size * len(masks) == count and self._pipelines in (None, len(masks)):
                     yield masks
+            return
+        if self._pipelines is not None:
+            yield from (each for each in _divide((1 << count) - 1, set(several)) if len(each) == self._pipelines)
             return
         single = {1 << rank for rank, node in enumerate(self._nodes) if node.alone}
         yield from _divide((1 << count) - 1, several.keys() | single)
+
+    def _shares_of(self, division: Sequence[int]) -> list[float] | None:
+        """Of the rows, by pipeline: each gets as much as its stage with the smallest share would; None: by speed."""
+        if self._shares is None:
+            return None
+        return [min(self._shares[rank] for rank in _ranks(mask)) for mask in division]
+
+    def _kind(self, rank: int) -> tuple[int, float]:
+        """What tells ``rank`` from nodes that could stand in for it."""
+        return self._kind_of[rank], 0.0 if self._shares is None else self._shares[rank]
 
     def _singles(self, mask: int) -> list[Pipeline]:
         (rank,) = _ranks(mask)
@@ -192,6 +234,11 @@ class PipelineSearch:
     def micro_batches(self) -> int:
         """Those of a step."""
         return self._count
+
+    @property
+    def tokens(self) -> float:
+        """Of a micro-batch."""
+        return self._tokens
 
     def pipeline(self, stages: Sequence[Stage]) -> Pipeline:
         """These stages, whose ranks are places among the nodes."""

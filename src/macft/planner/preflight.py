@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from macft.collective.base import Collective
+from macft.collective.elastic import ElasticCollective
 from macft.config.execution import execution_for
 from macft.config.schema import TrainConfig
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.device.kind import Device
-from macft.device.memory import usable_bytes
 from macft.device.mlx_device import keep_within
 from macft.errors import ConfigError, ModelError
 from macft.model.adapter_layers import select_layers
 from macft.model.execution import Execution
-from macft.model.shape import ModelShape, read_shape, read_weight_format
+from macft.model.shape import read_weight_format
 from macft.model.weight_files import check_weight_files
 from macft.parallel.shares import DataShard
 from macft.parallel.stage_layout import StageLayout
 from macft.parallel.stage_places import Decide, LayoutChanges, whole_models
-from macft.planner.fit import MemoryPlanner, batch_overrides
+from macft.planner.fit import batch_overrides
 from macft.planner.memory import MemoryParts
-from macft.planner.node_cuts import Cut, NodeCuts, agree, members_of
-from macft.planner.node_report import alike, gather_reports, one_of_many_here, own_node
-from macft.planner.placement import Layout, Placer, obstacle_to_reading_blocks
+from macft.planner.node_cuts import Cut
+from macft.planner.node_part import NodePart
+from macft.planner.placement import Layout, obstacle_to_reading_blocks
 from macft.planner.refit import StageRefit, WholeModelRefit, heaviest
+from macft.planner.run_placement import agree_on_placement, hand_over
 from macft.planner.stages import block_costs, check_layout, decide_layout
-from macft.planner.workload import StepRows, steps_of
-from macft.topology.settings import TopologyConfig, parse_budget
+from macft.planner.workload import steps_of
 from macft.training.node_fit import Refit
-from macft.training.settings import TrainingConfig, steps_for
+from macft.training.settings import steps_for
 
 _LONGEST_VERDICT = 2000
 
@@ -44,16 +41,17 @@ _LONGEST_VERDICT = 2000
 class Preflight(NamedTuple):
     """How a node computes a run: ``layout`` says in one line where its weights are, ``notes`` are lines for the user.
 
-    ``decide`` makes the first layout of stages of a number of ranks.
+    ``config`` is the run's, with what the nodes have agreed on. ``decide`` makes the layout of a number of ranks.
+    ``refit`` is how the node computes with other members or other blocks; None where memory isn't predicted.
+    ``changes`` finds better layouts of a pipeline while the run goes on; None where there is nothing to find.
     """
 
+    config: TrainConfig
     execution: Execution
     layout: str
     notes: list[str]
     decide: Decide = whole_models
-    # How the node computes with other members or other blocks; None where memory isn't predicted.
     refit: Refit | None = None
-    # What finds better layouts of a pipeline while the run goes on; None where there is nothing to find.
     changes: LayoutChanges | None = None
 
 
@@ -81,11 +79,17 @@ def preflight(
         shard = DataShard(collective.rank, collective.world_size, shares)
     else:
         shard = DataShard(world_size - 1, world_size)
-    cuts = _node_cuts(config, model_folder, steps, collective, shard)
-    cut = agree(cuts) if cuts is not None else lambda _: None
     decision, refusal = None, None
     try:
-        decision = _decide(config, model_folder, steps, shard, cut)._replace(changes=cuts)
+        part = NodePart(config, model_folder, steps, shard)
+        agreed = agree_on_placement(part, collective)
+        if isinstance(collective, ElasticCollective):  # for those who join
+            collective.contents = {**collective.contents, **agreed.settings}
+        if agreed.config is not config:
+            part = NodePart(agreed.config, model_folder, steps, shard)
+        changes = hand_over(part, collective, agreed)
+        decision = _decide(part, agreed.cut if changes is None else changes.cut)
+        decision = decision._replace(notes=[*agreed.lines, *decision.notes], changes=changes)
     except ConfigError as error:
         refusal = str(error)
     verdicts = collective.all_gather(json.dumps(refusal and refusal[:_LONGEST_VERDICT]).encode())
@@ -99,90 +103,41 @@ def preflight(
     return decision
 
 
-def _node_cuts(
-    config: TrainConfig, model_folder: Path, steps: Sequence[StepRows], collective: Collective, shard: DataShard
-) -> NodeCuts | None:
-    """How a pipeline is cut by the speeds and memories of its nodes; None where that isn't asked for or not known.
-
-    A call of all ranks. With topology=local no node measures its speed, so that all are alike until their stages are
-    measured. A newcomer hears of the others when it joins.
-    """
-    topology, own, planner_of = config.topology, None, None
-    if topology.placement == "pipeline" and topology.stages == "auto":
-        with contextlib.suppress(ConfigError, ModelError):  # raised once more by the node's own decision
-            shape = read_shape(model_folder)
-            execution = execution_for(config, shape, shape.checkpoint, Device.default())
-            planner_of = partial(_planner_of_pipeline, config, shape, execution, steps)
-            own = own_node(_budget(topology)) if topology.kind != "local" else one_of_many_here(_budget(topology))
-    nodes = gather_reports(collective, own)
-    if planner_of is None or not nodes:
-        return None
-    cuts = NodeCuts(collective, {}, topology.pipelines, planner_of, own)
-    if shard.world_size == collective.world_size:
-        cuts.nodes = dict(zip(members_of(collective), alike(nodes), strict=True))
-    return cuts
-
-
-def _planner_of_shard(
-    config: TrainConfig, shape: ModelShape, shard: DataShard, execution: Execution, steps: Sequence[StepRows]
-) -> MemoryPlanner:
-    """The prediction for the rows of ``shard``."""
-    return planner_for(config, shape, execution, [step_of_shard(step, shard, execution) for step in steps])
-
-
-def _planner_of_pipeline(
-    config: TrainConfig, shape: ModelShape, execution: Execution, steps: Sequence[StepRows], pipelines: int
-) -> MemoryPlanner:
-    """The prediction for the rows of one of ``pipelines``."""
-    return _planner_of_shard(config, shape, DataShard(0, pipelines), execution, steps)
-
-
-def _decide(
-    config: TrainConfig, model_folder: Path, steps: Sequence[StepRows], shard: DataShard, cut: Cut
-) -> Preflight:
+def _decide(part: NodePart, cut: Cut) -> Preflight:
     """What this node decides. Raises ConfigError as :func:`preflight` does."""
-    topology, device = config.topology, Device.default()
-    check_weight_files(model_folder)
+    config, topology = part.config, part.config.topology
+    check_weight_files(part.folder)
     try:
-        shape = read_shape(model_folder)
+        shape = part.shape
     except ModelError as error:
         if topology.placement == "pipeline":
             raise ConfigError(f"topology.placement: pipeline can't tell this model's blocks: {error}") from None
         # mlx-lm may still know the model by code of its own; the run goes on without a prediction.
-        execution = execution_for(config, None, read_weight_format(model_folder), device)
+        execution = execution_for(config, None, read_weight_format(part.folder), Device.default())
         execution = execution.streamed(()) if topology.placement == "stream" else execution.unplanned()
-        return Preflight(execution, execution.placement, [f"no memory plan: {error}"])
-    execution = execution_for(config, shape, shape.checkpoint, device)
+        return Preflight(config, execution, execution.placement, [f"no memory plan: {error}"])
     if topology.placement == "pipeline":
-        return _decide_stage(config, shape, execution, steps, shard, cut)
-    planner = planner_for(config, shape, execution, [step_of_shard(step, shard, execution) for step in steps])
-    budget = _budget(topology)
-    placer = placer_for(config, planner, budget)
+        return _decide_stage(part, cut)
+    placer = part.placer
     chosen = placer.decide()
-    note = _limited(placer.parts(chosen), budget)
+    note = _limited(placer.parts(chosen), part.budget)
     if placer.auto:
         note += f"; topology.batch=auto chose {batch_overrides(chosen)}"
-    elif chosen.recompute != execution.recompute:
+    elif chosen.recompute != part.execution.recompute:
         note += f"; training.recompute=auto chose {chosen.recompute}"
-    planner_of = partial(_planner_of_shard, config, shape)
-    refit = WholeModelRefit(planner_of, chosen, heaviest(steps), budget, topology.resident_blocks)
-    return Preflight(chosen, Layout.of(shape, chosen, placer.first_trained).line, [note], refit=refit)
+    refit = WholeModelRefit(part.planner, chosen, heaviest(part.steps), part.budget, topology.resident_blocks)
+    return Preflight(config, chosen, Layout.of(shape, chosen, placer.first_trained).line, [note], refit=refit)
 
 
-def _decide_stage(
-    config: TrainConfig,
-    shape: ModelShape,
-    execution: Execution,
-    steps: Sequence[StepRows],
-    shard: DataShard,
-    cut: Cut,
-) -> Preflight:
-    """What a node of a pipeline decides; ``shard`` has its rank and their number."""
-    topology, world_size = config.topology, shard.world_size
+def _decide_stage(part: NodePart, cut: Cut) -> Preflight:
+    """What a node of a pipeline decides."""
+    config, topology, shape, execution = part.config, part.config.topology, part.shape, part.execution
+    world_size = part.shard.world_size
     obstacle = obstacle_to_reading_blocks(execution, shape, config.adapter)
     if obstacle is not None:
         raise ConfigError(f"topology.placement: pipeline {obstacle}")
-    check_layout(topology, shape.blocks, world_size)
+    if cut(world_size) is None:
+        check_layout(topology, shape.blocks, world_size)
     may_keep = execution.recompute == "none" and execution.kernels == "mlx"
     first_trained = min(select_layers(config.adapter, shape.adaptable).blocks, default=shape.blocks)
     costs = block_costs(shape, first_trained, keeps=may_keep)
@@ -190,29 +145,22 @@ def _decide_stage(
     def decide(world_size: int) -> StageLayout:
         return cut(world_size) or decide_layout(topology, costs, world_size)
 
-    layout, budget, execution = decide(world_size), _budget(topology), execution.pipelined(0)
-    place = layout.place_of(shard.rank)
+    layout, budget, execution = decide(world_size), part.budget, execution.pipelined(0)
+    rank = part.shard.rank
+    place = layout.place_of(rank)
     rows = DataShard(place[0] if place is not None else 0, len(layout.pipelines))
-    planner_of = partial(_planner_of_shard, config, shape)
-    refit = StageRefit(
-        planner_of, execution, heaviest(steps), budget, topology.resident_blocks, first_trained, may_keep
-    )
-    stages = refit.planned(planner_of(rows, execution, steps), layout, shard.rank)
+    steps, resident = heaviest(part.steps), topology.resident_blocks
+    refit = StageRefit(part.planner, execution, steps, budget, resident, first_trained, may_keep)
+    stages = refit.planned(part.planner(rows, execution, part.steps), layout, rank)
     chosen = stages.decide()
     notes = [_limited(stages.predicted(chosen), budget)]
-    size = layout.blocks_of(shard.rank)
+    size = layout.blocks_of(rank)
     if chosen.block_capacity < len(size):
         notes.append(
             f"{chosen.block_capacity} of this stage's {len(size)} blocks stay in memory; the others are read from disk "
             "for each micro-batch"
         )
-    return Preflight(chosen, stages.line, notes, decide, refit)
-
-
-def _budget(topology: TopologyConfig) -> float:
-    """Bytes that this node may take."""
-    nodes_here = topology.nodes if topology.kind == "local" else 1
-    return parse_budget(topology.memory_budget, usable_bytes() / nodes_here)
+    return Preflight(config, chosen, f"pipeline: {layout.described(world_size)}", notes, decide, refit)
 
 
 def _limited(parts: MemoryParts, budget: float) -> str:
@@ -222,34 +170,3 @@ def _limited(parts: MemoryParts, budget: float) -> str:
         return f"memory: at least {parts.peak / 1e9:.2f} GB of {budget / 1e9:.1f} GB expected; {parts.unknown}"
     keep_within(budget, parts.peak)
     return f"memory: about {parts.peak / 1e9:.2f} GB of {budget / 1e9:.1f} GB expected"
-
-
-def placer_for(config: TrainConfig, planner: MemoryPlanner, budget: float) -> Placer:
-    """What decides the placement of a node of ``config`` that may take ``budget`` bytes."""
-    topology = config.topology
-    return Placer(planner, budget, topology.placement, topology.resident_blocks, topology.batch == "auto")
-
-
-def step_of_shard(step: StepRows, shard: DataShard, execution: Execution) -> StepRows:
-    """The rows of ``step`` that the trainer at ``shard`` will be given."""
-    return step.of_shard(shard, shared=execution.shared_prefixes)
-
-
-def planner_for(
-    config: TrainConfig, shape: ModelShape, execution: Execution, steps: Sequence[StepRows]
-) -> MemoryPlanner:
-    """The prediction for ``config`` on a node that computes ``steps``' rows as ``execution`` says."""
-    return MemoryPlanner(
-        shape=shape,
-        execution=execution,
-        adapter=config.adapter,
-        optimizer=config.optimizer.name,
-        steps=steps,
-        validation_rows=_validation_rows(config.training),
-    )
-
-
-def _validation_rows(training: TrainingConfig) -> int:
-    if not training.eval_every:
-        return 0
-    return training.eval_rows if training.eval_rows >= 0 else sys.maxsize

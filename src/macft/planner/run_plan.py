@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,14 @@ from macft.model.shape import ModelShape, read_shape, shape_of
 from macft.network.link_kinds import LinkKind, find_links
 from macft.parallel.shares import DataShard
 from macft.planner.advice import advice
-from macft.planner.cluster_model import CHOICES, CHOICES_OF_AUTO, Node, NodeLink, RingLinks
+from macft.planner.cluster_model import CHOICES, Node, NodeLink, RingLinks
+from macft.planner.fit import MemoryPlanner
 from macft.planner.layout_inputs import alone, can_pipeline, model_cost, step_work
 from macft.planner.memory import MemoryParts, trained_part
-from macft.planner.partition import LayoutDecision, compare
+from macft.planner.node_part import placer_for, planner_for, step_of_shard
+from macft.planner.partition import LayoutDecision, preferred
 from macft.planner.placement import Layout, Placer
-from macft.planner.preflight import placer_for, planner_for, step_of_shard
+from macft.planner.run_placement import run_placements
 from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops
 from macft.planner.workload import StepRows, assumed_steps, steps_of
 from macft.topology.settings import parse_budget
@@ -105,11 +107,16 @@ def plan_run(config: TrainConfig) -> RunPlan:
     links = find_links(config.plan.link)
     ring = _ring(links, len(nodes))
     kinds = [kind for kind in CHOICES if wanted in ("auto", kind) and (kind != "pipeline" or can_pipeline(config))]
-    placements = compare(nodes, ring, model, work, kinds=kinds)
-    possible = [kind for kind in placements if wanted == kind or kind in CHOICES_OF_AUTO]
-    if wanted == "auto" and is_batch_too_large:  # refused: a smaller micro-batch is the faster way
-        possible = []
-    chosen = min(possible, key=lambda kind: placements[kind].seconds, default=None)
+
+    def planner_of(pipelines: int) -> MemoryPlanner:
+        topology = replace(config.topology, placement="pipeline", pipelines=pipelines)
+        planner = _placer(replace(config, topology=topology), shape, steps, DataShard(0, 1), macs).planner
+        return replace(planner, execution=replace(planner.execution, lanes=1))
+
+    counts = [config.topology.pipelines] if wanted == "pipeline" else range(1, config.training.batch_size + 1)
+    placements, _ = run_placements(nodes, ring, planner_of, None, counts=counts, kinds=kinds)
+    is_refused = wanted == "auto" and is_batch_too_large  # a smaller micro-batch is the faster way
+    chosen = preferred(placements) if placements and not is_refused else None
     notes += _link_notes(links, len(nodes))
     return RunPlan(
         model=config.model.path,

@@ -134,11 +134,6 @@ class StagePlanner:
         return replace(parts, activations=parts.activations + kept * self._activations_of_block)
 
     @property
-    def line(self) -> str:
-        """The layout, for a person."""
-        return f"pipeline: {self.layout}"
-
-    @property
     def _stage(self) -> tuple[range, int]:
         """This rank's blocks, and how many micro-batches it holds at once."""
         place = self.layout.place_of(self.rank)

@@ -97,7 +97,7 @@ def agree_on_contents(
         CheckpointError: They are not what the checkpoints were made with. All ranks raise it alike.
     """
     if isinstance(collective, ElasticCollective):
-        told = {} if collective.is_member else collective.contents
+        told = {} if collective.is_member else {part: t for part, t in collective.contents.items() if part in _KEYS}
         if told and (text := difference(contents, told)):
             raise RendezvousError(
                 f"topology.join: this node's contents differ from the run's: {text}; copy the run's files here"
@@ -109,7 +109,7 @@ def agree_on_contents(
         refuse_together(collective, RendezvousError(_explained(collective, differing, train)))
     log.info("the contents of all nodes are the same: %s", contents)
     if isinstance(collective, ElasticCollective):
-        collective.contents = contents
+        collective.contents = {**collective.contents, **contents}  # with what else a run has told
     return _compare_with_stored(collective, host, contents, folder) if resume else []
 
 

@@ -171,7 +171,7 @@ def _prepare(
     places = StagePlaces(collective, decision.decide, decision.changes)
     places.agree()
     execution = decision.execution
-    config = with_execution(config, execution)
+    config = with_execution(decision.config, execution)
     training = config.training
 
     _begin_phase(phases, f"loading the model {config.model.path}")

@@ -229,7 +229,7 @@ class Recovery:
             joined=joined,
             shares=list(self._nodes.balancer.shares),
             recomputed=state.begun_step == state.progress.step,
-            layout=str(layout) if layout.has_stages else "",
+            layout=layout.described(len(members.ids)) if layout.has_stages else "",
         )
 
     def _position(self) -> Position:

@@ -1,0 +1,110 @@
+"""A node's part of a run, as far as it is known before anything is loaded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from macft.config.execution import execution_for
+from macft.config.schema import TrainConfig
+from macft.device.kind import Device
+from macft.device.memory import usable_bytes
+from macft.model.execution import Execution
+from macft.model.shape import ModelShape, read_shape
+from macft.parallel.shares import DataShard
+from macft.planner.fit import MemoryPlanner
+from macft.planner.placement import Placer
+from macft.planner.workload import StepRows
+from macft.topology.settings import TopologyConfig, parse_budget
+from macft.training.settings import TrainingConfig
+
+# Steps from which the average one is made.
+_STEPS = 32
+
+
+@dataclass(frozen=True)
+class NodePart:
+    """The part of the node at ``shard`` in a run of ``config``, with the model in ``folder`` and all rows of ``steps``.
+
+    Raises:
+        ModelError: the model's shape isn't known.
+        ConfigError: the device doesn't support a setting.
+    """
+
+    config: TrainConfig
+    folder: Path
+    steps: Sequence[StepRows]
+    shard: DataShard
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The model's."""
+        return read_shape(self.folder)
+
+    @cached_property
+    def execution(self) -> Execution:
+        """As the configuration has it, before anything is decided."""
+        return execution_for(self.config, self.shape, self.shape.checkpoint, Device.default())
+
+    @property
+    def budget(self) -> float:
+        """Bytes that this node may take."""
+        return budget_of(self.config.topology)
+
+    @cached_property
+    def placer(self) -> Placer:
+        """What decides where its weights are, if it has the whole model."""
+        return placer_for(self.config, self.planner(self.shard, self.execution, self.steps), self.budget)
+
+    def planner(self, shard: DataShard, execution: Execution, steps: Sequence[StepRows]) -> MemoryPlanner:
+        """The prediction for the rows of ``steps`` that ``shard`` gets."""
+        own = [step_of_shard(step, shard, execution) for step in steps]
+        return planner_for(self.config, self.shape, execution, own)
+
+    def of_pipelines(self, count: int) -> MemoryPlanner:
+        """The prediction for all rows, in the micro-batches of a run with so many pipelines."""
+        topology = replace(self.config.topology, placement="pipeline", pipelines=count)
+        config = replace(self.config, topology=topology)
+        execution = replace(execution_for(config, self.shape, self.shape.checkpoint, Device.default()), lanes=1)
+        steps = [step_of_shard(step, DataShard(0, 1), execution) for step in self.steps[:_STEPS]]
+        return planner_for(config, self.shape, execution, steps)
+
+
+def budget_of(topology: TopologyConfig) -> float:
+    """Bytes that a node of this machine may take."""
+    nodes_here = topology.nodes if topology.kind == "local" else 1
+    return parse_budget(topology.memory_budget, usable_bytes() / nodes_here)
+
+
+def placer_for(config: TrainConfig, planner: MemoryPlanner, budget: float) -> Placer:
+    """What decides the placement of a node of ``config`` that may take ``budget`` bytes."""
+    topology = config.topology
+    return Placer(planner, budget, topology.placement, topology.resident_blocks, topology.batch == "auto")
+
+
+def step_of_shard(step: StepRows, shard: DataShard, execution: Execution) -> StepRows:
+    """The rows of ``step`` that the trainer at ``shard`` will be given."""
+    return step.of_shard(shard, shared=execution.shared_prefixes)
+
+
+def planner_for(
+    config: TrainConfig, shape: ModelShape, execution: Execution, steps: Sequence[StepRows]
+) -> MemoryPlanner:
+    """The prediction for ``config`` on a node that computes ``steps``' rows as ``execution`` says."""
+    return MemoryPlanner(
+        shape=shape,
+        execution=execution,
+        adapter=config.adapter,
+        optimizer=config.optimizer.name,
+        steps=steps,
+        validation_rows=_validation_rows(config.training),
+    )
+
+
+def _validation_rows(training: TrainingConfig) -> int:
+    if not training.eval_every:
+        return 0
+    return training.eval_rows if training.eval_rows >= 0 else sys.maxsize

@@ -1,0 +1,289 @@
+"""The placement of a run: decided once, by rank 0, from what all nodes told. The others and newcomers take it over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from macft.collective.base import Collective
+from macft.collective.elastic import ElasticCollective
+from macft.collective.matching import Texts
+from macft.config.schema import TrainConfig
+from macft.errors import ConfigError, ModelError
+from macft.model.confirm import obstacle_to_cutting
+from macft.parallel.stage_layout import StageLayout
+from macft.planner.cluster_model import CHOICES, Node, RingLinks
+from macft.planner.fit import MemoryPlanner
+from macft.planner.hand_over import HandOver
+from macft.planner.layout_inputs import can_pipeline, model_cost, step_work
+from macft.planner.node_cuts import (
+    Cut,
+    FoundPipelines,
+    NodeCuts,
+    agree,
+    find_pipelines,
+    followed,
+    members_of,
+    order_line,
+)
+from macft.planner.node_part import NodePart
+from macft.planner.node_report import alike, gather_reports, one_of_many_here, own_node, own_report, ring_of
+from macft.planner.partition import LayoutDecision, compare, preferred
+from macft.planner.placement import obstacle_to_reading_blocks
+from macft.topology.settings import host_paths
+
+PLACEMENT, PIPELINES = "topology.placement", "topology.pipelines"
+_OF_PIPELINE, _OF_EACH_NODE = "pipeline", "each node has the whole model"
+# What a node tells before anything is measured.
+_NOTHING, _CUT, _ROOMY, _TIGHT = b"", b"cut", b"roomy", b"tight"
+
+
+def _unknown(_: int) -> StageLayout | None:
+    """The cut of nodes of which nothing is known."""
+    return None
+
+
+@dataclass(frozen=True)
+class RunPlacement:
+    """What a run's nodes have agreed on.
+
+    ``config`` is the configuration with it, ``settings`` the same for those who join later, ``cut`` makes the layout of
+    pipelines, ``lines`` say what was chosen and why. ``cuts`` and ``own``: what the nodes, and this one, have told for
+    that; None where nothing was asked.
+    """
+
+    config: TrainConfig
+    settings: Texts
+    cut: Cut = _unknown
+    lines: list[str] = field(default_factory=list)
+    cuts: NodeCuts | None = None
+    own: Node | None = None
+
+
+def hand_over(part: NodePart, collective: Collective, agreed: RunPlacement) -> HandOver | None:
+    """What lets stages hand over blocks in the run that was agreed on; None where the user has set their blocks.
+
+    ``part`` is of the agreed configuration.
+    """
+    topology = part.config.topology
+    if topology.placement != "pipeline" or topology.stages != "auto":
+        return None
+    own, cuts = agreed.own, agreed.cuts
+    if own is None:
+        is_local = topology.kind == "local"
+        own = one_of_many_here(part.budget) if is_local else own_node(part.budget, address=_address(part))
+    if cuts is None:
+        is_newcomer = part.shard.world_size != collective.world_size
+        nodes = {} if is_newcomer else dict.fromkeys(members_of(collective), own)
+        cuts = NodeCuts(nodes, topology.pipelines, part.of_pipelines)
+    return HandOver(collective, cuts, own, agreed.cut)
+
+
+def agree_on_placement(part: NodePart, collective: Collective) -> RunPlacement:
+    """The placement of the run that ``part`` is this node's part of. A call of all ranks.
+
+    Under ``topology.placement=auto`` nodes with room for the whole model keep it, and nothing is measured. Otherwise
+    each node tells its speed, memory, disk and link, and how it would compute alone.
+
+    Raises:
+        ConfigError: this node joins a run whose placement isn't that of its configuration.
+    """
+    config = part.config
+    told = _told(collective)
+    if told is not None:
+        return _taken_over(config, told)
+    views = collective.all_gather(_view(part, collective))
+    if all(view == _CUT for view in views):
+        return _agree_on_cut(part, collective)
+    if any(view in (_NOTHING, _CUT) for view in views):
+        return _settled(config)
+    if all(view == _ROOMY for view in views):
+        return _settled(config, line="topology.placement=auto chose replicate: the run fits the memory of each node")
+    return _chosen_together(part, collective)
+
+
+def _view(part: NodePart, collective: Collective) -> bytes:
+    """What this node knows without measuring."""
+    config, topology = part.config, part.config.topology
+    if part.shard.world_size != collective.world_size or collective.world_size < 2:
+        return _NOTHING
+    if topology.placement == "pipeline":
+        return _CUT if topology.stages == "auto" and topology.kind != "local" else _NOTHING
+    if topology.placement != "auto" or not can_pipeline(config):
+        return _NOTHING
+    try:
+        placer, shape = part.placer, part.shape
+        execution, refusal = placer.choice()
+    except (ConfigError, ModelError):  # raised once more by the node's own decision
+        return _NOTHING
+    if refusal is None and execution.placement == "replicate" and execution.recompute != "blocks":
+        return _ROOMY
+    smaller_fits = refusal is not None and placer.planner.best(placer.budget) is not None
+    if smaller_fits or obstacle_to_reading_blocks(part.execution, shape, config.adapter) is not None:
+        return _NOTHING
+    return _TIGHT
+
+
+def _agree_on_cut(part: NodePart, collective: Collective) -> RunPlacement:
+    """The cut of the pipelines that the configuration asks for."""
+    try:
+        _ = part.execution
+        own = own_node(part.budget, address=_address(part))
+    except (ConfigError, ModelError):  # raised once more by the node's own decision
+        own = None
+    nodes = gather_reports(collective, own)
+    if not nodes:
+        return _settled(part.config)
+    cuts = _cuts(part, collective, alike(nodes), part.config.topology.pipelines)
+    cut, line = agree(collective, cuts)
+    return replace(_settled(part.config, cut, line), cuts=cuts, own=own)
+
+
+def _chosen_together(part: NodePart, collective: Collective) -> RunPlacement:
+    """What rank 0 chooses among all placements."""
+    topology = part.config.topology
+    here = topology.nodes if topology.kind == "local" else 1
+    own = own_report(part.placer, processes=here, address=_address(part))
+    nodes = alike(gather_reports(collective, own))
+    sent = b""
+    if collective.rank == 0:
+        choice = choose(part, nodes, lambda: obstacle_to_cutting(part.config.model, part.folder, part.execution))
+        layout = None if choice.pipelines is None else choice.pipelines.best.layout
+        sent = json.dumps([layout and layout.to_data(), choice.lines]).encode()
+    data, lines = json.loads(collective.broadcast(sent))
+    if data is None:
+        return _settled(part.config, lines=lines)
+    layout = StageLayout.from_data(data)
+    config = _as_pipelines(part.config, len(layout.pipelines))
+    cuts = _cuts(part, collective, nodes, len(layout.pipelines))
+    return replace(_settled(config, followed(collective, cuts, layout), lines=lines), cuts=cuts, own=own)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``topology.placement=auto`` comes to: ``pipelines``, or None: each node has the whole model."""
+
+    placement: str
+    pipelines: FoundPipelines | None
+    lines: list[str]
+
+
+def choose(part: NodePart, nodes: Sequence[Node], obstacle: Callable[[], str | None]) -> Choice:
+    """The placement of ``nodes``, by rank; ``obstacle`` says why the model can't be cut, if that would be best."""
+    shares, counts = shares_of(part.config, len(nodes)), range(1, part.config.training.batch_size + 1)
+    found, several = run_placements(nodes, ring_of(nodes), part.of_pipelines, shares, counts=counts)
+    remark = ""
+    if found and preferred(found) == "pipeline" and (reason := obstacle()) is not None:
+        found.pop("pipeline")
+        remark = f"; the model can't be cut: {reason}"
+    if not found:
+        return Choice("", None, [])  # each node's own plan says what it lacks
+    chosen = preferred(found)
+    lines = [f"topology.placement=auto chose {_reasons(found, chosen, nodes)}{remark}"]
+    if chosen != "pipeline" or several is None:
+        return Choice(chosen, None, lines)
+    line = order_line(several, len(nodes))
+    return Choice(chosen, several, [*lines, *([line] if line else [])])
+
+
+def run_placements(
+    nodes: Sequence[Node],
+    ring: RingLinks,
+    planner_of: Callable[[int], MemoryPlanner],
+    shares: tuple[float, ...] | None,
+    *,
+    counts: Sequence[int],
+    kinds: Sequence[str] = CHOICES,
+) -> tuple[dict[str, LayoutDecision], FoundPipelines | None]:
+    """The best layout of each of ``kinds`` that fits, as a run would have it, and the pipelines among them.
+
+    ``planner_of``: the prediction for all rows, in the micro-batches of a run with so many pipelines. ``counts``: how
+    many pipelines there may be.
+    """
+    whole = planner_of(1)
+    work = step_work(whole, None, shares)
+    found = compare(nodes, ring, model_cost(whole), work, kinds=[kind for kind in kinds if kind != "pipeline"])
+    best: FoundPipelines | None = None
+    for count in counts if "pipeline" in kinds else []:
+        if count <= max(1, len(nodes) // 2):
+            other = find_pipelines(nodes, ring, planner_of(count), count, shares)
+            if other is not None and (best is None or other.best.seconds < best.best.seconds):
+                best = other
+    if best is not None:
+        found["pipeline"] = best.best
+    return found, best
+
+
+def _reasons(found: Mapping[str, LayoutDecision], chosen: str, nodes: Sequence[Node]) -> str:
+    """``stream: 2.31 s a step expected, pipeline 3.10 s; replicate doesn't fit rank 1 (mini)``."""
+    what = chosen
+    reading = any(
+        choice.resident < len(stage.blocks)
+        for stages, choices in zip(found[chosen].layout.pipelines, found[chosen].choices, strict=True)
+        for stage, choice in zip(stages, choices, strict=True)
+    )
+    if chosen == "pipeline" and reading:
+        what = "pipeline, of nodes that read blocks from disk"
+    texts = [f"{what}: {found[chosen].seconds:.2f} s a step expected"]
+    texts += [f"{kind} {decision.seconds:.2f} s" for kind, decision in found.items() if kind != chosen]
+    line = ", ".join(texts)
+    if "replicate" not in found:
+        lacking = [rank for rank, node in enumerate(nodes) if all(way.streams for way in node.alone)]
+        named = ", ".join(f"rank {rank} ({nodes[rank].name})" for rank in lacking[:3])
+        line += f"; the whole model doesn't fit the memory of {named}{' and others' if len(lacking) > 3 else ''}"
+    return line
+
+
+def _cuts(part: NodePart, collective: Collective, nodes: Sequence[Node], pipelines: int) -> NodeCuts:
+    members = members_of(collective)
+    shares = shares_of(part.config, len(nodes))
+    by_member = None if shares is None else dict(zip(members, shares, strict=True))
+    return NodeCuts(dict(zip(members, nodes, strict=True)), pipelines, part.of_pipelines, by_member)
+
+
+def shares_of(config: TrainConfig, count: int) -> tuple[float, ...] | None:
+    """How rows are dealt at the start, by rank; None: by speed."""
+    shares = config.topology.shares
+    if isinstance(shares, list):
+        return tuple(map(float, shares))
+    return None if shares == "auto" else (1.0,) * count
+
+
+def _address(part: NodePart) -> str | None:
+    """The address at which others reach this node."""
+    hosts = part.config.topology.hosts
+    if part.config.topology.kind == "local":
+        return "127.0.0.1"
+    rank = part.shard.rank
+    return host_paths(hosts[rank], part.config.topology.port)[0][0] if rank < len(hosts) else None
+
+
+def _settled(config: TrainConfig, cut: Cut = _unknown, line: str = "", *, lines: Sequence[str] = ()) -> RunPlacement:
+    topology = config.topology
+    settings = {PLACEMENT: _OF_EACH_NODE}
+    if topology.placement == "pipeline":
+        settings = {PLACEMENT: _OF_PIPELINE, PIPELINES: str(topology.pipelines)}
+    return RunPlacement(config, settings, cut, [*lines, *([line] if line else [])])
+
+
+def _told(collective: Collective) -> Texts | None:
+    """What a run has told this node, which joins it; None where it is one of the first."""
+    if not isinstance(collective, ElasticCollective) or PLACEMENT not in collective.contents:
+        return None
+    return {key: text for key, text in collective.contents.items() if key in (PLACEMENT, PIPELINES)}
+
+
+def _taken_over(config: TrainConfig, told: Texts) -> RunPlacement:
+    wanted, is_pipeline = config.topology.placement, told[PLACEMENT] == _OF_PIPELINE
+    if wanted != "auto" and (wanted == "pipeline") != is_pipeline:
+        theirs = "a pipeline" if is_pipeline else "one in which each node has the whole model"
+        raise ConfigError(f"topology.placement: {wanted}, and the run that this node joins is {theirs}; use auto")
+    if is_pipeline:
+        number = told.get(PIPELINES, "")
+        config = _as_pipelines(config, int(number) if number.isdecimal() else 1)
+    return RunPlacement(config, told)
+
+
+def _as_pipelines(config: TrainConfig, pipelines: int) -> TrainConfig:
+    return replace(config, topology=replace(config.topology, placement="pipeline", pipelines=pipelines))
