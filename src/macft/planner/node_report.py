@@ -22,8 +22,8 @@ from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops
 
 _LONGEST_REPORT = 4096
 _LONGEST_NAME = 255
-# The speed of a node that has not measured it, and the link between processes of a machine.
-_UNMEASURED = 1e12
+# The speed of a node that has not measured it, which no real one has, and the link between processes of a machine.
+_UNMEASURED = 1.0
 _INSIDE = NodeLink(1e10, 1e-5)
 # The part of a speed that another measurement of it reaches at least.
 _ALIKE = 0.85
