@@ -142,9 +142,11 @@ class ThermalThrottle:
             estimated=meter.estimated,
         )
 
-    def messages(self, nodes: Sequence[NodeStatus], shares: Sequence[float]) -> list[str]:
+    def messages(
+        self, nodes: Sequence[NodeStatus], shares: Sequence[float], blocks: Sequence[int] | None = None
+    ) -> list[str]:
         """One line for each node whose governor has clearly changed its decision."""
-        return self._notices.lines(nodes, shares)
+        return self._notices.lines(nodes, shares, blocks)
 
     def own_messages(self) -> list[str]:
         """New lines about this node's sensors, each once."""

@@ -103,7 +103,9 @@ class NodeCoordinator:
         """
         if self._follow_speed:
             self.balancer.observe([_as_stage(status) for status in self.statuses])
-        shown = self._throttle.messages(self.statuses, self.balancer.shares)
+        layout = self.places.layout
+        blocks = _counts(layout, self.collective.world_size) if layout.has_stages else None
+        shown = self._throttle.messages(self.statuses, self.balancer.shares, blocks)
         return [*self._messages.exchange(self.statuses), *shown]
 
     def hand_over(self, step: int) -> BlocksMoved | None:

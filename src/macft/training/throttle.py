@@ -36,8 +36,13 @@ class Throttle(Protocol):
         """This node's status after a step of ``tokens`` that took ``seconds``, rests included."""
         ...
 
-    def messages(self, nodes: Sequence[NodeStatus], shares: Sequence[float]) -> list[str]:
-        """Lines about all nodes, from their statuses of a step; the same on every node."""
+    def messages(
+        self, nodes: Sequence[NodeStatus], shares: Sequence[float], blocks: Sequence[int] | None = None
+    ) -> list[str]:
+        """Lines about all nodes, from their statuses of a step; the same on every node.
+
+        By rank: ``shares`` of the rows, and how many ``blocks`` a stage has, where the nodes are stages.
+        """
         ...
 
     def own_messages(self) -> list[str]:
@@ -69,7 +74,12 @@ class NoThrottle:
         """Speed alone."""
         return NodeStatus(tokens=tokens, busy_seconds=seconds)
 
-    def messages(self, nodes: Sequence[NodeStatus], shares: Sequence[float]) -> list[str]:  # noqa: ARG002
+    def messages(
+        self,
+        nodes: Sequence[NodeStatus],  # noqa: ARG002
+        shares: Sequence[float],  # noqa: ARG002
+        blocks: Sequence[int] | None = None,  # noqa: ARG002
+    ) -> list[str]:
         """None."""
         return []
 
