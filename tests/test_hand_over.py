@@ -155,13 +155,13 @@ def test_a_node_with_more_rows_takes_smaller_micro_batches_or_says_what_it_lacks
         return WholeModelRefit(planner, execution, [], budget, "auto")
 
     layout = even_layout(1, [0])
-    assert refit(1e12)(layout, 0, 1) == execution
-    assert refit(four)(layout, 0, 1).micro_batch_size == 4
+    assert refit(1e12)(layout, 0, 1).execution == execution
+    assert refit(four)(layout, 0, 1).execution.micro_batch_size == 4
     with pytest.raises(ConfigError, match=rf"one row at a time the run would need about {one / 1e9:.2f} GB and may"):
         refit(0.9 * one)(layout, 0, 1)
     streamed = replace(refit(1e12), execution=execution.streamed(tuple(range(BLOCKS))))
     half = streamed_parts(whole, whole.execution.streamed(tuple(range(6)))).peak
-    assert 6 <= len(replace(streamed, budget=half)(layout, 0, 1).resident_blocks) < BLOCKS
+    assert 6 <= len(replace(streamed, budget=half)(layout, 0, 1).execution.resident_blocks) < BLOCKS
 
 
 def test_a_node_with_more_blocks_reads_some_from_disk_or_says_what_it_lacks() -> None:
@@ -171,10 +171,11 @@ def test_a_node_with_more_blocks_reads_some_from_disk_or_says_what_it_lacks() ->
         return StageRefit(planner, base, [], budget, "auto", 0, may_keep=True)
 
     half = refit(1e12).planned(planner_of(1), layout_of(6, 6), 0).parts(6).peak
-    assert refit(half)(layout_of(6, 6), 0, 2).block_capacity >= 6
-    assert 0 < refit(half)(layout_of(10, 2), 0, 2).block_capacity < 10
-    assert refit(half)(layout_of(6, 6), 2, 3).resident_blocks == ()  # no stage
-    alone = refit(1.5 * half)(even_layout(BLOCKS, [0]), 0, 1)
+    assert refit(half)(layout_of(6, 6), 0, 2).execution.block_capacity >= 6
+    assert 0 < refit(half)(layout_of(10, 2), 0, 2).execution.block_capacity < 10
+    assert refit(half)(layout_of(6, 6), 2, 3).execution.resident_blocks == ()  # no stage
+    alone, peak, budget = refit(1.5 * half)(even_layout(BLOCKS, [0]), 0, 1)
+    assert peak <= budget == 1.5 * half
     assert alone.placement == "pipeline"
     assert 0 < alone.block_capacity < BLOCKS
     with pytest.raises(ConfigError, match=r"read from disk the run would need about .* GB and may take"):

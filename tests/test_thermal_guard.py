@@ -75,14 +75,13 @@ def test_rest_is_as_long_as_work_unless_others_are_waited_for() -> None:
             begun = time.perf_counter()
             guard.begin_step(1)
             guard.before_micro_batch()
-            spin(0.05)
+            spin(0.1)
             with guard.waiting():  # a stage of a pipeline, for another one
-                time.sleep(0.15)
-            spin(0.05)
+                time.sleep(0.3)
             guard.step_computed()
-            busy = time.perf_counter() - begun
-            status = guard.status(10, busy)
-        assert busy - status.busy_seconds < 0.05
+            seconds = time.perf_counter() - begun
+            status = guard.status(10, seconds)
+        assert seconds - status.busy_seconds < status.busy_seconds / 2
     finally:
         guard.close()
 

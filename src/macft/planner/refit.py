@@ -17,6 +17,7 @@ from macft.planner.fit import MemoryPlanner
 from macft.planner.placement import Placer
 from macft.planner.stages import StagePlanner
 from macft.planner.workload import StepRows
+from macft.training.node_fit import Fitted
 
 _STEPS = 8
 """Of the steps that were looked at, those with the most tokens decide."""
@@ -43,20 +44,22 @@ class WholeModelRefit:
     budget: float
     resident: int | str
 
-    def __call__(self, layout: StageLayout, rank: int, world_size: int) -> Execution:  # noqa: ARG002
-        """The execution of ``rank`` of so many; raises ConfigError where it doesn't fit."""
+    def __call__(self, layout: StageLayout, rank: int, world_size: int) -> Fitted:  # noqa: ARG002
+        """How ``rank`` of so many computes; raises ConfigError where that doesn't fit."""
         planner = self.planner_of(DataShard(rank, world_size), self.execution, self.steps)
         if self.execution.placement == "stream":
-            return Placer(planner, self.budget, "stream", self.resident, auto=True).decide()
+            placer = Placer(planner, self.budget, "stream", self.resident, auto=True)
+            streamed = placer.decide()
+            return Fitted(streamed, placer.parts(streamed).peak, self.budget)
         parts = planner.parts(self.execution)
         if parts.unknown or parts.peak <= self.budget:
-            return self.execution
+            return Fitted(self.execution, self.budget if parts.unknown else parts.peak, self.budget)
         size = min(self.execution.micro_batch_size or planner.rows, planner.rows)
         while size > 1:
             size = -(-size // 2)
             smaller = self.execution.with_batch(size, self.execution.recompute)
-            if planner.parts(smaller).peak <= self.budget:
-                return smaller
+            if (peak := planner.parts(smaller).peak) <= self.budget:
+                return Fitted(smaller, peak, self.budget)
         least = planner.parts(self.execution.with_batch(1, self.execution.recompute)).peak
         raise ConfigError(
             f"topology.memory_budget: with one row at a time the run would need about {least / 1e9:.2f} GB and may "
@@ -76,16 +79,20 @@ class StageRefit:
     first_trained: int
     may_keep: bool
 
-    def __call__(self, layout: StageLayout, rank: int, world_size: int) -> Execution:  # noqa: ARG002
-        """The execution of ``rank`` in ``layout``; raises ConfigError where it doesn't fit."""
+    def __call__(self, layout: StageLayout, rank: int, world_size: int) -> Fitted:  # noqa: ARG002
+        """How ``rank`` computes its part of ``layout``; raises ConfigError where that doesn't fit."""
         place = layout.place_of(rank)
         rows = DataShard(place[0] if place is not None else 0, len(layout.pipelines))
         planner = self.planner_of(rows, self.execution, self.steps)
         if place is None or len(layout.pipelines[place[0]]) > 1:
-            return self.planned(planner, layout, rank).decide()
+            stages = self.planned(planner, layout, rank)
+            chosen = stages.decide()
+            return Fitted(chosen, stages.predicted(chosen).peak, self.budget)
         # A pipeline of one stage computes block by block, all of its rows before the next block.
-        alone = Placer(planner, self.budget, "stream", self.resident, auto=False).decide()
-        return self.execution.pipelined(len(alone.resident_blocks), alone.resident_blocks)
+        placer = Placer(planner, self.budget, "stream", self.resident, auto=False)
+        alone = placer.decide()
+        held = self.execution.pipelined(len(alone.resident_blocks), alone.resident_blocks)
+        return Fitted(held, placer.parts(alone).peak, self.budget)
 
     def planned(self, planner: MemoryPlanner, layout: StageLayout, rank: int) -> StagePlanner:
         """The memory of ``rank``'s stage, which has the rows of ``planner``."""
