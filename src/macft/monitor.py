@@ -142,11 +142,12 @@ def _headline(view: RunView, now: float) -> str:
 def _nodes(view: RunView) -> Table:
     last = view.steps[-1]
     table = Table(box=None, pad_edge=False)
-    nodes, shares = _items(last.get("nodes")), _items(last.get("shares"))
-    # In a pipeline: what a stage waited for the others and for its disk, and how long it was sending.
+    nodes, shares, blocks = (_items(last.get(name)) for name in ("nodes", "shares", "blocks"))
+    # In a pipeline: a stage's blocks, what it waited for the others and for its disk, and how long it was sending.
     stage_times = [name for name in _STAGE_TIMES if any(_number(_value(node, name)) is not None for node in nodes)]
     for name in (
         *("node", "share", "tokens/s", "temp", "state", "power", "duty", "energy", "link"),
+        *(["blocks"] if blocks else []),
         *(name.removesuffix("_seconds") for name in stage_times),
     ):
         table.add_column(name, no_wrap=True, justify="left" if name in ("node", "state") else "right")
@@ -164,6 +165,7 @@ def _nodes(view: RunView) -> Table:
             _shown(node.get("joules"), "{:,.0f} J"),
             # The all-reduce of the whole step, on rank 0's clock.
             _shown(all_reduce, "{:.2f} s") if rank == 0 and len(nodes) > 1 else "",
+            *([_shown(blocks[rank] if rank < len(blocks) else None, "{:.0f}")] if blocks else []),
             *(_shown(node.get(name), "{:.2f} s") for name in stage_times),
         )
     return table
