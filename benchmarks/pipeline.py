@@ -73,15 +73,21 @@ def main() -> None:
         folder = float32_copy(Path(scratch))
         with ShapedLinks(STAGES, arguments.link) if arguments.link else nullcontext() as links:
             outside = links.prefixes if links is not None else [[]] * STAGES
-            one_core = ["env", "OPENBLAS_NUM_THREADS=1", "taskset", "--cpu-list"]
-            prefixes = [[*words, *one_core, str(core)] for core, words in enumerate(outside)]
+            prefixes = [[*words, *one_core(core)] for core, words in enumerate(outside)]
             addresses = links.addresses("ring") if links is not None else ["127.0.0.1:0"] * STAGES
-            report(arguments, measured(prefixes, addresses, folder))
+            report(arguments, measured(sys.argv[1:], prefixes, addresses, folder))
 
 
-def measured(prefixes: list[list[str]], addresses: list[str], folder: Path) -> list[dict[str, list[float]]]:
-    """What each rank has measured."""
-    processes = start([*sys.argv, "--rank"], prefixes)
+def one_core(core: int) -> list[str]:
+    """Words before a command that is to have this core alone."""
+    return ["env", "OPENBLAS_NUM_THREADS=1", "taskset", "--cpu-list", str(core)]
+
+
+def measured(
+    words: list[str], prefixes: list[list[str]], addresses: list[str], folder: Path
+) -> list[dict[str, list[float]]]:
+    """What each rank has measured; ``words`` are the options."""
+    processes = start([__file__, *words, "--rank"], prefixes)
     try:
         for process, address in zip(processes, addresses, strict=True):
             tell(process, [address, str(folder)])

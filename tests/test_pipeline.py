@@ -62,13 +62,12 @@ def rows() -> list[Row]:
     return [Row(generator.integers(1, 97, length).astype(np.int32), prompt_length=3) for length in lengths]
 
 
-def layout_of(*pipelines: Sequence[int]) -> StageLayout:
-    """Stages of so many blocks each, the ranks in order."""
-    rank, made = 0, []
+def layout_of(*pipelines: Sequence[int], ranks: Sequence[int] = ()) -> StageLayout:
+    """Stages of so many blocks each, of ``ranks``, or of all in their order."""
+    rest, made = iter(ranks or range(100)), []
     for counts in pipelines:
         ends = np.cumsum([0, *counts]).tolist()
-        made.append(tuple(Stage(rank + place, *ends[place : place + 2]) for place in range(len(counts))))
-        rank += len(counts)
+        made.append(tuple(Stage(next(rest), *ends[place : place + 2]) for place in range(len(counts))))
     return StageLayout(tuple(made))
 
 
@@ -162,17 +161,19 @@ def test_stages_have_the_bits_of_one_node(folder: Path, kernels: str, name: str)
         assert_same(found, expected, np.testing.assert_array_equal)
 
 
-@pytest.mark.parametrize("counts", [[2, 3], [1, 2, 1, 1]], ids=str)
-def test_other_cuts_have_the_same_bits(folder: Path, counts: list[int]) -> None:
-    expected = one_node(folder, "mlx", AdapterConfig(dropout=0.2))
-    for found in in_stages(layout_of(counts), len(counts), folder, "mlx", AdapterConfig(dropout=0.2)):
+@pytest.mark.parametrize(("counts", "ranks"), [([2, 3], [1, 0]), ([1, 2, 1, 1], [0, 1, 2, 3])], ids=str)
+def test_other_cuts_have_the_same_bits(folder: Path, counts: list[int], ranks: list[int]) -> None:
+    """In another order of the ranks too."""
+    expected, layout = one_node(folder, "mlx", AdapterConfig(dropout=0.2)), layout_of(counts, ranks=ranks)
+    for found in in_stages(layout, len(counts), folder, "mlx", AdapterConfig(dropout=0.2)):
         assert_same(found, expected, np.testing.assert_array_equal)
 
 
 def test_two_pipelines_of_two_and_a_rank_that_is_left_out(folder: Path) -> None:
     """Rows are dealt to pipelines, so sums are made in another order."""
     expected = one_node(folder, "mlx", AdapterConfig())
-    for found in in_stages(layout_of([2, 3], [4, 1]), 5, folder, "mlx", AdapterConfig()):
+    layout = layout_of([2, 3], [4, 1], ranks=[3, 0, 4, 1])
+    for found in in_stages(layout, 5, folder, "mlx", AdapterConfig()):
         assert_same(found, expected, close)
 
 

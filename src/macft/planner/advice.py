@@ -37,8 +37,6 @@ def advice(
         lines.append(f"topology.placement=pipeline would take {pipeline.seconds:.2f} s a step")
     if pipeline is not None and (words := _overrides(pipeline, len(nodes))):
         lines.append(f"for this cut: {words}")
-    if pipeline is not None and chosen in ("pipeline", None):
-        lines += _order(nodes, ring, model, work, pipeline)
     if is_batch_too_large:
         return lines
     if best is None and not is_quantized:
@@ -61,18 +59,6 @@ def _overrides(pipeline: LayoutDecision, nodes: int) -> str:
 
 def _is_better(decision: LayoutDecision, best: LayoutDecision | None) -> bool:
     return best is None or decision.seconds <= _WORTH_IT * best.seconds
-
-
-def _order(
-    nodes: Sequence[Node], ring: RingLinks, model: ModelCost, work: StepWork, pipeline: LayoutDecision
-) -> list[str]:
-    """The order of the nodes in which a pipeline would be faster."""
-    free = compare(nodes, ring, model, work, kinds=["pipeline"], order="free").get("pipeline")
-    if free is None or not _is_better(free, pipeline):
-        return []
-    ranks = [stage.rank for stages in free.layout.pipelines for stage in stages]
-    order = ", ".join(nodes[rank].name for rank in [*ranks, *sorted(set(range(len(nodes))) - set(ranks))])
-    return [f"in the order {order} a step would take {free.seconds:.2f} s"]
 
 
 def _more(

@@ -39,11 +39,12 @@ class HandOver(LayoutChanges):
         collective: The members.
         cuts: Makes layouts for what members have told; it gets what is measured, too.
         own: What this node tells.
-        first: The layout for a number of ranks until something is measured.
+        first: The layout of the first members, and of others of which too little is known.
     """
 
     def __init__(self, collective: Collective, cuts: NodeCuts, own: Node, first: Cut):
         self._collective, self._own, self._first = collective, own, first
+        self._first_members = members_of(collective)
         self._told = dict(cuts.nodes)
         self._nodes: dict[str, Node] = dict(cuts.nodes)
         self._cuts = replace(cuts, nodes=self._nodes, planner_of=functools.cache(cuts.planner_of))
@@ -52,9 +53,10 @@ class HandOver(LayoutChanges):
 
     def cut(self, world_size: int) -> StageLayout | None:
         """The layout of the members of now; None if nodes are to be taken as alike."""
-        members = members_of(self._collective)
-        is_measured = bool(self._paces) and len(members) == world_size
-        return self._cuts.layout(members) if is_measured else self._first(world_size)
+        members, found = members_of(self._collective), None
+        if len(members) == world_size and (self._paces or members != self._first_members):
+            found = self._cuts.layout(members)
+        return found or self._first(world_size)
 
     @property
     def report(self) -> bytes:

@@ -91,7 +91,7 @@ def agree(collective: Collective, cuts: NodeCuts) -> tuple[Cut, str]:
     The line says why some nodes have no stage, or stages another order than ranks; it is empty where that isn't so.
     """
     found = cuts.found(members_of(collective)) if collective.rank == 0 else None
-    own = None if found is None else [found.best.layout.to_data(), order_line(found, collective.world_size)]
+    own = None if found is None else [found.best.layout.to_data(), order_line(found, ranks(collective.world_size))]
     data = json.loads(collective.broadcast(json.dumps(own).encode()))
     if data is None:
         return followed(collective, cuts, None), ""
@@ -99,23 +99,29 @@ def agree(collective: Collective, cuts: NodeCuts) -> tuple[Cut, str]:
     return followed(collective, cuts, StageLayout.from_data(layout)), str(line)
 
 
-def order_line(found: FoundPipelines, world_size: int) -> str:
-    """Why not all nodes have a stage in the order of ranks, for a person; empty where they have."""
+def order_line(found: FoundPipelines, names: Sequence[str]) -> str:
+    """Why not all nodes have a stage in the order of ranks, for a person; empty where they have.
+
+    ``names``: of the nodes, by rank.
+    """
     best, in_order = found
-    ranks = [stage.rank for stages in best.layout.pipelines for stage in stages]
-    if ranks == list(range(world_size)):
+    used = [stage.rank for stages in best.layout.pipelines for stage in stages]
+    if used == list(range(len(names))):
         return ""
-    spare = [str(rank) for rank in range(world_size) if rank not in ranks]
-    what = "stages in another order than ranks"
+    spare = [name for rank, name in enumerate(names) if rank not in used]
+    what = "stages in another order than the nodes"
     if spare:
-        named = f"rank {spare[0]}" if len(spare) == 1 else f"ranks {', '.join(spare)}"
-        what = f"no stage for {named}, which stays ready to replace a lost node"
+        what = f"no stage for {', '.join(spare)}: a spare, which takes blocks when another node is lost"
     if best is in_order:
-        return f"{what}: there are more nodes than blocks"
-    otherwise = "all nodes in the order of ranks"
+        return f"{what}; there are more nodes than blocks"
     if in_order is None:
-        return f"{what}: {otherwise} have no layout that fits"
-    return f"{what}: {best.seconds:.2f} s a step expected, {in_order.seconds:.2f} s with {otherwise}"
+        return f"{what}; all nodes in their order have no layout that fits"
+    return f"{what}; {best.seconds:.2f} s a step expected, {in_order.seconds:.2f} s with all nodes in their order"
+
+
+def ranks(count: int) -> list[str]:
+    """The names of so many ranks."""
+    return [f"rank {rank}" for rank in range(count)]
 
 
 def members_of(collective: Collective) -> list[str]:

@@ -26,6 +26,7 @@ from macft.planner.node_cuts import (
     followed,
     members_of,
     order_line,
+    ranks,
 )
 from macft.planner.node_part import NodePart
 from macft.planner.node_report import alike, gather_reports, one_of_many_here, own_node, own_report, ring_of
@@ -183,7 +184,7 @@ def choose(part: NodePart, nodes: Sequence[Node], obstacle: Callable[[], str | N
     lines = [f"topology.placement=auto chose {_reasons(found, chosen, nodes)}{remark}"]
     if chosen != "pipeline" or several is None:
         return Choice(chosen, None, lines)
-    line = order_line(several, len(nodes))
+    line = order_line(several, ranks(len(nodes)))
     return Choice(chosen, several, [*lines, *([line] if line else [])])
 
 

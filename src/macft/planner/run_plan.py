@@ -33,6 +33,7 @@ from macft.planner.cluster_model import CHOICES, Node, NodeLink, RingLinks
 from macft.planner.fit import MemoryPlanner
 from macft.planner.layout_inputs import alone, can_pipeline, model_cost, step_work
 from macft.planner.memory import MemoryParts, trained_part
+from macft.planner.node_cuts import order_line
 from macft.planner.node_part import placer_for, planner_for, step_of_shard
 from macft.planner.partition import LayoutDecision, preferred
 from macft.planner.placement import Layout, Placer
@@ -114,10 +115,12 @@ def plan_run(config: TrainConfig) -> RunPlan:
         return replace(planner, execution=replace(planner.execution, lanes=1))
 
     counts = [config.topology.pipelines] if wanted == "pipeline" else range(1, config.training.batch_size + 1)
-    placements, _ = run_placements(nodes, ring, planner_of, None, counts=counts, kinds=kinds)
+    placements, found = run_placements(nodes, ring, planner_of, None, counts=counts, kinds=kinds)
     is_refused = wanted == "auto" and is_batch_too_large  # a smaller micro-batch is the faster way
     chosen = preferred(placements) if placements and not is_refused else None
     notes += _link_notes(links, len(nodes))
+    if found is not None and (line := order_line(found, [node.name for node in nodes])):
+        notes.append(f"pipeline: {line}")
     return RunPlan(
         model=config.model.path,
         shape=shape,

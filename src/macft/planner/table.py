@@ -106,9 +106,6 @@ def _show_pipelines(plan: RunPlan, decision: LayoutDecision, console: Console) -
                     f"{node.name}: {choice.resident} of its {len(stage.blocks)} blocks stay in memory, the others are "
                     "read from disk for each micro-batch"
                 )
-    left_out = [node.name for rank, node in enumerate(plan.nodes) if rank not in decision.ranks]
-    if left_out:
-        console.print(f"left out, because a step is no faster with it: {', '.join(left_out)}")
 
 
 def _stage_memory(node: NodePlan, choice: StageChoice) -> list[str]:

@@ -64,10 +64,10 @@ class TopologyConfig:
     memory_budget: str = "0.95"
     # Where the weights are. replicate: all in memory. stream: a block is read from disk when it is needed, twice in a
     # step, so that models larger than the memory can be trained. pipeline: each node holds and computes some of the
-    # blocks, for all rows. auto: stream on a node whose memory they don't fit.
+    # blocks, for all rows. auto: replicate where the run fits every node, otherwise what makes a step fastest.
     placement: str = "auto"
     # With placement=pipeline, how many blocks each node has: a number for each, in ring order: [8, 16]. auto: by the
-    # speed and the memory of each node, so that a step is fastest.
+    # speed and the memory of each node, so that a step is fastest; the order may change, and a slow node have no stage.
     stages: Any = "auto"
     # With placement=pipeline, the number of pipelines. Nodes that follow each other in the ring form one; the rows of a
     # batch are divided among pipelines.

@@ -1,0 +1,214 @@
+"""``topology.placement=auto`` over several nodes: what their memories, disks and speeds make rank 0 choose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from harness.families import build, configuration
+from helpers.members import Node as Member
+from helpers.rings import local_listeners, run_ranks
+from macft.collective.ring import Ring
+from macft.config.schema import TrainConfig
+from macft.errors import ConfigError
+from macft.membership.paxos import View
+from macft.model.confirm import obstacle_to_cutting
+from macft.model.execution import Execution
+from macft.model.settings import ModelConfig
+from macft.parallel.shares import DataShard
+from macft.planner.cluster_model import Node
+from macft.planner.layout_inputs import alone
+from macft.planner.node_part import NodePart
+from macft.planner.run_placement import Choice, RunPlacement, agree_on_placement, choose
+from macft.planner.workload import unlike_rows
+from macft.topology.settings import TopologyConfig
+
+BLOCKS = 12
+FAST, SLOW = 3e9, 3e6
+"""Disks, bytes a second."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of twelve blocks of 13 MB, as far as a plan looks at it."""
+    sizes = {"num_hidden_layers": BLOCKS, "hidden_size": 512, "intermediate_size": 2048, "torch_dtype": "float32"}
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(configuration("llama") | sizes))
+    return folder
+
+
+def part_of(folder: Path, nodes: int, rank: int = 0, *, rows: int = 32, **topology: object) -> NodePart:
+    """Rank ``rank`` in a step of ``rows`` rows of 32 tokens."""
+    config = TrainConfig()
+    config.training.batch_size, config.training.kernels, config.training.packing = rows, "mlx", "false"
+    config.training.eval_every = 0
+    hosts = [f"127.0.0.1:{7000 + 10 * number}" for number in range(nodes)]
+    config.topology = TopologyConfig(**{"kind": "hosts", "hosts": hosts, "placement": "auto", **topology})  # type: ignore[arg-type]
+    return NodePart(config, folder, [unlike_rows(rows, 33, 32)], DataShard(rank, nodes))
+
+
+def nodes_of(
+    folder: Path, memories: Sequence[float], disk: float, speeds: Sequence[float] = (), *, rows: int = 32
+) -> list[Node]:
+    """What nodes tell that may take ``memories`` MB."""
+    told = []
+    for rank, memory in enumerate(memories):
+        placer = replace(part_of(folder, len(memories), rank, rows=rows).placer, budget=1e6 * memory)
+        speed = 1e10 * (speeds[rank] if speeds else 1.0)
+        execution, refusal = placer.choice()
+        ways = () if refusal is not None else (alone(placer, execution, speed=speed, disk=disk),)
+        told.append(Node(f"mac{rank}", speed, placer.budget, disk, ways))
+    return told
+
+
+def chosen(
+    folder: Path, memories: Sequence[float], disk: float, speeds: Sequence[float] = (), *, rows: int = 32
+) -> Choice:
+    nodes = nodes_of(folder, memories, disk, speeds, rows=rows)
+    return choose(part_of(folder, len(nodes), rows=rows), nodes, lambda: None)
+
+
+def resident(choice: Choice) -> list[tuple[int, int]]:
+    """Of each stage: blocks in memory, and all of its blocks."""
+    assert choice.pipelines is not None
+    best = choice.pipelines.best
+    stages = [stage for each in best.layout.pipelines for stage in each]
+    choices = [one for each in best.choices for one in each]
+    return [(one.resident, len(stage.blocks)) for one, stage in zip(choices, stages, strict=True)]
+
+
+def test_memory_and_disk_choose_each_placement(folder: Path) -> None:
+    roomy = chosen(folder, [1000, 1000], FAST)
+    assert roomy.placement == "replicate"
+    assert roomy.lines[0].startswith("topology.placement=auto chose replicate: ")
+    streamed = chosen(folder, [130, 130], FAST)
+    assert streamed.placement == "stream"
+    assert "s a step expected, pipeline " in streamed.lines[0]
+    assert streamed.lines[0].endswith("; the whole model doesn't fit the memory of rank 0 (mac0), rank 1 (mac1)")
+    pipeline = chosen(folder, [130, 130], SLOW)
+    assert pipeline.placement == "pipeline"
+    assert resident(pipeline) == [(6, 6), (6, 6)]
+    # The hidden states of all rows at all borders don't fit either, those of the micro-batches in flight do.
+    both = chosen(folder, [100, 100], FAST)
+    assert both.placement == "pipeline"
+    assert all(held < size for held, size in resident(both))
+    assert both.lines[0].startswith("topology.placement=auto chose pipeline, of nodes that read blocks from disk: ")
+    assert chosen(folder, [1, 1], FAST).lines == []  # each node's own plan says what it lacks
+
+
+def test_nodes_with_the_whole_model_keep_it(folder: Path) -> None:
+    """Though a cut by speed makes a pipeline about as fast; rows are then dealt by speed."""
+    unequal = chosen(folder, [1000, 1000], FAST, [4, 1])
+    assert unequal.placement == "replicate"
+    assert ", pipeline " in unequal.lines[0]
+
+
+def test_a_model_that_cannot_be_cut_is_no_pipeline(folder: Path, tmp_path: Path) -> None:
+    nodes = nodes_of(folder, [130, 130], SLOW)
+    choice = choose(part_of(folder, 2), nodes, lambda: "blocks share keys")
+    assert choice.placement == "stream"
+    assert choice.lines[0].endswith("; the model can't be cut: blocks share keys")
+    execution = Execution(device="cpu", kernels="mlx", dtype="float32")
+    assert obstacle_to_cutting(ModelConfig(), build("llama", tmp_path / "llama"), execution) is None
+    assert obstacle_to_cutting(ModelConfig(), build("gemma4_text", tmp_path / "gemma"), execution) is not None
+
+
+def test_a_slow_node_is_left_out(folder: Path) -> None:
+    spare = chosen(folder, [130] * 3, SLOW, [1, 0.1, 1])
+    assert spare.pipelines is not None
+    assert str(spare.pipelines.best.layout).count("rank 1") == 0
+    assert spare.pipelines.best.layout.described(3).endswith("; rank 1 without a stage")
+    assert spare.lines[1].startswith("no stage for rank 1: a spare, which takes blocks when another node is lost; ")
+    assert spare.lines[1].endswith(" s with all nodes in their order")
+
+
+def test_several_pipelines_get_rows_as_the_run_deals_them(folder: Path) -> None:
+    choice = chosen(folder, [130] * 4, SLOW, [1, 1, 1, 1], rows=128)
+    assert choice.pipelines is not None
+    assert len(choice.pipelines.best.layout.pipelines) == 2
+    assert len(set(choice.pipelines.best.micro_batches)) == 1
+
+
+@pytest.mark.parametrize(
+    ("budgets", "more", "placement", "says"),
+    [
+        (["4GB", "4GB"], {}, "auto", ["auto chose replicate: the run fits the memory of each node"]),
+        (
+            ["14MB", "14MB"],
+            {},
+            "pipeline",
+            ["auto chose pipeline, of nodes that read blocks from disk: ", "doesn't fit the memory of rank 0"],
+        ),
+        (["14MB", "14MB"], {"placement": "stream"}, "stream", []),
+    ],
+)
+def test_all_ranks_agree(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    budgets: list[str],
+    more: dict[str, object],
+    placement: str,
+    says: list[str],
+) -> None:
+    """Over a ring: each tells what it is, rank 0 decides. The disk was measured as a slow one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "macft").mkdir()
+    (tmp_path / "macft" / "disk-speed.json").write_text(json.dumps({"bytes_per_second": 1e5}))
+    build("llama", tmp_path / "model", num_hidden_layers=BLOCKS, hidden_size=128, intermediate_size=512)
+
+    def agree(ring: Ring) -> RunPlacement:
+        part = part_of(tmp_path / "model", 2, ring.rank, memory_budget=budgets[ring.rank], **more)
+        return agree_on_placement(part, ring)
+
+    first, second = run_ranks(local_listeners(2), agree)
+    assert first.config.topology.placement == second.config.topology.placement == placement
+    assert first.lines == second.lines
+    assert len(first.lines) == bool(says)
+    assert all(text in first.lines[0] for text in says)
+    assert first.cut(2) == second.cut(2)
+    assert (first.cut(2) is not None) == (placement == "pipeline")
+
+
+@pytest.mark.parametrize(
+    ("told", "wanted", "found"),
+    [
+        ({"topology.placement": "pipeline", "topology.pipelines": "2"}, "auto", ("pipeline", 2)),
+        ({"topology.placement": "each node has the whole model"}, "auto", ("auto", 1)),
+        ({"topology.placement": "each node has the whole model"}, "stream", ("stream", 1)),
+        (
+            {"topology.placement": "pipeline", "topology.pipelines": "1"},
+            "stream",
+            "the run that this node joins is a pi",
+        ),
+        (
+            {"topology.placement": "each node has the whole model"},
+            "pipeline",
+            "is one in which each node has the whole",
+        ),
+    ],
+)
+def test_a_newcomer_takes_over_the_runs_placement(
+    folder: Path, told: dict[str, str], wanted: str, found: str | tuple[str, int]
+) -> None:
+    members = Member("a", None), Member("b", None)
+    newcomer = Member("c", None)
+    try:
+        newcomer.enter(View(0, tuple(member.membership.own for member in members)), b"secret")
+        assert newcomer.ring is not None
+        newcomer.ring.contents = {"training rows": "40 rows", **told}
+        part = part_of(folder, 3, 2, placement=wanted)
+        if isinstance(found, str):
+            with pytest.raises(ConfigError, match=f"topology.placement: {wanted}, and .*{found}.*; use auto"):
+                agree_on_placement(part, newcomer.ring)
+            return
+        placement = agree_on_placement(part, newcomer.ring)
+        assert (placement.config.topology.placement, placement.config.topology.pipelines) == found
+        assert placement.settings == told
+        assert placement.cut(3) is None
+    finally:
+        for member in (*members, newcomer):
+            member.close()
