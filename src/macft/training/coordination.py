@@ -132,14 +132,15 @@ class NodeCoordinator:
             blocks=self.blocks,
             reasons=list(speeds.reasons),
             gain=found.gain,
-            layout=str(found.layout),
+            layout=found.layout.described(self.collective.world_size),
         )
 
     @property
     def blocks(self) -> list[int]:
         """How many blocks each rank's stage has, by rank; empty where all ranks have all."""
         layout = self.places.layout
-        return _counts(layout, self.collective.world_size) if self.stages is not None else []
+        is_pipeline = layout.has_stages or self.stages is not None
+        return _counts(layout, self.collective.world_size) if is_pipeline else []
 
     def regrouped(self, balancer: ShareBalancer, layout: StageLayout, stages: StageBalancer | None) -> None:
         """The ranks have changed; ``balancer`` has the shares of the new ones, ``layout`` their blocks.
