@@ -176,7 +176,9 @@ def test_a_node_with_more_blocks_reads_some_from_disk_or_says_what_it_lacks() ->
     assert refit(half)(layout_of(6, 6), 2, 3).execution.resident_blocks == ()  # no stage
     alone, peak, budget = refit(1.5 * half)(even_layout(BLOCKS, [0]), 0, 1)
     assert peak <= budget == 1.5 * half
-    assert alone.placement == "pipeline"
+    assert (alone.placement, alone.micro_batch_size) == ("pipeline", 2)
     assert 0 < alone.block_capacity < BLOCKS
+    least = streamed_parts(planner_of(1), base.with_batch(1, "none").streamed(())).peak
+    assert refit(least)(even_layout(BLOCKS, [0]), 0, 1).execution.micro_batch_size == 1
     with pytest.raises(ConfigError, match=r"read from disk the run would need about .* GB and may take"):
         refit(0.1 * half)(even_layout(BLOCKS, [0]), 0, 1)

@@ -164,7 +164,7 @@ def test_a_node_that_cannot_hold_the_run_alone_waits_for_another_one(tmp_path: P
     more = [*basics, f"model={wide_model(tmp_path / 'model')}", "adapter.rank=1", "training.batch_size=32"]
     more += ["training.steps=4", "training.eval_every=0", "training.save_every=2", "topology.placement=pipeline"]
     folder = tmp_path / "run"
-    small = ["topology=local", "topology.nodes=2", "topology.memory_budget=26MB", f"hydra.run.dir={folder}"]
+    small = ["topology=local", "topology.nodes=2", "topology.memory_budget=21MB", f"hydra.run.dir={folder}"]
     process = start(*more, *small, cwd=tmp_path, variables={"MACFT_FAULT": "checkpoint:1:kill"})
     paused = "paused: the nodes that are left can't hold the run. local-0: with its blocks read from disk the run"
     wait_for_events(process, folder, "noted", 1, paused)

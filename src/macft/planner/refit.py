@@ -7,7 +7,7 @@ micro-batches, and keep fewer of the blocks in memory that it reads from disk.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from macft.errors import ConfigError
 from macft.model.execution import Execution
@@ -89,9 +89,13 @@ class StageRefit:
             chosen = stages.decide()
             return Fitted(chosen, stages.predicted(chosen).peak, self.budget)
         # A pipeline of one stage computes block by block, all of its rows before the next block.
+        # Other micro-batches would add up gradients in another order, so they come second.
         placer = Placer(planner, self.budget, "stream", self.resident, auto=False)
-        alone = placer.decide()
+        alone, obstacle = placer.choice()
+        if obstacle is not None:
+            alone = replace(placer, auto=True).decide()
         held = self.execution.pipelined(len(alone.resident_blocks), alone.resident_blocks)
+        held = held.with_batch(alone.micro_batch_size, held.recompute)
         return Fitted(held, placer.parts(alone).peak, self.budget)
 
     def planned(self, planner: MemoryPlanner, layout: StageLayout, rank: int) -> StagePlanner:

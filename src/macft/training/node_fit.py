@@ -46,7 +46,8 @@ class NodeFit:
         try:
             self._found = self._refit(layout, rank, world_size)
         except ConfigError as error:
-            return str(error).partition(": ")[2] or str(error)
+            # Without the key, and the settings with which it would fit: those of a run can't be changed now.
+            return str(error).partition(": ")[2].partition("; ")[0] or str(error)
         return ""
 
     def take(self) -> None:
