@@ -30,6 +30,7 @@ from harness.runs import (
 
 ONE_NODE = ["topology.placement=replicate", "training.recompute=blocks"]
 STAGE = re.compile(r"rank (\d): blocks (\d)-(\d)")
+SCORED = ["dataset.metric=perplexity", "training.metric_rows=6", "report.samples=2", "training.metric_max_tokens=4"]
 PIPELINE = ["topology=local", "topology.placement=pipeline"]
 # Rank 1's Mac is hot from the start and stays so. Stages are looked at after every step.
 HOT = [
@@ -69,6 +70,7 @@ def basics(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "optimizer.warmup_steps=2",
         "adapter.dropout=0.1",
         "report.console=false",
+        "report.samples=0",
         "training.kernels=mlx",
     ]
 
@@ -76,14 +78,21 @@ def basics(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def one_node(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Path:
     """The run on one node, with all weights in memory and blocks recomputed."""
-    return train_to_end(*basics, *ONE_NODE, folder=tmp_path_factory.mktemp("one-node"))
+    return train_to_end(*basics, *ONE_NODE, *SCORED, folder=tmp_path_factory.mktemp("one-node"))
 
 
 @pytest.mark.slow
 def test_three_stages_have_the_bits_of_one_node(tmp_path: Path, basics: list[str], one_node: Path) -> None:
     more = ["topology.nodes=3", "topology.stages=[1,3,2]", "collective.encryption=on"]
-    run = train_to_end(*basics, *PIPELINE, *more, folder=tmp_path)
+    run = train_to_end(*basics, *PIPELINE, *more, *SCORED, folder=tmp_path)
     assert losses(run) == losses(one_node)
+    scored, expected = ([event["value"] for event in events(each, "metric_scored")] for each in (run, one_node))
+    assert len(scored) == 2
+    np.testing.assert_allclose(scored, expected, rtol=1e-5)
+    # Each stage answers with the blocks on its disk; texts are continued.
+    [shown], [reference] = (events(each, "samples_shown") for each in (run, one_node))
+    assert [sample["prompt"] for sample in shown["samples"]] == [sample["prompt"] for sample in reference["samples"]]
+    assert all(sample["after"] for sample in shown["samples"])
     assert same_bits(adapter(run), adapter(one_node))
     assert len(set(adapter_digests(run))) == 1
     evaluated = [[event["loss"] for event in events(each, "evaluated")] for each in (run, one_node)]
@@ -192,7 +201,7 @@ def test_a_node_that_cannot_hold_the_run_alone_waits_for_another_one(tmp_path: P
 def test_a_stage_is_killed_and_comes_back(tmp_path: Path, basics: list[str], slow_disk: dict[str, str]) -> None:
     """Under topology.placement=auto: the process that is started anew takes over what the run chose."""
     more = [*basics, "training.steps=5000", "training.eval_every=0", "training.save_every=0", "adapter.rank=1"]
-    more += [f"model={wide_model(tmp_path / 'model')}", "topology=local", "topology.memory_budget=28MB"]
+    more += [f"model={wide_model(tmp_path / 'model')}", "topology=local", "topology.memory_budget=24MB"]
     local = ["topology.nodes=2", "topology.restart=true", f"hydra.run.dir={tmp_path}"]
     process = start(*more, *local, cwd=tmp_path, variables=slow_disk)
     wait_for_step(process, tmp_path, 5)
@@ -219,7 +228,7 @@ def test_a_host_with_little_memory_gets_fewer_blocks(
     first, second = free_ports(2)
     hosts = ["topology=hosts", f"topology.hosts=[127.0.0.1:{first},127.0.0.1:{second}]"]
     own = [[f"topology.rank={rank}", f"hydra.run.dir={tmp_path / str(rank)}"] for rank in (0, 1)]
-    budgets = ["topology.memory_budget=28MB", "topology.memory_budget=4GB"]
+    budgets = ["topology.memory_budget=24MB", "topology.memory_budget=4GB"]
     processes = [start(*more, *hosts, *own[rank], budgets[rank], cwd=tmp_path, variables=slow_disk) for rank in (0, 1)]
     for process in processes:
         _, errors = process.communicate(timeout=120)
