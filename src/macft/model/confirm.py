@@ -19,7 +19,7 @@ from macft.model.settings import ModelConfig
 from macft.model.stages import CutModel
 from macft.model.traceable import is_traceable
 
-_TRIAL = mx.arange(1, 9)[None]
+_TRIAL_TOKENS = 8
 
 
 def confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[str]]:
@@ -46,14 +46,19 @@ def obstacle_to_cutting(config: ModelConfig, path: Path, execution: Execution) -
     except ModelError as error:
         return str(error)
     with weights.standing_in():
-        return CutModel(model, same_form=True).obstacle(_TRIAL)
+        return CutModel(model, same_form=True).obstacle(_trial())
+
+
+def _trial() -> mx.array:
+    """Tokens to try a model with (1, 8)."""
+    return mx.arange(1, 1 + _TRIAL_TOKENS)[None]
 
 
 def _confirm(execution: Execution, loaded: LoadedModel) -> tuple[Execution, list[str]]:
     notes: list[str] = []
     traced = loaded.streamed.left_out if loaded.streamed is not None else nullcontext
     cut = CutModel(loaded.model, same_form=execution.placement == "pipeline")
-    if loaded.streamed is not None and (obstacle := cut.obstacle(_TRIAL)):
+    if loaded.streamed is not None and (obstacle := cut.obstacle(_trial())):
         raise ConfigError(
             f"topology.placement: {execution.placement} can't cut this model into its blocks ({obstacle}); "
             "use topology.placement=replicate"

@@ -16,6 +16,7 @@ from macft.model.execution import Execution
 from macft.model.shape import ModelShape, read_shape
 from macft.parallel.shares import DataShard
 from macft.planner.fit import MemoryPlanner
+from macft.planner.packing import choose_packing
 from macft.planner.placement import Placer
 from macft.planner.workload import StepRows
 from macft.topology.settings import TopologyConfig, parse_budget
@@ -45,9 +46,19 @@ class NodePart:
         return read_shape(self.folder)
 
     @cached_property
+    def _packed_or_padded(self) -> tuple[Execution, list[str]]:
+        asked = execution_for(self.config, self.shape, self.shape.checkpoint, Device.default())
+        return choose_packing(planner_for(self.config, self.shape, asked, self.steps))
+
+    @property
     def execution(self) -> Execution:
-        """As the configuration has it, before anything is decided."""
-        return execution_for(self.config, self.shape, self.shape.checkpoint, Device.default())
+        """As the configuration has it, with packs or padded rows, before anything else is decided."""
+        return self._packed_or_padded[0]
+
+    @property
+    def packing_notes(self) -> list[str]:
+        """Lines for the user; the same for all nodes of a kind."""
+        return self._packed_or_padded[1]
 
     @property
     def budget(self) -> float:
@@ -67,10 +78,10 @@ class NodePart:
     def of_pipelines(self, count: int) -> MemoryPlanner:
         """The prediction for all rows, in the micro-batches of a run with so many pipelines."""
         topology = replace(self.config.topology, placement="pipeline", pipelines=count)
-        config = replace(self.config, topology=topology)
-        execution = replace(execution_for(config, self.shape, self.shape.checkpoint, Device.default()), lanes=1)
-        steps = [step_of_shard(step, DataShard(0, 1), execution) for step in self.steps[:_STEPS]]
-        return planner_for(config, self.shape, execution, steps)
+        part = replace(self, config=replace(self.config, topology=topology), steps=self.steps[:_STEPS])
+        execution = replace(part.execution, lanes=1)
+        steps = [step_of_shard(step, DataShard(0, 1), execution) for step in part.steps]
+        return planner_for(part.config, self.shape, execution, steps)
 
 
 def budget_of(topology: TopologyConfig) -> float:

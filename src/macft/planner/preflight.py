@@ -117,7 +117,8 @@ def _decide(part: NodePart, cut: Cut) -> Preflight:
         execution = execution.streamed(()) if topology.placement == "stream" else execution.unplanned()
         return Preflight(config, execution, execution.placement, [f"no memory plan: {error}"])
     if topology.placement == "pipeline":
-        return _decide_stage(part, cut)
+        decision = _decide_stage(part, cut)
+        return decision._replace(notes=[*decision.notes, *part.packing_notes])
     placer = part.placer
     chosen = placer.decide()
     note = _limited(placer.parts(chosen), part.budget)
@@ -126,7 +127,8 @@ def _decide(part: NodePart, cut: Cut) -> Preflight:
     elif chosen.recompute != part.execution.recompute:
         note += f"; training.recompute=auto chose {chosen.recompute}"
     refit = WholeModelRefit(part.planner, chosen, heaviest(part.steps), part.budget, topology.resident_blocks)
-    return Preflight(config, chosen, Layout.of(shape, chosen, placer.first_trained).line, [note], refit=refit)
+    notes = [note, *part.packing_notes]
+    return Preflight(config, chosen, Layout.of(shape, chosen, placer.first_trained).line, notes, refit=refit)
 
 
 def _decide_stage(part: NodePart, cut: Cut) -> Preflight:

@@ -35,6 +35,7 @@ from macft.planner.layout_inputs import alone, can_pipeline, model_cost, step_wo
 from macft.planner.memory import MemoryParts, trained_part
 from macft.planner.node_cuts import order_line
 from macft.planner.node_part import placer_for, planner_for, step_of_shard
+from macft.planner.packing import choose_packing
 from macft.planner.partition import LayoutDecision, preferred
 from macft.planner.placement import Layout, Placer
 from macft.planner.run_placement import run_placements
@@ -93,17 +94,22 @@ def plan_run(config: TrainConfig) -> RunPlan:
     shape, folder = _shape(config, notes)
     steps, total_steps = _steps(config, folder, notes)
     macs = find_macs(config.plan.chips)
+    device = METAL if macs else Device.default().shared_by(_nodes_here(config, macs))
+    # The same for all nodes, which are of a kind.
+    whole_steps = planner_for(config, shape, execution_for(config, shape, shape.checkpoint, device), steps)
+    execution, packing_notes = choose_packing(whole_steps)
+    notes += packing_notes
     speeds = [mac.chip.tflops * 1e12 * MAC_EFFICIENCY for mac in macs] or _own_speeds(config, notes)
     disks = [mac.chip.disk * 1e9 for mac in macs] or _own_disks(len(speeds), notes)
     plans, nodes, wanted, is_batch_too_large = [], [], config.topology.placement, False
     for rank, (speed, disk) in enumerate(zip(speeds, disks, strict=True)):
-        placer = _placer(config, shape, steps, DataShard(rank, len(speeds), tuple(speeds)), macs)
+        placer = _placer(config, shape, execution, steps, DataShard(rank, len(speeds), tuple(speeds)), macs)
         plan = _plan_node(_name(macs, rank, len(speeds)), placer, macs[rank] if macs else None)
         ways = () if plan.refusal is not None else (alone(placer, plan.execution, speed=speed, disk=disk),)
         is_batch_too_large |= plan.refusal is not None and placer.planner.best(placer.budget) is not None
         plans.append(plan)
         nodes.append(Node(plan.name, speed, plan.budget, disk, ways))
-    whole = _placer(config, shape, steps, DataShard(0, 1), macs).planner
+    whole = _placer(config, shape, execution, steps, DataShard(0, 1), macs).planner
     model, work = model_cost(whole), step_work(whole, config.training.micro_batch_size)
     links = find_links(config.plan.link)
     ring = _ring(links, len(nodes))
@@ -111,8 +117,9 @@ def plan_run(config: TrainConfig) -> RunPlan:
 
     def planner_of(pipelines: int) -> MemoryPlanner:
         topology = replace(config.topology, placement="pipeline", pipelines=pipelines)
-        planner = _placer(replace(config, topology=topology), shape, steps, DataShard(0, 1), macs).planner
-        return replace(planner, execution=replace(planner.execution, lanes=1))
+        asked = execution_for(replace(config, topology=topology), shape, shape.checkpoint, device)
+        chosen, _ = choose_packing(planner_for(config, shape, asked, steps))
+        return _placer(config, shape, replace(chosen, lanes=1), steps, DataShard(0, 1), macs).planner
 
     counts = [config.topology.pipelines] if wanted == "pipeline" else range(1, config.training.batch_size + 1)
     placements, found = run_placements(nodes, ring, planner_of, None, counts=counts, kinds=kinds)
@@ -145,14 +152,21 @@ def plan_run(config: TrainConfig) -> RunPlan:
     )
 
 
+def _nodes_here(config: TrainConfig, macs: Sequence[Mac]) -> int:
+    """Nodes that share a machine."""
+    return config.topology.nodes if not macs and config.topology.kind == "local" else 1
+
+
 def _placer(
-    config: TrainConfig, shape: ModelShape, steps: Sequence[StepRows], shard: DataShard, macs: Sequence[Mac]
+    config: TrainConfig,
+    shape: ModelShape,
+    execution: Execution,
+    steps: Sequence[StepRows],
+    shard: DataShard,
+    macs: Sequence[Mac],
 ) -> Placer:
     """What decides how the node at ``shard`` computes."""
-    mac = macs[shard.rank] if macs else None
-    nodes_here = config.topology.nodes if mac is None and config.topology.kind == "local" else 1
-    device = METAL if mac else Device.default().shared_by(nodes_here)
-    execution = execution_for(config, shape, shape.checkpoint, device)
+    mac, nodes_here = macs[shard.rank] if macs else None, _nodes_here(config, macs)
     own = [step_of_shard(step, shard, execution) for step in steps]
     # A node far slower than the others may be left without a row; it still holds the model.
     own = [step for step in own if step.rows] or [StepRows(steps[0].rows[:1], steps[0].ids[:1])]

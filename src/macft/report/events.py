@@ -83,7 +83,8 @@ class StepDone(ReplayedEvent):
     between two steps.
     ``nodes`` and ``shares`` (of this step's rows, 1 in all) are by rank. ``bytes_sent``: by this node, for this step.
     ``residual_norm``: L2 norm of what this node's codec has rounded off and not yet added. ``generation`` counts the
-    changes of the nodes.
+    changes of the nodes. ``traces``: how often this node has traced a gradient to compile it so far, once for each
+    shape.
     """
 
     total_steps: int
@@ -103,6 +104,7 @@ class StepDone(ReplayedEvent):
     nodes: list[NodeStatus] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
     generation: int = 0
+    traces: int = 0
     # How many of the model's blocks each rank computes; empty where all compute all.
     blocks: list[int] = field(default_factory=list)
 

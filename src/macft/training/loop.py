@@ -155,6 +155,7 @@ class Trainer:
                 shares=list(nodes.balancer.shares),
                 generation=self.recovery.generation if self.recovery else 0,
                 blocks=nodes.blocks,
+                traces=result.traces,
             )
         )
         if result.statuses:
