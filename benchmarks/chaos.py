@@ -2,6 +2,9 @@
 
     sudo python benchmarks/chaos.py [--nodes 4] [--steps 1200] [--seed 1] [--chance 0.01 | --faults 24] [--pipeline]
 
+--pipeline: each node has some of a larger model's blocks. Simulated sensors make nodes 1 and 2 hot, so that stages hand
+over blocks all through the run, while nodes are killed, stopped, cut off and slowed down.
+
 Real nodes in network namespaces (Linux, root), encrypted, on a small random model, so that there are many steps; the
 machinery is that of `tests/test_chaos.py`. --chance: at each step each of the four comes upon a random node with this
 probability, whatever else is going on; only a kill waits until all are together, and what comes after it waits behind
@@ -35,6 +38,23 @@ from harness.runs import train_to_end, uneven_dataset
 from harness.tiny_model import make_tiny_model
 from macft.model.bundled import ensure_bundled
 
+PIPELINE = [
+    "topology.placement=pipeline",
+    "topology.rebalance_every=1",
+    "training.micro_batch_size=2",
+    "thermal=performance",
+    "thermal.sensor=simulated",
+    "thermal.interval=0.05",
+    "thermal.temperature_limit=72",
+    "thermal.min_duty=0.3",
+    "thermal.simulated.chip=mac-mini-m2",
+    "thermal.simulated.speed=40",
+    "thermal.simulated.hot_ranks=[1,2]",
+    "thermal.simulated.hot_start=76",
+    "thermal.simulated.blanket_seconds=400",
+]
+"""Nodes 1 and 2 are hot for the first ten seconds after their start."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -43,7 +63,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--chance", type=float, default=0.01)
     parser.add_argument("--faults", type=int)
-    parser.add_argument("--pipeline", action="store_true", help="each node has some of a larger model's blocks")
+    parser.add_argument("--pipeline", action="store_true", help="stages of a pipeline, some of them hot")
     options = parser.parse_args()
     if reason := missing_requirement():
         sys.exit(reason)
@@ -61,7 +81,7 @@ def main() -> None:
             model = build("llama", folder / "model", num_hidden_layers=2 * options.nodes)
         else:
             model = make_tiny_model(folder / "model", ensure_bundled())
-        placement = ["topology.placement=pipeline", "training.micro_batch_size=2"] if options.pipeline else []
+        placement = PIPELINE if options.pipeline else []
         overrides = [
             f"model={model}",
             f"dataset={uneven_dataset(folder / 'data')}",
@@ -100,6 +120,7 @@ def show(outcome: Outcome, options: argparse.Namespace, seconds: float) -> None:
         ("faults survived", f"{sum(outcome.injected.values())}"),
         ("at once, at most", f"{outcome.at_once}"),
         ("changes of the members", f"{outcome.changes}"),
+        *([("times that stages handed over blocks", f"{outcome.moves}")] if options.pipeline else []),
         ("steps computed again", f"{outcome.recomputed}"),
         ("from a loss being found to the new ring, median, most", _median_and_most(outcome.recoveries)),
         ("from a kill to the others' next step's end, median, most", _median_and_most(outcome.resumed["kill"])),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -17,10 +18,11 @@ from helpers.report_events import HPARAMS, started, step
 from macft.checkpoint.saver import CheckpointSaver
 from macft.checkpoint.snapshot import Progress
 from macft.checkpoint.store import CheckpointStore
-from macft.errors import RendezvousError
+from macft.errors import MembershipChanged, RendezvousError
 from macft.membership.paxos import View
 from macft.parallel.balance import ShareBalancer
 from macft.parallel.node_status import NodeStatus
+from macft.parallel.stage_layout import StageLayout
 from macft.report import fan_out
 from macft.report.event_bytes import pack_events, unpack_events
 from macft.report.events import Evaluated, Reporter
@@ -29,10 +31,25 @@ from macft.report.settings import ReportConfig
 from macft.training.checkpoint_policy import CheckpointPolicy
 from macft.training.coordination import NodeCoordinator
 from macft.training.gradient_reducer import GradientReducer
+from macft.training.node_fit import NodeFit
 from macft.training.recovery import Recovery
 from macft.training.state import TrainState
-from macft.training.stop_request import StopRequest
+from macft.training.stop_request import Stopped, StopRequest
 from macft.training.throttle import NoThrottle
+
+
+class NoRoom(NodeFit):
+    """A memory that holds a third of a run."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def obstacle(self, layout: StageLayout, rank: int, world_size: int) -> str:
+        assert layout.place_of(rank) is not None
+        return "" if world_size > 2 else f"the run would need about {12 / world_size:.2f} GB and may take 4.00 GB"
+
+    def take(self) -> None:
+        self.taken += 1
 
 
 class Rank:
@@ -47,12 +64,13 @@ class Rank:
         self.reporter: Reporter = fan_out.build(config, self.folder, hparams=HPARAMS, is_main=rank == 0, first_step=0)
         self.state = TrainState(nn.Linear(2, 2), optim.SGD(0.1), Progress(), GradientReducer(ring))
         self.stop = StopRequest()
-        saver = CheckpointSaver(CheckpointStore(folder / f"checkpoints{rank}", keep_last=1))
+        self.saver = CheckpointSaver(CheckpointStore(folder / f"checkpoints{rank}", keep_last=1))
+        self.nodes = NodeCoordinator(ring, ShareBalancer("equal", 3, every=1), NoThrottle(), fit=NoRoom())
         self.recovery = Recovery(
             ring,
             self.state,
-            NodeCoordinator(ring, ShareBalancer("equal", 3, every=1), NoThrottle()),
-            CheckpointPolicy(self.state, ring, saver, self.reporter, every=0),
+            self.nodes,
+            CheckpointPolicy(self.state, ring, self.saver, self.reporter, every=0),
             self.reporter,
             self.stop,
         )
@@ -65,10 +83,14 @@ class Rank:
             self.reporter.handle(Evaluated(number, 3.0, 900, 1.0, True))
         self.state.progress.step = self.state.progress.evaluated_step = until
 
-    def steps(self, kind: str = "step_done") -> list[int]:
+    def events(self, kind: str) -> list[dict[str, Any]]:
         """Those in this rank's metrics file."""
         lines = self.folder.metrics.read_text().splitlines() if self.folder.metrics.exists() else []
-        return [event["step"] for event in map(json.loads, lines) if event["type"] == kind]
+        return [event for event in map(json.loads, lines) if event["type"] == kind]
+
+    def steps(self, kind: str = "step_done") -> list[int]:
+        """The steps of these events."""
+        return [event["step"] for event in self.events(kind)]
 
 
 @pytest.fixture
@@ -140,3 +162,44 @@ def test_a_node_with_other_contents_is_left_out_and_the_others_go_on(ranks: list
     ranks[2].node.close()
     assert (first.result(30), second.result(30)) == (True, True)
     assert ranks[0].ring.members.names == ("n0", "n1")
+
+
+def test_a_run_that_the_nodes_left_cannot_hold_pauses(ranks: list[Rank]) -> None:
+    """It says what is missing, until a stop is requested or a node wants to join; both nodes leave the pause alike."""
+    first, second, lost = ranks
+    for rank in ranks:
+        rank.trained(4)
+    lost.node.close()
+    regroup([first, second])
+    missing = "the run would need about 6.00 GB and may take 4.00 GB"
+    assert first.nodes.lacking == [f"n0: {missing}", f"n1: {missing}"]
+    pauses = [rank.node.thread.submit(rank.recovery.wait_for_memory) for rank in (first, second)]
+    second.stop.defer("")
+    second.stop.request()
+    for pause in pauses:
+        with pytest.raises(Stopped):
+            pause.result(30)
+    (note,) = [event for event in first.events("noted") if "paused" in event["text"]]
+    assert note["text"].startswith(
+        f"paused: the nodes that are left can't hold the run. n0: {missing}. n1: {missing}. It"
+    )
+    assert first.state.progress.step == 4
+    assert first.saver.store.steps() == [4]
+
+
+def test_a_pause_ends_when_a_node_joins(ranks: list[Rank]) -> None:
+    first, second, lost = ranks
+    lost.node.close()
+    regroup([first, second])
+    pauses = [rank.node.thread.submit(rank.recovery.wait_for_memory) for rank in (first, second)]
+    newcomer = Node("n3", None)
+    try:
+        newcomer.enter(first.ring._view, b"secret of this run")
+        joining = newcomer.regroup()
+        for pause in pauses:
+            with pytest.raises(MembershipChanged, match="a node wants to join"):
+                pause.result(30)
+        for ring in (first.node.regroup(), second.node.regroup(), joining):
+            assert ring.result(30).names == ("n0", "n1", "n3")
+    finally:
+        newcomer.close()

@@ -31,8 +31,10 @@ from macft.config.paths import config_folder
 from macft.parallel.node_status import NodeStatus
 from macft.report import fan_out
 from macft.report.console import ConsoleReporter
+from macft.report.event_bytes import pack_events, unpack_events
 from macft.report.events import (
     NOT_RECORDED,
+    BlocksMoved,
     CheckpointSaved,
     Evaluated,
     Event,
@@ -461,14 +463,27 @@ def test_a_nodes_status_keeps_its_keys(tmp_path: Path) -> None:
 
 def test_where_the_time_of_a_stage_went() -> None:
     first = NodeStatus(busy_seconds=3.0, wait_seconds=1.0, disk_seconds=0.5, wire_seconds=0.25)
-    values = Scalars().of(replace(step(1), nodes=[first, NodeStatus(busy_seconds=2.0)], shares=[0.5, 0.5]))
+    nodes = [first, NodeStatus(busy_seconds=2.0)]
+    values = Scalars().of(replace(step(1), nodes=nodes, shares=[0.5, 0.5], blocks=[5, 1]))
     of_stages = {name: value for name, value in values.items() if name.startswith("stage/")}
     assert of_stages == {
         "stage/compute_rank0": 1.5,
         "stage/wait_rank0": 1.0,
         "stage/disk_rank0": 0.5,
         "stage/wire_rank0": 0.25,
+        "stage/blocks_rank0": 5.0,
+        "stage/blocks_rank1": 1.0,
     }
+
+
+def test_blocks_that_move_are_one_line() -> None:
+    layout = "rank 0: blocks 0-4 > rank 1: blocks 5-5; rank 2 without a stage"
+    moved = BlocksMoved(4, [2, 2, 2], [5, 1, 0], ["", "temperature", ""], 0.42, layout)
+    assert moved.line == (
+        "rank 1 hands over 1 block (temperature), rank 2 hands over 2 blocks (slower than others); "
+        f"now {layout}; a step is expected to take 42% less time"
+    )
+    assert unpack_events(pack_events([moved])) == [moved]
 
 
 def test_a_loss_that_is_no_number_is_still_json(tmp_path: Path) -> None:

@@ -45,6 +45,13 @@ def step(guard: ThermalThrottle, work: float) -> NodeStatus:
     return guard.status(10, time.perf_counter() - begun)
 
 
+def test_a_stage_is_told_of_with_its_blocks() -> None:
+    nodes = [NodeStatus(), NodeStatus(duty=0.5, reason="quiet hours")]
+    assert Notices(HALF).lines(nodes, [0.5, 0.5], [5, 1]) == [
+        "thermal: node 1 may work 50% of the time, 1 block (quiet hours)"
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(time.localtime().tm_hour == 23 and time.localtime().tm_min > 57, reason="the quiet day ends")
 def test_rest_is_as_long_as_work_unless_others_are_waited_for() -> None:
@@ -64,6 +71,17 @@ def test_rest_is_as_long_as_work_unless_others_are_waited_for() -> None:
         assert (status.reason, status.paused) == ("quiet hours", False)
         assert guard.messages([status], [1.0]) == ["thermal: this node may work 50% of the time (quiet hours)"]
         assert guard.messages([status], [1.0]) == []
+        for _ in range(3):
+            begun = time.perf_counter()
+            guard.begin_step(1)
+            guard.before_micro_batch()
+            spin(0.1)
+            with guard.waiting():  # a stage of a pipeline, for another one
+                time.sleep(0.3)
+            guard.step_computed()
+            seconds = time.perf_counter() - begun
+            status = guard.status(10, seconds)
+        assert seconds - status.busy_seconds < status.busy_seconds / 2
     finally:
         guard.close()
 

@@ -91,6 +91,8 @@ class Outcome:
     resumed: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     """Seconds from a fault that cost a node its place to the end of the next step of the others."""
     changes: int = 0
+    moves: int = 0
+    """How often stages have handed over blocks."""
     usage: dict[int, list[Usage]] = field(default_factory=dict)
     """Of each process, by its id, whenever all nodes are together and nothing is wrong."""
     differences: Differences = field(default_factory=lambda: Differences(0.0, 0.0, 0.0))
@@ -358,6 +360,7 @@ def _check(world: Nodes, reference: Path, outcome: Outcome) -> None:
     for list_of_changes in world.events("nodes_changed").values():
         changes |= {event["generation"]: event for event in list_of_changes}
     outcome.changes = len(changes)
+    outcome.moves = len({event["step"] for each in world.events("blocks_moved").values() for event in each})
     outcome.recomputed = sum(event["recomputed"] for event in changes.values())
     outcome.recoveries = [event["seconds"] for event in changes.values() if event["left"]]
     assert outcome.recomputed <= outcome.changes

@@ -39,6 +39,8 @@ class Channels(Protocol):
 
     waited: float
     """Seconds that :meth:`receive` has waited."""
+    waiting: Callable[[], AbstractContextManager[None]]
+    """Surrounds each such wait."""
 
     @property
     def peers(self) -> Collection[int]:
@@ -79,6 +81,10 @@ class Channels(Protocol):
 
     def guard(self, check: Callable[[], None], errors: Callable[[], AbstractContextManager[None]]) -> Channels:
         """Calls ``check``, which may raise, while a rank waits; whatever is raised passes through ``errors``."""
+        ...
+
+    def close(self) -> None:
+        """Ends the channels, on all ranks between two messages. Safe to call twice."""
         ...
 
 

@@ -241,6 +241,7 @@ class StreamChannels(Channels):
         self._incoming = {
             source: _Incoming(stream, source, generation, ring.name(source)) for source, stream in streams_in.items()
         }
+        self.waiting: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         self.waited, self._closed = 0.0, False
 
     @property
@@ -273,7 +274,7 @@ class StreamChannels(Channels):
 
     def receive(self, source: int, tag: int) -> memoryview:
         """See :class:`~macft.collective.base.Channels`."""
-        with self._errors():
+        with self._errors(), self.waiting():
             return self._receive(source, tag)
 
     def close(self, *, drain: bool = False) -> None:

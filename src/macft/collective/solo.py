@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Self
 
@@ -18,6 +18,7 @@ class NoChannels(Channels):
     """Those of a rank that has no peers."""
 
     waited, bytes_sent, sending_seconds = 0.0, 0, 0.0
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext
     peers: Collection[int] = ()
 
     def guard(self, check: Callable[[], None], errors: Callable[[], AbstractContextManager[None]]) -> Channels:  # noqa: ARG002
@@ -31,6 +32,9 @@ class NoChannels(Channels):
     def receive(self, source: int, tag: int) -> memoryview:  # noqa: ARG002
         """Raises ValueError."""
         raise ValueError(f"there is no channel from rank {source}")
+
+    def close(self) -> None:
+        """Has nothing to end."""
 
 
 class Solo:

@@ -10,9 +10,14 @@ from __future__ import annotations
 import os
 import signal
 
-POINTS = ("start", "rendezvous", "load", "first_step", "last_step", "export", "scoring", "farewell")
-"""Process started; about to meet the others; ring formed, nothing loaded; before the first step; before the last one;
-before the adapter is written; before the answers are scored; results written, the others not told."""
+POINTS = (
+    *("start", "rendezvous", "load", "first_step", "micro_batch", "reduce", "hand_over", "regroup", "validation"),
+    *("checkpoint", "last_step", "export", "scoring", "farewell"),
+)
+"""Process started; about to meet the others; ring formed, nothing loaded; before the first step; before a stage's first
+backward pass; gradients summed, losses not; about to take over other blocks; a new ring formed, no state shared;
+before the first validation; before a checkpoint's state is taken; before the last step; before the adapter is written;
+before the answers are scored; results written, the others not told."""
 _VARIABLE = "MACFT_FAULT"
 
 
@@ -36,6 +41,10 @@ class _Faults:
 
 
 _faults = _Faults() if _VARIABLE in os.environ else None
+
+
+NEWCOMER = -1
+"""The rank in the variable of a process that joins a running run."""
 
 
 def begin(rank: int) -> None:

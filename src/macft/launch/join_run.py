@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 
 from macft.config.schema import TrainConfig
+from macft.device import fault_points
 from macft.launch.member import member_config
 from macft.launch.run_clock import started
 from macft.membership.join import join_elastic_ring, local_address_towards, member_addresses
@@ -20,6 +21,7 @@ from macft.training.stop_request import StopRequest, announce
 def join_run(config: TrainConfig, folder: Path, target: str) -> str:
     """Joins the run of the nodes at ``target`` (a value of ``topology.join``); returns why it ended."""
     topology = config.topology
+    fault_points.begin(fault_points.NEWCOMER)
     addresses = member_addresses(target, topology.port)
     is_listed = bool(topology.hosts)
     own = topology.hosts[own_rank(topology)] if is_listed else local_address_towards(addresses[0])

@@ -39,6 +39,8 @@ def _said(line: Line) -> tuple[str, str] | None:
             return f"{_at(line)}checkpoint saved in {number(line.get('seconds')) or 0.0:.1f} s", "info"
         case "nodes_changed":
             return _at(line) + _change(line), "warning" if mapping(line.get("left")) else "good"
+        case "blocks_moved":
+            return f"{_at(line)}stages hand over blocks; now {text(line.get('layout'))}", "info"
         case "noted":
             level = text(line.get("level"))
             return text(line.get("text")), level if level in _LEVELS else "info"

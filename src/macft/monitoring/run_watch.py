@@ -103,6 +103,10 @@ class RunWatch:
                 self._nodes = [NodeFacts(rank, text(name)) for rank, name in enumerate(items(line.get("names")))]
                 self._facts.layout = text(line.get("layout")) or self._facts.layout
                 self._last_step = at
+            case "blocks_moved":
+                self._facts.layout = f"pipeline: {text(line.get('layout'))}"
+                spans = [text(span) for span in items(line.get("spans"))]
+                self._nodes = [replace(node, blocks=span) for node, span in zip(self._nodes, spans, strict=False)]
             case "run_ended":
                 reason = text(line.get("reason"))
                 self._facts.status = reason if reason in _STATUSES else "interrupted"

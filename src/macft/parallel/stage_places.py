@@ -4,16 +4,62 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 from macft.collective.base import Channels, Collective
 from macft.model.ends import ends_of
 from macft.parallel.shares import DataShard
+from macft.parallel.stage_balance import StageSpeeds
 from macft.parallel.stage_layout import Stage, StageLayout, even_layout
 
 Decide = Callable[[int], StageLayout]
 """The layout of a number of ranks."""
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """A layout whose step is predicted to take ``gain`` less, as a part of what it takes now.
+
+    ``paces``: by rank, how fast it was measured to be, as a multiple of what was expected.
+    """
+
+    layout: StageLayout
+    gain: float
+    paces: tuple[float, ...]
+
+    def pack(self) -> bytes:
+        """As JSON."""
+        return json.dumps([self.layout.to_data(), self.gain, self.paces]).encode()
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Improvement:
+        """The inverse of :meth:`pack`."""
+        layout, gain, paces = json.loads(payload)
+        return cls(StageLayout.from_data(layout), gain, tuple(paces))
+
+
+class LayoutChanges(Protocol):
+    """What a run knows of its nodes, for the layouts that come after the first one."""
+
+    @property
+    def report(self) -> bytes:
+        """What this node tells the others whenever the members change; empty if it knows nothing."""
+        ...
+
+    def learn(self, reports: Sequence[bytes]) -> None:
+        """Takes the members' reports, by rank."""
+        ...
+
+    def improve(self, layout: StageLayout, speeds: StageSpeeds) -> Improvement | None:
+        """A clearly faster layout for these speeds, if there is one."""
+        ...
+
+    def remember(self, paces: Sequence[float]) -> None:
+        """Keeps what was measured, by rank, for layouts of other members."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -55,11 +101,14 @@ class StagePlaces:
     Args:
         collective: The ranks.
         decide: Makes the layout. One rank's answer counts.
+        changes: Finds better layouts while the run goes on. None: there are none.
     """
 
-    def __init__(self, collective: Collective, decide: Decide = whole_models):
-        self.decide = decide
+    def __init__(self, collective: Collective, decide: Decide = whole_models, changes: LayoutChanges | None = None):
+        self.decide, self._changes = decide, changes
         self.layout = decide(collective.world_size)
+        self.waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Surrounds the time in which this rank waits for another stage."""
         self._collective = collective
         self._channels: Channels | None = None
 
@@ -71,6 +120,32 @@ class StagePlaces:
     def change(self, layout: StageLayout) -> None:
         """The ranks, or what they compute, have changed. Collective: every rank must call it."""
         self.layout, self._channels = layout, None
+
+    def hand_over(self, layout: StageLayout) -> None:
+        """The same ranks have other blocks from now on. Collective: every rank must call it."""
+        if self._channels is not None and _neighbours(layout) != _neighbours(self.layout):
+            self._channels.close()
+            self._channels = None
+        self.layout = layout
+
+    def tell(self) -> None:
+        """All ranks tell what is needed to decide on layouts. A call of all ranks."""
+        reports = self._collective.all_gather(b"" if self._changes is None else self._changes.report)
+        if self._changes is not None:
+            self._changes.learn(reports)
+
+    def improvement(self, speeds: StageSpeeds) -> Improvement | None:
+        """Rank 0's answer to whether another layout is clearly faster. A call of all ranks."""
+        own = None
+        if self._changes is not None and self._collective.rank == 0:
+            own = self._changes.improve(self.layout, speeds)
+        payload = self._collective.broadcast(b"" if own is None else own.pack())
+        if not payload:
+            return None
+        found = Improvement.unpack(payload)
+        if self._changes is not None:
+            self._changes.remember(found.paces)
+        return found
 
     @property
     def own(self) -> StagePlace | None:
@@ -94,6 +169,11 @@ class StagePlaces:
     def channels(self) -> Channels:
         """Between neighbouring stages. The first call after a change is one of all ranks."""
         if self._channels is None:
-            pairs = [(one.rank, other.rank) for pipeline in self.layout.pipelines for one, other in pairwise(pipeline)]
-            self._channels = self._collective.open_channels(pairs, "pipeline")
+            self._channels = self._collective.open_channels(_neighbours(self.layout), "pipeline")
+            self._channels.waiting = self.waiting
         return self._channels
+
+
+def _neighbours(layout: StageLayout) -> list[tuple[int, int]]:
+    """The ranks of stages that follow each other."""
+    return [(one.rank, other.rank) for pipeline in layout.pipelines for one, other in pairwise(pipeline)]

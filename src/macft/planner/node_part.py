@@ -68,8 +68,12 @@ class NodePart:
     @cached_property
     def placer(self) -> Placer:
         """What decides where its weights are, if it has the whole model."""
-        own = [step_of_shard(step, self.shard, self.execution) for step in self.steps]
-        return placer_for(self.config, planner_for(self.config, self.shape, self.execution, own), self.budget)
+        return placer_for(self.config, self.planner(self.shard, self.execution, self.steps), self.budget)
+
+    def planner(self, shard: DataShard, execution: Execution, steps: Sequence[StepRows]) -> MemoryPlanner:
+        """The prediction for the rows of ``steps`` that ``shard`` gets."""
+        own = [step_of_shard(step, shard, execution) for step in steps]
+        return planner_for(self.config, self.shape, execution, own)
 
     def of_pipelines(self, count: int) -> MemoryPlanner:
         """The prediction for all rows, in the micro-batches of a run with so many pipelines."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from macft.collective.base import Collective
 from macft.device.chips import own_chip
-from macft.device.disk_speed import disk_speed
+from macft.device.disk_speed import UNKNOWN_DISK, disk_speed
 from macft.device.kind import Device
 from macft.errors import ConfigError
 from macft.network.link_kinds import LINK_KINDS
@@ -22,6 +22,9 @@ from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops
 
 _LONGEST_REPORT = 4096
 _LONGEST_NAME = 255
+# The speed of a node that has not measured it, which no real one has, and the link between processes of a machine.
+_UNMEASURED = 1.0
+_INSIDE = NodeLink(1e10, 1e-5)
 # The part of a speed that another measurement of it reaches at least.
 _ALIKE = 0.85
 
@@ -46,6 +49,11 @@ def own_node(memory: float, *, name: str | None = None, processes: int = 1, addr
     found = own_link(address) if address is not None else None
     link = None if found is None else NodeLink(found.bandwidth, found.latency)
     return Node(name, speed / processes, memory, disk_speed().bytes_per_second / processes, link=link)
+
+
+def one_of_many_here(memory: float) -> Node:
+    """One of the nodes of ``topology=local``, whose speed nobody measures before the run."""
+    return Node(platform.node(), _UNMEASURED, memory, UNKNOWN_DISK, link=_INSIDE)
 
 
 def own_report(placer: Placer, *, name: str | None = None, processes: int = 1, address: str | None = None) -> Node:
@@ -75,8 +83,11 @@ def gather_reports(collective: Collective, own: Node | None) -> list[Node]:
 def alike(nodes: Sequence[Node]) -> list[Node]:
     """``nodes`` with one speed, and one disk, for all whose figures differ by no more than measurements do.
 
-    Nodes of one name are on one machine, where they slow down each other's measurement.
+    Nodes of one name are on one machine, where they slow down each other's measurement. Where one has not measured its
+    speed, all count as equally fast.
     """
+    if any(node.speed == _UNMEASURED for node in nodes):
+        nodes = [_with(node, _UNMEASURED, node.disk) for node in nodes]
     here = {name: [node for node in nodes if node.name == name] for name in {node.name for node in nodes}}
     speeds = {name: max(node.speed for node in same) for name, same in here.items()}
     disks = {name: max(node.disk for node in same) for name, same in here.items()}

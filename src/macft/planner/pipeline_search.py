@@ -121,7 +121,7 @@ class PipelineSearch:
         found: dict[int, list[Pipeline]] = {}
         for group, layouts in self._layouts(list(sequences)).items():
             for ranks in sequences.get(group, []):
-                made = [self._pipeline(_with_ranks(layout, ranks, self._kind_of)) for layout in layouts]
+                made = [self.pipeline(_with_ranks(layout, ranks, self._kind_of)) for layout in layouts]
                 found.setdefault(_bits(ranks), []).extend(made)
         return {mask: _undominated(pipelines) for mask, pipelines in found.items()}
 
@@ -231,7 +231,18 @@ class PipelineSearch:
         """Micro-batches that a stage needs room for which ``from_end - 1`` others follow; it takes more if it can."""
         return min(self._count, in_flight(from_end)[0])
 
-    def _pipeline(self, stages: Sequence[Stage]) -> Pipeline:
+    @property
+    def micro_batches(self) -> int:
+        """Those of a step."""
+        return self._count
+
+    @property
+    def tokens(self) -> float:
+        """Of a micro-batch."""
+        return self._tokens
+
+    def pipeline(self, stages: Sequence[Stage]) -> Pipeline:
+        """These stages, whose ranks are places among the nodes."""
         choices = []
         for place, stage in enumerate(stages):
             wire = 0.0
@@ -254,7 +265,7 @@ class PipelineSearch:
                 stages[border + 1] = replace(stages[border + 1], first=stages[border + 1].first + move)
                 if not self._fits(stages):
                     continue
-                other = self._pipeline(stages)
+                other = self.pipeline(stages)
                 taken = other.simulated(micro_batches)
                 if taken < seconds * (1 - 1e-9):
                     best, seconds, improved = other, taken, True

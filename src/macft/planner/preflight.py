@@ -22,15 +22,17 @@ from macft.model.shape import read_weight_format
 from macft.model.weight_files import check_weight_files
 from macft.parallel.shares import DataShard
 from macft.parallel.stage_layout import StageLayout
-from macft.parallel.stage_places import Decide, whole_models
+from macft.parallel.stage_places import Decide, LayoutChanges, whole_models
 from macft.planner.fit import batch_overrides
 from macft.planner.memory import MemoryParts
 from macft.planner.node_cuts import Cut
-from macft.planner.node_part import NodePart, planner_for, step_of_shard
+from macft.planner.node_part import NodePart
 from macft.planner.placement import Layout, obstacle_to_reading_blocks
-from macft.planner.run_placement import agree_on_placement
-from macft.planner.stages import StagePlanner, block_costs, check_layout, decide_layout
+from macft.planner.refit import StageRefit, WholeModelRefit, heaviest
+from macft.planner.run_placement import agree_on_placement, hand_over
+from macft.planner.stages import block_costs, check_layout, decide_layout
 from macft.planner.workload import steps_of
+from macft.training.node_fit import Refit
 from macft.training.settings import steps_for
 
 _LONGEST_VERDICT = 2000
@@ -40,6 +42,8 @@ class Preflight(NamedTuple):
     """How a node computes a run: ``layout`` says in one line where its weights are, ``notes`` are lines for the user.
 
     ``config`` is the run's, with what the nodes have agreed on. ``decide`` makes the layout of a number of ranks.
+    ``refit`` is how the node computes with other members or other blocks; None where memory isn't predicted.
+    ``changes`` finds better layouts of a pipeline while the run goes on; None where there is nothing to find.
     """
 
     config: TrainConfig
@@ -47,6 +51,8 @@ class Preflight(NamedTuple):
     layout: str
     notes: list[str]
     decide: Decide = whole_models
+    refit: Refit | None = None
+    changes: LayoutChanges | None = None
 
 
 def preflight(
@@ -81,8 +87,9 @@ def preflight(
             collective.contents = {**collective.contents, **agreed.settings}
         if agreed.config is not config:
             part = NodePart(agreed.config, model_folder, steps, shard)
-        decision = _decide(part, agreed.cut)
-        decision = decision._replace(notes=[*agreed.lines, *decision.notes])
+        changes = hand_over(part, collective, agreed)
+        decision = _decide(part, agreed.cut if changes is None else changes.cut)
+        decision = decision._replace(notes=[*agreed.lines, *decision.notes], changes=changes)
     except ConfigError as error:
         refusal = str(error)
     verdicts = collective.all_gather(json.dumps(refusal and refusal[:_LONGEST_VERDICT]).encode())
@@ -119,7 +126,9 @@ def _decide(part: NodePart, cut: Cut) -> Preflight:
         note += f"; topology.batch=auto chose {batch_overrides(chosen)}"
     elif chosen.recompute != part.execution.recompute:
         note += f"; training.recompute=auto chose {chosen.recompute}"
-    return Preflight(config, chosen, Layout.of(shape, chosen, placer.first_trained).line, [note, *part.packing_notes])
+    refit = WholeModelRefit(part.planner, chosen, heaviest(part.steps), part.budget, topology.resident_blocks)
+    notes = [note, *part.packing_notes]
+    return Preflight(config, chosen, Layout.of(shape, chosen, placer.first_trained).line, notes, refit=refit)
 
 
 def _decide_stage(part: NodePart, cut: Cut) -> Preflight:
@@ -142,17 +151,10 @@ def _decide_stage(part: NodePart, cut: Cut) -> Preflight:
     rank = part.shard.rank
     place = layout.place_of(rank)
     rows = DataShard(place[0] if place is not None else 0, len(layout.pipelines))
-    planner = planner_for(config, shape, execution, [step_of_shard(step, rows, execution) for step in part.steps])
-    stages = StagePlanner(
-        planner,
-        budget,
-        layout,
-        rank,
-        first_trained,
-        topology.resident_blocks,
-        may_keep,
-        answers=answers_questions(config),
-    )
+    steps, resident = heaviest(part.steps), topology.resident_blocks
+    answers = answers_questions(config)
+    refit = StageRefit(part.planner, execution, steps, budget, resident, first_trained, may_keep, answers)
+    stages = refit.planned(part.planner(rows, execution, part.steps), layout, rank)
     chosen = stages.decide()
     notes = [_limited(stages.predicted(chosen), budget)]
     size = layout.blocks_of(rank)
@@ -161,7 +163,7 @@ def _decide_stage(part: NodePart, cut: Cut) -> Preflight:
             f"{chosen.block_capacity} of this stage's {len(size)} blocks stay in memory; the others are read from disk "
             f"for each micro-batch, {stages.read_bytes(chosen) / 1e9:.2f} GB a step"
         )
-    return Preflight(config, chosen, f"pipeline: {layout.described(world_size)}", notes, decide)
+    return Preflight(config, chosen, f"pipeline: {layout.described(world_size)}", notes, decide, refit)
 
 
 def _limited(parts: MemoryParts, budget: float) -> str:

@@ -15,6 +15,7 @@ from macft.model.confirm import obstacle_to_cutting
 from macft.parallel.stage_layout import StageLayout
 from macft.planner.cluster_model import CHOICES, Node, RingLinks
 from macft.planner.fit import MemoryPlanner
+from macft.planner.hand_over import HandOver
 from macft.planner.layout_inputs import can_pipeline, model_cost, step_work
 from macft.planner.node_cuts import (
     Cut,
@@ -28,7 +29,7 @@ from macft.planner.node_cuts import (
     ranks,
 )
 from macft.planner.node_part import NodePart
-from macft.planner.node_report import alike, gather_reports, own_node, own_report, ring_of
+from macft.planner.node_report import alike, gather_reports, one_of_many_here, own_node, own_report, ring_of
 from macft.planner.partition import LayoutDecision, compare, preferred
 from macft.planner.placement import obstacle_to_reading_blocks
 from macft.topology.settings import host_paths
@@ -49,13 +50,35 @@ class RunPlacement:
     """What a run's nodes have agreed on.
 
     ``config`` is the configuration with it, ``settings`` the same for those who join later, ``cut`` makes the layout of
-    pipelines, ``lines`` say what was chosen and why.
+    pipelines, ``lines`` say what was chosen and why. ``cuts`` and ``own``: what the nodes, and this one, have told for
+    that; None where nothing was asked.
     """
 
     config: TrainConfig
     settings: Texts
     cut: Cut = _unknown
     lines: list[str] = field(default_factory=list)
+    cuts: NodeCuts | None = None
+    own: Node | None = None
+
+
+def hand_over(part: NodePart, collective: Collective, agreed: RunPlacement) -> HandOver | None:
+    """What lets stages hand over blocks in the run that was agreed on; None where the user has set their blocks.
+
+    ``part`` is of the agreed configuration.
+    """
+    topology = part.config.topology
+    if topology.placement != "pipeline" or topology.stages != "auto":
+        return None
+    own, cuts = agreed.own, agreed.cuts
+    if own is None:
+        is_local = topology.kind == "local"
+        own = one_of_many_here(part.budget) if is_local else own_node(part.budget, address=_address(part))
+    if cuts is None:
+        is_newcomer = part.shard.world_size != collective.world_size
+        nodes = {} if is_newcomer else dict.fromkeys(members_of(collective), own)
+        cuts = NodeCuts(nodes, topology.pipelines, part.of_pipelines)
+    return HandOver(collective, cuts, own, agreed.cut)
 
 
 def agree_on_placement(part: NodePart, collective: Collective) -> RunPlacement:
@@ -73,8 +96,7 @@ def agree_on_placement(part: NodePart, collective: Collective) -> RunPlacement:
         return _taken_over(config, told)
     views = collective.all_gather(_view(part, collective))
     if all(view == _CUT for view in views):
-        cut, line = _agree_on_cut(part, collective)
-        return _settled(config, cut, line)
+        return _agree_on_cut(part, collective)
     if any(view in (_NOTHING, _CUT) for view in views):
         return _settled(config)
     if all(view == _ROOMY for view in views):
@@ -104,7 +126,7 @@ def _view(part: NodePart, collective: Collective) -> bytes:
     return _TIGHT
 
 
-def _agree_on_cut(part: NodePart, collective: Collective) -> tuple[Cut, str]:
+def _agree_on_cut(part: NodePart, collective: Collective) -> RunPlacement:
     """The cut of the pipelines that the configuration asks for."""
     try:
         _ = part.execution
@@ -113,15 +135,18 @@ def _agree_on_cut(part: NodePart, collective: Collective) -> tuple[Cut, str]:
         own = None
     nodes = gather_reports(collective, own)
     if not nodes:
-        return _unknown, ""
-    return agree(collective, _cuts(part, collective, alike(nodes), part.config.topology.pipelines))
+        return _settled(part.config)
+    cuts = _cuts(part, collective, alike(nodes), part.config.topology.pipelines)
+    cut, line = agree(collective, cuts)
+    return replace(_settled(part.config, cut, line), cuts=cuts, own=own)
 
 
 def _chosen_together(part: NodePart, collective: Collective) -> RunPlacement:
     """What rank 0 chooses among all placements."""
     topology = part.config.topology
     here = topology.nodes if topology.kind == "local" else 1
-    nodes = alike(gather_reports(collective, own_report(part.placer, processes=here, address=_address(part))))
+    own = own_report(part.placer, processes=here, address=_address(part))
+    nodes = alike(gather_reports(collective, own))
     sent = b""
     if collective.rank == 0:
         choice = choose(part, nodes, lambda: obstacle_to_cutting(part.config.model, part.folder, part.execution))
@@ -133,7 +158,7 @@ def _chosen_together(part: NodePart, collective: Collective) -> RunPlacement:
     layout = StageLayout.from_data(data)
     config = _as_pipelines(part.config, len(layout.pipelines))
     cuts = _cuts(part, collective, nodes, len(layout.pipelines))
-    return _settled(config, followed(collective, cuts, layout), lines=lines)
+    return replace(_settled(config, followed(collective, cuts, layout), lines=lines), cuts=cuts, own=own)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from rich.text import Text
 from macft.cli.shell import command
 from macft.report.durations import duration
 from macft.report.events import (
+    BlocksMoved,
     Evaluated,
     Event,
     MetricScored,
@@ -93,6 +94,9 @@ class ConsoleReporter:
                 self._show_samples(event)
             case NodesChanged():
                 self._show_change(event)
+            case BlocksMoved():
+                self._end_phase()
+                self._line(f"{self._position(event.step)}  {_printable(event.line)}", "yellow")
             case Noted():
                 self._show_note(event.text, event.level)
             case PhaseProgress():

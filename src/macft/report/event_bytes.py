@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import msgpack
 
 from macft.parallel.node_status import NodeStatus
-from macft.report.events import Evaluated, MetricScored, ReplayedEvent, StepDone
+from macft.report.events import BlocksMoved, Evaluated, MetricScored, ReplayedEvent, StepDone
 
-_KINDS: dict[str, type[ReplayedEvent]] = {kind.type_name: kind for kind in (StepDone, Evaluated, MetricScored)}
+_KINDS: dict[str, type[ReplayedEvent]] = {
+    kind.type_name: kind for kind in (StepDone, BlocksMoved, Evaluated, MetricScored)
+}
 
 
 def pack_events(events: Sequence[ReplayedEvent]) -> bytes:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import logging
 
 from macft.logs.run_log import log_context
-from macft.report.events import Evaluated, Event, MetricScored, NodesChanged, Noted, RunEnded, RunStarted, StepDone
+from macft.report.events import (
+    BlocksMoved,
+    Evaluated,
+    Event,
+    MetricScored,
+    NodesChanged,
+    Noted,
+    RunEnded,
+    RunStarted,
+    StepDone,
+)
 
 log = logging.getLogger("macft.run")
 
@@ -32,6 +42,8 @@ class EventLog:
             case NodesChanged():
                 log_context.update(step=event.step, generation=event.generation)
                 log.warning("%s", event.line)
+            case BlocksMoved():
+                log.info("%s", event.line)
             case Noted():
                 log.log(logging.getLevelNamesMapping().get(event.level.upper(), logging.INFO), "%s", event.text)
             case RunEnded():

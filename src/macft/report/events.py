@@ -132,6 +132,35 @@ class StepDone(ReplayedEvent):
     shares: list[float] = field(default_factory=list)
     generation: int = 0
     traces: int = 0
+    # How many of the model's blocks each rank computes; empty where all compute all.
+    blocks: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class BlocksMoved(ReplayedEvent):
+    """Stages of a pipeline have handed over blocks after ``step`` updates, because one of them is slow or hot.
+
+    By rank: ``before`` and ``blocks`` are how many each had and has, ``reasons`` why it may compute only a part of the
+    time (empty where it may always), ``spans`` which blocks it has now, as ``0-11``. ``gain``: the part of a step's
+    time that this is expected to save. ``layout``: the spans for people.
+    """
+
+    before: list[int]
+    blocks: list[int]
+    reasons: list[str]
+    gain: float
+    layout: str
+    spans: list[str] = field(default_factory=list)
+
+    @property
+    def line(self) -> str:
+        """For people, in one line."""
+        givers = [
+            f"rank {rank} hands over {old - new} block{'s' if old - new > 1 else ''} ({reason or 'slower than others'})"
+            for rank, (old, new, reason) in enumerate(zip(self.before, self.blocks, self.reasons, strict=True))
+            if new < old
+        ]
+        return f"{', '.join(givers)}; now {self.layout}; a step is expected to take {self.gain:.0%} less time"
 
 
 @dataclass(frozen=True)

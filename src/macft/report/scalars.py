@@ -98,6 +98,7 @@ def _of_nodes(event: StepDone) -> dict[str, float]:
             parts = {"compute": max(node.busy_seconds - wait - disk, 0.0), "wait": wait, "disk": disk}
             parts["wire"] = node.wire_seconds or 0.0
             values |= {f"stage/{name}_rank{rank}": seconds for name, seconds in parts.items()}
+    values |= {f"stage/blocks_rank{rank}": float(count) for rank, count in enumerate(event.blocks)}
     if states := [node.state for node in event.nodes if node.state is not None]:
         values["system/thermal/state"] = float(max(states))
     if watts := [node.watts for node in event.nodes if node.watts is not None]:

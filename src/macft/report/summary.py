@@ -11,7 +11,17 @@ from typing import Any
 from macft import __version__
 from macft.device.durable import write_atomically
 from macft.report.durations import duration
-from macft.report.events import Event, NodesChanged, RunEnded, RunEnding, RunStarted, Sample, SamplesShown, StepDone
+from macft.report.events import (
+    BlocksMoved,
+    Event,
+    NodesChanged,
+    RunEnded,
+    RunEnding,
+    RunStarted,
+    Sample,
+    SamplesShown,
+    StepDone,
+)
 from macft.report.metrics_file import plain
 from macft.report.result_text import result_name, result_text
 from macft.report.run_folder import RunFolder
@@ -34,6 +44,7 @@ class SummaryWriter:
         self._last_loss: float | None = None
         self._traces = 0
         self._changes = [_line(event) for event in changes]
+        self._moves: list[str] = []
         self._samples: list[Sample] = []
         self._written: RunEnded | None = None
 
@@ -51,6 +62,8 @@ class SummaryWriter:
             case NodesChanged():
                 self._changes.append(_line(event))
                 self._facts["nodes_at_the_end"] = len(event.names)
+            case BlocksMoved():
+                self._moves.append(f"after step {event.step}: {event.line}")
             case SamplesShown():
                 self._samples = event.samples
             case RunEnding():
@@ -81,6 +94,7 @@ class SummaryWriter:
             "adapter_sha256": event.adapter_sha256,
             **self._facts,
             "membership_changes": self._changes,
+            "moved_blocks": self._moves,
             "versions": _versions(),
         }
         values: dict[str, Any] = {name: plain(value) for name, value in facts.items()}
@@ -134,7 +148,7 @@ def _markdown(values: Mapping[str, Any]) -> str:
         if value not in (None, "") and not isinstance(value, dict | list):
             lines.append("| {} | {} |".format(*(_cell(text) for text in _as_read(name, value))))
     lines += ["", *(f"- warning: {_cell(warning)}" for warning in values["warnings"])]
-    lines += [f"- {_cell(change)}" for change in values["membership_changes"]]
+    lines += [f"- {_cell(change)}" for change in [*values["membership_changes"], *values["moved_blocks"]]]
     lines += [f"- {_cell(note)}" for note in values.get("notes", [])]
     if values["samples"]:
         lines += ["", "## Samples", "", *markdown_table([Sample(**sample) for sample in values["samples"]])]

@@ -10,6 +10,7 @@ from typing import Any
 
 from macft.report.dotted import flat
 from macft.report.events import (
+    BlocksMoved,
     CheckpointSaved,
     Evaluated,
     Event,
@@ -90,7 +91,7 @@ class TensorBoard:
                 self._text("samples", "\n".join(markdown_table(event.samples)), event.step)
             case Noted():
                 self._add_notes([event.text if event.level == "info" else f"{event.level}: {event.text}"])
-            case NodesChanged():  # the curves of world size, generation and shares show it too
+            case NodesChanged() | BlocksMoved():  # the curves of world size, generation, shares and blocks show it too
                 self._add_notes([f"after step {event.step}: {event.line}"])
             case RunEnded():
                 self._end(event)

@@ -34,8 +34,9 @@ from macft.model.load import LoadedModel, load, load_tokenizer
 from macft.model.resolve import resolve
 from macft.model.vocabulary import vocabulary_of
 from macft.parallel.balance import ShareBalancer
+from macft.parallel.stage_balance import StageBalancer
 from macft.parallel.stage_places import StagePlaces
-from macft.planner.preflight import preflight
+from macft.planner.preflight import Preflight, preflight
 from macft.report import fan_out
 from macft.report.callbacks import Callbacks
 from macft.report.events import Reporter
@@ -172,7 +173,7 @@ def _prepare(
     decision = preflight(
         config, model_folder, data.train.rows, order, collective, world_size=planned_world_size(collective)
     )
-    places = StagePlaces(collective, decision.decide)
+    places = StagePlaces(collective, decision.decide, decision.changes)
     places.agree()
     execution = decision.execution
     config = with_execution(decision.config, execution)
@@ -254,6 +255,8 @@ def _prepare(
         throttle=throttle,
         stop=stop,
         places=places,
+        stages=_stages(config, decision, world_size),
+        refit=decision.refit,
     )
     return Run(
         config=config,
@@ -360,6 +363,13 @@ def _outer_optimizer(config: TrainConfig, loaded: LoadedModel) -> OuterOptimizer
         return None
     rate, momentum = training.outer_learning_rate, training.outer_momentum
     return OuterOptimizer(loaded.model, learning_rate=rate, momentum=momentum)
+
+
+def _stages(config: TrainConfig, decision: Preflight, world_size: int) -> StageBalancer | None:
+    """What watches the stages, where the user has not said how many blocks each has."""
+    if decision.changes is None:
+        return None
+    return StageBalancer(world_size, every=config.topology.rebalance_every)
 
 
 def _shares(config: TrainConfig, world_size: int) -> str | list[float]:

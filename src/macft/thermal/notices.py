@@ -19,13 +19,21 @@ class Notices:
         self._config = config
         self._reported: dict[int, tuple[float, bool]] = {}
 
-    def lines(self, nodes: Sequence[NodeStatus], shares: Sequence[float]) -> list[str]:
-        """One line for each node whose governor has clearly changed its decision; nodes and shares by rank."""
+    def lines(
+        self, nodes: Sequence[NodeStatus], shares: Sequence[float], blocks: Sequence[int] | None = None
+    ) -> list[str]:
+        """One line for each node whose governor has clearly changed its decision.
+
+        By rank: nodes, their shares of the rows, and in a pipeline how many blocks their stages have.
+        """
         lines = []
         for rank, (node, share) in enumerate(zip(nodes, shares, strict=True)):
             if is_notable_change(*self._reported.get(rank, (1.0, False)), node.duty, node.paused):
                 self._reported[rank] = (node.duty, node.paused)
-                lines.append(self._line(rank, node, share, len(nodes)))
+                if blocks is None:
+                    lines.append(self._line(rank, node, share, len(nodes)))
+                else:
+                    lines.append(self._stage_line(rank, node, blocks[rank]))
         return lines
 
     def _line(self, rank: int, node: NodeStatus, share: float, count: int) -> str:
@@ -39,6 +47,10 @@ class Notices:
         if node.duty >= 1.0:
             return f"{who} is back at full speed{rows}{why}"
         return f"{who} may work {node.duty:.0%} of the time{rows}{why}"
+
+    def _stage_line(self, rank: int, node: NodeStatus, blocks: int) -> str:
+        now = "is back at full speed" if node.duty >= 1.0 else f"may work {node.duty:.0%} of the time"
+        return f"thermal: node {rank} {now}, {blocks} block{'' if blocks == 1 else 's'}{self._why(node)}"
 
     def _why(self, node: NodeStatus) -> str:
         config, cause = self._config, ""

@@ -43,7 +43,7 @@ class ThermalThrottle:
         self._load_meter = LoadMeter(self._load)
         self._governor = Governor(Budget(config))
         self._decision, self._conditions = Decision(), Conditions(time=now())
-        self._owed = self._rested = self._booked = self._rest_each = 0.0
+        self._owed = self._rested = self._waited = self._booked = self._rest_each = 0.0
         self._micro_batches, self._is_new_step = 0, True
         self._micro_batch_begun: float | None = None
         self._settled = time.monotonic()
@@ -73,6 +73,21 @@ class ThermalThrottle:
             yield
         self._settle(busy=time.monotonic() - begun)
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts a wait for another stage as idle time, which pays for the work before."""
+        if self._micro_batch_begun is None:
+            yield
+            return
+        self._end_micro_batch()
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waited += time.monotonic() - begun
+            self._settle(busy=0.0)
+            self._begin_micro_batch()
+
     def begin_step(self, micro_batches: int) -> None:
         """Announces a step of so many micro-batches; the step before may still be computing."""
         self._micro_batches, self._is_new_step = micro_batches, True
@@ -85,15 +100,18 @@ class ThermalThrottle:
             if not self._is_training:  # energy before the first step does not count
                 self._is_training, self._meter = True, EnergyMeter()
             self._settle(busy=0.0)
-            self._rested = self._booked = 0.0
+            self._rested = self._waited = self._booked = 0.0
             self._rest_each = self._owed / max(self._micro_batches, 1)
         self._rest(min(self._rest_each, self._owed))
-        self._micro_batch_begun = time.monotonic()
-        self._load.begin()
+        self._begin_micro_batch()
 
     def step_computed(self) -> None:
         """The last micro-batch of the step is computed."""
         self._end_micro_batch()
+
+    def _begin_micro_batch(self) -> None:
+        self._micro_batch_begun = time.monotonic()
+        self._load.begin()
 
     def _end_micro_batch(self) -> None:
         if self._micro_batch_begun is None:
@@ -107,7 +125,7 @@ class ThermalThrottle:
     def status(self, tokens: int, seconds: float) -> NodeStatus:
         """The node's status after a step of ``tokens`` and ``seconds``, which it adds to the debt."""
         busy = max(seconds - self._rested, 0.0)
-        self._settle(busy=max(busy - self._booked, 0.0))
+        self._settle(busy=max(busy - self._waited - self._booked, 0.0))
         decision, conditions, meter = self._decision, self._conditions, self._meter
         return NodeStatus(
             tokens=tokens,
@@ -124,9 +142,11 @@ class ThermalThrottle:
             estimated=meter.estimated,
         )
 
-    def messages(self, nodes: Sequence[NodeStatus], shares: Sequence[float]) -> list[str]:
+    def messages(
+        self, nodes: Sequence[NodeStatus], shares: Sequence[float], blocks: Sequence[int] | None = None
+    ) -> list[str]:
         """One line for each node whose governor has clearly changed its decision."""
-        return self._notices.lines(nodes, shares)
+        return self._notices.lines(nodes, shares, blocks)
 
     def own_messages(self) -> list[str]:
         """New lines about this node's sensors, each once."""

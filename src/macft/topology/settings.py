@@ -43,7 +43,8 @@ class TopologyConfig:
     # How the rows of a batch are divided. auto: by measured speed. equal: evenly. Or one number for each node: [2, 1].
     # A node that is throttled, to limit heat or power, gets fewer rows in all cases.
     shares: Any = "equal"
-    # Steps between two updates of the shares.
+    # Steps between two updates of the shares. Stages of a pipeline are looked at as often, and hand over blocks if one
+    # has been too slow for two times as many steps; then not again for eight times as many.
     rebalance_every: int = 4
     # Whether the run continues without a node that is lost, and lets nodes join. Not supported with collective=mlx,
     # with training.sync=diloco and on a single node.

@@ -23,6 +23,16 @@ class BatchLoader:
         self._micro_batch_size, self._shared = micro_batch_size, shared
         self._prepared: tuple[int, DataShard, list[Batch]] | None = None
 
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Most rows in a micro-batch; None: all of the rank's rows. It may be changed between two steps."""
+        return self._micro_batch_size
+
+    @micro_batch_size.setter
+    def micro_batch_size(self, size: int | None) -> None:
+        if size != self._micro_batch_size:
+            self._micro_batch_size, self._prepared = size, None
+
     def prepare(self, step: int, shard: DataShard) -> None:
         """Makes the batches of ``step`` now, because they will be needed next."""
         self._prepared = (step, shard, self._make(step, shard))

@@ -10,6 +10,7 @@ from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.parallel.balance import ShareBalancer
 from macft.parallel.shares import DataShard
+from macft.parallel.stage_balance import StageBalancer
 from macft.parallel.stage_places import StagePlaces
 from macft.report.events import Reporter
 from macft.training.batch_loader import BatchLoader
@@ -17,6 +18,7 @@ from macft.training.checkpoint_policy import CheckpointPolicy
 from macft.training.coordination import NodeCoordinator
 from macft.training.diloco import DiLoCo
 from macft.training.loop import Trainer
+from macft.training.node_fit import NodeFit, Refit
 from macft.training.optimizer import OptimizerStep, learning_rate
 from macft.training.recovery import Recovery
 from macft.training.settings import OptimizerConfig, TrainingConfig, steps_for
@@ -45,23 +47,28 @@ def build_trainer(
     throttle: Throttle | None = None,
     stop: StopRequest | None = None,
     places: StagePlaces | None = None,
+    stages: StageBalancer | None = None,
+    refit: Refit | None = None,
 ) -> Trainer:
     """Builds the trainer of ``state``; its ranks are those of ``state.reducer.collective``.
 
-    Left out, ``balancer`` gives all ranks equal shares, ``throttle`` never rests, ``stop`` is never requested, and
-    every rank computes all blocks of its rows.
+    Left out, ``balancer`` gives all ranks equal shares, ``throttle`` never rests, ``stop`` is never requested, every
+    rank computes all blocks of its rows, no ``stages`` hand over blocks, and everything fits every node's memory.
     """
     model, collective, stop = state.model, state.reducer.collective, stop or StopRequest()
     total_steps = steps_for(config, order.steps_per_epoch)
+    loader = BatchLoader(train_rows, order, config.micro_batch_size, shared=compute.execution.shared_prefixes)
     nodes = NodeCoordinator(
         collective,
         balancer or ShareBalancer("equal", collective.world_size, every=1),
         throttle or NoThrottle(),
         follow_speed=state.outer is None,
         places=places,
+        stages=stages,
+        fit=NodeFit(refit, compute, loader),
     )
     context = StepContext(
-        loader=BatchLoader(train_rows, order, config.micro_batch_size, shared=compute.execution.shared_prefixes),
+        loader=loader,
         compute=compute,
         update=OptimizerStep(model, state.optimizer, compiled=compute.execution.compiled),
         nodes=nodes,

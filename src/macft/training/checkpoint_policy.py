@@ -7,6 +7,7 @@ import time
 from macft.checkpoint.saver import CheckpointSaver
 from macft.checkpoint.snapshot import digest
 from macft.collective.base import Collective
+from macft.device import fault_points
 from macft.errors import RanksDiverged
 from macft.report.events import CheckpointSaved, Noted, Reporter
 from macft.training.state import TrainState
@@ -44,6 +45,7 @@ class CheckpointPolicy:
         if self._saved_step == step:
             return
         started = time.perf_counter()
+        fault_points.reach("checkpoint")
         self._require_equal_ranks(step)
         self._saved_step = step
         snapshot = self._state.capture_all_ranks(is_writer=self._collective.rank < self._saver.writers)

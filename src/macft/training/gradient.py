@@ -102,6 +102,10 @@ class GradientComputer:
         if execution.compiled:
             self._compiled = mx.compile(self._trace, inputs=model.state)
 
+    def adopt(self, execution: Execution) -> None:
+        """Takes over other sizes of micro-batches. What is compiled, packed or recomputed stays as it was."""
+        self.execution = execution
+
     def __call__(
         self,
         step: int,

@@ -73,6 +73,8 @@ class Trainer:
 
     def _train(self) -> str:
         progress = self.state.progress
+        if self.recovery is not None:
+            self.recovery.wait_for_memory()
         self._validate_and_save()
         while progress.step < self.total_steps and not self._validation.should_stop_early:
             self.state.begun_step = progress.step
@@ -152,6 +154,7 @@ class Trainer:
                 nodes=metrics.nodes,
                 shares=list(nodes.balancer.shares),
                 generation=self.recovery.generation if self.recovery else 0,
+                blocks=nodes.blocks,
                 traces=result.traces,
             )
         )
@@ -159,6 +162,8 @@ class Trainer:
             nodes.statuses = list(result.statuses)
             for line in nodes.end_step():
                 self._reporter.handle(Noted(line))
+            if moved := nodes.hand_over(result.step):
+                self._reporter.handle(moved)
         self.checkpoints.report()
 
     @contextmanager

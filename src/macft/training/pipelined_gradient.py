@@ -20,6 +20,7 @@ import mlx.nn as nn
 from macft.collective.array_bytes import array_bytes, array_of
 from macft.collective.base import Channels
 from macft.data.batch import Batch
+from macft.device import fault_points
 from macft.model.backends.base import Backend
 from macft.model.block_weights import BlockWeights
 from macft.model.dropout import DropoutKeys
@@ -163,6 +164,10 @@ class PipelinedGradient:
         )
         self.loss = PipelinedLoss(self._whole.staged, places, self._settle)
 
+    def adopt(self, execution: Execution) -> None:
+        """Takes over what this node has room for: a stage of other blocks."""
+        self.execution = execution
+
     def __call__(
         self,
         step: int,
@@ -198,6 +203,7 @@ class PipelinedGradient:
             work = works[number]
             with self._keys.using(work.keys):
                 if not is_forward:
+                    fault_points.reach("micro_batch")
                     run.backward(work, _tag(step, number, _BACKWARD), total)
                     works[number] = work.finished()
                     continue

@@ -9,23 +9,27 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import msgpack
+import numpy as np
 
 from macft.checkpoint.snapshot import Snapshot
 from macft.collective.elastic import ElasticCollective, MembershipView
 from macft.collective.matching import require_those_of
 from macft.collective.newest import find_newest
+from macft.device import fault_points
 from macft.errors import MembershipChanged, PeerLost
 from macft.parallel.balance import ShareBalancer
 from macft.parallel.node_status import NodeStatus
+from macft.parallel.stage_balance import StageBalancer
 from macft.parallel.stage_layout import StageLayout
 from macft.report.event_bytes import pack_events, unpack_events
 from macft.report.events import NodesChanged, Noted, Reporter
 from macft.training.checkpoint_policy import CheckpointPolicy
 from macft.training.coordination import NodeCoordinator
 from macft.training.state import TrainState
-from macft.training.stop_request import StopRequest
+from macft.training.stop_request import Stopped, StopRequest
 
 _PATIENT_SECONDS = 3.0
+_PAUSE_SECONDS = 0.2
 
 log = logging.getLogger("macft.training")
 
@@ -147,6 +151,38 @@ class Recovery:
             return True
         return False
 
+    def wait_for_memory(self) -> None:
+        """Returns at once if the members' memories hold the run. Otherwise the run pauses, with its state saved.
+
+        A call of all ranks.
+
+        Raises:
+            MembershipChanged: a node wants to join, or one is lost; what the members lack may have changed.
+            Stopped: on all ranks alike.
+        """
+        lacking = self._nodes.lacking
+        if not lacking:
+            return
+        if self._state.progress.step:
+            self._checkpoints.save()
+            self._checkpoints.report(wait=True)
+        self._reporter.handle(
+            Noted(
+                f"paused: the nodes that are left can't hold the run. {'. '.join(lacking)}. It goes on when another "
+                "node joins (topology.join); Ctrl-C ends it, and +resume continues it later",
+                "warning",
+            )
+        )
+        while True:
+            self.elastic.check()
+            wishes = np.array([self._stop.requested, self.elastic.wants_change], dtype=np.float64)
+            self.elastic.all_reduce([wishes])
+            if wishes[0]:
+                raise Stopped
+            if wishes[1]:
+                raise MembershipChanged("a node wants to join")
+            time.sleep(_PAUSE_SECONDS)
+
     def _join_ring(self, pause: PauseNotice) -> bool:
         try:
             return self.elastic.regroup(pause)
@@ -158,6 +194,8 @@ class Recovery:
         state, position = self._state, self._position()
         newest = find_newest(self.elastic, position)
         require_those_of(self.elastic, newest.source, self.elastic.contents)
+        self._nodes.places.tell()
+        fault_points.reach("regroup")
         is_behind = [
             rank != newest.source and (other != newest.position or newest.position[0] < 0)
             for rank, other in enumerate(newest.positions)
@@ -176,7 +214,12 @@ class Recovery:
         state.reducer.start_anew(shared["codec"], is_open=shared["codec_is_open"])
         left, joined = self._tracker.advance(members, self._nodes.statuses)
         layout = StageLayout.from_data(shared["layout"])
-        self._nodes.regrouped(ShareBalancer.from_state_dict(shared["balance"], shared["old_ranks"]), layout)
+        stages = shared["stages"]
+        self._nodes.regrouped(
+            ShareBalancer.from_state_dict(shared["balance"], shared["old_ranks"]),
+            layout,
+            None if stages is None else StageBalancer.from_state_dict(stages, len(members.ids)),
+        )
         self._checkpoints.members_changed()
         return NodesChanged(
             step=state.progress.step,
@@ -211,6 +254,7 @@ class Recovery:
             "ended": self._state.ended,
             "has_final_adapter": self._state.has_final_adapter,
             "balance": self._nodes.balancer.state_dict(),
+            "stages": None if self._nodes.stages is None else self._nodes.stages.state_dict(),
             "old_ranks": self._tracker.old_ranks(members),
             "layout": self._nodes.places.decide(len(members.ids)).to_data(),
             "codec": codec,

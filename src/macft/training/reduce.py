@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from macft.device import fault_points
 from macft.parallel.node_status import NodeStatus
 from macft.training.clipping import clip_by_global_norm
 from macft.training.gradient import LocalGradient
@@ -87,6 +88,7 @@ def reduce_gradient(
     collective = reducer.collective
     seconds = _sum_buckets(reducer, local, computed)
     ready = time.perf_counter()
+    fault_points.reach("reduce")
     slots = np.zeros((collective.world_size, NodeStatus.SIZE))
     slots[collective.rank] = status(seconds["compute"]).numbers()
     # float64 holds token counts exactly and costs nothing at this size.

@@ -89,6 +89,11 @@ class StagedGradient:
         trained = [number for number in range(self.staged.count) if self.staged.parameters_of(number)]
         self._first = min(trained, default=self.staged.count)
 
+    def adopt(self, execution: Execution) -> None:
+        """Takes over other resident blocks and other sizes of micro-batches."""
+        self.execution = execution
+        self.staged.weights.resident = execution.resident_blocks
+
     def __call__(
         self,
         step: int,

@@ -34,6 +34,10 @@ class StepGradient(Protocol):
         """The loss without a gradient, for validation."""
         ...
 
+    def adopt(self, execution: Execution) -> None:
+        """Computes as ``execution`` says from the next step on: with other blocks in memory, or other sizes of rows."""
+        ...
+
     def __call__(
         self,
         step: int,

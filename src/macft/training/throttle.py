@@ -28,12 +28,21 @@ class Throttle(Protocol):
         """Surrounds work that is not part of a step, such as validation."""
         ...
 
+    def waiting(self) -> AbstractContextManager[None]:
+        """Surrounds a wait for another stage within a micro-batch: the node rests meanwhile."""
+        ...
+
     def status(self, tokens: int, seconds: float) -> NodeStatus:
         """This node's status after a step of ``tokens`` that took ``seconds``, rests included."""
         ...
 
-    def messages(self, nodes: Sequence[NodeStatus], shares: Sequence[float]) -> list[str]:
-        """Lines about all nodes, from their statuses of a step; the same on every node."""
+    def messages(
+        self, nodes: Sequence[NodeStatus], shares: Sequence[float], blocks: Sequence[int] | None = None
+    ) -> list[str]:
+        """Lines about all nodes, from their statuses of a step; the same on every node.
+
+        By rank: ``shares`` of the rows, and how many ``blocks`` a stage has, where the nodes are stages.
+        """
         ...
 
     def own_messages(self) -> list[str]:
@@ -57,11 +66,20 @@ class NoThrottle:
         """Does nothing."""
         return nullcontext()
 
+    def waiting(self) -> AbstractContextManager[None]:
+        """Does nothing."""
+        return nullcontext()
+
     def status(self, tokens: int, seconds: float) -> NodeStatus:
         """Speed alone."""
         return NodeStatus(tokens=tokens, busy_seconds=seconds)
 
-    def messages(self, nodes: Sequence[NodeStatus], shares: Sequence[float]) -> list[str]:  # noqa: ARG002
+    def messages(
+        self,
+        nodes: Sequence[NodeStatus],  # noqa: ARG002
+        shares: Sequence[float],  # noqa: ARG002
+        blocks: Sequence[int] | None = None,  # noqa: ARG002
+    ) -> list[str]:
         """None."""
         return []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from macft.device import fault_points
 from macft.parallel.shares import DataShard
 from macft.report.events import Evaluated, PhaseProgress, Reporter
 from macft.training.coordination import NodeCoordinator
@@ -55,6 +56,7 @@ class ValidationPolicy:
         progress = self._state.progress
         if self._validate is None or not self.is_due(progress.step) or progress.evaluated_step == progress.step:
             return
+        fault_points.reach("validation")
         with self._nodes.working():
             result = self._validate(self._nodes.shard, self._show_progress)
         is_best = progress.take_validation(result.loss)
