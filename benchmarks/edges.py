@@ -56,6 +56,7 @@ def main() -> None:
             "is_right": outcome.is_right,
             "is_killed": outcome.is_killed,
             "silence": round(outcome.silence, 2),
+            "after": outcome.last_line,
             "seconds": round(time.monotonic() - started, 1),
         }
         done.append(record)

@@ -85,11 +85,8 @@ def test_a_silent_machine_keeps_nobody_waiting() -> None:
     token, code = b"t" * 16, new_code()
     admission = Admission(member("host"), code, token, room=2, most_wrong=3, show=shown.append)
     at = ("127.0.0.1", admission.port)
-    with (
-        socket.create_connection(at),
-        socket.create_connection(at, 30) as slow,
-        socket.create_connection(at, 30) as own,
-    ):
+    silent, slow, own = (socket.create_connection(at, 30) for _ in range(3))
+    with silent, slow, own:
         Channel(slow, code, is_host=False)
         channel = Channel(own, code, is_host=False)
         channel.send(replace(member("guest"), versions=software.versions(), key="11" * 32).to_message())
