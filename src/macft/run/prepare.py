@@ -203,6 +203,7 @@ def prepare(
         seed=config.seed,
         bucket_bytes=config.collective.bucket_bytes,
         places=places,
+        deterministic=training.deterministic,
     )
     world_size = planned_world_size(collective)
     valid_rows = [data.valid.rows[i] for i in sample_rows(len(data.valid.rows), training.eval_rows, config.seed)]

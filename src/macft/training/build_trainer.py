@@ -61,13 +61,20 @@ def build_trainer(
         places=places,
     )
     context = StepContext(
-        loader=BatchLoader(train_rows, order, config.micro_batch_size, shared=compute.execution.shared_prefixes),
+        loader=BatchLoader(
+            train_rows,
+            order,
+            config.micro_batch_size,
+            shared=compute.execution.shared_prefixes,
+            fixed=config.deterministic,
+        ),
         compute=compute,
         update=OptimizerStep(model, state.optimizer, compiled=compute.execution.compiled),
         nodes=nodes,
         stop=stop,
         learning_rate=lambda step: learning_rate(optimizer_config, step, total_steps),
         max_grad_norm=config.max_grad_norm,
+        waits_for_numbers=config.deterministic,
     )
     synchronization: Synchronization = EveryStep(state.reducer)
     if state.outer is not None:
@@ -85,6 +92,7 @@ def build_trainer(
             shard=shard,
             progress=progress,
             stopped=lambda: stop.requested,
+            fixed=config.deterministic,
         )
 
     validation = ValidationPolicy(
