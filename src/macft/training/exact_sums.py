@@ -14,7 +14,7 @@ sums over the tokens of a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import mlx.core as mx
@@ -74,8 +74,8 @@ def from_grid(halves: Halves) -> NDArray[np.float32]:
 class ExactGradient(LocalGradient):
     """A :class:`LocalGradient` whose sums are ``halves``, (2, size) by parameter name; ``gradient`` is empty."""
 
-    halves: Mapping[str, Halves] = None  # type: ignore[assignment]
-    shapes: Mapping[str, tuple[int, ...]] = None  # type: ignore[assignment]
+    halves: Mapping[str, Halves] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def loss_sum(self) -> float:
