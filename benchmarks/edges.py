@@ -5,9 +5,9 @@
 Every second run is one of `topology=local`, every other one of `topology=hosts` on this machine's loopback. The points
 come by turns; at each the leader is killed twice as often as another rank, and a third of the runs are killed at a
 random moment instead. A line for each run is appended to FOLDER/runs.jsonl as it ends, so a second call goes on, and
-several calls may each make a part of the runs. --again makes single runs once more, whose lines then count. The table of
-all is printed at the end. What the terminals showed is in FOLDER/terminals, and the folders of runs
-that went wrong are left.
+several calls may each make a part of the runs. --again makes single runs once more; their new lines count. The table of
+all is printed at the end. What the terminals showed is in FOLDER/terminals, and the folders of runs that went wrong are
+left.
 """
 
 from __future__ import annotations
