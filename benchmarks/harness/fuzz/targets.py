@@ -22,7 +22,6 @@ import numpy as np
 from harness.fuzz.answer import SECONDS, Answer, Target, wait_for
 from harness.fuzz.channel_target import ChannelTarget
 from harness.fuzz.pairing_targets import AnnouncementTarget, GuestTarget, PairingTarget
-from harness.fuzz.serve_target import ServeTarget
 from macft.collective.base import Collective
 from macft.collective.health import Health, HealthServer, ask
 from macft.collective.listener import Listener
@@ -338,6 +337,12 @@ class ProbeTarget:
         return Answer(done=self._done)
 
 
+def _serve_target(*, encrypted: bool) -> Target:
+    from harness.fuzz.serve_target import ServeTarget  # which needs MLX and a model
+
+    return ServeTarget(encrypted=encrypted)
+
+
 TARGETS: dict[str, Callable[..., Target]] = {
     "ring": RingTarget,
     "stream": StreamTarget,
@@ -350,7 +355,7 @@ TARGETS: dict[str, Callable[..., Target]] = {
     "announcement": AnnouncementTarget,
     "channel": ChannelTarget,
     "guest": GuestTarget,
-    "serve": ServeTarget,
+    "serve": _serve_target,
 }
 
 
