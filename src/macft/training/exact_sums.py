@@ -67,7 +67,8 @@ def to_grid(values: NDArray[np.float32], out: Halves) -> None:
 
 def from_grid(halves: Halves) -> NDArray[np.float32]:
     """The sum as float32, (n,)."""
-    return (halves[0] + halves[1]).astype(np.float32)
+    total: Halves = halves[0] + halves[1]
+    return total.astype(np.float32)
 
 
 @dataclass(frozen=True)
