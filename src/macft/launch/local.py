@@ -20,7 +20,7 @@ from macft.errors import MacftError
 from macft.rendezvous.keystore import Keyring
 from macft.rendezvous.server import RendezvousServer
 from macft.report.phase_lines import PhaseLines
-from macft.training.stop_request import announce
+from macft.training.stop_request import NODES_STOP, announce
 
 _GRACE_SECONDS = 20.0
 """How long the other ranks may take to end after one has failed."""
@@ -155,7 +155,7 @@ class _Wish:
             return
         self.count += 1
         if self.count == 1 and self._server.has_met:
-            announce("stopping: the current step is finished and saved first; Ctrl-C again quits now")
+            announce(NODES_STOP)
 
     def look(self) -> None:
         """Calls the ``watch`` of the launcher."""

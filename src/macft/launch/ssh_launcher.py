@@ -30,7 +30,7 @@ from macft.remote.host_probe import HostReport
 from macft.remote.shipment import Shipment, changed, fetch, send
 from macft.report.phase_lines import PhaseLines
 from macft.topology.settings import TopologyConfig, split_host
-from macft.training.stop_request import announce
+from macft.training.stop_request import NODES_STOP, announce
 
 _GRACE_SECONDS = 20.0
 """How long the other ranks may take to end after one has failed."""
@@ -299,7 +299,7 @@ async def _run(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[Rem
             return
         wishes += 1
         if wishes == 1:
-            announce("stopping: the current step is finished and saved first; Ctrl-C again quits now")
+            announce(NODES_STOP)
         for host in hosts:
             if host.process is not None and not host.process.stdin.is_closing():
                 host.process.stdin.write("stop\n")

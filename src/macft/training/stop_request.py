@@ -19,6 +19,8 @@ _QUIT_SECONDS = 3.0
 """How long it may take at all once this process is to quit; a kernel of MLX can't be interrupted."""
 _WATCH_SECONDS = 0.5
 _INTERRUPTED = 130
+NODES_STOP = "stopping: the nodes save what there is to save; Ctrl-C again quits now"
+"""A launcher's answer to the first wish."""
 _SHOW_CURSOR = "\x1b[?25h"
 
 
