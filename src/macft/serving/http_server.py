@@ -25,6 +25,8 @@ class Server(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = _MAX_CONNECTIONS
+    """Clients that may wait for the accepting thread; more would try again after a second."""
 
     def __init__(self, config: ServerConfig):
         self._config = config
