@@ -30,6 +30,7 @@ from macft.report.events import (
     StepDone,
 )
 from macft.report.phase_lines import PhaseLines
+from macft.report.result_text import result_name, result_text
 from macft.report.run_folder import RunFolder
 
 _PLAIN_WIDTH = 100
@@ -166,9 +167,10 @@ class ConsoleReporter:
 
     def _show_metric(self, event: MetricScored) -> None:
         self._end_phase()
+        split = "validation" if event.split == "valid" else event.split
         self._line(
-            f"{self._position(event.step)}  {_words(event.name)} {event.value:.1%} of {event.count} "
-            f"{event.split} rows  {event.when} training",
+            f"{self._position(event.step)}  {result_name(event.name)} {result_text(event.name, event.value)} of "
+            f"{event.count} {split} rows  {event.when} training",
             "cyan",
         )
 
@@ -206,7 +208,10 @@ class ConsoleReporter:
         self.close()
         # The commands come below the panel and unbroken, so that they can be copied.
         title, colour = _TITLES.get(event.reason, (event.reason, ""))
-        rows = [*_result_rows(event), ("time", f"{event.steps:,} steps, {duration(event.seconds)}", "")]
+        rows = [
+            *_result_rows(event),
+            ("time", f"{event.steps:,} step{'' if event.steps == 1 else 's'}, {duration(event.seconds)}", ""),
+        ]
         if self._speed.total_seconds:
             average = self._speed.total_tokens / self._speed.total_seconds
             rows.append(("speed", f"{average:,.0f} tokens/s on average", ""))
@@ -220,7 +225,7 @@ class ConsoleReporter:
         self._block(title, rows, colour)
         for warning in event.warnings:
             self._show_note(warning, "warning")
-        if event.detail:
+        if event.detail and event.reason != "failed":  # of an error the command prints one line itself
             self._line(_one_line(event.detail), colour)
         if event.adapter_folder is not None:
             self._line(f"try it: {command('python', '-m', 'macft.generate', _short(self._folder.path))}")
@@ -345,11 +350,10 @@ def _result_rows(event: RunEnded) -> list[Row]:
     for name, value in event.final.items():
         if name.endswith("_before") and name.removesuffix("_before") in event.final:
             continue  # shown in the row of its name
-        form = ".3f" if name.removesuffix("_before").endswith("loss") else ".1%"
-        shown = format(value, form)
+        shown = result_text(name, value)
         if (before := event.final.get(f"{name}_before")) is not None:
-            shown = f"{before:{form}} → {shown}"
-        rows.append((_words(name), shown, "bold"))
+            shown = f"{result_text(name, before)} → {shown}"
+        rows.append((result_name(name), shown, "bold"))
     return rows
 
 
@@ -386,10 +390,6 @@ def _shortened(text: str) -> str:
     line = _printable(text)
     half = _LONGEST_TEXT // 2
     return line if len(line) <= _LONGEST_TEXT else f"{line[:half]} ... {line[-half:]}"
-
-
-def _words(name: str) -> str:
-    return name.replace("valid_loss", "validation loss").replace("_", " ")
 
 
 def _millions(count: int) -> str:
