@@ -10,8 +10,8 @@ from harness.fuzz.targets import ring_frames
 
 FRAMES = 10_000
 _MOST = {"pairing": 40, "guest": 40, "link probe": 150, "announcement": 400, "rendezvous": 150}
-_SAME_CODE = {("channel", "encrypted"), ("guest", "plain")}
-"""What differs from the other mode is tested for streams and for pairing."""
+_SAME_CODE = {("channel", "encrypted"), ("guest", "plain"), ("monitor", "plain")}
+"""What differs from the other mode is tested for streams, for pairing, and in that mode."""
 
 
 @pytest.mark.slow

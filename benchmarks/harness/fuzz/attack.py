@@ -39,6 +39,7 @@ _BATCH = {
     "announcement": 4_000,
     "channel": 40,
     "serve": 500,
+    "monitor": 500,
 }
 """Frames between two checks, by surface; of the others 2,000."""
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from harness.fuzz.answer import SECONDS, Answer, Target, wait_for
 from harness.fuzz.channel_target import ChannelTarget
+from harness.fuzz.monitor_target import MonitorTarget
 from harness.fuzz.pairing_targets import AnnouncementTarget, GuestTarget, PairingTarget
 from macft.collective.base import Collective
 from macft.collective.health import Health, HealthServer, ask
@@ -356,6 +357,7 @@ TARGETS: dict[str, Callable[..., Target]] = {
     "channel": ChannelTarget,
     "guest": GuestTarget,
     "serve": _serve_target,
+    "monitor": MonitorTarget,
 }
 
 

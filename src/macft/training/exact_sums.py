@@ -136,6 +136,7 @@ class ExactStepGradient:
             started=first.started,
             waited_for_weights=sum(waits) if waits else None,
             weights_read=sum(part.weights_read for part in parts),
+            traces=max(part.traces for part in parts),
             halves=halves,
             shapes=self._shapes,
         )
