@@ -104,7 +104,8 @@ class RendezvousClient:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, keyring: Keyring | None, message: bytes):
         self._address, self._keyring, self._mechanism = address, keyring, ""
-        self._message, self._has_connected = message, False
+        self._message = message
+        self._has_connected = False
         self._connections: list[_Connection] = []
         self._failures: dict[zmq.Socket[bytes], int] = {}
         self._poller = zmq.Poller()
