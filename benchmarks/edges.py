@@ -1,12 +1,13 @@
 """Kills of a rank at every named point of a run and at random moments: what the exit status says, and how soon.
 
-    python benchmarks/edges.py --folder FOLDER [--runs 200] [--seed 1] [--nodes 3]
+    python benchmarks/edges.py --folder FOLDER [--runs 200] [--seed 1] [--nodes 3] [--part 0/2] [--again 7 12]
 
 Every second run is one of `topology=local`, every other one of `topology=hosts` on this machine's loopback. The points
 come by turns; at each the leader is killed twice as often as another rank, and a third of the runs are killed at a
-random moment instead. A line for each run is appended to FOLDER/runs.jsonl as it ends, so a second call goes on; the
-table of all of them is printed at the end. What the terminals showed is in FOLDER/terminals, and the folders of runs
-that went wrong are left.
+random moment instead. A line for each run is appended to FOLDER/runs.jsonl as it ends, so a second call goes on, and
+several calls may each make a part of the runs. --again makes single runs once more; their new lines count. The table of
+all is printed at the end. What the terminals showed is in FOLDER/terminals, and the folders of runs that went wrong are
+left.
 """
 
 from __future__ import annotations
@@ -36,18 +37,24 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--part", default="0/1", help="K/N: every N-th run, from the K-th on")
+    parser.add_argument("--again", type=int, nargs="*", default=[], help="numbers of runs to make once more")
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
     overrides = prepare(folder)
     log = folder / "runs.jsonl"
-    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    longest = {name: seconds_of(name, folder, overrides, options.nodes) for name in ("local", "hosts")}
-    for number in range(len(done), options.runs):
+    longest = how_long(folder, overrides, options.nodes)
+    first, step = map(int, options.part.split("/"))
+    for number in options.again or range(first, options.runs, step):
+        if number in read(log) and not options.again:
+            continue
         topology, kill = choose(number, options.seed, options.nodes, longest)
         where = folder / f"{topology}-{number}"
+        shutil.rmtree(where, ignore_errors=True)
         started = time.monotonic()
         outcome = getattr(edges, topology)(where, overrides, options.nodes, kill)
         record = {
+            "number": number,
             "topology": topology,
             "point": kill.point or RANDOM,
             "leader": kill.rank == 0,
@@ -56,9 +63,9 @@ def main() -> None:
             "is_right": outcome.is_right,
             "is_killed": outcome.is_killed,
             "silence": round(outcome.silence, 2),
+            "after": outcome.last_line,
             "seconds": round(time.monotonic() - started, 1),
         }
-        done.append(record)
         with log.open("a") as file:
             file.write(json.dumps(record) + "\n")
         if outcome.is_right and outcome.silence < 10.0:
@@ -67,7 +74,21 @@ def main() -> None:
         terminals.mkdir(exist_ok=True)
         (terminals / f"{number}.txt").write_text(outcome.output)
         print(f"{number + 1}: {record}", flush=True)
-    show(done)
+    show(list(read(log).values()))
+
+
+def read(log: Path) -> dict[int, dict[str, Any]]:
+    """The newest record of each run that has been made, by its number."""
+    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return {record["number"]: record for record in sorted(records, key=lambda record: int(record["number"]))}
+
+
+def how_long(folder: Path, overrides: Sequence[str], nodes: int) -> dict[str, float]:
+    """Seconds of a run to which nothing happens, by topology; measured once."""
+    path = folder / "undisturbed.json"
+    if not path.exists():
+        path.write_text(json.dumps({name: seconds_of(name, folder, overrides, nodes) for name in ("local", "hosts")}))
+    return dict(json.loads(path.read_text()))
 
 
 def prepare(folder: Path) -> list[str]:

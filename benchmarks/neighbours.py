@@ -1,6 +1,7 @@
 """Training steps beside busy processes: rows side by side, a thread each, and all threads on each product.
 
     python benchmarks/neighbours.py [--rows 4] [--rounds 5] [--seconds 4] [--neighbours 0 1 2]
+    python benchmarks/neighbours.py --generation [--rounds 2]
 
 Forms: ``lanes`` divides the rows of a step into one part for each core, and a thread computes each part alone;
 ``shared`` computes the rows together, and all threads take part in each matrix product. A neighbour is a process that
@@ -10,6 +11,9 @@ never sleeps. All take turns in one process: a round is each number of neighbour
 form times (threads + n) / threads. ``ratio`` is fair / measured; the goal is 0.8. ``cores`` is the processor time that
 this process got a second. Steps in which other processes than the neighbours took more than 0.05 cores are
 ``disturbed`` and left out; medians of the others.
+
+--generation measures answers instead: 16 prompts, 6 tokens each, in a process of its own for each setting of OpenBLAS:
+threads that wait busily for 2^26 cycles, as OpenBLAS does by itself; for 2^4, as macft sets it; and one thread.
 """
 
 from __future__ import annotations
@@ -29,6 +33,34 @@ import numpy as np
 import psutil
 
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    for _ in range(1000000): pass"
+
+
+GENERATE = """
+import time
+import macft
+from macft.data.settings import SourceConfig
+from macft.data.sources import read_source
+from macft.data.tokenize import prompt_tokens
+from macft.device.mlx_device import prepare_device
+from macft.evaluation.batched import greedy_answers
+from macft.model.settings import ModelConfig
+from macft.run.tuned_model import TunedModel
+prepare_device()
+from macft.model.backends.choose import make_backend
+loaded = TunedModel.find(None, base_model=ModelConfig().path).load()
+records = [row.record for row in read_source(SourceConfig(path="builtin:sql"))["train"]][:16]
+prompts = [prompt_tokens(record, loaded.tokenizer) for record in records]
+with make_backend(loaded.execution.padded()).installed(loaded.model):
+    for count in (2, 16):
+        started = time.perf_counter()
+        greedy_answers(loaded.model, loaded.tokenizer, prompts[:count], max_tokens=6, progress=lambda _: None)
+    print(time.perf_counter() - started)
+"""
+SETTINGS = {
+    "2^26 cycles": {"OPENBLAS_THREAD_TIMEOUT": "26"},
+    "2^4 cycles": {"OPENBLAS_THREAD_TIMEOUT": "4"},
+    "one thread": {"OPENBLAS_NUM_THREADS": "1"},
+}
 
 
 @dataclass
@@ -130,7 +162,11 @@ def main() -> None:
     parser.add_argument("--most-others", type=float, default=0.05, help="cores that others take in a step that counts")
     parser.add_argument("--neighbours", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--forms", nargs="+", default=["lanes", "shared"], choices=["lanes", "shared"])
+    parser.add_argument("--generation", action="store_true", help="answers instead of training steps")
     options = parser.parse_args()
+    if options.generation:
+        measure_generation(options.rounds, options.neighbours)
+        return
     training = Steps(options.rows)
     steps: dict[tuple[int, str], list[Step]] = {}
     for number in range(options.rounds):
@@ -142,6 +178,33 @@ def main() -> None:
                     text = ", ".join(f"{step.seconds:.2f} ({step.others:.2f})" for step in found)
                     print(f"round {number + 1}, {count} neighbours, {form}: {text}", file=sys.stderr, flush=True)
     report(steps, len(os.sched_getaffinity(0)), options.most_others)
+
+
+def measure_generation(rounds: int, counts: list[int]) -> None:
+    """Prints the seconds that the answers take, each round's and their median."""
+    seconds: dict[tuple[int, str], list[float]] = {}
+    for number in range(rounds):
+        for count in counts:
+            for name in list(SETTINGS) if number % 2 == 0 else list(SETTINGS)[::-1]:
+                with neighbours(count):
+                    done = subprocess.run(
+                        [sys.executable, "-c", GENERATE],
+                        env={**os.environ, **SETTINGS[name]},
+                        capture_output=True,
+                        text=True,
+                        check=True,
+                    )
+                seconds.setdefault((count, name), []).append(float(done.stdout.split()[-1]))
+                print(
+                    f"round {number + 1}, {count} neighbours, {name}: {done.stdout.strip()}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    print("| neighbours | OpenBLAS | s | rounds |")
+    print("| ---: | --- | ---: | --- |")
+    for (count, name), found in sorted(seconds.items()):
+        rounds_text = ", ".join(f"{each:.1f}" for each in found)
+        print(f"| {count} | {name} | {statistics.median(found):.1f} | {rounds_text} |")
 
 
 def report(steps: dict[tuple[int, str], list[Step]], cores: int, most_others: float) -> None:

@@ -7,17 +7,20 @@ import json
 import re
 import socket
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from macft.diagnostics import software
 from macft.errors import ConfigError, LaunchError
 from macft.network.link_probe import ProbeServer, measure
 from macft.network.links import Link, for_contact
+from macft.pairing.admission import Admission, Guest
 from macft.pairing.member import Member, common_networks, is_further_cable, topology_from, version_objection
-from macft.pairing.pake import PAIRING_VERSION, Channel, PakeExchange, WrongCode, new_code
+from macft.pairing.pake import PAIRING_VERSION, Channel, Guesses, PakeExchange, WrongCode, new_code
 from macft.pairing.ring_order import ring_order
 from macft.topology import topology_file
 from macft.topology.settings import TopologyConfig
@@ -67,6 +70,38 @@ def test_one_code_makes_a_secret_channel() -> None:
 def test_a_wrong_code_is_told_on_both_sides() -> None:
     ends, _ = both_sides("1234-5678", "1234-5679")
     assert all(isinstance(end, WrongCode) for end in ends)
+
+
+def test_after_the_last_wrong_code_the_right_one_lets_nobody_in_either() -> None:
+    guesses = Guesses(3)
+    assert guesses.judge(is_right=True)
+    assert not any(guesses.judge(is_right=False) for _ in range(3))
+    assert not guesses.judge(is_right=True)
+
+
+def test_a_silent_machine_keeps_nobody_waiting() -> None:
+    """Nor does one that knows the code and then says nothing."""
+    shown: list[str] = []
+    token, code = b"t" * 16, new_code()
+    admission = Admission(member("host"), code, token, room=2, most_wrong=3, show=shown.append)
+    at = ("127.0.0.1", admission.port)
+    silent, slow, own = (socket.create_connection(at, 30) for _ in range(3))
+    with silent, slow, own:
+        Channel(slow, code, is_host=False)
+        channel = Channel(own, code, is_host=False)
+        channel.send(replace(member("guest"), versions=software.versions(), key="11" * 32).to_message())
+        assert channel.receive(30) == {"token": token}
+        assert admission.guests() == []
+        channel.send({"ready": True})
+        guest = admission.outcomes.get(timeout=30)
+        assert isinstance(guest, Guest)
+        assert admission.guests() == [guest]
+        assert shown == ["guest has joined (2 of 3)"]
+        own.close()
+        while admission.guests():
+            pass
+        assert shown[1:] == ["guest has left"]
+    admission.close()
 
 
 FIRST = b"macft pairing " + bytes([PAIRING_VERSION])

@@ -58,6 +58,11 @@ MISTAKES = [
     ("training.steps=null", "training.steps and training.epochs: give exactly one"),
     ("training.export=newest", "training.export: 'newest' is not best or last"),
     ("training.patience=3 training.eval_every=0", "training.patience: early stopping needs validations"),
+    ("training.deterministic=true collective.codec=int8", "training.deterministic: does not go with collective.codec"),
+    (
+        "training.deterministic=true training.batch_size=2000 training.micro_batch_size=1",
+        "more than 1024 micro-batches",
+    ),
     ("adapter.rank=0", "adapter.rank: 0 is too small"),
     ("adapter.rslora=true", "adapter.rslora: needs adapter.alpha"),
     ("adapter.layers=[1,2]", "adapter.layers: adapter.num_layers=16 chooses blocks, too; set that to -1"),

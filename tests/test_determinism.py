@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from harness.runs import adapter, losses, same_bits, train_to_end
+from harness.runs import adapter, events, losses, same_bits, train_to_end
+from helpers.computing import gradient_computer, randomize_adapter
+from helpers.models import assert_same_gradient, make_model, random_rows
 from helpers.rings import local_listeners, run_ranks
 from macft.collective.ring import Ring
+from macft.data.batch import micro_batches
+from macft.model.adapt import adapt
+from macft.model.adapter_settings import AdapterConfig
+from macft.training.exact_sums import ExactStepGradient, from_grid, to_grid
 from macft.training.gradient_reducer import GradientReducer
 
 
@@ -70,6 +80,59 @@ def test_the_size_of_a_piece_does_not_show(world_size: int, codec: str) -> None:
     assert len(results) == 1
 
 
+values = st.floats(-(2.0**30), 2.0**30, width=32) | st.floats(-1, 1, width=32)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.lists(values, min_size=3, max_size=3), min_size=1, max_size=40), st.integers(1, 5), st.randoms())
+def test_exact_sums_have_the_same_bits_in_any_order_over_any_nodes(
+    parts: list[list[float]], world_size: int, random: Random
+) -> None:
+    def total(groups: list[list[list[float]]]) -> bytes:
+        over_ranks = np.zeros((2, 3))
+        for group in groups:
+            own = np.zeros((2, 3))
+            for part in group:
+                to_grid(np.array(part, np.float32), own)
+            over_ranks += own
+        return from_grid(over_ranks).tobytes()
+
+    expected = total([parts])
+    random.shuffle(parts)
+    assert total([parts[rank::world_size] for rank in range(world_size)]) == expected
+    summed = [math.fsum(column) for column in zip(*parts, strict=True)]
+    assert np.allclose(np.frombuffer(expected, np.float32), summed, rtol=1e-6, atol=len(parts) * 2.0**-50)
+
+
+def test_an_exact_gradient_is_that_of_all_micro_batches_whoever_computes_them() -> None:
+    model = make_model("llama")
+    adaptation = adapt(model, AdapterConfig(rank=4), seed=1)
+    randomize_adapter(model)
+    batches = micro_batches(random_rows(0, masked=True), np.arange(4), 1)
+    with gradient_computer(model, adaptation, "mlx") as compute:
+        expected = compute(0, batches)
+        shapes = {name: value.shape for name, value in expected.gradient.items()}
+        exact = ExactStepGradient(compute, shapes, [list(shapes)])
+        totals = []
+        for split in ([batches], [batches[:1], batches[1:]], [batches[2:], [], batches[1::-1]]):
+            parts = [exact(0, part) for part in split]
+            assert sum(part.target_tokens for part in parts) == expected.target_tokens
+            sums = {name: sum(part.halves[name] for part in parts) for name in shapes}
+            totals.append((sum(part.loss_sum for part in parts), {name: from_grid(sums[name]) for name in shapes}))
+    assert totals[0][0] == totals[1][0] == totals[2][0] == pytest.approx(expected.loss_sum, rel=1e-6)
+    for _, gradient in totals[1:]:
+        assert all(gradient[name].tobytes() == totals[0][1][name].tobytes() for name in shapes)
+    total = {name: mx.array(value.reshape(shapes[name])) for name, value in totals[0][1].items()}
+    assert_same_gradient(total, expected.gradient, 1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e11])
+def test_what_is_not_finite_stays_so(value: float) -> None:
+    halves = np.zeros((2, 2))
+    to_grid(np.array([value, 1.0], np.float32), halves)
+    assert np.isnan(from_grid(halves)).tolist() == [True, False]
+
+
 SPINNING = "while True: pass"
 
 
@@ -88,7 +151,7 @@ def busy(processes: int) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ten_runs_under_changing_load_have_the_same_bits(tmp_path: Path, tiny_task: list[str]) -> None:
-    """Three nodes with exact sums, a codec, and weights that are read from disk; a pipeline of two stages."""
+    """Three nodes, a codec, weights that are read from disk, a pipeline; and any nodes with training.deterministic."""
     basics = [
         *tiny_task,
         "training.batch_size=6",
@@ -109,13 +172,24 @@ def test_ten_runs_under_changing_load_have_the_same_bits(tmp_path: Path, tiny_ta
         "int8": ["topology.nodes=3", "collective.codec=int8"],
         "streamed": ["topology.nodes=3", "topology.placement=stream"],
         "pipeline": ["topology.nodes=2", "topology.placement=pipeline"],
+        "alone": ["topology=single"],
+        "unequal": ["topology.nodes=2", "topology.shares=[3,1]"],
+        "by speed": ["topology.nodes=3", "topology.shares=auto", "topology.rebalance_every=1"],
     }
-    order = ["exact", "int8", "streamed", "pipeline", "exact", "int8", "streamed", "pipeline", "exact", "pipeline"]
+    deterministic = ["alone", "unequal", "by speed"]
+    order = ["exact", "int8", "streamed", "pipeline", "alone", "unequal", "pipeline", "streamed", "int8", "exact"]
+    order.append("by speed")
     finished: dict[str, list[Path]] = {kind: [] for kind in kinds}
     for number, kind in enumerate(order):
         with busy(number % 4):
-            finished[kind].append(train_to_end(*basics, *kinds[kind], folder=tmp_path / str(number)))
+            more = ["training.deterministic=true", "training.eval_every=3"] if kind in deterministic else []
+            finished[kind].append(train_to_end(*basics, *kinds[kind], *more, folder=tmp_path / str(number)))
+    finished["deterministic"] = [run for kind in deterministic for run in finished.pop(kind)]
     for runs in finished.values():
         assert all(losses(run) == losses(runs[0]) for run in runs)
         assert all(same_bits(adapter(run), adapter(runs[0])) for run in runs)
     assert not same_bits(adapter(finished["exact"][0]), adapter(finished["int8"][0]))
+    validated = [[event["loss"] for event in events(run, "evaluated")] for run in finished["deterministic"]]
+    assert len(validated[0]) == 3
+    assert validated[0] == validated[1] == validated[2]
+    assert losses(finished["deterministic"][0])[:4] == pytest.approx(losses(finished["exact"][0])[:4], rel=1e-4)

@@ -1,4 +1,4 @@
-"""20,000 malformed frames over all ports: the work goes on, and nothing grows. `benchmarks/fuzz_wire.py` sends more."""
+"""10,000 malformed frames over all ports: the work goes on, and nothing grows. `benchmarks/fuzz_wire.py` sends more."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from fuzz_wire import SHARES, attack
 from harness.fuzz.mutations import Mutator
 from harness.fuzz.targets import ring_frames
 
-FRAMES = 20_000
-_MOST = {"pairing": 40, "link probe": 150, "announcement": 400, "rendezvous": 150}
+FRAMES = 10_000
+_MOST = {"pairing": 40, "guest": 40, "link probe": 150, "announcement": 400, "rendezvous": 150}
+_SAME_CODE = {("channel", "encrypted"), ("guest", "plain"), ("monitor", "plain")}
+"""What differs from the other mode is tested for streams, for pairing, and in that mode."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("surface", "mode"), SHARES)
+@pytest.mark.parametrize(("surface", "mode"), [key for key in SHARES if key not in _SAME_CODE])
 def test_a_port_stands_malformed_frames(surface: str, mode: str) -> None:
     frames = min(round(FRAMES * SHARES[surface, mode]), _MOST.get(surface, FRAMES))
     assert attack(surface, mode, frames=frames, seed=18).frames >= frames

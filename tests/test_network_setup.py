@@ -177,6 +177,41 @@ def test_two_machines_with_self_assigned_addresses_only(tmp_path: Path) -> None:
     assert "note: 169.254.3.1 is a self-assigned address" in output
 
 
+WAITING = """
+import socket, sys
+from macft.network.connections import end_if_unreachable
+with socket.create_connection((sys.argv[1], 4242), 20) as connection:
+    end_if_unreachable(connection, idle=1, every=1, probes=2)
+    connection.settimeout(60)
+    print("waiting", flush=True)
+    try:
+        connection.recv(1)
+    except OSError as error:
+        print(error.strerror)
+"""
+LISTENING = """
+import socket
+with socket.create_server(("", 4242)) as server:
+    print("listening", flush=True)
+    connection, _ = server.accept()
+    connection.recv(1)
+"""
+
+
+def test_a_machine_that_vanishes_is_noticed_by_one_that_waits(tmp_path: Path) -> None:
+    with machines(tmp_path, [["10.99.0.1/24"], ["10.99.0.2/24"]]) as (host, guest):
+        listening = host.start("-c", LISTENING)
+        assert listening.stdout is not None
+        listening.stdout.readline()
+        waiting = guest.start("-c", WAITING, "10.99.0.1")
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == "waiting\n"
+        host.ip("link set eth0 down")
+        assert ended(waiting).strip() in ("Connection timed out", "No route to host")
+        listening.kill()
+        listening.communicate()
+
+
 def test_nodes_meet_over_ipv6(tmp_path: Path, tiny_task: list[str]) -> None:
     with machines(tmp_path, [["fd99::1/64"], ["fd99::2/64"]]) as two:
         hosts = 'topology.hosts=["[fd99::1]","[fd99::2]"]'

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import select
 import socket
 import subprocess
@@ -17,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from harness.namespaces import missing_requirement, run
+from harness.namespaces import missing_requirement, run, unique_tag
 from helpers.cables import two_cables
 from helpers.rings import local_listeners, next_message, run_ranks
 from macft.collective.base import RingSpeed
@@ -195,7 +194,7 @@ def test_a_real_cable_that_is_pulled_costs_no_sum_and_no_run() -> None:
     """Two machines (network namespaces), two cables between them, a stream on each."""
     if reason := missing_requirement():
         pytest.skip(reason)
-    tag = os.getpid() % 100_000
+    tag = unique_tag()
     names = [f"mp{tag}n{rank}" for rank in (0, 1)]
     with contextlib.ExitStack() as stack:
         for name in names:

@@ -134,6 +134,19 @@ def test_a_rank_that_was_started_again_takes_its_place(pool: ThreadPoolExecutor)
     server.close()
 
 
+def test_a_rendezvous_that_was_started_again_hears_of_those_who_wait(pool: ThreadPoolExecutor) -> None:
+    """The node of rank 0 was stopped and started again, and the other one went on waiting."""
+    server = serve(2)
+    waiting = pool.submit(report, server, 1, 2)
+    while not server.arrived:
+        threading.Event().wait(0.005)
+    server.close()
+    again = RendezvousServer(server.address, world_size=2, run_id="run", timeout=20.0)
+    again.start()
+    assert report(again, 0, 2) == waiting.result(timeout=30)
+    again.close()
+
+
 def test_strangers_are_ignored(pool: ThreadPoolExecutor) -> None:
     server = serve(2)
     host, port = server.address.split(":")

@@ -29,7 +29,7 @@ from macft.collective.ring import Ring
 from macft.collective.settings import CollectiveConfig, problems
 from macft.collective.solo import Solo
 from macft.collective.wire import Header, Kind, pack
-from macft.errors import CollectiveError, PeerLost, PeerTimeout, ProtocolError
+from macft.errors import CollectiveError, PeerLost, PeerStopped, PeerTimeout, ProtocolError
 
 Work = Callable[[Ring], Any]
 QUICK = CollectiveConfig(timeout=1.0, heartbeat=0.2)
@@ -200,6 +200,22 @@ def test_a_rank_that_fails_by_itself_tells_the_others_why() -> None:
     assert {type(error) for error in errors[1:]} == {PeerLost}
     told = [str(error) for error in errors[1:]]
     assert all("rank 0" in message and "loss is not finite" in message for message in told), told
+
+
+def test_a_rank_whose_user_stops_it_is_not_lost() -> None:
+    def stop(ring: Ring) -> None:
+        ring.barrier()
+        ring.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+
+    def stop_at_the_end(ring: Ring) -> None:
+        ring.barrier()
+        ring.tell_stopped()
+
+    for way in (stop, stop_at_the_end):
+        errors = differ(way, lambda ring: (ring.barrier(), ring.barrier()), 4)
+        assert {type(error) for error in errors[1:]} == {PeerStopped}
+        assert all(str(error).startswith("rank 0 ") for error in errors[1:])
+        assert all(str(error).endswith(" was stopped by its user") for error in errors[1:])
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -121,7 +122,7 @@ def test_the_host_that_leads_dies_and_the_results_come_from_another(
     (leader,) = [agent for agent in agents(three, "runs/e/1") if agent.cmdline()[-1] == "0"]
     leader.kill()
     wait_for_events(process, three.hosts[1].home / "macft/runs/e/1", "nodes_changed")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGHUP)  # the terminal is closed
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, output + errors
     assert f"note: {three.hosts[0].address} " in output
@@ -143,6 +144,40 @@ def test_a_leader_that_cannot_write_leaves_the_results_to_another_host(
     assert f"so the results are on rank 1 ({three.hosts[1].address})" in output
     assert json.loads((tmp_path / "runs/f/1/summary.json").read_text())["reason"] == "finished"
     assert (tmp_path / "runs/f/1/adapters/adapters.safetensors").is_file()
+
+
+def test_the_second_ctrl_c_ends_all_hosts_and_none_takes_another_for_lost(
+    three: Cluster, basics: list[str], tmp_path: Path
+) -> None:
+    # Steps long enough that the second wish comes before the first is met.
+    slow = ["training.batch_size=40", "training.micro_batch_size=1", "training.steps=100000", "topology.elastic=false"]
+    process = start(three, tmp_path, *basics, *over_ssh(three, 2), *slow, "hydra.run.dir=runs/g/1")
+    wait_for_step(process, three.hosts[0].home / "macft/runs/g/1")
+    running = agents(three, "runs/g/1")
+    assert process.stderr is not None
+    process.send_signal(signal.SIGINT)
+    while not process.stderr.readline().startswith("stopping: "):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, output + errors
+    assert "error" not in output + errors
+    _, left = psutil.wait_procs(running, timeout=20)
+    assert not left
+
+
+def test_a_terminal_that_is_closed_while_it_connects_ends_the_launch(
+    three: Cluster, basics: list[str], tmp_path: Path
+) -> None:
+    here = three.hosts[0].address.rpartition(".")[0] + ".1"  # the terminal's machine, on which nothing answers
+    with socket.create_server((here, 0)) as silent:
+        ssh = [f"topology.ssh=[{three.hosts[0].address},{here}:{silent.getsockname()[1]}]"]
+        process = start(three, tmp_path, *basics, *over_ssh(three, 2), *ssh)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "· connecting to 2 hosts ...\n"
+        process.send_signal(signal.SIGHUP)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "interrupted; no checkpoint had been saved\n")
 
 
 def test_no_process_outlives_the_terminal(three: Cluster, basics: list[str], tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_ctrl_c_twice_is_no_lost_node(tmp_path: Path, basics: list[str]) -> None
     process.send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "stopping: the current step is finished and saved first; Ctrl-C again quits now" in errors
+    assert "stopping: the nodes save what there is to save; Ctrl-C again quits now" in errors
     assert not any(rank.is_running() for rank in running.values())
     assert not (tmp_path / "adapters").exists() or json.loads((tmp_path / "summary.json").read_text())["reason"]
 

@@ -41,6 +41,8 @@ class Outcome:
     has_result: bool
     silence: float
     """The longest time in seconds, from the kill on, in which nothing was written to any terminal."""
+    last_line: str
+    """What was written before it."""
     seconds: float
     output: str = field(repr=False, default="")
     is_killed: bool = True
@@ -64,7 +66,8 @@ class Terminal:
             start_new_session=True,
         )
         self.output = ""
-        self.times: list[float] = []
+        self.lines: list[tuple[float, str]] = []
+        """Each line with the time at which it came."""
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
@@ -72,7 +75,7 @@ class Terminal:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.output += line.decode(errors="replace")
-            self.times.append(time.monotonic())
+            self.lines.append((time.monotonic(), line.decode(errors="replace").strip()))
 
     def close(self) -> None:
         """Waits for the rest of the output."""
@@ -149,13 +152,16 @@ def _outcome(
     ended = time.monotonic()
     for terminal in terminals:
         terminal.close()
-    times = sorted(each for terminal in others for each in terminal.times)
+    lines = sorted(line for terminal in others for line in terminal.lines)
     since = ended if killed is None else killed
-    moments = [since, *(each for each in times if each > since), ended]
+    before = [text for moment, text in lines if moment <= since][-1:] or ["nothing"]
+    moments = [(since, f"the kill, after: {before[0]}"), *(line for line in lines if line[0] > since), (ended, "")]
+    silence, last_line = max((after[0] - one[0], one[1]) for one, after in itertools.pairwise(moments))
     return Outcome(
         statuses=[terminal.process.returncode for terminal in others],
         has_result=any(_has_result(folder) for folder in folders),
-        silence=max(after - before for before, after in itertools.pairwise(moments)),
+        silence=silence,
+        last_line=last_line,
         seconds=0.0,
         output="\n".join(terminal.output for terminal in terminals),
         is_killed=killed is not None,

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from harness import namespaces
-from harness.namespaces import run
+from harness.namespaces import run, unique_tag
 from harness.runs import Differences, differences, environment, events
 
 KINDS = ("kill", "stop", "cut", "slow")
@@ -113,7 +113,7 @@ class Nodes:
 
     def __init__(self, folder: Path, count: int, overrides: Sequence[str]):
         number = os.getpid() % 200 + 20
-        self._tag = f"{os.getpid() % 100000}"
+        self._tag = unique_tag()
         self.folder, self.count = folder, count
         self.addresses = [_SUBNET.format(number, rank + 1) for rank in range(count)]
         self._overrides = [*overrides, f"topology.hosts=[{','.join(self.addresses)}]", "topology=hosts"]

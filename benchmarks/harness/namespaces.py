@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
+import string
 import subprocess
 import sys
 from collections.abc import Sequence
+
+_LETTERS = itertools.cycle(string.ascii_lowercase)
 
 
 def run(command: str) -> str:
@@ -17,6 +21,11 @@ def run(command: str) -> str:
     return done.stdout
 
 
+def unique_tag() -> str:
+    """Up to six characters for names of namespaces and interfaces, others than those of an earlier call."""
+    return f"{os.getpid() % 100_000}{next(_LETTERS)}"
+
+
 def missing_requirement(commands: Sequence[str] = ()) -> str:
     """Why namespaces, or one of ``commands``, can't be used here; empty if all can."""
     if sys.platform != "linux" or os.geteuid() != 0:
@@ -24,7 +33,7 @@ def missing_requirement(commands: Sequence[str] = ()) -> str:
     search = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
     if missing := [name for name in ("ip", *commands) if shutil.which(name, path=search) is None]:
         return f"{missing[0]} is not installed"
-    name = f"mt{os.getpid() % 100000}"
+    name = f"mt{unique_tag()}"
     if subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode:
         return "network namespaces are not permitted here"
     run(f"ip netns del {name}")

@@ -11,6 +11,7 @@
     ├── CollectiveError         communication between ranks
     │   ├── PeerTimeout         a named peer stayed silent longer than the time allowed
     │   ├── PeerLost            the connection to a named peer broke
+    │   │   └── PeerStopped     its user stopped it
     │   ├── MembershipChanged   a peer was lost or wants to join; the others can go on in a new ring
     │   ├── ProtocolError       a frame or message that breaks the protocol
     │   └── RendezvousError     the ranks could not find or agree with each other
@@ -64,6 +65,10 @@ class PeerTimeout(CollectiveError):
 
 class PeerLost(CollectiveError):
     """The connection to a named peer broke."""
+
+
+class PeerStopped(PeerLost):
+    """A named peer has left because its user stopped it."""
 
 
 class MembershipChanged(CollectiveError):

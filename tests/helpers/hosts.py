@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.namespaces import missing_requirement
+from harness.namespaces import missing_requirement, unique_tag
 
 REPOSITORY = Path(__file__).parents[2]
 NETWORK = "10.77.{}.{}"
@@ -72,7 +72,7 @@ def cluster(folder: Path, count: int, *, two_cables: bool = False) -> Iterator[C
     if reason := missing_requirement(["ssh", "ssh-keygen", "unshare", "sshd"]):
         pytest.skip(reason)
     number = _free_network()
-    tag = f"{os.getpid() % 100000}"
+    tag = unique_tag()
     home = folder / "terminal"
     (home / ".ssh").mkdir(parents=True, mode=0o700)
     _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(home / ".ssh/id_ed25519"))

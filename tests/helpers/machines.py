@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.namespaces import missing_requirement, run
+from harness.namespaces import missing_requirement, run, unique_tag
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def machines(folder: Path, addresses: Sequence[Sequence[str]]) -> Iterator[list[
     """
     if reason := missing_requirement(["unshare"]):
         pytest.skip(reason)
-    tag = os.getpid() % 100000
+    tag = unique_tag()
     with ExitStack() as stack:
         made = []
         for index in range(len(addresses)):

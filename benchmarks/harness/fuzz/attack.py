@@ -20,6 +20,7 @@ import zmq
 
 from harness.fuzz.mutations import CURVE_GREETING, CURVE_HELLO, NULL_GREETING, READY, Mutator, zmtp
 from macft.collective.security import KeyPair, encrypt_to
+from macft.collective.stream import StreamOut
 from macft.collective.wire import split_address
 
 SECONDS = 150.0
@@ -27,9 +28,19 @@ SECONDS = 150.0
 _A_CONNECTION = 50
 """Frames sent over one ZeroMQ connection."""
 _HALF_OPEN = 24
+_MOST_BODY = 4096
 _SETTLE_SECONDS = 10.0
 _ZEROMQ = ("ring", "membership", "join", "rendezvous")
-_BATCH = {"rendezvous": 60, "pairing": 60, "link probe": 300, "announcement": 4_000}
+_BATCH = {
+    "rendezvous": 60,
+    "pairing": 60,
+    "guest": 60,
+    "link probe": 300,
+    "announcement": 4_000,
+    "channel": 40,
+    "serve": 500,
+    "monitor": 500,
+}
 """Frames between two checks, by surface; of the others 2,000."""
 
 
@@ -211,11 +222,13 @@ class Attack:
             left = goal - self.result.frames
             if self._surface == "announcement":
                 self._send_datagrams(left)
+            elif self._surface == "channel":
+                self._send_over_channel(opened["server"], left)
             elif self._surface in _ZEROMQ and self._mutator.random.random() < 0.8:
                 self._send_messages(opened, min(left, _A_CONNECTION))
             else:
                 self._send_bytes(left)
-        if self._surface != "announcement":
+        if self._surface not in ("announcement", "channel"):
             self._keep_half_open()
 
     def _address(self) -> tuple[str, int]:
@@ -270,6 +283,29 @@ class Attack:
                 sock.recv(1)
             if draw.random() < 0.3:  # a reset instead of an orderly end
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+    def _send_over_channel(self, secret: str, frames: int) -> None:
+        """With the channel's secret, as another rank that is not macft; the port accepts one connection."""
+        draw, (host, port) = self._mutator.random, self._address()
+        out = StreamOut.connect(
+            f"{host}:{port}", port, bytes.fromhex(secret), _MOST_BODY, encrypted=self._mode == "encrypted"
+        )
+        self.result.connections += 1
+        self.result.frames += frames
+        if out is None:
+            return
+        for number in range(frames):
+            # Half of the connections begin as they should.
+            is_valid = number < 2 and draw.random() < 0.7
+            header = self._valid[number] if is_valid else self._mutator.frame(self._valid)
+            out.send(header[:_MOST_BODY], draw.randbytes(draw.choice((0, 1, 40, 1904, _MOST_BODY))))
+            deadline = time.monotonic() + 1
+            while out.pending and time.monotonic() < deadline:
+                out.flush()
+                time.sleep(0.001)
+            if out.pending or out.broken_at is not None:
+                break
+        out.close()
 
     def _send_datagrams(self, frames: int) -> None:
         host, port = self._address()

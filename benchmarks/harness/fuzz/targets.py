@@ -11,15 +11,18 @@ import json
 import select
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
+from harness.fuzz.answer import SECONDS, Answer, Target, wait_for
+from harness.fuzz.channel_target import ChannelTarget
+from harness.fuzz.monitor_target import MonitorTarget
+from harness.fuzz.pairing_targets import AnnouncementTarget, GuestTarget, PairingTarget
 from macft.collective.base import Collective
 from macft.collective.health import Health, HealthServer, ask
 from macft.collective.listener import Listener
@@ -35,56 +38,14 @@ from macft.membership.elastic_ring import ElasticRing
 from macft.membership.paxos import View
 from macft.membership.service import MembershipService, join_request
 from macft.network.link_probe import ProbeServer, measure
-from macft.network.links import discover
-from macft.pairing import discovery, pake
-from macft.pairing.host import PairingHost
-from macft.pairing.member import this_machine
 from macft.rendezvous.connect import RankConfig, join_rendezvous
 from macft.rendezvous.keystore import Keyring
 from macft.rendezvous.roster import agreed_values
 from macft.rendezvous.server import RendezvousServer
 
 SETTINGS = CollectiveConfig(timeout=20.0, heartbeat=0.5)
-SECONDS = 60.0
-"""What takes longer hangs."""
 _SIZES = (3, 1_000, 40_000)
-CODE = "1234-5678"
 TOKEN = b"t" * 16
-
-
-@dataclass
-class Answer:
-    """What a target answers.
-
-    Attributes:
-        addresses: Where it listens now.
-        valid: Valid frames for it, in hexadecimal.
-        server: The public key of an encrypted port; empty without encryption.
-        keys: Public and secret keys that the port lets in: those of a machine that takes part.
-        wrong: What was not as it must be; empty if nothing.
-        done: How often the work has been done so far.
-        notes: What was told to the user in passing, by how often.
-    """
-
-    addresses: list[str] = field(default_factory=list)
-    valid: list[str] = field(default_factory=list)
-    server: str = ""
-    keys: list[tuple[str, str]] = field(default_factory=list)
-    wrong: str = ""
-    done: int = 0
-    notes: dict[str, int] = field(default_factory=dict)
-
-
-class Target(Protocol):
-    """A port at work."""
-
-    def open(self) -> Answer:
-        """Where it listens, and what valid frames look like."""
-        ...
-
-    def check(self) -> Answer:
-        """Does the port's work once."""
-        ...
 
 
 class Sums:
@@ -331,7 +292,7 @@ class StreamTarget:
         self._done += 1
         out.send(pack(Header(Kind.BROADCAST, 0, 0, 1, length=len(body))), body)
         out.finish()
-        wrong = "" if _wait(lambda: self._port is not port) else "the stream is not let in"
+        wrong = "" if wait_for(lambda: self._port is not port) else "the stream is not let in"
         out.close()
         if not wrong and (not self._frames or self._frames.pop() != body):
             wrong = "another body than was sent"
@@ -377,88 +338,10 @@ class ProbeTarget:
         return Answer(done=self._done)
 
 
-class PairingTarget:
-    """A machine that waits for others to join its cluster."""
+def _serve_target(*, encrypted: bool) -> Target:
+    from harness.fuzz.serve_target import ServeTarget  # which needs MLX and a model
 
-    def __init__(self, *, encrypted: bool):  # noqa: ARG002
-        self._done = 0
-        self._notes = {"ended by three wrong codes": 0, "lines shown": 0}
-        self._new_host()
-
-    def _new_host(self) -> None:
-        self._host = PairingHost(CODE, 2, self._show)
-        self._ended: Future[Any] = Future()
-        threading.Thread(target=self._form, args=(self._host, self._ended), daemon=True).start()
-
-    def _form(self, host: PairingHost, ended: Future[Any]) -> None:
-        try:
-            ended.set_result(host.form(3600))
-        except BaseException as error:
-            ended.set_exception(error)
-
-    def _show(self, _: str) -> None:
-        self._notes["lines shown"] += 1
-
-    def open(self) -> Answer:
-        public = pake.PakeExchange(CODE, is_host=False).first_frame
-        framed = len(public).to_bytes(4, "big") + public
-        return Answer(
-            addresses=[f"127.0.0.1:{self._host.port}"],
-            valid=[framed.hex(), (framed + (32).to_bytes(4, "big") + bytes(32)).hex()],
-        )
-
-    def check(self) -> Answer:
-        """A machine with the right code and this machine's name is heard, and told why it can't join."""
-        import socket
-
-        self._done += 1
-        if self._ended.done():
-            if "three wrong codes" not in str(self._ended.exception()):
-                return Answer(wrong=f"it ended: {self._ended.exception()!r}", done=self._done)
-            self._notes["ended by three wrong codes"] += 1
-            self._new_host()
-        try:
-            with socket.create_connection(("127.0.0.1", self._host.port), SECONDS) as connection:
-                connection.settimeout(SECONDS)
-                channel = pake.Channel(connection, CODE, is_host=False)
-                channel.send(this_machine(1234).to_message())
-                answer = channel.receive(SECONDS)
-        except (LaunchError, OSError) as error:
-            # A third wrong code may have been counted just before: then no code is right any more.
-            with suppress(TimeoutError, LaunchError):
-                self._ended.result(5)
-            if self._ended.done():
-                return self.check()
-            return Answer(wrong=f"a machine with the right code is not let in: {error}", done=self._done)
-        wrong = "" if "refused" in answer else f"answered {answer}"
-        return Answer(wrong=wrong, done=self._done, notes=self._notes)
-
-
-class AnnouncementTarget:
-    """The announcement of a cluster by mDNS: what others on the network send is read by the zeroconf library."""
-
-    def __init__(self, *, encrypted: bool):  # noqa: ARG002
-        self._done = 0
-        self._address = discover()[0].host
-        self._announced = discovery.announce("fuzzed", [self._address], 4000)
-        self._announced.__enter__()
-
-    def open(self) -> Answer:
-        from zeroconf import DNSOutgoing, DNSPointer, DNSQuestion, const
-
-        question, answer = DNSOutgoing(const._FLAGS_QR_QUERY), DNSOutgoing(const._FLAGS_QR_RESPONSE)
-        question.add_question(DNSQuestion(discovery.SERVICE, const._TYPE_PTR, const._CLASS_IN))
-        pointer = DNSPointer(discovery.SERVICE, const._TYPE_PTR, const._CLASS_IN, 60, f"other.{discovery.SERVICE}")
-        answer.add_answer_at_time(pointer, 0)
-        return Answer(
-            addresses=[f"{self._address}:5353"], valid=[p.hex() for m in (question, answer) for p in m.packets()]
-        )
-
-    def check(self) -> Answer:
-        self._done += 1
-        offers = discovery.discover_offers(SECONDS / 2, cluster="fuzzed")
-        found = [offer for offer in offers if offer.cluster == "fuzzed" and offer.port == 4000]
-        return Answer(wrong="" if found else f"not found among {offers}", done=self._done)
+    return ServeTarget(encrypted=encrypted)
 
 
 TARGETS: dict[str, Callable[..., Target]] = {
@@ -471,6 +354,10 @@ TARGETS: dict[str, Callable[..., Target]] = {
     "link probe": ProbeTarget,
     "health": HealthTarget,
     "announcement": AnnouncementTarget,
+    "channel": ChannelTarget,
+    "guest": GuestTarget,
+    "serve": _serve_target,
+    "monitor": MonitorTarget,
 }
 
 
@@ -481,18 +368,11 @@ def _outcome(future: Future[Any]) -> Any:
         return error
 
 
-def _wait(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + SECONDS
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    return condition()
-
-
 def main() -> None:
     faulthandler.enable()
     failed: list[str] = []
     threading.excepthook = lambda args: failed.append(f"{args.thread}: {args.exc_type.__name__}: {args.exc_value}")
-    target = TARGETS[sys.argv[1]](encrypted=sys.argv[2] == "encrypted")
+    target = TARGETS[sys.argv[1]](encrypted=sys.argv[2] != "plain")
     for line in sys.stdin:
         answer = target.open() if line.strip() == "open" else target.check()
         if failed and not answer.wrong:

@@ -165,6 +165,13 @@ class Collective(Protocol):
         """
         ...
 
+    def tell_stopped(self) -> None:
+        """Tells the others, as far as possible, that this rank's user has stopped it; no call can follow.
+
+        For a process that is about to end, also from another thread while this collective's is in a long call of MLX.
+        """
+        ...
+
     def close(self) -> None:
         """Releases sockets and threads. Safe to call twice."""
         ...

@@ -33,15 +33,18 @@ class Departure:
         self._sent: list[tuple[SendPath | RecvPath, zmq.MessageTracker]] = []
 
     def say_goodbye(self, header: Header) -> None:
-        """Sends ``header`` to both neighbours, except one that is gone. Never blocks."""
+        """Sends ``header`` to both neighbours, except one that is gone. Never blocks.
+
+        Nor to one to which part of a message was being sent when this rank was interrupted.
+        """
         for send_path in self._send_paths:
-            if not send_path.failed:
+            if not (send_path.failed or send_path.is_sending):
                 with contextlib.suppress(zmq.Again):  # not connected yet
                     self._sent.append((send_path, _send_tracked(send_path.sock, [], header)))
                 if send_path.stream is not None:
                     send_path.stream.finish()
         for recv_path in self._recv_paths:
-            if recv_path.peer:
+            if recv_path.peer and not recv_path.is_sending:
                 self._sent.append((recv_path, _send_tracked(recv_path.sock, [recv_path.peer], header)))
 
     def wait_until_sent(self, sockets: Sequence[tuple[zmq.Socket[bytes], int]]) -> None:

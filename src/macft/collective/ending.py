@@ -8,7 +8,7 @@ from typing import NoReturn, TypeAlias
 from macft.collective.departure import Departure
 from macft.collective.handshake import PROBE_SECONDS, RingIdentity
 from macft.collective.wire import MAX_TEXT, Cause, Header, Kind, probe, split_paths, unpack
-from macft.errors import CollectiveError, PeerLost, PeerTimeout, ProtocolError
+from macft.errors import CollectiveError, PeerLost, PeerStopped, PeerTimeout, ProtocolError
 
 Failure: TypeAlias = type[PeerLost] | type[PeerTimeout] | type[ProtocolError]
 
@@ -16,6 +16,7 @@ _CAUSE_OF: dict[Failure, Cause] = {
     PeerLost: Cause.LOST,
     PeerTimeout: Cause.TIMEOUT,
     ProtocolError: Cause.PROTOCOL,
+    PeerStopped: Cause.STOPPED,
 }
 _FAILURE_OF: dict[int, Failure] = {Cause.DONE: PeerLost, **{cause: kind for kind, cause in _CAUSE_OF.items()}}
 _log = logging.getLogger("macft.ring")

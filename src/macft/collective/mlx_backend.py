@@ -29,14 +29,19 @@ from macft.collective.dtypes import BFLOAT16, FlatArray, flat_view
 from macft.collective.health import Health, HealthServer, ask
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import MAX_BLOB_BYTES
-from macft.errors import CollectiveError, PeerLost, PeerTimeout, ProtocolError
+from macft.errors import CollectiveError, PeerLost, PeerStopped, PeerTimeout, ProtocolError
 
 BLOCK_BYTES = 16 * 1024 * 1024
 """Most bytes of one MLX operation, so that one which takes ``collective.timeout`` is known to hang."""
 _POLL_SECONDS = 0.5
 _LINGER_SECONDS = 3.0
 """How long a rank that gives up keeps reporting the reason to the others."""
-_FAILURES: dict[str, type[CollectiveError]] = {"lost": PeerLost, "timeout": PeerTimeout, "protocol": ProtocolError}
+_FAILURES: dict[str, type[CollectiveError]] = {
+    "lost": PeerLost,
+    "timeout": PeerTimeout,
+    "protocol": ProtocolError,
+    "stopped": PeerStopped,
+}
 _log = logging.getLogger("macft.ring")
 _T = TypeVar("_T")
 
@@ -192,6 +197,12 @@ class MlxCollective:
         """Raises CollectiveError: MLX's own send and receive wait forever where a rank is gone."""
         raise CollectiveError(f"collective=mlx can't send messages to one rank ({purpose}); use collective=ring")
 
+    def tell_stopped(self) -> None:
+        """See :meth:`~macft.collective.base.Collective.tell_stopped`."""
+        if not self._closed and self._failure is None:
+            self._failure = PeerStopped(f"{self._name(self.rank)} was stopped by its user")
+            self._health.reason = f"stopped {self._failure}"
+
     def close(self) -> None:
         """Leaves the group; after a failure it first reports the reason for some seconds. Safe to call twice."""
         if self._closed:
@@ -213,7 +224,9 @@ class MlxCollective:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not self._closed and self._failure is None:
+        if isinstance(error, KeyboardInterrupt):
+            self.tell_stopped()
+        elif error is not None and not self._closed and self._failure is None:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             self._failure = PeerLost(f"{self._name(self.rank)} stopped with {reason}")
             self._health.reason = f"lost {self._failure}"
@@ -283,6 +296,9 @@ class MlxCollective:
             except queue.Empty:
                 self._check_ranks(call)
                 continue
+            except KeyboardInterrupt:
+                self.tell_stopped()
+                raise
             except BaseException:
                 self._failure = PeerLost(f"rank {self.rank} was interrupted in {call}; its group has ended")
                 health.reason = f"lost {self._failure}"

@@ -52,6 +52,7 @@ class SendPath:
         probed: Whether its oldest frame was also sent over another path, because this one is stalled.
         last_credit: When the last credit arrived (``time.monotonic``); 0 before.
         rate: Bytes a second, measured from credits.
+        is_sending: Whether a message of two parts is being sent; stays so where Ctrl-C comes between them.
     """
 
     def __init__(self, listener: Listener, endpoint: str, *, is_only_path: bool):
@@ -63,7 +64,7 @@ class SendPath:
         self.uncredited: deque[SentFrame] = deque()
         self.uncredited_bytes = 0
         self.rate = _INITIAL_RATE
-        self.connected = self.accepted = self.failed = self.probed = False
+        self.connected = self.accepted = self.failed = self.probed = self.is_sending = False
         self.last_credit = self._busy_since = 0.0
         self._delivered_bytes = 0
 
@@ -116,8 +117,10 @@ class SendPath:
             if self._is_only_path:
                 return
         else:
+            self.is_sending = True
             self.sock.send(pack(header), zmq.SNDMORE)
             self.sock.send(body, copy=False)
+            self.is_sending = False
         if not self.uncredited:
             self._busy_since, self._delivered_bytes = now, 0
         self.uncredited.append(SentFrame(Frame(header, body) if keep else None, header.length, now))
@@ -148,13 +151,14 @@ class RecvPath:
             arrive over the stream.
         uncredited: Frames received since the last credit.
         stream: Where data arrives; None: over ZeroMQ, or not connected yet.
+        is_sending: Whether a message of two parts is being sent; stays so where Ctrl-C comes between them.
     """
 
     def __init__(self, listener: Listener, number: int):
         self.sock, self.monitor = listener.routers[number]
         self.address = listener.address.split("+")[number]
         self.peer = b""
-        self.failed = False
+        self.failed = self.is_sending = False
         self.goodbye: tuple[Header, float] | None = None
         self.uncredited = 0
         self.stream: StreamIn | None = None
@@ -224,5 +228,6 @@ class RecvPath:
         """Acknowledges all frames received since the last credit."""
         if self.uncredited:
             header = Header(Kind.CREDIT, generation, rank, frames=self.uncredited)
+            self.is_sending = True
             self.sock.send_multipart([self.peer, pack(header)], zmq.NOBLOCK)
-            self.uncredited = 0
+            self.uncredited, self.is_sending = 0, False

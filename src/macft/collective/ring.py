@@ -41,7 +41,7 @@ from macft.collective.wire import (
     Kind,
     split_paths,
 )
-from macft.errors import CollectiveError, PeerLost, PeerTimeout, ProtocolError
+from macft.errors import CollectiveError, PeerLost, PeerStopped, PeerTimeout, ProtocolError
 
 _GATHER_REDUCE_BYTES = 768 * 1024
 """All-reduces of up to this over the number of ranks use :class:`GatherReduce`, until :meth:`Ring.tune` lowers it."""
@@ -251,6 +251,13 @@ class Ring:
         )
         return self._channels[-1]
 
+    def tell_stopped(self) -> None:
+        """See :meth:`~macft.collective.base.Collective.tell_stopped`."""
+        if not self._closed and self._links.ending.failure is None:
+            text = f"{self._identity.name(self.rank)} was stopped by its user"
+            self._links.ending.failure = PeerStopped(text)
+            self._links.ending.say_goodbye(Cause.STOPPED, self.rank, text)
+
     def close(self) -> None:
         """Says goodbye to the neighbours and closes the sockets, within about a second. Safe to call twice."""
         if self._closed:
@@ -272,7 +279,9 @@ class Ring:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not self._closed and self._links.ending.failure is None:
+        if isinstance(error, KeyboardInterrupt):
+            self.tell_stopped()
+        elif error is not None and not self._closed and self._links.ending.failure is None:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             text = f"{self._identity.name(self.rank)} stopped with {reason}"
             self._links.ending.say_goodbye(Cause.LOST, self.rank, text)
@@ -296,10 +305,13 @@ class Ring:
         return transfer.blobs
 
     def _run(self, transfer: Transfer) -> None:
-        """Runs a call. An exception halfway, Ctrl-C too, ends the ring: the ranks are no longer at the same point."""
+        """Runs a call. An exception halfway ends the ring: the ranks are no longer at the same point."""
         try:
             self._send_and_receive(transfer)
         except CollectiveError:
+            raise
+        except KeyboardInterrupt:
+            self.tell_stopped()
             raise
         except BaseException:
             # This may be between the two parts of a message, so no goodbye: the neighbours see the connection end.

@@ -90,6 +90,9 @@ class Solo:
             raise ValueError(f"{purpose}: this world has rank 0 alone, so no channel can be opened")
         return NoChannels()
 
+    def tell_stopped(self) -> None:
+        """There is nobody to tell."""
+
     def close(self) -> None:
         """Nothing to close."""
 

@@ -58,6 +58,7 @@ class Cause(enum.IntEnum):
     LOST = 1
     TIMEOUT = 2
     PROTOCOL = 3
+    STOPPED = 4  # by its user
 
 
 CALL_NAMES = {

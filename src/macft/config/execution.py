@@ -11,6 +11,7 @@ from macft.errors import ConfigError, ModelError
 from macft.model.execution import Execution, WeightFormat, resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import ModelShape, read_shape, read_weight_format
+from macft.training.settings import fixed_micro_batch
 
 _MICRO_BATCHES = 16
 """Micro-batches that a pipeline computes in a step, unless told otherwise: four for each of four stages."""
@@ -29,7 +30,7 @@ def execution_for(config: TrainConfig, shape: ModelShape | None, checkpoint: Wei
             f"training.compile: a step with topology.placement={placement} can't be compiled; use auto or false"
         )
     has_dropout = adapter.type != "full" and adapter.dropout > 0
-    return resolve(
+    execution = resolve(
         config.model,
         checkpoint,
         device,
@@ -38,10 +39,14 @@ def execution_for(config: TrainConfig, shape: ModelShape | None, checkpoint: Wei
         dropout=has_dropout or (shape is not None and shape.has_dropout),
         compile=training.compile,
         kernels=training.kernels,
-        recompute=training.recompute,
+        # Deterministic: nothing is chosen by what a node has to compute.
+        recompute="none" if training.deterministic and training.recompute == "auto" else training.recompute,
         loss_chunk=training.loss_chunk,
-        micro_batch_size=training.micro_batch_size or _micro_batch_of_pipelines(config),
+        micro_batch_size=fixed_micro_batch(training)
+        if training.deterministic
+        else training.micro_batch_size or _micro_batch_of_pipelines(config),
     )
+    return replace(execution, lanes=1) if training.deterministic else execution
 
 
 def _micro_batch_of_pipelines(config: TrainConfig) -> int | None:

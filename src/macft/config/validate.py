@@ -81,6 +81,7 @@ def _combinations(config: TrainConfig) -> list[str]:
             "use none, bfloat16, int8 or powersgd"
         )
     errors += _placement_combinations(config)
+    errors += _deterministic_combinations(config)
     nodes = config.topology.pipelines if config.topology.placement == "pipeline" else world_size(config)
     what = "pipelines" if config.topology.placement == "pipeline" else "nodes"
     if nodes > config.training.batch_size > 0:
@@ -117,6 +118,22 @@ def _placement_combinations(config: TrainConfig) -> list[str]:
     elif not config.collective.streams:
         errors.append("topology.placement: pipeline needs collective.streams=true; hidden states travel over them")
     return errors
+
+
+def _deterministic_combinations(config: TrainConfig) -> list[str]:
+    if not config.training.deterministic:
+        return []
+    obstacles = [
+        (config.training.sync == "diloco", "training.sync=diloco, with which nodes learn by themselves"),
+        (
+            config.collective.codec != "none",
+            f"collective.codec={config.collective.codec}, which rounds sums on their way",
+        ),
+        (config.topology.batch == "auto", "topology.batch=auto, which chooses by free memory"),
+        (config.adapter.type == "full", "adapter=full, whose sums would need 16 bytes for each weight"),
+        (config.topology.placement == "pipeline", "topology.placement=pipeline, which adds up stage by stage"),
+    ]
+    return [f"training.deterministic: does not go with {what}" for applies, what in obstacles if applies]
 
 
 def explain(error: OmegaConfBaseException) -> str:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
     Matrix = NDArray[np.float32]
 
+_WAITING = "OPENBLAS_THREAD_TIMEOUT"
+_SHORTEST_WAIT = "4"
+"""The base-2 logarithm of the clock cycles for which a BLAS thread without work is busy before it sleeps. With 26, as
+OpenBLAS has it, such threads take the time of those that have work where other processes run too."""
 _library: ctypes.CDLL | None = None
 _problem: str | None = None
 
@@ -39,6 +43,7 @@ def preload() -> None:
     if "mlx.core" in sys.modules:
         _problem = "mlx.core was imported before macft, so its slow reference BLAS stays in use"
         return
+    os.environ.setdefault(_WAITING, _SHORTEST_WAIT)  # read as it is loaded
     try:
         _library = _load(_openblas_path())
         set_threads(available_cores())

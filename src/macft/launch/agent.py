@@ -25,6 +25,7 @@ from macft.errors import LaunchError
 from macft.launch.run_on_hosts import run_on_hosts
 from macft.logs.run_log import start_log
 from macft.rendezvous.keystore import Keyring, needs_keys, run_keyring
+from macft.report.phase_lines import printed_phases
 from macft.report.run_folder import RunFolder
 from macft.run.claim import after_interrupt
 from macft.training.stop_request import StopRequest
@@ -49,8 +50,11 @@ def main(argv: list[str]) -> int:
         config = read(RunFolder(folder).proposed)
         config.topology.rank = rank
         keyring = _receive_keyring(keys) if needs_keys(config.topology, config.collective) else None
-        with start_log(folder, rank, config.report.log_level):
-            return run_on_hosts(config, folder, resume="--resume" in argv, stop=stop, keyring=keyring)
+        with (
+            start_log(folder, rank, config.report.log_level),
+            printed_phases(is_shown=config.report.console) as phases,
+        ):
+            return run_on_hosts(config, folder, resume="--resume" in argv, stop=stop, phases=phases, keyring=keyring)
 
     with stop.listening():
         status = run_command(lambda _: exit_status(run()), interrupted=lambda: after_interrupt(folder))

@@ -11,6 +11,7 @@ from macft.launch.member import member_config
 from macft.launch.run_clock import started
 from macft.membership.join import join_elastic_ring, local_address_towards, member_addresses
 from macft.rendezvous.keystore import keyring_for
+from macft.report.phase_lines import PhaseLines
 from macft.run.claim import after_interrupt
 from macft.run.node import run_node
 from macft.topology.hosts import own_rank
@@ -18,7 +19,7 @@ from macft.topology.settings import host_paths
 from macft.training.stop_request import StopRequest, announce
 
 
-def join_run(config: TrainConfig, folder: Path, target: str) -> str:
+def join_run(config: TrainConfig, folder: Path, target: str, phases: PhaseLines) -> str:
     """Joins the run of the nodes at ``target`` (a value of ``topology.join``); returns why it ended."""
     topology = config.topology
     fault_points.begin(fault_points.NEWCOMER)
@@ -31,6 +32,7 @@ def join_run(config: TrainConfig, folder: Path, target: str) -> str:
     stop = StopRequest(announce, farewell=lambda: after_interrupt(folder))
     with stop.listening():
         member = member_config(config, paths, name=name, keyring=keyring_for(topology, config.collective))
+        phases.begin(f"asking {target} to be let in")
         with join_elastic_ring(addresses, member, timeout=topology.start_timeout) as elastic_ring:
             config = started(config, elastic_ring.started)
-            return run_node(config, elastic_ring, folder, resume=False, stop=stop)
+            return run_node(config, elastic_ring, folder, resume=False, stop=stop, phases=phases)

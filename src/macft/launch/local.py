@@ -19,7 +19,8 @@ from macft.device.blas import available_cores
 from macft.errors import MacftError
 from macft.rendezvous.keystore import Keyring
 from macft.rendezvous.server import RendezvousServer
-from macft.training.stop_request import announce
+from macft.report.phase_lines import PhaseLines
+from macft.training.stop_request import NODES_STOP, announce
 
 _GRACE_SECONDS = 20.0
 """How long the other ranks may take to end after one has failed."""
@@ -49,6 +50,7 @@ def launch_local(
     run_id: str,
     must_match: Texts,
     start_timeout: float,
+    phases: PhaseLines,
     resume: bool,
     keyring: Keyring | None = None,
     elastic: bool = False,
@@ -67,6 +69,7 @@ def launch_local(
         run_id: Of the run; see :class:`~macft.rendezvous.connect.RankConfig`.
         must_match: Settings and versions that must be the same on all ranks, by name.
         start_timeout: Seconds within which all ranks must meet.
+        phases: Say what the launch waits for.
         resume: Whether the ranks continue from the last checkpoint.
         keyring: This machine's keys. None: no encryption.
         elastic: Whether the other ranks continue without a rank that ends. If rank 0 ends, the output of the next rank
@@ -100,8 +103,9 @@ def launch_local(
         for rank in range(world_size):
             command = [sys.executable, "-m", "macft.launch.worker", str(folder), str(rank), server.address, run_id]
             processes.append(_start([*command, *(["--resume"] if resume else [])], rank, logs, threads))
-        if (status := _wait_until_met(server, processes, logs, wish)) is not None:
+        if (status := _wait_until_met(server, processes, logs, wish, phases)) is not None:
             return status
+        phases.close()
         restarter = _Restarter(folder, logs, threads) if restart else None
         return _wait_elastic(processes, logs, restarter, wish) if elastic else _wait(processes, logs, wish)
     finally:
@@ -151,7 +155,7 @@ class _Wish:
             return
         self.count += 1
         if self.count == 1 and self._server.has_met:
-            announce("stopping: the current step is finished and saved first; Ctrl-C again quits now")
+            announce(NODES_STOP)
 
     def look(self) -> None:
         """Calls the ``watch`` of the launcher."""
@@ -181,11 +185,15 @@ class _Wish:
 
 
 def _wait_until_met(
-    server: RendezvousServer, processes: list[subprocess.Popen[bytes]], logs: Path, wish: _Wish
+    server: RendezvousServer, processes: list[subprocess.Popen[bytes]], logs: Path, wish: _Wish, phases: PhaseLines
 ) -> int | None:
     """Waits until all ranks have met. If one ends before, the others would wait for it: returns the exit status."""
     deadline = float("inf")
+    missing: list[int] = []
     while not server.has_met:
+        if missing != (missing := [rank for rank in range(len(processes)) if rank not in server.arrived]) and missing:
+            ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+            phases.begin(f"starting; waiting for {ranks} of {len(processes)}")
         if wish.count:
             for process in processes:
                 process.kill()

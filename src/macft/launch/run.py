@@ -18,6 +18,7 @@ from macft.errors import LaunchError
 from macft.launch.run_clock import started, started_together
 from macft.logs.run_log import last_error, start_log
 from macft.report.callbacks import Callbacks
+from macft.report.phase_lines import PhaseLines, printed_phases
 from macft.report.run_folder import RunFolder
 from macft.report.trackers.registry import require_installed
 from macft.run.claim import after_interrupt
@@ -44,6 +45,14 @@ def run(config: TrainConfig, folder: Path, *, resume: bool, callbacks: Callbacks
     config = started(config)
     if config.report.console:
         _say_what_starts(config, resume=resume)
+    with printed_phases(is_shown=config.report.console) as phases:
+        phases.begin("starting")
+        return _run(config, folder, phases, resume=resume, callbacks=callbacks)
+
+
+def _run(
+    config: TrainConfig, folder: Path, phases: PhaseLines, *, resume: bool, callbacks: Callbacks | None = None
+) -> str:
     keep_awake()
     if resume:
         check_resume(RunFolder(folder), config)
@@ -51,15 +60,15 @@ def run(config: TrainConfig, folder: Path, *, resume: bool, callbacks: Callbacks
         from macft.launch.join_run import join_run
 
         with start_log(folder, "joined", config.report.log_level):
-            return join_run(config, folder, config.topology.join)
+            return join_run(config, folder, config.topology.join, phases)
     if config.topology.kind == "local" and config.topology.nodes > 1:
         with start_log(folder, "launcher", config.report.log_level):
-            return _run_local(config, folder, resume=resume, callbacks=callbacks)
+            return _run_local(config, folder, phases, resume=resume, callbacks=callbacks)
     if config.topology.kind == "ssh":
         from macft.launch.run_over_ssh import run_over_ssh
 
         with start_log(folder, "launcher", config.report.log_level):
-            return _how_it_ended(run_over_ssh(config, folder, resume=resume), folder)
+            return _how_it_ended(run_over_ssh(config, folder, phases, resume=resume), folder)
     stop = StopRequest(announce, farewell=lambda: after_interrupt(folder))
     with stop.listening():
         if config.topology.kind == "hosts":
@@ -67,7 +76,7 @@ def run(config: TrainConfig, folder: Path, *, resume: bool, callbacks: Callbacks
             from macft.topology.hosts import own_rank
 
             with start_log(folder, own_rank(config.topology), config.report.log_level):
-                return run_on_hosts(config, folder, resume=resume, stop=stop)
+                return run_on_hosts(config, folder, resume=resume, stop=stop, phases=phases)
         from macft.run.node import run_node
 
         if config.collective.backend == "mlx":
@@ -79,13 +88,13 @@ def run(config: TrainConfig, folder: Path, *, resume: bool, callbacks: Callbacks
                     start_log(folder, group.rank, config.report.log_level),
                 ):
                     config = started_together(config, group)
-                    return run_node(config, group, folder, resume=resume, stop=stop)
+                    return run_node(config, group, folder, resume=resume, stop=stop, phases=phases)
         from macft.collective.solo import Solo
 
         if callbacks is not None:
             callbacks.stop = lambda: stop.request(may_quit=False)
         with Solo() as collective, start_log(folder, 0, config.report.log_level):
-            return run_node(config, collective, folder, resume=resume, stop=stop, callbacks=callbacks)
+            return run_node(config, collective, folder, resume=resume, stop=stop, phases=phases, callbacks=callbacks)
 
 
 def _say_what_starts(config: TrainConfig, *, resume: bool) -> None:
@@ -97,14 +106,18 @@ def _say_what_starts(config: TrainConfig, *, resume: bool) -> None:
     print(f"· {verb} {config.name}: {config.model.path} on {data}{where}", flush=True)
 
 
-def _run_local(config: TrainConfig, folder: Path, *, resume: bool, callbacks: Callbacks | None) -> str:
+def _run_local(
+    config: TrainConfig, folder: Path, phases: PhaseLines, *, resume: bool, callbacks: Callbacks | None
+) -> str:
     from macft.launch.local import RankFailed, launch_local
     from macft.model.resolve import resolve
     from macft.rendezvous.keystore import keyring_for
 
     require_installed(config.report.trackers)
     keyring = keyring_for(config.topology, config.collective)
-    resolve(config.model)  # downloaded once, here, where its progress is visible
+    with StopRequest(announce, farewell=lambda: after_interrupt(folder)).listening():
+        phases.begin(f"finding the model {config.model.path}", once=True)  # a download shows a bar
+        resolve(config.model)  # downloaded once, here, where its progress is visible
     proposed = RunFolder(folder).proposed
     write_atomically(proposed, to_yaml(config))
     summary = RunFolder(folder).summary
@@ -121,6 +134,7 @@ def _run_local(config: TrainConfig, folder: Path, *, resume: bool, callbacks: Ca
             run_id=folder.name,
             must_match=must_match(config),
             start_timeout=config.topology.start_timeout,
+            phases=phases,
             resume=resume,
             keyring=keyring,
             elastic=is_elastic(config),

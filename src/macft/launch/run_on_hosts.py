@@ -13,6 +13,7 @@ from macft.launch.run_clock import started_together
 from macft.membership.join import form_elastic_ring
 from macft.rendezvous.hosts import connect_hosts
 from macft.rendezvous.keystore import Keyring, keyring_for
+from macft.report.phase_lines import PhaseLines
 from macft.run.node import run_node
 from macft.topology.hosts import own_rank
 from macft.topology.settings import host_paths, split_host
@@ -20,7 +21,13 @@ from macft.training.stop_request import StopRequest
 
 
 def run_on_hosts(
-    config: TrainConfig, folder: Path, *, resume: bool, stop: StopRequest, keyring: Keyring | None = None
+    config: TrainConfig,
+    folder: Path,
+    *,
+    resume: bool,
+    stop: StopRequest,
+    phases: PhaseLines,
+    keyring: Keyring | None = None,
 ) -> str:
     """Runs this machine's rank of a run on several hosts; returns why it ended.
 
@@ -32,13 +39,15 @@ def run_on_hosts(
     name = topology.hosts[own_rank(topology)]
     run_id = f"{config.name}:{','.join(topology.hosts)}"
     fault_points.reach("rendezvous")
+    phases.end()  # a node that waits for others says for whom
     with connect_hosts(
         topology, config.collective, run_id=run_id, must_match=must_match(config), keyring=keyring
     ) as ring:
+        phases.begin("joining the other nodes")
         config = started_together(config, ring)
         if not is_elastic(config):
-            return run_node(config, ring, folder, resume=resume, stop=stop)
+            return run_node(config, ring, folder, resume=resume, stop=stop, phases=phases)
         paths = host_paths(name, split_host(name, topology.port)[1])
         member = member_config(config, paths, name=name, keyring=keyring)
         with form_elastic_ring(ring, member) as elastic_ring:
-            return run_node(config, elastic_ring, folder, resume=resume, stop=stop)
+            return run_node(config, elastic_ring, folder, resume=resume, stop=stop, phases=phases)

@@ -16,17 +16,20 @@ from macft.launch.ssh_launcher import LaunchPlan, launch_over_ssh, show
 from macft.model.resolve import resolve
 from macft.remote.shipment import Shipment
 from macft.rendezvous.keystore import needs_keys
+from macft.report.phase_lines import PhaseLines
+from macft.run.claim import after_interrupt
 from macft.topology.settings import TopologyConfig
+from macft.training.stop_request import StopRequest, announce
 
 
-def run_over_ssh(config: TrainConfig, folder: Path, *, resume: bool) -> int:
+def run_over_ssh(config: TrainConfig, folder: Path, phases: PhaseLines, *, resume: bool) -> int:
     """Runs ``config`` on the hosts of its topology, with the results in ``folder``; returns rank 0's exit status.
 
     Raises:
         MacftError: a host is not ready, or a rank failed.
     """
-    return launch_over_ssh(
-        LaunchPlan(
+    with StopRequest(announce, farewell=lambda: after_interrupt(folder)).listening():
+        plan = LaunchPlan(
             topology=config.topology,
             config=to_yaml(config),
             folder=folder,
@@ -36,10 +39,11 @@ def run_over_ssh(config: TrainConfig, folder: Path, *, resume: bool) -> int:
             resume=resume,
             replace=config.report.overwrite,
             show=show,
+            phases=phases,
             elastic=is_elastic(config),
             secret=KeyPair.new().secret if needs_keys(config.topology, config.collective) else b"",
         )
-    )
+    return launch_over_ssh(plan)
 
 
 def shipments(config: TrainConfig, *, resume: bool = False) -> list[Shipment]:

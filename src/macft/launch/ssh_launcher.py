@@ -12,8 +12,8 @@ import shlex
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -28,8 +28,9 @@ from macft.remote import host_probe
 from macft.remote.connection import connect, python_command
 from macft.remote.host_probe import HostReport
 from macft.remote.shipment import Shipment, changed, fetch, send
+from macft.report.phase_lines import PhaseLines
 from macft.topology.settings import TopologyConfig, split_host
-from macft.training.stop_request import announce
+from macft.training.stop_request import NODES_STOP, announce
 
 _GRACE_SECONDS = 20.0
 """How long the other ranks may take to end after one has failed."""
@@ -77,6 +78,7 @@ class LaunchPlan:
         resume: Whether the ranks continue from the last checkpoint.
         replace: Whether a run that the hosts have in that folder is replaced.
         show: Prints a line.
+        phases: Say what the launch waits for.
         secret: The key of this run, for the agents; empty without encryption.
         elastic: Whether the other ranks continue without a host that is lost.
     """
@@ -90,6 +92,7 @@ class LaunchPlan:
     resume: bool
     replace: bool
     show: Callable[[str], None]
+    phases: PhaseLines
     secret: bytes = field(default=b"", repr=False)
     elastic: bool = False
 
@@ -97,26 +100,36 @@ class LaunchPlan:
 def launch_over_ssh(plan: LaunchPlan) -> int:
     """Runs all ranks and waits for them; returns rank 0's exit status.
 
-    The first SIGINT, SIGTERM or SIGHUP asks all ranks to stop cleanly, with a checkpoint. The second SIGINT or SIGTERM
-    ends them.
+    Once the ranks run, the first SIGINT, SIGTERM or SIGHUP asks all of them to stop cleanly, with a checkpoint. The
+    second SIGINT or SIGTERM ends them.
 
     Raises:
         LaunchError: one line for each host that is not ready, before anything is started; or why a rank failed.
+        KeyboardInterrupt: one of these signals came before the ranks ran.
     """
-    return asyncio.run(_launch(plan))
+    try:
+        return asyncio.run(_launch(plan))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
 
 
 async def _launch(plan: LaunchPlan) -> int:
+    task = asyncio.current_task()
+    assert task is not None
     async with AsyncExitStack() as stack:
-        hosts = await _connect_all(plan.topology, stack)
-        await _prepare_all(plan, hosts)
-        remote = posixpath.join(plan.topology.folder, plan.run_folder)
-        before = [await _summary_time(host, remote) for host in hosts]
+        with _on_signals(lambda _: task.cancel()):
+            plan.phases.begin(f"connecting to {len(plan.topology.hosts)} hosts")
+            hosts = await _connect_all(plan.topology, stack)
+            plan.phases.begin(f"preparing {len(hosts)} hosts")
+            await _prepare_all(plan, hosts)
+            remote = posixpath.join(plan.topology.folder, plan.run_folder)
+            before = [await _summary_time(host, remote) for host in hosts]
         async with own_config(plan.folder, plan.config, [host.connection for host in hosts], remote):
-            await asyncio.gather(*(_start(plan, host) for host in hosts))
+            plan.phases.begin(f"starting {len(hosts)} nodes")
             status, completed = await _run(plan, hosts)
         if not completed:
             return status
+        plan.phases.begin("fetching the results")
         source = await _holder_of_results(completed, before, remote)
         try:
             await fetch(source.connection, remote, plan.folder)
@@ -286,22 +299,32 @@ async def _run(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[Rem
             return
         wishes += 1
         if wishes == 1:
-            announce("stopping: the current step is finished and saved first; Ctrl-C again quits now")
+            announce(NODES_STOP)
         for host in hosts:
             if host.process is not None and not host.process.stdin.is_closing():
                 host.process.stdin.write("stop\n")
         if wishes == 2:
             loop.call_later(_QUIT_SECONDS, _abandon, hosts)
 
+    with _on_signals(stop):
+        try:
+            await asyncio.gather(*(_start(plan, host) for host in hosts))
+            return await _wait(plan, hosts)
+        except LaunchError:
+            if not wishes:
+                raise
+            return INTERRUPTED, []
+
+
+@contextmanager
+def _on_signals(call: Callable[[int], object]) -> Iterator[None]:
+    """Calls ``call`` with each signal that means a wish to stop. SIGHUP stays ignored where it was (``nohup``)."""
+    loop = asyncio.get_running_loop()
     signals = [each for each in _SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
     for number in signals:
-        loop.add_signal_handler(number, stop, number)
+        loop.add_signal_handler(number, call, number)
     try:
-        return await _wait(plan, hosts)
-    except LaunchError:
-        if not wishes:
-            raise
-        return INTERRUPTED, []
+        yield
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
@@ -351,6 +374,7 @@ async def _show_output(plan: LaunchPlan, host: RemoteHost) -> int:
                 break
             text = line.rstrip("\r\n")
             host.last_lines.append(text)
+            plan.phases.end()
             plan.show(f"[{host.name}] {text}")
         completed = await host.process.wait()
     except (asyncssh.Error, OSError):

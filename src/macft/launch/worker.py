@@ -21,6 +21,7 @@ from macft.logs.run_log import start_log
 from macft.membership.join import form_elastic_ring, join_elastic_ring, member_addresses
 from macft.rendezvous.connect import RankConfig, connect
 from macft.rendezvous.keystore import keyring_for
+from macft.report.phase_lines import printed_phases
 from macft.report.run_folder import RunFolder
 from macft.run.claim import after_interrupt
 from macft.run.node import run_node
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
         member = member_config(config, ANY_PORT_HERE, name=name, keyring=keyring)
         with ExitStack() as stack:
             stack.enter_context(start_log(folder, rank, config.report.log_level))
+            phases = stack.enter_context(printed_phases(is_shown=config.report.console))
             collective: Collective
             if "--join" in argv:
                 addresses = member_addresses(str(folder), config.topology.port)
@@ -58,9 +60,10 @@ def main(argv: Sequence[str]) -> int:
                     keyring=keyring,
                 )
                 ring = stack.enter_context(connect(rank_config, config.collective))
+                phases.begin("joining the other ranks")
                 collective = form_elastic_ring(ring, member) if is_elastic(config) else ring
             stack.enter_context(collective)
-            return run_node(config, collective, folder, resume="--resume" in argv, stop=stop)
+            return run_node(config, collective, folder, resume="--resume" in argv, stop=stop, phases=phases)
 
     with stop.listening():
         return exit_status(run())

@@ -248,6 +248,9 @@ class ElasticRing(ElasticCollective):
             channels = self._ring.open_channels(pairs, purpose)
         return channels.guard(self.check, _as_membership_change)
 
+    def tell_stopped(self) -> None:
+        """The others know it from this node's heartbeats; see :meth:`tell_stop`."""
+
     def close(self) -> None:
         """Closes the ring, then the membership service. Safe to call twice."""
         self._ring.close()

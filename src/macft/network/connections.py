@@ -15,6 +15,9 @@ Serve: TypeAlias = Callable[[socket.socket, Callable[[], None]], None]
 MOST_UNKNOWN = 16
 """Connections at a time that have not shown who they are."""
 _SWEEP_SECONDS = 0.5
+_IDLE_SECONDS, _PROBE_SECONDS, _PROBES = 10, 5, 3
+_KEEPALIVE_ON_MACOS = 0x10
+"""Of ``netinet/tcp.h``; Linux calls it TCP_KEEPIDLE."""
 
 
 class ConnectionServer:
@@ -95,3 +98,17 @@ def _end(connection: socket.socket) -> None:
     """Ends the connection for the thread that reads it. That thread closes it."""
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
+
+
+def end_if_unreachable(
+    connection: socket.socket, *, idle: int = _IDLE_SECONDS, every: int = _PROBE_SECONDS, probes: int = _PROBES
+) -> None:
+    """Lets an idle ``connection`` break when the other machine is gone, asleep or unplugged: TCP's keep-alive.
+
+    After ``idle`` seconds without a packet the system sends one ``every`` so many seconds; after so many ``probes``
+    without an answer whoever reads gets an OSError.
+    """
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPIDLE", _KEEPALIVE_ON_MACOS), idle)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, every)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Sequence
 
 from macft.errors import LaunchError
+from macft.network.connections import end_if_unreachable
 from macft.network.link_probe import CONNECT_SECONDS, TOKEN_BYTES, ProbeServer, measure
 from macft.pairing.member import this_machine
 from macft.pairing.pake import NOT_THE_PROTOCOL, Channel, Message
@@ -15,8 +16,6 @@ from macft.pairing.protocol import HANDSHAKE_SECONDS, checked, texts
 from macft.rendezvous import keystore
 from macft.topology.settings import TopologyConfig, problems
 
-_TURN_SECONDS = 5 * HANDSHAKE_SECONDS
-"""How long to wait until the host has dealt with guests that came before."""
 _FORM_SECONDS = 3600.0
 _log = logging.getLogger("macft.pairing")
 
@@ -38,7 +37,8 @@ def join_pairing(addresses: Sequence[tuple[str, int]], code: str, show: Callable
     try:
         own = this_machine(probe.port)
         with _connected(addresses) as connection:
-            connection.settimeout(_TURN_SECONDS)
+            connection.settimeout(HANDSHAKE_SECONDS)
+            end_if_unreachable(connection)
             channel = Channel(connection, code, is_host=False)
             channel.send(own.to_message())
             token = checked(channel.receive(HANDSHAKE_SECONDS)).get("token")

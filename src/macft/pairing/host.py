@@ -4,41 +4,28 @@ from __future__ import annotations
 
 import itertools
 import logging
+import queue
 import secrets
-import socket
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
 from macft.errors import LaunchError, MacftError
 from macft.network.link_probe import TOKEN_BYTES, LinkMeasurement, ProbeServer, measure
 from macft.network.links import Link, for_contact
-from macft.pairing.member import (
-    Member,
-    common_networks,
-    is_further_cable,
-    this_machine,
-    topology_from,
-    version_objection,
-)
-from macft.pairing.pake import NOT_THE_PROTOCOL, Channel, WrongCode
-from macft.pairing.protocol import HANDSHAKE_SECONDS, MEASURE_SECONDS, checked
+from macft.pairing.admission import Admission, Guest, NotAdmitted
+from macft.pairing.member import Member, common_networks, is_further_cable, this_machine, topology_from
+from macft.pairing.pake import NOT_THE_PROTOCOL, WrongCode
+from macft.pairing.protocol import MEASURE_SECONDS, checked
 from macft.pairing.ring_order import ring_order
 from macft.rendezvous import keystore
 from macft.topology.settings import MAX_PATHS, TopologyConfig
 
 _MAX_WRONG_CODES = 3
 _MIN_MACHINES = 2
+_MAX_SHOWN = 50
+"""Lines about machines that were not let in; whoever makes more is not somebody who made a mistake."""
+_LOOK_SECONDS = 1.0
 _log = logging.getLogger("macft.pairing")
-
-
-@dataclass
-class _Guest:
-    member: Member
-    channel: Channel
-
-
-class _NotAdmitted(LaunchError):
-    """A guest that cannot join; others still can."""
 
 
 class PairingHost:
@@ -53,12 +40,14 @@ class PairingHost:
     def __init__(self, code: str, count: int, show: Callable[[str], None]):
         if count < _MIN_MACHINES:
             raise LaunchError(f"--nodes: {count} machines are not a cluster; it needs 2 or more")
-        self._code, self._count, self._show = code, count, show
+        self._count, self._show = count, show
         self._token = secrets.token_bytes(TOKEN_BYTES)
         self._probe = ProbeServer(self._token)
         self._own = this_machine(self._probe.port)
-        self._listener = socket.create_server(("0.0.0.0", 0))
-        self.port = int(self._listener.getsockname()[1])
+        self._admission = Admission(
+            self._own, code, self._token, room=count - 1, most_wrong=_MAX_WRONG_CODES, show=show
+        )
+        self.port = self._admission.port
 
     @property
     def addresses(self) -> list[str]:
@@ -71,84 +60,45 @@ class PairingHost:
         Raises:
             LaunchError: too many wrong codes, a guest did not arrive within ``seconds``, or no network connects all.
         """
-        guests: list[_Guest] = []
         try:
-            wrong_codes = 0
-            while len(guests) < self._count - 1:
-                try:
-                    newest = self._accept_guest(seconds, guests)
-                    guests = [*self._still_here(guests), newest]
-                    _log.info("%s has joined, %d of %d", guests[-1].member.name, len(guests) + 1, self._count)
-                    self._show(f"{guests[-1].member.name} has joined ({len(guests) + 1} of {self._count})")
-                except WrongCode as error:
+            return self._finish(self._await_guests(seconds))
+        except MacftError as error:
+            _send_all(self._admission.guests(), {"refused": str(error)})
+            raise
+        finally:
+            self._admission.close()
+            self._probe.close()
+
+    def _await_guests(self, seconds: float) -> list[Guest]:
+        """Waits until all guests are here, up to ``seconds`` for each."""
+        wrong_codes = refused = 0
+        deadline = time.monotonic() + seconds
+        while len(guests := self._admission.guests()) < self._count - 1:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                missing = self._count - 1 - len(guests)
+                raise LaunchError(f"pairing: {missing} more machines did not join within {seconds:g} s")
+            try:
+                outcome = self._admission.outcomes.get(timeout=min(left, _LOOK_SECONDS))
+            except queue.Empty:
+                continue
+            match outcome:
+                case WrongCode():
                     wrong_codes += 1
                     _log.warning("wrong code, %d of %d", wrong_codes, _MAX_WRONG_CODES)
                     self._show(f"a machine used a wrong code ({wrong_codes} of {_MAX_WRONG_CODES} tries)")
                     if wrong_codes == _MAX_WRONG_CODES:
-                        raise LaunchError("pairing: three wrong codes; start again, with a new code") from error
-                except _NotAdmitted as error:
-                    _log.warning("not admitted: %s", error)
-                    self._show(f"not admitted: {error}")
-            return self._finish(guests)
-        except MacftError as error:
-            _send_all(guests, {"refused": str(error)})
-            raise
-        finally:
-            for guest in guests:
-                guest.channel.close()
-            self._listener.close()
-            self._probe.close()
+                        raise LaunchError("pairing: three wrong codes; start again, with a new code")
+                case NotAdmitted():
+                    refused += 1
+                    _log.warning("not admitted: %s", outcome)
+                    if refused <= _MAX_SHOWN:
+                        self._show(f"not admitted: {outcome}")
+                case Guest():
+                    deadline = time.monotonic() + seconds
+        return guests
 
-    def _still_here(self, guests: Sequence[_Guest]) -> list[_Guest]:
-        """Those of ``guests`` that have not left again; they may come back."""
-        for guest in guests:
-            if guest.channel.has_ended:
-                self._show(f"{guest.member.name} has left")
-        return [guest for guest in guests if not guest.channel.has_ended]
-
-    def _accept_guest(self, seconds: float, guests: Sequence[_Guest]) -> _Guest:
-        self._listener.settimeout(seconds)
-        try:
-            connection, (address, _) = self._listener.accept()
-        except TimeoutError:
-            missing = self._count - 1 - len(guests)
-            raise LaunchError(f"pairing: {missing} more machines did not join within {seconds:g} s") from None
-        connection.settimeout(HANDSHAKE_SECONDS)
-        try:
-            channel = Channel(connection, self._code, is_host=True)
-        except WrongCode:
-            connection.close()
-            raise
-        except LaunchError as error:
-            connection.close()
-            raise _NotAdmitted(f"{address}: {error}") from None
-        try:
-            member = Member.from_message(channel.receive(HANDSHAKE_SECONDS))
-            others = [self._own, *(guest.member for guest in guests if not guest.channel.has_ended)]
-            if objection := version_objection(member) or _key_objection(member, others):
-                channel.send({"refused": objection})
-                raise LaunchError(objection)
-            member = self._with_free_name(member, address, others)
-            channel.send({"token": self._token})
-            # Only now does its probe answer those who send the token, and a measurement can begin at once.
-            if checked(channel.receive(HANDSHAKE_SECONDS)).get("ready") is not True:
-                raise LaunchError(NOT_THE_PROTOCOL)
-        except LaunchError as error:
-            channel.close()
-            raise _NotAdmitted(f"{address}: {error}") from None
-        return _Guest(member, channel)
-
-    def _with_free_name(self, member: Member, address: str, others: Sequence[Member]) -> Member:
-        """``member``, numbered if another machine of the cluster has its name."""
-        name = keystore.free_name(member.name, [other.name for other in others])
-        if name != member.name:
-            self._show(
-                f"two machines are named {member.name}; the one at {address} is called {name} here (to rename it: "
-                "System Settings > General > Sharing > Local hostname)"
-            )
-        return replace(member, name=name)
-
-    def _finish(self, guests: list[_Guest]) -> TopologyConfig:
+    def _finish(self, guests: list[Guest]) -> TopologyConfig:
         members = [self._own, *(guest.member for guest in guests)]
         chosen: list[Sequence[Link]] = []
         failures: list[str] = []
@@ -182,7 +132,7 @@ class PairingHost:
         return topology
 
     def _measure(
-        self, network: Sequence[Link], members: Sequence[Member], guests: Sequence[_Guest]
+        self, network: Sequence[Link], members: Sequence[Member], guests: Sequence[Guest]
     ) -> list[list[float]]:
         """Measures the links of one network; returns the seconds to send 1 MB between each two members, [n, n]."""
         cost = [[0.0] * len(members) for _ in members]
@@ -207,17 +157,7 @@ class _NoLink(LaunchError):
     """Two machines that can't reach each other at their addresses in one network."""
 
 
-def _key_objection(member: Member, others: Sequence[Member]) -> str:
-    """Why a machine with this key can't join; empty if it can."""
-    if same := [other.name for other in others if other.key == member.key]:
-        return (
-            f"{member.name} has the key of {same[0]}: it is the same machine, or was copied from it; on a copy, remove "
-            "the file `secret` in the folder that `python -m macft.keys make` names, and join again"
-        )
-    return ""
-
-
-def _measure_from(guest: _Guest, address: str, port: int) -> LinkMeasurement:
+def _measure_from(guest: Guest, address: str, port: int) -> LinkMeasurement:
     """Asks a guest to measure its link to another machine."""
     guest.channel.send({"measure": {"address": address, "port": port}})
     answer = checked(guest.channel.receive(MEASURE_SECONDS))
@@ -229,7 +169,7 @@ def _measure_from(guest: _Guest, address: str, port: int) -> LinkMeasurement:
     return LinkMeasurement(latency, bandwidth)
 
 
-def _send_all(guests: Sequence[_Guest], message: dict[str, object]) -> None:
+def _send_all(guests: Sequence[Guest], message: dict[str, object]) -> None:
     for guest in guests:
         try:
             guest.channel.send(message)

@@ -16,6 +16,7 @@ import secrets
 import select
 import socket
 import struct
+import threading
 from collections.abc import Mapping
 from typing import TypeAlias
 
@@ -45,6 +46,19 @@ Message: TypeAlias = Mapping[str, object]
 
 class WrongCode(LaunchError):
     """The other side has a different code."""
+
+
+class Guesses:
+    """Counts wrong codes, over all connections to a host; after ``most`` of them no code is right any more."""
+
+    def __init__(self, most: int):
+        self._left, self._lock = most, threading.Lock()
+
+    def judge(self, *, is_right: bool) -> bool:
+        """Whether a code that ``is_right`` lets its machine in."""
+        with self._lock:
+            self._left -= not is_right and self._left > 0
+            return is_right and self._left > 0
 
 
 class PakeExchange:
@@ -95,13 +109,19 @@ class PakeExchange:
 class Channel:
     """An encrypted connection between the two sides of a :class:`PakeExchange`.
 
+    Args:
+        connection: To the other side.
+        code: As typed.
+        is_host: Whether this side made the code.
+        guesses: Of the host.
+
     Raises:
         WrongCode: the other side has a different code.
         LaunchError: it is silent or does not follow the protocol.
     """
 
-    def __init__(self, connection: socket.socket, code: str, *, is_host: bool):
-        self._socket = connection
+    def __init__(self, connection: socket.socket, code: str, *, is_host: bool, guesses: Guesses | None = None):
+        self._socket, self._guesses = connection, guesses or Guesses(1)
         exchange = PakeExchange(code, is_host=is_host)
         self._write(exchange.first_frame)
         host_confirms, host_cipher, guest_confirms, guest_cipher = exchange.keys(self._read())
@@ -158,7 +178,7 @@ class Channel:
             if is_host:
                 raise  # nobody learns anything about the code by leaving here, so it is no guess
             raise WrongCode("pairing: the code is wrong, or the other side has ended") from None
-        if not hmac.compare_digest(confirmation, _confirmation(key)):
+        if not self._guesses.judge(is_right=hmac.compare_digest(confirmation, _confirmation(key))):
             raise WrongCode("pairing: the code is wrong")
 
     def _write(self, message: bytes) -> None:
@@ -179,7 +199,12 @@ class Channel:
             try:
                 received = self._socket.recv(count - len(data))
             except OSError as error:
-                raise LaunchError(f"pairing: the other side is silent ({error})") from None
+                if isinstance(error, TimeoutError) and error.errno is None:  # of the socket, not of the network
+                    raise LaunchError("pairing: the other side is silent") from None
+                raise LaunchError(
+                    f"pairing: the connection broke ({error.strerror or error}); is the other machine asleep, or its "
+                    "cable unplugged?"
+                ) from None
             if not received:
                 raise LaunchError("pairing: the other side has ended")
             data += received

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.data.batch import common_prefix_length
+from macft.data.batch import Batch, common_prefix_length
 
 
 class DataShard(NamedTuple):
@@ -58,3 +58,9 @@ def rows_of_shard(shard: DataShard, rows: Sequence[NDArray[np.int32]], *, shared
     common = common_prefix_length(*(row[:-1] for row in rows)) if shared and len(rows) else 0
     lengths = np.array([len(row) - common for row in rows], dtype=np.int64)
     return assign(lengths, shard.world_size, shard.shares)[shard.rank]
+
+
+def batches_of_shard(shard: DataShard, batches: Sequence[Batch]) -> list[Batch]:
+    """Those of ``batches``, all micro-batches of a step, that ``shard`` computes; by tokens, as rows are shared."""
+    lengths = np.array([batch.lengths.sum() for batch in batches], dtype=np.int64)
+    return [batches[index] for index in assign(lengths, shard.world_size, shard.shares)[shard.rank]]

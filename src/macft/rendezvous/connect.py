@@ -25,7 +25,7 @@ _MAX_REASON = 1000
 _REPLY_SECONDS = 1.0
 """How much longer than the server a rank waits: the server's reply names the missing ranks."""
 _FIRST_WAIT_SECONDS = 3.0
-_WAIT_SECONDS = 8.0
+_WAIT_SECONDS = 5.0
 """A rank that waits says so after the first, then each time after the second."""
 _log = logging.getLogger("macft.rendezvous")
 

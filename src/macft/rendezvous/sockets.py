@@ -96,7 +96,7 @@ class RendezvousClient:
         context: Owns the sockets.
         address: ``host:port``.
         keyring: This machine's keys. None: no encryption.
-        message: Sent first.
+        message: Sent first, and again to a server that was started anew.
 
     Raises:
         RendezvousError: the address is malformed or unknown.
@@ -104,6 +104,8 @@ class RendezvousClient:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, keyring: Keyring | None, message: bytes):
         self._address, self._keyring, self._mechanism = address, keyring, ""
+        self._message = message
+        self._has_connected = False
         self._connections: list[_Connection] = []
         self._failures: dict[zmq.Socket[bytes], int] = {}
         self._poller = zmq.Poller()
@@ -158,6 +160,9 @@ class RendezvousClient:
                 if other is not connection:
                     self._end(other)
             self._connections = [connection]
+            if self._has_connected:
+                connection.sock.send(self._message)
+            self._has_connected = True
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and keyring is not None:
             command = f"python -m macft.keys trust {own_name()} {keyring.own.public.hex()}"
             raise self._error(f"it does not trust this machine's key; run there: {command}")

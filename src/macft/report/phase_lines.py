@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from typing import Self
 
 from macft.report.durations import duration
 
-FIRST_SECONDS, EVERY_SECONDS = 1.0, 10.0
+FIRST_SECONDS, EVERY_SECONDS = 1.0, 8.0
+_log = logging.getLogger("macft.run")
 
 
 @dataclass
@@ -96,3 +98,8 @@ class PhaseLines:
                 with contextlib.suppress(OSError, ValueError):  # the output is no longer read, or closed
                     self._show(phase.line)
                 phase.lines += 1
+
+
+def printed_phases(*, is_shown: bool) -> PhaseLines:
+    """Phases before a run has its reporter, on stdout; in the log file, at level debug, unless ``is_shown``."""
+    return PhaseLines((lambda line: print(f"· {line}", flush=True)) if is_shown else _log.debug)

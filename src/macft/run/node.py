@@ -13,9 +13,10 @@ from macft.config.schema import TrainConfig
 from macft.config.yaml import to_yaml
 from macft.device import fault_points
 from macft.device.durable import write_atomically
-from macft.errors import CollectiveError, MacftError, MembershipChanged
+from macft.errors import CollectiveError, MacftError, MembershipChanged, PeerStopped
 from macft.report.callbacks import Callbacks
 from macft.report.events import RunStarted
+from macft.report.phase_lines import PhaseLines
 from macft.report.run_folder import RunFolder
 from macft.run.agreed_end import AgreedEnd
 from macft.run.node_descriptions import describe_nodes
@@ -31,32 +32,38 @@ def run_node(
     *,
     resume: bool,
     stop: StopRequest,
+    phases: PhaseLines,
     callbacks: Callbacks | None = None,
 ) -> str:
     """Trains this rank's part; returns why it ended: finished, early_stopped or interrupted.
 
-    It returns only once this rank knows that the results are on a disk; see :mod:`macft.run.agreed_end`.
+    It returns only once this rank knows that the results are on a disk; see :mod:`macft.run.agreed_end`. ``phases``
+    tell of the preparation, and are closed after it.
 
     Raises:
         MacftError: whatever went wrong, in one line; rank 0 has reported it before.
-        KeyboardInterrupt: a stop was requested before anything was loaded that could be saved; on all ranks alike.
+        KeyboardInterrupt: a stop was requested, here or on another rank, before there was anything to save.
     """
     started = time.perf_counter()
     elastic = collective if isinstance(collective, ElasticCollective) else None
-    stop.defer("the run ends before its next step")
+    stop.last_words = collective.tell_stopped
     if elastic is not None:
         stop.follow(lambda: elastic.stop_wanted)
         elastic.tell_stop(lambda: stop.requested_here)
     fault_points.reach("load")
     try:
-        run = _prepared(config, collective, elastic, folder, resume=resume, stop=stop, callbacks=callbacks)
-    except Stopped:
+        with phases:
+            run = _prepared(config, collective, elastic, folder, phases, resume=resume, stop=stop, callbacks=callbacks)
+    except PeerStopped:
         raise KeyboardInterrupt from None
+    stop.defer("the run ends before its next step")
     ending = AgreedEnd(run, started)
     try:
         _report_start(run)
         try:
             return _train_together(run, elastic, ending)
+        except PeerStopped as error:
+            return ending.alone(error if run.state.ended else None)
         except CollectiveError as error:
             if not run.state.ended:
                 raise
@@ -73,19 +80,22 @@ def _prepared(
     collective: Collective,
     elastic: ElasticCollective | None,
     folder: Path,
+    phases: PhaseLines,
     *,
     resume: bool,
     stop: StopRequest,
     callbacks: Callbacks | None,
 ) -> Run:
     try:
-        return prepare(config, collective, RunFolder(folder), resume=resume, stop=stop, callbacks=callbacks)
-    except MembershipChanged:
+        return prepare(config, collective, RunFolder(folder), phases, resume=resume, stop=stop, callbacks=callbacks)
+    except MembershipChanged as error:
+        if isinstance(error.__cause__, PeerStopped):
+            raise error.__cause__ from None
         if elastic is None:
             raise
         # A node was lost before all were ready: this one prepares by itself, then joins those who are left.
         elastic.step_out()
-        return prepare(config, collective, RunFolder(folder), resume=resume, stop=stop)
+        return prepare(config, collective, RunFolder(folder), phases, resume=resume, stop=stop)
 
 
 def _train_together(run: Run, elastic: ElasticCollective | None, ending: AgreedEnd) -> str:

@@ -56,7 +56,7 @@ from macft.training.optimizer import make_optimizer
 from macft.training.settings import steps_for
 from macft.training.state import TrainState
 from macft.training.step_gradient import StepGradient, make_step_gradient
-from macft.training.stop_request import Stopped, StopRequest
+from macft.training.stop_request import StopRequest
 
 log = logging.getLogger("macft.run")
 
@@ -104,6 +104,7 @@ def prepare(
     config: TrainConfig,
     collective: Collective,
     folder: RunFolder,
+    phases: PhaseLines,
     *,
     resume: bool,
     stop: StopRequest,
@@ -114,22 +115,7 @@ def prepare(
     Raises:
         MacftError: something is missing or does not fit; in one line.
         MembershipChanged: a node was lost before all were ready.
-        Stopped: a stop was requested; on all ranks alike.
     """
-    with PhaseLines(_say if config.report.console else log.debug) as phases:
-        return _prepare(config, collective, folder, phases, resume=resume, stop=stop, callbacks=callbacks)
-
-
-def _prepare(
-    config: TrainConfig,
-    collective: Collective,
-    folder: RunFolder,
-    phases: PhaseLines,
-    *,
-    resume: bool,
-    stop: StopRequest,
-    callbacks: Callbacks | None,
-) -> Run:
     # Whatever can go wrong without a model goes wrong before one is fetched and loaded.
     given, before = with_absolute_paths(config), previous_config(folder) if resume else None
     if resume:
@@ -166,7 +152,6 @@ def _prepare(
         contents = contents_of(config, data, order, model_folder, tokenizer)
     _begin_phase(phases, "comparing the rows and the model with the other nodes'")
     contents_notes = agree_on_contents(collective, host, contents, data.train, folder, resume=resume)
-    stop_together(collective, stop)
 
     device = prepare_device()
     _begin_phase(phases, "planning memory")
@@ -187,7 +172,6 @@ def _prepare(
     if config.adapter.init_from is not None and collective.rank == 0:
         load_adapter_weights(Path(config.adapter.init_from).expanduser(), loaded.model)
 
-    stop_together(collective, stop)
     _begin_phase(phases, "sharing the state")
     reducer = GradientReducer(collective, config.collective.codec, config.collective.powersgd_rank)
     state = TrainState(loaded.model, optimizer, Progress(), reducer, _outer_optimizer(config, loaded))
@@ -225,6 +209,7 @@ def _prepare(
         seed=config.seed,
         bucket_bytes=config.collective.bucket_bytes,
         places=places,
+        deterministic=training.deterministic,
     )
     world_size = planned_world_size(collective)
     valid_rows = [data.valid.rows[i] for i in sample_rows(len(data.valid.rows), training.eval_rows, config.seed)]
@@ -296,10 +281,6 @@ def _begin_phase(
     phases.begin(name, total, unit=unit, once=once)
 
 
-def _say(line: str) -> None:
-    print(f"· {line}", flush=True)
-
-
 def _named(dataset: DatasetConfig) -> str:
     return ", ".join(source.path for source in dataset.all_sources())
 
@@ -310,12 +291,6 @@ def _begin(folder: RunFolder, config: TrainConfig) -> None:
         folder.begin(to_yaml(replace(config, topology=rank_of_process)))
     except OSError as error:
         raise CheckpointError(f"{folder.config} can't be written: {error.strerror or error}") from error
-
-
-def stop_together(collective: Collective, stop: StopRequest) -> None:
-    """Raises Stopped on all ranks if a stop was requested on any of them. A call of all ranks."""
-    if any(collective.all_gather(b"stop" if stop.requested else b"")):
-        raise Stopped
 
 
 def host_name(config: TrainConfig, collective: Collective) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from macft.data.batch import Batch, micro_batches
 from macft.data.formats import Row
 from macft.data.order import RowOrder
-from macft.parallel.shares import DataShard, rows_of_shard
+from macft.parallel.shares import DataShard, batches_of_shard, rows_of_shard
 
 
 class BatchLoader:
@@ -16,11 +16,20 @@ class BatchLoader:
     Args:
         micro_batch_size: At most so many rows in a micro-batch; None: all of the rank's rows.
         shared: Rows that begin alike share these tokens, which counts when rows are assigned to ranks.
+        fixed: The micro-batches are those of the whole step, whoever computes them: ranks get whole ones.
     """
 
-    def __init__(self, rows: Sequence[Row], order: RowOrder, micro_batch_size: int | None, *, shared: bool):
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        order: RowOrder,
+        micro_batch_size: int | None,
+        *,
+        shared: bool,
+        fixed: bool = False,
+    ):
         self._rows, self._order = rows, order
-        self._micro_batch_size, self._shared = micro_batch_size, shared
+        self._micro_batch_size, self._shared, self._fixed = micro_batch_size, shared, fixed
         self._prepared: tuple[int, DataShard, list[Batch]] | None = None
 
     @property
@@ -45,6 +54,8 @@ class BatchLoader:
 
     def _make(self, step: int, shard: DataShard) -> list[Batch]:
         ids = self._order.rows(step)
+        if self._fixed:
+            return batches_of_shard(shard, micro_batches([self._rows[i] for i in ids], ids, self._micro_batch_size))
         tokens = [self._rows[i].tokens for i in ids]
         mine = ids[rows_of_shard(shard, tokens, shared=self._shared)]
         return micro_batches([self._rows[i] for i in mine], mine, self._micro_batch_size)

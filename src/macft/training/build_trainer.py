@@ -57,7 +57,13 @@ def build_trainer(
     """
     model, collective, stop = state.model, state.reducer.collective, stop or StopRequest()
     total_steps = steps_for(config, order.steps_per_epoch)
-    loader = BatchLoader(train_rows, order, config.micro_batch_size, shared=compute.execution.shared_prefixes)
+    loader = BatchLoader(
+        train_rows,
+        order,
+        config.micro_batch_size,
+        shared=compute.execution.shared_prefixes,
+        fixed=config.deterministic,
+    )
     nodes = NodeCoordinator(
         collective,
         balancer or ShareBalancer("equal", collective.world_size, every=1),
@@ -75,6 +81,7 @@ def build_trainer(
         stop=stop,
         learning_rate=lambda step: learning_rate(optimizer_config, step, total_steps),
         max_grad_norm=config.max_grad_norm,
+        waits_for_numbers=config.deterministic,
     )
     synchronization: Synchronization = EveryStep(state.reducer)
     if state.outer is not None:
@@ -92,6 +99,7 @@ def build_trainer(
             shard=shard,
             progress=progress,
             stopped=lambda: stop.requested,
+            fixed=config.deterministic,
         )
 
     validation = ValidationPolicy(

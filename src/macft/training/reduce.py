@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +19,7 @@ import numpy as np
 from macft.device import fault_points
 from macft.parallel.node_status import NodeStatus
 from macft.training.clipping import clip_by_global_norm
+from macft.training.exact_sums import ExactGradient, from_grid
 from macft.training.gradient import LocalGradient
 from macft.training.gradient_reducer import GradientReducer
 
@@ -86,7 +87,10 @@ def reduce_gradient(
     Gradients are summed in MLX's own memory. Raises as the collective does.
     """
     collective = reducer.collective
-    seconds = _sum_buckets(reducer, local, computed)
+    if isinstance(local, ExactGradient):
+        local, seconds = _sum_exactly(reducer, local, computed)
+    else:
+        seconds = _sum_buckets(reducer, local, computed)
     ready = time.perf_counter()
     fault_points.reach("reduce")
     slots = np.zeros((collective.world_size, NodeStatus.SIZE))
@@ -133,6 +137,20 @@ def _sum_buckets(reducer: GradientReducer, local: LocalGradient, computed: Calla
         reducer.all_reduce(bucket, arrays)
         reducing = time.perf_counter() - ready
     return {"compute": compute, "all_reduce": exposed + reducing, "all_reduce_hidden": hidden}
+
+
+def _sum_exactly(
+    reducer: GradientReducer, local: ExactGradient, computed: Callable[[], None]
+) -> tuple[LocalGradient, dict[str, float]]:
+    """``local`` with the sums over all ranks as its gradient, and the seconds as of :func:`_sum_buckets`."""
+    ready = time.perf_counter()
+    computed()
+    gradient: dict[str, mx.array] = {}
+    for bucket in local.buckets:
+        reducer.collective.all_reduce([local.halves[name] for name in bucket])
+        gradient |= {name: mx.array(from_grid(local.halves[name]).reshape(local.shapes[name])) for name in bucket}
+    seconds = {"compute": ready - local.started, "all_reduce": time.perf_counter() - ready, "all_reduce_hidden": 0.0}
+    return replace(local, gradient=gradient), seconds
 
 
 def _norm(gradient: Mapping[str, mx.array]) -> float:

@@ -9,6 +9,10 @@ from typing import Any
 
 from macft.training.optimizer_table import OPTIMIZERS
 
+MOST_PARTS = 1024
+"""Micro-batches of a step whose sum is sure to be exact with ``deterministic``."""
+_PARTS = 8
+"""Micro-batches of a step with ``deterministic``, unless told otherwise."""
 SYNCS = ("every_step", "diloco")
 KERNELS = ("auto", "mlx", "cpu")
 RECOMPUTE = ("auto", "none", "cheap", "blocks")
@@ -43,6 +47,10 @@ class TrainingConfig:
     batch_size: int = 8
     # At most so many rows in one forward pass of a node; the rest is accumulated. Null: all of the node's rows.
     micro_batch_size: int | None = None
+    # The same adapter, bit for bit, on any number of nodes of one kind, whatever their shares and limits, and if nodes
+    # are lost: each micro-batch is a fixed set of rows (without micro_batch_size, an eighth of the batch), and sums are
+    # exact in any order. Gradients take four times the bytes on their way.
+    deterministic: bool = False
     # Optimizer updates to make (mlx-lm: iters / grad_accumulation_steps). Or give `epochs`.
     steps: int | None = None
     # Passes over the training set, instead of `steps`; rounded up to whole steps.
@@ -124,6 +132,11 @@ def _training_problems(config: TrainingConfig) -> list[str]:
     if config.epochs is not None and not config.epochs > 0:
         lines.append(f"training.epochs: {config.epochs} must be greater than 0")
     lines += _sync_problems(config)
+    if config.deterministic and config.batch_size > MOST_PARTS * fixed_micro_batch(config):
+        lines.append(
+            f"training.deterministic: {config.batch_size} rows are more than {MOST_PARTS} micro-batches of "
+            f"{fixed_micro_batch(config)}; raise training.micro_batch_size"
+        )
     if config.max_grad_norm < 0:
         lines.append(f"training.max_grad_norm: {config.max_grad_norm} must be 0 (off) or greater")
     for key in ("eval_every", "save_every", "patience"):
@@ -145,6 +158,11 @@ def _training_problems(config: TrainingConfig) -> list[str]:
     if config.patience and not config.eval_every:
         lines.append("training.patience: early stopping needs validations; set training.eval_every")
     return lines
+
+
+def fixed_micro_batch(config: TrainingConfig) -> int:
+    """Rows of a micro-batch with ``deterministic``: the same on any number of nodes."""
+    return config.micro_batch_size or max(1, config.batch_size // _PARTS)
 
 
 def steps_for(config: TrainingConfig, steps_per_epoch: float) -> int:

@@ -6,14 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from macft.data.batch import Batch
+from macft.device import blas
 from macft.model.backends.base import Backend
 from macft.model.block_weights import BlockWeights
 from macft.model.dropout import DropoutKeys
 from macft.model.execution import Execution
 from macft.parallel.stage_places import StagePlaces
-from macft.training.gradient import GradientComputer, LocalGradient
+from macft.training.exact_sums import ExactStepGradient
+from macft.training.gradient import GradientComputer, LocalGradient, buckets_of
 from macft.training.loss import TokenLoss
 from macft.training.pipelined_gradient import PipelinedGradient
 from macft.training.staged_gradient import StagedGradient, StagedLoss
@@ -64,10 +67,12 @@ def make_step_gradient(
     seed: int,
     bucket_bytes: int,
     places: StagePlaces | None = None,
+    deterministic: bool = False,
 ) -> StepGradient:
     """What ``execution`` asks for; ``streamed`` supplies the blocks' weights where they are not all in memory.
 
-    ``places``: the ranks' stages, where ``execution`` is that of a pipeline.
+    ``places``: the ranks' stages, where ``execution`` is that of a pipeline. ``deterministic``: sums are exact, of
+    micro-batches that are computed one by one.
     """
     if execution.placement == "pipeline":
         assert streamed is not None
@@ -75,9 +80,16 @@ def make_step_gradient(
         return PipelinedGradient(
             model, backend, execution, dropout_keys, streamed, places, seed=seed, bucket_bytes=bucket_bytes
         )
-    if streamed is None:
-        return GradientComputer(model, backend, execution, dropout_keys, seed=seed, bucket_bytes=bucket_bytes)
-    return StagedGradient(model, backend, execution, dropout_keys, streamed, seed=seed, bucket_bytes=bucket_bytes)
+    inner: StepGradient = (
+        GradientComputer(model, backend, execution, dropout_keys, seed=seed, bucket_bytes=bucket_bytes)
+        if streamed is None
+        else StagedGradient(model, backend, execution, dropout_keys, streamed, seed=seed, bucket_bytes=bucket_bytes)
+    )
+    if not deterministic:
+        return inner
+    blas.set_threads(1)  # how many there are would show in the last bits
+    shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
+    return ExactStepGradient(inner, shapes, buckets_of(shapes, bucket_bytes // 4))
 
 
 def make_losses(model: nn.Module, backend: Backend, streamed: BlockWeights | None) -> Losses:

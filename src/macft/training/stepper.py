@@ -82,6 +82,8 @@ class StepContext:
     stop: StopRequest
     learning_rate: Callable[[int], float]
     max_grad_norm: float
+    # Whether a node that is alone makes its steps as several would, with the same bits.
+    waits_for_numbers: bool = False
 
 
 class SynchronousStepper:
@@ -251,6 +253,6 @@ class QueuedStepper:
 def make_stepper(context: StepContext, synchronization: Synchronization) -> Stepper:
     """The stepper for the nodes that there are now: a node that compiles its steps queues them while it is alone."""
     alone = context.nodes.collective.world_size == 1 and not synchronization.has_rounds
-    if alone and context.compute.execution.compiled:
+    if alone and context.compute.execution.compiled and not context.waits_for_numbers:
         return QueuedStepper(context)
     return SynchronousStepper(context, synchronization)

@@ -7,14 +7,20 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_ANSWER_SECONDS = 0.5
+"""How long the main thread may take to end until the user gets a line."""
 _QUIT_SECONDS = 3.0
-"""How long the main thread may take to end after a second wish; a kernel of MLX can't be interrupted."""
+"""How long it may take at all once this process is to quit; a kernel of MLX can't be interrupted."""
+_WATCH_SECONDS = 0.5
 _INTERRUPTED = 130
+NODES_STOP = "stopping: the nodes save what there is to save; Ctrl-C again quits now"
+"""A launcher's answer to the first wish."""
 _SHOW_CURSOR = "\x1b[?25h"
 
 
@@ -25,8 +31,8 @@ class Stopped(Exception):
 class StopRequest:
     """The first wish is answered at once and met at the next point where all ranks can agree on it; the second quits.
 
-    Until :meth:`defer` there is nothing to save and nobody to agree with, so the first one quits, by KeyboardInterrupt
-    in the main thread. Signals are read in a thread of their own, for the main one may be in a long call of MLX.
+    Until :meth:`defer` there is nothing to save, so the first one quits, by KeyboardInterrupt in the main thread; so
+    does another node's. Signals are read in a thread of their own, for the main one may be in a long call of MLX.
 
     Args:
         announce: Shows a line to the user. None: this process has no terminal, and the launcher answers.
@@ -34,6 +40,7 @@ class StopRequest:
 
     Attributes:
         plan: What happens after the first wish, in words.
+        last_words: Called, in another thread, before this process ends although its main thread does not answer.
     """
 
     def __init__(
@@ -42,11 +49,14 @@ class StopRequest:
         farewell: Callable[[], str] = lambda: "interrupted",
     ) -> None:
         self.plan = ""
+        self.last_words: Callable[[], None] = lambda: None
         self._announce, self._farewell = announce, farewell
         self._requested = threading.Event()
         self._elsewhere: Callable[[], bool] = lambda: False
         self._lock = threading.Lock()
-        self._is_deferred = self._must_quit = self._has_quit = self._is_listening = False
+        self._is_deferred = self._must_quit = self._has_quit = False
+        self._has_left = threading.Event()
+        self._has_left.set()
 
     @property
     def requested(self) -> bool:
@@ -66,7 +76,7 @@ class StopRequest:
             quits = not self._must_quit and ((is_first and not self._is_deferred) or (may_quit and not is_first))
             self._must_quit = self._must_quit or quits
         if quits:
-            self._quit()
+            self._quit(is_first=is_first)
         elif is_first and self._announce is not None:
             self._announce(f"stopping: {self.plan}; Ctrl-C again quits now")
 
@@ -78,6 +88,7 @@ class StopRequest:
     def follow(self, elsewhere: Callable[[], bool]) -> None:
         """A stop is also requested when ``elsewhere()`` is true: another node wants it."""
         self._elsewhere = elsewhere
+        threading.Thread(target=self._watch, name="stop-watch", daemon=True).start()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -92,14 +103,14 @@ class StopRequest:
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         thread = threading.Thread(target=self._read, args=(reading,), name="signals", daemon=True)
-        self._is_listening = True
+        self._has_left.clear()
         previous_fd = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         previous = {number: signal.signal(number, self._handle) for number in signals}
         thread.start()
         try:
             yield
         finally:
-            self._is_listening = False
+            self._has_left.set()
             for number, handler in previous.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(previous_fd)
@@ -121,17 +132,29 @@ class StopRequest:
             self._has_quit = True
             raise KeyboardInterrupt
 
-    def _quit(self) -> None:
+    def _watch(self) -> None:
+        """Until there is something to save, this process quits when another node's user wants to stop."""
+        while not (self._is_deferred or self._requested.is_set()):
+            if self._elsewhere():
+                self.request(may_quit=False)
+            time.sleep(_WATCH_SECONDS)
+
+    def _quit(self, *, is_first: bool) -> None:
         main = threading.main_thread().ident
         assert main is not None
         signal.pthread_kill(main, signal.SIGINT)  # wakes it from a call that waits
-        timer = threading.Timer(_QUIT_SECONDS, self._end)
-        timer.daemon = True
-        timer.start()
+        threading.Thread(target=self._see_off, args=(is_first,), name="quitting", daemon=True).start()
 
-    def _end(self) -> None:
-        if not self._is_listening:
+    def _see_off(self, is_first: bool) -> None:
+        """Ends this process if the main thread does not end it."""
+        if self._has_left.wait(_ANSWER_SECONDS):
             return
+        if is_first and self._announce is not None:
+            self._announce("stopping: there is nothing to save yet")
+        if self._has_left.wait(_QUIT_SECONDS - _ANSWER_SECONDS):
+            return
+        with contextlib.suppress(Exception):
+            self.last_words()
         with contextlib.suppress(OSError, ValueError):
             if sys.stdout.isatty():
                 sys.stdout.write(_SHOW_CURSOR)

@@ -14,8 +14,9 @@ from macft.collective.base import Collective
 from macft.data.batch import micro_batches
 from macft.data.formats import Row
 from macft.model.execution import Execution
-from macft.parallel.shares import DataShard, rows_of_shard
+from macft.parallel.shares import DataShard, batches_of_shard, rows_of_shard
 from macft.training.batch_layout import BatchLayout, DeviceBatch
+from macft.training.exact_loss import exact_loss
 from macft.training.stop_request import Stopped
 
 
@@ -49,8 +50,11 @@ def validation_loss(
     shard: DataShard,
     progress: Callable[[int, int], None],
     stopped: Callable[[], bool] = lambda: False,
+    fixed: bool = False,
 ) -> ValidationResult:
     """Evaluates ``rows``, this rank those of its ``shard``; ``progress`` is called with (done, total) of them.
+
+    ``fixed``: batches are those of all rows, whoever computes them, and the sum of their losses is exact.
 
     ``model`` must be installed in the backend of ``execution``. Once ``stopped()`` on any rank, which is asked between
     two batches, there is no result.
@@ -61,18 +65,21 @@ def validation_loss(
     started = time.perf_counter()
     model.eval()
     layout = BatchLayout.for_validation(execution)
-    tokens = [row.tokens for row in rows]
-    mine = rows_of_shard(shard, tokens, shared=layout.shared_prefixes)
     loss_sum, target_tokens, done = 0.0, 0, 0
-
-    batches = list(micro_batches([rows[i] for i in mine], mine, execution.evaluation_rows))
+    if fixed:
+        everything = micro_batches(rows, np.arange(len(rows)), execution.evaluation_rows)
+        batches = batches_of_shard(shard, everything)
+    else:
+        mine = rows_of_shard(shard, [row.tokens for row in rows], shared=layout.shared_prefixes)
+        batches = micro_batches([rows[i] for i in mine], mine, execution.evaluation_rows)
+    own_rows = sum(len(batch.row_ids) for batch in batches)
     parts = [list(layout.parts(batch)) for batch in batches]
     is_stopped = False
     for batch, items, values in zip(batches, parts, losses.of_batches(parts), strict=True):
-        loss_sum += sum(values)
+        loss_sum += sum(map(exact_loss, values)) if fixed else sum(values)
         target_tokens += sum(int(part.weights.sum()) for part in items[: len(values)])
         done += len(batch.row_ids)
-        progress(done, len(mine))
+        progress(done, own_rows)
         if is_stopped := stopped():
             break
     sums = np.array([loss_sum, target_tokens, float(is_stopped)], dtype=np.float64)
