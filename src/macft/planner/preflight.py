@@ -192,7 +192,7 @@ def _decide_stage(
 def _budget(topology: TopologyConfig) -> float:
     """Bytes that this node may take."""
     nodes_here = topology.nodes if topology.kind == "local" else 1
-    return parse_budget(topology.memory_budget, usable_bytes() / nodes_here)
+    return parse_budget(topology.memory_budget, usable_bytes(1 / nodes_here))
 
 
 def _limited(parts: MemoryParts, budget: float) -> str:

@@ -177,7 +177,7 @@ class AnsweringRank:
             check_weight_files(folder)
             shape = read_shape(folder)
             execution = inference_execution(spread.model, folder)
-            budget = self._machine_share * parse_budget(spread.memory_budget, usable_bytes())
+            budget = parse_budget(spread.memory_budget, usable_bytes(self._machine_share))
             room = blocks_with_room(shape, execution, budget)
             return _Facts(self._name, shape.blocks, room, _digest(folder))
         except MacftError as error:
@@ -203,7 +203,7 @@ class AnsweringRank:
     def _load(self, spread: SpreadModel, blocks: range) -> LoadedModel:
         folder = resolve(spread.model)
         execution = inference_execution(spread.model, folder)
-        budget = self._machine_share * parse_budget(spread.memory_budget, usable_bytes())
+        budget = parse_budget(spread.memory_budget, usable_bytes(self._machine_share))
         room = blocks_with_room(read_shape(folder), execution, budget)
         # Two more take their turns in memory.
         count = len(blocks) if len(blocks) <= room else max(0, min(room, len(blocks)) - 2)
