@@ -60,6 +60,12 @@ SHAPE_1B: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+SHAPES = {
+    "1b": SHAPE_1B,
+    # To try this script.
+    "tiny": {**SHAPE_1B, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 5, "vocab_size": 4096},
+}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -76,6 +82,7 @@ class Case:
 
 CASES = {
     "smollm2": Case("SmolLM2-135M", 0.538e9, 480_000_000, rows=16, row_words=40, steps=4, tokens=32),
+    "tiny": Case("random, tiny", 1e7, 600_000_000, rows=4, row_words=12, steps=2, tokens=8),
     "1b": Case("random, 1.0 B", 4.14e9, 3_000_000_000, rows=8, row_words=12, steps=3, tokens=8),
 }
 
@@ -136,10 +143,10 @@ class Proof:
         self.case, self.folder, self.limit, self.link = case, folder, limit, link
         bundled = ensure_bundled()
         self.model = bundled
-        if name == "1b":
-            self.model = (keep or folder) / "model"
+        if name in SHAPES:
+            self.model = (keep or folder) / name
             if not self.model.is_dir():
-                save_random_model(self.model, SHAPE_1B, bundled)
+                save_random_model(self.model, SHAPES[name], bundled)
         self._make_rows()
         with Limited(1, None, None, folder) as place:
             ended = place.start(0, ["-m", "macft.keys", "make"]).ended(PATIENCE)
@@ -257,24 +264,7 @@ class Proof:
 
     def answer(self, ways: Sequence[str]) -> list[Result]:
         """Greedy tokens of a cluster, and of one node that reads blocks from disk."""
-        if self._greedy is None:
-            ended, found, _ = self._answered("replicate", 1, None, None)
-            self._greedy = found["tokens"], self._rate(found)
-            self._told(
-                Result(
-                    self.case.name,
-                    "answer",
-                    "replicate-1",
-                    None,
-                    None,
-                    ended[0].peak,
-                    self._rate(found),
-                    1.0,
-                    None,
-                    0.0,
-                )
-            )
-        expected, alone = self._greedy
+        expected, alone = self._answered_without_limit()
         results = []
         for way in ways:
             placement, nodes = way.split("-")[0], int(way.split("-")[1])
@@ -304,6 +294,7 @@ class Proof:
 
     def peer(self, ways: Sequence[str]) -> list[Result]:
         """mlx-lm's pipeline."""
+        expected, alone = self._answered_without_limit()
         results = []
         for nodes in [int(way.split("-")[1]) for way in ways if way.startswith("pipeline")]:
             drop_from_cache(self.model)
@@ -327,22 +318,34 @@ class Proof:
                 self.case.name, "answer", f"mlx-lm, pipeline-{nodes}", self.limit, self.link, peak, 0, None, None, None
             )
             if any(each.status for each in ended):
-                bad = next(each for each in ended if each.status)
-                why = (bad.errors.strip().splitlines() or [""])[-1]
-                base = replace(base, note=f"status {bad.status}, {sum(each.kills for each in ended)} kills: {why}")
+                told = [f"{each.status}: {(each.errors.strip().splitlines() or [''])[-1]}" for each in ended]
+                base = replace(base, note=f"{sum(each.kills for each in ended)} kills, status {', '.join(told)}")
             else:
                 found = json.loads(ended[0].output.splitlines()[-1])
-                same = self._greedy is not None and found["tokens"] == self._greedy[0]
-                alone = self._greedy[1] if self._greedy else None
-                rate = self._rate(found)
-                base = replace(
-                    base,
-                    rate=rate,
-                    efficiency=rate / alone if alone else None,
-                    note="same tokens" if same else "other tokens",
-                )
+                rate, same = self._rate(found), found["tokens"] == expected
+                base = replace(base, rate=rate, efficiency=rate / alone, note="same tokens" if same else "other tokens")
             results.append(self._told(base))
         return results
+
+    def _answered_without_limit(self) -> tuple[list[int], float]:
+        if self._greedy is None:
+            ended, found, _ = self._answered("replicate", 1, None, None)
+            self._greedy = found["tokens"], self._rate(found)
+            self._told(
+                Result(
+                    self.case.name,
+                    "answer",
+                    "replicate-1",
+                    None,
+                    None,
+                    ended[0].peak,
+                    self._rate(found),
+                    1.0,
+                    None,
+                    0.0,
+                )
+            )
+        return self._greedy
 
     def _rate(self, found: dict[str, Any]) -> float:
         return (len(found["tokens"]) - 1) / float(found["seconds"])

@@ -29,7 +29,7 @@ from macft.generation.pipeline import channel_pairs, follow
 from macft.generation.stage import AnsweringStage
 from macft.model.attach import attach
 from macft.model.backends.choose import make_backend
-from macft.model.load import LoadedModel, load
+from macft.model.load import LoadedModel, load, load_tokenizer
 from macft.model.resolve import resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import read_shape
@@ -125,6 +125,7 @@ class AnsweringRank:
         self._name, self._machine_share, self._tokenizer = name, machine_share, tokenizer
         self._loaded: LoadedModel | None = None
         self._holds: SpreadModel | None = None
+        self._usable: float | None = None
 
     @property
     def loaded(self) -> LoadedModel:
@@ -177,11 +178,17 @@ class AnsweringRank:
             check_weight_files(folder)
             shape = read_shape(folder)
             execution = inference_execution(spread.model, folder)
-            budget = parse_budget(spread.memory_budget, usable_bytes(self._machine_share))
-            room = blocks_with_room(shape, execution, budget)
+            room = blocks_with_room(shape, execution, self._budget(spread, folder))
             return _Facts(self._name, shape.blocks, room, _digest(folder))
         except MacftError as error:
             return _Facts(self._name, error=str(error))
+
+    def _budget(self, spread: SpreadModel, folder: Path) -> float:
+        """Bytes that this rank may take for a model; what there is for all is looked up once, before one is loaded."""
+        if self._usable is None:
+            self._tokenizer = self._tokenizer or load_tokenizer(spread.model, folder)  # takes memory of its own
+            self._usable = usable_bytes(self._machine_share)
+        return parse_budget(spread.memory_budget, self._usable)
 
     def _gather(self, own: _Facts) -> list[_Facts]:
         """The facts of all ranks. Raises ModelError, on all ranks, if one of them has an error."""
@@ -203,8 +210,7 @@ class AnsweringRank:
     def _load(self, spread: SpreadModel, blocks: range) -> LoadedModel:
         folder = resolve(spread.model)
         execution = inference_execution(spread.model, folder)
-        budget = parse_budget(spread.memory_budget, usable_bytes(self._machine_share))
-        room = blocks_with_room(read_shape(folder), execution, budget)
+        room = blocks_with_room(read_shape(folder), execution, self._budget(spread, folder))
         # Two more take their turns in memory.
         count = len(blocks) if len(blocks) <= room else max(0, min(room, len(blocks)) - 2)
         resident = tuple(blocks.start + number for number in resident_blocks(len(blocks), len(blocks), count))

@@ -110,7 +110,7 @@ class TunedModel:
         """
         from macft.config.execution import inference_execution
         from macft.model.attach import attach
-        from macft.model.load import load
+        from macft.model.load import load, load_tokenizer
         from macft.model.resolve import resolve
 
         if tuned and self.whole is not None:
@@ -119,6 +119,7 @@ class TunedModel:
             model, folder = self.model, resolve(self.model)
         micro_batch_size = self.run.training.micro_batch_size if self.run else None
         execution = inference_execution(model, folder, micro_batch_size=micro_batch_size)
+        tokenizer = tokenizer or load_tokenizer(model, folder)  # before what is left for the model is looked up
         if not in_memory:
             execution = self._placed(execution, folder)
         loaded = load(model, folder, execution, tokenizer)
