@@ -24,7 +24,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,9 @@ class Case:
 
 
 CASES = {
-    "smollm2": Case("SmolLM2-135M", 0.538e9, 480_000_000, rows=16, row_words=40, steps=4, tokens=32),
+    "smollm2": Case("SmolLM2-135M", 0.538e9, 480_000_000, rows=16, row_words=30, steps=3, tokens=32),
     "tiny": Case("random, tiny", 1e7, 600_000_000, rows=4, row_words=12, steps=2, tokens=8),
-    "1b": Case("random, 1.0 B", 4.14e9, 3_000_000_000, rows=8, row_words=12, steps=3, tokens=8),
+    "1b": Case("random, 1.0 B", 4.14e9, 3_000_000_000, rows=8, row_words=12, steps=2, tokens=8),
 }
 
 
@@ -97,10 +97,10 @@ class Result:
     limit: int | None
     link: str | None
     peak: int
-    rate: float
-    efficiency: float | None
-    formula: float | None
-    difference: float | None
+    rate: float = 0.0
+    efficiency: float | None = None
+    formula: float | None = None
+    difference: float | None = None
     note: str = ""
 
     @property
@@ -123,17 +123,15 @@ def main() -> None:
     limit = case.limit if arguments.limit is None else int(parse_budget(arguments.limit, 1.0))
     with tempfile.TemporaryDirectory() as scratch:
         proof = Proof(case, arguments.model, Path(scratch), limit, arguments.link, arguments.folder)
-        results: list[Result] = []
+        works = {"train": proof.train, "answer": proof.answer, "refuse": proof.refuse, "peer": proof.peer}
         for work in arguments.work:
-            results += {"train": proof.train, "answer": proof.answer, "refuse": proof.refuse, "peer": proof.peer}[work](
-                arguments.ways
-            )
+            works[work](arguments.ways)
     if arguments.write:
-        write(results)
-    wrong = [result for result in results if result.difference is not None and result.difference > CLOSE]
+        write(proof.results)
+    wrong = [result for result in proof.results if result.difference is not None and result.difference > CLOSE]
     for result in wrong:
         print(f"NOT EQUAL: {result}")
-    sys.exit(1 if wrong else 0)
+    sys.exit(1 if wrong or proof.failures else 0)
 
 
 class Proof:
@@ -151,6 +149,8 @@ class Proof:
         with Limited(1, None, None, folder) as place:
             ended = place.start(0, ["-m", "macft.keys", "make"]).ended(PATIENCE)
             assert ended.status == 0, ended.errors
+        self.results: list[Result] = []
+        self.failures = 0
         self._reference: tuple[list[float], float] | None = None
         self._greedy: tuple[list[int], float] | None = None
 
@@ -167,59 +167,44 @@ class Proof:
 
     # Training.
 
-    def train(self, ways: Sequence[str]) -> list[Result]:
+    def train(self, ways: Sequence[str]) -> None:
         """Each way, after the reference."""
         expected, alone = self._trained_without_limit()
-        results = []
         for way in ways:
             placement, nodes = way.split("-")[0], int(way.split("-")[1])
             ended, losses, rate, cores, layout = self._run(placement, nodes, self.limit, self.link)
-            assert losses, ended[0].errors[-2000:]
-            difference = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
+            if not losses:
+                self._failed("train", way, ended)
+                continue
             micro = self.case.rows
-            formula = micro / (micro + nodes - 1) if placement == "pipeline" else 1.0
-            peak, efficiency = max(each.peak for each in ended), rate / (cores * alone)
-            results.append(
-                self._told(
-                    Result(
-                        self.case.name,
-                        "train",
-                        way,
-                        self.limit,
-                        self.link,
-                        peak,
-                        rate,
-                        efficiency,
-                        formula,
-                        difference,
-                        layout,
-                    )
-                )
+            self._found(
+                "train",
+                way,
+                ended,
+                rate=rate,
+                efficiency=rate / (cores * alone),
+                formula=micro / (micro + nodes - 1) if placement == "pipeline" else 1.0,
+                difference=max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True)),
+                note=layout,
             )
-        return results
 
-    def refuse(self, _ways: Sequence[str]) -> list[Result]:
+    def refuse(self, _ways: Sequence[str]) -> None:
         """The whole model on each node."""
         planned, *_ = self._run("replicate", 1, self.limit, None)
-        line = next(line for line in planned[0].errors.splitlines() if line.startswith("error: "))
-        forced, *_ = self._run("replicate", 1, self.limit, None, "topology.memory_budget=99GB")
-        killed = f"killed by the kernel (status {forced[0].status}, {forced[0].kills} kills)"
-        if not forced[0].kills:
-            killed = f"ended with status {forced[0].status}"
         assert planned[0].status == 2, planned
+        line = next(line for line in planned[0].errors.splitlines() if line.startswith("error: "))
+        self._found("train", "replicate-1", planned, link=None, note=f"refused: {line.removeprefix('error: ')}")
+        forced, *_ = self._run("replicate", 1, self.limit, None, "topology.memory_budget=99GB")
         assert forced[0].status != 0, forced
-        base = Result(self.case.name, "train", "replicate-1", self.limit, None, planned[0].peak, 0, None, None, None)
-        return [
-            self._told(replace(base, note=f"refused: {line.removeprefix('error: ')}")),
-            self._told(replace(base, way="replicate-1, topology.memory_budget=99GB", peak=forced[0].peak, note=killed)),
-        ]
+        how = "killed by the kernel" if forced[0].kills else f"ended with status {forced[0].status}"
+        self._found("train", "replicate-1, topology.memory_budget=99GB", forced, link=None, note=how)
 
     def _trained_without_limit(self) -> tuple[list[float], float]:
         if self._reference is None:
             ended, losses, rate, _, _ = self._run("replicate", 1, None, None)
             assert losses, ended[0].errors[-2000:]
             self._reference = losses, rate
-            self._told(Result(self.case.name, "train", "replicate-1", None, None, ended[0].peak, rate, 1.0, None, 0.0))
+            self._found("train", "replicate-1", ended, limit=None, link=None, rate=rate, efficiency=1.0, difference=0.0)
         return self._reference
 
     def _run(
@@ -262,88 +247,50 @@ class Proof:
 
     # Answers.
 
-    def answer(self, ways: Sequence[str]) -> list[Result]:
+    def answer(self, ways: Sequence[str]) -> None:
         """Greedy tokens of a cluster, and of one node that reads blocks from disk."""
         expected, alone = self._answered_without_limit()
-        results = []
         for way in ways:
             placement, nodes = way.split("-")[0], int(way.split("-")[1])
             if placement == "stream" and nodes > 1:  # a cluster that answers is a pipeline
                 continue
             ended, found, layout = self._answered(placement, nodes, self.limit, self.link)
-            difference = 0.0 if found["tokens"] == expected else 1.0
-            peak, rate = max(each.peak for each in ended), self._rate(found)
-            results.append(
-                self._told(
-                    Result(
-                        self.case.name,
-                        "answer",
-                        way,
-                        self.limit,
-                        self.link,
-                        peak,
-                        rate,
-                        rate / alone,
-                        None,
-                        difference,
-                        layout,
-                    )
-                )
-            )
-        return results
+            if found is None:
+                self._failed("answer", way, ended)
+                continue
+            rate, difference = self._rate(found), 0.0 if found["tokens"] == expected else 1.0
+            self._found("answer", way, ended, rate=rate, efficiency=rate / alone, difference=difference, note=layout)
 
-    def peer(self, ways: Sequence[str]) -> list[Result]:
+    def peer(self, ways: Sequence[str]) -> None:
         """mlx-lm's pipeline."""
         expected, alone = self._answered_without_limit()
-        results = []
         for nodes in [int(way.split("-")[1]) for way in ways if way.startswith("pipeline")]:
             drop_from_cache(self.model)
             with Limited(nodes, self.limit, self.link, self.folder) as place:
                 hosts = self.folder / "hosts.json"
                 hosts.write_text(json.dumps([[address] for address in place.hosts()]))
-                task = self._task("mlx-lm")
-                started = [
-                    place.start(
-                        rank,
-                        [str(HERE / "limited_answers.py")],
-                        variables={"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
-                    )
-                    for rank in range(nodes)
-                ]
-                for each in started:
-                    each.tell(json.dumps(task))
+                started = []
+                for rank in range(nodes):
+                    variables = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+                    started.append(place.start(rank, [str(HERE / "limited_answers.py")], variables=variables))
+                    started[rank].tell(json.dumps(self._task("mlx-lm")))
                 ended = [each.ended(PATIENCE) for each in started]
-            peak = max(each.peak for each in ended)
-            base = Result(
-                self.case.name, "answer", f"mlx-lm, pipeline-{nodes}", self.limit, self.link, peak, 0, None, None, None
-            )
+            way = f"mlx-lm, pipeline-{nodes}"
             if any(each.status for each in ended):
-                told = [f"{each.status}: {(each.errors.strip().splitlines() or [''])[-1]}" for each in ended]
-                base = replace(base, note=f"{sum(each.kills for each in ended)} kills, status {', '.join(told)}")
+                self._failed("answer", way, ended)
             else:
                 found = json.loads(ended[0].output.splitlines()[-1])
-                rate, same = self._rate(found), found["tokens"] == expected
-                base = replace(base, rate=rate, efficiency=rate / alone, note="same tokens" if same else "other tokens")
-            results.append(self._told(base))
-        return results
+                rate, note = self._rate(found), "same tokens" if found["tokens"] == expected else "other tokens"
+                self._found("answer", way, ended, rate=rate, efficiency=rate / alone, note=note)
 
     def _answered_without_limit(self) -> tuple[list[int], float]:
         if self._greedy is None:
             ended, found, _ = self._answered("replicate", 1, None, None)
-            self._greedy = found["tokens"], self._rate(found)
-            self._told(
-                Result(
-                    self.case.name,
-                    "answer",
-                    "replicate-1",
-                    None,
-                    None,
-                    ended[0].peak,
-                    self._rate(found),
-                    1.0,
-                    None,
-                    0.0,
-                )
+            assert found is not None, ended
+            rate = self._rate(found)
+            self._greedy = found["tokens"], rate
+            self._found(
+                "answer", "replicate-1", ended, limit=None, link=None, rate=rate, efficiency=1.0, difference=0.0
             )
         return self._greedy
 
@@ -356,7 +303,7 @@ class Proof:
 
     def _answered(
         self, placement: str, nodes: int, limit: int | None, link: str | None
-    ) -> tuple[list[Ended], dict[str, Any], str]:
+    ) -> tuple[list[Ended], dict[str, Any] | None, str]:
         drop_from_cache(self.model)
         with Limited(nodes, limit, link, self.folder) as place:
             script = [str(HERE / "limited_answers.py")]
@@ -372,13 +319,22 @@ class Proof:
                     started.append(place.start(rank, ["-m", "macft.launch.answering_worker"]))
                     started[rank].tell(json.dumps(asdict(requests[rank])))
             ended = [started[0].ended(PATIENCE), *(each.ended(10.0) for each in started[1:])]
-            assert ended[0].status == 0, [each.errors[-2000:] for each in ended]
+            if ended[0].status != 0:
+                return ended, None, ""
             found = json.loads(ended[0].output.splitlines()[-1])
             return ended, found, found.get("layout", placement)
 
-    def _told(self, result: Result) -> Result:
+    def _failed(self, work: str, way: str, ended: Sequence[Ended]) -> None:
+        told = [f"{each.status}: {(each.errors.strip().splitlines() or [''])[-1]}" for each in ended]
+        self._found(work, way, ended, note=f"{sum(each.kills for each in ended)} kills, status {', '.join(told)}")
+        self.failures += 1
+
+    def _found(self, work: str, way: str, ended: Sequence[Ended], **more: Any) -> None:
+        """Adds and prints a row."""
+        where = {"limit": self.limit, "link": self.link, **more}
+        result = Result(self.case.name, work, way, peak=max(each.peak for each in ended), **where)
+        self.results.append(result)
         print(line_of(result), flush=True)
-        return result
 
 
 def _requests(hosts: Sequence[str]) -> list[WorkerRequest]:
