@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,16 @@ import pytest
 from harness.families import build
 from harness.memory_limits import MemoryLimit
 from harness.runs import environment, events, write_jsonl
+from harness.tiny_model import TINY_CONFIG
+from macft.device.kind import METAL
 from macft.device.memory import cgroup_limit, usable_bytes
+from macft.model.adapter_settings import AdapterConfig
+from macft.model.execution import resolve
+from macft.model.settings import ModelConfig
+from macft.model.shape import shape_of
+from macft.planner.fit import MemoryPlanner
+from macft.planner.placement import Placer
+from macft.planner.workload import unlike_rows
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of processes are read on Linux")
 
@@ -80,6 +90,30 @@ def test_a_limit_of_the_process_is_not_divided() -> None:
         half, whole = map(float, done.stdout.split())
         assert half == whole
         assert 0.5e9 < whole < 1.5e9
+
+
+def test_a_refusal_of_a_stream_names_rows_that_fit() -> None:
+    shape = shape_of({**TINY_CONFIG, "hidden_size": 512, "num_hidden_layers": 16}, "config.json")
+    execution = resolve(ModelConfig(), shape.checkpoint, METAL, packing="false", compile="false")
+
+    def placer(rows: int, length: int, budget: float) -> Placer:
+        planner = MemoryPlanner(shape, execution, AdapterConfig(), "adamw", [unlike_rows(rows, length, 64)], 0)
+        return Placer(planner, budget, "stream", "auto", auto=True)
+
+    def least(rows: int, length: int) -> float:
+        tried = placer(rows, length, 1e12)
+        return tried.parts(execution.with_batch(1, execution.recompute).streamed(())).peak
+
+    budget = 1.01 * least(4, 512)
+    assert placer(16, 512, budget).choice()[1] is not None
+    refusal = str(placer(16, 512, budget).choice()[1])
+    assert "; 4 rows for each node in a step (training.batch_size) would fit" in refusal
+    assert placer(4, 512, budget).choice()[1] is None  # what it says is so
+    budget = 1.01 * least(1, 129)
+    shorter = re.search(r"would fit \(dataset.max_seq_length=(\d+)\)", str(placer(16, 512, budget).choice()[1]))
+    assert shorter is not None
+    assert placer(1, int(shorter[1]), budget).choice()[1] is None
+    assert str(placer(16, 512, 1e6).choice()[1]).endswith("; a machine with more memory or a smaller model is needed")
 
 
 @LINUX
