@@ -81,7 +81,7 @@ def test_a_limit_of_the_process_is_not_divided() -> None:
     script = "from macft.device.memory import usable_bytes; print(usable_bytes(0.5), usable_bytes())"
     for option in ("-d", "-v"):
         done = subprocess.run(
-            ["sh", "-c", f'ulimit {option} 1500000 && exec "$@"', "sh", sys.executable, "-c", script],
+            ["sh", "-c", f'ulimit {option} 2500000 && exec "$@"', "sh", sys.executable, "-c", script],
             env=environment(),
             capture_output=True,
             text=True,
@@ -89,7 +89,7 @@ def test_a_limit_of_the_process_is_not_divided() -> None:
         )
         half, whole = map(float, done.stdout.split())
         assert half == whole
-        assert 0.5e9 < whole < 1.5e9
+        assert 0.5e9 < whole < 2.4e9
 
 
 def test_a_refusal_of_a_stream_names_rows_that_fit() -> None:
@@ -119,8 +119,8 @@ def test_a_refusal_of_a_stream_names_rows_that_fit() -> None:
 @LINUX
 @pytest.mark.slow
 def test_a_run_streams_within_a_limit_that_its_weights_exceed(tmp_path: Path) -> None:
-    """Nobody tells it of the limit. Above it the process would be killed, or an allocation would fail."""
-    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 32, "num_attention_heads": 8}
+    """Nobody tells it of the limit, above which it would be killed."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 8}
     model = build("llama", tmp_path / "model", tie_word_embeddings=True, head_dim=64, **sizes)
     weights = (model / "model.safetensors").stat().st_size
     rows = [{"text": f"number {n} is followed by number {n + 1}"} for n in range(4)]
@@ -128,7 +128,10 @@ def test_a_run_streams_within_a_limit_that_its_weights_exceed(tmp_path: Path) ->
         write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows)
     words = [f"model={model}", f"dataset={tmp_path / 'data'}", "training.batch_size=2", "training.steps=1"]
     words += ["optimizer.warmup_steps=0", "training.eval_every=0", "report.tensorboard=false", "thermal=off"]
-    with MemoryLimit(400_000_000) as limit:
+    words += ["adapter.num_layers=8"]
+    with MemoryLimit(300_000_000) as limit:
+        if limit.kind == "ulimit -d":  # counts much that is never touched
+            pytest.skip("control groups can't be made here")
         assert weights > limit.size, weights
         done = subprocess.run(
             [*limit.prefix, sys.executable, "-m", "macft.train", *words, f"hydra.run.dir={tmp_path / 'run'}"],

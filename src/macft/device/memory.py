@@ -16,6 +16,8 @@ _V2_LIMITS = ("memory.max", "memory.high")
 _V1_LIMITS = ("memory.limit_in_bytes",)
 _GROWTH = 48 * 2**20
 """Bytes that a process takes beside MLX's arrays after it was planned: threads, modules, buffers of the network."""
+_UNTOUCHED = {"VmData": 192 * 2**20, "VmSize": 768 * 2**20}
+"""What it asks for besides and hardly touches: stacks and heaps of threads, buffers of OpenBLAS."""
 
 
 def usable_bytes(share: float = 1.0) -> float:
@@ -75,7 +77,8 @@ def _room_of_process() -> float:
 
     sizes = ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize"))
     limits = [(resource.getrlimit(limit)[0], size) for limit, size in sizes]
-    return min((limit - _held(size) for limit, size in limits if limit != resource.RLIM_INFINITY), default=math.inf)
+    rooms = (limit - _held(size) - _UNTOUCHED[size] for limit, size in limits if limit != resource.RLIM_INFINITY)
+    return min(rooms, default=math.inf)
 
 
 def _held(name: str) -> float:

@@ -22,6 +22,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from macft.collective.base import Channels, Collective
 from macft.collective.elastic import ElasticCollective
 from macft.config.execution import inference_execution
+from macft.device import heap
 from macft.device.memory import usable_bytes
 from macft.errors import ConfigError, MacftError, MembershipChanged, ModelError, PeerLost, ProtocolError
 from macft.generation.layout import answering_layout
@@ -213,6 +214,8 @@ class AnsweringRank:
         room = blocks_with_room(read_shape(folder), execution, self._budget(spread, folder))
         # Two more take their turns in memory.
         count = len(blocks) if len(blocks) <= room else max(0, min(room, len(blocks)) - 2)
+        if count < len(blocks):
+            heap.return_large_arrays()
         resident = tuple(blocks.start + number for number in resident_blocks(len(blocks), len(blocks), count))
         held, loaded = self._holds, self._loaded
         can_go_on = held is not None and held.model == spread.model and held.adapter in ({}, spread.adapter)

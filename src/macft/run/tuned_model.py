@@ -130,6 +130,7 @@ class TunedModel:
 
     def _placed(self, execution: Execution, folder: Path) -> Execution:
         """``execution`` with the blocks in memory that this machine has room for."""
+        from macft.device import heap
         from macft.device.memory import usable_bytes
         from macft.model.shape import read_shape
         from macft.planner.placement import inference_placement
@@ -143,7 +144,10 @@ class TunedModel:
         wanted = self.placement or topology.placement
         wanted = "auto" if wanted == "pipeline" else wanted  # this machine is alone
         resident = topology.resident_blocks if wanted == topology.placement else "auto"
-        return inference_placement(execution, shape, budget, wanted, resident)
+        placed = inference_placement(execution, shape, budget, wanted, resident)
+        if placed.placement == "stream":
+            heap.return_large_arrays()
+        return placed
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
