@@ -46,6 +46,7 @@ class Limited:
     folder: Path
     _limits: list[MemoryLimit] = field(default_factory=list, init=False)
     _links: ShapedLinks | None = field(default=None, init=False)
+    _started: list[Watched] = field(default_factory=list, init=False)
     _stack: ExitStack = field(default_factory=ExitStack, init=False)
 
     def __enter__(self) -> Self:
@@ -56,6 +57,10 @@ class Limited:
         return self
 
     def __exit__(self, *error: object) -> None:
+        for each in self._started:
+            if each.process.poll() is None:
+                each.process.kill()
+                each.process.wait()
         self._stack.close()
 
     @property
@@ -84,7 +89,8 @@ class Limited:
             **(variables or {}),
         }
         limit = self._limits[rank] if self._limits else None
-        return Watched([*words, sys.executable, *arguments], environment, self.folder, limit)
+        self._started.append(Watched([*words, sys.executable, *arguments], environment, self.folder, limit))
+        return self._started[-1]
 
     @property
     def cores(self) -> int:

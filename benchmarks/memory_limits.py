@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -81,9 +82,9 @@ class Case:
 
 
 CASES = {
-    "smollm2": Case("SmolLM2-135M", 0.538e9, 480_000_000, rows=16, row_words=30, steps=3, tokens=32),
+    "smollm2": Case("SmolLM2-135M", 0.538e9, 480_000_000, rows=8, row_words=24, steps=3, tokens=16),
     "tiny": Case("random, tiny", 1e7, 600_000_000, rows=4, row_words=12, steps=2, tokens=8),
-    "1b": Case("random, 1.0 B", 4.14e9, 3_000_000_000, rows=8, row_words=12, steps=2, tokens=8),
+    "1b": Case("random, 1.0 B", 4.14e9, 3_000_000_000, rows=4, row_words=10, steps=2, tokens=6),
 }
 
 
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the random model stays, to use it again")
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no node is left
     case = CASES[arguments.model]
     limit = case.limit if arguments.limit is None else int(parse_budget(arguments.limit, 1.0))
     with tempfile.TemporaryDirectory() as scratch:
