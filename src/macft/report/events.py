@@ -149,7 +149,10 @@ class Evaluated(ReplayedEvent):
 
 @dataclass(frozen=True)
 class MetricScored(ReplayedEvent):
-    """The dataset's metric, 0 to 1, over ``count`` rows; ``when`` is before or after training."""
+    """A metric of the dataset over ``count`` rows of ``split``; ``when`` is before or after training.
+
+    Shares are 0 to 1; a perplexity is 1 or more; a metric of the user's own, whose ``name`` has a dot, any number.
+    """
 
     name: str
     split: str
@@ -161,7 +164,11 @@ class MetricScored(ReplayedEvent):
 
 @dataclass(frozen=True)
 class Sample:
-    """One question with the answers of the untrained and of the trained model."""
+    """One question with the answers of the untrained and of the trained model.
+
+    ``prompt`` and ``expected`` are texts. An answer is None where there is none; whether it is right is None where no
+    metric says so.
+    """
 
     prompt: str
     expected: str
@@ -214,7 +221,7 @@ class RunEnded(Event):
     """The run has ended; ``reason`` is finished, early_stopped, interrupted or failed.
 
     ``final`` holds results by name; that of ``NAME`` before training is ``NAME_before``. Names that end in
-    ``loss`` are losses in nats, all others fractions from 0 to 1. ``detail``: the error, or how to continue.
+    ``loss`` are losses in nats, the others as in :class:`MetricScored`. ``detail``: the error, or how to continue.
     ``warnings``: problems that did not stop the run, a line each.
     """
 
