@@ -228,6 +228,7 @@ class Proof:
                 "optimizer.warmup_steps=0",
                 "thermal=off",
                 "report.tensorboard=false",
+                "report.samples=0",
                 f"topology.placement={placement}",
                 *more,
             ]
