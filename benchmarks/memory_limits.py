@@ -126,10 +126,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         proof = Proof(case, arguments.model, Path(scratch), limit, arguments.link, arguments.folder)
         works = {"train": proof.train, "answer": proof.answer, "refuse": proof.refuse, "peer": proof.peer}
-        for work in arguments.work:
-            works[work](arguments.ways)
-    if arguments.write:
-        write(proof.results)
+        try:
+            for work in arguments.work:
+                works[work](arguments.ways)
+        finally:
+            if arguments.write:
+                write(proof.results)
     wrong = [result for result in proof.results if result.difference is not None and result.difference > CLOSE]
     for result in wrong:
         print(f"NOT EQUAL: {result}")
