@@ -63,8 +63,15 @@ SHAPE_1B: dict[str, Any] = {
 
 SHAPES = {
     "1b": SHAPE_1B,
-    # To try this script.
-    "tiny": {**SHAPE_1B, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 5, "vocab_size": 4096},
+    "small": {
+        **SHAPE_1B,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "vocab_size": 4096,
+    },
 }
 
 
@@ -83,8 +90,8 @@ class Case:
 
 CASES = {
     "smollm2": Case("SmolLM2-135M", 0.538e9, 480_000_000, rows=8, row_words=24, steps=3, tokens=16),
-    "tiny": Case("random, tiny", 1e7, 600_000_000, rows=4, row_words=12, steps=2, tokens=8),
-    "1b": Case("random, 1.0 B", 4.14e9, 3_000_000_000, rows=4, row_words=10, steps=2, tokens=6),
+    "small": Case("random, 0.13 B", 0.545e9, 400_000_000, rows=4, row_words=12, steps=2, tokens=8),
+    "1b": Case("random, 1.0 B", 4.14e9, 3_300_000_000, rows=4, row_words=10, steps=2, tokens=6),
 }
 
 

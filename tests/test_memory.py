@@ -16,7 +16,7 @@ from harness.families import build
 from harness.memory_limits import MemoryLimit
 from harness.runs import environment, events, write_jsonl
 from harness.tiny_model import TINY_CONFIG
-from macft.device.kind import METAL
+from macft.device.kind import METAL, Device
 from macft.device.memory import cgroup_limit, usable_bytes
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.execution import resolve
@@ -24,6 +24,7 @@ from macft.model.settings import ModelConfig
 from macft.model.shape import shape_of
 from macft.planner.fit import MemoryPlanner
 from macft.planner.placement import Placer
+from macft.planner.streamed_memory import streamed_parts
 from macft.planner.workload import unlike_rows
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of processes are read on Linux")
@@ -114,6 +115,16 @@ def test_a_refusal_of_a_stream_names_rows_that_fit() -> None:
     assert shorter is not None
     assert placer(1, int(shorter[1]), budget).choice()[1] is None
     assert str(placer(16, 512, 1e6).choice()[1]).endswith("; a machine with more memory or a smaller model is needed")
+
+
+def test_blocks_that_are_read_one_by_one_need_no_room_for_the_whole_file() -> None:
+    """A file in 16 bits, held in float32 on a CPU."""
+    shape = shape_of({**TINY_CONFIG, "num_hidden_layers": 64, "torch_dtype": "bfloat16"}, "config.json")
+    execution = resolve(ModelConfig(), shape.checkpoint, Device("cpu", openblas=True), packing="false", compile="false")
+    planner = MemoryPlanner(shape, execution, AdapterConfig(num_layers=1), "adamw", [unlike_rows(1, 8, 4)], 0)
+    streamed = streamed_parts(planner, execution.streamed(()))
+    assert planner.parts().other_peak >= shape.checkpoint_bytes() + shape.weight_bytes(execution.weight_format)
+    assert streamed.peak < shape.checkpoint_bytes() * shape.block_share
 
 
 @LINUX

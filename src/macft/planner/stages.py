@@ -170,7 +170,7 @@ class StagePlanner:
         planner, (blocks, in_flight) = self.planner, self._stage
         shape, trained = planner.shape, trained_part(planner.shape, planner.adapter)
         inside = replace(planner.execution, placement="replicate", recompute="blocks")
-        parts = predict(shape, inside, planner.adapter, planner.optimizer, work)
+        parts = predict(shape, inside, planner.adapter, planner.optimizer, work, by_block=True)
         held = held_weights(shape, replace(planner.execution, resident_blocks=tuple(range(count))))
         border = shape.hidden * planner.execution.weight_format.float_bytes * work.tokens
         borders = in_flight * (1 + sum(block >= self.first_trained for block in blocks)) * border
