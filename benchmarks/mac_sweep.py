@@ -86,12 +86,12 @@ def words_of(model: str, macs: str, arguments: argparse.Namespace, folder: str) 
 
 def line_of(model: str, macs: str, plan: RunPlan) -> str:
     """The row of the table."""
-    if plan.chosen is None:
+    if not plan.placements:
         refusals = [node.refusal for node in plan.nodes if node.refusal is not None]
-        return f"| {model} | {macs} | none fits | - | - | - | - | {(plan.advice or refusals)[0]} |"
+        return f"| {model} | {macs} | none fits | - | - | - | - | {(refusals or plan.advice)[0]} |"
     name = min(plan.placements, key=lambda kind: plan.placements[kind].seconds)
     best = plan.placements[name]
-    marked = name if name == plan.chosen else f"{name} (auto: {plan.chosen})"
+    marked = name if name == plan.chosen else f"{name} (auto: {plan.chosen or 'refused'})"
     cells = [
         model,
         macs,
