@@ -39,10 +39,15 @@ def make_tiny_model(folder: Path, bundled_model: Path, config: dict[str, Any] = 
     folder.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text(_first_tokens(bundled_model / "tokenizer.json", config["vocab_size"]))
+    write_first_tokens(folder, bundled_model, config["vocab_size"])
+    return folder
+
+
+def write_first_tokens(folder: Path, bundled_model: Path, count: int) -> None:
+    """Writes the tokenizer of the bundled model with its first ``count`` tokens only into ``folder``."""
+    (folder / "tokenizer.json").write_text(_first_tokens(bundled_model / "tokenizer.json", count))
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(bundled_model / name, folder)
-    return folder
 
 
 def _first_tokens(tokenizer: Path, count: int) -> str:

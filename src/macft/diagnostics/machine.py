@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from macft.device import disk_speed
+from macft.device.memory import cgroup_limit
 from macft.diagnostics import Finding
 from macft.network.system_tools import output_of
 
@@ -23,7 +24,8 @@ _PRESSURE = ("nominal", "moderate", "heavy", "trapping", "sleeping")
 
 def check(folder: Path) -> list[Finding]:
     """Checks this machine; runs are stored in ``folder``."""
-    findings = [memory(psutil.virtual_memory().available, psutil.virtual_memory().total)]
+    machine, limit = psutil.virtual_memory(), cgroup_limit()
+    findings = [memory(*(int(min(size, limit)) for size in (machine.available, machine.total)))]
     findings += [disk(shutil.disk_usage(folder).free, folder), disk_reads()]
     if platform.system() == "Darwin":
         findings += sleep_settings(output_of("pmset", "-g") or "")

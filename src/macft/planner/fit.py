@@ -171,10 +171,9 @@ class MemoryPlanner:
         if self.adapter.type == "full":
             return f"{needs}, and no batch fits; adapter=lora needs far less"
         weights, execution = parts.weights, self.execution
-        if execution.bits is None and self.shape.weight_bytes(WeightFormat(execution.dtype, 4)) < 0.8 * budget:
-            return (
-                f"{needs}: the weights alone are {_gb(weights)}; model.quantization=4bit would make them fit on a GPU"
-            )
+        in_4_bits = self.shape.weight_bytes(WeightFormat(execution.dtype, 4))
+        if execution.device != "cpu" and execution.bits is None and in_4_bits < 0.8 * budget:
+            return f"{needs}: the weights alone are {_gb(weights)}; model.quantization=4bit would make them fit"
         return (
             f"{needs}: the weights alone are {_gb(weights)}; topology.placement=stream reads them from disk "
             "when they are needed"

@@ -121,11 +121,20 @@ def trained_part(shape: ModelShape, adapter: AdapterConfig) -> Trained:
 
 
 def predict(
-    shape: ModelShape, execution: Execution, adapter: AdapterConfig, optimizer: str, work: ComputeShape
+    shape: ModelShape,
+    execution: Execution,
+    adapter: AdapterConfig,
+    optimizer: str,
+    work: ComputeShape,
+    *,
+    by_block: bool = False,
 ) -> MemoryParts:
-    """Peak memory of a run on one node that computes ``work`` as ``execution`` says, by part, in bytes."""
+    """Peak memory of a run on one node that computes ``work`` as ``execution`` says, by part, in bytes.
+
+    ``by_block``: while it loads, the node reads what is around the blocks only.
+    """
     if shape.odd_block is not None:
-        return _predict_from_graph(shape, execution, adapter, optimizer, work)
+        return _predict_from_graph(shape, execution, adapter, optimizer, work, by_block=by_block)
     trained = trained_part(shape, adapter)
     width = execution.weight_format.float_bytes
     weights = shape.weight_bytes(execution.weight_format)
@@ -156,7 +165,7 @@ def predict(
         activations=activations,
         logits=logits,
         other_peak=max(
-            _loading(shape, execution, weights),
+            _loading(shape, execution, weights, by_block=by_block),
             weights + adapter_bytes + 4 * _TRIAL_TOKENS * shape.vocabulary,
             resident + _validation(shape, execution, work),
             # New parameters and states beside the old ones, and the gradient.
@@ -180,7 +189,13 @@ def _logits(shape: ModelShape, execution: Execution, work: ComputeShape) -> floa
 
 
 def _predict_from_graph(
-    shape: ModelShape, execution: Execution, adapter: AdapterConfig, optimizer: str, work: ComputeShape
+    shape: ModelShape,
+    execution: Execution,
+    adapter: AdapterConfig,
+    optimizer: str,
+    work: ComputeShape,
+    *,
+    by_block: bool,
 ) -> MemoryParts:
     """For blocks that no formula here is for: from the graph of the model's own code, where that shows it."""
     trained = trained_part(shape, adapter)
@@ -210,7 +225,7 @@ def _predict_from_graph(
         activations=known.step,
         logits=0.0,
         other_peak=max(
-            _loading(shape, execution, weights),
+            _loading(shape, execution, weights, by_block=by_block),
             resident + work.validation * known.validation,
             resident + parameter_bytes * trained.parameters * 1.4,
         ),
@@ -299,8 +314,9 @@ def _validation(shape: ModelShape, execution: Execution, work: ComputeShape) -> 
     return work.validation * max(logits, transient)
 
 
-def _loading(shape: ModelShape, execution: Execution, weights: float) -> float:
+def _loading(shape: ModelShape, execution: Execution, weights: float, *, by_block: bool) -> float:
     """Peak while loading: a checkpoint in another form stays until the new weights are made."""
     held, stored = execution.weight_format, shape.checkpoint
     same = held.bits == stored.bits and (stored.bits is not None or held.float_bytes == stored.float_bytes)
-    return weights if same else weights + shape.checkpoint_bytes()
+    read = shape.checkpoint_bytes() * (1 - shape.block_share if by_block else 1.0)
+    return weights if same else weights + read

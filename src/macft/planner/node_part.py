@@ -87,7 +87,7 @@ class NodePart:
 def budget_of(topology: TopologyConfig) -> float:
     """Bytes that a node of this machine may take."""
     nodes_here = topology.nodes if topology.kind == "local" else 1
-    return parse_budget(topology.memory_budget, usable_bytes() / nodes_here)
+    return parse_budget(topology.memory_budget, usable_bytes(1 / nodes_here))
 
 
 def placer_for(config: TrainConfig, planner: MemoryPlanner, budget: float) -> Placer:

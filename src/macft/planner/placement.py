@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from macft.errors import ConfigError
@@ -17,9 +17,11 @@ from macft.parallel.stage_layout import spread
 from macft.planner.fit import MemoryPlanner, batch_overrides
 from macft.planner.memory import MemoryParts
 from macft.planner.streamed_memory import streamed_parts
+from macft.planner.workload import StepRows, assumed_steps
 
 # Of a machine's memory, what the weights of a model that only answers may take.
 _WEIGHTS_ONLY = 0.8
+_SHORTEST_HINT = 32
 
 
 @dataclass(frozen=True)
@@ -152,16 +154,40 @@ class Placer:
         resident = 0 if isinstance(self.resident, str) else self.resident
         streamed = self._with(self.planner.execution, resident)
         peak = self.parts(streamed).peak
-        fewest = min((self.parts(self._with(each, 0)).peak for each in self._batches()), default=peak)
-        would = "fewer or shorter rows (training.batch_size, dataset.max_seq_length) need less"
-        if fewest <= self.budget:
-            size = next(each for each in self._batches() if self.parts(self._with(each, 0)).peak <= self.budget)
-            would = f"{batch_overrides(size)} with topology.resident_blocks=auto would fit"
+        size = next((each for each in self._batches() if self.parts(self._with(each, 0)).peak <= self.budget), None)
+        would = self._smaller_step()
+        if size is not None:
+            also_free = "" if self.resident == "auto" else " with topology.resident_blocks=auto"
+            would = f"{batch_overrides(size)}{also_free} would fit"
         also = "even with its blocks read from disk " if refusal is not None else "with its blocks read from disk "
         return (
             f"topology.memory_budget: {also}the run would need about {peak / 1e9:.2f} GB, and "
             f"{self.budget / 1e9:.2f} GB are available; {would}"
         )
+
+    def _smaller_step(self) -> str:
+        """Fewer or shorter rows that would fit, for a person."""
+        planner = self.planner
+
+        def fits(steps: Sequence[StepRows]) -> bool:
+            smaller = replace(self, planner=replace(planner, steps=steps))
+            one_by_one = planner.execution.with_batch(1, planner.execution.recompute)
+            return smaller.parts(smaller._with(one_by_one, 0)).peak <= self.budget
+
+        rows = planner.rows
+        while rows > 1:
+            rows //= 2
+            if fits([StepRows(step.rows[:rows], step.ids[:rows]) for step in planner.steps]):
+                each = "1 row" if rows == 1 else f"{rows} rows"
+                return (
+                    f"{each} for each node in a step (training.batch_size) would fit, with training.micro_batch_size=1"
+                )
+        length = max((int(step.lengths.max(initial=0)) for step in planner.steps), default=0)
+        while length > _SHORTEST_HINT:
+            length //= 2
+            if fits(assumed_steps(1, length)):
+                return f"1 row for each node in a step, of {length} tokens, would fit (dataset.max_seq_length={length})"
+        return "a machine with more memory or a smaller model is needed"
 
 
 def obstacle_to_reading_blocks(execution: Execution, shape: ModelShape, adapter: AdapterConfig) -> str | None:

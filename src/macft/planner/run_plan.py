@@ -177,7 +177,7 @@ def _placer(
     own = [step_of_shard(step, shard, execution) for step in steps]
     # A node far slower than the others may be left without a row; it still holds the model.
     own = [step for step in own if step.rows] or [StepRows(steps[0].rows[:1], steps[0].ids[:1])]
-    budget = parse_budget(config.topology.memory_budget, (mac.usable_bytes if mac else usable_bytes()) / nodes_here)
+    budget = parse_budget(config.topology.memory_budget, mac.usable_bytes if mac else usable_bytes(1 / nodes_here))
     return placer_for(config, planner_for(config, shape, execution, own), budget)
 
 

@@ -215,7 +215,7 @@ class StagePlanner:
         planner, (_, from_end) = self.planner, self._stage
         shape, trained = planner.shape, trained_part(planner.shape, planner.adapter)
         inside = replace(planner.execution, placement="replicate", recompute="blocks")
-        parts = predict(shape, inside, planner.adapter, planner.optimizer, work)
+        parts = predict(shape, inside, planner.adapter, planner.optimizer, work, by_block=True)
         resident = replace(planner.execution, resident_blocks=tuple(range(count)))
         blocks = len(self._stage[0]) if count <= len(self._stage[0]) else None  # None: of a larger stage later
         held = held_weights(shape, resident, self._ends, blocks)

@@ -33,7 +33,7 @@ def streamed_parts(planner: MemoryPlanner, execution: Execution) -> MemoryParts:
 def _parts(planner: MemoryPlanner, execution: Execution, work: ComputeShape, step_tokens: int) -> MemoryParts:
     shape, trained = planner.shape, trained_part(planner.shape, planner.adapter)
     resident = replace(execution, placement="replicate", recompute="blocks")
-    parts = predict(shape, resident, planner.adapter, planner.optimizer, work)
+    parts = predict(shape, resident, planner.adapter, planner.optimizer, work, by_block=True)
     held = held_weights(shape, execution)
     border = shape.hidden * execution.weight_format.float_bytes
     inside = parts.activations - recomputed_inputs(shape, resident, trained.depth, work.tokens)

@@ -22,6 +22,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from macft.collective.base import Channels, Collective
 from macft.collective.elastic import ElasticCollective
 from macft.config.execution import inference_execution
+from macft.device import heap
 from macft.device.memory import usable_bytes
 from macft.errors import ConfigError, MacftError, MembershipChanged, ModelError, PeerLost, ProtocolError
 from macft.generation.layout import answering_layout
@@ -30,7 +31,7 @@ from macft.generation.stage import AnsweringStage
 from macft.model.attach import attach
 from macft.model.backends.choose import make_backend
 from macft.model.ends import ends_of
-from macft.model.load import LoadedModel, load
+from macft.model.load import LoadedModel, load, load_tokenizer
 from macft.model.resolve import resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import read_shape
@@ -128,6 +129,7 @@ class AnsweringRank:
         self._name, self._machine_share, self._tokenizer = name, machine_share, tokenizer
         self._loaded: LoadedModel | None = None
         self._holds: SpreadModel | None = None
+        self._usable: float | None = None
 
     @property
     def loaded(self) -> LoadedModel:
@@ -180,11 +182,18 @@ class AnsweringRank:
             check_weight_files(folder)
             shape = read_shape(folder)
             execution = inference_execution(spread.model, folder)
-            budget = self._machine_share * parse_budget(spread.memory_budget, usable_bytes())
+            budget = self._budget(spread, folder)
             room = tuple(blocks_with_room(shape, execution, budget, ends) for ends in _KINDS)
             return _Facts(self._name, shape.blocks, room, _digest(folder))
         except MacftError as error:
             return _Facts(self._name, error=str(error))
+
+    def _budget(self, spread: SpreadModel, folder: Path) -> float:
+        """Bytes that this rank may take for a model; what there is for all is looked up once, before one is loaded."""
+        if self._usable is None:
+            self._tokenizer = self._tokenizer or load_tokenizer(spread.model, folder)  # takes memory of its own
+            self._usable = usable_bytes(self._machine_share)
+        return parse_budget(spread.memory_budget, self._usable)
 
     def _gather(self, own: _Facts) -> list[_Facts]:
         """The facts of all ranks. Raises ModelError, on all ranks, if one of them has an error."""
@@ -206,11 +215,13 @@ class AnsweringRank:
     def _load(self, spread: SpreadModel, blocks: range) -> LoadedModel:
         folder = resolve(spread.model)
         execution = inference_execution(spread.model, folder)
-        shape, budget = read_shape(folder), self._machine_share * parse_budget(spread.memory_budget, usable_bytes())
+        shape, budget = read_shape(folder), self._budget(spread, folder)
         ends = ends_of(is_first=blocks.start == 0, is_last=blocks.stop == shape.blocks)
         room = blocks_with_room(shape, execution, budget, ends)
         # Two more take their turns in memory.
         count = len(blocks) if len(blocks) <= room else max(0, min(room, len(blocks)) - 2)
+        if count < len(blocks):
+            heap.return_large_arrays()
         resident = tuple(blocks.start + number for number in resident_blocks(len(blocks), len(blocks), count))
         held, loaded = self._holds, self._loaded
         can_go_on = held is not None and held.model == spread.model and held.adapter in ({}, spread.adapter)

@@ -110,7 +110,7 @@ class TunedModel:
         """
         from macft.config.execution import inference_execution
         from macft.model.attach import attach
-        from macft.model.load import load
+        from macft.model.load import load, load_tokenizer
         from macft.model.resolve import resolve
 
         if tuned and self.whole is not None:
@@ -119,6 +119,7 @@ class TunedModel:
             model, folder = self.model, resolve(self.model)
         micro_batch_size = self.run.training.micro_batch_size if self.run else None
         execution = inference_execution(model, folder, micro_batch_size=micro_batch_size)
+        tokenizer = tokenizer or load_tokenizer(model, folder)  # before what is left for the model is looked up
         if not in_memory:
             execution = self._placed(execution, folder)
         loaded = load(model, folder, execution, tokenizer)
@@ -129,6 +130,7 @@ class TunedModel:
 
     def _placed(self, execution: Execution, folder: Path) -> Execution:
         """``execution`` with the blocks in memory that this machine has room for."""
+        from macft.device import heap
         from macft.device.memory import usable_bytes
         from macft.model.shape import read_shape
         from macft.planner.placement import inference_placement
@@ -142,7 +144,10 @@ class TunedModel:
         wanted = self.placement or topology.placement
         wanted = "auto" if wanted == "pipeline" else wanted  # this machine is alone
         resident = topology.resident_blocks if wanted == topology.placement else "auto"
-        return inference_placement(execution, shape, budget, wanted, resident)
+        placed = inference_placement(execution, shape, budget, wanted, resident)
+        if placed.placement == "stream":
+            heap.return_large_arrays()
+        return placed
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
