@@ -20,7 +20,7 @@ from macft.planner.fit import MemoryPlanner
 from macft.planner.layout_inputs import alone, model_cost, step_work
 from macft.planner.partition import LayoutDecision, choose_layout
 from macft.planner.placement import Placer
-from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops
+from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, chip_speed, measured_flops
 
 _LONGEST_REPORT = 4096
 _LONGEST_NAME = 255
@@ -39,8 +39,8 @@ def own_node(memory: float, *, name: str | None = None, processes: int = 1) -> N
     is_cpu = Device.default().kind == "cpu"
     chip = None if is_cpu else own_chip()
     # The first measurement is also what makes a resting processor run at its full speed.
-    flops = chip.tflops * 1e12 if chip is not None else max(measured_flops() for _ in range(2))
-    speed = flops * (CPU_EFFICIENCY if is_cpu else MAC_EFFICIENCY)
+    efficiency = CPU_EFFICIENCY if is_cpu else MAC_EFFICIENCY
+    speed = chip_speed(chip) if chip is not None else max(measured_flops() for _ in range(2)) * efficiency
     if name is None:
         name = f"{platform.node()}, {chip.chip if chip is not None else platform.machine()}"
     return Node(name, speed / processes, memory, disk_speed().bytes_per_second / processes)

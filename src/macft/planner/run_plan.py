@@ -35,7 +35,7 @@ from macft.planner.memory import MemoryParts, trained_part
 from macft.planner.partition import LayoutDecision, compare
 from macft.planner.placement import Layout, Placer
 from macft.planner.preflight import placer_for, planner_for, step_of_shard
-from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops
+from macft.planner.speed import chip_speed, own_speed
 from macft.planner.workload import StepRows, assumed_steps, steps_of
 from macft.topology.settings import parse_budget
 from macft.training.settings import steps_for
@@ -90,7 +90,8 @@ def plan_run(config: TrainConfig) -> RunPlan:
     shape, folder = _shape(config, notes)
     steps, total_steps = _steps(config, folder, notes)
     macs = find_macs(config.plan.chips)
-    speeds = [mac.chip.tflops * 1e12 * MAC_EFFICIENCY for mac in macs] or _own_speeds(config, notes)
+    tokens = sum(float(step.lengths.sum()) for step in steps) / len(steps)
+    speeds = [chip_speed(mac.chip, _dtype(config, shape)) for mac in macs] or _own_speeds(config, shape, tokens, notes)
     disks = [mac.chip.disk * 1e9 for mac in macs] or _own_disks(len(speeds), notes)
     plans, nodes, wanted, is_batch_too_large = [], [], config.topology.placement, False
     for rank, (speed, disk) in enumerate(zip(speeds, disks, strict=True)):
@@ -119,7 +120,7 @@ def plan_run(config: TrainConfig) -> RunPlan:
         placements=placements,
         chosen=chosen,
         steps=total_steps,
-        tokens=sum(float(step.lengths.sum()) for step in steps) / len(steps),
+        tokens=tokens,
         notes=notes,
         advice=advice(
             nodes,
@@ -185,14 +186,21 @@ def _link_notes(links: Sequence[LinkKind], count: int) -> list[str]:
     return [f"nodes are connected by {names} (plan.link); rows are dealt by speed"]
 
 
-def _own_speeds(config: TrainConfig, notes: list[str]) -> list[float]:
-    """Operations a second that training reaches on this machine, for each node of the topology."""
+def _dtype(config: TrainConfig, shape: ModelShape) -> str:
+    """Type of the weights on a Mac, those of quantised ones' scales."""
+    return execution_for(config, shape, shape.checkpoint, METAL).dtype
+
+
+def _own_speeds(config: TrainConfig, shape: ModelShape, tokens: float, notes: list[str]) -> list[float]:
+    """Operations a second that training reaches on this machine, for each node; ``tokens`` are those of a step."""
     count = world_size(config)
-    efficiency = CPU_EFFICIENCY if Device.default().kind == "cpu" else MAC_EFFICIENCY
     nodes_here = count if config.topology.kind == "local" else 1
     if config.topology.kind in ("hosts", "ssh"):
         notes.append("every host is taken to be a machine like this one; plan.chips=[...] names other Macs")
-    return [measured_flops() * efficiency / nodes_here] * count
+    execution = execution_for(config, shape, shape.checkpoint, Device.default())
+    speed = own_speed(shape.parameters * tokens / count, execution.bits)
+    notes.append(f"this machine trains with {speed.operations_per_second / 1e12:.2g} TFLOPS, {speed.origin}")
+    return [speed.operations_per_second / nodes_here] * count
 
 
 def _own_disks(count: int, notes: list[str]) -> list[float]:
