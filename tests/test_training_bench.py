@@ -1,4 +1,4 @@
-"""`macft bench --training`: both sides are measured, what can't be is one line, the file is for anyone, plans use it."""
+"""`macft bench --training`: both sides are measured, what can't be is a line, the file names nobody, plans use it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def printed(folder: Path) -> Iterator[str]:
+def printed(folder: Path) -> str:
     """What the command prints for a tiny model, one that no machine holds, and one that isn't known."""
     cases = [
         Case("tiny", "tiny", "sql", config=TINY),
@@ -65,7 +64,7 @@ def printed(folder: Path) -> Iterator[str]:
         patch.setenv("COLUMNS", "120")
         patch.setattr(sys, "stdout", file)
         assert bench_training(wanted) == 0
-    yield (folder / "printed.txt").read_text()
+    return (folder / "printed.txt").read_text()
 
 
 @pytest.mark.slow
@@ -145,7 +144,7 @@ def test_ctrl_c_ends_it_at_once_with_what_is_done(tmp_path: Path) -> None:
 
 def test_a_run_that_fails_says_why_in_its_last_line() -> None:
     order: Any = {}
-    with pytest.raises(RunFailed, match="^no memory$"):
+    with pytest.raises(RunFailed, match=r"^no memory$"):
         run_side(order, [sys.executable, "-c", "import sys; sys.stdin.read(); sys.exit('first\\nno memory')"])
 
 

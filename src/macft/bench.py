@@ -1,6 +1,7 @@
 """``python -m macft.bench``: measures the all-reduce of a topology's ranks, in a table like that of nccl-tests.
 
-With ``--training`` it measures training on this machine instead, beside mlx_lm's trainer: random weights. It shows a table and writes a small file without personal data, which ``macft plan`` uses from then on.
+With ``--training`` it measures training on this machine instead, beside mlx_lm's trainer, with random weights. It shows
+a table and writes a small file without personal data. ``macft plan`` uses the figures from then on.
 
     python -m macft.bench                                           two processes on this machine
     python -m macft.bench topology=local topology.nodes=4 --peers mlx --limits
