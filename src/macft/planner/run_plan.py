@@ -198,7 +198,7 @@ def _own_speeds(config: TrainConfig, shape: ModelShape, tokens: float, notes: li
     if config.topology.kind in ("hosts", "ssh"):
         notes.append("every host is taken to be a machine like this one; plan.chips=[...] names other Macs")
     execution = execution_for(config, shape, shape.checkpoint, Device.default())
-    speed = own_speed(shape.parameters * tokens / count, execution.bits)
+    speed = own_speed(shape.parameters * tokens / count, execution)
     notes.append(f"this machine trains with {speed.operations_per_second / 1e12:.2g} TFLOPS, {speed.origin}")
     return [speed.operations_per_second / nodes_here] * count
 

@@ -10,7 +10,7 @@ from itertools import chain
 # isort: split
 import mlx.core as mx
 
-from macft.device.chips import Chip
+from macft.device.chips import Chip, own_chip
 from macft.device.kind import Device
 from macft.device.training_speed import nearest
 from macft.model.execution import Execution
@@ -90,15 +90,19 @@ class OwnSpeed:
     origin: str
 
 
-def own_speed(work: float, bits: int | None) -> OwnSpeed:
-    """This machine's for a step of ``work``, parameters times tokens, of a model of so many bits (None: not quantised).
+def own_speed(work: float, execution: Execution) -> OwnSpeed:
+    """This machine's for a step of ``work``, parameters times tokens, computed as ``execution`` says.
 
-    That of the most similar case that ``macft bench --training`` measured, otherwise from a matrix product of 0.3 s.
+    That of the most similar case that ``macft bench --training`` measured; otherwise that of a chip with matrix units,
+    which the matrix product of 0.3 s in float32 that is made elsewhere does not use.
     """
     device = Device.default().kind
-    measured = nearest(device, work, bits)
+    measured = nearest(device, work, execution.bits)
     if measured is not None:
         return OwnSpeed(measured.speed, f"measured by macft bench --training ({measured.case})")
+    chip = own_chip() if device == "metal" else None
+    if chip is not None and chip.matrix_tflops is not None:
+        return OwnSpeed(chip_speed(chip, execution.dtype), "estimated for its chip; macft bench --training measures it")
     efficiency = CPU_EFFICIENCY if device == "cpu" else MAC_EFFICIENCY
     return OwnSpeed(
         measured_flops() * efficiency, "from a matrix product of 0.3 s; macft bench --training measures training"

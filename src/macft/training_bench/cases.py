@@ -93,6 +93,7 @@ def plan_case(case: Case, training: Training, tokenizer: Any) -> CasePlan:
         optimizer=OPTIMIZER,
         training=training.config(),
     )
+    config = replace(config, topology=replace(config.topology, placement="replicate"))
     shape = shape_of(case.model_config, case.model)
     planner = planner_for(config, shape, execution_for(config, shape, shape.checkpoint, Device.default()), steps)
     budget = parse_budget(config.topology.memory_budget, usable_bytes())
@@ -103,7 +104,7 @@ def plan_case(case: Case, training: Training, tokenizer: Any) -> CasePlan:
     )
     timed = step_cost(replace(planner, steps=steps[training.warm_up :]), execution)
     tokens = timed.tokens
-    speed = own_speed(shape.parameters * tokens, case.bits)
+    speed = own_speed(shape.parameters * tokens, execution)
     return CasePlan(
         shape=shape,
         execution=execution,
