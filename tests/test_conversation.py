@@ -271,7 +271,7 @@ def test_question_and_answer_are_found_in_every_way_to_write_them() -> None:
     for row in ({"messages": messages}, {"conversations": sharegpt}):
         assert question_text(row) == "Two plus two?"
         assert expected_text(row) == "Four."
-        assert ExactMatch().score(row, " Four.\n")
+        assert ExactMatch().score(" Four.\n", expected_text(row), row)
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "now"}}]}
     assert expected_text({"messages": [messages[0], call]}) == ""
     with pytest.raises(DataError, match="no message is the assistant's"):

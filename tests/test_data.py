@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mlx_lm.utils import load_tokenizer
 
 from harness.runs import write_jsonl
 from helpers.records import CHAT, LONG_CHAT, PAIR, TEXT
-from macft.data.load import LoadedData, read, tokenize_all
+from macft.data.load import LoadedData, read, tokenize_all, with_few_test_rows
 from macft.data.settings import DatasetConfig, SourceConfig, problems
 from macft.data.tokenize import tokenize
 from macft.errors import DataError
@@ -154,23 +155,80 @@ def test_only_missing_validation_rows_are_split_off(tmp_path: Path, tokenizer: A
     data = load(DatasetConfig(path=str(tmp_path), valid_fraction=0.5), tokenizer)
     assert len(data.train.rows) == 10
     assert data.valid.records == [TEXT]
-    assert data.notes == []
+    assert data.notes == [f"dataset.valid_fraction: no effect on {tmp_path}, which has validation rows of its own"]
 
 
-@settings(max_examples=40, deadline=None)
-@given(count=st.integers(1, 40), fraction=st.floats(0, 0.999), seed=st.integers(0, 2**32))
-def test_splitting_off_loses_no_row(
-    tmp_path_factory: pytest.TempPathFactory, count: int, fraction: float, seed: int
+def ids(path: Path, seed: int = 0, **settings: float) -> tuple[list[int], list[int], list[int]]:
+    """Which rows of a file are in the training, validation and test split."""
+    [(_, raw)] = read(DatasetConfig(path=str(path), **settings), seed=seed)  # type: ignore[arg-type]
+    train, valid, test = ([row.record["id"] for row in raw[name]] for name in ("train", "valid", "test"))
+    return train, valid, test
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(1, 40),
+    fractions=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)).filter(lambda pair: sum(pair) < 1),
+    seed=st.integers(0, 2**32),
+)
+def test_splitting_off_loses_no_row_and_uses_none_twice(
+    tmp_path_factory: pytest.TempPathFactory, count: int, fractions: tuple[float, float], seed: int
 ) -> None:
     path = tmp_path_factory.mktemp("split") / "rows.jsonl"
     write_jsonl(path, [{"id": i} for i in range(count)])
-    [(_, raw)] = read(DatasetConfig(path=str(path), valid_fraction=fraction), seed=seed)
-    train, valid = [[row.record["id"] for row in raw[name]] for name in ("train", "valid")]
-    assert sorted(train + valid) == list(range(count))
+    cut = {"valid_fraction": fractions[0], "test_fraction": fractions[1]}
+    train, valid, test = ids(path, seed, **cut)
+    assert sorted(train + valid + test) == list(range(count))
     assert train
-    assert train == sorted(train)
-    assert valid == sorted(valid)
-    assert bool(valid) is (fraction > 0 and count > 1)
+    for split in (train, valid, test):
+        assert split == sorted(split)
+    assert bool(valid) is (fractions[0] > 0 and count > 1)
+    assert bool(test) is (fractions[1] > 0 and count > 1 + len(valid))
+    assert ids(path, seed, **cut) == (train, valid, test)
+    # The validation rows are those that there are without test rows.
+    assert ids(path, seed, valid_fraction=fractions[0], test_fraction=0.0)[1] == valid
+
+
+def test_some_rows_are_held_out_where_nothing_is_said(tmp_path: Path, tokenizer: Any) -> None:
+    def sizes(count: int, **settings: float) -> list[int]:
+        path = tmp_path / f"{count}.jsonl"
+        write_jsonl(path, [{**PAIR, "id": i} for i in range(count)])
+        return [len(split) for split in ids(path, **settings)]
+
+    assert sizes(99) == [99, 0, 0]
+    assert sizes(100) == [95, 0, 5]
+    assert sizes(5000) == [4968, 0, 32]
+    assert sizes(100, test_fraction=0.0) == [100, 0, 0]
+    assert sizes(100, valid_fraction=0.1) == [90, 10, 0]
+    assert sizes(100, valid_fraction=0.1, test_fraction=0.2) == [70, 10, 20]
+    config = DatasetConfig(path=str(tmp_path / "100.jsonl"))
+    held_out = tokenize_all(read(config, seed=0), config, tokenizer, need_test=True)
+    assert any("5 of 100 training rows are held out" in note for note in held_out.notes)
+    few = with_few_test_rows(read(config, seed=0), 3, seed=0)
+    assert [len(few[0][1][name]) for name in ("train", "test")] == [95, 3]
+
+
+def test_a_test_file_wins_over_the_fraction(tmp_path: Path, tokenizer: Any) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [PAIR] * 10)
+    write_jsonl(tmp_path / "test.jsonl", [PAIR] * 2)
+    config = DatasetConfig(path=str(tmp_path), test_fraction=0.5)
+    data = tokenize_all(read(config, seed=0), config, tokenizer, need_test=True)
+    assert (len(data.train.rows), len(data.test.rows)) == (10, 2)
+    assert f"dataset.test_fraction: no effect on {tmp_path}, which has test rows of its own" in data.notes
+
+
+@pytest.mark.parametrize(
+    ("fractions", "words"),
+    [
+        ({"test_fraction": 1.0}, "dataset.test_fraction: 1.0 is not in [0, 1), or null"),
+        ({"test_fraction": -0.1}, "dataset.test_fraction: -0.1 is not in [0, 1), or null"),
+        ({"test_fraction": math.nan}, "dataset.test_fraction: nan is not in [0, 1), or null"),
+        ({"test_fraction": 0.5, "valid_fraction": 0.5}, "dataset.test_fraction: 0.5 and dataset.valid_fraction (0.5)"),
+    ],
+)
+def test_fractions_that_leave_nothing_to_train_on_are_refused(fractions: dict[str, float], words: str) -> None:
+    [problem] = problems(DatasetConfig(path="x", **fractions))  # type: ignore[arg-type]
+    assert problem.startswith(words)
 
 
 def test_the_test_split_is_tokenised_only_if_needed(tmp_path: Path, tokenizer: Any) -> None:

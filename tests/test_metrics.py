@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from harness.runs import events, train_to_end, write_jsonl
+from macft.data.settings import DatasetConfig
 from macft.errors import ConfigError, DataError
 from macft.evaluation.answer_form import AnswerForm
 from macft.evaluation.exact_match import ExactMatch
-from macft.evaluation.metrics import metric
+from macft.evaluation.metrics import METRICS, answer_metrics, check_metrics
+from macft.evaluation.own_metric import OwnMetric
 from macft.evaluation.record import expected_text, question_text, with_answer
+from macft.evaluation.rouge_l import RougeL
 from macft.evaluation.sql_execution import SqlExecution, first_query, same_rows
 
 DATABASE = """
@@ -29,7 +35,19 @@ CREATE TABLE pets (id INTEGER, name TEXT, kind TEXT, weight REAL);
 INSERT INTO pets VALUES (1, 'Rex', 'dog', 0.1), (2, 'Tom', 'cat', 0.2), (3, 'Ada', 'dog', 0.7), (4, 'Bo', NULL, 1e9);
 """
 RIGHT = "SELECT name FROM pets WHERE kind = 'dog'"
-SQL = SqlExecution()
+
+
+class Judge:
+    """SQL execution of rows with their own answer."""
+
+    def __init__(self) -> None:
+        self._metric = SqlExecution()
+
+    def score(self, row: Mapping[str, Any], answer: str) -> bool:
+        return self._metric.score(answer, expected_text(row), row)
+
+
+SQL = Judge()
 
 
 def record(query: str = RIGHT) -> dict[str, Any]:
@@ -110,11 +128,11 @@ def test_the_first_query_is_found_in_what_surrounds_it(answer: str) -> None:
     ],
 )
 def test_anything_but_reading_is_wrong_and_changes_nothing(answer: str) -> None:
-    judge = SqlExecution()
+    judge = Judge()
     row = record("SELECT id, name FROM pets")
     assert judge.score(row, answer) is False
     # A new judge has seen nothing of the answer: both must still know the same pets.
-    for each in (judge, SqlExecution()):
+    for each in (judge, Judge()):
         assert each.score(row, "SELECT 1, 'Rex' UNION SELECT 2, 'Tom' UNION SELECT 3, 'Ada' UNION SELECT 4, 'Bo'")
 
 
@@ -158,15 +176,16 @@ GREEDY = {
 }
 JUDGE = """
 import resource, sys
+from macft.evaluation.rouge_l import RougeL
 from macft.evaluation.sql_execution import SqlExecution
 right, query = "SELECT name FROM pets", sys.argv[2]
 row = {"prompt": "?", "completion": right, "database": sys.argv[1]}
 judge = SqlExecution()
-assert judge.score(row, right)
+assert judge.score(right, right, row)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-scored = judge.score(row, query)
+scored = judge.score(query, right, row)
 unit = 1 if sys.platform == "darwin" else 1024
-print(scored, judge.score(row, right), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
+print(scored, judge.score(right, right, row), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
 """
 
 
@@ -287,30 +306,134 @@ def test_question_and_answer_of_both_formats() -> None:
 @settings(max_examples=100, deadline=None)
 @given(words=st.lists(st.text("abcXYZ.,", min_size=1, max_size=5), min_size=1, max_size=6))
 def test_exact_match_sees_words_only(words: list[str]) -> None:
-    row = {"prompt": "?", "completion": " ".join(words)}
+    expected = " ".join(words)
     judge = ExactMatch()
-    assert judge.score(row, "\n" + "\t ".join(words) + " ")
-    assert not judge.score(row, " ".join([*words, "more"]))
-    assert not judge.score(row, " ".join(words).swapcase()) or not any(word.isalpha() for word in words)
+    assert judge.score("\n" + "\t ".join(words) + " ", expected, {})
+    assert not judge.score(" ".join([*words, "more"]), expected, {})
+    assert not judge.score(expected.swapcase(), expected, {}) or not any(word.isalpha() for word in words)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("exact_match", ExactMatch), ("sql_execution", SqlExecution)])
-def test_metrics_are_found_by_name(name: str, kind: type) -> None:
-    assert type(metric(name)) is kind
+def test_metrics_are_found_by_name() -> None:
+    config = DatasetConfig(path="x", metric=[*METRICS, "perplexity"])
+    assert {name: type(found) for name, found in answer_metrics(config).items()} == METRICS
+    assert answer_metrics(DatasetConfig(path="x", metric="perplexity")) == {}
 
 
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("exactmatch", "did you mean 'exact_match'?"),
-        ("sql_exec", "did you mean 'sql_execution'?"),
-        ("bleu", "there are exact_match, sql_execution"),
+        ("exactmatch", "no metric 'exactmatch'; did you mean 'exact_match'?"),
+        ("sql_exec", "no metric 'sql_exec'; did you mean 'sql_execution'?"),
+        ("bleu", "no metric 'bleu'; there are exact_match, rouge_l, sql_execution, perplexity, or my_module.my_metric"),
+        ("my-module.metric", "no metric 'my-module.metric'"),
+        (["rouge_l", "rouge_l"], "rouge_l is given twice"),
     ],
 )
-def test_an_unknown_metric_names_the_nearest(name: str, hint: str) -> None:
-    with pytest.raises(ConfigError, match=f"dataset.metric: no metric '{name}'") as error:
-        metric(name)
-    assert hint in str(error.value)
+def test_an_unknown_metric_names_the_nearest(name: str | list[str], hint: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"dataset.metric: {hint}")):
+        check_metrics(DatasetConfig(path="x", metric=name))
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "value"),
+    [
+        # Lin (2004), section 3.1: two answers with the same words, of which one has them in order.
+        ("police kill the gunman", "police killed the gunman", 3 / 4),
+        ("the gunman kill police", "police killed the gunman", 2 / 4),
+        ("the gunman police killed", "police killed the gunman", 2 / 4),
+        # The tests of rouge-score 0.1.2: rouge_scorer_test.py, testRougeL and its README.
+        ("testing one two", "testing", 2 * (1 / 3) / (1 + 1 / 3)),
+        ("The quick brown dog jumps on the log.", "The quick brown fox jumps over the lazy dog", 10 / 17),
+        ("Same, same!", "same same", 1.0),
+        ("nothing", "else", 0.0),
+        ("", "", 0.0),
+        ("今天天气好", "今天 天气很好", 2 * 5 / 11),
+        ("Zürich", "zürich.", 1.0),
+    ],
+)
+def test_rouge_l_has_the_values_of_its_papers_and_packages(answer: str, expected: str, value: float) -> None:
+    assert RougeL().score(answer, expected, {}) == pytest.approx(value)
+
+
+@settings(max_examples=100, deadline=None)
+@given(left=st.lists(st.sampled_from("abc"), max_size=7), right=st.lists(st.sampled_from("abc"), max_size=7))
+def test_rouge_l_finds_the_longest_common_subsequence(left: list[str], right: list[str]) -> None:
+    def subsequences(words: list[str]) -> set[tuple[str, ...]]:
+        return {each for size in range(len(words) + 1) for each in itertools.combinations(words, size)}
+
+    longest = max(map(len, subsequences(left) & subsequences(right)))
+    expected = 2 * longest / (len(left) + len(right)) if longest else 0.0
+    assert RougeL().score(" ".join(left), " ".join(right), {}) == pytest.approx(expected)
+
+
+OWN = """
+import math
+import numpy as np
+def length(answer, expected): return len(answer)
+def labelled(answer, expected, row): return row["label"] == "x" and answer == expected
+def scalar(answer, expected): return np.float32(0.5)
+def nothing(answer, expected): return None
+def nan(answer, expected): return math.nan
+def text(answer, expected): return "0.5"
+def raising(answer, expected, row): return row["no such column"]
+def few(answer): return 1.0
+number = 7
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Callable[[str], OwnMetric]:
+    name = f"own_metrics_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(OWN)
+    return lambda function: OwnMetric(f"{name}.{function}", tmp_path)
+
+
+def test_a_function_of_ones_own_scores(own: Callable[[str], OwnMetric]) -> None:
+    row = {"prompt": "?", "completion": "abc", "label": "x"}
+    assert own("length").score("abcd", "abc", row) == 4.0
+    assert own("scalar").score("", "", row) == 0.5
+    assert own("labelled").score("abc", "abc", row) is True
+    assert own("labelled").score("abcd", "abc", row) is False
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("nothing", "returned None; it must return a finite number, or True or False, for the answer 'abc'"),
+        ("nan", "returned nan; it must return a finite number"),
+        ("text", "returned '0.5' (str); it must return a finite number"),
+        ("raising", "raised KeyError: 'no such column', "),
+    ],
+)
+def test_what_is_no_score_is_one_line(own: Callable[[str], OwnMetric], function: str, words: str) -> None:
+    with pytest.raises(DataError, match=re.escape(words)) as error:
+        own(function).score("abc", "abc", {"prompt": "?"})
+    assert f".{function} " in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("few", "(answer) must take (answer, expected) or (answer, expected, row)"),
+        ("number", "number is no function"),
+        ("missing", "missing does not exist; the module is "),
+    ],
+)
+def test_what_is_no_metric_is_one_line(own: Callable[[str], OwnMetric], function: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        own(function)
+
+
+def test_a_module_that_cannot_be_imported_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no module not_there for not_there\.f, neither in .* nor installed"):
+        OwnMetric("not_there.f", tmp_path)
+    (tmp_path / "needs_more_xyz.py").write_text("import not_installed_xyz\n")
+    (tmp_path / "broken_xyz.py").write_text("def f(:\n")
+    with pytest.raises(ConfigError, match="importing needs_more_xyz raised ModuleNotFoundError: No module named"):
+        OwnMetric("needs_more_xyz.f", tmp_path)
+    with pytest.raises(ConfigError, match="importing broken_xyz raised SyntaxError"):
+        OwnMetric("broken_xyz.f", tmp_path)
 
 
 THINK = ("<think>", "</think>")

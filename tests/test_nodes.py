@@ -50,6 +50,8 @@ def basics(tiny_task: list[str]) -> list[str]:
     ]
 
 
+SCORED = ["dataset.metric=[rouge_l,perplexity]", "training.metric_max_tokens=6", "report.samples=2"]
+"""Both kinds of metrics, of answers and of losses."""
 WholeRun = Callable[[str, int], Path]
 
 
@@ -60,7 +62,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Wh
     @functools.cache
     def run(kernels: str, nodes: int) -> Path:
         folder = tmp_path_factory.mktemp(f"{kernels}-{nodes}")
-        return train_to_end(*basics, f"training.kernels={kernels}", *on(nodes), folder=folder)
+        return train_to_end(*basics, *SCORED, f"training.kernels={kernels}", *on(nodes), folder=folder)
 
     return run
 
@@ -84,6 +86,12 @@ def test_two_nodes_equal_one(whole_run: WholeRun, kernels: str) -> None:
     one, two = whole_run(kernels, 1), whole_run(kernels, 2)
     assert len(losses(one)) == 30
     assert_equal_up_to_rounding(two, one)
+    scored = [events(each, "metric_scored") for each in (one, two)]
+    for each in scored:
+        assert [(event["name"], event["count"]) for event in each] == [("rouge_l", 6), ("perplexity", 6)] * 2
+    values = [[event["value"] for event in each] for each in scored]
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-2, atol=1e-2)
+    assert [len(events(each, "samples_shown")[0]["samples"]) for each in (one, two)] == [2, 2]
     assert len(list((two / "logs").glob("rank-*.log"))) == 1
     assert len(set(adapter_digests(two))) == 1
 

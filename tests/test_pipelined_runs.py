@@ -28,6 +28,7 @@ from harness.runs import (
 )
 
 ONE_NODE = ["topology.placement=replicate", "training.recompute=blocks"]
+SCORED = ["dataset.metric=perplexity", "training.metric_rows=6", "report.samples=2", "training.metric_max_tokens=4"]
 PIPELINE = ["topology=local", "topology.placement=pipeline"]
 
 
@@ -54,6 +55,7 @@ def basics(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "optimizer.warmup_steps=2",
         "adapter.dropout=0.1",
         "report.console=false",
+        "report.samples=0",
         "training.kernels=mlx",
     ]
 
@@ -61,14 +63,21 @@ def basics(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def one_node(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Path:
     """The run on one node, with all weights in memory and blocks recomputed."""
-    return train_to_end(*basics, *ONE_NODE, folder=tmp_path_factory.mktemp("one-node"))
+    return train_to_end(*basics, *ONE_NODE, *SCORED, folder=tmp_path_factory.mktemp("one-node"))
 
 
 @pytest.mark.slow
 def test_three_stages_have_the_bits_of_one_node(tmp_path: Path, basics: list[str], one_node: Path) -> None:
     more = ["topology.nodes=3", "topology.stages=[1,3,2]", "collective.encryption=on"]
-    run = train_to_end(*basics, *PIPELINE, *more, folder=tmp_path)
+    run = train_to_end(*basics, *PIPELINE, *more, *SCORED, folder=tmp_path)
     assert losses(run) == losses(one_node)
+    scored, expected = ([event["value"] for event in events(each, "metric_scored")] for each in (run, one_node))
+    assert len(scored) == 2
+    np.testing.assert_allclose(scored, expected, rtol=1e-5)
+    # Each stage answers with the blocks on its disk; texts are continued.
+    [shown], [reference] = (events(each, "samples_shown") for each in (run, one_node))
+    assert [sample["prompt"] for sample in shown["samples"]] == [sample["prompt"] for sample in reference["samples"]]
+    assert all(sample["after"] for sample in shown["samples"])
     assert same_bits(adapter(run), adapter(one_node))
     assert len(set(adapter_digests(run))) == 1
     evaluated = [[event["loss"] for event in events(each, "evaluated")] for each in (run, one_node)]

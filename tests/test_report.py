@@ -544,8 +544,9 @@ def test_the_summary_tells_what_came_of_it(tmp_path: Path) -> None:
     assert summary["adapter_sha256"] == "ab" * 32
     assert {"macft", "mlx", "mlx-lm", "python", "platform"} <= set(summary["versions"])
     text = folder.summary_text.read_text()
-    assert "| valid loss | 3.5 | 1.25 |" in text
-    assert "| sql execution | 0.125 | 0.75 |" in text
+    assert "| validation loss | 3.500 | 1.250 |" in text
+    assert "| question | expected | before | after |" in text
+    assert "| sql execution | 12.5% | 75.0% |" in text
     assert "| model | bundled-name |" in text
     assert "| peak memory | 2.00 GB |" in text
 

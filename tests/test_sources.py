@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from harness.runs import environment, write_jsonl
+from macft.data.formats import parse
 from macft.data.settings import SourceConfig
 from macft.data.sources import SPLITS, read_source
 from macft.errors import DataError
@@ -64,15 +65,11 @@ def test_validation_rows_may_have_the_hubs_name(tmp_path: Path) -> None:
     [
         (
             "rows.csv",
-            b"prompt;completion\na;b\nc, d;e\n",
-            r"rows\.csv: its cells are separated by ';'; save it again with",
+            b"prompt;completion\na;b;c\n",
+            r"line 2: 3 cells, but the header names 2 columns; put cells",
         ),
-        ("rows.csv", b"prompt\tcompletion\na\tb\n", r"rows\.csv: its cells are separated by '\\t'; save it again with"),
-        (
-            "rows.tsv",
-            b"prompt\tcompletion\na\tb\n",
-            r"line 1: not JSON .*; it was read as JSON lines, for its suffix is",
-        ),
+        ("rows.tsv", b"prompt\tcompletion\na\tb\tc\n", r"line 2: 3 cells, but the header .*; put cells with tabs in"),
+        ("rows.txt", b"a text\n", r"""to train on texts, write one \{"text": "..."\} a line to a .jsonl file"""),
         (
             "rows.csv",
             b"prompt,completion\n\xe0,\xe9\n",
@@ -84,7 +81,7 @@ def test_validation_rows_may_have_the_hubs_name(tmp_path: Path) -> None:
             r"line 1: can't be read: the file is not UTF-8 text; save it",
         ),
     ],
-    ids=["semicolons", "tabs", "tsv", "latin-1", "utf-16"],
+    ids=["semicolons", "tsv", "txt", "latin-1", "utf-16"],
 )
 def test_a_file_of_another_kind_is_told_what_it_should_be(
     tmp_path: Path, name: str, content: bytes, words: str
@@ -92,6 +89,38 @@ def test_a_file_of_another_kind_is_told_what_it_should_be(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=words):
         read_source(SourceConfig(path=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.csv", "prompt;completion\nq;a, b\n"),
+        ("rows.csv", "prompt\tcompletion\nq\ta, b\n"),
+        ("rows.tsv", "prompt\tcompletion\nq\ta, b\n"),
+        ("rows.csv", 'prompt,completion\nq,"a, b"\n'),
+    ],
+    ids=["semicolons", "tabs", "tsv", "commas"],
+)
+def test_cells_are_separated_by_what_the_header_has(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    [row] = read_source(SourceConfig(path=str(tmp_path / name)))["train"]
+    assert row.record == {"prompt": "q", "completion": "a, b"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "advice"),
+    [
+        ("question answer topic", "'dataset.columns={prompt: question, completion: answer}'"),
+        ("Context Query Response", "'dataset.columns={prompt: Query, completion: Response}'"),
+        ("body id", "'dataset.columns={text: body}'"),
+        ("left right", "'dataset.columns={prompt: COLUMN, completion: COLUMN}'"),
+        ("prompt chosen rejected", "'dataset.columns={completion: chosen}' trains on the chosen answers"),
+    ],
+)
+def test_columns_of_other_names_are_guessed(columns: str, advice: str) -> None:
+    with pytest.raises(DataError) as error:
+        parse(dict.fromkeys(columns.split(), "x"))
+    assert str(error.value).endswith(advice)
 
 
 @pytest.mark.slow

@@ -122,6 +122,10 @@ def test_what_a_sweep_can_not_have_is_one_line_before_the_first_job(argv: str, w
         ("training.eval_every=0", "report.objective: valid_loss needs validations; set training.eval_every"),
         ("report.objective=metric dataset.metric=null", "report.objective: metric needs dataset.metric and training.m"),
         ("report.objective=metric training.metric_rows=4", "add hydra.sweeper.direction=maximize"),
+        (
+            "report.objective=metric dataset.metric=perplexity training.metric_rows=4 hydra.sweeper.direction=maximize",
+            "report.objective=metric is better where it is lower; add hydra.sweeper.direction=minimize",
+        ),
         ("hydra.sweeper.direction=maximize", "add hydra.sweeper.direction=minimize"),
         ("topology=hosts topology.hosts=[a,b]", "use topology=ssh"),
     ],

@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from helpers.report_events import FINAL, HPARAMS, TOTAL, tell
 from macft.config.command_line import prepare
 from macft.errors import ConfigError
 from macft.launch.run import run
+from macft.report.events import Sample
 from macft.report.fan_out import FanOut
 from macft.report.run_folder import RunFolder
 from macft.report.settings import TRACKERS, ReportConfig, problems
@@ -190,6 +191,8 @@ def test_a_tracker_gets_name_configuration_curves_and_results_and_a_resumed_run_
     assert kept.curves["metric/sql_execution"] == pytest.approx({0: 0.125, 20: 0.75})
     assert {"optim/learning_rate", "throughput/tokens_per_second"} <= set(kept.curves)
     assert kept.results["result/valid_loss"] == pytest.approx(FINAL["valid_loss"])
+    shown = [path for path in tmp_path.rglob("*") if path.is_file() and b"herring" in path.read_bytes()]
+    assert shown, "the samples are nowhere"
     if tracker in ("wandb", "mlflow"):
         assert kept.state == {"wandb": "exit 0", "mlflow": "FINISHED"}[tracker]
 
@@ -227,6 +230,8 @@ class Breaks:
         if step == 3:
             raise SystemExit("the server\nhas gone")  # as libraries do that were written for scripts
 
+    def show(self, samples: Sequence[Sample], step: int) -> None: ...
+
     def finish(self, results: Mapping[str, float], reason: str) -> None:
         raise AssertionError(results, reason)
 
@@ -256,6 +261,8 @@ def test_a_tracker_that_does_not_answer_holds_nothing_up_until_the_end(
 
         def log(self, values: Mapping[str, float], step: int) -> None:  # noqa: ARG002
             steps.append(step)
+
+        def show(self, samples: Sequence[Sample], step: int) -> None: ...
 
         def finish(self, results: Mapping[str, float], reason: str) -> None:
             steps.append(-1)

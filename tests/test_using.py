@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import generate as mlx_lm_generate
 from mlx_lm import load as mlx_lm_load
 
+import macft
 import macft.evaluate
 import macft.fuse
 import macft.generate
@@ -56,11 +57,12 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Pa
     """A finished run: rsLoRA, so that scale is neither mlx-lm's default nor alpha / rank."""
     folder = tmp_path_factory.mktemp("using")
     data = uneven_dataset(folder / "data")
+    (folder / "own_words.py").write_text("def words(answer, expected, row):\n    return len(row['prompt'].split())\n")
     done = train(
         f"model={tiny_model_folder}",
         f"dataset={data}",
         "dataset.mask_prompt=true",
-        "dataset.metric=exact_match",
+        "dataset.metric=[exact_match,rouge_l,perplexity,own_words.words]",
         "adapter=rslora",
         "adapter.rank=4",
         "adapter.alpha=16",
@@ -179,7 +181,10 @@ def test_evaluate_compares_base_and_tuned(run: Path) -> None:
     done = call("evaluate", run, "--rows", 4, "--json", file, cwd=run)
     assert done.status == 0, done.errors
     report = json.loads(file.read_text())
-    assert (report["split"], report["rows"], report["metric"]) == ("test", 4, "exact_match")
+    names = ["exact_match", "rouge_l", "perplexity", "own_words.words"]
+    assert (report["split"], report["rows"], report["metrics"]) == ("test", 4, names)
+    assert all(set(names) <= report[which].keys() for which in ("base", "tuned"))
+    assert all(answer["tuned_scores"].keys() == set(names) - {"perplexity"} for answer in report["answers"])
     for which in ("base", "tuned"):
         assert report[which]["perplexity"] == pytest.approx(math.exp(report[which]["loss"]))
     assert report["tuned"]["loss"] < report["base"]["loss"]
@@ -187,6 +192,23 @@ def test_evaluate_compares_base_and_tuned(run: Path) -> None:
     assert f"{report['tuned']['loss']:.3f}" in done.output
     for word in ("base", "tuned", "perplexity", "exact match", "4 test rows"):
         assert word in done.output
+
+
+def test_a_run_measures_what_evaluate_measures(run: Path) -> None:
+    """From another folder than that of the user's own metric, which the run has kept."""
+    scored = {(event["name"], event["when"]): event["value"] for event in events(run, "metric_scored")}
+    evaluation = macft.open_run(run).evaluate()
+    for result, when in ((evaluation.base, "before"), (evaluation.tuned, "after")):
+        numbers = result.numbers()
+        assert len(numbers) == 5
+        for name in numbers.keys() - {"loss"}:
+            assert scored[name, when] == pytest.approx(numbers[name], rel=1e-4), (name, when)
+    assert scored["own_words.words", "after"] == scored["own_words.words", "before"] > 1
+    assert scored["perplexity", "after"] == pytest.approx(math.exp(evaluation.tuned.loss), rel=1e-4)
+    summary = (run / "summary.md").read_text()
+    assert "| ROUGE-L |" in summary
+    assert "| question | expected | before | after |" in summary
+    assert len(json.loads((run / "summary.json").read_text())["samples"]) == 3
 
 
 def test_evaluate_finds_the_losses_the_run_found(run: Path, tmp_path: Path) -> None:

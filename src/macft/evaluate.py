@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from macft.api.evaluation import Evaluation, Progress, Results, evaluate_found
-from macft.cli.parser import Parser, command_parser
+from macft.cli.parser import Parser, add_column_argument, command_parser
 from macft.cli.run_command import run_command
 from macft.data.sources import SPLITS
 from macft.device.durable import write_atomically
 from macft.errors import ConfigError
-from macft.evaluation.metrics import METRICS
+from macft.evaluation.metrics import METRICS, PERPLEXITY
 from macft.launch.cluster_command import add_cluster_arguments, leading_rank, spread_model, topology_of
+from macft.report.result_text import change_text, result_name, result_text
 from macft.run.tuned_model import TunedModel, add_model_arguments
 from macft.topology.settings import TopologyConfig
 
@@ -48,9 +49,10 @@ def main(argv: Sequence[str]) -> None:
         evaluation = evaluate_found(
             tuned,
             dataset=arguments.dataset,
+            columns=dict(arguments.column),
             split=arguments.split,
             rows=arguments.rows,
-            metric=arguments.metric,
+            metric=_metric(arguments.metric),
             max_tokens=arguments.max_tokens,
             mask_prompt=arguments.mask_prompt,
             progress=lambda what, done, total: status.update(f"{what}: {done}/{total}"),
@@ -82,7 +84,7 @@ def _show(evaluation: Evaluation, console: Console) -> None:
     base, tuned, rows = evaluation.base, evaluation.tuned, evaluation.rows
     for note in evaluation.notes:
         console.print(note, markup=False)
-    console.print(_table(base.numbers(), tuned.numbers(), evaluation.metric or "metric"))
+    console.print(_table(base.numbers(), tuned.numbers()))
     about = f"{rows} {evaluation.split} rows of {evaluation.dataset}, {base.target_tokens:,} target tokens"
     console.print(about, markup=False)
     if both := evaluation.agreement:
@@ -96,19 +98,22 @@ def _show(evaluation: Evaluation, console: Console) -> None:
             )
 
 
-def _table(base: dict[str, float], tuned: dict[str, float], metric: str) -> Table:
+def _table(base: dict[str, float], tuned: dict[str, float]) -> Table:
     table = Table("", "base", "tuned", "change")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, before in base.items():
-        after = tuned[name]
-        if name == "metric":
-            shown = f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f} points"
-        else:
-            digits = 3 if name == "loss" else 2
-            shown = f"{before:,.{digits}f}", f"{after:,.{digits}f}", f"{after - before:+,.{digits}f}"
-        table.add_row(metric.replace("_", " ") if name == "metric" else name, *shown)
+        if name in tuned:
+            after = tuned[name]
+            table.add_row(
+                result_name(name), result_text(name, before), result_text(name, after), change_text(name, before, after)
+            )
     return table
+
+
+def _metric(given: str | None) -> str | list[str] | None:
+    names = given.split(",") if given else []
+    return names if len(names) > 1 else given
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
@@ -123,11 +128,17 @@ def _parser() -> Parser:
     add_model_arguments(parser)
     add_cluster_arguments(parser)
     parser.add_argument("--dataset", help="evaluate on this instead of the run's: a folder, a file or a hub id")
+    add_column_argument(parser)
     parser.add_argument("--split", choices=SPLITS, help="default: test, else valid, else train, whichever has rows")
     parser.add_argument(
         "--rows", type=int, default=-1, help="number of rows, the same ones each time (default -1: all)"
     )
-    parser.add_argument("--metric", choices=[*METRICS, "none"], help="how answers are scored (default: the dataset's)")
+    names = ", ".join([*METRICS, PERPLEXITY])
+    parser.add_argument(
+        "--metric",
+        metavar="NAME[,NAME]",
+        help=f"what is measured beside the loss: {names}, my_module.my_metric, or none (default: the dataset's)",
+    )
     parser.add_argument("--max-tokens", "-m", type=int, help="longest answer for the metric (default: the run's)")
     parser.add_argument(
         "--mask-prompt",

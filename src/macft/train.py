@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
         _call_hydra(command.argv, lambda _: None)
     elif command.sweep is not None:
         folder = claim_sweep(output.path, job, key=output.key, is_named=output.is_named)
-        metric = job.dataset.metric if job.report.objective == "metric" else None
+        metric = next(iter(job.dataset.metrics()), None) if job.report.objective == "metric" else None
         sweep = Sweep(command.sweep.swept, command.sweep.jobs, metric=metric, prints=job.report.console)
         words = command.with_output(folder, is_new=True)
         sys.exit(sweep.run_all(lambda: _call_hydra(words, lambda config: _sweep_job(config, sweep, folder))))

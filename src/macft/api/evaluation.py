@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -16,15 +16,15 @@ from macft.data.settings import problems as dataset_problems
 from macft.data.sources import SPLITS
 from macft.data.template_clock import fix_clock
 from macft.errors import ConfigError, DataError
-from macft.evaluation.metrics import metric as metric_called
+from macft.evaluation.metrics import answer_metrics, check_metrics
 from macft.run.tuned_model import TunedModel
 from macft.training.settings import TrainingConfig
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from macft.data.formats import Record
     from macft.evaluation.compare import Asked, Result
+    from macft.evaluation.question import RowQuestion
 
 Progress = Callable[[str, int, int], None]
 Results: TypeAlias = "tuple[Result, Result]"
@@ -41,30 +41,26 @@ class Evaluation:
     adapter: Path
     dataset: str
     split: str
-    metric: str | None
-    records: list[Record]
+    metrics: list[str]
+    rows: int
+    questions: list[RowQuestion]
     base: Result
     tuned: Result
     notes: list[str]
 
     @property
-    def rows(self) -> int:
-        """The number of rows."""
-        return len(self.records)
-
-    @property
     def agreement(self) -> dict[str, int]:
-        """How many questions both, only one, or neither answers right; empty without a metric."""
+        """How many questions both, only one, or neither answers right; empty where no metric says right or wrong."""
         from macft.evaluation.compare import agreement
 
         return agreement(self.base, self.tuned)
 
     @property
     def answers(self) -> list[dict[str, Any]]:
-        """Question, right answer and both models' answers, row by row; empty without a metric."""
+        """RowQuestion, right answer and both models' answers, row by row; empty without a metric."""
         from macft.evaluation.compare import answers
 
-        return answers(self.records, self.base, self.tuned)
+        return answers(self.questions, self.base, self.tuned)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything in JSON's types, as ``macft evaluate --json`` writes it: null for infinity and NaN."""
@@ -75,7 +71,7 @@ class Evaluation:
             "split": self.split,
             "rows": self.rows,
             "target_tokens": self.base.target_tokens,
-            "metric": self.metric,
+            "metrics": self.metrics,
             "base": _finite(self.base.numbers()),
             "tuned": _finite(self.tuned.numbers()),
             "agreement": self.agreement,
@@ -87,9 +83,10 @@ def evaluate_found(
     found: TunedModel,
     *,
     dataset: str | None = None,
+    columns: Mapping[str, str] | None = None,
     split: str | None = None,
     rows: int = -1,
-    metric: str | None = None,
+    metric: str | Sequence[str] | None = None,
     max_tokens: int | None = None,
     mask_prompt: bool | None = None,
     progress: Progress | None = None,
@@ -100,9 +97,10 @@ def evaluate_found(
     Args:
         found: A model with an adapter, or one that was tuned as a whole.
         dataset: A folder, a file or a Hugging Face id; None: the run's.
+        columns: Of that ``dataset``: its column for a field of macft's, as ``dataset.columns``.
         split: None: the first of test, valid and train that has rows.
         rows: How many, the same ones each time; -1: all.
-        metric: How answers are scored, or "none"; None: the dataset's.
+        metric: What is measured beside the loss, as ``dataset.metric``; "none": nothing; None: the dataset's.
         max_tokens: Of an answer; None: the run's.
         mask_prompt: Whether the loss is that of the answers only; None: as in the run.
         progress: Called with what is computed, and how many of how many rows are done.
@@ -115,7 +113,7 @@ def evaluate_found(
         raise ConfigError(f"--rows: {rows} must be 1 or more, or -1 for all")
     if found.adapter is None and found.whole is None:
         raise ConfigError("--adapter-path: nothing to compare; name an adapter beside --model")
-    wanted = _dataset(found, dataset, metric, max_tokens, mask_prompt)
+    wanted = _dataset(found, dataset, dict(columns or {}), metric, max_tokens, mask_prompt)
     training = found.run.training if found.run else TrainingConfig()
     seed = found.run.seed if found.run else 0
     # Errors in the dataset are found before the weights are loaded, which takes longer.
@@ -124,11 +122,12 @@ def evaluate_found(
 
     from macft.device.mlx_device import prepare_device
     from macft.evaluation.compare import Asked
+    from macft.evaluation.trial import asked_of
     from macft.model.load import load_tokenizer
     from macft.model.resolve import resolve
     from macft.model.vocabulary import vocabulary_of
 
-    judge = metric_called(wanted.metric) if wanted.metric else None
+    judges = answer_metrics(wanted)
     folder = resolve(found.model)
     tokenizer = load_tokenizer(found.model, folder)
     notes = fix_clock(tokenizer, wanted.template_time)
@@ -141,13 +140,17 @@ def evaluate_found(
     )
     prepare_device()
     chosen = sample_rows(len(data.rows), rows, seed)
-    records = [data.records[i] for i in chosen]
-    asked = Asked([data.rows[i] for i in chosen], records, judge, max_tokens or training.metric_max_tokens)
+    questions = asked_of([data.records[i] for i in chosen], judges, tokenizer)
+    asked = Asked([data.rows[i] for i in chosen], questions, judges, max_tokens or training.metric_max_tokens)
     base, tuned = (compare or compare_here)(found, tokenizer, asked, progress or (lambda *_: None))
     where = wanted.path or ", ".join(source.path for source in wanted.sources)
     adapter = found.adapter or found.whole
     assert adapter is not None
-    return Evaluation(found.model.path, adapter, where, split, wanted.metric, records, base, tuned, notes)
+    for scored in (base.scored, tuned.scored):
+        notes += [f"{name} is not measured: {reason}" for name, reason in (scored.failures if scored else {}).items()]
+    return Evaluation(
+        found.model.path, adapter, where, split, wanted.metrics(), len(chosen), questions, base, tuned, notes
+    )
 
 
 def compare_here(found: TunedModel, tokenizer: TokenizerWrapper, asked: Asked, progress: Progress) -> Results:
@@ -165,18 +168,28 @@ def compare_here(found: TunedModel, tokenizer: TokenizerWrapper, asked: Asked, p
 
 
 def _dataset(
-    found: TunedModel, path: str | None, metric: str | None, max_tokens: int | None, mask_prompt: bool | None
+    found: TunedModel,
+    path: str | None,
+    columns: dict[str, str],
+    metric: str | Sequence[str] | None,
+    max_tokens: int | None,
+    mask_prompt: bool | None,
 ) -> DatasetConfig:
     dataset = found.run.dataset if found.run else DatasetConfig()
     if path is not None:
         # The run's sequence length and masking apply to the other dataset; its splits and columns do not.
-        dataset = replace(dataset, **vars(SourceConfig(path=path)), sources=[], valid_fraction=0.0)
+        dataset = replace(
+            dataset, **vars(SourceConfig(path=path, columns=columns)), sources=[], valid_fraction=0.0, test_fraction=0.0
+        )
+    elif columns:
+        raise ConfigError("--column: is for another dataset; name it by --dataset")
     elif found.run is None:
         raise ConfigError("--dataset: name what to evaluate on: a folder, a file, a Hugging Face id or builtin:sql")
     if mask_prompt is not None:
         dataset = replace(dataset, mask_prompt=mask_prompt)
     if metric is not None:
         dataset = replace(dataset, metric=None if metric == "none" else metric)
+    check_metrics(dataset)
     if max_tokens is not None and max_tokens < 1:
         raise ConfigError(f"--max-tokens: {max_tokens} must be 1 or more")
     if problems := dataset_problems(dataset):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,10 @@ class TrainingRun:
         self,
         *,
         dataset: str | None = None,
+        columns: Mapping[str, str] | None = None,
         split: str | None = None,
         rows: int = -1,
-        metric: str | None = None,
+        metric: str | Sequence[str] | None = None,
         max_tokens: int | None = None,
         mask_prompt: bool | None = None,
         progress: Progress | None = None,
@@ -101,6 +103,7 @@ class TrainingRun:
         return evaluate_found(
             TunedModel.find(self.folder),
             dataset=dataset,
+            columns=columns,
             split=split,
             rows=rows,
             metric=metric,

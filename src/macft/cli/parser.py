@@ -33,3 +33,22 @@ def program_name(command: str) -> str:
     if program.parts[-2:] == ("macft", "__main__.py"):
         return f"python -m macft {command}"
     return f"python -m macft.{command}"
+
+
+def add_column_argument(parser: argparse.ArgumentParser) -> None:
+    """The argument that renames columns of a dataset; a list of pairs."""
+    parser.add_argument(
+        "--column",
+        type=_column,
+        action="append",
+        default=[],
+        metavar="FIELD=COLUMN",
+        help="the dataset's column for a field of macft's, as dataset.columns: --column prompt=question",
+    )
+
+
+def _column(text: str) -> tuple[str, str]:
+    field, separator, column = text.partition("=")
+    if not (field and separator and column):
+        raise argparse.ArgumentTypeError(f"'{text}' is not FIELD=COLUMN, such as prompt=question")
+    return field, column

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from macft.config.composing import explained, typed
 from macft.config.schema import TrainConfig
 from macft.errors import ConfigError
+from macft.evaluation.metrics import is_higher_better
 
 _GRID = "BasicSweeper"
 _ONE_AFTER_ANOTHER = "BasicLauncher"
@@ -212,7 +213,7 @@ def _check_sampled(config: TrainConfig, sweeper: DictConfig) -> None:
     objective = config.report.objective
     if objective == "valid_loss" and not config.training.eval_every:
         raise ConfigError("report.objective: valid_loss needs validations; set training.eval_every")
-    if objective == "metric" and (config.dataset.metric is None or not config.training.metric_rows):
+    if objective == "metric" and not (config.dataset.metrics() and config.training.metric_rows):
         raise ConfigError("report.objective: metric needs dataset.metric and training.metric_rows")
     if config.topology.kind == "hosts":
         raise ConfigError(
@@ -224,11 +225,12 @@ def _check_sampled(config: TrainConfig, sweeper: DictConfig) -> None:
         return
     if OmegaConf.is_list(direction):
         raise ConfigError("hydra.sweeper.direction: give one direction; a run has one report.objective")
-    right = "maximize" if objective == "metric" else "minimize"
+    is_higher = objective == "metric" and is_higher_better(config.dataset.metrics()[0])
+    right = "maximize" if is_higher else "minimize"
     if getattr(direction, "name", str(direction)) != right:
         raise ConfigError(
             f"hydra.sweeper.direction: report.objective={objective} is better where it is "
-            f"{'higher' if objective == 'metric' else 'lower'}; add hydra.sweeper.direction={right}"
+            f"{'higher' if is_higher else 'lower'}; add hydra.sweeper.direction={right}"
         )
 
 

@@ -14,7 +14,7 @@ from macft.config.nearest import unknown_key
 from macft.config.schema import TrainConfig
 from macft.data import settings as dataset_settings
 from macft.errors import ConfigError
-from macft.evaluation.metrics import metric
+from macft.evaluation.metrics import check_metrics
 from macft.model import adapter_settings
 from macft.model import settings as model_settings
 from macft.report import settings as report_settings
@@ -38,8 +38,7 @@ def to_typed(config: DictConfig) -> TrainConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
     assert isinstance(typed, TrainConfig)
-    if typed.dataset.metric is not None:
-        metric(typed.dataset.metric)
+    check_metrics(typed.dataset)
     if errors := problems(typed):
         raise ConfigError("\n".join(errors))
     return typed

@@ -77,10 +77,13 @@ def must_match(config: TrainConfig, *, of_newcomer: bool = False) -> dict[str, s
         of_newcomer: Leave out the topology, which may have changed by the time a node joins.
     """
     plain = to_plain(config)
+    samples = plain["report"]["samples"]  # all nodes answer some of them
     for group in ("report", "plan", "thermal", "topology"):  # each Mac may have its own budget of heat
         plain.pop(group)
+    plain["report"] = {"samples": samples}
     dataset, model, adapter = plain["dataset"], plain["model"], plain["adapter"]
     dataset.pop("template_time")  # each node has its own at first; the run's is that of rank 0
+    dataset.pop("metric_folder")
     model.pop("revision")
     for source in (model, dataset, *dataset["sources"]):
         source.pop("path")

@@ -23,6 +23,8 @@ ROLES = {
     "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
     "observation": "tool",
     "tool_response": "tool",
     "function_response": "tool",

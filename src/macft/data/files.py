@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from macft.data.formats import Record
 from macft.errors import DataError
@@ -20,6 +20,7 @@ _Loaded = TypeVar("_Loaded")
 Numbered = tuple[Record, int | None]
 """A record and the line where it begins, from 1; None where it isn't known."""
 _LONGEST_CELL = 2**31 - 1
+_MARKS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _ONE_A_LINE = 'a row must be a JSON object such as {"text": "..."} on one line'
 
 
@@ -37,9 +38,10 @@ def read_file(path: Path) -> list[Numbered]:
     except DataError as error:
         if reader:
             raise
-        raise DataError(
-            f"{error}; it was read as JSON lines, for its suffix is none of {', '.join(READERS)}"
-        ) from error
+        advice = f"; it was read as JSON lines, for its suffix is none of {', '.join(READERS)}"
+        if path.suffix in (".txt", ".md"):
+            advice += """; to train on texts, write one {"text": "..."} a line to a .jsonl file"""
+        raise DataError(f"{error}{advice}") from error
 
 
 def _read_jsonl(path: Path) -> list[Numbered]:
@@ -109,7 +111,10 @@ def _read_csv(path: Path) -> list[Numbered]:
     """Cells as they are written; an empty cell is None."""
     csv.field_size_limit(_LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+        try:
+            reader = csv.reader(file, strict=True, delimiter=_delimiter(path, file))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} can't be read: {one_line(error)}") from error
         try:
             return list(_csv_rows(path, reader))
         except csv.Error as error:
@@ -118,10 +123,17 @@ def _read_csv(path: Path) -> list[Numbered]:
             raise DataError(f"{path} can't be read: {one_line(error)}") from error
 
 
+def _delimiter(path: Path, file: TextIO) -> str:
+    """What separates the cells: a tab in .tsv; else a comma, or what the header has where it has no comma."""
+    if path.suffix == ".tsv":
+        return "\t"
+    header = file.readline()
+    file.seek(0)
+    return next((mark for mark in ",;\t" if mark in header), ",")
+
+
 def _csv_rows(path: Path, reader: Any) -> Iterator[Numbered]:
     header: list[str] = next(reader, [])
-    if len(header) == 1 and (other := next((mark for mark in ";\t" if mark in header[0]), None)):
-        raise DataError(f"{path}: its cells are separated by {other!r}; save it again with commas between them")
     if twice := {name for name in header if name and header.count(name) > 1}:
         raise DataError(f"{path}: two columns are named {min(twice)}; rename one")
     first = reader.line_num + 1
@@ -129,7 +141,7 @@ def _csv_rows(path: Path, reader: Any) -> Iterator[Numbered]:
         if len(cells) > len(header):
             raise DataError(
                 f"{path}, line {first}: {len(cells)} cells, but the header names {len(header)} columns; put cells with "
-                "commas in quotation marks"
+                f"{_MARKS[reader.dialect.delimiter]} in quotation marks"
             )
         if cells:
             # Spreadsheets write columns without a name after the last one.
@@ -149,6 +161,7 @@ READERS: dict[str, Callable[[Path], list[Numbered]]] = {
     ".json": _read_json,
     ".parquet": _read_parquet,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
 }
 """By a file's suffix."""
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from macft.cli.shell import command
 from macft.data.conversation import Conversation, conversation
 from macft.errors import DataError
 
@@ -123,10 +124,30 @@ def parse(record: Record) -> Conversation | str:
 def _renaming(present: Record) -> str:
     """What to do about a record with these fields, in none of the formats."""
     if "chosen" not in present:
-        return "dataset.columns renames fields"
+        guess = _guessed(present)
+        return f"dataset.columns renames fields: {_columns(guess or {'prompt': 'COLUMN', 'completion': 'COLUMN'})}"
     whole = "text" if isinstance(present["chosen"], str) else "messages"
     field = "completion" if "prompt" in present else whole
-    return f"there is no training on preferences; dataset.columns={{{field}: chosen}} trains on the chosen answers"
+    return f"there is no training on preferences; {_columns({field: 'chosen'})} trains on the chosen answers"
+
+
+def _columns(columns: Mapping[str, str]) -> str:
+    """``dataset.columns`` as it is typed."""
+    pairs = ", ".join(
+        f"{name}: {column if column.isidentifier() else repr(column)}" for name, column in columns.items()
+    )
+    return command(f"dataset.columns={{{pairs}}}")
+
+
+def _guessed(present: Record) -> dict[str, str]:
+    """Which of the record's fields are probably meant by ours; empty where that can't be told."""
+    lower = {name.lower(): name for name in present}
+    pair = {
+        field: next((lower[word] for word in words if word in lower), None) for field, words in _ALSO_CALLED.items()
+    }
+    if pair["prompt"] and pair["completion"]:
+        return {"prompt": pair["prompt"], "completion": pair["completion"]}
+    return next(({field: name} for field in ("messages", "text") if (name := pair[field])), {})
 
 
 def _string(record: Record, name: str) -> str:
@@ -183,5 +204,12 @@ FORMATS = (
     RowFormat(("instruction", "output"), _parse_alpaca, optional=("input", "system")),
 )
 """In the order in which they are tried: mlx-lm's first, as it does. A record may have the fields of several."""
+_ALSO_CALLED = {
+    "prompt": "prompt question query instruction input problem user request source context".split(),
+    "completion": "completion answer response output target solution assistant reply label answers".split(),
+    "messages": "conversation chat dialogue dialog turns".split(),
+    "text": "content body document sentence article".split(),
+}
+"""What other data sets call our fields, the likeliest first."""
 FIELDS = tuple(dict.fromkeys(name for row_format in FORMATS for name in (*row_format.fields, *row_format.optional)))
 """All fields that a format reads, each once."""

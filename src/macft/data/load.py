@@ -18,6 +18,8 @@ from macft.errors import DataError
 
 Sources = list[tuple[SourceConfig, dict[str, list[RawRow]]]]
 """Each source with its raw rows by split."""
+_HELD_OUT, _MOST_HELD_OUT, _FEWEST_TO_HOLD_OUT_OF = 0.05, 32, 100
+"""What is held out of a dataset that has neither validation nor test rows, where the user doesn't say."""
 
 
 @dataclass
@@ -54,8 +56,7 @@ def read(config: DatasetConfig, *, seed: int) -> Sources:
     sources = []
     for source in config.all_sources():
         raw = read_source(source)
-        if not raw["valid"] and config.valid_fraction:
-            raw["train"], raw["valid"] = _split_off(raw["train"], config.valid_fraction, seed)
+        _hold_out(raw, config, seed)
         if not raw["train"]:
             raise DataError(f"dataset.path: {source.path} has no training rows")
         sources.append((source, raw))
@@ -77,7 +78,7 @@ def tokenize_all(
     Raises:
         DataError: A row is in none of the formats; the message names the split, the row and the field.
     """
-    data = LoadedData(Split(), Split(), Split(), [])
+    data = LoadedData(Split(), Split(), Split(), _fraction_notes(sources, config))
     counted = partial(next, count(1))
     row_done = None if progress is None else lambda: progress(counted())
     for name in _splits(need_test=need_test):
@@ -93,6 +94,17 @@ def tokenize_all(
             "no validation rows, so there is no validation (dataset.valid_fraction takes some from the training rows)"
         )
     return data
+
+
+def with_few_test_rows(sources: Sources, count: int, seed: int) -> Sources:
+    """``sources`` with ``count`` of their test rows, the same ones for the same ``seed``."""
+    total = sum(len(raw["test"]) for _, raw in sources)
+    chosen, start, fewer = set(sample_rows(total, count, seed)), 0, []
+    for source, raw in sources:
+        rows = [row for number, row in enumerate(raw["test"], start) if number in chosen]
+        start += len(raw["test"])
+        fewer.append((source, {**raw, "test": rows}))
+    return fewer
 
 
 def rows_to_tokenize(sources: Sources, *, need_test: bool) -> int:
@@ -196,11 +208,52 @@ def _add(
         split.places.append(place)
 
 
-def _split_off(rows: list[RawRow], fraction: float, seed: int) -> tuple[list[RawRow], list[RawRow]]:
-    """``rows`` in training and validation rows, chosen by ``seed``; both keep their order."""
-    count = min(len(rows) - 1, max(1, round(len(rows) * fraction)))
-    chosen = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
-    return (
-        [row for i, row in enumerate(rows) if i not in chosen],
-        [row for i, row in enumerate(rows) if i in chosen],
-    )
+def _hold_out(raw: dict[str, list[RawRow]], config: DatasetConfig, seed: int) -> None:
+    """Moves training rows to the validation and test splits that the source lacks, chosen by ``seed``.
+
+    One permutation decides, so that no row is in two splits. All splits keep their order; one row stays at least.
+    """
+    rows = raw["train"]
+    valid = 0 if raw["valid"] else _share(len(rows), config.valid_fraction, most=len(rows) - 1)
+    test = 0
+    if not raw["test"] and config.test_fraction is not None:
+        test = _share(len(rows), config.test_fraction, most=len(rows) - 1 - valid)
+    elif not raw["test"] and not raw["valid"] and not valid and len(rows) >= _FEWEST_TO_HOLD_OUT_OF:
+        test = _share(len(rows), _HELD_OUT, most=_MOST_HELD_OUT)
+    if not (valid or test):
+        return
+    order = np.random.default_rng(seed).permutation(len(rows))
+    for name, chosen in (("valid", order[:valid]), ("test", order[valid : valid + test])):
+        if len(chosen):
+            raw[name] = [rows[i] for i in sorted(chosen.tolist())]
+    raw["train"] = [rows[i] for i in sorted(order[valid + test :].tolist())]
+
+
+def _share(count: int, fraction: float, *, most: int) -> int:
+    """``fraction`` of ``count`` rows: at least one, at most ``most``; none of a fraction of 0."""
+    return max(0, min(most, max(1, round(count * fraction)))) if fraction else 0
+
+
+def _fraction_notes(sources: Sources, config: DatasetConfig) -> list[str]:
+    """What a user should know about the splits: what was held out by itself, and fractions without an effect."""
+    notes = []
+    for source, raw in sources:
+        for split in ("valid", "test"):
+            rows, fraction, key = raw[split], getattr(config, f"{split}_fraction"), f"dataset.{split}_fraction"
+            was_cut = bool(rows) and _was_cut(source, raw, split)
+            if was_cut and fraction is None:
+                total = len(raw["train"]) + len(rows)
+                notes.append(
+                    f"{source.path}: {len(rows)} of {total:,} training rows are held out for samples and metrics "
+                    f"({key}=0 trains on all)"
+                )
+            elif rows and fraction and not was_cut:
+                words = "validation" if split == "valid" else split
+                notes.append(f"{key}: no effect on {source.path}, which has {words} rows of its own")
+    return notes
+
+
+def _was_cut(source: SourceConfig, raw: Mapping[str, list[RawRow]], split: str) -> bool:
+    """Whether the rows of ``split`` stand in the training split of the source."""
+    is_named = getattr(source, f"{split}_split") is not None
+    return not is_named and raw[split][0].place.split == raw["train"][0].place.split

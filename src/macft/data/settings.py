@@ -6,6 +6,7 @@ import difflib
 import math
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 from macft.data.formats import FIELDS
 
@@ -44,10 +45,21 @@ class DatasetConfig(SourceConfig):
     max_seq_length: int = 2048
     # Share of the training rows to validate on where a source has no validation split.
     valid_fraction: float = 0.0
+    # Share of the training rows to hold out for metrics and samples where a source has no test split. Null: where it
+    # has no validation rows either, 5% of 100 rows or more, at most 32 rows; a note says so.
+    test_fraction: float | None = None
     # The time that the chat template sees if it shows one: 2026-01-31T12:00:00; null: the time at which the run starts.
     template_time: str | None = None
-    # How generated answers to the test rows are judged: sql_execution, exact_match, or null for not at all.
-    metric: str | None = None
+    # What is measured on held-out rows before and after training: exact_match, rouge_l, sql_execution, perplexity, or a
+    # function of your own, my_module.my_metric; several as a list; null: nothing.
+    metric: Any = None
+    # The folder in which your own metric's module is looked for first; null: the folder in which the command is typed.
+    metric_folder: str | None = None
+
+    def metrics(self) -> list[str]:
+        """The names in ``metric``, in their order."""
+        names = self.metric if isinstance(self.metric, list | tuple) else [self.metric]
+        return [str(name) for name in names if name is not None]
 
     def all_sources(self) -> list[SourceConfig]:
         """The sources: ``sources``, or this dataset as the only one."""
@@ -79,6 +91,14 @@ def problems(config: DatasetConfig) -> list[str]:
         errors.append(f"dataset.max_seq_length: {config.max_seq_length} must be 2 or more")
     if not 0.0 <= config.valid_fraction < 1.0:
         errors.append(f"dataset.valid_fraction: {config.valid_fraction} is not in [0, 1)")
+    test_fraction = config.test_fraction or 0.0
+    if not 0.0 <= test_fraction < 1.0:
+        errors.append(f"dataset.test_fraction: {config.test_fraction} is not in [0, 1), or null")
+    elif 0.0 <= config.valid_fraction < 1.0 <= config.valid_fraction + test_fraction:
+        errors.append(
+            f"dataset.test_fraction: {test_fraction} and dataset.valid_fraction ({config.valid_fraction}) leave no "
+            "rows to train on; their sum must be less than 1"
+        )
     try:
         datetime.fromisoformat(config.template_time or "2026-01-31")
     except ValueError:

@@ -19,6 +19,7 @@ from macft.errors import DataError
 Remark = Callable[[str], None]
 """Takes what a user should know about a row: what follows after '3 of 7 rows'."""
 
+_USUAL_ROLES = {"system", "developer", "user", "assistant", "tool"}
 _OTHER_ANSWERS = ("0", "?")
 
 
@@ -44,6 +45,8 @@ def tokenize(record: Record, tokenizer: Tokenizer, *, mask_prompt: bool, remark:
         return _row(tokens, 0)
     if found.renamed_roles:
         remark(f"have roles named {', '.join(sorted(found.renamed_roles))}, read as user, assistant or tool")
+    if unknown := {str(message["role"]) for message in found.messages} - _USUAL_ROLES:
+        remark(f"have roles named {', '.join(sorted(unknown))}, which the model's chat template may not know")
     if not mask_prompt:
         return _row(template_tokens(found, tokenizer), 0)
     try:
@@ -64,7 +67,7 @@ def prompt_tokens(record: Record, tokenizer: Tokenizer) -> list[int]:
     """
     found = parse(record)
     if isinstance(found, str):
-        raise DataError("dataset.metric: text rows have no question to answer; set training.metric_rows=0")
+        raise DataError("dataset.metric: text rows have no question to answer; use dataset.metric=perplexity, or none")
     return template_tokens(found.until_answer().prompt(), tokenizer, opens_answer=True)
 
 

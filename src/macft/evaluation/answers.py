@@ -1,44 +1,55 @@
-"""Generates answers to the test rows and scores them with the dataset's metric."""
+"""Generates answers to questions and scores them with the dataset's metrics."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Protocol
 
 import msgpack
 
 from macft.collective.base import Collective
 from macft.data.formats import Record
-from macft.data.tokenize import prompt_tokens
+from macft.errors import DataError
 from macft.evaluation.answer_form import AnswerForm, AnswerTokenizer
 from macft.evaluation.batched import Prompt
-from macft.evaluation.metrics import Metric
-from macft.evaluation.record import expected_text, with_answer
+from macft.evaluation.metrics import Metric, right_answers
+from macft.evaluation.own_metric import OwnMetric
+from macft.evaluation.question import RowQuestion
 from macft.training.stop_request import Stopped
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Generated answers with their score.
+    """Generated answers with their scores.
 
     Attributes:
-        value: Share of right answers, 0 to 1.
-        expected: The right answers, in the order of the records, without thinking.
+        values: Each metric's mean score, by name.
+        scores: Its score of each answer.
+        expected: The right answers, in the order of the questions, without thinking.
         answers: The generated answers, without thinking and what else the chat template writes around an answer; empty
             where the model was still thinking.
-        right: Whether each of them is right.
+        cut: Which of them have the most tokens that were allowed.
         unanswered: How many answers ran out of tokens within the model's thinking.
+        failures: Why a metric of the user's own has no value, by name.
         seconds: Duration of generation and scoring.
     """
 
-    value: float
+    values: dict[str, float]
+    scores: dict[str, list[float | bool]]
     expected: list[str]
     answers: list[str]
-    right: list[bool]
+    cut: list[bool]
     unanswered: int
+    failures: dict[str, str]
     seconds: float
+
+    @property
+    def right(self) -> list[bool | None]:
+        """Whether each answer is right, by the first metric that says so; None where none does."""
+        return right_answers(self.scores, len(self.answers))
 
 
 class Answers(Protocol):
@@ -62,52 +73,85 @@ class Answers(Protocol):
 def score_answers(
     answers_to: Answers,
     tokenizer: AnswerTokenizer,
-    records: Sequence[Record],
-    metric: Metric,
+    questions: Sequence[RowQuestion],
+    metrics: Mapping[str, Metric],
     collective: Collective,
     *,
     max_tokens: int,
     progress: Callable[[int, int], None],
     stopped: Callable[[], bool] = lambda: False,
 ) -> Scored:
-    """Generates answers greedily, on each rank for its share of ``records``; every rank returns the whole result.
+    """Answers greedily and scores, on each rank its share of ``questions``; every rank returns the whole result.
 
     Args:
         answers_to: What answers; :func:`~macft.evaluation.batched.greedy_answers` of a model, for instance.
+        metrics: By name; there may be none.
         max_tokens: Longest answer, in tokens.
-        progress: Called with the numbers of this rank's finished records and of all its records.
+        progress: Called with the numbers of this rank's finished questions and of all its questions.
         stopped: Asked between two batches; once it is true on any rank, there is no result.
 
     Raises:
-        DataError: A record has no question or no right answer.
+        DataError: A record has not what a metric needs.
         CollectiveError: Another rank failed.
         Stopped: On all ranks alike.
     """
     started = time.perf_counter()
-    mine = list(range(collective.rank, len(records), collective.world_size))
-    prompts = [prompt_tokens(records[index], tokenizer) for index in mine]
-    form = AnswerForm.of(tokenizer, records[0]) if records else AnswerForm()
+    mine = range(collective.rank, len(questions), collective.world_size)
+    prompts = [questions[index].prompt for index in mine]
+    form = AnswerForm.of(tokenizer, questions[0].record) if questions else AnswerForm()
+    expected = [form.answer(item.expected) for item in questions]
+    progress(0, len(mine))
     found = answers_to(prompts, max_tokens=max_tokens, progress=lambda done: progress(done, len(mine)), stopped=stopped)
-    generated: list[tuple[int, str | None]] = []
+    answered: list[tuple[int, str | None, bool]] = []
     for index, prompt, tokens in zip(mine, prompts, found, strict=True):
+        is_cut = len(tokens) >= max_tokens
         # A model that ends its turn in a block that its prompt began has learned to answer without thinking.
-        is_thinking = len(tokens) == max_tokens and form.opens_thinking(tokenizer.decode(prompt))
-        generated.append((index, form.answer(tokenizer.decode(tokens), is_thinking=is_thinking)))
-    payloads = [msgpack.unpackb(payload) for payload in collective.all_gather(msgpack.packb([stopped(), generated]))]
-    if any(is_stopped for is_stopped, _ in payloads):
+        is_thinking = is_cut and form.opens_thinking(tokenizer.decode(prompt))
+        answered.append((index, form.answer(tokenizer.decode(tokens), is_thinking=is_thinking), is_cut))
+    scores: dict[str, list[float | bool]] = {}
+    failures: dict[str, str] = {}
+    for name, metric in metrics.items():
+        try:
+            scores[name] = [
+                _score(metric, answer, expected[index], questions[index].record) for index, answer, _ in answered
+            ]
+        except DataError as error:
+            failures[name] = str(error)
+    own = msgpack.packb([stopped(), answered, scores, failures])
+    payloads = [msgpack.unpackb(payload) for payload in collective.all_gather(own)]
+    if any(is_stopped for is_stopped, *_ in payloads):
         raise Stopped
-    gathered = [pair for _, pairs in payloads for pair in pairs]
-    answers: list[str | None] = [answer for _, answer in sorted(gathered, key=lambda pair: int(pair[0]))]
-    expected = [form.answer(expected_text(record)) for record in records]
-    right = [
-        wanted is not None and answer is not None and metric.score(with_answer(record, wanted), answer)
-        for record, wanted, answer in zip(records, expected, answers, strict=True)
-    ]
+    by_number = sorted((item for _, items, *_ in payloads for item in items), key=lambda item: int(item[0]))
+    failures = {name: text for *_, failed in reversed(payloads) for name, text in failed.items()}
+    if unusable := [text for name, text in failures.items() if not isinstance(metrics[name], OwnMetric)]:
+        raise DataError(unusable[0])
+    order = [item[0] for _, items, *_ in payloads for item in items]
+    gathered = {
+        name: _in_order(order, [score for *_, each, _ in payloads for score in each[name]])
+        for name in metrics
+        if name not in failures
+    }
     return Scored(
-        value=sum(right) / max(1, len(right)),
+        values={name: fmean(values) for name, values in gathered.items() if values},
+        scores=gathered,
         expected=[wanted or "" for wanted in expected],
-        answers=[answer or "" for answer in answers],
-        right=right,
-        unanswered=answers.count(None),
+        answers=[answer or "" for _, answer, _ in by_number],
+        cut=[bool(is_cut) for *_, is_cut in by_number],
+        unanswered=sum(answer is None for _, answer, _ in by_number),
+        failures=failures,
         seconds=time.perf_counter() - started,
     )
+
+
+def _score(metric: Metric, answer: str | None, expected: str | None, record: Record) -> float | bool:
+    """The score of an answer; None is that of a model that was still thinking, or a right answer that is no text."""
+    if isinstance(metric, OwnMetric):
+        return metric.score(answer or "", expected or "", record)
+    if answer is None or expected is None:
+        return False
+    return metric.score(answer, expected, record)
+
+
+def _in_order(order: Sequence[int], values: Sequence[float | bool]) -> list[float | bool]:
+    """``values`` sorted by the numbers in ``order``, which belong to them."""
+    return [value for _, value in sorted(zip(order, values, strict=True), key=lambda pair: pair[0])]

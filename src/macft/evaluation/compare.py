@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from macft.collective.solo import Solo
-from macft.data.formats import Record, Row
+from macft.data.formats import Row
 from macft.evaluation.answers import Answers, Scored, score_answers
 from macft.evaluation.batched import greedy_answers
 from macft.evaluation.metrics import Metric
-from macft.evaluation.record import question_text
+from macft.evaluation.question import RowQuestion
 from macft.model.backends.choose import make_backend
 from macft.model.confirm import confirm
 from macft.model.execution import Execution
@@ -39,21 +39,21 @@ class Result:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     def numbers(self) -> dict[str, float]:
-        """Loss, perplexity and, if there is a metric, the share of right answers."""
+        """Loss, perplexity, and the metrics that score answers, by name."""
         values = {"loss": self.loss, "perplexity": self.perplexity}
-        return values | ({"metric": self.scored.value} if self.scored else {})
+        return values | (self.scored.values if self.scored else {})
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What both models are asked: the loss over ``rows``, and, with a ``metric``, greedy answers to their ``records``.
+    """What both models are asked: the loss over ``rows``, and, with ``metrics``, greedy answers to their ``questions``.
 
     ``max_tokens``: of an answer.
     """
 
     rows: Sequence[Row]
-    records: Sequence[Record]
-    metric: Metric | None
+    questions: Sequence[RowQuestion]
+    metrics: Mapping[str, Metric]
     max_tokens: int
 
 
@@ -85,12 +85,12 @@ def measure(
             progress=lambda done, total: progress("loss", done, total),
         )
         scored = None
-        if asked.metric is not None:
+        if asked.metrics:
             scored = score_answers(
                 answers_to,
                 loaded.tokenizer,
-                asked.records,
-                asked.metric,
+                asked.questions,
+                asked.metrics,
                 alone,
                 max_tokens=asked.max_tokens,
                 progress=lambda done, total: progress("answers", done, total),
@@ -98,28 +98,33 @@ def measure(
     return Result(validation.loss, validation.target_tokens, scored)
 
 
-def answers(records: Sequence[Record], base: Result, tuned: Result) -> list[dict[str, Any]]:
-    """Question, right answer and both models' answers, record by record; empty without a metric."""
+def answers(questions: Sequence[RowQuestion], base: Result, tuned: Result) -> list[dict[str, Any]]:
+    """RowQuestion, right answer and both models' answers with their scores, row by row; empty without a metric."""
     if base.scored is None or tuned.scored is None:
         return []
+    right = {"base": base.scored.right, "tuned": tuned.scored.right}
     return [
         {
-            "question": question_text(record),
+            "question": asked.text,
             "expected": tuned.scored.expected[i],
             "base": base.scored.answers[i],
-            "base_right": base.scored.right[i],
+            "base_right": right["base"][i],
+            "base_scores": {name: values[i] for name, values in base.scored.scores.items()},
             "tuned": tuned.scored.answers[i],
-            "tuned_right": tuned.scored.right[i],
+            "tuned_right": right["tuned"][i],
+            "tuned_scores": {name: values[i] for name, values in tuned.scored.scores.items()},
         }
-        for i, record in enumerate(records)
+        for i, asked in enumerate(questions)
     ]
 
 
 def agreement(base: Result, tuned: Result) -> dict[str, int]:
-    """How many questions both, only one, or neither answers right; empty without a metric."""
+    """How many questions both, only one, or neither answers right; empty where no metric says right or wrong."""
     if base.scored is None or tuned.scored is None:
         return {}
     pairs = list(zip(base.scored.right, tuned.scored.right, strict=True))
+    if any(None in pair for pair in pairs):
+        return {}
     return {
         "both": pairs.count((True, True)),
         "only_tuned": pairs.count((False, True)),

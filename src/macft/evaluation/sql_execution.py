@@ -14,7 +14,6 @@ import time
 
 from macft.data.formats import Record
 from macft.errors import DataError
-from macft.evaluation.record import expected_text
 
 _MAX_QUERY_CHARACTERS = 4000
 # Few, because one step can be a slow function call on two long values.
@@ -55,8 +54,8 @@ class SqlExecution:
     def __init__(self) -> None:
         self._databases: dict[str, bytes] = {}
 
-    def score(self, record: Record, generated: str) -> bool:
-        """Whether the first query in ``generated`` returns the expected rows; in their order if that query sorts them.
+    def score(self, answer: str, expected: str, record: Record) -> bool:
+        """Whether the first query in ``answer`` returns the expected rows; in their order if that query sorts them.
 
         Raises:
             DataError: The row has no usable ``database``, or its expected query fails.
@@ -64,15 +63,15 @@ class SqlExecution:
         script = record.get("database")
         if not isinstance(script, str):
             raise DataError("dataset.metric: sql_execution needs the field `database`, an SQL script, in each test row")
-        expected_query = first_query(expected_text(record))
-        expected = self._run(script, expected_query)
-        if expected is None:
+        expected_query = first_query(expected)
+        wanted = self._run(script, expected_query)
+        if wanted is None:
             raise DataError(f"dataset.metric: the expected query of a test row fails: {expected_query}")
-        actual = self._run(script, first_query(generated))
+        actual = self._run(script, first_query(answer))
         if actual is None:
             return False
         ordered = re.search(r"\border\s+by\b", _outermost(expected_query)[0], re.IGNORECASE) is not None
-        return same_rows(expected, actual, ordered=ordered)
+        return same_rows(wanted, actual, ordered=ordered)
 
     def _run(self, script: str, query: str) -> Rows | None:
         """All rows that the query returns; None if it fails, exceeds a limit or does anything but read."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from macft.cli.parser import Parser, command_parser
+from macft.cli.parser import Parser, add_column_argument, command_parser
 from macft.data.formats import parse
 from macft.data.load import Sources, Split, read, tokenize_split
 from macft.data.settings import DatasetConfig
@@ -97,6 +97,7 @@ def _dataset(arguments: argparse.Namespace) -> DatasetConfig:
         columns=dict(arguments.column),
         mask_prompt=arguments.mask_prompt,
         max_seq_length=arguments.max_seq_length,
+        test_fraction=0.0,
     )
     if problems := dataset_problems(dataset):
         raise ConfigError("\n".join(problems))
@@ -117,13 +118,6 @@ def _chosen(split: Split, arguments: argparse.Namespace) -> list[int]:
     return found
 
 
-def _column(text: str) -> tuple[str, str]:
-    field, separator, column = text.partition("=")
-    if not (field and separator and column):
-        raise argparse.ArgumentTypeError(f"'{text}' is not FIELD=COLUMN, such as prompt=question")
-    return field, column
-
-
 def _parser() -> Parser:
     parser = command_parser("data", epilog="No weights are loaded. Exit status 1: a run would refuse the rows.")
     parser.add_argument("dataset", metavar="DATASET", help="a folder, a file, a Hugging Face id or builtin:sql")
@@ -142,13 +136,6 @@ def _parser() -> Parser:
         metavar="N",
         help="cut rows (default 2048)",
     )
-    parser.add_argument(
-        "--column",
-        type=_column,
-        action="append",
-        default=[],
-        metavar="FIELD=COLUMN",
-        help="the dataset's column for a field of macft's, as dataset.columns: --column prompt=question",
-    )
+    add_column_argument(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     return parser

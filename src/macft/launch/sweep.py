@@ -15,6 +15,7 @@ from pathlib import Path
 
 from macft.cli.run_command import INTERRUPTED, exit_status, run_command
 from macft.errors import LaunchError, MacftError
+from macft.evaluation.metrics import is_higher_better
 from macft.launch.run import RanksFailed
 from macft.report.run_folder import RunFolder
 from macft.report.sweep_table import SweepRow, SweepTable
@@ -119,7 +120,8 @@ class Sweep:
     @property
     def _table(self) -> SweepTable:
         objective = self._metric or "valid_loss"
-        return SweepTable(self._rows, self.swept, objective, self._metric is not None, self._planned)
+        maximize = self._metric is not None and is_higher_better(self._metric)
+        return SweepTable(self._rows, self.swept, objective, maximize, self._planned)
 
     def _row(self, job: Job, ended: str, reason: str | None, seconds: float) -> SweepRow:
         summary = RunFolder(job.folder).read_summary()  # empty on a host other than the first

@@ -32,6 +32,7 @@ from macft.planner.advice import advice
 from macft.planner.cluster_model import CHOICES, CHOICES_OF_AUTO, Node, NodeLink, RingLinks
 from macft.planner.layout_inputs import alone, can_pipeline, model_cost, step_work
 from macft.planner.memory import MemoryParts, trained_part
+from macft.planner.packing import choose_packing
 from macft.planner.partition import LayoutDecision, compare
 from macft.planner.placement import Layout, Placer
 from macft.planner.preflight import placer_for, planner_for, step_of_shard
@@ -90,18 +91,24 @@ def plan_run(config: TrainConfig) -> RunPlan:
     shape, folder = _shape(config, notes)
     steps, total_steps = _steps(config, folder, notes)
     macs = find_macs(config.plan.chips)
+    device = METAL if macs else Device.default().shared_by(_nodes_here(config, macs))
+    # The same for all nodes, which are of a kind.
+    whole_steps = planner_for(config, shape, execution_for(config, shape, shape.checkpoint, device), steps)
+    execution, packing_notes = choose_packing(whole_steps)
+    notes += packing_notes
     tokens = sum(float(step.lengths.sum()) for step in steps) / len(steps)
-    speeds = [chip_speed(mac.chip, _dtype(config, shape)) for mac in macs] or _own_speeds(config, shape, tokens, notes)
+    speeds = [chip_speed(mac.chip, execution.dtype) for mac in macs]
+    speeds = speeds or _own_speeds(config, shape.parameters * tokens, execution, notes)
     disks = [mac.chip.disk * 1e9 for mac in macs] or _own_disks(len(speeds), notes)
     plans, nodes, wanted, is_batch_too_large = [], [], config.topology.placement, False
     for rank, (speed, disk) in enumerate(zip(speeds, disks, strict=True)):
-        placer = _placer(config, shape, steps, DataShard(rank, len(speeds), tuple(speeds)), macs)
+        placer = _placer(config, shape, execution, steps, DataShard(rank, len(speeds), tuple(speeds)), macs)
         plan = _plan_node(_name(macs, rank, len(speeds)), placer, macs[rank] if macs else None)
         ways = () if plan.refusal is not None else (alone(placer, plan.execution, speed=speed, disk=disk),)
         is_batch_too_large |= plan.refusal is not None and placer.planner.best(placer.budget) is not None
         plans.append(plan)
         nodes.append(Node(plan.name, speed, plan.budget, disk, ways))
-    whole = _placer(config, shape, steps, DataShard(0, 1), macs).planner
+    whole = _placer(config, shape, execution, steps, DataShard(0, 1), macs).planner
     model, work = model_cost(whole), step_work(whole, config.training.micro_batch_size)
     links = find_links(config.plan.link)
     ring = _ring(links, len(nodes))
@@ -136,14 +143,21 @@ def plan_run(config: TrainConfig) -> RunPlan:
     )
 
 
+def _nodes_here(config: TrainConfig, macs: Sequence[Mac]) -> int:
+    """Nodes that share a machine."""
+    return config.topology.nodes if not macs and config.topology.kind == "local" else 1
+
+
 def _placer(
-    config: TrainConfig, shape: ModelShape, steps: Sequence[StepRows], shard: DataShard, macs: Sequence[Mac]
+    config: TrainConfig,
+    shape: ModelShape,
+    execution: Execution,
+    steps: Sequence[StepRows],
+    shard: DataShard,
+    macs: Sequence[Mac],
 ) -> Placer:
     """What decides how the node at ``shard`` computes."""
-    mac = macs[shard.rank] if macs else None
-    nodes_here = config.topology.nodes if mac is None and config.topology.kind == "local" else 1
-    device = METAL if mac else Device.default().shared_by(nodes_here)
-    execution = execution_for(config, shape, shape.checkpoint, device)
+    mac, nodes_here = macs[shard.rank] if macs else None, _nodes_here(config, macs)
     own = [step_of_shard(step, shard, execution) for step in steps]
     # A node far slower than the others may be left without a row; it still holds the model.
     own = [step for step in own if step.rows] or [StepRows(steps[0].rows[:1], steps[0].ids[:1])]
@@ -186,19 +200,13 @@ def _link_notes(links: Sequence[LinkKind], count: int) -> list[str]:
     return [f"nodes are connected by {names} (plan.link); rows are dealt by speed"]
 
 
-def _dtype(config: TrainConfig, shape: ModelShape) -> str:
-    """Type of the weights on a Mac, those of quantised ones' scales."""
-    return execution_for(config, shape, shape.checkpoint, METAL).dtype
-
-
-def _own_speeds(config: TrainConfig, shape: ModelShape, tokens: float, notes: list[str]) -> list[float]:
-    """Operations a second that training reaches on this machine, for each node; ``tokens`` are those of a step."""
+def _own_speeds(config: TrainConfig, work: float, execution: Execution, notes: list[str]) -> list[float]:
+    """Operations a second that training reaches on this machine, for each node; ``work``: parameters times tokens."""
     count = world_size(config)
     nodes_here = count if config.topology.kind == "local" else 1
     if config.topology.kind in ("hosts", "ssh"):
         notes.append("every host is taken to be a machine like this one; plan.chips=[...] names other Macs")
-    execution = execution_for(config, shape, shape.checkpoint, Device.default())
-    speed = own_speed(shape.parameters * tokens / count, execution)
+    speed = own_speed(work / count, execution)
     notes.append(f"this machine trains with {speed.operations_per_second / 1e12:.2g} TFLOPS, {speed.origin}")
     return [speed.operations_per_second / nodes_here] * count
 

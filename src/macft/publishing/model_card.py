@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from macft import __version__
 from macft.config.schema import TrainConfig
 from macft.model.bundled import BUNDLED
+from macft.report.result_text import result_name, result_text
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -110,7 +111,7 @@ def _results(summary: Mapping[str, Any]) -> str:
     for name, value in results.items():
         if name.endswith("_before") and name.removesuffix("_before") in results:
             continue  # shown in the row of its name
-        rows.append((name.replace("_", " "), _number(name, results.get(f"{name}_before")), _number(name, value)))
+        rows.append((result_name(name), _number(name, results.get(f"{name}_before")), _number(name, value)))
     return "## Results\n\n" + _table(("on held-out rows", "before", "after"), rows) if rows else ""
 
 
@@ -127,7 +128,7 @@ def _use(repo: str, base: str | None, *, is_adapter: bool) -> str:
 def _number(name: str, value: Any) -> str:
     if not isinstance(value, int | float):
         return "-" if value is None else str(value)
-    return f"{value:.3f}" if name.endswith("loss") else f"{value:.1%}"
+    return result_text(name, value)
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

@@ -30,6 +30,7 @@ from macft.report.events import (
     StepDone,
 )
 from macft.report.phase_lines import PhaseLines
+from macft.report.result_text import result_name, result_text
 from macft.report.run_folder import RunFolder
 
 _PLAIN_WIDTH = 100
@@ -166,9 +167,10 @@ class ConsoleReporter:
 
     def _show_metric(self, event: MetricScored) -> None:
         self._end_phase()
+        split = "validation" if event.split == "valid" else event.split
         self._line(
-            f"{self._position(event.step)}  {_words(event.name)} {event.value:.1%} of {event.count} "
-            f"{event.split} rows  {event.when} training",
+            f"{self._position(event.step)}  {result_name(event.name)} {result_text(event.name, event.value)} of "
+            f"{event.count} {split} rows  {event.when} training",
             "cyan",
         )
 
@@ -345,11 +347,10 @@ def _result_rows(event: RunEnded) -> list[Row]:
     for name, value in event.final.items():
         if name.endswith("_before") and name.removesuffix("_before") in event.final:
             continue  # shown in the row of its name
-        form = ".3f" if name.removesuffix("_before").endswith("loss") else ".1%"
-        shown = format(value, form)
+        shown = result_text(name, value)
         if (before := event.final.get(f"{name}_before")) is not None:
-            shown = f"{before:{form}} → {shown}"
-        rows.append((_words(name), shown, "bold"))
+            shown = f"{result_text(name, before)} → {shown}"
+        rows.append((result_name(name), shown, "bold"))
     return rows
 
 
@@ -386,10 +387,6 @@ def _shortened(text: str) -> str:
     line = _printable(text)
     half = _LONGEST_TEXT // 2
     return line if len(line) <= _LONGEST_TEXT else f"{line[:half]} ... {line[-half:]}"
-
-
-def _words(name: str) -> str:
-    return name.replace("valid_loss", "validation loss").replace("_", " ")
 
 
 def _millions(count: int) -> str:

@@ -83,7 +83,8 @@ class StepDone(ReplayedEvent):
     between two steps.
     ``nodes`` and ``shares`` (of this step's rows, 1 in all) are by rank. ``bytes_sent``: by this node, for this step.
     ``residual_norm``: L2 norm of what this node's codec has rounded off and not yet added. ``generation`` counts the
-    changes of the nodes.
+    changes of the nodes. ``traces``: how often this node has traced a gradient to compile it so far, once for each
+    shape.
     """
 
     total_steps: int
@@ -103,6 +104,7 @@ class StepDone(ReplayedEvent):
     nodes: list[NodeStatus] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
     generation: int = 0
+    traces: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,10 @@ class Evaluated(ReplayedEvent):
 
 @dataclass(frozen=True)
 class MetricScored(ReplayedEvent):
-    """The dataset's metric, 0 to 1, over ``count`` rows; ``when`` is before or after training."""
+    """A metric of the dataset over ``count`` rows of ``split``; ``when`` is before or after training.
+
+    Shares are 0 to 1; a perplexity is 1 or more; a metric of the user's own, whose ``name`` has a dot, any number.
+    """
 
     name: str
     split: str
@@ -161,7 +166,11 @@ class MetricScored(ReplayedEvent):
 
 @dataclass(frozen=True)
 class Sample:
-    """One question with the answers of the untrained and of the trained model."""
+    """One question with the answers of the untrained and of the trained model.
+
+    ``prompt`` and ``expected`` are texts. An answer is None where there is none; whether it is right is None where no
+    metric says so.
+    """
 
     prompt: str
     expected: str
@@ -214,7 +223,7 @@ class RunEnded(Event):
     """The run has ended; ``reason`` is finished, early_stopped, interrupted or failed.
 
     ``final`` holds results by name; that of ``NAME`` before training is ``NAME_before``. Names that end in
-    ``loss`` are losses in nats, all others fractions from 0 to 1. ``detail``: the error, or how to continue.
+    ``loss`` are losses in nats, the others as in :class:`MetricScored`. ``detail``: the error, or how to continue.
     ``warnings``: problems that did not stop the run, a line each.
     """
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from macft.logs.run_log import LEVELS
 
+MOST_SAMPLES = 16
 OBJECTIVES = ("valid_loss", "metric")
 _PROJECT = re.compile(r"[0-9A-Za-z_.+-]+")
 """What all trackers take."""
@@ -31,12 +32,12 @@ class ReportConfig:
     hparams: list[str] = field(default_factory=list)
     # Steps between lines on the terminal.
     every: int = 10
-    # Answers shown side by side, before and after training.
+    # Held-out rows whose answers before and after training are shown side by side; 0 means none.
     samples: int = 3
     # Level of each rank's log, logs/macft-rank-N.log in the run's folder: debug, info, warning or error.
     log_level: str = "info"
     # What a sweep compares, and a job returns to a sweeper such as Optuna's: valid_loss, of the exported adapter, or
-    # metric, its score in dataset.metric.
+    # metric, its score in dataset.metric (the first of several).
     objective: str = "valid_loss"
     # Replaces the run that is in the folder hydra.run.dir, once all checks have passed. Without it such a folder is
     # refused.
@@ -48,8 +49,8 @@ def problems(config: ReportConfig) -> list[str]:
     lines = []
     if config.every < 1:
         lines.append(f"report.every: {config.every} must be 1 or more")
-    if config.samples < 0:
-        lines.append(f"report.samples: {config.samples} must be 0 (none) or more")
+    if not 0 <= config.samples <= MOST_SAMPLES:
+        lines.append(f"report.samples: {config.samples} must be from 0 (none) to {MOST_SAMPLES}")
     lines += [
         f"report.trackers: '{name}' is not one of {', '.join(TRACKERS)}"
         for name in config.trackers

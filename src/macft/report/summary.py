@@ -11,9 +11,11 @@ from typing import Any
 from macft import __version__
 from macft.device.durable import write_atomically
 from macft.report.durations import duration
-from macft.report.events import Event, NodesChanged, RunEnded, RunEnding, RunStarted, StepDone
+from macft.report.events import Event, NodesChanged, RunEnded, RunEnding, RunStarted, Sample, SamplesShown, StepDone
 from macft.report.metrics_file import plain
+from macft.report.result_text import result_name, result_text
 from macft.report.run_folder import RunFolder
+from macft.report.sample_table import markdown_table
 
 _PACKAGES = ("mlx", "mlx-lm", "pyzmq", "numpy")
 
@@ -30,7 +32,9 @@ class SummaryWriter:
         self._facts: dict[str, object] = {}
         self._tokens, self._seconds, self._peak_memory = 0, 0.0, 0
         self._last_loss: float | None = None
+        self._traces = 0
         self._changes = [_line(event) for event in changes]
+        self._samples: list[Sample] = []
         self._written: RunEnded | None = None
 
     def handle(self, event: Event) -> None:
@@ -43,9 +47,12 @@ class SummaryWriter:
                 self._seconds += event.seconds
                 self._peak_memory = max(self._peak_memory, event.peak_memory)
                 self._last_loss = event.loss
+                self._traces = event.traces
             case NodesChanged():
                 self._changes.append(_line(event))
                 self._facts["nodes_at_the_end"] = len(event.names)
+            case SamplesShown():
+                self._samples = event.samples
             case RunEnding():
                 self._write(event.end)
                 self._written = event.end
@@ -63,9 +70,11 @@ class SummaryWriter:
             "steps": event.steps,
             "seconds": round(event.seconds, 3),
             "results": event.final,
+            "samples": self._samples,
             "last_train_loss": self._last_loss,
             "tokens_per_second": round(self._tokens / self._seconds, 1) if self._seconds else None,
             "peak_memory_bytes": self._peak_memory,
+            "compiled_shapes": self._traces or None,
             "energy": event.energy,
             "energy_used": event.energy.line if event.energy else None,
             "adapter_folder": event.adapter_folder,
@@ -114,10 +123,11 @@ def _markdown(values: Mapping[str, Any]) -> str:
     lines = ["# Run summary", ""]
     if results := values["results"]:
         lines += ["| result | before | after |", "| --- | --- | --- |"]
-        for name, value in results.items():
+        for name in results:
             if name.removesuffix("_before") in results and name.endswith("_before"):
                 continue  # shown in the row of its name
-            lines.append(f"| {_words(name)} | {_number(results.get(f'{name}_before'))} | {_number(value)} |")
+            before, after = (_result(name, results.get(key)) for key in (f"{name}_before", name))
+            lines.append(f"| {result_name(name)} | {before} | {after} |")
         lines.append("")
     lines += ["| run | |", "| --- | --- |"]
     for name, value in values.items():
@@ -126,6 +136,8 @@ def _markdown(values: Mapping[str, Any]) -> str:
     lines += ["", *(f"- warning: {_cell(warning)}" for warning in values["warnings"])]
     lines += [f"- {_cell(change)}" for change in values["membership_changes"]]
     lines += [f"- {_cell(note)}" for note in values.get("notes", [])]
+    if values["samples"]:
+        lines += ["", "## Samples", "", *markdown_table([Sample(**sample) for sample in values["samples"]])]
     versions = ", ".join(f"{name} {version}" for name, version in values["versions"].items())
     return "\n".join([*lines, "", f"Versions: {versions}", ""])
 
@@ -137,6 +149,10 @@ def _as_read(name: str, value: object) -> tuple[str, str]:
     if name.endswith("_bytes") and isinstance(value, int | float):
         return _words(name.removesuffix("_bytes")), f"{value / 1e9:.2f} GB"
     return _words(name), _number(value)
+
+
+def _result(name: str, value: object) -> str:
+    return result_text(name, value) if isinstance(value, int | float) else "" if value is None else str(value)
 
 
 def _words(name: str) -> str:

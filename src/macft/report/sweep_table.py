@@ -14,6 +14,7 @@ from pathlib import Path
 
 from macft.device.durable import write_atomically
 from macft.report.metrics_file import plain
+from macft.report.result_text import result_name, result_text
 
 _GAP = "  "
 _STATUS = {"early_stopped": "early stop"}
@@ -138,13 +139,13 @@ class SweepTable:
         """The header, then a line for each job."""
         keys, metrics = self.keys, list({name: None for row in self.rows for name in row.metrics})
         has_losses = any(row.valid_loss is not None for row in self.rows)
-        header = [*_short_names(keys), "loss", *(["valid"] * has_losses), *(name.replace("_", " ") for name in metrics)]
+        header = [*_short_names(keys), "loss", *(["valid"] * has_losses), *map(result_name, metrics)]
         lines = [
             [
                 *(_value(row.values.get(key)) for key in keys),
                 _loss(row.loss),
                 *([_loss(row.valid_loss)] * has_losses),
-                *(f"{row.metrics[name]:.1%}" if name in row.metrics else "-" for name in metrics),
+                *(result_text(name, row.metrics[name]) if name in row.metrics else "-" for name in metrics),
                 str(timedelta(seconds=round(row.seconds))).removeprefix("0:"),
                 row.folder,
                 _status(row),
@@ -156,8 +157,9 @@ class SweepTable:
     def _named(self, row: SweepRow) -> str:
         keys = self.keys
         values = ", ".join(f"{key}={_value(row.values.get(key))}" for key in keys) or f"job {row.number}"
-        what = self.objective.replace("valid_loss", "validation loss").replace("_", " ")
-        number = _loss(row.objective) if self.objective == "valid_loss" else f"{row.objective:.1%}"
+        what = result_name(self.objective)
+        value = row.objective
+        number = _loss(value) if value is None or self.objective == "valid_loss" else result_text(self.objective, value)
         return f"{row.folder} ({values}): {what} {number}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from macft.report.events import (
     Noted,
     RunEnded,
     RunStarted,
-    Sample,
     SamplesShown,
     StepDone,
 )
+from macft.report.sample_table import markdown_table
 from macft.report.scalars import Scalars, results
 
 # The keys that the HPARAMS tab shows, after those of `report.hparams`. A column that is alike in all runs only hides
@@ -63,7 +63,8 @@ class TensorBoard:
         self._hparams, self._shown_first = _compared(hparams)
         self._named = Scalars()
         dataset = hparams.get("dataset")
-        self._metric = dataset.get("metric") if isinstance(dataset, Mapping) else None
+        metric = dataset.get("metric") if isinstance(dataset, Mapping) else None
+        self._metrics = [str(name) for name in (metric if isinstance(metric, list) else [metric]) if name]
         self._notes: list[str] = []
         self._step = first_step
         # TensorBoard drops the marked step too. A run that starts over leaves nothing of an earlier attempt.
@@ -86,7 +87,7 @@ class TensorBoard:
             case Evaluated() | MetricScored() | CheckpointSaved():
                 self._scalars(self._named.of(event), event.step)
             case SamplesShown():
-                self._text("samples", _table(event.samples), event.step)
+                self._text("samples", "\n".join(markdown_table(event.samples)), event.step)
             case Noted():
                 self._add_notes([event.text if event.level == "info" else f"{event.level}: {event.text}"])
             case NodesChanged():  # the curves of world size, generation and shares show it too
@@ -111,7 +112,7 @@ class TensorBoard:
         from tensorboard.plugins.hparams import api_pb2, metadata, summary_v2
         from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-        names = ["valid_loss", *([self._metric] if self._metric else []), "seconds"]
+        names = ["valid_loss", *self._metrics, "seconds"]
         experiment = api_pb2.Experiment(
             # Types without domains: a run knows only its own values, not those of the others in a sweep.
             hparam_infos=[
@@ -192,26 +193,3 @@ def _data_type(value: bool | float | str) -> Any:
     if isinstance(value, bool):
         return api_pb2.DATA_TYPE_BOOL
     return api_pb2.DATA_TYPE_STRING if isinstance(value, str) else api_pb2.DATA_TYPE_FLOAT64
-
-
-def _table(samples: Sequence[Sample]) -> str:
-    """Answers side by side, as a Markdown table."""
-    rows = ["| question | expected | before | after |", "| --- | --- | --- | --- |"]
-    for sample in samples:
-        cells = [
-            _cell(sample.prompt),
-            _cell(sample.expected),
-            _answer_cell(sample.before, sample.before_correct),
-            _answer_cell(sample.after, sample.after_correct),
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
-
-
-def _answer_cell(answer: str | None, correct: bool | None) -> str:
-    mark = {True: "✓ ", False: "✗ ", None: ""}[correct]
-    return mark + _cell(answer or "")
-
-
-def _cell(text: str) -> str:
-    return html.escape(text.strip(), quote=False).replace("|", "&#124;").replace("\n", "<br>")

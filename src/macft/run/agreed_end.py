@@ -24,7 +24,7 @@ from macft.device.durable import identity
 from macft.errors import CollectiveError, ModelError
 from macft.report.events import Noted, PhaseProgress, RunEnded, RunEnding
 from macft.run.prepare import Run, host_name
-from macft.run.results import choose_final_adapter, has_final_adapter, save_adapter_folder, score_after
+from macft.run.results import choose_final_adapter, has_final_adapter, results_of, save_adapter_folder
 from macft.thermal.energy import summarize
 from macft.training.stop_request import Stopped
 
@@ -144,7 +144,7 @@ class AgreedEnd:
         fault_points.reach("scoring")
         self._run.stop.plan = "the adapter is there; its answers are left out"
         if not all(self._run.collective.all_gather(b"scored" if self._results is not None else b"")):
-            self._results = score_after(self._run, before, loss)
+            self._results = results_of(self._run, before, loss)
         self._run.stop.plan = _ENDING
 
     def _agree(self, reason: str, kept: _Kept, *, detail: str) -> str:

@@ -28,6 +28,7 @@ from macft.device.durable import write_atomically
 from macft.errors import CheckpointError, CollectiveError, MacftError, RendezvousError
 from macft.model.contents import model_contents, template_contents
 from macft.report.run_folder import RunFolder
+from macft.run.held_out import is_scored
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -42,6 +43,7 @@ _KEYS = {
     "training rows": "dataset",
     "validation rows": "dataset",
     "test rows": "dataset",
+    "sample rows": "dataset",
     "order of the training rows": "dataset",
 }
 """Each part, and the key that says where it comes from."""
@@ -54,7 +56,7 @@ _NEVER_CHANGE = ("model weights", "model configuration", "training rows", "valid
 def contents_of(
     config: TrainConfig, data: LoadedData, order: RowOrder, model_folder: Path, tokenizer: TokenizerWrapper
 ) -> dict[str, str]:
-    """A text for each part of :data:`_KEYS`; ``test rows`` only where they were read.
+    """A text for each part of :data:`_KEYS`; ``test rows`` where they are scored, else ``sample rows``, if any.
 
     Raises:
         ModelError: A file of the model can't be read.
@@ -67,7 +69,8 @@ def contents_of(
         "validation rows": split_digest(data.valid),
         "order of the training rows": order_digest(order),
     }
-    return parts | ({"test rows": split_digest(data.test, with_records=True)} if data.test.rows else {})
+    tests = "test rows" if is_scored(config) else "sample rows"
+    return parts | ({tests: split_digest(data.test, with_records=True)} if data.test.rows else {})
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from macft.report.events import RunStarted
 from macft.report.run_folder import RunFolder
 from macft.run.agreed_end import AgreedEnd
 from macft.run.prepare import Run, planned_world_size, prepare
-from macft.run.results import score_before
+from macft.run.scoring import score_before
 from macft.training.stop_request import Stopped, StopRequest
 
 

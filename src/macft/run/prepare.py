@@ -19,7 +19,7 @@ from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain
 from macft.config.yaml import to_yaml
 from macft.data.checks import check_rows
-from macft.data.load import LoadedData, read, rows_to_tokenize, sample_rows, tokenize_all
+from macft.data.load import LoadedData, read, rows_to_tokenize, sample_rows, tokenize_all, with_few_test_rows
 from macft.data.order import RowOrder
 from macft.data.settings import DatasetConfig
 from macft.data.template_clock import fix_clock
@@ -43,6 +43,7 @@ from macft.report.phase_lines import PhaseLines
 from macft.report.run_folder import RunFolder
 from macft.report.trackers.registry import require_installed
 from macft.run.contents import agree_on_contents, contents_of, store_contents, told_to_others
+from macft.run.held_out import HeldOut, choose_held_out, test_rows_needed
 from macft.run.local_paths import with_absolute_paths
 from macft.run.resume import check_resume, check_steps, no_checkpoint, notes_of_changes, previous_config
 from macft.thermal.throttle import ThermalThrottle
@@ -53,7 +54,7 @@ from macft.training.loop import Trainer
 from macft.training.optimizer import make_optimizer
 from macft.training.settings import steps_for
 from macft.training.state import TrainState
-from macft.training.step_gradient import make_step_gradient
+from macft.training.step_gradient import StepGradient, make_step_gradient
 from macft.training.stop_request import Stopped, StopRequest
 
 log = logging.getLogger("macft.run")
@@ -75,6 +76,8 @@ class Run:
     throttle: ThermalThrottle | None
     reporter: Reporter
     trainer: Trainer
+    compute: StepGradient
+    held_out: HeldOut
     stop: StopRequest
     # The backend's operations on the model; closing it removes them.
     installed: ExitStack
@@ -143,9 +146,10 @@ def _prepare(
         tokenizer = load_tokenizer(config.model, model_folder)
         clock_notes = fix_clock(tokenizer, config.dataset.template_time)
 
-        total = rows_to_tokenize(raw, need_test=is_scored(config))
+        raw = with_few_test_rows(raw, test_rows_needed(config), config.seed)
+        total = rows_to_tokenize(raw, need_test=True)
         _begin_phase(phases, "tokenizing", total, unit="rows")
-        data = tokenize_all(raw, config.dataset, tokenizer, need_test=is_scored(config), progress=phases.advance)
+        data = tokenize_all(raw, config.dataset, tokenizer, need_test=True, progress=phases.advance)
         _begin_phase(phases, "checking the rows")
         data.notes += check_rows(
             {"train": data.train, "valid": data.valid, "test": data.test},
@@ -154,6 +158,7 @@ def _prepare(
             max_seq_length=config.dataset.max_seq_length,
         )
         check_lengths(model_folder, [data.train, data.valid, data.test])
+        held_out, held_out_notes = choose_held_out(config, data, tokenizer)
         order = RowOrder(
             data.train.source_sizes, data.train.source_weights, batch_size=config.training.batch_size, seed=config.seed
         )
@@ -263,10 +268,21 @@ def _prepare(
         throttle=throttle,
         reporter=reporter,
         trainer=trainer,
+        compute=compute,
+        held_out=held_out,
         stop=stop,
         installed=installed,
         layout=decision.layout,
-        notes=[*loaded.notes, *decision.notes, *revisions, *clock_notes, *contents_notes, *data.notes, *state_notes],
+        notes=[
+            *loaded.notes,
+            *decision.notes,
+            *revisions,
+            *clock_notes,
+            *contents_notes,
+            *data.notes,
+            *held_out_notes,
+            *state_notes,
+        ],
     )
 
 
@@ -310,11 +326,6 @@ def host_name(config: TrainConfig, collective: Collective) -> str:
 def planned_world_size(collective: Collective) -> int:
     """How many nodes the run has, as far as a newcomer knows yet."""
     return len(collective.members.ids) if isinstance(collective, ElasticCollective) else collective.world_size
-
-
-def is_scored(config: TrainConfig) -> bool:
-    """Whether the dataset's metric is measured before and after training."""
-    return config.dataset.metric is not None and config.training.metric_rows != 0
 
 
 def share_state(

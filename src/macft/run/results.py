@@ -1,75 +1,24 @@
-"""Results of a run: the metric before and after training, samples, the adapter that is exported."""
+"""Results of a run: losses and metrics, and the adapter that is exported."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from macft.checkpoint.snapshot import Snapshot, restore_adapter
 from macft.collective.newest import find_newest
 from macft.config.overrides import resume_command
-from macft.data.formats import Record
-from macft.data.load import sample_rows
 from macft.device.durable import sync_all
-from macft.errors import CheckpointError, DataError, ModelError
-from macft.evaluation.answers import Scored, score_answers
-from macft.evaluation.batched import greedy_answers
-from macft.evaluation.metrics import metric
-from macft.evaluation.record import question_text
+from macft.errors import CheckpointError, ModelError
 from macft.model.adapter_files import save_adapter, save_model
-from macft.report.events import MetricScored, Noted, PhaseProgress, Sample, SamplesShown
-from macft.run.prepare import Run, is_scored
+from macft.report.events import Noted
+from macft.run.prepare import Run
+from macft.run.scoring import score_after
 
 
-def _records(run: Run) -> list[Record]:
-    rows = sample_rows(len(run.data.test.records), run.config.training.metric_rows, run.config.seed)
-    return [run.data.test.records[i] for i in rows]
-
-
-def _score(run: Run, when: str) -> Scored | None:
-    name, training = run.config.dataset.metric, run.config.training
-    if name is None or not is_scored(run.config):
-        return None
-    records = _records(run)
-    if not records:
-        raise DataError(f"training.metric_rows: dataset {run.config.dataset.path} has no test rows to score")
-    result = score_answers(
-        partial(greedy_answers, run.loaded.model, run.loaded.tokenizer),
-        run.loaded.tokenizer,
-        records,
-        metric(name),
-        run.collective,
-        max_tokens=training.metric_max_tokens,
-        progress=lambda done, total: run.reporter.handle(PhaseProgress(f"answering, {when}", done, total)),
-        stopped=lambda: run.stop.requested,
-    )
-    step = run.state.progress.step
-    run.reporter.handle(MetricScored(step, name, "test", when, result.value, len(records), result.seconds))
-    if result.unanswered:
-        text = (
-            f"{name}, {when}: {result.unanswered} of {len(records)} answers were still thinking after "
-            f"{training.metric_max_tokens} tokens (training.metric_max_tokens); they count as wrong"
-        )
-        run.reporter.handle(Noted(text, "warning"))
-    return result
-
-
-def score_before(run: Run) -> Mapping[str, Any]:
-    """The metric of the untrained model; kept in the run's progress, so that a resumed run does not repeat it.
-
-    Raises:
-        Stopped: a stop was requested.
-    """
-    progress = run.state.progress
-    if not progress.before and progress.step == 0 and (scored := _score(run, "before")):
-        progress.before = {"value": scored.value, "answers": scored.answers, "right": scored.right}
-    return progress.before
-
-
-def score_after(run: Run, before: Mapping[str, Any], loss: float | None) -> dict[str, float]:
-    """Metric, samples and losses for the adapter that is exported, whose validation loss is ``loss``.
+def results_of(run: Run, before: Mapping[str, Any], loss: float | None) -> dict[str, float]:
+    """Losses and metrics of the adapter that is exported, whose validation loss is ``loss``; shows the samples.
 
     Raises:
         Stopped: a stop was requested.
@@ -78,27 +27,7 @@ def score_after(run: Run, before: Mapping[str, Any], loss: float | None) -> dict
     final: dict[str, float] = {}
     if progress.first_valid_loss is not None and loss is not None:
         final |= {"valid_loss_before": progress.first_valid_loss, "valid_loss": loss}
-    scored = _score(run, "after")
-    if scored is None:
-        return final
-    name = str(run.config.dataset.metric)
-    if before:
-        final[f"{name}_before"] = float(before["value"])
-    final[name] = scored.value
-    records = _records(run)
-    samples = [
-        Sample(
-            prompt=question_text(records[i]),
-            expected=scored.expected[i],
-            before=before["answers"][i] if before else None,
-            after=scored.answers[i],
-            before_correct=before["right"][i] if before else None,
-            after_correct=scored.right[i],
-        )
-        for i in range(min(run.config.report.samples, len(records)))
-    ]
-    run.reporter.handle(SamplesShown(progress.step, samples))
-    return final
+    return final | score_after(run, before)
 
 
 def choose_final_adapter(run: Run) -> float | None:

@@ -76,9 +76,10 @@ class TrainingConfig:
     eval_every: int = 50
     # Validation rows to use, the same ones each time; -1 means all.
     eval_rows: int = -1
-    # Test rows to score before and after training, where dataset.metric says how; 0 means none, -1 all.
-    metric_rows: int = 0
-    # Longest answer generated for the metric, in tokens, with the model's thinking.
+    # Held-out rows on which dataset.metric is measured before and after training; 0 means none, -1 all. They are test
+    # rows, or validation rows where there are none.
+    metric_rows: int = 32
+    # Longest answer generated for a metric or a sample, in tokens, with the model's thinking.
     metric_max_tokens: int = 64
     # Save a checkpoint every so many steps, and at the end; 0 means at the end only.
     save_every: int = 50

@@ -15,6 +15,7 @@ from macft.device.memory import usable_bytes
 from macft.model.execution import Execution
 from macft.model.settings import ModelConfig
 from macft.model.shape import ModelShape, shape_of
+from macft.planner.packing import choose_packing
 from macft.planner.preflight import placer_for, planner_for
 from macft.planner.speed import own_speed, step_cost
 from macft.planner.workload import steps_of
@@ -95,7 +96,8 @@ def plan_case(case: Case, training: Training, tokenizer: Any) -> CasePlan:
     )
     config = replace(config, topology=replace(config.topology, placement="replicate"))
     shape = shape_of(case.model_config, case.model)
-    planner = planner_for(config, shape, execution_for(config, shape, shape.checkpoint, Device.default()), steps)
+    given = planner_for(config, shape, execution_for(config, shape, shape.checkpoint, Device.default()), steps)
+    planner = replace(given, execution=choose_packing(given)[0])
     budget = parse_budget(config.topology.memory_budget, usable_bytes())
     placer = placer_for(config, planner, budget)
     execution, refusal = placer.choice()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from macft.report.dotted import flat
+from macft.report.events import Sample
+from macft.report.sample_table import COLUMNS, sample_cells
 from macft.report.trackers.tracker import TrackedRun
 
 _ID_TAG = "macft.run_id"
@@ -47,6 +49,12 @@ class MlflowTracker:
         now = int(time.time() * 1000)
         metrics = [Metric(name, float(value), now, step) for name, value in values.items()]
         self._client.log_batch(self._id, metrics=metrics)
+
+    def show(self, samples: Sequence[Sample], step: int) -> None:  # noqa: ARG002 - an artifact has no step
+        """Adds the samples as an artifact: a table that MLflow shows."""
+        rows = [sample_cells(sample) for sample in samples]
+        table = {name: [row[column] for row in rows] for column, name in enumerate(COLUMNS)}
+        self._client.log_table(self._id, table, artifact_file="samples.json")
 
     def finish(self, results: Mapping[str, float], reason: str) -> None:
         """Adds the results as metrics and ends the run."""

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-from macft.report.events import Event, ReplayedEvent, RunEnded, RunStarted
+from macft.report.events import Event, ReplayedEvent, RunEnded, RunStarted, SamplesShown
 from macft.report.scalars import Scalars, results
 from macft.report.trackers.tracker import TrackedRun, Tracker
 
@@ -41,6 +41,9 @@ class TrackerSink:
                 self._step = event.first_step
             case RunEnded():
                 self._end(event)
+            case SamplesShown():
+                samples, at = event.samples, event.step
+                self._put(lambda tracker: tracker.show(samples, at))
             case _:
                 if isinstance(event, ReplayedEvent):
                     self._step = event.step

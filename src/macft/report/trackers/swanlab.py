@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from macft.report.events import Sample
+from macft.report.sample_table import markdown_table
 from macft.report.trackers.tracker import TrackedRun
 
 _STATES = {"failed": "crashed", "interrupted": "aborted"}
@@ -28,6 +30,12 @@ class SwanlabTracker:
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Adds the values of a step."""
         self._run.log(dict(values), step=step)
+
+    def show(self, samples: Sequence[Sample], step: int) -> None:
+        """Adds the samples as a text: a table in Markdown."""
+        import swanlab
+
+        self._run.log({"samples": swanlab.Text("\n".join(markdown_table(samples)))}, step=step)
 
     def finish(self, results: Mapping[str, float], reason: str) -> None:
         """Adds the results, which SwanLab keeps as values of one step, and ends the run."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+from macft.report.events import Sample
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class Tracker(Protocol):
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Adds ``values`` by name, as of ``step`` updates."""
+        ...
+
+    def show(self, samples: Sequence[Sample], step: int) -> None:
+        """Adds a table of samples, as of ``step`` updates."""
         ...
 
     def finish(self, results: Mapping[str, float], reason: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from macft.report.dotted import flat
+from macft.report.events import Sample
+from macft.report.sample_table import COLUMNS, sample_cells
 from macft.report.trackers.tracker import TrackedRun
 
 
@@ -27,6 +29,13 @@ class TrackioTracker:
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Adds the values of a step."""
         self._run.log(dict(values), step=step)
+
+    def show(self, samples: Sequence[Sample], step: int) -> None:
+        """Adds the samples as a table."""
+        import trackio
+
+        rows = [list(sample_cells(sample)) for sample in samples]
+        self._run.log({"samples": trackio.Table(columns=list(COLUMNS), data=rows)}, step=step)
 
     def finish(self, results: Mapping[str, float], reason: str) -> None:  # noqa: ARG002 - trackio has no end states
         """Adds the results and ends the run."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from macft.errors import ConfigError
+from macft.report.events import Sample
+from macft.report.sample_table import COLUMNS, sample_cells
 from macft.report.trackers.tracker import TrackedRun
 
 
@@ -33,6 +35,13 @@ class WandbTracker:
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Adds one entry to the history."""
         self._run.log({**values, "step": step})
+
+    def show(self, samples: Sequence[Sample], step: int) -> None:
+        """Adds the samples as a table."""
+        import wandb
+
+        rows = [list(sample_cells(sample)) for sample in samples]
+        self._run.log({"samples": wandb.Table(columns=list(COLUMNS), data=rows), "step": step})
 
     def finish(self, results: Mapping[str, float], reason: str) -> None:
         """Writes the summary and uploads the rest."""
