@@ -11,7 +11,7 @@ for all.
 Cases: ``sql``, the SQL dataset with masked prompts; ``mixed``, unmasked text of 16 to 384 tokens; and ``long``,
 unmasked text of 1,000 tokens and more, two rows a step.
 
-``--random`` takes random weights in the shape of another model, such as Llama-3.2-1B, in bfloat16 or quantised to
+``--random`` takes random weights in the shape of another model, such as Llama-3.2-1B, in bfloat16 (float32 on a CPU) or quantised to
 ``--bits``: for a GPU, where speed depends on the shape alone and not on what the weights are.
 
 mlx_lm gets macft's OpenBLAS and the model already dequantised to float32, without which it would be many times slower
@@ -44,7 +44,9 @@ def load_everything(options: argparse.Namespace) -> tuple[Any, list[dict[str, An
     from macft.model.load import load, load_tokenizer
     from macft.model.resolve import resolve
     from macft.model.settings import ModelConfig
-    from macft.training_bench.random_weights import config_of, random_model
+    from macft.model.shape import read_shape, shape_of
+    from macft.training_bench.cases import Case
+    from macft.training_bench.random_weights import random_model
     from macft.training_bench.rows import records_of
     from macft.training_bench.sides import Training
 
@@ -52,10 +54,14 @@ def load_everything(options: argparse.Namespace) -> tuple[Any, list[dict[str, An
     prepare_device()
     folder = Path(options.folder) if options.folder else resolve(config)
     if options.random:
-        model = random_model(config_of(options.random), bits=options.bits)
-        loaded = types.SimpleNamespace(model=model, tokenizer=load_tokenizer(config, folder))
+        case = Case(options.random, options.random, options.case, options.bits)
+        model = random_model(case.model_config, bits=options.bits, dtype=case.dtype)
+        shape, held = shape_of(case.model_config, case.model), ModelConfig(precision="checkpoint", quantization="keep")
+        tokenizer = load_tokenizer(config, folder)
     else:
-        loaded = load(config, folder)  # type: ignore[assignment]
+        found = load(config, folder)
+        model, tokenizer, shape, held = found.model, found.tokenizer, read_shape(folder), config
+    loaded = types.SimpleNamespace(model=model, tokenizer=tokenizer, shape=shape, config=held)
     return loaded, records_of(options.case, loaded.tokenizer, training.batch_size * options.steps), training
 
 
@@ -95,13 +101,15 @@ def held_out_loss(loaded: Any, case: str) -> float:
 
 
 def train_macft(options: argparse.Namespace) -> tuple[dict[str, float], Any]:
-    """macft's own loop."""
+    """macft's own loop, computed as a run would choose."""
     loaded, records, training = load_everything(options)
 
     from macft.training_bench import sides
+    from macft.training_bench.cases import plan_training
 
-    execution = execution_of(loaded.model, packing=options.packing, compile=options.compile)
-    return sides.train_macft(loaded.model, loaded.tokenizer, records, training, execution), loaded
+    keys = {"packing": options.packing, "compile": options.compile}
+    plan = plan_training(loaded.shape, loaded.config, training, loaded.tokenizer, **keys)
+    return sides.train_macft(loaded.model, loaded.tokenizer, records, training, plan.execution), loaded
 
 
 def train_mlx_lm(options: argparse.Namespace) -> tuple[dict[str, float], Any]:

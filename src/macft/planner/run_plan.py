@@ -203,12 +203,11 @@ def _link_notes(links: Sequence[LinkKind], count: int) -> list[str]:
 def _own_speeds(config: TrainConfig, work: float, execution: Execution, notes: list[str]) -> list[float]:
     """Operations a second that training reaches on this machine, for each node; ``work``: parameters times tokens."""
     count = world_size(config)
-    nodes_here = count if config.topology.kind == "local" else 1
     if config.topology.kind in ("hosts", "ssh"):
         notes.append("every host is taken to be a machine like this one; plan.chips=[...] names other Macs")
     speed = own_speed(work / count, execution)
     notes.append(f"this machine trains with {speed.operations_per_second / 1e12:.2g} TFLOPS, {speed.origin}")
-    return [speed.operations_per_second / nodes_here] * count
+    return [speed.operations_per_second / _nodes_here(config, ())] * count
 
 
 def _own_disks(count: int, notes: list[str]) -> list[float]:

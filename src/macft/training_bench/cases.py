@@ -84,18 +84,31 @@ class CasePlan:
 
 def plan_case(case: Case, training: Training, tokenizer: Any) -> CasePlan:
     """What ``macft plan`` would say of the steps of ``training``."""
+    model = ModelConfig(precision="checkpoint", quantization="keep")
+    return plan_training(shape_of(case.model_config, case.model), model, training, tokenizer)
+
+
+def plan_training(
+    shape: ModelShape,
+    model: ModelConfig,
+    training: Training,
+    tokenizer: Any,
+    *,
+    packing: str = "auto",
+    compile: str = "auto",
+) -> CasePlan:
+    """The same of a model of any shape; ``model`` says how it is held, the others are keys of ``training``."""
     records = records_of(training.rows, tokenizer, training.batch_size * training.steps)
     rows = [tokenize(record, tokenizer, mask_prompt=training.masked) for record in records]
     steps = steps_of(rows, row_order(len(rows), training), training.steps)
     config = replace(
         default_config(),
-        model=ModelConfig(precision="checkpoint", quantization="keep"),
+        model=model,
         adapter=ADAPTER,
         optimizer=OPTIMIZER,
-        training=training.config(),
+        training=replace(training.config(), packing=packing, compile=compile),
     )
     config = replace(config, topology=replace(config.topology, placement="replicate"))
-    shape = shape_of(case.model_config, case.model)
     given = planner_for(config, shape, execution_for(config, shape, shape.checkpoint, Device.default()), steps)
     planner = replace(given, execution=choose_packing(given)[0])
     budget = parse_budget(config.topology.memory_budget, usable_bytes())
