@@ -11,8 +11,8 @@ for all.
 Cases: ``sql``, the SQL dataset with masked prompts; ``mixed``, unmasked text of 16 to 384 tokens; and ``long``,
 unmasked text of 1,000 tokens and more, two rows a step.
 
-``--random`` takes random weights in the shape of another model, such as Llama-3.2-1B, in bfloat16 (float32 on a CPU) or quantised to
-``--bits``: for a GPU, where speed depends on the shape alone and not on what the weights are.
+``--random`` takes random weights in the shape of another model, such as Llama-3.2-1B, quantised to ``--bits``, or in
+bfloat16 (float32 on a CPU): for a GPU, where speed depends on the shape alone and not on what the weights are.
 
 mlx_lm gets macft's OpenBLAS and the model already dequantised to float32, without which it would be many times slower
 on a CPU; ``--stock`` leaves it MLX's own BLAS. ``--unsloth`` adds Unsloth's MLX trainer; PYTHON is that of an
