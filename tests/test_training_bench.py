@@ -60,7 +60,7 @@ def printed(folder: Path) -> str:
         Case("huge", "huge", "sql", config=HUGE),
         Case("odd", "odd", "sql", config={"model_type": "no-such-model"}),
     ]
-    wanted = Wanted(cases, quick=True, steps=2, out=folder / "out.json", kept_in=folder)
+    wanted = Wanted(cases, quick=True, steps=1, out=folder / "out.json", kept_in=folder)
     with pytest.MonkeyPatch.context() as patch, (folder / "printed.txt").open("w") as file:
         patch.setenv("COLUMNS", "120")
         patch.setattr(sys, "stdout", file)

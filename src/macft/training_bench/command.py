@@ -64,7 +64,7 @@ def bench_training(wanted: Wanted) -> int:
     After Ctrl-C it ends at once, and shows and writes what is done.
     """
     console, results, status = Console(), [], 0
-    console.print(f"{prepare_device()}; random weights, rows in tokens of SmolLM2", markup=False, highlight=False)
+    console.print(f"{prepare_device()}\nrandom weights, rows in tokens of SmolLM2", markup=False, highlight=False)
     tokenizer = load_tokenizer(ModelConfig(), ensure_bundled())
     try:
         for case in wanted.cases:
@@ -84,8 +84,8 @@ def bench_training(wanted: Wanted) -> int:
     for line in reasons(results):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(
-        "tokens/s are targets a second of the timed steps, ms/step the median step, GB MLX's peak; "
-        "ratios are macft's figure over mlx_lm's",
+        "tokens/s: targets of the timed steps; ms/step: the median step; GB: MLX's peak\n"
+        "ratio: macft's figure over mlx_lm's",
         markup=False,
         highlight=False,
     )
