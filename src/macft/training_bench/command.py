@@ -22,7 +22,7 @@ from macft.report.durations import duration
 from macft.training_bench.cases import Case, plan_case, reason_against
 from macft.training_bench.report import reasons, table, to_plain
 from macft.training_bench.sides import Training
-from macft.training_bench.turns import Measured, measure
+from macft.training_bench.turns import CaseResult, measure
 
 ROUNDS = 3
 # Steps that are timed, and those before, by kind of rows: as trained by default, and with --quick.
@@ -68,7 +68,7 @@ def bench_training(wanted: Wanted) -> int:
     tokenizer = load_tokenizer(ModelConfig(), ensure_bundled())
     try:
         for case in wanted.cases:
-            found = Measured(case, wanted.training(case))
+            found = CaseResult(case, wanted.training(case))
             results.append(found)
             with console.status(f"{case.name}: planning") as shown:
                 try:
@@ -95,7 +95,7 @@ def bench_training(wanted: Wanted) -> int:
     return status or (0 if any(found.runs["macft"] for found in results) else 1)
 
 
-def _why_not(found: Measured, wanted: Wanted) -> str | None:
+def _why_not(found: CaseResult, wanted: Wanted) -> str | None:
     """Why a case is left out, in one line; None if it is run."""
     assert found.plan is not None
     if reason := reason_against(found.plan):
@@ -106,7 +106,7 @@ def _why_not(found: Measured, wanted: Wanted) -> str | None:
     return None
 
 
-def _write(wanted: Wanted, results: Sequence[Measured], console: Console) -> None:
+def _write(wanted: Wanted, results: Sequence[CaseResult], console: Console) -> None:
     report = to_plain(results, wanted.rounds)
     if wanted.out is not None:
         write_atomically(wanted.out, json.dumps(report, indent=1) + "\n")

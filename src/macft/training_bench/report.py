@@ -15,13 +15,13 @@ from rich.table import Table
 from macft.device.chips import own_brand
 from macft.device.kind import Device
 from macft.thermal.readings import STATES
-from macft.training_bench.turns import SIDES, Measured
+from macft.training_bench.turns import SIDES, CaseResult
 
 FORMAT = 1
 _FIGURES = ("target_tokens_per_second", "median_step_ms", "peak_mlx_gb")
 
 
-def table(results: Sequence[Measured]) -> Table:
+def table(results: Sequence[CaseResult]) -> Table:
     """A row for each case; below a ratio of two figures stands macft's over mlx-lm's."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     made.add_column("case", no_wrap=True)
@@ -36,7 +36,7 @@ def table(results: Sequence[Measured]) -> Table:
     return made
 
 
-def reasons(results: Sequence[Measured]) -> list[str]:
+def reasons(results: Sequence[CaseResult]) -> list[str]:
     """A line for each case, or side of one, that has no figures."""
     lines = []
     for found in results:
@@ -45,7 +45,7 @@ def reasons(results: Sequence[Measured]) -> list[str]:
     return lines
 
 
-def to_plain(results: Sequence[Measured], rounds: int) -> dict[str, Any]:
+def to_plain(results: Sequence[CaseResult], rounds: int) -> dict[str, Any]:
     """All figures as JSON takes them. What tells a person, a machine or a network from others is not in it.
 
     Only what is listed here gets in; free text, such as the message of an error, does not.
@@ -65,7 +65,7 @@ def to_plain(results: Sequence[Measured], rounds: int) -> dict[str, Any]:
     }
 
 
-def _case(found: Measured) -> dict[str, Any]:
+def _case(found: CaseResult) -> dict[str, Any]:
     case, plan = found.case, found.plan
     speed = found.operations_per_second
     made: dict[str, Any] = {
@@ -95,7 +95,7 @@ def _case(found: Measured) -> dict[str, Any]:
     return made
 
 
-def _status(found: Measured) -> str:
+def _status(found: CaseResult) -> str:
     if found.why_not:
         return "left out"
     if found.failures:

@@ -39,7 +39,7 @@ def records_of(kind: str, tokenizer: Any, count: int, *, split: str = "train") -
 def _texts(records: list[dict[str, Any]], tokenizer: Any, least: int, most: int, count: int) -> list[dict[str, Any]]:
     """``count`` texts of ``least`` to ``most`` tokens, evenly spread on a log scale, cut from the SQL dataset."""
     pieces = (tokenizer.encode(f"{json.dumps(record)}\n", add_special_tokens=False) for record in records)
-    stream = list(itertools.chain.from_iterable(pieces))
+    stream = list(itertools.islice(itertools.chain.from_iterable(pieces), count * most + 1))
     generator = random.Random(0)
     found, start = [], 0
     for _ in range(count):

@@ -13,7 +13,7 @@ from macft.thermal.sensors.base import SensorError
 from macft.thermal.sensors.macos_state import ThermalPressure
 from macft.training_bench.cases import Case, CasePlan
 from macft.training_bench.sides import Training
-from macft.training_bench.worker import Order
+from macft.training_bench.worker import RunOrder
 
 SIDES = ("macft", "mlx_lm")
 _LONGEST_REASON = 90
@@ -24,7 +24,7 @@ class RunFailed(Exception):
 
 
 @dataclass
-class Measured:
+class CaseResult:
     """A case: the figures of each side's runs, why one has none, and macOS's highest thermal level meanwhile.
 
     ``why_not``: why the case was not run; ``failures``: by side. ``plan`` is None where not even that could be made.
@@ -58,7 +58,7 @@ class Measured:
         return self.plan.operations * rows / self.training.batch_size
 
 
-def measure(found: Measured, rounds: int, progress: Callable[[str], None]) -> None:
+def measure(found: CaseResult, rounds: int, progress: Callable[[str], None]) -> None:
     """Runs the sides of ``found`` by turns, A B B A, and adds what they show. A side that fails is not run again."""
     assert found.plan is not None
     if found.plan.mlx_lm_peak > found.plan.budget:
@@ -87,7 +87,7 @@ def thermal_level() -> int | None:
     return int(readings[0].value) if readings else None
 
 
-def _order(side: str, found: Measured) -> Order:
+def _order(side: str, found: CaseResult) -> RunOrder:
     plan, case, training = found.plan, found.case, found.training
     assert plan is not None
     return {
@@ -105,7 +105,7 @@ def _order(side: str, found: Measured) -> Order:
 
 
 def run_side(
-    order: Order, command: Sequence[str] = (sys.executable, "-m", "macft.training_bench.worker")
+    order: RunOrder, command: Sequence[str] = (sys.executable, "-m", "macft.training_bench.worker")
 ) -> dict[str, float]:
     """One training in a fresh process, which is ended where this one is interrupted.
 
@@ -119,6 +119,7 @@ def run_side(
             output, errors = process.communicate(json.dumps(order))
         except BaseException:
             process.kill()
+            process.wait()  # after KeyboardInterrupt Popen itself does not
             raise
     if process.returncode:
         lines = errors.strip().splitlines() or [f"ended with status {process.returncode}"]

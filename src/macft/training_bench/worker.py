@@ -19,7 +19,7 @@ from macft.training_bench.rows import records_of
 from macft.training_bench.sides import Training, train_macft, train_mlx_lm
 
 
-class Order(TypedDict):
+class RunOrder(TypedDict):
     """``side`` is "macft" or "mlx_lm"; ``execution`` has the fields of an :class:`Execution`.
 
     ``budget`` and ``peak`` are bytes.
@@ -37,7 +37,7 @@ class Order(TypedDict):
     peak: float
 
 
-def execute(order: Order) -> dict[str, float]:
+def execute(order: RunOrder) -> dict[str, float]:
     """Trains, and returns the figures of :func:`~macft.training_bench.sides.result`."""
     prepare_device()
     training = Training(order["rows"], order["steps"], order["warm_up"])
