@@ -104,6 +104,7 @@ def test_the_file_names_nobody(printed: str, folder: Path) -> None:
     for private in (getpass.getuser(), platform.node(), str(Path.home()), *addresses):
         assert private not in texts
     assert not [text for text in texts if "/" in text or "@" in text or "\\" in text or len(text) > 60]
+    assert report["chip"]
 
 
 @pytest.mark.slow

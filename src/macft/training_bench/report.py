@@ -17,12 +17,16 @@ from macft.device.kind import Device
 from macft.thermal.readings import STATES
 from macft.training_bench.turns import SIDES, CaseResult
 
+# isort: split
+import mlx.core as mx
+
 FORMAT = 1
+_LONGEST_NAME = 60
 _FIGURES = ("target_tokens_per_second", "median_step_ms", "peak_mlx_gb")
 
 
 def table(results: Sequence[CaseResult]) -> Table:
-    """A row for each case; below a ratio of two figures stands macft's over mlx-lm's."""
+    """A row for each case; a ratio is macft's figure over mlx-lm's."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     made.add_column("case", no_wrap=True)
     for head in ("tokens/s", "mlx_lm", "ratio", "ms/step", "mlx_lm", "ratio", "GB", "mlx_lm", "ratio"):
@@ -52,7 +56,7 @@ def to_plain(results: Sequence[CaseResult], rounds: int) -> dict[str, Any]:
     """
     return {
         "format": FORMAT,
-        "chip": own_brand() or platform.machine(),
+        "chip": _chip(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30),
         "device": Device.default().kind,
         "system": _system(),
@@ -101,6 +105,12 @@ def _status(found: CaseResult) -> str:
     if found.failures:
         return f"without {' and '.join(found.failures)}"
     return "measured" if all(found.runs.values()) else "stopped"
+
+
+def _chip() -> str:
+    """What computes: "Apple M2 Max", "NVIDIA H100 80GB HBM3"."""
+    name = own_brand() or str(mx.device_info().get("device_name", "")) or platform.machine()
+    return re.sub(r"[^\w .()+-]+", " ", name)[:_LONGEST_NAME].strip()
 
 
 def _system() -> str:
