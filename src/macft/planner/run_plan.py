@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +14,7 @@ import yaml
 from macft.config.execution import execution_for
 from macft.config.schema import TrainConfig
 from macft.config.validate import world_size
-from macft.data.load import read, tokenize_all
+from macft.data.load import read, rows_to_tokenize, tokenize_all
 from macft.data.order import RowOrder
 from macft.data.template_clock import fix_clock
 from macft.device.chips import Mac, find_macs
@@ -40,6 +40,8 @@ from macft.planner.speed import chip_speed, own_speed
 from macft.planner.workload import StepRows, assumed_steps, steps_of
 from macft.topology.settings import parse_budget
 from macft.training.settings import steps_for
+
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,21 @@ class RunPlan:
         return self.chosen is not None
 
 
-def plan_run(config: TrainConfig) -> RunPlan:
+def plan_run(config: TrainConfig, *, progress: Progress | None = None) -> RunPlan:
     """Plans ``config`` for ``plan.chips``, or for as many nodes like this machine as its topology has.
+
+    ``progress`` is called with what is done, and how many of how many rows; 0 of 0 where there is no count.
 
     Raises:
         ModelError: nothing is known of the model's shape.
         DataError: the dataset can't be read.
     """
     notes: list[str] = []
+    tell = progress or (lambda *_: None)
+    tell(f"finding the model {config.model.path}", 0, 0)
     shape, folder = _shape(config, notes)
-    steps, total_steps = _steps(config, folder, notes)
+    steps, total_steps = _steps(config, folder, notes, tell)
+    tell("measuring this machine", 0, 0)
     macs = find_macs(config.plan.chips)
     device = METAL if macs else Device.default().shared_by(_nodes_here(config, macs))
     # The same for all nodes, which are of a kind.
@@ -204,7 +211,7 @@ def _own_speeds(config: TrainConfig, work: float, execution: Execution, notes: l
     """Operations a second that training reaches on this machine, for each node; ``work``: parameters times tokens."""
     count = world_size(config)
     if config.topology.kind in ("hosts", "ssh"):
-        notes.append("every host is taken to be a machine like this one; plan.chips=[...] names other Macs")
+        notes.append("every host is taken to be a machine like this one; --chips names other Macs")
     speed = own_speed(work / count, execution)
     notes.append(f"this machine trains with {speed.operations_per_second / 1e12:.2g} TFLOPS, {speed.origin}")
     return [speed.operations_per_second / _nodes_here(config, ())] * count
@@ -255,9 +262,10 @@ def known_models() -> dict[str, dict[str, Any]]:
     return {row.pop("path"): row for row in yaml.safe_load(text)}
 
 
-def _steps(config: TrainConfig, folder: Path | None, notes: list[str]) -> tuple[list[StepRows], int]:
+def _steps(config: TrainConfig, folder: Path | None, notes: list[str], tell: Progress) -> tuple[list[StepRows], int]:
     """The run's batches and its number of updates; rows of the longest length where they can't be tokenised here."""
     batch_size, longest = config.training.batch_size, config.dataset.max_seq_length
+    tell("reading the dataset", 0, 0)
     raw = read(config.dataset, seed=config.seed)
     sizes = [len(splits["train"]) for _, splits in raw]
     order = RowOrder(sizes, [source.weight for source, _ in raw], batch_size=batch_size, seed=config.seed)
@@ -267,15 +275,18 @@ def _steps(config: TrainConfig, folder: Path | None, notes: list[str]) -> tuple[
             raise ModelError("no tokenizer")
         tokenizer = load_tokenizer(config.model, folder)
         fix_clock(tokenizer, config.dataset.template_time)
-        data = tokenize_all(raw, config.dataset, tokenizer, need_test=False)
+        total = rows_to_tokenize(raw, need_test=False)
+        data = tokenize_all(
+            raw, config.dataset, tokenizer, need_test=False, progress=lambda done: tell("tokenizing", done, total)
+        )
     except DataError:
         raise
     except (MacftError, json.JSONDecodeError) as error:
         notes.append(f"all rows are taken to have {longest} tokens (dataset.max_seq_length): {error}")
         return assumed_steps(batch_size, longest), steps_for(config.training, order.steps_per_epoch)
     order = RowOrder(data.train.source_sizes, data.train.source_weights, batch_size=batch_size, seed=config.seed)
-    total = steps_for(config.training, order.steps_per_epoch)
-    return steps_of(data.train.rows, order, total), total
+    steps = steps_for(config.training, order.steps_per_epoch)
+    return steps_of(data.train.rows, order, steps), steps
 
 
 def _any_tokenizer(config: TrainConfig, notes: list[str]) -> Path | None:
