@@ -47,7 +47,9 @@ def execute(order: RunOrder) -> dict[str, float]:
     if order["side"] == "mlx_lm":
         return train_mlx_lm(model, tokenizer, records, training)
     keep_within(order["budget"], order["peak"])
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in order["execution"].items()}
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in order["execution"].items()
+    }
     return train_macft(model, tokenizer, records, training, Execution(**fields))
 
 
