@@ -34,10 +34,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from harness.random_weights import in_bfloat16
+from macft.training_bench.random_weights import held_as
 
 SIZES: dict[str, dict[str, Any]] = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
@@ -81,7 +80,7 @@ def make_model(shape: str, vocabulary: int | None) -> Any:
         "tie_word_embeddings": name != "8B",
     }
     mx.random.seed(1)
-    return in_bfloat16(Model(ModelArgs.from_dict(config | SIZES[name])), bits)
+    return held_as(Model(ModelArgs.from_dict(config | SIZES[name])), bits)
 
 
 def make_batch(options: argparse.Namespace, seed: int = 0) -> Any:
@@ -415,5 +414,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     main()

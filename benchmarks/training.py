@@ -11,8 +11,8 @@ for all.
 Cases: ``sql``, the SQL dataset with masked prompts; ``mixed``, unmasked text of 16 to 384 tokens; and ``long``,
 unmasked text of 1,000 tokens and more, two rows a step.
 
-``--random`` takes random weights in the shape of another model, such as Llama-3.2-1B, in bfloat16 or quantised to
-``--bits``: for a GPU, where speed depends on the shape alone and not on what the weights are.
+``--random`` takes random weights in the shape of another model, such as Llama-3.2-1B, quantised to ``--bits``, or in
+bfloat16 (float32 on a CPU): for a GPU, where speed depends on the shape alone and not on what the weights are.
 
 mlx_lm gets macft's OpenBLAS and the model already dequantised to float32, without which it would be many times slower
 on a CPU; ``--stock`` leaves it MLX's own BLAS. ``--unsloth`` adds Unsloth's MLX trainer; PYTHON is that of an
@@ -23,10 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import platform
-import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,68 +30,39 @@ import tempfile
 import time
 import types
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from harness.random_weights import in_bfloat16
-
-ROWS_A_STEP = {"sql": 4, "mixed": 4, "long": 2}
+# macft is imported in the functions that need it: with --stock, MLX comes first.
+CASES = ("long", "mixed", "sql")
 WARM_UP_STEPS = {"sql": 4, "mixed": 4, "long": 1}
-TOKENS = {"mixed": (16, 384), "long": (1000, 1020)}
-NUM_LAYERS = 16
-RANK, SCALE = 8, 20.0
-LEARNING_RATE = 1e-4
 
 
-def load_everything(options: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
-    """Model and records, the same for all."""
-    from macft.data.settings import SourceConfig
-    from macft.data.sources import read_source
+def load_everything(options: argparse.Namespace) -> tuple[Any, list[dict[str, Any]], Any]:
+    """Model, records and what is trained, the same for all."""
     from macft.device.mlx_device import prepare_device
     from macft.model.load import load, load_tokenizer
     from macft.model.resolve import resolve
     from macft.model.settings import ModelConfig
+    from macft.model.shape import read_shape, shape_of
+    from macft.training_bench.cases import Case
+    from macft.training_bench.random_weights import random_model
+    from macft.training_bench.rows import records_of
+    from macft.training_bench.sides import Training
 
-    case, config = options.case, ModelConfig()
+    config, training = ModelConfig(), Training(options.case, options.steps, options.warm_up)
     prepare_device()
     folder = Path(options.folder) if options.folder else resolve(config)
     if options.random:
-        model = random_model(options.random, options.bits)
-        loaded = types.SimpleNamespace(model=model, tokenizer=load_tokenizer(config, folder))
+        case = Case(options.random, options.random, options.case, options.bits)
+        model = random_model(case.model_config, bits=options.bits, dtype=case.dtype)
+        shape, held = shape_of(case.model_config, case.model), ModelConfig(precision="checkpoint", quantization="keep")
+        tokenizer = load_tokenizer(config, folder)
     else:
-        loaded = load(config, folder)  # type: ignore[assignment]
-    records = [dict(row.record) for row in read_source(SourceConfig(path="builtin:sql"))["train"]]
-    count = ROWS_A_STEP[case] * options.steps
-    return loaded, records[:count] if case == "sql" else texts(records, loaded.tokenizer, *TOKENS[case], count)
-
-
-def random_model(name: str, bits: int | None) -> Any:
-    """A frozen model of the shape that ``name`` has in macft's list of models, the same weights each time."""
-    from macft.planner.run_plan import known_models
-
-    # isort: split
-    import mlx.core as mx
-    from mlx_lm.utils import _get_classes
-
-    (config,) = [known for path, known in known_models().items() if f"/{name}-" in path]
-    del config["quantization"]
-    mx.random.seed(1)
-    model_class, arguments = _get_classes(config)
-    return in_bfloat16(model_class(arguments.from_dict(config)), bits)
-
-
-def texts(records: list[dict[str, Any]], tokenizer: Any, least: int, most: int, count: int) -> list[dict[str, Any]]:
-    """``count`` texts of ``least`` to ``most`` tokens, evenly spread on a log scale, cut from the SQL dataset."""
-    stream = tokenizer.encode("\n".join(json.dumps(record) for record in records))
-    generator = random.Random(0)
-    found, start = [], 0
-    for _ in range(count):
-        length = round(math.exp(generator.uniform(math.log(least), math.log(most))))
-        start = start if start + length < len(stream) else 0
-        found.append({"text": tokenizer.decode(stream[start : start + length])})
-        start += length
-    return found
+        found = load(config, folder)
+        model, tokenizer, shape, held = found.model, found.tokenizer, read_shape(folder), config
+    loaded = types.SimpleNamespace(model=model, tokenizer=tokenizer, shape=shape, config=held)
+    return loaded, records_of(options.case, loaded.tokenizer, training.batch_size * options.steps), training
 
 
 def execution_of(model: Any, **training: Any) -> Any:
@@ -113,19 +80,16 @@ def execution_of(model: Any, **training: Any) -> Any:
 def held_out_loss(loaded: Any, case: str) -> float:
     """Mean loss of the target tokens of rows that no trainer has seen, in nats."""
     from macft.collective.solo import Solo
-    from macft.data.settings import SourceConfig
-    from macft.data.sources import read_source
     from macft.data.tokenize import tokenize
     from macft.model.backends.choose import make_backend
     from macft.parallel.shares import DataShard
     from macft.training.loss import TokenLoss
     from macft.training.validation import validation_loss
+    from macft.training_bench.rows import ROW_KINDS, records_of
 
-    records = [dict(row.record) for row in read_source(SourceConfig(path="builtin:sql"))["valid"]]
-    records = (
-        records[:32] if case == "sql" else texts(records, loaded.tokenizer, *TOKENS[case], 8 if case == "mixed" else 2)
-    )
-    rows = [tokenize(record, loaded.tokenizer, mask_prompt=case == "sql") for record in records]
+    count = {"sql": 32, "mixed": 8, "long": 2}[case]
+    records = records_of(case, loaded.tokenizer, count, split="valid")
+    rows = [tokenize(record, loaded.tokenizer, mask_prompt=ROW_KINDS[case].masked) for record in records]
     model = loaded.model
     execution = execution_of(model, micro_batch_size=4)
     backend = make_backend(execution)
@@ -136,125 +100,39 @@ def held_out_loss(loaded: Any, case: str) -> float:
         ).loss
 
 
-def train_macft(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
-    """macft's own loop, without reports, checkpoints and evaluation."""
-    import mlx.core as mx
+def train_macft(options: argparse.Namespace) -> tuple[dict[str, float], Any]:
+    """macft's own loop, computed as a run would choose."""
+    loaded, records, training = load_everything(options)
 
-    from macft.checkpoint.saver import CheckpointSaver
-    from macft.checkpoint.snapshot import Progress
-    from macft.checkpoint.store import CheckpointStore
-    from macft.collective.solo import Solo
-    from macft.data.order import RowOrder
-    from macft.data.tokenize import tokenize
-    from macft.model.adapt import adapt
-    from macft.model.adapter_settings import AdapterConfig
-    from macft.model.backends.choose import make_backend
-    from macft.report.events import Event, NullReporter, StepDone
-    from macft.training.build_trainer import build_trainer
-    from macft.training.gradient import GradientComputer, LocalGradient
-    from macft.training.gradient_reducer import GradientReducer
-    from macft.training.optimizer import make_optimizer
-    from macft.training.settings import OptimizerConfig, TrainingConfig
-    from macft.training.state import TrainState
+    from macft.training_bench import sides
+    from macft.training_bench.cases import plan_training
 
-    seconds: list[float] = []
-    targets: list[int] = []
-
-    class Steps(NullReporter):
-        def handle(self, event: Event) -> None:
-            if isinstance(event, StepDone):
-                seconds.append(event.seconds)
-                targets.append(event.target_tokens)
-
-    class TimedGradient(GradientComputer):
-        """A step may still be under way when the next one begins; the first that is timed waits for the one before."""
-
-        began = 0.0
-
-        def __call__(self, step: int, *arguments: Any, **named: Any) -> LocalGradient:
-            if step == options.warm_up:
-                mx.synchronize()
-                self.began = time.perf_counter()
-            return super().__call__(step, *arguments, **named)
-
-    case, steps = options.case, options.steps
-    loaded, records = load_everything(options)
-    rows = [tokenize(record, loaded.tokenizer, mask_prompt=case == "sql") for record in records]
-    adaptation = adapt(loaded.model, AdapterConfig(rank=RANK, scale=SCALE, num_layers=NUM_LAYERS), seed=0)
-    optimizer_config = OptimizerConfig(name="adam", learning_rate=LEARNING_RATE, schedule="constant")
-    execution = execution_of(loaded.model, packing=options.packing, compile=options.compile)
-    backend = make_backend(execution)
-    with tempfile.TemporaryDirectory() as folder, backend.installed(loaded.model):
-        compute = TimedGradient(loaded.model, backend, execution, adaptation.dropout_keys, seed=0)
-        build_trainer(
-            TrainingConfig(batch_size=ROWS_A_STEP[case], steps=steps, eval_every=0, save_every=0, max_grad_norm=0.0),
-            optimizer_config,
-            TrainState(loaded.model, make_optimizer(optimizer_config), Progress(), GradientReducer(Solo())),
-            compute,
-            rows,
-            RowOrder([len(rows)], [1.0], batch_size=ROWS_A_STEP[case], seed=0),
-            CheckpointSaver(CheckpointStore(Path(folder), keep_last=1)),
-            Steps(),
-        ).train()
-        mx.synchronize()
-        elapsed = time.perf_counter() - compute.began
-    return result(options, elapsed, seconds[options.warm_up :], sum(targets[options.warm_up :])), loaded
+    keys = {"packing": options.packing, "compile": options.compile}
+    plan = plan_training(loaded.shape, loaded.config, training, loaded.tokenizer, **keys)
+    return sides.train_macft(loaded.model, loaded.tokenizer, records, training, plan.execution), loaded
 
 
-def train_mlx_lm(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
-    """mlx-lm's own tuner, as mlx_lm.lora calls it."""
-    case, steps = options.case, options.steps
-    loaded, records = load_everything(options)  # imports macft, and so OpenBLAS, before MLX
+def train_mlx_lm(options: argparse.Namespace) -> tuple[dict[str, float], Any]:
+    """mlx-lm's own tuner."""
+    loaded, records, training = load_everything(options)  # imports macft, and so OpenBLAS, before MLX
 
-    import mlx.core as mx
-    import mlx.optimizers as optim
-    from mlx_lm.tuner.datasets import CacheDataset, create_dataset
-    from mlx_lm.tuner.trainer import TrainingArgs, train
-    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from macft.training_bench import sides
 
-    mx.random.seed(0)
-    linear_to_lora_layers(loaded.model, NUM_LAYERS, {"rank": RANK, "scale": SCALE, "dropout": 0.0})
-    data = CacheDataset(create_dataset(records, loaded.tokenizer, types.SimpleNamespace(mask_prompt=case == "sql")))
-    times: list[float] = []
-    trained: list[int] = []
-
-    class Callback:
-        def on_train_loss_report(self, info: dict[str, Any]) -> None:
-            mx.synchronize()
-            times.append(time.perf_counter())
-            trained.append(int(info["trained_tokens"]))
-
-        def on_val_loss_report(self, info: dict[str, Any]) -> None:
-            raise AssertionError(f"no validation was asked for: {info}")
-
-    with tempfile.TemporaryDirectory() as folder:
-        settings = TrainingArgs(
-            batch_size=ROWS_A_STEP[case],
-            iters=steps,
-            steps_per_report=1,
-            steps_per_save=10 * steps,
-            adapter_file=str(Path(folder) / "adapters.safetensors"),
-        )
-        optimizer = optim.Adam(LEARNING_RATE, bias_correction=True)
-        train(loaded.model, optimizer, data, None, settings, training_callback=Callback())
-    # mlx-lm counts one padding token a row as a target; only the rows' own targets are compared.
-    padding = ROWS_A_STEP[case] * (steps - options.warm_up)
-    targets = trained[-1] - trained[options.warm_up - 1] - padding
-    return result(options, *since_warm_up(options, times), targets), loaded
+    return sides.train_mlx_lm(loaded.model, loaded.tokenizer, records, training), loaded
 
 
-def train_unsloth(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+def train_unsloth(options: argparse.Namespace) -> tuple[dict[str, float], Any]:
     """Unsloth's MLX trainer, as its own examples call it, on the same padded batches; blocks are not recomputed.
 
     Its package asks for torch and, but for an Apple machine, a GPU; only its MLX part is loaded.
     """
-    case, steps = options.case, options.steps
-    loaded, records = load_everything(options)
+    loaded, records, training = load_everything(options)
 
     import importlib.util
 
     import mlx.core as mx
-    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    from macft.training_bench.sides import OPTIMIZER, add_mlx_lm_adapter, result, since_warm_up
 
     found = importlib.util.find_spec("unsloth_zoo")
     package = types.ModuleType("unsloth_zoo")
@@ -264,8 +142,8 @@ def train_unsloth(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from unsloth_zoo.mlx.trainer import MLXTrainer, MLXTrainingConfig
 
     mx.random.seed(0)
-    linear_to_lora_layers(loaded.model, NUM_LAYERS, {"rank": RANK, "scale": SCALE, "dropout": 0.0})
-    if case == "sql":
+    add_mlx_lm_adapter(loaded.model)
+    if training.masked:
         halves = [(record["messages"][:-1], record["messages"][-1:]) for record in records]
         records = [{"prompt": prompt, "completion": completion} for prompt, completion in halves]
     times: list[float] = []
@@ -276,18 +154,18 @@ def train_unsloth(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
             tokenizer=loaded.tokenizer,
             train_dataset=records,
             args=MLXTrainingConfig(
-                per_device_train_batch_size=ROWS_A_STEP[case],
+                per_device_train_batch_size=training.batch_size,
                 gradient_accumulation_steps=1,
-                max_steps=steps,
+                max_steps=training.steps,
                 warmup_steps=0,
-                learning_rate=LEARNING_RATE,
+                learning_rate=OPTIMIZER.learning_rate,
                 lr_scheduler_type="constant",
                 optim="adam",
                 weight_decay=0.0,
                 gradient_checkpointing=False,
                 logging_steps=1,
                 output_dir=folder,
-                completion_only_loss=True if case == "sql" else None,
+                completion_only_loss=True if training.masked else None,
             ),
         )
 
@@ -298,30 +176,8 @@ def train_unsloth(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
         trainer.add_step_callback(clock)
         trainer.train()
-    return result(options, *since_warm_up(options, times), trained[-1] - trained[options.warm_up - 1]), loaded
-
-
-def since_warm_up(options: argparse.Namespace, times: list[float]) -> tuple[float, list[float]]:
-    """Seconds from the end of the warm-up to the last of ``times``, the ends of the steps; and those of each step."""
-    timed = times[options.warm_up - 1 :]
-    return timed[-1] - timed[0], [b - a for a, b in pairwise(timed)]
-
-
-def result(options: argparse.Namespace, elapsed: float, steps: list[float], targets: int) -> dict[str, Any]:
-    """Speed and memory of a training that has just ended; ``steps`` are the seconds of those that were timed."""
-    import mlx.core as mx
-
-    peak_resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak_mlx = mx.get_peak_memory()
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return {
-        "target_tokens_per_second": targets / elapsed,
-        # Without what a shape of batch costs when it comes first, as compiling does.
-        "median_step_ms": 1000 * statistics.median(steps),
-        "rows_per_second": ROWS_A_STEP[options.case] * len(steps) / elapsed,
-        "peak_resident_gb": peak_resident * unit / 1e9,
-        "peak_mlx_gb": peak_mlx / 1e9,
-    }
+    targets = trained[-1] - trained[training.warm_up - 1]
+    return result(training, *since_warm_up(training, times), targets), loaded
 
 
 def run(worker: str, python: str, arguments: list[str]) -> dict[str, Any]:
@@ -335,7 +191,7 @@ def run(worker: str, python: str, arguments: list[str]) -> dict[str, Any]:
     return found
 
 
-WORKERS: dict[str, Callable[..., tuple[dict[str, Any], Any]]] = {
+WORKERS: dict[str, Callable[..., tuple[dict[str, float], Any]]] = {
     "macft": train_macft,
     "mlx_lm": train_mlx_lm,
     "unsloth": train_unsloth,
@@ -345,7 +201,7 @@ WORKERS: dict[str, Callable[..., tuple[dict[str, Any], Any]]] = {
 def main() -> None:
     """Runs the comparison, or one side of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=sorted(ROWS_A_STEP), default="sql")
+    parser.add_argument("--case", choices=CASES, default="sql")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--warm-up", type=int, help="steps before the time is taken")

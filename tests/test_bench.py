@@ -163,6 +163,10 @@ def test_the_ranks_of_hosts_measure_together(tmp_path: Path, backend: str) -> No
         (["--link", "fast"], "--link: 'fast' is not a speed"),
         (["topology=single"], "topology: one node has nothing to exchange"),
         (["topology.node=3"], "topology.node: no such key; did you mean topology.nodes?"),
+        (["--training", "--cases", "9B"], "--cases: '9B' is not one of 135M-sql, "),
+        (["--training", "topology=local"], "topology=local: --training takes no overrides"),
+        (["--training", "--steps", "0"], "--steps: must be greater than 0"),
+        (["--quick"], "--quick: needs --training"),
         (["--json", "/no/such/folder/x.json"], "--json: the folder of /no/such/folder/x.json does not exist"),
     ],
 )

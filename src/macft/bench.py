@@ -1,9 +1,14 @@
 """``python -m macft.bench``: measures the all-reduce of a topology's ranks, in a table like that of nccl-tests.
 
+With ``--training`` it measures training on this machine instead, beside mlx_lm's trainer, with random weights. It shows
+a table and writes a small file without personal data. ``macft plan`` uses the figures from then on.
+
     python -m macft.bench                                           two processes on this machine
     python -m macft.bench topology=local topology.nodes=4 --peers mlx --limits
     python -m macft.bench topology=hosts 'topology.hosts=[192.168.0.1,192.168.0.2]' --link 40gbit    run on each Mac
     python -m macft.bench collective=mlx                            MLX's own communication instead of macft's ring
+    python -m macft.bench --training                                training, in all cases that fit this machine
+    python -m macft.bench --training --quick --cases 135M-sql       one small case, about a minute
 
 Overrides are those of macft.train; topology and collective are used here. Sizes are bytes of float32, times those of
 the slowest rank. algbw is size over time. busbw is 2(n-1)/n of it: what each link carries, for any number of ranks.
@@ -44,23 +49,38 @@ from macft.topology.settings import split_host
 
 SIZES = "4K,16K,64K,256K,1M,4M,16M,64M"
 PEERS = ("mlx", "gloo", "mpi", "tcp")
+_TRAINING_FILE = "macft-training.json"
 _TCP_PORT_OFFSET = 3
 """Offset of the TCP copy's port from the topology's; the ports before are for the rendezvous, the ring and MLX."""
 
 
-def main(argv: Sequence[str]) -> None:
-    """Measures, and prints the tables on rank 0.
+def main(argv: Sequence[str]) -> int | None:
+    """Measures, and prints the tables on rank 0. Returns the exit status; None is success.
 
     Raises:
         MacftError: The arguments are wrong, or a rank failed.
     """
     options = _options(argv)
+    if options.training:
+        return _train(options)
     config = _compose(options.overrides)
     results, rank = (
         _measure_hosts(options, config) if config.topology.kind == "hosts" else _measure_local(options, config)
     )
     if rank == 0:
         _report(options, config, results)
+    return None
+
+
+def _train(options: argparse.Namespace) -> int:
+    from macft.training_bench.cases import find_cases  # mlx-lm is slow to import, and the other benchmark needs none
+    from macft.training_bench.command import Wanted, bench_training
+
+    try:
+        cases = find_cases(options.cases)
+    except ValueError as error:
+        raise ConfigError(f"--cases: {error}") from None
+    return bench_training(Wanted(cases, bool(options.cases), options.quick, options.steps, options.out))
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -77,7 +97,16 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=60.0, help="seconds after which a peer hangs (%(default)s)")
     parser.add_argument("--json", type=Path, help="file for all results")
     parser.add_argument("--plot", type=Path, help="file for a plot: .png, .svg or .pdf (needs matplotlib)")
+    training = parser.add_argument_group("training")
+    training.add_argument("--training", action="store_true", help="measure training on this machine, beside mlx_lm")
+    training.add_argument("--cases", default="", help="names of cases, with commas; by default all that fit")
+    training.add_argument(
+        "--steps", type=int, help="steps that are timed in each run (20 of short rows, 5 of long ones)"
+    )
+    training.add_argument("--quick", action="store_true", help="one run of each side, of a few steps")
+    training.add_argument("--out", type=Path, help="file for all results (macft-training.json)")
     options = parser.parse_intermixed_args(arguments)
+    _check_training(options)
     try:
         options.sizes = sorted({LATENCY_BYTES, *(read_size(size) for size in options.sizes.split(","))})
     except ValueError as error:
@@ -93,11 +122,28 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         options.peers.append("tcp")
     if options.turns < 1 or not options.limit > 0:
         raise ConfigError("--turns and --limit: must be greater than 0")
-    for key in ("json", "plot"):
+    for key in ("json", "plot", "out"):
         path = getattr(options, key)
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"--{key}: the folder of {path} does not exist")
     return options
+
+
+def _check_training(options: argparse.Namespace) -> None:
+    """Options of one benchmark have no effect in the other."""
+    options.cases = [name for name in options.cases.split(",") if name]
+    if options.training:
+        if options.overrides:
+            raise ConfigError(
+                f"{options.overrides[0]}: --training takes no overrides; see --cases, --steps and --quick"
+            )
+        if options.steps is not None and options.steps < 1:
+            raise ConfigError("--steps: must be greater than 0")
+        options.out = options.out or Path(_TRAINING_FILE)
+        return
+    given = {"--cases": options.cases, "--steps": options.steps, "--quick": options.quick, "--out": options.out}
+    if wrong := [name for name, value in given.items() if value]:
+        raise ConfigError(f"{wrong[0]}: needs --training")
 
 
 def _compose(overrides: Sequence[str]) -> TrainConfig:

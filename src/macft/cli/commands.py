@@ -22,7 +22,7 @@ COMMANDS = {
     "cluster": "set up a cluster of machines; list or remove clusters",
     "keys": "show this machine's key, and manage the machines it trusts",
     "completion": "print or install tab completion for bash, zsh or fish",
-    "bench": "measure all-reduce speed between the machines of a topology",
+    "bench": "measure all-reduce between the machines of a topology, or training on this one",
 }
 """Name and description, in the order in which ``macft`` lists them."""
 

@@ -26,6 +26,8 @@ _FORM_FACTORS = ("macbook", "air", "mini", "studio", "imac", "mac")
 class Chip:
     """A row of chips.yaml: memory options in GiB, GB/s of memory and of the disk, FP32 TFLOPS of the GPU, watts under
     load (None: unknown).
+
+    ``matrix_tflops``: FP16 TFLOPS of matrix units in the GPU; None: it has none.
     """
 
     chip: str
@@ -35,6 +37,7 @@ class Chip:
     watts: float | None
     disk: float
     source: str
+    matrix_tflops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def chip_of_brand(brand: str) -> Chip | None:
 
 def own_chip() -> Chip | None:
     """This Mac's; None for other machines, and for chips that the table doesn't have."""
-    return chip_of_brand(_brand())
+    return chip_of_brand(own_brand())
 
 
 def find_macs(texts: Sequence[str]) -> list[Mac]:
@@ -117,7 +120,7 @@ def find_mac(text: str) -> Mac:
     return Mac(f"{name} {memory}GB", chip, memory)
 
 
-def _brand() -> str:
+def own_brand() -> str:
     """The processor's name on a Mac, "Apple M2 Max"; empty elsewhere."""
     if platform.system() != "Darwin":
         return ""

@@ -18,7 +18,7 @@ from macft.network.own_link import own_link
 from macft.planner.cluster_model import Alone, Node, NodeLink, RingLinks
 from macft.planner.layout_inputs import alone
 from macft.planner.placement import Placer
-from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops
+from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, chip_speed, measured_flops
 
 _LONGEST_REPORT = 4096
 _LONGEST_NAME = 255
@@ -42,8 +42,8 @@ def own_node(memory: float, *, name: str | None = None, processes: int = 1, addr
     is_cpu = Device.default().kind == "cpu"
     chip = None if is_cpu else own_chip()
     # The first measurement is also what makes a resting processor run at its full speed.
-    flops = chip.tflops * 1e12 if chip is not None else max(measured_flops() for _ in range(2))
-    speed = flops * (CPU_EFFICIENCY if is_cpu else MAC_EFFICIENCY)
+    efficiency = CPU_EFFICIENCY if is_cpu else MAC_EFFICIENCY
+    speed = chip_speed(chip) if chip is not None else max(measured_flops() for _ in range(2)) * efficiency
     if name is None:
         name = f"{platform.node()}, {chip.chip if chip is not None else platform.machine()}"
     found = own_link(address) if address is not None else None

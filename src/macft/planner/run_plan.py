@@ -39,7 +39,7 @@ from macft.planner.packing import choose_packing
 from macft.planner.partition import LayoutDecision, preferred
 from macft.planner.placement import Layout, Placer
 from macft.planner.run_placement import run_placements
-from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops
+from macft.planner.speed import chip_speed, own_speed
 from macft.planner.workload import StepRows, assumed_steps, steps_of
 from macft.topology.settings import parse_budget
 from macft.training.settings import steps_for
@@ -106,7 +106,9 @@ def plan_run(config: TrainConfig, *, progress: Progress | None = None) -> RunPla
     whole_steps = planner_for(config, shape, execution_for(config, shape, shape.checkpoint, device), steps)
     execution, packing_notes = choose_packing(whole_steps)
     notes += packing_notes
-    speeds = [mac.chip.tflops * 1e12 * MAC_EFFICIENCY for mac in macs] or _own_speeds(config, notes)
+    tokens = sum(float(step.lengths.sum()) for step in steps) / len(steps)
+    speeds = [chip_speed(mac.chip, execution.dtype) for mac in macs]
+    speeds = speeds or _own_speeds(config, shape.parameters * tokens, execution, notes)
     disks = [mac.chip.disk * 1e9 for mac in macs] or _own_disks(len(speeds), notes)
     plans, nodes, wanted, is_batch_too_large = [], [], config.topology.placement, False
     for rank, (speed, disk) in enumerate(zip(speeds, disks, strict=True)):
@@ -143,7 +145,7 @@ def plan_run(config: TrainConfig, *, progress: Progress | None = None) -> RunPla
         placements=placements,
         chosen=chosen,
         steps=total_steps,
-        tokens=sum(float(step.lengths.sum()) for step in steps) / len(steps),
+        tokens=tokens,
         notes=notes,
         advice=advice(
             nodes,
@@ -216,14 +218,14 @@ def _link_notes(links: Sequence[LinkKind], count: int) -> list[str]:
     return [f"nodes are connected by {names} (plan.link); rows are dealt by speed"]
 
 
-def _own_speeds(config: TrainConfig, notes: list[str]) -> list[float]:
-    """Operations a second that training reaches on this machine, for each node of the topology."""
+def _own_speeds(config: TrainConfig, work: float, execution: Execution, notes: list[str]) -> list[float]:
+    """Operations a second that training reaches on this machine, for each node; ``work``: parameters times tokens."""
     count = world_size(config)
-    efficiency = CPU_EFFICIENCY if Device.default().kind == "cpu" else MAC_EFFICIENCY
-    nodes_here = count if config.topology.kind == "local" else 1
     if config.topology.kind in ("hosts", "ssh"):
         notes.append("every host is taken to be a machine like this one; --chips names other Macs")
-    return [measured_flops() * efficiency / nodes_here] * count
+    speed = own_speed(work / count, execution)
+    notes.append(f"this machine trains with {speed.operations_per_second / 1e12:.2g} TFLOPS, {speed.origin}")
+    return [speed.operations_per_second / _nodes_here(config, ())] * count
 
 
 def _own_disks(count: int, notes: list[str]) -> list[float]:

@@ -10,6 +10,9 @@ from itertools import chain
 # isort: split
 import mlx.core as mx
 
+from macft.device.chips import Chip, own_chip
+from macft.device.kind import Device
+from macft.device.training_speed import nearest
 from macft.model.execution import Execution
 from macft.model.packing import scores_at_once
 from macft.planner.fit import MemoryPlanner
@@ -22,6 +25,11 @@ MAC_EFFICIENCY = 0.45
 # Share of the matrix-product speed that a step of SmolLM2 reaches on a CPU, with 4 to 16 SQL rows: 0.46 to 0.54 on one
 # core, 0.34 to 0.44 on two, where all but the large products is one core's work.
 CPU_EFFICIENCY = 0.42
+# Share of the estimated peak of an M5's matrix units. A guess: no training on them was published. Apple reports that an
+# M5 reads prompts, which is matrix products as training is, 3.3 to 4.1 times as fast as an M4
+# (machinelearning.apple.com, "Exploring LLMs with MLX and the Neural Accelerators in the M5 GPU", 2025). That would be
+# 0.4 of this peak; but a training step has more besides its products. With 0.25, an M5 trains 2.1 times as fast.
+MATRIX_EFFICIENCY = 0.25
 _PROBE, _PROBE_SECONDS = 1024, 0.3
 
 
@@ -74,6 +82,41 @@ def attention_operations(
     head_dim = planner.shape.head_dim
     pairs = sum(scores_at_once(batch.tokens, batch.rows, batch.length, head_dim) for batch in batches)
     return 4.0 * query * pairs, 8.0 * query * pairs
+
+
+@dataclass(frozen=True)
+class OwnSpeed:
+    """Operations a second that training reaches on this machine, and in words where that is from."""
+
+    operations_per_second: float
+    origin: str
+
+
+def own_speed(work: float, execution: Execution) -> OwnSpeed:
+    """This machine's for a step of ``work``, parameters times tokens, computed as ``execution`` says.
+
+    That of the most similar case that ``macft bench --training`` measured; otherwise that of a chip with matrix units,
+    which the matrix product of 0.3 s in float32 that is made elsewhere does not use.
+    """
+    device = Device.default().kind
+    measured = nearest(device, work, execution.bits)
+    if measured is not None:
+        return OwnSpeed(measured.speed, f"measured by macft bench --training ({measured.case})")
+    chip = own_chip() if device == "metal" else None
+    if chip is not None and chip.matrix_tflops is not None:
+        return OwnSpeed(chip_speed(chip, execution.dtype), "estimated for its chip; macft bench --training measures it")
+    efficiency = CPU_EFFICIENCY if device == "cpu" else MAC_EFFICIENCY
+    return OwnSpeed(
+        measured_flops() * efficiency, "from a matrix product of 0.3 s; macft bench --training measures training"
+    )
+
+
+def chip_speed(chip: Chip, dtype: str = "bfloat16") -> float:
+    """Operations a second that training reaches on a Mac with ``chip``; matrix units have no part in float32."""
+    speed = chip.tflops * MAC_EFFICIENCY
+    if chip.matrix_tflops is not None and dtype != "float32":
+        speed = max(speed, chip.matrix_tflops * MATRIX_EFFICIENCY)
+    return speed * 1e12
 
 
 def measured_flops() -> float:
