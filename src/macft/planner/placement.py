@@ -16,8 +16,8 @@ from macft.planner.fit import MemoryPlanner, batch_overrides
 from macft.planner.memory import MemoryParts
 from macft.planner.streamed_memory import streamed_parts
 
-# Of a machine's memory, what the weights of a model that only answers may take.
-_WEIGHTS_ONLY = 0.8
+WEIGHTS_ONLY = 0.8
+"""Of a machine's memory, what the weights of a model that only answers may take."""
 
 
 @dataclass(frozen=True)
@@ -202,13 +202,14 @@ def inference_placement(
 
 
 def blocks_with_room(shape: ModelShape, execution: Execution, budget: float) -> int:
-    """Of a model that only answers, the blocks that fit ``budget`` bytes beside what is around them; may be too many.
+    """Of a model that only answers, the blocks that fit ``budget`` bytes beside what is around them.
 
-    A fifth is left for activations and a cache of keys and values.
+    There may be more than the model has; below 0, not even what is around them fits. A fifth is left for activations
+    and a cache of keys and values.
     """
     weights = shape.weight_bytes(execution.weight_format)
     outside, block = weights * (1 - shape.block_share), weights * shape.block_share / shape.blocks
-    return max(0, math.floor((_WEIGHTS_ONLY * budget - outside) / block))
+    return math.floor((WEIGHTS_ONLY * budget - outside) / block)
 
 
 def _with_key(refusal: str | None) -> str | None:
