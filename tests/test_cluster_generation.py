@@ -22,7 +22,7 @@ import macft.evaluate
 import macft.generate
 import macft.serve
 from harness.families import build
-from harness.runs import environment, uneven_dataset
+from harness.runs import environment, free_ports, uneven_dataset
 from harness.tiny_model import TINY_CONFIG, make_tiny_model
 from helpers.hosts import cluster
 from helpers.models import random_adapter
@@ -471,6 +471,7 @@ def test_a_broken_weights_file_names_rank_and_file(five_blocks: Path, tmp_path: 
         (["--topology", "local", "--nodes", "1"], "--nodes: 1 must be 2 or more"),
         (["--topology", "local", "--placement", "stream"], "--placement: stream is for one machine"),
         (["--topology", "nowhere"], "topology: no cluster 'nowhere'"),
+        (["--topology", "local", "--by-hand"], "--by-hand: is for the machines of a cluster"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_starts(
@@ -520,3 +521,31 @@ def test_machines_of_a_cluster_are_started_over_ssh(
         assert f"{hosts[0]} ended: " in done.stderr
         assert "/no/python" in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_hosts_at_which_the_command_is_given_answer_together(
+    adapter_folder: Path, expected: Any, tmp_path: Path
+) -> None:
+    """The second host has no adapter of that name: it needs none."""
+    hosts = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    commands = []
+    for rank, adapter in enumerate((adapter_folder, tmp_path / "elsewhere")):
+        folder = tmp_path / f"host-{rank}"
+        (folder / "topology").mkdir(parents=True)
+        (folder / "topology/desk.yaml").write_text(json.dumps({"kind": "ssh", "hosts": hosts, "rank": rank}))
+        words = ["--adapter-path", str(adapter), "-p", QUESTIONS[0], "-m", "12", "--topology", "desk", "--by-hand"]
+        commands.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "macft.generate", *words],
+                env=environment() | {"MACFT_CONFIG": str(folder)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    (said, layout), (nothing, line) = [command.communicate(timeout=120) for command in commands]
+    assert [command.returncode for command in commands] == [0, 0], layout + line
+    assert said == expected(QUESTIONS[0], Sampling(max_tokens=12)) + "\n"
+    assert "rank 0: blocks 0-3 > rank 1: blocks 4-4\n" in layout
+    assert (nothing, line.splitlines()[0]) == ("", f"rank 1: the answers are on {hosts[0]}, which leads")
