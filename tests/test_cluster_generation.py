@@ -289,7 +289,7 @@ def test_what_does_not_fit_is_one_line_before_anything_loads(five_blocks: Path) 
     assert "reads " in note
     for error in opened(five_blocks, [1.0, 0.1]):
         assert str(error) == (
-            "topology.memory_budget: host-1 has 0.0008 GB, and a part of this model takes 0.0015 GB, even with its "
+            "topology.memory_budget: host-1 has 0.0008 GB, and a part of this model takes 0.00154 GB, even with its "
             "other blocks read from disk; use a machine with more memory there, fewer nodes or fewer bits"
         )
 

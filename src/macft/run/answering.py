@@ -297,22 +297,28 @@ def _layout(facts: Sequence[_Facts], leader: int, together: int) -> StageLayout:
         )
     # Measurements of machines that are alike differ.
     speeds = alike([Node(each.machine, each.bandwidth, each.budget, each.disk) for each in facts])
+    room = _room(facts)
     nodes = [
-        AnsweringNode(each.room, each.block / speed.speed, each.block / speed.disk, each.head / speed.speed)
-        for each, speed in zip(facts, speeds, strict=True)
+        AnsweringNode(room[rank], each.block / speed.speed, each.block / speed.disk, each.head / speed.speed)
+        for rank, (each, speed) in enumerate(zip(facts, speeds, strict=True))
     ]
     layout = answering_layout(nodes, own.blocks, leader, together)
     if layout is None:
-        raise ConfigError(_too_large(facts))
+        raise ConfigError(_too_large(facts, room))
     return layout
 
 
-def _too_large(facts: Sequence[_Facts]) -> str:
-    """Why no cut fits, in one line: to read blocks from disk a rank has room for two, and every rank has a block."""
-    least = 1 if any(each.room >= 2 for each in facts) else 2
-    lacking = [each for each in facts if each.room < least]
-    names = ", ".join(f"{each.name} has {each.budget / 1e9:.3g} GB" for each in lacking)
-    needed = max(each.budget + (least - each.room) * each.block / WEIGHTS_ONLY for each in lacking)
+def _room(facts: Sequence[_Facts]) -> list[int]:
+    """By rank, the blocks that fit its memory."""
+    return [each.room for each in facts]
+
+
+def _too_large(facts: Sequence[_Facts], room: Sequence[int]) -> str:
+    """Why no cut fits, in one line: every rank has a block, and to read others from disk it has room for two."""
+    least = 1 if any(blocks >= 2 for blocks in room) else 2
+    lacking = [(each, least - blocks) for each, blocks in zip(facts, room, strict=True) if blocks < least]
+    names = ", ".join(f"{each.name} has {each.budget / 1e9:.3g} GB" for each, _ in lacking)
+    needed = max(each.budget + blocks * each.block / WEIGHTS_ONLY for each, blocks in lacking)
     return (
         f"topology.memory_budget: {names}, and a part of this model takes {needed / 1e9:.3g} GB, even with its other "
         "blocks read from disk; use a machine with more memory there, fewer nodes or fewer bits"
@@ -320,14 +326,13 @@ def _too_large(facts: Sequence[_Facts]) -> str:
 
 
 def _from_disk(facts: Sequence[_Facts], layout: StageLayout) -> tuple[str, ...]:
-    lines = []
+    lines, room = [], _room(facts)
     for stage in layout.pipelines[0]:
-        count, rank = len(stage.blocks), facts[stage.rank]
-        if (read := count - blocks_in_memory(count, rank.room)) > 0:
-            size = read * rank.block / 1e9
+        count, each = len(stage.blocks), facts[stage.rank]
+        if (read := count - blocks_in_memory(count, room[stage.rank])) > 0:
             lines.append(
-                f"note: rank {stage.rank}, {rank.name}, reads {read} of its {count} blocks from disk for every token, "
-                f"{size:.3g} GB; it may take {rank.budget / 1e9:.3g} GB of memory"
+                f"note: rank {stage.rank}, {each.name}, reads {read} of its {count} blocks from disk for every token, "
+                f"{read * each.block / 1e9:.3g} GB; it may take {each.budget / 1e9:.3g} GB of memory"
             )
     return tuple(lines)
 
