@@ -278,6 +278,12 @@ def test_what_is_always_zero_has_no_curve_and_what_becomes_zero_has(tmp_path: Pa
     alone = dataclasses.replace(step(1), bytes_sent=0, residual_norm=0.0, learning_rate=0.0)
     assert not {name for name in named.of(alone) if "network" in name}
     assert named.of(alone)["optim/learning_rate"] == 0.0
+    two = dataclasses.replace(alone, nodes=[NodeStatus(), NodeStatus()], shares=[1.0, 0.0])
+    assert "time/all_reduce" in named.of(two)
+    assert "time/all_reduce" not in named.of(dataclasses.replace(alone, nodes=[NodeStatus()]))
+    assert named.of(two)["system/cluster/share_rank1"] == 0.0
+    assert "system/cluster/generation" not in named.of(two)
+    assert named.of(dataclasses.replace(two, generation=1))["system/cluster/generation"] == 1.0
 
 
 def test_tensorboard_reads_back_the_texts(tmp_path: Path) -> None:
@@ -449,7 +455,7 @@ def test_a_nodes_status_keeps_its_keys(tmp_path: Path) -> None:
     reporter.close()
     keys = "tokens busy_seconds duty paused reason temperature state watts peak_watts joules metered_seconds estimated"
     [node] = lines(path)[0]["nodes"]
-    assert list(node) == [*keys.split(), "remarks", "disk_seconds", "wait_seconds", "wire_seconds"]
+    assert list(node) == [*keys.split(), "remarks", "disk_seconds", "wait_seconds", "wire_seconds", "peak_memory"]
     assert (node["tokens"], node["remarks"]) == (3, 2)
 
 

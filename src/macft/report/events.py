@@ -73,6 +73,33 @@ class RunStarted(Event):
 
 
 @dataclass(frozen=True)
+class NodeDescription:
+    """A node: its name, its device for people, and the bytes that MLX may use there.
+
+    ``blocks``: the first and the last of the model's blocks that it holds; None: all of them. ``to_next``: bytes a
+    second to the next node of the ring, as measured when the ring formed.
+    """
+
+    name: str
+    device: str
+    memory: float
+    blocks: list[int] | None = None
+    to_next: float | None = None
+
+
+@dataclass(frozen=True)
+class RingFormed(Event):
+    """The nodes, by rank, of ``generation``, which counts the changes of the nodes. One that is alone is in it too.
+
+    ``latency``: seconds of a small message from one node to the next.
+    """
+
+    generation: int
+    nodes: list[NodeDescription]
+    latency: float | None = None
+
+
+@dataclass(frozen=True)
 class StepDone(ReplayedEvent):
     """An update was made. ``step`` counts from 1; ``loss`` is the global mean per target token, in nats.
 

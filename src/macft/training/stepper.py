@@ -146,6 +146,7 @@ def _status(nodes: NodeCoordinator, local: LocalGradient, seconds: float) -> Nod
         disk_seconds=local.waited_for_weights,
         wait_seconds=local.waited_for_stages,
         wire_seconds=local.sent_to_stages,
+        peak_memory=mx.get_peak_memory(),
     )
 
 
