@@ -22,16 +22,18 @@ import macft.evaluate
 import macft.generate
 import macft.serve
 from harness.families import build
-from harness.runs import environment, uneven_dataset
+from harness.runs import environment, free_ports, uneven_dataset
 from harness.tiny_model import TINY_CONFIG, make_tiny_model
 from helpers.hosts import cluster
 from helpers.models import random_adapter
+from helpers.rings import local_listeners, run_ranks
 from helpers.serving import CHAT, JSON, Served, answers_of_one_process, events, served
+from macft.collective.ring import Ring
 from macft.collective.solo import Solo
 from macft.config.execution import inference_execution
 from macft.errors import ConfigError, MacftError, ModelError, ProtocolError
 from macft.evaluation.chat import Sampling
-from macft.generation.layout import answering_layout
+from macft.generation.layout import AnsweringNode, answering_layout
 from macft.generation.pipeline import AnswerPipeline
 from macft.generation.stage import AnsweringStage
 from macft.generation.tasks import (
@@ -50,6 +52,7 @@ from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig
 from macft.parallel.stage_layout import Stage
 from macft.parallel.stage_places import StagePlace
+from macft.run.answering import AnsweringRank, SpreadModel
 
 QUESTIONS = ("Repeat: red", "seven lamps", "what is north? " * 9, "quiet", "river stone paper")
 
@@ -209,18 +212,86 @@ def test_penalties_and_biases_change_the_answer(pipeline: AnswerPipeline) -> Non
     assert len(set(plain)) < 6  # a random model repeats itself
 
 
+def fast(room: int = 99, head: float = 0.0) -> AnsweringNode:
+    return AnsweringNode(room, 1.0, 20.0, head)
+
+
+def slow(room: int = 99) -> AnsweringNode:
+    return AnsweringNode(room, 4.0, 20.0)
+
+
 @pytest.mark.parametrize(
-    ("blocks", "room", "leader", "expected"),
+    ("nodes", "blocks", "leader", "together", "expected"),
     [
-        (6, [9, 9], 0, "rank 0: blocks 0-2 > rank 1: blocks 3-5"),
-        (7, [9, 9, 9], 1, "rank 1: blocks 0-2 > rank 2: blocks 3-4 > rank 0: blocks 5-6"),
-        (6, [1, 9], 0, "rank 0: blocks 0-0 > rank 1: blocks 1-5"),
-        (6, [0, 4, 2], 0, "rank 0: blocks 0-0 > rank 1: blocks 1-3 > rank 2: blocks 4-5"),
-        (8, [2, 3], 0, "rank 0: blocks 0-3 > rank 1: blocks 4-7"),
+        ([fast(), fast()], 6, 0, 1, "rank 0: blocks 0-2 > rank 1: blocks 3-5"),
+        ([fast(), fast(), fast()], 7, 1, 4, "rank 1: blocks 0-2 > rank 2: blocks 3-4 > rank 0: blocks 5-6"),
+        # One answer is fastest on the fast node, ten are where both compute.
+        ([fast(), slow()], 10, 0, 1, "rank 0: blocks 0-8 > rank 1: blocks 9-9"),
+        ([fast(), slow()], 10, 0, 10, "rank 0: blocks 0-7 > rank 1: blocks 8-9"),
+        ([fast(6), slow()], 10, 0, 1, "rank 0: blocks 0-5 > rank 1: blocks 6-9"),
+        # The last stage has the head besides.
+        ([fast(head=3.0), fast(head=3.0)], 9, 0, 4, "rank 0: blocks 0-5 > rank 1: blocks 6-8"),
+        ([fast(1), fast()], 6, 0, 1, "rank 0: blocks 0-0 > rank 1: blocks 1-5"),
+        ([fast(1), fast(4), fast(2)], 6, 0, 1, "rank 0: blocks 0-0 > rank 1: blocks 1-3 > rank 2: blocks 4-5"),
+        # Not all fit: two take turns on the ranks that read from disk.
+        ([fast(2), fast(3)], 8, 0, 1, "rank 0: blocks 0-4 > rank 1: blocks 5-7"),
+        ([fast(2), fast(3)], 8, 0, 8, "rank 0: blocks 0-3 > rank 1: blocks 4-7"),
+        ([fast(0), fast()], 6, 0, 1, "None"),
+        ([fast(1), fast(1)], 6, 0, 1, "None"),
     ],
 )
-def test_blocks_are_spread_evenly_where_they_fit(blocks: int, room: list[int], leader: int, expected: str) -> None:
-    assert str(answering_layout(blocks, room, leader)) == expected
+def test_blocks_are_cut_by_memory_and_speed(
+    nodes: list[AnsweringNode], blocks: int, leader: int, together: int, expected: str
+) -> None:
+    assert str(answering_layout(nodes, blocks, leader, together)) == expected
+
+
+def test_a_model_of_many_blocks_is_cut_as_well_as_any_way_could() -> None:
+    nodes = [AnsweringNode(30, 1.0, 5.0), AnsweringNode(9, 2.5, 4.0), AnsweringNode(12, 0.7, 9.0, 6.0)]
+    for together in (1, 2, 5):
+        layout = answering_layout(nodes, 24, 0, together)
+        assert layout is not None
+
+        def tokens(first: int, second: int, together: int = together) -> float:
+            sizes = (first, second, 24 - first - second)
+            times = [node.seconds(size, is_last=node.head > 0) for node, size in zip(nodes, sizes, strict=True)]
+            return max(sum(times), together * max(times))
+
+        found = tokens(*(len(stage.blocks) for stage in layout.pipelines[0][:2]))
+        best = min(tokens(first, second) for first in range(1, 23) for second in range(1, 24 - first))
+        assert found == pytest.approx(best, rel=2e-3)
+
+
+def opened(model: Path, shares: list[float]) -> list[Any]:
+    """By rank, the lines for the user when ranks with so many parts of 8 MB open the model's stages, or the error.
+
+    What is around the blocks has 1.05 MB, and each block 0.15 MB.
+    """
+    spread = SpreadModel.of(ModelConfig(path=str(model)), None, "8MB")
+
+    def lines(ring: Ring) -> list[str]:
+        rank = AnsweringRank(ring, name=f"host-{ring.rank}", machine_share=shares[ring.rank])
+        with rank.open_stage(spread, 0) as stage:
+            held = stage.stage.compute(Task(TaskKind.NOTHING), None)
+            assert held is None or isinstance(held, Outcome)
+            return [str(stage.layout), *stage.from_disk]
+
+    return run_ranks(local_listeners(len(shares)), lines, catch=MacftError)
+
+
+def test_a_host_with_little_memory_gets_few_blocks(five_blocks: Path) -> None:
+    assert opened(five_blocks, [0.2, 1.0]) == [["rank 0: blocks 0-0 > rank 1: blocks 1-4"]] * 2
+
+
+def test_what_does_not_fit_is_one_line_before_anything_loads(five_blocks: Path) -> None:
+    layout, note = opened(five_blocks, [0.22, 0.22])[0]
+    assert layout.startswith("rank 0: blocks 0-")
+    assert "reads " in note
+    for error in opened(five_blocks, [1.0, 0.1]):
+        assert str(error) == (
+            "topology.memory_budget: host-1 has 0.0008 GB, and a part of this model takes 0.00154 GB, even with its "
+            "other blocks read from disk; use a machine with more memory there, fewer nodes or fewer bits"
+        )
 
 
 def test_malformed_messages_between_stages_are_told() -> None:
@@ -400,6 +471,7 @@ def test_a_broken_weights_file_names_rank_and_file(five_blocks: Path, tmp_path: 
         (["--topology", "local", "--nodes", "1"], "--nodes: 1 must be 2 or more"),
         (["--topology", "local", "--placement", "stream"], "--placement: stream is for one machine"),
         (["--topology", "nowhere"], "topology: no cluster 'nowhere'"),
+        (["--topology", "local", "--by-hand"], "--by-hand: is for the machines of a cluster"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_starts(
@@ -442,10 +514,38 @@ def test_machines_of_a_cluster_are_started_over_ssh(
         done = call(*made.inside(made.hosts[1]))  # now it is one of them
         assert done.returncode == 0, done.stderr
         assert done.stdout == expected(QUESTIONS[0], Sampling(max_tokens=12)) + "\n"
-        assert done.stderr.startswith("rank 0: blocks 0-2 > rank 1: blocks 3-4\n")
+        assert done.stderr.startswith("rank 0: blocks 0-3 > rank 1: blocks 4-4\n")
         (folder / "desk.yaml").write_text(json.dumps({"kind": "ssh", "hosts": hosts, "python": ["/no/python"]}))
         done = call()
         assert done.returncode == 1
         assert f"{hosts[0]} ended: " in done.stderr
         assert "/no/python" in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_hosts_at_which_the_command_is_given_answer_together(
+    adapter_folder: Path, expected: Any, tmp_path: Path
+) -> None:
+    """The second host has no adapter of that name: it needs none."""
+    hosts = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    commands = []
+    for rank, adapter in enumerate((adapter_folder, tmp_path / "elsewhere")):
+        folder = tmp_path / f"host-{rank}"
+        (folder / "topology").mkdir(parents=True)
+        (folder / "topology/desk.yaml").write_text(json.dumps({"kind": "ssh", "hosts": hosts, "rank": rank}))
+        words = ["--adapter-path", str(adapter), "-p", QUESTIONS[0], "-m", "12", "--topology", "desk", "--by-hand"]
+        commands.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "macft.generate", *words],
+                env=environment() | {"MACFT_CONFIG": str(folder)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    (said, layout), (nothing, line) = [command.communicate(timeout=120) for command in commands]
+    assert [command.returncode for command in commands] == [0, 0], layout + line
+    assert said == expected(QUESTIONS[0], Sampling(max_tokens=12)) + "\n"
+    assert "rank 0: blocks 0-3 > rank 1: blocks 4-4\n" in layout
+    assert (nothing, line.splitlines()[0]) == ("", f"rank 1: the answers are on {hosts[0]}, which leads")

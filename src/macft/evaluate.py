@@ -20,7 +20,13 @@ from macft.data.sources import SPLITS
 from macft.device.durable import write_atomically
 from macft.errors import ConfigError
 from macft.evaluation.metrics import METRICS, PERPLEXITY
-from macft.launch.cluster_command import add_cluster_arguments, leading_rank, spread_model, topology_of
+from macft.launch.cluster_command import (
+    add_cluster_arguments,
+    follow_first_host,
+    leading_rank,
+    spread_model,
+    topology_of,
+)
 from macft.report.result_text import change_text, result_name, result_text
 from macft.report.shown_phases import ShownPhases
 from macft.run.tuned_model import TunedModel, add_model_arguments
@@ -42,9 +48,12 @@ def main(argv: Sequence[str]) -> None:
         MacftError: The arguments are wrong, or the model, adapter or dataset can't be read.
     """
     arguments = _parser().parse_args(argv)
+    topology = topology_of(arguments)
+    if follow_first_host(topology):
+        return
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise ConfigError(f"--json: the folder {arguments.json.parent} does not exist")
-    tuned, topology = TunedModel.from_arguments(arguments), topology_of(arguments)
+    tuned = TunedModel.from_arguments(arguments)
     console = Console(highlight=False)
     with ShownPhases() as phases:
         evaluation = evaluate_found(

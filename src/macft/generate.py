@@ -13,7 +13,13 @@ from macft.api.loaded_model import load_found
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.errors import ConfigError
-from macft.launch.cluster_command import add_cluster_arguments, leading_rank, spread_model, topology_of
+from macft.launch.cluster_command import (
+    add_cluster_arguments,
+    follow_first_host,
+    leading_rank,
+    spread_model,
+    topology_of,
+)
 from macft.report.shown_phases import ShownPhases
 from macft.run.tuned_model import TunedModel, add_model_arguments
 from macft.topology.settings import TopologyConfig
@@ -31,6 +37,9 @@ def main(argv: Sequence[str]) -> None:
         MacftError: The arguments are wrong, or the model or adapter can't be read.
     """
     arguments = _parser().parse_args(argv)
+    topology = topology_of(arguments)
+    if follow_first_host(topology):
+        return
     tuned = TunedModel.from_arguments(arguments)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     if prompt is not None and not prompt.strip():
@@ -41,7 +50,6 @@ def main(argv: Sequence[str]) -> None:
     sampling = {field.name: getattr(arguments, field.name) for field in fields(Sampling)}
     if problems := Sampling(**sampling).problems():
         raise ConfigError("\n".join(problems))
-    topology = topology_of(arguments)
     chosen = Sampling(**sampling)
     with _here(tuned, arguments, chosen) if topology is None else _spread(tuned, arguments, chosen, topology) as chat:
         if prompt is not None:

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, NoReturn
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import INTERRUPTED, run_command
 from macft.errors import ConfigError, MacftError
-from macft.launch.cluster_command import add_cluster_arguments, leading_rank, spread_model, topology_of
+from macft.launch.cluster_command import (
+    add_cluster_arguments,
+    follow_first_host,
+    leading_rank,
+    spread_model,
+    topology_of,
+)
 from macft.run.tuned_model import TunedModel, add_model_arguments
 from macft.topology.settings import TopologyConfig
 
@@ -35,8 +41,10 @@ def main(argv: Sequence[str]) -> NoReturn:
         MacftError: The arguments are wrong, the model or adapter can't be read, or the address is in use.
     """
     arguments = _parser().parse_args(argv)
-    tuned = TunedModel.from_arguments(arguments)
     topology = topology_of(arguments)
+    if follow_first_host(topology):
+        sys.exit(0)
+    tuned = TunedModel.from_arguments(arguments)
     config = _config(arguments, tuned)
 
     from macft.device.mlx_device import prepare_device

@@ -80,6 +80,7 @@ def score_answers(
     max_tokens: int,
     progress: Callable[[int, int], None],
     stopped: Callable[[], bool] = lambda: False,
+    mine: range | None = None,
 ) -> Scored:
     """Answers greedily and scores, on each rank its share of ``questions``; every rank returns the whole result.
 
@@ -89,6 +90,7 @@ def score_answers(
         max_tokens: Longest answer, in tokens.
         progress: Called with the numbers of this rank's finished questions and of all its questions.
         stopped: Asked between two batches; once it is true on any rank, there is no result.
+        mine: Which questions this rank asks, each question on one rank; None: the ranks take turns.
 
     Raises:
         DataError: A record has not what a metric needs.
@@ -96,7 +98,7 @@ def score_answers(
         Stopped: On all ranks alike.
     """
     started = time.perf_counter()
-    mine = range(collective.rank, len(questions), collective.world_size)
+    mine = range(collective.rank, len(questions), collective.world_size) if mine is None else mine
     prompts = [questions[index].prompt for index in mine]
     form = AnswerForm.of(tokenizer, questions[0].record) if questions else AnswerForm()
     expected = [form.answer(item.expected) for item in questions]

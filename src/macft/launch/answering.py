@@ -1,6 +1,7 @@
 """Starts the other ranks of a cluster that answers, on this machine or over SSH, and meets them.
 
-This process leads. What it starts ends with it: each of the others watches the connection that started it.
+This process leads. What it starts ends with it: each of the others watches the connection that started it. With
+``kind: hosts`` nothing is started: the user gives the command on each host, and that of the first one leads.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from macft.device.blas import available_cores
 from macft.errors import ConfigError
 from macft.launch.answering_worker import WorkerRequest, elastic_ring
 from macft.launch.ssh_workers import SshWorkers
-from macft.membership.join import MEMBERSHIP_PORT, local_address_towards
-from macft.rendezvous.hosts import bind_addresses
-from macft.rendezvous.keystore import needs_keys, run_keyring
+from macft.membership.join import MEMBERSHIP_PORT, MemberConfig, form_elastic_ring, local_address_towards
+from macft.rendezvous.hosts import bind_addresses, connect_hosts
+from macft.rendezvous.keystore import keyring_for, needs_keys, run_keyring
 from macft.rendezvous.server import RendezvousServer
 from macft.topology.hosts import own_rank
 from macft.topology.settings import TopologyConfig, host_paths, split_host
@@ -52,12 +53,17 @@ class _Workers(Protocol):
 
 @contextmanager
 def answering_cluster(topology: TopologyConfig, settings: CollectiveConfig) -> Iterator[Collective]:
-    """All ranks of ``topology``, of which this process is rank 0.
+    """All ranks of ``topology``, of which this process is rank 0, or with ``kind: hosts`` that of its host.
 
     Raises:
+        ConfigError: this machine is none of the hosts at which the command is to be given, or has no keys.
         LaunchError: a machine can't be reached, or a rank ended, with what it said last.
         RendezvousError, CollectiveError: the ranks do not come together.
     """
+    if topology.kind == "hosts":
+        with _met_on_hosts(topology, settings) as met:
+            yield met
+        return
     with ExitStack() as stack:
         requests = _local(topology, settings) if topology.kind == "local" else _on_hosts(topology, settings)
         leader = requests[0]
@@ -82,6 +88,28 @@ def answering_cluster(topology: TopologyConfig, settings: CollectiveConfig) -> I
         stack.callback(workers.end)
         with _watched(server, workers):
             collective = elastic_ring(requests[0], stack)
+        yield collective
+
+
+@contextmanager
+def _met_on_hosts(topology: TopologyConfig, settings: CollectiveConfig) -> Iterator[Collective]:
+    """All hosts, on each of which the command was given."""
+    name = topology.hosts[own_rank(topology)]
+    keyring, must_match = keyring_for(topology, settings), package_versions()
+    paths = host_paths(name, split_host(name, topology.port)[1])
+    member = MemberConfig(
+        bind=bind_addresses(paths, MEMBERSHIP_PORT),
+        ring_bind=bind_addresses(paths, 1),
+        name=name,
+        settings=settings,
+        keyring=keyring,
+        must_match=must_match,
+    )
+    run_id = f"answers:{','.join(topology.hosts)}"
+    with (
+        connect_hosts(topology, settings, run_id=run_id, must_match=must_match, keyring=keyring) as ring,
+        form_elastic_ring(ring, member) as collective,
+    ):
         yield collective
 
 

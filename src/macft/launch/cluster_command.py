@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from macft.collective.settings import CollectiveConfig
 from macft.errors import ConfigError
 from macft.run.tuned_model import TunedModel
+from macft.topology.hosts import own_rank
 from macft.topology.settings import TopologyConfig
 from macft.topology.topology_file import load_topology
 
@@ -23,13 +25,18 @@ _LOCAL = "local"
 
 
 def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--topology`` and ``--nodes``."""
+    """``--topology``, ``--nodes`` and ``--by-hand``."""
     parser.add_argument(
         "--topology",
         metavar="NAME",
         help="spread the model's blocks over the machines of this cluster, or over processes here (local)",
     )
     parser.add_argument("--nodes", type=int, help="number of processes of --topology local (default 2)")
+    parser.add_argument(
+        "--by-hand",
+        action="store_true",
+        help="start nothing over SSH: this command is given on each machine of --topology, and the first one leads",
+    )
 
 
 def topology_of(arguments: argparse.Namespace) -> TopologyConfig | None:
@@ -39,6 +46,8 @@ def topology_of(arguments: argparse.Namespace) -> TopologyConfig | None:
         ConfigError: there is no such cluster, or the arguments contradict each other.
     """
     name, nodes = arguments.topology, arguments.nodes
+    if arguments.by_hand and name in (None, _LOCAL):
+        raise ConfigError("--by-hand: is for the machines of a cluster; name it by --topology")
     if nodes is not None and name != _LOCAL:
         raise ConfigError("--nodes: is for --topology local; a cluster has the machines that its file lists")
     if name is None:
@@ -55,7 +64,8 @@ def topology_of(arguments: argparse.Namespace) -> TopologyConfig | None:
         if count < 2:
             raise ConfigError(f"--nodes: {count} must be 2 or more; leave --topology out for one process")
         return TopologyConfig(kind="local", nodes=count)
-    return load_topology(name)
+    topology = load_topology(name)
+    return replace(topology, kind="hosts") if arguments.by_hand else topology
 
 
 def spread_model(tuned: TunedModel, *, is_tuned: bool) -> SpreadModel:
@@ -70,7 +80,9 @@ def spread_model(tuned: TunedModel, *, is_tuned: bool) -> SpreadModel:
 
 @contextmanager
 def leading_rank(topology: TopologyConfig, tokenizer: TokenizerWrapper | None = None) -> Iterator[AnsweringRank]:
-    """The rank of this process, which leads, of the cluster ``topology``; the others are started, and end with it.
+    """The rank of this process, which leads, of the cluster ``topology``; the others end with it.
+
+    They are started, but for ``kind: hosts``; see :func:`follow_first_host`.
 
     Raises:
         MacftError: the ranks do not come together.
@@ -84,3 +96,24 @@ def leading_rank(topology: TopologyConfig, tokenizer: TokenizerWrapper | None = 
         rank = AnsweringRank(collective, name="this machine", machine_share=share, tokenizer=tokenizer)
         yield rank
         dismiss(rank)
+
+
+def follow_first_host(topology: TopologyConfig | None) -> bool:
+    """Whether this is a host whose user gave the command as those of the others did: then it computes until the end.
+
+    With ``kind: hosts`` the first host leads. The others need neither the run nor the adapter.
+
+    Raises:
+        MacftError: the ranks do not come together, or the first host is gone.
+    """
+    if topology is None or topology.kind != "hosts" or (rank := own_rank(topology)) == 0:
+        return False
+    from macft.device.mlx_device import prepare_device
+    from macft.launch.answering import answering_cluster
+    from macft.run.answering import AnsweringRank, follow_leader
+
+    print(f"rank {rank}: the answers are on {topology.hosts[0]}, which leads", file=sys.stderr, flush=True)
+    prepare_device()
+    with answering_cluster(topology, CollectiveConfig()) as collective:
+        follow_leader(AnsweringRank(collective, name=topology.hosts[rank]))
+    return True

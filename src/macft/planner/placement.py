@@ -19,8 +19,8 @@ from macft.planner.memory import MemoryParts
 from macft.planner.streamed_memory import streamed_parts
 from macft.planner.workload import StepRows, assumed_steps
 
-# Of a machine's memory, what the weights of a model that only answers may take.
-_WEIGHTS_ONLY = 0.8
+WEIGHTS_ONLY = 0.8
+"""Of a machine's memory, what the weights of a model that only answers may take."""
 _SHORTEST_HINT = 32
 
 
@@ -230,13 +230,14 @@ def inference_placement(
 
 
 def blocks_with_room(shape: ModelShape, execution: Execution, budget: float, ends: Collection[str] = BOTH_ENDS) -> int:
-    """Of a model that only answers, the blocks that fit ``budget`` bytes beside ``ends`` of it; may be too many.
+    """Of a model that only answers, the blocks that fit ``budget`` bytes beside ``ends`` of it.
 
-    A fifth is left for activations and a cache of keys and values.
+    There may be more than the model has; below 0, not even what is around them fits. A fifth is left for activations
+    and a cache of keys and values.
     """
     weights = shape.weight_bytes(execution.weight_format)
     outside, block = weights * shape.outside_share(ends), weights * shape.block_share / shape.blocks
-    return max(0, math.floor((_WEIGHTS_ONLY * budget - outside) / block))
+    return math.floor((WEIGHTS_ONLY * budget - outside) / block)
 
 
 def _with_key(refusal: str | None) -> str | None:

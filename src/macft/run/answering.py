@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import msgpack
@@ -23,9 +25,12 @@ from macft.collective.base import Channels, Collective
 from macft.collective.elastic import ElasticCollective
 from macft.config.execution import inference_execution
 from macft.device import heap
+from macft.device.chips import own_chip
+from macft.device.disk_speed import disk_speed
 from macft.device.memory import usable_bytes
+from macft.device.memory_speed import memory_speed
 from macft.errors import ConfigError, MacftError, MembershipChanged, ModelError, PeerLost, ProtocolError
-from macft.generation.layout import answering_layout
+from macft.generation.layout import AnsweringNode, answering_layout, blocks_in_memory
 from macft.generation.pipeline import channel_pairs, follow
 from macft.generation.stage import AnsweringStage
 from macft.model.attach import attach
@@ -38,7 +43,9 @@ from macft.model.shape import read_shape
 from macft.model.weight_files import check_weight_files
 from macft.parallel.stage_layout import StageLayout
 from macft.parallel.stage_places import StagePlace
-from macft.planner.placement import blocks_with_room, resident_blocks
+from macft.planner.cluster_model import Node
+from macft.planner.node_report import alike
+from macft.planner.placement import WEIGHTS_ONLY, blocks_with_room, resident_blocks
 from macft.topology.settings import parse_budget
 
 PURPOSE = "answers"
@@ -56,11 +63,13 @@ class SpreadModel:
         model: As each rank finds it.
         adapter: The files of an adapter's folder, by name; empty for none.
         memory_budget: As ``topology.memory_budget``, of each machine.
+        together: Most answers that are computed at the same time, for which the blocks are cut.
     """
 
     model: ModelConfig
     adapter: Mapping[str, bytes] = field(repr=False)
     memory_budget: str
+    together: int = 1
 
     @classmethod
     def of(cls, model: ModelConfig, adapter: Path | None, memory_budget: str) -> SpreadModel:
@@ -70,28 +79,38 @@ class SpreadModel:
 
     def pack(self) -> bytes:
         """As a message."""
-        packed: bytes = msgpack.packb([asdict(self.model), dict(self.adapter), self.memory_budget])
+        packed: bytes = msgpack.packb([asdict(self.model), dict(self.adapter), self.memory_budget, self.together])
         return packed
 
     @classmethod
     def unpack(cls, message: bytes) -> SpreadModel:
         """The inverse of :meth:`pack`. Raises ProtocolError for anything else."""
         try:
-            model, adapter, budget = msgpack.unpackb(message)
+            model, adapter, budget, together = msgpack.unpackb(message)
             files = {name: bytes(adapter[name]) for name in _ADAPTER_FILES if adapter}
-            return cls(ModelConfig(**model), files, str(budget))
+            return cls(ModelConfig(**model), files, str(budget), int(together))
         except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
             raise ProtocolError(f"the leader's model is malformed ({type(error).__name__})") from None
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """What a rank finds on its machine; ``error`` is why it can't load the model."""
+    """What a rank finds on its machine; ``error`` is why it can't load the model.
+
+    ``bandwidth`` of memory and ``disk`` are bytes a second, ``block`` and ``head`` bytes of weights.
+    """
 
     name: str
+    # The same for ranks on one machine, of which each measures less than there is.
+    machine: str = ""
     blocks: int = 0
-    # Of the model's blocks, how many fit its memory, beside each of _KINDS.
+    # Of the model's blocks, how many fit its memory, beside each of _KINDS; below 0: not even these do.
     room: tuple[int, ...] = ()
+    bandwidth: float = 1.0
+    disk: float = 1.0
+    block: float = 0.0
+    head: float = 0.0
+    budget: float = 0.0
     # Of the model's files.
     digest: str = ""
     error: str = ""
@@ -105,6 +124,8 @@ class OpenStage:
     place: StagePlace
     channels: Channels
     layout: StageLayout
+    from_disk: tuple[str, ...]
+    """A line for each rank that reads blocks from disk for every token."""
 
 
 class AnsweringRank:
@@ -159,7 +180,7 @@ class AnsweringRank:
             MacftError: a rank can't load its part; all ranks raise it, and it names that rank.
         """
         facts = self._gather(self._facts(spread))
-        layout = _layout(facts, leader)
+        layout = _layout(facts, leader, spread.together)
         stages = layout.pipelines[0]
         number = next(number for number, stage in enumerate(stages) if stage.rank == self.collective.rank)
         place = StagePlace(number, stages)
@@ -174,7 +195,7 @@ class AnsweringRank:
             assert stage is not None
             channels = self.collective.open_channels(channel_pairs(place), PURPOSE)
             _log.info("%s", layout)
-            yield OpenStage(stage, place, channels, layout)
+            yield OpenStage(stage, place, channels, layout, _from_disk(facts, layout))
 
     def _facts(self, spread: SpreadModel) -> _Facts:
         try:
@@ -183,8 +204,19 @@ class AnsweringRank:
             shape = read_shape(folder)
             execution = inference_execution(spread.model, folder)
             budget = self._budget(spread, folder)
-            room = tuple(blocks_with_room(shape, execution, budget, ends) for ends in _KINDS)
-            return _Facts(self._name, shape.blocks, room, _digest(folder))
+            weights, chip = shape.weight_bytes(execution.weight_format), own_chip()
+            return _Facts(
+                self._name,
+                machine=f"{platform.node()}, {chip.chip if chip is not None else platform.machine()}",
+                blocks=shape.blocks,
+                room=tuple(blocks_with_room(shape, execution, budget, ends) for ends in _KINDS),
+                bandwidth=self._memory_speed,
+                disk=disk_speed().bytes_per_second,
+                block=weights * shape.block_share / shape.blocks,
+                head=weights * shape.embedding_parameters / shape.parameters,
+                budget=budget,
+                digest=_digest(folder),
+            )
         except MacftError as error:
             return _Facts(self._name, error=str(error))
 
@@ -194,6 +226,10 @@ class AnsweringRank:
             self._tokenizer = self._tokenizer or load_tokenizer(spread.model, folder)  # takes memory of its own
             self._usable = usable_bytes(self._machine_share)
         return parse_budget(spread.memory_budget, self._usable)
+
+    @cached_property
+    def _memory_speed(self) -> float:
+        return memory_speed()
 
     def _gather(self, own: _Facts) -> list[_Facts]:
         """The facts of all ranks. Raises ModelError, on all ranks, if one of them has an error."""
@@ -217,9 +253,7 @@ class AnsweringRank:
         execution = inference_execution(spread.model, folder)
         shape, budget = read_shape(folder), self._budget(spread, folder)
         ends = ends_of(is_first=blocks.start == 0, is_last=blocks.stop == shape.blocks)
-        room = blocks_with_room(shape, execution, budget, ends)
-        # Two more take their turns in memory.
-        count = len(blocks) if len(blocks) <= room else max(0, min(room, len(blocks)) - 2)
+        count = blocks_in_memory(len(blocks), blocks_with_room(shape, execution, budget, ends))
         if count < len(blocks):
             heap.return_large_arrays()
         resident = tuple(blocks.start + number for number in resident_blocks(len(blocks), len(blocks), count))
@@ -263,20 +297,53 @@ def follow_leader(rank: AnsweringRank) -> None:
             regroup(rank.collective)
 
 
-def _layout(facts: Sequence[_Facts], leader: int) -> StageLayout:
+def _layout(facts: Sequence[_Facts], leader: int, together: int) -> StageLayout:
+    own = facts[leader]
     for other in facts:
-        if other.digest != facts[leader].digest:
+        if other.digest != own.digest:
             raise ModelError(
-                f"{other.name}: its files of the model differ from those of {facts[leader].name}; copy the model's "
+                f"{other.name}: its files of the model differ from those of {own.name}; copy the model's "
                 "folder, or remove it there to have it fetched again"
             )
-    try:
-        return answering_layout(facts[leader].blocks, _room(facts, leader), leader)
-    except ValueError:
+    if len(facts) > own.blocks:
         raise ConfigError(
-            f"--nodes: {len(facts)} nodes are more than the {facts[leader].blocks} blocks of the model; use "
-            f"{facts[leader].blocks} or fewer"
-        ) from None
+            f"--nodes: {len(facts)} nodes are more than the {own.blocks} blocks of the model; use {own.blocks} or fewer"
+        )
+    # Measurements of machines that are alike differ.
+    speeds = alike([Node(each.machine, each.bandwidth, each.budget, each.disk) for each in facts])
+    room = _room(facts, leader)
+    nodes = [
+        AnsweringNode(room[rank], each.block / speed.speed, each.block / speed.disk, each.head / speed.speed)
+        for rank, (each, speed) in enumerate(zip(facts, speeds, strict=True))
+    ]
+    layout = answering_layout(nodes, own.blocks, leader, together)
+    if layout is None:
+        raise ConfigError(_too_large(facts, room))
+    return layout
+
+
+def _too_large(facts: Sequence[_Facts], room: Sequence[int]) -> str:
+    """Why no cut fits, in one line: every rank has a block, and to read others from disk it has room for two."""
+    least = 1 if any(blocks >= 2 for blocks in room) else 2
+    lacking = [(each, least - blocks) for each, blocks in zip(facts, room, strict=True) if blocks < least]
+    names = ", ".join(f"{each.name} has {each.budget / 1e9:.3g} GB" for each, _ in lacking)
+    needed = max(each.budget + blocks * each.block / WEIGHTS_ONLY for each, blocks in lacking)
+    return (
+        f"topology.memory_budget: {names}, and a part of this model takes {needed / 1e9:.3g} GB, even with its other "
+        "blocks read from disk; use a machine with more memory there, fewer nodes or fewer bits"
+    )
+
+
+def _from_disk(facts: Sequence[_Facts], layout: StageLayout) -> tuple[str, ...]:
+    lines, room = [], _room(facts, layout.pipelines[0][0].rank)
+    for stage in layout.pipelines[0]:
+        count, each = len(stage.blocks), facts[stage.rank]
+        if (read := count - blocks_in_memory(count, room[stage.rank])) > 0:
+            lines.append(
+                f"note: rank {stage.rank}, {each.name}, reads {read} of its {count} blocks from disk for every token, "
+                f"{read * each.block / 1e9:.3g} GB; it may take {each.budget / 1e9:.3g} GB of memory"
+            )
+    return tuple(lines)
 
 
 def _room(facts: Sequence[_Facts], leader: int) -> list[int]:

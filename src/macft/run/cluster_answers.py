@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from macft.errors import MembershipChanged
 from macft.evaluation.chat import Sampling, Speed
@@ -49,7 +49,7 @@ class ClusterAnswers:
         remembered: int = 0,
         tell: Callable[[str], None],
     ):
-        self._rank, self._spread, self._tell = rank, spread, tell
+        self._rank, self._spread, self._tell = rank, replace(spread, together=together), tell
         self._together, self._remembered = together, remembered
         self._stack = ExitStack()
         self._pipeline: AnswerPipeline | None = None
@@ -109,7 +109,8 @@ class ClusterAnswers:
             )
         else:
             self._pipeline.move(opened.stage, opened.place, opened.channels)
-        self._tell(str(opened.layout))
+        for line in (str(opened.layout), *opened.from_disk):
+            self._tell(line)
 
     def _go_on(self, lost: MembershipChanged) -> None:
         self._tell(f"note: {lost}; the others go on with its blocks")
@@ -135,8 +136,26 @@ def dismiss(rank: AnsweringRank) -> None:
         _log.info("a rank was lost at the end")
 
 
+class Stages(Protocol):
+    """A pipeline that answers, on the rank that leads it."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's."""
+        ...
+
+    @property
+    def pipeline(self) -> AnswerPipeline:
+        """Where answers are asked for."""
+        ...
+
+    def advance(self) -> list[NewToken]:
+        """As that of the pipeline."""
+        ...
+
+
 def greedy_cluster_answers(
-    answers: ClusterAnswers,
+    answers: Stages,
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,

@@ -27,6 +27,7 @@ from macft.device.mlx_device import prepare_device
 from macft.errors import CheckpointError
 from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_files import load_adapter_weights
+from macft.model.backends.base import Backend
 from macft.model.backends.choose import make_backend
 from macft.model.confirm import confirm
 from macft.model.learned_positions import check_lengths
@@ -80,7 +81,8 @@ class Run:
     compute: StepGradient
     held_out: HeldOut
     stop: StopRequest
-    # The backend's operations on the model; closing it removes them.
+    backend: Backend
+    # Its operations on the model; closing it removes them.
     installed: ExitStack
     notes: list[str]
     # Where the weights are, in one line; empty where that isn't known.
@@ -259,6 +261,7 @@ def prepare(
         compute=compute,
         held_out=held_out,
         stop=stop,
+        backend=backend,
         installed=installed,
         layout=decision.layout,
         notes=[

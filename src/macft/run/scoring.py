@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 from macft.errors import DataError
-from macft.evaluation.answers import Scored, score_answers
+from macft.evaluation.answers import Answers, Scored, score_answers
 from macft.evaluation.batched import greedy_answers, quick_answers
 from macft.evaluation.metrics import PERPLEXITY
 from macft.parallel.shares import DataShard
 from macft.report.events import MetricScored, Noted, PhaseProgress, Sample, SamplesShown
 from macft.run.prepare import Run
+from macft.run.stage_answers import StageAnswers
 from macft.training.validation import validation_loss
 
 _SAMPLE_SECONDS = 10.0
@@ -87,17 +88,17 @@ def _measure(run: Run, when: str) -> tuple[dict[str, float], Scored | None]:
     asked, values, seconds = run.held_out, dict[str, float](), 0.0
     scored: Scored | None = None
     if asked.questions:
-        model, tokenizer = run.loaded.model, run.loaded.tokenizer
-        answers_to = greedy_answers if asked.metrics else partial(quick_answers, seconds=_SAMPLE_SECONDS)
+        answers_to, mine = _answers(run)
         scored = score_answers(
-            partial(answers_to, model, tokenizer),
-            tokenizer,
+            answers_to,
+            run.loaded.tokenizer,
             asked.questions,
             asked.metrics,
             run.collective,
             max_tokens=asked.max_tokens,
             progress=lambda done, total: run.reporter.handle(PhaseProgress(f"answering, {when}", done, total)),
             stopped=lambda: run.stop.requested,
+            mine=mine,
         )
         values, seconds = dict(scored.values), scored.seconds
         if scored.unanswered and asked.metrics:
@@ -115,6 +116,17 @@ def _measure(run: Run, when: str) -> tuple[dict[str, float], Scored | None]:
         step = run.state.progress.step
         run.reporter.handle(MetricScored(step, name, asked.split, when, value, len(asked.rows), seconds))
     return values, scored
+
+
+def _answers(run: Run) -> tuple[Answers, range | None]:
+    """What answers, and which questions this rank asks; None for those of its turn."""
+    asked, loaded = run.held_out, run.loaded
+    if run.compute.execution.placement == "pipeline" and run.trainer.nodes.collective is run.collective:
+        stages = StageAnswers(run) if asked.metrics else StageAnswers(run, _SAMPLE_SECONDS)
+        return stages, stages.questions(len(asked.questions))
+    if asked.metrics:
+        return partial(greedy_answers, loaded.model, loaded.tokenizer), None
+    return partial(quick_answers, loaded.model, loaded.tokenizer, seconds=_SAMPLE_SECONDS), None
 
 
 def _perplexity(run: Run, when: str) -> tuple[float | None, float]:
