@@ -39,6 +39,7 @@ ORDER = (
     "generation",
     "serving",
     "inspection",
+    "monitoring",
     "config",
     "planner",
     "run",

@@ -25,6 +25,7 @@ statuses = st.builds(
     peak_watts=numbers,
     joules=numbers,
     estimated=st.booleans(),
+    peak_memory=st.none() | st.integers(0, 2**50),
 )
 
 

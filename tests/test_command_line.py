@@ -26,6 +26,19 @@ MISTAKES = [
     ("training.stepz=5", "training.stepz: no such key; did you mean training.steps?"),
     ("training.batchsize=4", "training.batchsize: no such key; did you mean training.batch_size?"),
     ("+training.stepz=5", "training.stepz: no such key; did you mean training.steps?"),
+    ("training.seed=3", "training.seed: no such key; did you mean seed?"),
+    ("report.wandb=true", "report.wandb: no such key; trackers are a list: 'report.trackers=[wandb]'"),
+    ("report_to=wandb", "report_to: no such key; trackers are a list: 'report.trackers=[wandb]'"),
+    (
+        "topology.hosts=[a, b]",
+        "topology.hosts: the shell has cut this at a space; quote it: 'topology.hosts=[a, b]'",
+    ),
+    (
+        "dataset.columns=prompt:question dataset.columns=completion:answer",
+        "dataset.columns: the shell has expanded the braces; quote it: "
+        "'dataset.columns={prompt: question, completion: answer}'",
+    ),
+    ("dataset.columns=prompt:question", "braces are missing; quote it: 'dataset.columns={prompt: question}'"),
     ("lora.rank=8", "lora.rank: no such key; did you mean adapter.rank?"),
     ("iters=100", "iters: no such key; did you mean training.steps?"),
     ("lr=1e-4", "lr: no such key; did you mean optimizer.learning_rate?"),
@@ -138,13 +151,19 @@ def test_steps_and_epochs_typed_together_are_refused() -> None:
 
 def test_flags_of_mlx_lm_are_answered_with_their_translation() -> None:
     with pytest.raises(ConfigError) as caught:
-        prepare([RECIPE, "--iters", "600", "--learning-rate=1e-4", "--model", "me/mine", "--data", "--steps-per-eval"])
+        prepare(
+            [
+                *(RECIPE, "--iters", "600", "--learning-rate=1e-4", "--model", "me/mine", "--data", "--steps-per-eval"),
+                *("--report-to", "swanlab"),
+            ]
+        )
     assert str(caught.value).splitlines() == [
         "--iters: overrides are written key=value: training.steps=600",
         "--learning-rate: overrides are written key=value: optimizer.learning_rate=1e-4",
         "--model: overrides are written key=value: model=me/mine",
         "--data: overrides are written key=value: dataset.path=VALUE",
         "--steps-per-eval: overrides are written key=value: training.eval_every=VALUE",
+        "--report-to: overrides are written key=value: 'report.trackers=[swanlab]'",
     ]
 
 

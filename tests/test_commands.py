@@ -58,6 +58,7 @@ def test_version_is_macfts(script: list[str]) -> None:
     [
         ("trian", "did you mean macft train?"),
         ("+recipe=smoke", "did you mean macft train +recipe=smoke?"),
+        ("topology.hosts=[a,b]", "did you mean macft train 'topology.hosts=[a,b]'?"),
         ("xyzzy", "the commands are train, data, plan,"),
     ],
 )
@@ -67,6 +68,12 @@ def test_an_unknown_command_is_one_line(script: list[str], word: str, hint: str)
     assert done.stderr.startswith(f"error: no command '{word}'; ")
     assert hint in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_flags_of_other_trainers_are_translated(script: list[str]) -> None:
+    done = call([*script, "--iters", "600"])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --iters: overrides are written key=value: training.steps=600\n"
 
 
 @pytest.mark.slow

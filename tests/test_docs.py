@@ -226,6 +226,13 @@ def test_overrides_in_running_text_are_quoted_for_the_shell() -> None:
         assert not bare, f"{page.name}: {bare}"
 
 
+def test_overrides_in_messages_and_help_are_quoted_for_the_shell() -> None:
+    """Single words are quoted where they are put together; comments stand in topology files."""
+    texts = [line for line in _literals().splitlines() if " " in line and not line.startswith("#")]
+    bare = [text for text in texts if re.search(r"(?:^|[\s(])\+?[a-z_]+(?:\.[a-z_]+)+=[\[{]", text)]
+    assert not bare
+
+
 def test_files_named_in_the_documentation_exist() -> None:
     for page in PAGES:
         for name in re.findall(r"`((?:\w+/)+\w+\.(?:py|yaml))`", page.read_text()):

@@ -92,6 +92,8 @@ def test_killed_one_by_one_whoever_leads_down_to_one(
     first, second = events(tmp_path, "nodes_changed")
     assert (first["left"], first["names"]) == ({"local-0": "its process ended"}, ["local-1", "local-2"])
     assert (second["left"], second["names"]) == ({"local-1": "its process ended"}, ["local-2"])
+    rings = [[node["name"] for node in event["nodes"]] for event in events(tmp_path, "ring_formed")]
+    assert rings == [["local-0", "local-1", "local-2"], ["local-1", "local-2"], ["local-2"]]
     assert sorted(event["step"] for event in events(tmp_path, "evaluated")) == [0, 20, 40, 60]
     assert (summary["nodes"], summary["nodes_at_the_end"], len(summary["membership_changes"])) == (3, 1, 2)
     # The last to lead tells of what another one saw, too.
@@ -105,7 +107,7 @@ def test_killed_one_by_one_whoever_leads_down_to_one(
         tag: {e.step: e.value for e in curves.Scalars(f"system/cluster/{tag}")} for tag in ("world_size", "generation")
     }
     assert shown["world_size"] == sizes
-    assert sorted(set(shown["generation"].values())) == [0, 1, 2]
+    assert sorted(set(shown["generation"].values())) == [1, 2]  # none before the first change
 
 
 def test_killed_before_the_first_step(tmp_path: Path, basics: list[str], undisturbed: Path) -> None:

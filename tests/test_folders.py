@@ -20,7 +20,8 @@ from macft.config.command_line import prepare
 from macft.config.schema import TrainConfig
 from macft.config.yaml import read, to_yaml
 from macft.device.durable import write_atomically
-from macft.errors import ConfigError
+from macft.errors import ConfigError, ModelError
+from macft.launch.run_over_ssh import shipments
 from macft.report.run_folder import RunFolder
 from macft.run.claim import claim, claim_sweep
 from macft.run.resume import check_resume, notes_of_changes
@@ -362,3 +363,24 @@ def test_a_run_goes_on_and_is_evaluated_from_another_folder(tmp_path: Path, tiny
             cwd=elsewhere, capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+
+
+def test_a_run_over_ssh_goes_on_from_another_folder(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its paths begin at the folder where it was typed; what the hosts have already is not sent again."""
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    (here / "rows").mkdir(parents=True)
+    (here / "model").symlink_to(tiny_model_folder)
+    elsewhere.mkdir()
+    hosts = ["topology=ssh", "topology.hosts=[a,b]", "topology.ship=[data,model]"]
+    config = configured(*hosts, "dataset.path=rows", "model=custom", "model.path=model")
+    monkeypatch.chdir(here)
+    assert [each.destination for each in shipments(config)] == ["macft/rows", "macft/model"]
+    monkeypatch.chdir(elsewhere)
+    assert shipments(config, resume=True) == []
+    with pytest.raises(ConfigError, match="data can't be sent, for 'rows' is not on this machine"):
+        shipments(config)
+    config.topology.ship = ["model"]
+    with pytest.raises(ModelError):
+        shipments(config)

@@ -28,9 +28,10 @@ from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.backends.cpu.attention import blocks_of
+from macft.model.backends.mlx.attention import rows_from_tokens, tokens_from_rows
 from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy
 from macft.model.packable import ignores_positions, may_pack
-from macft.model.packing import PackLayout, packed, row_mask
+from macft.model.packing import PackLayout, attends_under_mask, packed, row_mask
 from macft.parallel.shares import DataShard
 from macft.training.gradient import LocalGradient
 from macft.training.settings import OptimizerConfig, TrainingConfig, problems
@@ -294,6 +295,49 @@ def test_a_pack_holds_every_row_once(
         assert found == Counter(
             (tuple(row.tokens[:end]), int(row.tokens[end])) for row, end in ends if end >= row.prompt_length
         )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(1, 2), min_size=2, max_size=30), min_size=1, max_size=5),
+    wide=st.booleans(),
+    window=st.one_of(st.none(), st.integers(1, 8)),
+)
+def test_attention_under_a_mask_is_that_row_by_row(rows: list[list[int]], wide: bool, window: int | None) -> None:
+    """Values and gradients of each token; MLX's operations choose one or the other by what they cost."""
+    data = [Row(np.array(row, np.int32), 0) for row in rows]
+    (item,) = pack(collate(data, np.arange(len(data))), None, shared=True)
+    item = pad_pack_to_bucket(item) if wide else item
+    layout = PackLayout(*map(mx.array, (item.paths, item.owners, item.depths)), item.lengths)
+    tokens, longest = item.inputs.shape[1], item.paths.shape[1]
+    mask = None if window is None else create_causal_mask(longest, window_size=window)
+    mx.random.seed(0)
+    inputs = [mx.random.normal((1, heads, tokens, 8)) for heads in (4, 2, 2)]
+    wanted = mx.random.normal((1, 4, tokens, 8)) * layout.is_token[:, None]
+
+    def attend(q: mx.array, k: mx.array, v: mx.array, mask: Any) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask)
+
+    def by_rows(*inputs: mx.array) -> mx.array:
+        laid_out = (rows_from_tokens(x, layout) for x in inputs)
+        return tokens_from_rows(attend(*laid_out, "causal" if mask is None else mask), layout)
+
+    def under_mask(*inputs: mx.array) -> mx.array:
+        return attend(*inputs, layout.sees(mask))
+
+    (one, gradients), (other, expected) = (
+        mx.vjp(lambda *x, f=f: f(*x) * layout.is_token[:, None], inputs, [wanted]) for f in (under_mask, by_rows)
+    )
+    for found, right in zip([*one, *gradients], [*other, *expected], strict=True):
+        np.testing.assert_allclose(np.array(found), np.array(right), atol=1e-5)
+
+
+def test_rows_that_share_most_tokens_attend_under_a_mask() -> None:
+    """It has fewer scores then; equal rows that share nothing are laid out; one row needs neither."""
+    assert attends_under_mask(tokens=4000 + 8 * 40, rows=8, longest=4040, head_dim=64)
+    assert attends_under_mask(tokens=300, rows=4, longest=120, head_dim=128)
+    assert not attends_under_mask(tokens=16 * 256, rows=16, longest=256, head_dim=128)
+    assert attends_under_mask(tokens=4096, rows=1, longest=4096, head_dim=64)
 
 
 @settings(max_examples=60, deadline=None)

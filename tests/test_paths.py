@@ -20,6 +20,7 @@ import pytest
 from harness.namespaces import missing_requirement, run
 from helpers.cables import two_cables
 from helpers.rings import local_listeners, next_message, run_ranks
+from macft.collective.base import RingSpeed
 from macft.collective.handshake import RingIdentity
 from macft.collective.link import Links
 from macft.collective.listener import Listener
@@ -64,6 +65,24 @@ def test_the_faster_cable_carries_more() -> None:
         assert run_ranks(listeners, reduce_many(24), addresses=addresses) == [0, 0]
         for pair in cables:
             assert pair[0].carried > 2 * pair[1].carried
+
+
+@pytest.mark.slow
+def test_the_slow_link_is_found_when_a_ring_is_tuned() -> None:
+    def work(ring: Ring) -> RingSpeed | None:
+        assert ring.speed is None
+        ring.tune()
+        return ring.speed
+
+    with two_cables(3) as (listeners, addresses, cables):
+        for cable in cables[2]:  # to rank 2, from rank 1
+            cable.bytes_per_second = 3e6
+        speed, *others = run_ranks(listeners, work, addresses=addresses)
+        assert others == [speed, speed]
+        assert len(speed.bandwidths) == 3
+        assert 1e5 < speed.bandwidths[1] < 10e6
+        assert min(speed.bandwidths[0], speed.bandwidths[2]) > 2 * speed.bandwidths[1]
+        assert speed.latency > 0
 
 
 @pytest.mark.slow

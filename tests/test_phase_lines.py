@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from macft.model.settings import ModelConfig
 from macft.report.console import ConsoleReporter
 from macft.report.events import Evaluated, PhaseProgress
 from macft.report.phase_lines import PhaseLines
+from macft.report.shown_phases import ShownPhases
 
 WAIT = 30
 
@@ -113,3 +115,36 @@ def test_slow_steps_are_printed_more_often(seconds: float, printed: list[int]) -
     console.close()
     lines = [line for line in written.getvalue().splitlines() if "tokens/s" in line]
     assert [int(line.split("/")[0].split()[-1]) for line in lines] == printed
+
+
+def test_a_command_tells_its_phases_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[str] = []
+
+    def is_told() -> bool:
+        told.append(capsys.readouterr().err)
+        return "tokenizing" in "".join(told)
+
+    with ShownPhases() as phases:
+        phases("reading the dataset", 0, 0)
+        phases("tokenizing", 1_500, 20_000)
+        wait_until(is_told)
+    assert "".join(told) == "· tokenizing: 1,500 of 20,000 ...\n"
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_a_command_shows_its_phases_at_a_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    for name, value in (("COLUMNS", str(width)), ("TERM", "xterm-256color"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    with ShownPhases() as phases:
+        phases.begin("loading the model " + "long-name/" * 8)
+        phases("tokenizing", 1_500, 20_000)
+        wait_until(lambda: "1,500/20,000" in terminal.getvalue())
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n")
+    assert re.search(r"tokenizing .* 1,500/20,000 \d:\d\d:\d\d", shown)
+    assert max(map(len, shown.splitlines())) <= width

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_map
 from rich.console import Console
 
+from harness.execution import execution_with
 from harness.families import configuration, new_model
 from harness.runs import environment, events, train, write_jsonl
 from harness.tiny_model import TINY_CONFIG, make_tiny_model
@@ -44,6 +45,7 @@ from macft.network.link_kinds import LINK_KINDS, find_links
 from macft.parallel.shares import DataShard, rows_of_shard
 from macft.planner.fit import MemoryPlanner, batch_overrides
 from macft.planner.memory import ComputeShape, predict, trained_part
+from macft.planner.packing import choose_packing
 from macft.planner.preflight import step_of_shard
 from macft.planner.run_plan import RunPlan, known_models, plan_run
 from macft.planner.speed import step_cost
@@ -85,6 +87,29 @@ def make_planner(rows: int = 8, length: int = 257, execution: Execution | None =
     steps = [unlike_rows(rows, length, length - 1)]
     execution = execution or padded_execution()
     return MemoryPlanner(tiny_shape(), execution, AdapterConfig(), "adamw", steps, validation_rows=0)
+
+
+def test_packs_are_chosen_where_they_compute_less() -> None:
+    """By MLX's operations; the CPU's kernels always gain, and what the user asks for is done."""
+    alike = [unlike_rows(4, 257, 64)]
+    mixed = [StepRows([Row(np.arange(n, dtype=np.int32), 0) for n in (20, 40, 90, 300)], np.arange(4))]
+    begun = np.arange(200, dtype=np.int32)
+    shared = [StepRows([Row(np.append(begun, [n] * 30).astype(np.int32), 228) for n in range(4)], np.arange(4))]
+
+    def packs(steps: list[StepRows], **others: Any) -> bool:
+        execution = replace(execution_with("mlx", packing=True), shared_prefixes=True, **others)
+        return choose_packing(replace(make_planner(execution=execution), steps=steps))[0].packing
+
+    assert not packs(alike)
+    assert packs(mixed)
+    assert packs(shared)
+    assert packs(shared, device="cuda")
+    assert not packs([mixed[0], *alike * 3], device="cuda")  # fewer, but not by half
+    assert packs(alike, requires_packing=True)
+    assert packs(alike, kernels="cpu")
+    padded, notes = choose_packing(replace(make_planner(execution=execution_with("mlx", packing=True)), steps=alike))
+    assert padded.shared_prefixes is False
+    assert notes == ["training.packing=auto: rows are padded; packs would take 1.00 of the operations"]
 
 
 @pytest.mark.parametrize(

@@ -140,13 +140,19 @@ def test_a_wholly_saved_model_needs_no_adapter_path(log: Console, tmp_path: Path
     assert f'with mlx-lm: mlx_lm.generate --model {tmp_path}/model --prompt "..."\n' in text
 
 
-def test_a_failed_run_says_why(log: Console, tmp_path: Path) -> None:
+def test_the_end_of_a_run_says_how_to_go_on(log: Console, tmp_path: Path) -> None:
     reporter = ConsoleReporter(every=10, console=log)
-    reporter.handle(RunEnded("failed", 3, 1.0, detail="the loss became [NaN] at step 3"))
+    reporter.handle(RunEnded("interrupted", 1, 1.0, detail="go on with: +resume='runs/[a]'"))
     log.file.flush()
     text = (tmp_path / "log.txt").read_text(encoding="utf-8")
-    assert text.startswith("Failed\n")
-    assert "the loss became [NaN] at step 3" in text  # brackets are text, not rich's markup
+    assert text.startswith("Interrupted\n  time  1 step, 0:01\n")
+    assert "+resume='runs/[a]'" in text  # brackets are text, not rich's markup
+
+
+def test_an_error_is_told_once_by_the_command(log: Console, tmp_path: Path) -> None:
+    ConsoleReporter(every=10, console=log).handle(RunEnded("failed", 3, 1.0, detail="the loss became NaN at step 3"))
+    log.file.flush()
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "Failed\n  time  3 steps, 0:01\n"
 
 
 def test_a_terminal_gets_panels_and_a_live_bar_and_is_left_in_order(
@@ -272,6 +278,12 @@ def test_what_is_always_zero_has_no_curve_and_what_becomes_zero_has(tmp_path: Pa
     alone = dataclasses.replace(step(1), bytes_sent=0, residual_norm=0.0, learning_rate=0.0)
     assert not {name for name in named.of(alone) if "network" in name}
     assert named.of(alone)["optim/learning_rate"] == 0.0
+    two = dataclasses.replace(alone, nodes=[NodeStatus(), NodeStatus()], shares=[1.0, 0.0])
+    assert "time/all_reduce" in named.of(two)
+    assert "time/all_reduce" not in named.of(dataclasses.replace(alone, nodes=[NodeStatus()]))
+    assert named.of(two)["system/cluster/share_rank1"] == 0.0
+    assert "system/cluster/generation" not in named.of(two)
+    assert named.of(dataclasses.replace(two, generation=1))["system/cluster/generation"] == 1.0
 
 
 def test_tensorboard_reads_back_the_texts(tmp_path: Path) -> None:
@@ -443,7 +455,7 @@ def test_a_nodes_status_keeps_its_keys(tmp_path: Path) -> None:
     reporter.close()
     keys = "tokens busy_seconds duty paused reason temperature state watts peak_watts joules metered_seconds estimated"
     [node] = lines(path)[0]["nodes"]
-    assert list(node) == [*keys.split(), "remarks", "disk_seconds", "wait_seconds", "wire_seconds"]
+    assert list(node) == [*keys.split(), "remarks", "disk_seconds", "wait_seconds", "wire_seconds", "peak_memory"]
     assert (node["tokens"], node["remarks"]) == (3, 2)
 
 

@@ -138,7 +138,7 @@ def find_model(name: str) -> Finding:
     if path not in BUNDLED and not is_hub_id(path):
         fix = f"give a folder, a hub id (org/name), or one of {', '.join(named)}"
         return Finding("model", "problem", f"there is no model {name}", fix)
-    fix = "topology.ship=[model]   # sends it from the machine on which you start the run"
+    fix = "'topology.ship=[model]'   # sends it from the machine on which you start the run"
     if path not in BUNDLED:
         fix = f"hf download {path}   # or {fix}"
     return Finding("model", "warning", f"{name} is not on this machine; it is fetched when a run starts", fix)

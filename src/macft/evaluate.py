@@ -22,6 +22,7 @@ from macft.errors import ConfigError
 from macft.evaluation.metrics import METRICS, PERPLEXITY
 from macft.launch.cluster_command import add_cluster_arguments, leading_rank, spread_model, topology_of
 from macft.report.result_text import change_text, result_name, result_text
+from macft.report.shown_phases import ShownPhases
 from macft.run.tuned_model import TunedModel, add_model_arguments
 from macft.topology.settings import TopologyConfig
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--json: the folder {arguments.json.parent} does not exist")
     tuned, topology = TunedModel.from_arguments(arguments), topology_of(arguments)
     console = Console(highlight=False)
-    with console.status("") as status:
+    with ShownPhases() as phases:
         evaluation = evaluate_found(
             tuned,
             dataset=arguments.dataset,
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
             metric=_metric(arguments.metric),
             max_tokens=arguments.max_tokens,
             mask_prompt=arguments.mask_prompt,
-            progress=lambda what, done, total: status.update(f"{what}: {done}/{total}"),
+            progress=phases,
             compare=None if topology is None else partial(_compare_spread, topology),
         )
     _show(evaluation, console)

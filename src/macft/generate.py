@@ -14,6 +14,7 @@ from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.errors import ConfigError
 from macft.launch.cluster_command import add_cluster_arguments, leading_rank, spread_model, topology_of
+from macft.report.shown_phases import ShownPhases
 from macft.run.tuned_model import TunedModel, add_model_arguments
 from macft.topology.settings import TopologyConfig
 
@@ -52,7 +53,11 @@ def main(argv: Sequence[str]) -> None:
 @contextmanager
 def _here(tuned: TunedModel, arguments: argparse.Namespace, sampling: Sampling) -> Iterator[Chat]:
     """A conversation with the model in this process."""
-    with load_found(tuned, tuned=not arguments.base) as model:
+    with ShownPhases() as phases:
+        if arguments.verbose:
+            phases.begin(f"loading the model {tuned.whole or tuned.model.path}")
+        loaded = load_found(tuned, tuned=not arguments.base)
+    with loaded as model:
         yield model.chat(
             system_prompt=arguments.system_prompt,
             template=not arguments.ignore_chat_template,

@@ -13,6 +13,7 @@ from macft.config.command_line import prepare
 from macft.network.link_kinds import LINK_KINDS
 from macft.planner.run_plan import plan_run
 from macft.planner.table import show
+from macft.report.shown_phases import ShownPhases
 
 _EPILOG = (
     "Prints the memory of each node by part, whether the run fits, where the blocks of the model would be, and an "
@@ -35,9 +36,11 @@ def main(argv: Sequence[str]) -> int:
         overrides.append(_list_override("plan.chips", arguments.chips))
     if arguments.link is not None:
         overrides.append(_list_override("plan.link", arguments.link))
-    config = prepare(overrides).job
-    assert config is not None
-    plan = plan_run(config)
+    with ShownPhases() as phases:
+        phases.begin("checking the configuration")
+        config = prepare(overrides).job
+        assert config is not None
+        plan = plan_run(config, progress=phases)
     show(plan, Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH))
     return 0 if plan.fits else 1
 

@@ -110,7 +110,8 @@ def _announce(config: ServerConfig, url: str) -> None:
 
 def _config(arguments: argparse.Namespace, tuned: TunedModel) -> ServerConfig:
     from macft.evaluation.chat import Sampling
-    from macft.serving.options import ServerConfig, is_loopback, new_key
+    from macft.network.http_server import is_loopback, new_key
+    from macft.serving.options import ServerConfig
 
     key = arguments.api_key if arguments.api_key is not None else os.environ.get(_KEY_VARIABLE, "")
     if arguments.api_key == "":

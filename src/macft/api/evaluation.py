@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -103,7 +104,7 @@ def evaluate_found(
         metric: What is measured beside the loss, as ``dataset.metric``; "none": nothing; None: the dataset's.
         max_tokens: Of an answer; None: the run's.
         mask_prompt: Whether the loss is that of the answers only; None: as in the run.
-        progress: Called with what is computed, and how many of how many rows are done.
+        progress: Called with what is done, and how many of how many rows; 0 of 0 where there is no count.
         compare: Computes both results; None: in this process.
 
     Raises:
@@ -116,9 +117,13 @@ def evaluate_found(
     wanted = _dataset(found, dataset, dict(columns or {}), metric, max_tokens, mask_prompt)
     training = found.run.training if found.run else TrainingConfig()
     seed = found.run.seed if found.run else 0
+    tell = progress or (lambda *_: None)
     # Errors in the dataset are found before the weights are loaded, which takes longer.
+    tell(f"reading the dataset {_named(wanted)}", 0, 0)
     sources = read_dataset(wanted, seed=seed)
     split = _split(sources, split, wanted)
+
+    tell(f"finding the model {found.model.path}", 0, 0)
 
     from macft.device.mlx_device import prepare_device
     from macft.evaluation.compare import Asked
@@ -131,7 +136,10 @@ def evaluate_found(
     folder = resolve(found.model)
     tokenizer = load_tokenizer(found.model, folder)
     notes = fix_clock(tokenizer, wanted.template_time)
-    data, row_notes = tokenize_split(sources, wanted, tokenizer, split)
+    total, done = sum(len(raw[split]) for _, raw in sources), count(1)
+    data, row_notes = tokenize_split(
+        sources, wanted, tokenizer, split, row_done=lambda: tell("tokenizing", next(done), total)
+    )
     if not data.rows:
         raise DataError(f"--split: no {split} row has a target token left")
     notes += row_notes
@@ -142,14 +150,13 @@ def evaluate_found(
     chosen = sample_rows(len(data.rows), rows, seed)
     questions = asked_of([data.records[i] for i in chosen], judges, tokenizer)
     asked = Asked([data.rows[i] for i in chosen], questions, judges, max_tokens or training.metric_max_tokens)
-    base, tuned = (compare or compare_here)(found, tokenizer, asked, progress or (lambda *_: None))
-    where = wanted.path or ", ".join(source.path for source in wanted.sources)
+    base, tuned = (compare or compare_here)(found, tokenizer, asked, tell)
     adapter = found.adapter or found.whole
     assert adapter is not None
     for scored in (base.scored, tuned.scored):
         notes += [f"{name} is not measured: {reason}" for name, reason in (scored.failures if scored else {}).items()]
     return Evaluation(
-        found.model.path, adapter, where, split, wanted.metrics(), len(chosen), questions, base, tuned, notes
+        found.model.path, adapter, _named(wanted), split, wanted.metrics(), len(chosen), questions, base, tuned, notes
     )
 
 
@@ -158,11 +165,13 @@ def compare_here(found: TunedModel, tokenizer: TokenizerWrapper, asked: Asked, p
     from macft.evaluation.compare import evaluate
     from macft.model.attach import attach
 
+    progress(f"loading the model {found.model.path}", 0, 0)
     loaded = found.load(tuned=False, tokenizer=tokenizer)
     base = evaluate(loaded, asked, lambda what, *counts: progress(f"base, {what}", *counts))
     if found.adapter is not None:
         attach(loaded.model, found.adapter)
     else:
+        progress(f"loading the model {found.whole}", 0, 0)
         loaded = found.load(tokenizer=tokenizer)
     return base, evaluate(loaded, asked, lambda what, *counts: progress(f"tuned, {what}", *counts))
 
@@ -206,6 +215,10 @@ def _split(sources: Sources, wanted: str | None, dataset: DatasetConfig) -> str:
         available = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
         raise DataError(f"--split: {dataset.path or 'the dataset'} has no {wanted} rows; it has {available}")
     return wanted
+
+
+def _named(dataset: DatasetConfig) -> str:
+    return dataset.path or ", ".join(source.path for source in dataset.sources)
 
 
 def _finite(numbers: dict[str, float]) -> dict[str, float | None]:

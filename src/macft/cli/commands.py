@@ -11,7 +11,7 @@ COMMANDS = {
     "train": "fine-tune a model, on this machine or on several",
     "data": "show the rows of a dataset as a model is trained on them",
     "plan": "predict memory and time of a run, without starting it",
-    "monitor": "show a run live",
+    "monitor": "show a run live, at the terminal or on a page in the browser",
     "generate": "ask the tuned model a question, or chat with it",
     "serve": "answer programs over HTTP, as OpenAI's API does",
     "evaluate": "compare the base model with the tuned one on held-out rows",

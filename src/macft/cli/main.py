@@ -12,6 +12,7 @@ from typing import NoReturn
 from macft import __version__
 from macft.cli.commands import COMMANDS, module_of
 from macft.cli.run_command import run_command
+from macft.cli.shell import command
 from macft.errors import ConfigError
 
 
@@ -22,9 +23,9 @@ def main() -> NoReturn:
 
 def _dispatch(argv: Sequence[str]) -> int:
     if argv and argv[0] in COMMANDS:
-        command = importlib.import_module(module_of(argv[0]))
+        module = importlib.import_module(module_of(argv[0]))
         del sys.argv[1]  # Hydra, too, reads the arguments from there
-        return run_command(command.main)
+        return run_command(module.main)
     return run_command(_list_commands, argv)
 
 
@@ -35,6 +36,8 @@ def _list_commands(argv: Sequence[str]) -> None:
         case ["--version"]:
             print(__version__)
         case [word, *rest]:
+            if word.startswith("--"):  # flags of another trainer, which train knows
+                importlib.import_module(module_of("train")).prepare([word, *rest])
             raise ConfigError(f"no command '{word}'; {_hint(word, rest)}")
 
 
@@ -50,7 +53,7 @@ def _overview() -> str:
 def _hint(word: str, rest: list[str]) -> str:
     program = _program()
     if "=" in word:
-        return f"did you mean {' '.join([program, 'train', word, *rest])}?"
+        return f"did you mean {program} {command('train', word, *rest)}?"
     if close := difflib.get_close_matches(word, COMMANDS, 1):
         return f"did you mean {program} {close[0]}?"
     return f"the commands are {', '.join(COMMANDS)}"

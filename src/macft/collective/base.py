@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 
 ReducibleArray: TypeAlias = "NDArray[np.generic] | mx.array"
 """What an all-reduce sums: a C-contiguous NumPy array, or an evaluated, row-contiguous MLX array."""
+
+
+class RingSpeed(NamedTuple):
+    """How fast the links of a ring were when it formed.
+
+    Attributes:
+        latency: Seconds of a small message from one rank to the next, on average over the ring.
+        bandwidths: Bytes a second from each rank to the next one, by rank.
+    """
+
+    latency: float
+    bandwidths: tuple[float, ...]
 
 
 class Channels(Protocol):
@@ -114,6 +126,11 @@ class Collective(Protocol):
     @property
     def lost_paths(self) -> list[str]:
         """Cables to the next rank, as ``host:port``, that failed while another one still works."""
+        ...
+
+    @property
+    def speed(self) -> RingSpeed | None:
+        """How fast the links are; the same on all ranks. None where nobody has measured them."""
         ...
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:

@@ -23,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.base import Channels, ReducibleArray
+from macft.collective.base import Channels, ReducibleArray, RingSpeed
 from macft.collective.codecs.quantization import WireCodec
 from macft.collective.dtypes import BFLOAT16, FlatArray, flat_view
 from macft.collective.health import Health, HealthServer, ask
@@ -157,6 +157,11 @@ class MlxCollective:
     def lost_paths(self) -> list[str]:
         """Always empty: MLX uses only the first of several cables."""
         return []
+
+    @property
+    def speed(self) -> RingSpeed | None:
+        """Always None: MLX does not tell."""
+        return None
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:
         """Returns ``root``'s ``payload`` on every rank; raises as :meth:`all_reduce` does."""

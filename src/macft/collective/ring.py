@@ -18,7 +18,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.base import ReducibleArray
+from macft.collective.base import ReducibleArray, RingSpeed
 from macft.collective.buffers import fuse, unfuse
 from macft.collective.channel_setup import open_channels
 from macft.collective.channels import StreamChannels
@@ -103,6 +103,7 @@ class Ring:
         self._piece_bytes = self._settings.piece_bytes
         self._early_frames = [*self._links.early_frames]  # frames of later calls
         self._channels: list[StreamChannels] = []
+        self._speed: RingSpeed | None = None
 
     @property
     def rank(self) -> int:
@@ -123,6 +124,11 @@ class Ring:
     def lost_paths(self) -> list[str]:
         """Cables to the right neighbour, as ``host:port``, that failed while another one still works."""
         return list(self._links.sender.lost)
+
+    @property
+    def speed(self) -> RingSpeed | None:
+        """How fast the links were when :meth:`tune` measured them."""
+        return self._speed
 
     def all_reduce(self, arrays: Sequence[ReducibleArray]) -> None:
         """Sums each array over all ranks, in place. Every rank gets the same bits.
@@ -184,9 +190,14 @@ class Ring:
         """
         ranks = self._world_size
         latency = min(_seconds(self.barrier) for _ in range(4)) / (ranks - 1)
-        hop = min(_seconds(lambda: self.all_gather(bytes(_TUNE_BYTES))) for _ in range(2)) / (ranks - 1)
-        measured = self.all_gather(struct.pack("<dd", latency, _TUNE_BYTES / max(hop - latency, 1e-6)))
-        latencies, speeds = zip(*(struct.unpack("<dd", blob) for blob in measured), strict=True)
+        gathers = [self._timed_gather() for _ in range(2)]
+        hop = min(whole for whole, _ in gathers) / (ranks - 1)
+        from_left = min(first for _, first in gathers)
+        own = [latency, *(_TUNE_BYTES / max(seconds - latency, 1e-6) for seconds in (hop, from_left))]
+        measured = self.all_gather(struct.pack("<ddd", *own))
+        latencies, speeds, links = zip(*(struct.unpack("<ddd", blob) for blob in measured), strict=True)
+        # What a rank has measured is the link from its left neighbour.
+        self._speed = RingSpeed(sum(latencies) / ranks, (*links[1:], links[0]))
         if ranks > 2:
             crossover = min(latencies) * min(speeds) * ranks / (ranks - 2)
             self._gather_reduce_bytes = int(min(crossover, self._gather_reduce_bytes))
@@ -199,6 +210,24 @@ class Ring:
             self._gather_reduce_bytes,
             self._piece_bytes,
         )
+
+    def _timed_gather(self) -> tuple[float, float]:
+        """Seconds of an all-gather of ``_TUNE_BYTES``, and until the left neighbour's own bytes were here.
+
+        All ranks begin at about the same time, and send their own bytes first.
+        """
+        self.barrier()
+        transfer = BlobTransfer(
+            self._next_call(Kind.GATHER),
+            bytes(_TUNE_BYTES),
+            self._world_size,
+            range(self._world_size),
+            self._settings.piece_bytes,
+        )
+        started = time.perf_counter()
+        self._run(transfer)
+        whole = time.perf_counter() - started
+        return whole, (transfer.first_hop_done or started + whole) - started
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:
         """Returns ``root``'s ``payload`` on every rank; raises as :meth:`all_reduce` does."""

@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.base import Channels, ReducibleArray
+from macft.collective.base import Channels, ReducibleArray, RingSpeed
 from macft.collective.codecs.quantization import WireCodec
 
 
@@ -61,6 +61,11 @@ class Solo:
     def lost_paths(self) -> list[str]:
         """Always empty."""
         return []
+
+    @property
+    def speed(self) -> RingSpeed | None:
+        """Always None: there are no links."""
+        return None
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:
         """Returns ``payload``. Raises ValueError for a ``root`` other than 0."""

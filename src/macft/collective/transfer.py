@@ -6,6 +6,7 @@ receives at hop ``h`` started at ``rank-h``. A rank forwards what it receives at
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections import deque
 from collections.abc import Sequence
@@ -314,6 +315,8 @@ class BlobTransfer(Transfer):
         self._totals: dict[int, int] = {}  # by hop
         self._expected = {hop for hop in range(1, world_size) if (call.sender - hop) % world_size in origins}
         self._due = set(self._expected)
+        self.first_hop_done: float | None = None
+        """When all of the left neighbour's own blob had come (``time.perf_counter``)."""
         self.outgoing: deque[Frame] = deque()
         if call.sender in origins:
             self.blobs[call.sender] = payload
@@ -347,6 +350,8 @@ class BlobTransfer(Transfer):
             self.outgoing.append(Frame(header._replace(sender=self.call.sender, hop=hop + 1), frame.body))
         if len(parts) == self._part_count(total):
             self._due.remove(hop)
+            if hop == 1:
+                self.first_hop_done = time.perf_counter()
             self.blobs[(self.call.sender - hop) % self._world_size] = b"".join(parts[i] for i in range(len(parts)))
             parts.clear()
 

@@ -21,7 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from macft.cli.shell import command
 from macft.config.composing import hydra_at, typed
-from macft.config.nearest import KNOWN_ELSEWHERE, schema_keys, unknown_key
+from macft.config.mangled import check_unchanged
+from macft.config.nearest import KNOWN_ELSEWHERE, TRACKERS_ELSEWHERE, schema_keys, unknown_key
 from macft.config.overrides import override, quoted, unescaped
 from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig, register_schema
@@ -31,6 +32,7 @@ from macft.data.files import READERS
 from macft.device.user_folder import user_config_folder
 from macft.errors import ConfigError
 from macft.report.latest import followed
+from macft.report.settings import TRACKERS
 
 _FREE_FORM = ("dataset.columns", "optimizer.arguments")
 """Users add keys of their own below these, without Hydra's ``+``."""
@@ -94,6 +96,7 @@ def prepare(argv: list[str]) -> CommandLine:
         raise ConfigError("--cfg, --run and -m: give one of them; --cfg shows the configuration of one run")
     if arguments.resolve and not arguments.cfg:
         raise ConfigError("--resolve: needs --cfg")
+    check_unchanged(arguments.overrides)
     parsed = _parse([_as_path(text, is_sweep=arguments.multirun) for text in arguments.overrides])
     is_sweep = arguments.multirun or any(_asks_for_sweep(item) for item in parsed)
     resume, others = _take_resume(parsed)
@@ -150,6 +153,12 @@ def _refuse_flags_of_others(argv: list[str]) -> None:
     lines = []
     for place, word in enumerate(argv):
         name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and (tracker := TRACKERS_ELSEWHERE.get(name.replace("-", "_"))):
+            value = value or next(iter(argv[place + 1 : place + 2]), "-")
+            tracker = value if value in TRACKERS else tracker
+            flag = word.partition("=")[0]
+            lines.append(f"{flag}: overrides are written key=value: 'report.trackers=[{tracker}]'")
+            continue
         key = KNOWN_ELSEWHERE.get(name.replace("-", "_")) or (name if name in _GROUPS_OF_FLAGS else None)
         if not word.startswith("--") or key is None:
             continue

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import get_type_hints
 
+from macft.report.settings import TRACKERS
+
 # Keys of other trainers, with macft's name for them.
 KNOWN_ELSEWHERE = {
     "iters": "training.steps",
@@ -39,6 +41,10 @@ KNOWN_ELSEWHERE = {
 }
 
 
+TRACKERS_ELSEWHERE = {name: name for name in TRACKERS} | {"report_to": "wandb"}
+"""Keys that would turn a tracker on, with its name."""
+
+
 def schema_keys(schema: type, prefix: str = "") -> Iterator[str]:
     """All dotted keys of a dataclass schema, including those of groups."""
     hints = get_type_hints(schema)
@@ -56,6 +62,10 @@ def unknown_key(key: str, schema: type) -> str:
     leaf = key.rsplit(".", 1)[-1]
     if leaf in KNOWN_ELSEWHERE and KNOWN_ELSEWHERE[leaf] != key:
         return f"{key}: no such key; did you mean {KNOWN_ELSEWHERE[leaf]}?"
+    if leaf in TRACKERS_ELSEWHERE:
+        return f"{key}: no such key; trackers are a list: 'report.trackers=[{TRACKERS_ELSEWHERE[leaf]}]'"
+    if leaf in known and "." not in leaf and leaf not in {name.split(".")[0] for name in known if "." in name}:
+        return f"{key}: no such key; did you mean {leaf}?"
     near = difflib.get_close_matches(key, known, 1, 0.6)
     if not near:
         by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}

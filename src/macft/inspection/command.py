@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from macft.inspection.lengths import Lengths
 from macft.inspection.row_view import RowView
 from macft.inspection.show import RowPrinter, show_lengths
 from macft.model.settings import ModelConfig
+from macft.report.shown_phases import ShownPhases
 
 _SHOWN_CHARACTERS = 1500
 
@@ -33,31 +35,39 @@ def main(argv: Sequence[str]) -> None:
     """
     arguments = _parser().parse_args(argv)
     dataset = _dataset(arguments)
-    sources = read(dataset, seed=0)
+    phases = ShownPhases()
+    with phases:
+        phases.begin(f"reading the dataset {dataset.path}")
+        sources = read(dataset, seed=0)
     raw = sources[0][1][arguments.split]
     if not raw:
         raise DataError(f"--split: {dataset.path} has no {arguments.split} rows; it has {_counts(sources)}")
     if arguments.row is not None and not 1 <= arguments.row <= len(raw):
         raise ConfigError(f"--row: {arguments.row} is not one of the {arguments.split} rows, 1 to {len(raw)}")
 
-    from macft.data.checks import check_rows
-    from macft.data.template_clock import fix_clock
-    from macft.model.load import load_tokenizer
-    from macft.model.resolve import resolve
-    from macft.model.vocabulary import vocabulary_of
+    with phases:
+        phases.begin(f"loading the tokenizer of {arguments.model}")
+        from macft.data.checks import check_rows
+        from macft.data.template_clock import fix_clock
+        from macft.model.load import load_tokenizer
+        from macft.model.resolve import resolve
+        from macft.model.vocabulary import vocabulary_of
 
-    model = ModelConfig(path=arguments.model, trust_remote_code=arguments.trust_remote_code)
-    folder = resolve(model)
-    tokenizer, vocabulary = load_tokenizer(model, folder), vocabulary_of(folder)
+        model = ModelConfig(path=arguments.model, trust_remote_code=arguments.trust_remote_code)
+        folder = resolve(model)
+        tokenizer, vocabulary = load_tokenizer(model, folder), vocabulary_of(folder)
     notes = fix_clock(tokenizer, None)
     console = Console(highlight=False)
-    count = f"{len(raw):,} row{'' if len(raw) == 1 else 's'}"
+    rows = f"{len(raw):,} row{'' if len(raw) == 1 else 's'}"
     whole = replace(dataset, max_seq_length=sys.maxsize)
-    with console.status(f"tokenizing {count}"):
-        split, row_notes = tokenize_split(sources, whole, tokenizer, arguments.split)
+    done = count(1)
+    with phases:
+        split, row_notes = tokenize_split(
+            sources, whole, tokenizer, arguments.split, row_done=lambda: phases("tokenizing", next(done), len(raw))
+        )
 
     size = f"which knows {vocabulary:,} tokens" if vocabulary else "whose number of tokens is not known"
-    _print(console, [f"{dataset.path}, {arguments.split}: {count}, for {model.path}, {size}"])
+    _print(console, [f"{dataset.path}, {arguments.split}: {rows}, for {model.path}, {size}"])
     if split.rows:
         _show(split, dataset, tokenizer, arguments, console)
     _print(console, [f"note: {note}" for note in notes + row_notes])

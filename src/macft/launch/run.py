@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from macft.config.schema import TrainConfig
-from macft.config.validate import is_elastic
+from macft.config.validate import is_elastic, world_size
 from macft.config.yaml import must_match, to_yaml
 from macft.device.awake import keep_awake
 from macft.device.durable import identity, write_atomically
@@ -42,6 +42,8 @@ def run(config: TrainConfig, folder: Path, *, resume: bool, callbacks: Callbacks
         MacftError: the run is refused, in which case ``config.yaml`` is as it was, or it has failed.
     """
     config = started(config)
+    if config.report.console:
+        _say_what_starts(config, resume=resume)
     keep_awake()
     if resume:
         check_resume(RunFolder(folder), config)
@@ -84,6 +86,15 @@ def run(config: TrainConfig, folder: Path, *, resume: bool, callbacks: Callbacks
             callbacks.stop = lambda: stop.request(may_quit=False)
         with Solo() as collective, start_log(folder, 0, config.report.log_level):
             return run_node(config, collective, folder, resume=resume, stop=stop, callbacks=callbacks)
+
+
+def _say_what_starts(config: TrainConfig, *, resume: bool) -> None:
+    """One line before anything is imported, which can take seconds."""
+    data = ", ".join(source.path for source in config.dataset.all_sources())
+    nodes = world_size(config)
+    where = {"single": "", "local": f", {nodes} processes here"}.get(config.topology.kind, f", {nodes} machines")
+    verb = "going on with" if resume else "starting"
+    print(f"· {verb} {config.name}: {config.model.path} on {data}{where}", flush=True)
 
 
 def _run_local(config: TrainConfig, folder: Path, *, resume: bool, callbacks: Callbacks | None) -> str:

@@ -11,7 +11,7 @@ from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
 from macft.config.yaml import to_yaml
-from macft.errors import ConfigError
+from macft.errors import ConfigError, ModelError
 from macft.launch.ssh_launcher import LaunchPlan, launch_over_ssh, show
 from macft.model.resolve import resolve
 from macft.remote.shipment import Shipment
@@ -31,7 +31,7 @@ def run_over_ssh(config: TrainConfig, folder: Path, *, resume: bool) -> int:
             config=to_yaml(config),
             folder=folder,
             run_folder=_run_folder(folder),
-            shipments=shipments(config),
+            shipments=shipments(config, resume=resume),
             has_code="code" in config.topology.ship,
             resume=resume,
             replace=config.report.overwrite,
@@ -42,8 +42,10 @@ def run_over_ssh(config: TrainConfig, folder: Path, *, resume: bool) -> int:
     )
 
 
-def shipments(config: TrainConfig) -> list[Shipment]:
-    """What ``topology.ship`` sends.
+def shipments(config: TrainConfig, *, resume: bool = False) -> list[Shipment]:
+    """What ``topology.ship`` sends. To ``resume``, the hosts need nothing that isn't found from this working folder.
+
+    They have had it since the run began, and compare its contents with those of then.
 
     Raises:
         ConfigError: a dataset is not on this machine.
@@ -63,16 +65,26 @@ def shipments(config: TrainConfig) -> list[Shipment]:
                 continue
             path = Path(source.path).expanduser()
             if not path.exists():
+                if resume:
+                    continue
                 raise ConfigError(f"topology.ship: data can't be sent, for '{source.path}' is not on this machine")
             result.append(Shipment(path, destination(source.path, topology)))
-    if "model" in topology.ship:
-        here = resolve(config.model).absolute()
+    if "model" in topology.ship and (here := _model_folder(config, may_lack=resume)) is not None:
         given = Path(config.model.path).expanduser()
         result.append(Shipment(here, destination(config.model.path if given.is_dir() else str(here), topology)))
         reference = here.parents[1] / "refs" / "main"
         if here.parent.name == "snapshots" and reference.is_file():  # how the Hugging Face cache finds the snapshot
             result.append(Shipment(reference, destination(str(reference), topology)))
     return result
+
+
+def _model_folder(config: TrainConfig, *, may_lack: bool) -> Path | None:
+    try:
+        return resolve(config.model).absolute()
+    except ModelError:
+        if not may_lack:
+            raise
+        return None
 
 
 def destination(text: str, topology: TopologyConfig) -> str:

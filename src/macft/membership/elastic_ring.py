@@ -14,7 +14,7 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.base import Channels, Collective, ReducibleArray
+from macft.collective.base import Channels, Collective, ReducibleArray, RingSpeed
 from macft.collective.codecs.quantization import WireCodec
 from macft.collective.elastic import ElasticCollective, MembershipView
 from macft.collective.listener import Listener
@@ -208,6 +208,11 @@ class ElasticRing(ElasticCollective):
     def lost_paths(self) -> list[str]:
         """See :class:`~macft.collective.ring.Ring`."""
         return self._ring.lost_paths
+
+    @property
+    def speed(self) -> RingSpeed | None:
+        """See :class:`~macft.collective.ring.Ring`."""
+        return self._ring.speed
 
     def all_reduce(self, arrays: Sequence[ReducibleArray]) -> None:
         """See :class:`~macft.collective.ring.Ring`; raises MembershipChanged if a rank is lost."""

@@ -63,7 +63,7 @@ def _check(config: AdapterConfig, layers: Sequence[AdaptableLayer], chosen: set[
     line += f" and {len(refused) - 1} more" if len(refused) > 1 else ""
     line += f" ({bad[refused[0]]})"
     instead = _shortest_targets([name for name in good if not config.targets or name in chosen] or good, list(bad))
-    raise ConfigError(f"{line}; use adapter.targets=[{','.join(instead)}]" if instead else line)
+    raise ConfigError(f"{line}; use 'adapter.targets=[{','.join(instead)}]'" if instead else line)
 
 
 def _shortest_targets(names: Sequence[str], others: Sequence[str]) -> list[str]:

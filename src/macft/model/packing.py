@@ -51,6 +51,21 @@ class PackLayout:
         """(tokens,): index of each token among the rows' (rows * longest) positions."""
         return self.owners * self.paths.shape[1] + self.depths
 
+    def sees(self, mask: mx.array | None = None) -> mx.array:
+        """(tokens, tokens) bool: whether a token attends to another, which comes before it in its row, or to itself.
+
+        ``mask`` (longest, longest) bool: what a row's positions see of each other; None: all before them.
+        """
+        key = ("sees", id(mask))
+        if key not in self.derived:
+            before = self.depths[None] <= self.depths[:, None]
+            on_path = self.paths[self.owners][:, self.depths] == mx.arange(self.owners.shape[0])
+            seen = before & on_path
+            if mask is not None:
+                seen = seen & mask[self.depths][:, self.depths]
+            self.derived[key] = seen, mask  # which keeps the mask's identity
+        return self.derived[key][0]  # type: ignore[no-any-return]
+
     @cached_property
     def is_token(self) -> mx.array:
         """(tokens,) bool: false for padding behind the tokens."""
@@ -71,6 +86,24 @@ class PackLayout:
     def owned_by(self) -> mx.array:
         """(longest, rows, rows) bool: at (position, owner, row), whether the row's token there is that owner's."""
         return self._owners_by_position.T[:, None] == mx.arange(self.paths.shape[0])[:, None]
+
+
+def attends_under_mask(tokens: int, rows: int, longest: int, head_dim: int) -> bool:
+    """Whether the tokens of a pack attend to each other under a mask, with MLX's operations; else they are laid out as
+    rows and put back.
+
+    The mask has tokens^2 scores, the rows have rows * longest^2. A score is written and read about 8 times forward and
+    backward, where attention is not fused. Laying out and putting back moves the hidden states, queries and values
+    about 16 times: as much as 2 * head_dim scores for each token. So this is a count of bytes.
+    """
+    return rows == 1 or tokens - rows * longest**2 / tokens <= 2 * head_dim
+
+
+def scores_at_once(tokens: int, rows: int, longest: int, head_dim: int) -> int:
+    """Pairs of a query and a key that MLX computes for each head, of a pack or of padded rows: whole squares."""
+    if attends_under_mask(tokens, rows, longest, head_dim) and tokens != rows * longest:
+        return tokens**2
+    return rows * longest**2
 
 
 class _CurrentPack(threading.local):

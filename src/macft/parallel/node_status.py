@@ -22,6 +22,7 @@ class NodeStatus:
     ``metered_seconds``; ``estimated`` marks power that comes from a model. ``messages``: number of lines that the node
     has for the others. Of the busy seconds ``disk_seconds`` were spent waiting for weights that are read from disk, and
     ``wait_seconds`` for another stage of a pipeline; in ``wire_seconds`` of them hidden states were being sent.
+    ``peak_memory``: bytes that MLX has held at once, at most.
     """
 
     tokens: int = 0
@@ -42,8 +43,9 @@ class NodeStatus:
     disk_seconds: float | None = None
     wait_seconds: float | None = None
     wire_seconds: float | None = None
+    peak_memory: int | None = None
 
-    SIZE = 16
+    SIZE = 17
 
     def numbers(self) -> NDArray[np.float64]:
         """The status as float64, (SIZE,); NaN for None."""
@@ -64,6 +66,7 @@ class NodeStatus:
             self.disk_seconds,
             self.wait_seconds,
             self.wire_seconds,
+            self.peak_memory,
         ]
         return np.array([math.nan if value is None else float(value) for value in values], dtype=np.float64)
 
@@ -71,7 +74,7 @@ class NodeStatus:
     def of_numbers(cls, numbers: Sequence[float]) -> NodeStatus:
         """The inverse of :meth:`numbers`."""
         values = [None if math.isnan(number) else float(number) for number in numbers]
-        state = values[6]
+        state, peak_memory = values[6], values[16]
         return cls(
             tokens=int(values[0] or 0),
             busy_seconds=values[1] or 0.0,
@@ -89,4 +92,5 @@ class NodeStatus:
             disk_seconds=values[13],
             wait_seconds=values[14],
             wire_seconds=values[15],
+            peak_memory=None if peak_memory is None else int(peak_memory),
         )

@@ -156,7 +156,7 @@ class MemoryPlanner:
             return None
         best = self.best(budget, asked=False)
         about = "at least" if parts.unknown else "about"
-        needs = f"the run would need {about} {_gb(parts.peak)} and may take {_gb(budget)}"
+        needs = f"the run would need {about} {_gb(parts.peak)}, and {_gb(budget)} are available"
         if best is not None and self.parts(best).unknown:
             return f"{needs}; {batch_overrides(best)} needs less, by how much is not predicted"
         if best is not None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from macft.model.adapter_layers import chosen_layers, select_layers
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.execution import Execution
+from macft.model.packing import scores_at_once
 from macft.model.shape import ModelShape
 from macft.planner.recomputed_memory import recomputed_block
 from macft.planner.trace import Traced, traced
@@ -271,7 +272,9 @@ def _saved_by_block(
 ) -> float:
     """Bytes that one block keeps for its backward pass; a weight's floating-point value has ``width`` bytes."""
     tokens = work.tokens
-    attended = work.rows * work.length  # queries, keys and values of a pack are laid out as rows
+    scores = scores_at_once(work.tokens, work.rows, work.length, shape.head_dim)
+    # Queries, keys and values of a pack are laid out as rows, or not.
+    attended = tokens if scores == tokens**2 else work.rows * work.length
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     names = trained.projections
     known = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -281,7 +284,7 @@ def _saved_by_block(
     floats = shape.hidden * (2.0 + reads_first + reads_second) + 2 * shape.intermediate
     floats += query * (every or "o_proj" in names) + shape.intermediate * (every or "down_proj" in names)
     saved = tokens * floats * width
-    saved += attended * (2 * key + 2 * query + shape.heads * work.length) * width
+    saved += (attended * (2 * key + 2 * query) + shape.heads * scores) * width
     if adapter.type == "full":
         return saved
     chosen = [linear for linear in shape.linears if linear.name.rsplit(".", 1)[-1] in names]
@@ -297,7 +300,8 @@ def _saved_by_block(
 def _transient_of_block(shape: ModelShape, width: int, work: ComputeShape) -> float:
     """Bytes that exist only while one block is computed."""
     floats = work.tokens * (_BLOCK_HIDDEN * shape.hidden + _BLOCK_INTERMEDIATE * shape.intermediate)
-    return width * (floats + _BLOCK_SCORES * work.rows * shape.heads * work.length**2)
+    scores = scores_at_once(work.tokens, work.rows, work.length, shape.head_dim)
+    return width * (floats + _BLOCK_SCORES * shape.heads * scores)
 
 
 def _validation(shape: ModelShape, execution: Execution, work: ComputeShape) -> float:

@@ -160,8 +160,8 @@ class Placer:
             would = f"{batch_overrides(size)}{also_free} would fit"
         also = "even with its blocks read from disk " if refusal is not None else "with its blocks read from disk "
         return (
-            f"topology.memory_budget: {also}the run would need about {peak / 1e9:.2f} GB and may take "
-            f"{self.budget / 1e9:.2f} GB; {would}"
+            f"topology.memory_budget: {also}the run would need about {peak / 1e9:.2f} GB, and "
+            f"{self.budget / 1e9:.2f} GB are available; {would}"
         )
 
     def _smaller_step(self) -> str:

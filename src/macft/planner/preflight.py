@@ -30,6 +30,7 @@ from macft.planner.fit import MemoryPlanner, batch_overrides
 from macft.planner.memory import MemoryParts
 from macft.planner.node_cuts import Cut, NodeCuts, agree, members_of
 from macft.planner.node_report import alike, gather_reports, own_node
+from macft.planner.packing import choose_packing
 from macft.planner.placement import Layout, Placer, obstacle_to_reading_blocks
 from macft.planner.stages import StagePlanner, block_costs, check_layout, decide_layout
 from macft.planner.workload import StepRows, steps_of
@@ -104,7 +105,7 @@ def _agreed_cut(
     if wanted and shard.world_size == collective.world_size > 1:
         with contextlib.suppress(ConfigError, ModelError):  # raised once more by the node's own decision
             shape = read_shape(model_folder)
-            execution = execution_for(config, shape, shape.checkpoint, Device.default())
+            execution, _ = _packed_or_padded(config, shape, steps, Device.default())
             planner_of = partial(_planner_of_pipeline, config, shape, execution, steps)
             own = own_node(_budget(topology))
     nodes = gather_reports(collective, own)
@@ -137,9 +138,10 @@ def _decide(
         execution = execution_for(config, None, read_weight_format(model_folder), device)
         execution = execution.streamed(()) if topology.placement == "stream" else execution.unplanned()
         return Preflight(execution, execution.placement, [f"no memory plan: {error}"])
-    execution = execution_for(config, shape, shape.checkpoint, device)
+    execution, packing_notes = _packed_or_padded(config, shape, steps, device)
     if topology.placement == "pipeline":
-        return _decide_stage(config, shape, execution, steps, shard, cut)
+        decision = _decide_stage(config, shape, execution, steps, shard, cut)
+        return decision._replace(notes=[*decision.notes, *packing_notes])
     planner = planner_for(config, shape, execution, [step_of_shard(step, shard, execution) for step in steps])
     budget = _budget(topology)
     placer = placer_for(config, planner, budget)
@@ -149,7 +151,7 @@ def _decide(
         note += f"; topology.batch=auto chose {batch_overrides(chosen)}"
     elif chosen.recompute != execution.recompute:
         note += f"; training.recompute=auto chose {chosen.recompute}"
-    return Preflight(chosen, Layout.of(shape, chosen, placer.first_trained).line, [note])
+    return Preflight(chosen, Layout.of(shape, chosen, placer.first_trained).line, [note, *packing_notes])
 
 
 def _decide_stage(
@@ -187,6 +189,13 @@ def _decide_stage(
             "for each micro-batch"
         )
     return Preflight(chosen, stages.line, notes, decide)
+
+
+def _packed_or_padded(
+    config: TrainConfig, shape: ModelShape, steps: Sequence[StepRows], device: Device
+) -> tuple[Execution, list[str]]:
+    """How ``device`` computes ``config``, and lines for the user; the same for all nodes of a kind."""
+    return choose_packing(planner_for(config, shape, execution_for(config, shape, shape.checkpoint, device), steps))
 
 
 def _budget(topology: TopologyConfig) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +14,7 @@ import yaml
 from macft.config.execution import execution_for
 from macft.config.schema import TrainConfig
 from macft.config.validate import world_size
-from macft.data.load import read, tokenize_all
+from macft.data.load import read, rows_to_tokenize, tokenize_all
 from macft.data.order import RowOrder
 from macft.data.template_clock import fix_clock
 from macft.device.chips import Mac, find_macs
@@ -32,6 +32,7 @@ from macft.planner.advice import advice
 from macft.planner.cluster_model import CHOICES, CHOICES_OF_AUTO, Node, NodeLink, RingLinks
 from macft.planner.layout_inputs import alone, can_pipeline, model_cost, step_work
 from macft.planner.memory import MemoryParts, trained_part
+from macft.planner.packing import choose_packing
 from macft.planner.partition import LayoutDecision, compare
 from macft.planner.placement import Layout, Placer
 from macft.planner.preflight import placer_for, planner_for, step_of_shard
@@ -39,6 +40,8 @@ from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, measured_flops
 from macft.planner.workload import StepRows, assumed_steps, steps_of
 from macft.topology.settings import parse_budget
 from macft.training.settings import steps_for
+
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -79,28 +82,38 @@ class RunPlan:
         return self.chosen is not None
 
 
-def plan_run(config: TrainConfig) -> RunPlan:
+def plan_run(config: TrainConfig, *, progress: Progress | None = None) -> RunPlan:
     """Plans ``config`` for ``plan.chips``, or for as many nodes like this machine as its topology has.
+
+    ``progress`` is called with what is done, and how many of how many rows; 0 of 0 where there is no count.
 
     Raises:
         ModelError: nothing is known of the model's shape.
         DataError: the dataset can't be read.
     """
     notes: list[str] = []
+    tell = progress or (lambda *_: None)
+    tell(f"finding the model {config.model.path}", 0, 0)
     shape, folder = _shape(config, notes)
-    steps, total_steps = _steps(config, folder, notes)
+    steps, total_steps = _steps(config, folder, notes, tell)
+    tell("measuring this machine", 0, 0)
     macs = find_macs(config.plan.chips)
+    device = METAL if macs else Device.default().shared_by(_nodes_here(config, macs))
+    # The same for all nodes, which are of a kind.
+    whole_steps = planner_for(config, shape, execution_for(config, shape, shape.checkpoint, device), steps)
+    execution, packing_notes = choose_packing(whole_steps)
+    notes += packing_notes
     speeds = [mac.chip.tflops * 1e12 * MAC_EFFICIENCY for mac in macs] or _own_speeds(config, notes)
     disks = [mac.chip.disk * 1e9 for mac in macs] or _own_disks(len(speeds), notes)
     plans, nodes, wanted, is_batch_too_large = [], [], config.topology.placement, False
     for rank, (speed, disk) in enumerate(zip(speeds, disks, strict=True)):
-        placer = _placer(config, shape, steps, DataShard(rank, len(speeds), tuple(speeds)), macs)
+        placer = _placer(config, shape, execution, steps, DataShard(rank, len(speeds), tuple(speeds)), macs)
         plan = _plan_node(_name(macs, rank, len(speeds)), placer, macs[rank] if macs else None)
         ways = () if plan.refusal is not None else (alone(placer, plan.execution, speed=speed, disk=disk),)
         is_batch_too_large |= plan.refusal is not None and placer.planner.best(placer.budget) is not None
         plans.append(plan)
         nodes.append(Node(plan.name, speed, plan.budget, disk, ways))
-    whole = _placer(config, shape, steps, DataShard(0, 1), macs).planner
+    whole = _placer(config, shape, execution, steps, DataShard(0, 1), macs).planner
     model, work = model_cost(whole), step_work(whole, config.training.micro_batch_size)
     links = find_links(config.plan.link)
     ring = _ring(links, len(nodes))
@@ -135,14 +148,21 @@ def plan_run(config: TrainConfig) -> RunPlan:
     )
 
 
+def _nodes_here(config: TrainConfig, macs: Sequence[Mac]) -> int:
+    """Nodes that share a machine."""
+    return config.topology.nodes if not macs and config.topology.kind == "local" else 1
+
+
 def _placer(
-    config: TrainConfig, shape: ModelShape, steps: Sequence[StepRows], shard: DataShard, macs: Sequence[Mac]
+    config: TrainConfig,
+    shape: ModelShape,
+    execution: Execution,
+    steps: Sequence[StepRows],
+    shard: DataShard,
+    macs: Sequence[Mac],
 ) -> Placer:
     """What decides how the node at ``shard`` computes."""
-    mac = macs[shard.rank] if macs else None
-    nodes_here = config.topology.nodes if mac is None and config.topology.kind == "local" else 1
-    device = METAL if mac else Device.default().shared_by(nodes_here)
-    execution = execution_for(config, shape, shape.checkpoint, device)
+    mac, nodes_here = macs[shard.rank] if macs else None, _nodes_here(config, macs)
     own = [step_of_shard(step, shard, execution) for step in steps]
     # A node far slower than the others may be left without a row; it still holds the model.
     own = [step for step in own if step.rows] or [StepRows(steps[0].rows[:1], steps[0].ids[:1])]
@@ -191,7 +211,7 @@ def _own_speeds(config: TrainConfig, notes: list[str]) -> list[float]:
     efficiency = CPU_EFFICIENCY if Device.default().kind == "cpu" else MAC_EFFICIENCY
     nodes_here = count if config.topology.kind == "local" else 1
     if config.topology.kind in ("hosts", "ssh"):
-        notes.append("every host is taken to be a machine like this one; plan.chips=[...] names other Macs")
+        notes.append("every host is taken to be a machine like this one; --chips names other Macs")
     return [measured_flops() * efficiency / nodes_here] * count
 
 
@@ -240,9 +260,10 @@ def known_models() -> dict[str, dict[str, Any]]:
     return {row.pop("path"): row for row in yaml.safe_load(text)}
 
 
-def _steps(config: TrainConfig, folder: Path | None, notes: list[str]) -> tuple[list[StepRows], int]:
+def _steps(config: TrainConfig, folder: Path | None, notes: list[str], tell: Progress) -> tuple[list[StepRows], int]:
     """The run's batches and its number of updates; rows of the longest length where they can't be tokenised here."""
     batch_size, longest = config.training.batch_size, config.dataset.max_seq_length
+    tell("reading the dataset", 0, 0)
     raw = read(config.dataset, seed=config.seed)
     sizes = [len(splits["train"]) for _, splits in raw]
     order = RowOrder(sizes, [source.weight for source, _ in raw], batch_size=batch_size, seed=config.seed)
@@ -252,15 +273,18 @@ def _steps(config: TrainConfig, folder: Path | None, notes: list[str]) -> tuple[
             raise ModelError("no tokenizer")
         tokenizer = load_tokenizer(config.model, folder)
         fix_clock(tokenizer, config.dataset.template_time)
-        data = tokenize_all(raw, config.dataset, tokenizer, need_test=False)
+        total = rows_to_tokenize(raw, need_test=False)
+        data = tokenize_all(
+            raw, config.dataset, tokenizer, need_test=False, progress=lambda done: tell("tokenizing", done, total)
+        )
     except DataError:
         raise
     except (MacftError, json.JSONDecodeError) as error:
         notes.append(f"all rows are taken to have {longest} tokens (dataset.max_seq_length): {error}")
         return assumed_steps(batch_size, longest), steps_for(config.training, order.steps_per_epoch)
     order = RowOrder(data.train.source_sizes, data.train.source_weights, batch_size=batch_size, seed=config.seed)
-    total = steps_for(config.training, order.steps_per_epoch)
-    return steps_of(data.train.rows, order, total), total
+    steps = steps_for(config.training, order.steps_per_epoch)
+    return steps_of(data.train.rows, order, steps), steps
 
 
 def _any_tokenizer(config: TrainConfig, notes: list[str]) -> Path | None:

@@ -11,6 +11,7 @@ from itertools import chain
 import mlx.core as mx
 
 from macft.model.execution import Execution
+from macft.model.packing import scores_at_once
 from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import trained_part
 from macft.planner.workload import DeviceBatchShape
@@ -70,7 +71,8 @@ def attention_operations(
     if execution.kernels == "cpu":
         pairs = sum(batch.pairs for batch in batches)
         return 4.0 * query * pairs, 10.0 * query * pairs
-    pairs = sum(batch.rows * batch.length**2 for batch in batches)
+    head_dim = planner.shape.head_dim
+    pairs = sum(scores_at_once(batch.tokens, batch.rows, batch.length, head_dim) for batch in batches)
     return 4.0 * query * pairs, 8.0 * query * pairs
 
 

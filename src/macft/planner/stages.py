@@ -114,8 +114,8 @@ class StagePlanner:
         if low < 0:
             raise ConfigError(
                 f"topology.memory_budget: even with its blocks read from disk a stage would need about "
-                f"{self.parts(0).peak / 1e9:.2f} GB and may take {self.budget / 1e9:.2f} GB; fewer or shorter rows in "
-                "a micro-batch (training.micro_batch_size, dataset.max_seq_length) need less"
+                f"{self.parts(0).peak / 1e9:.2f} GB, and {self.budget / 1e9:.2f} GB are available; fewer or shorter "
+                "rows in a micro-batch (training.micro_batch_size, dataset.max_seq_length) need less"
             )
         return self._with(low)
 

@@ -46,7 +46,7 @@ def _show_memory(plan: RunPlan, console: Console) -> None:
     """Memory of each node with the whole model."""
     table = _table("memory of each node with the whole model, GB")
     table.add_column("node", overflow="fold", min_width=8)
-    _numbers(table, "weights", "trained", "activations", "rest", "peak", "may take")
+    _numbers(table, "weights", "trained", "activations", "rest", "peak", "available")
     table.add_column("fits", no_wrap=True)
     _numbers(table, "rows")
     for node in plan.nodes:
@@ -77,7 +77,7 @@ def _show_pipelines(plan: RunPlan, decision: LayoutDecision, console: Console) -
     table = _table("pipeline: blocks and memory of each node, GB")
     table.add_column("node", overflow="fold", min_width=8)
     table.add_column("blocks", no_wrap=True)
-    _numbers(table, "weights", "trained", "activations", "reserve", "peak", "may take", "busy")
+    _numbers(table, "weights", "trained", "activations", "reserve", "peak", "available", "busy")
     pairs = zip(decision.layout.pipelines, decision.choices, decision.micro_batches, strict=True)
     for number, (stages, choices, count) in enumerate(pairs):
         for stage, choice in zip(stages, choices, strict=True):

@@ -208,7 +208,10 @@ class ConsoleReporter:
         self.close()
         # The commands come below the panel and unbroken, so that they can be copied.
         title, colour = _TITLES.get(event.reason, (event.reason, ""))
-        rows = [*_result_rows(event), ("time", f"{event.steps:,} steps, {duration(event.seconds)}", "")]
+        rows = [
+            *_result_rows(event),
+            ("time", f"{event.steps:,} step{'' if event.steps == 1 else 's'}, {duration(event.seconds)}", ""),
+        ]
         if self._speed.total_seconds:
             average = self._speed.total_tokens / self._speed.total_seconds
             rows.append(("speed", f"{average:,.0f} tokens/s on average", ""))
@@ -222,7 +225,7 @@ class ConsoleReporter:
         self._block(title, rows, colour)
         for warning in event.warnings:
             self._show_note(warning, "warning")
-        if event.detail:
+        if event.detail and event.reason != "failed":  # of an error the command prints one line itself
             self._line(_one_line(event.detail), colour)
         if event.adapter_folder is not None:
             self._line(f"try it: {command('python', '-m', 'macft.generate', _short(self._folder.path))}")

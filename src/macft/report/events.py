@@ -73,6 +73,33 @@ class RunStarted(Event):
 
 
 @dataclass(frozen=True)
+class NodeDescription:
+    """A node: its name, its device for people, and the bytes that MLX may use there.
+
+    ``blocks``: the first and the last of the model's blocks that it holds; None: all of them. ``to_next``: bytes a
+    second to the next node of the ring, as measured when the ring formed.
+    """
+
+    name: str
+    device: str
+    memory: float
+    blocks: list[int] | None = None
+    to_next: float | None = None
+
+
+@dataclass(frozen=True)
+class RingFormed(Event):
+    """The nodes, by rank, of ``generation``, which counts the changes of the nodes. One that is alone is in it too.
+
+    ``latency``: seconds of a small message from one node to the next.
+    """
+
+    generation: int
+    nodes: list[NodeDescription]
+    latency: float | None = None
+
+
+@dataclass(frozen=True)
 class StepDone(ReplayedEvent):
     """An update was made. ``step`` counts from 1; ``loss`` is the global mean per target token, in nats.
 
@@ -83,7 +110,8 @@ class StepDone(ReplayedEvent):
     between two steps.
     ``nodes`` and ``shares`` (of this step's rows, 1 in all) are by rank. ``bytes_sent``: by this node, for this step.
     ``residual_norm``: L2 norm of what this node's codec has rounded off and not yet added. ``generation`` counts the
-    changes of the nodes.
+    changes of the nodes. ``traces``: how often this node has traced a gradient to compile it so far, once for each
+    shape.
     """
 
     total_steps: int
@@ -103,6 +131,7 @@ class StepDone(ReplayedEvent):
     nodes: list[NodeStatus] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
     generation: int = 0
+    traces: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from macft.report.events import Event, ReplayedEvent
+from macft.report.growing_file import GrowingFile
 
 
 def events_in(path: Path) -> Iterator[Event]:
@@ -23,23 +23,14 @@ class EventReader:
     """Reads a metrics file that grows: the events from ``since`` on, in seconds since 1970."""
 
     def __init__(self, path: Path, *, since: float = 0.0):
-        self._path, self._since = path, since
-        self._file = 0
-        self._at, self._rest = 0, b""
+        self._file, self._since = GrowingFile(path), since
 
     def read(self) -> list[Event]:
         """The events that were written since the last call. Lines that a kill has torn are left out."""
-        try:
-            with self._path.open("rb") as file:
-                if self._file != (inode := os.fstat(file.fileno()).st_ino):  # a resumed run writes the file anew
-                    self._file, self._at, self._rest = inode, 0, b""
-                file.seek(self._at)
-                data = file.read()
-        except FileNotFoundError:
-            return []
-        self._at += len(data)
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        return [event for line in lines if (event := _event(line, self._since)) is not None]
+        events: list[Event] = []
+        while lines := self._file.read():
+            events += [event for line in lines if (event := _event(line, self._since)) is not None]
+        return events
 
 
 def _event(line: bytes, since: float) -> Event | None:

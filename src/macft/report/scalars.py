@@ -35,7 +35,7 @@ class Scalars:
         return {name: value for name, value in values.items() if name in self._seen or name.startswith(_ALWAYS)}
 
 
-_ALWAYS = ("loss/", "optim/", "system/cluster/")
+_ALWAYS = ("loss/", "optim/", "system/cluster/share")
 
 
 def results(event: RunEnded) -> dict[str, float]:
@@ -44,6 +44,12 @@ def results(event: RunEnded) -> dict[str, float]:
     if event.energy is not None:
         values |= {"joules": event.energy.joules, "kwh": event.energy.kwh, "co2_grams": event.energy.co2_grams}
     return {f"result/{name}": value for name, value in values.items()}
+
+
+def _parts_of(event: StepDone) -> dict[str, float]:
+    """The parts of a step's time that tell something: a node that is alone waits for nobody."""
+    is_alone = len(event.nodes) == 1
+    return {name: part for name, part in event.parts.items() if not (is_alone and name.startswith("all_reduce"))}
 
 
 def _of_step(event: StepDone) -> dict[str, float]:
@@ -61,7 +67,7 @@ def _of_step(event: StepDone) -> dict[str, float]:
         "system/network/codec_residual_norm": event.residual_norm,
         "system/memory/peak_gb": event.peak_memory / 1e9,
         "system/memory/active_gb": event.active_memory / 1e9,
-        **{f"time/{name}": part for name, part in event.parts.items()},
+        **{f"time/{name}": part for name, part in _parts_of(event).items()},
     }
     if len(event.nodes) > 1:
         values["throughput/tokens_per_second_of_this_node"] = event.node_tokens / seconds

@@ -32,6 +32,7 @@ class SummaryWriter:
         self._facts: dict[str, object] = {}
         self._tokens, self._seconds, self._peak_memory = 0, 0.0, 0
         self._last_loss: float | None = None
+        self._traces = 0
         self._changes = [_line(event) for event in changes]
         self._samples: list[Sample] = []
         self._written: RunEnded | None = None
@@ -46,6 +47,7 @@ class SummaryWriter:
                 self._seconds += event.seconds
                 self._peak_memory = max(self._peak_memory, event.peak_memory)
                 self._last_loss = event.loss
+                self._traces = event.traces
             case NodesChanged():
                 self._changes.append(_line(event))
                 self._facts["nodes_at_the_end"] = len(event.names)
@@ -72,6 +74,7 @@ class SummaryWriter:
             "last_train_loss": self._last_loss,
             "tokens_per_second": round(self._tokens / self._seconds, 1) if self._seconds else None,
             "peak_memory_bytes": self._peak_memory,
+            "compiled_shapes": self._traces or None,
             "energy": event.energy,
             "energy_used": event.energy.line if event.energy else None,
             "adapter_folder": event.adapter_folder,

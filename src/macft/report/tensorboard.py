@@ -100,8 +100,8 @@ class TensorBoard:
         self._writer.close()
 
     def _end(self, event: RunEnded) -> None:
-        # What was before training is the first point of a curve.
-        hidden = ("_before", "/steps")
+        # What was before training is the first point of a curve; kWh and CO2 are joules in other units.
+        hidden = ("_before", "/steps", "/kwh", "/co2_grams")
         self._scalars({k: v for k, v in results(event).items() if not k.endswith(hidden)}, event.steps)
         # TensorBoard uses the first end it reads, so a run that can be resumed must not have one yet.
         if event.reason != "interrupted":

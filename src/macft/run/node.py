@@ -18,6 +18,7 @@ from macft.report.callbacks import Callbacks
 from macft.report.events import RunStarted
 from macft.report.run_folder import RunFolder
 from macft.run.agreed_end import AgreedEnd
+from macft.run.node_descriptions import describe_nodes
 from macft.run.prepare import Run, planned_world_size, prepare
 from macft.run.scoring import score_before
 from macft.training.stop_request import Stopped, StopRequest
@@ -93,6 +94,7 @@ def _train_together(run: Run, elastic: ElasticCollective | None, ending: AgreedE
     while together:
         _write_members(run)
         try:
+            run.reporter.handle(describe_nodes(run))
             return _train(run, ending)
         except MembershipChanged:
             together = run.trainer.regroup()

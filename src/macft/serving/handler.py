@@ -7,7 +7,6 @@ names, and fetch any address; so a request is checked, and reduced to what this 
 from __future__ import annotations
 
 import contextlib
-import hmac
 import io
 import json
 import logging
@@ -21,8 +20,9 @@ from mlx_lm.server import APIHandler
 
 from macft.data.conversation import conversation
 from macft.errors import DataError
+from macft.network.http_server import is_key, is_loopback, name_in
 from macft.serving.engine import Engine, status_of
-from macft.serving.options import MAX_BODY_BYTES, ServerConfig, is_loopback
+from macft.serving.options import MAX_BODY_BYTES, ServerConfig
 
 _COMPLETIONS = ("/v1/chat/completions", "/chat/completions", "/v1/completions")
 _MODELS = "/v1/models"
@@ -126,12 +126,12 @@ class Handler(APIHandler):
                 HTTPStatus.FORBIDDEN, f"pages of {origin} may not use this server; see --allowed-origins"
             )
         host = self.headers.get("Host", "")
-        name = host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
+        name = name_in(host)
         if is_loopback(config.host) and host and not is_loopback(name):
             raise RequestRefused(HTTPStatus.FORBIDDEN, f"this server answers to localhost, not to {name}; see --host")
         if config.api_key and needs_key:
             sent = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-            if not hmac.compare_digest(sent.encode(), config.api_key.encode()):
+            if not is_key(sent, config.api_key):
                 raise RequestRefused(
                     HTTPStatus.UNAUTHORIZED, "the key is missing or wrong; send Authorization: Bearer KEY"
                 )

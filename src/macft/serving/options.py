@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
-import secrets
 from dataclasses import dataclass
 
 from macft.evaluation.chat import Sampling
 
 MAX_BODY_BYTES = 8 * 2**20
 """Largest request; about two million tokens of text."""
-_KEY_BYTES = 24
 
 
 @dataclass(frozen=True)
@@ -47,16 +44,3 @@ class ServerConfig:
         if self.together < 1:
             lines.append(f"--together: {self.together} must be 1 or more")
         return lines + self.sampling.problems()
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only programs on this machine reach ``host``."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
-
-
-def new_key() -> str:
-    """A random key for a server."""
-    return secrets.token_urlsafe(_KEY_BYTES)

@@ -52,6 +52,8 @@ class LocalGradient:
     # in which this stage's were being sent, in the background; None where there are no stages.
     waited_for_stages: float | None = None
     sent_to_stages: float | None = None
+    # How often a gradient was traced to be compiled so far: once for each shape.
+    traces: int = 0
 
     @property
     def loss_sum(self) -> float:
@@ -96,6 +98,7 @@ class GradientComputer:
             backend.value_and_grad(each, partial(self._loss_in_lane, lane))
             for lane, each in enumerate(self.loss.lanes.models)
         ]
+        self._traces = 0
         if execution.compiled:
             self._compiled = mx.compile(self._trace, inputs=model.state)
 
@@ -153,6 +156,7 @@ class GradientComputer:
             target_tokens=target_tokens,
             tokens=sum(int(batch.lengths.sum()) for batch in batches),
             started=started,
+            traces=self._traces,
         )
 
     def _loss_in_lane(self, lane: int, *inputs: mx.array) -> mx.array:
@@ -215,6 +219,7 @@ class GradientComputer:
         self, total: Gradient, layout: list[mx.array], keys: mx.array, *inputs: mx.array
     ) -> tuple[mx.array, Gradient]:
         """What is compiled for each shape of ``inputs``, with sums so far and without; the model stays as it was."""
+        self._traces += 1
         parameters = self._model.trainable_parameters()
         try:
             return self._sum(total, layout, keys, *inputs)

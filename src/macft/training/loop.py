@@ -152,6 +152,7 @@ class Trainer:
                 nodes=metrics.nodes,
                 shares=list(nodes.balancer.shares),
                 generation=self.recovery.generation if self.recovery else 0,
+                traces=result.traces,
             )
         )
         if result.statuses:

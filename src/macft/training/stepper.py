@@ -43,6 +43,8 @@ class StepResult:
     bytes_sent: int
     # Every rank's status, by rank; empty between two synchronizations.
     statuses: Sequence[NodeStatus]
+    # How often this node has traced a gradient so far; see LocalGradient.
+    traces: int = 0
 
 
 class StepOutcome(NamedTuple):
@@ -129,6 +131,7 @@ class SynchronousStepper:
             phase_seconds=seconds,
             bytes_sent=nodes.collective.bytes_sent - sent,
             statuses=agreement.statuses,
+            traces=local.traces,
         )
         return StepOutcome(result, agreement)
 
@@ -143,6 +146,7 @@ def _status(nodes: NodeCoordinator, local: LocalGradient, seconds: float) -> Nod
         disk_seconds=local.waited_for_weights,
         wait_seconds=local.waited_for_stages,
         wire_seconds=local.sent_to_stages,
+        peak_memory=mx.get_peak_memory(),
     )
 
 
@@ -157,6 +161,7 @@ class _Queued:
     tokens: int
     target_tokens: int
     started: float
+    traces: int
 
 
 class QueuedStepper:
@@ -184,7 +189,9 @@ class QueuedStepper:
         rate = context.learning_rate(step)
         loss_sum = sum(local.losses, mx.array(0.0))
         loss, norm = context.update.queue(local.gradient, rate, loss_sum, local.target_tokens, context.max_grad_norm)
-        self._queued = _Queued(step + 1, rate, loss, norm, local.tokens, local.target_tokens, local.started)
+        self._queued = _Queued(
+            step + 1, rate, loss, norm, local.tokens, local.target_tokens, local.started, local.traces
+        )
         agreement = Agreement(
             is_synced=True,
             stop=context.stop.requested,
@@ -236,6 +243,7 @@ class QueuedStepper:
             phase_seconds=seconds,
             bytes_sent=0,
             statuses=metrics.nodes,
+            traces=queued.traces,
         )
         self._ended = ended
 
