@@ -42,11 +42,6 @@ def is_scored(config: TrainConfig) -> bool:
     return bool(config.dataset.metrics()) and config.training.metric_rows != 0
 
 
-def answers_questions(config: TrainConfig) -> bool:
-    """Whether the model generates answers before and after training, for metrics or to look at."""
-    return is_scored(config) or config.report.samples > 0
-
-
 def register_schema() -> None:
     """Registers the schema with Hydra, which then checks every key and type when it composes."""
     from hydra.core.config_store import ConfigStore  # Hydra is slow to import, and only the command line needs it

@@ -12,8 +12,8 @@ import mlx.core as mx
 import psutil
 
 _CGROUPS = Path("/sys/fs/cgroup")
-_V2_LIMITS = ("memory.max", "memory.high")
-_V1_LIMITS = ("memory.limit_in_bytes",)
+_V2_LIMITS: tuple[str, ...] = ("memory.max", "memory.high")
+_V1_LIMITS: tuple[str, ...] = ("memory.limit_in_bytes",)
 _GROWTH = 48 * 2**20
 """Bytes that a process takes beside MLX's arrays after it was planned: threads, modules, buffers of the network."""
 _UNTOUCHED = {"VmData": 192 * 2**20, "VmSize": 768 * 2**20}

@@ -64,7 +64,8 @@ def obstacle_to_cutting(config: ModelConfig, path: Path, execution: Execution) -
     except ModelError as error:
         return str(error)
     with weights.standing_in():
-        return CutModel(model, same_form=True).obstacle(_trial())
+        obstacle = CutModel(model, same_form=True).obstacle(_trial())
+    return obstacle or _needs_embedding(model, weights)
 
 
 def _trial() -> mx.array:

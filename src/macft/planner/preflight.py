@@ -10,7 +10,7 @@ from typing import NamedTuple
 from macft.collective.base import Collective
 from macft.collective.elastic import ElasticCollective
 from macft.config.execution import execution_for
-from macft.config.schema import TrainConfig, answers_questions
+from macft.config.schema import TrainConfig
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.device.kind import Device
@@ -152,8 +152,7 @@ def _decide_stage(part: NodePart, cut: Cut) -> Preflight:
     place = layout.place_of(rank)
     rows = DataShard(place[0] if place is not None else 0, len(layout.pipelines))
     steps, resident = heaviest(part.steps), topology.resident_blocks
-    answers = answers_questions(config)
-    refit = StageRefit(part.planner, execution, steps, budget, resident, first_trained, may_keep, answers)
+    refit = StageRefit(part.planner, execution, steps, budget, resident, first_trained, may_keep)
     stages = refit.planned(part.planner(rows, execution, part.steps), layout, rank)
     chosen = stages.decide()
     notes = [_limited(stages.predicted(chosen), budget)]

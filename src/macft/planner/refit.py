@@ -78,7 +78,6 @@ class StageRefit:
     resident: int | str
     first_trained: int
     may_keep: bool
-    answers: bool = False
 
     def __call__(self, layout: StageLayout, rank: int, world_size: int) -> Fitted:  # noqa: ARG002
         """How ``rank`` computes its part of ``layout``; raises ConfigError where that doesn't fit."""
@@ -101,6 +100,4 @@ class StageRefit:
 
     def planned(self, planner: MemoryPlanner, layout: StageLayout, rank: int) -> StagePlanner:
         """The memory of ``rank``'s stage, which has the rows of ``planner``."""
-        return StagePlanner(
-            planner, self.budget, layout, rank, self.first_trained, self.resident, self.may_keep, self.answers
-        )
+        return StagePlanner(planner, self.budget, layout, rank, self.first_trained, self.resident, self.may_keep)

@@ -86,8 +86,7 @@ class StagePlanner:
     """The memory of ``rank``'s stage in ``layout``, of which ``budget`` bytes may be taken.
 
     ``first_trained``: the first block that has a backward pass. ``wanted``: ``topology.resident_blocks``. ``may_keep``:
-    whether activations may be kept for the backward pass, where there is room. ``answers``: the node also generates
-    answers in the run, with the whole model.
+    whether activations may be kept for the backward pass, where there is room.
     """
 
     planner: MemoryPlanner
@@ -97,7 +96,6 @@ class StagePlanner:
     first_trained: int
     wanted: int | str
     may_keep: bool
-    answers: bool = False
 
     def decide(self) -> Execution:
         """The execution of this node: it keeps as many blocks in memory as fit, those of a larger stage later included.
@@ -191,12 +189,9 @@ class StagePlanner:
             border_capacity=in_flight(from_end)[0] * (1 + self._trained) + int(room / self._border),
         )
 
-    def _whole_model(self, parts: MemoryParts, count: int) -> float:
-        """Bytes while the whole model is computed block by block, with both ends: when the node answers, beside the
-        ``count`` blocks that it holds, or else when the model's code is tried before anything is held."""
-        resident = tuple(range(count if self.answers else 0))
-        weights = held_weights(self.planner.shape, replace(self.planner.execution, resident_blocks=resident))
-        return weights + parts.adapter + (parts.optimizer if self.answers else 0.0)
+    def _tried(self, parts: MemoryParts) -> float:
+        """Bytes while the model's code is tried block by block, with both ends, before any block is held."""
+        return held_weights(self.planner.shape, replace(self.planner.execution, resident_blocks=())) + parts.adapter
 
     @property
     def _activations_of_block(self) -> float:
@@ -229,7 +224,7 @@ class StagePlanner:
             activations=borders + one_block + 2 * border,
             other_peak=max(
                 parts.other_peak - parts.weights + held,
-                self._whole_model(parts, count),
+                self._tried(parts),
                 held + parts.adapter + parts.optimizer + update_bytes(trained.parameters),
             ),
         )

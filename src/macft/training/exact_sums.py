@@ -49,6 +49,10 @@ class Computes(Protocol):
         """The loss without a gradient, for validation."""
         ...
 
+    def adopt(self, execution: Execution) -> None:
+        """Computes as ``execution`` says from the next step on."""
+        ...
+
     def __call__(
         self, step: int, batches: Sequence[Batch], before_micro_batch: Callable[[], None], *, in_buckets: bool
     ) -> LocalGradient:
@@ -105,6 +109,10 @@ class ExactStepGradient:
     def loss(self) -> Losses:
         """The loss without a gradient, for validation."""
         return self._inner.loss
+
+    def adopt(self, execution: Execution) -> None:
+        """See :class:`~macft.training.step_gradient.StepGradient`."""
+        self._inner.adopt(execution)
 
     def __call__(
         self,

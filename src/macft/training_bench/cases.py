@@ -15,8 +15,8 @@ from macft.device.memory import usable_bytes
 from macft.model.execution import Execution
 from macft.model.settings import ModelConfig
 from macft.model.shape import ModelShape, shape_of
+from macft.planner.node_part import placer_for, planner_for
 from macft.planner.packing import choose_packing
-from macft.planner.preflight import placer_for, planner_for
 from macft.planner.speed import own_speed, step_cost
 from macft.planner.workload import steps_of
 from macft.topology.settings import parse_budget
