@@ -273,12 +273,15 @@ def opened(model: Path, shares: list[float]) -> list[Any]:
 
     def lines(ring: Ring) -> list[str]:
         rank = AnsweringRank(ring, name=f"host-{ring.rank}", machine_share=shares[ring.rank])
-        with rank.open_stage(spread, 0) as stage:
-            held = stage.stage.compute(Task(TaskKind.NOTHING), None)
-            assert held is None or isinstance(held, Outcome)
-            return [str(stage.layout), *stage.from_disk]
+        try:
+            with rank.open_stage(spread, 0) as stage:
+                return [str(stage.layout), *stage.from_disk]
+        except ConfigError as error:
+            return [str(error)]
+        finally:
+            ring.all_gather(b"")  # as a leader does that wants something else
 
-    return run_ranks(local_listeners(len(shares)), lines, catch=MacftError)
+    return run_ranks(local_listeners(len(shares)), lines)
 
 
 def test_a_host_with_little_memory_gets_few_blocks(five_blocks: Path) -> None:
@@ -289,8 +292,8 @@ def test_what_does_not_fit_is_one_line_before_anything_loads(five_blocks: Path) 
     layout, note = opened(five_blocks, [0.22, 0.22])[0]
     assert layout.startswith("rank 0: blocks 0-")
     assert "reads " in note
-    for error in opened(five_blocks, [1.0, 0.1]):
-        assert str(error) == (
+    for (error,) in opened(five_blocks, [1.0, 0.1]):
+        assert error == (
             "topology.memory_budget: host-1 has 0.0008 GB, and a part of this model takes 0.00154 GB, even with its "
             "other blocks read from disk; use a machine with more memory there, fewer nodes or fewer bits"
         )
