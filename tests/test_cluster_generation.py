@@ -32,6 +32,7 @@ from macft.collective.ring import Ring
 from macft.collective.solo import Solo
 from macft.config.execution import inference_execution
 from macft.errors import ConfigError, MacftError, ModelError, ProtocolError
+from macft.evaluation.batched import greedy_answers
 from macft.evaluation.chat import Sampling
 from macft.generation.layout import AnsweringNode, answering_layout
 from macft.generation.pipeline import AnswerPipeline
@@ -50,9 +51,10 @@ from macft.model.adapter_settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig
-from macft.parallel.stage_layout import Stage
-from macft.parallel.stage_places import StagePlace
+from macft.parallel.stage_layout import Stage, even_layout
+from macft.parallel.stage_places import StagePlace, StagePlaces
 from macft.run.answering import AnsweringRank, SpreadModel
+from macft.run.stage_answers import StageAnswers
 
 QUESTIONS = ("Repeat: red", "seven lamps", "what is north? " * 9, "quiet", "river stone paper")
 
@@ -271,12 +273,15 @@ def opened(model: Path, shares: list[float]) -> list[Any]:
 
     def lines(ring: Ring) -> list[str]:
         rank = AnsweringRank(ring, name=f"host-{ring.rank}", machine_share=shares[ring.rank])
-        with rank.open_stage(spread, 0) as stage:
-            held = stage.stage.compute(Task(TaskKind.NOTHING), None)
-            assert held is None or isinstance(held, Outcome)
-            return [str(stage.layout), *stage.from_disk]
+        try:
+            with rank.open_stage(spread, 0) as stage:
+                return [str(stage.layout), *stage.from_disk]
+        except ConfigError as error:
+            return [str(error)]
+        finally:
+            ring.all_gather(b"")  # as a leader does that wants something else
 
-    return run_ranks(local_listeners(len(shares)), lines, catch=MacftError)
+    return run_ranks(local_listeners(len(shares)), lines)
 
 
 def test_a_host_with_little_memory_gets_few_blocks(five_blocks: Path) -> None:
@@ -287,11 +292,39 @@ def test_what_does_not_fit_is_one_line_before_anything_loads(five_blocks: Path) 
     layout, note = opened(five_blocks, [0.22, 0.22])[0]
     assert layout.startswith("rank 0: blocks 0-")
     assert "reads " in note
-    for error in opened(five_blocks, [1.0, 0.1]):
-        assert str(error) == (
+    for (error,) in opened(five_blocks, [1.0, 0.1]):
+        assert error == (
             "topology.memory_budget: host-1 has 0.0008 GB, and a part of this model takes 0.00154 GB, even with its "
             "other blocks read from disk; use a machine with more memory there, fewer nodes or fewer bits"
         )
+
+
+@pytest.mark.parametrize(("ranks", "pipelines"), [(3, 1), (4, 2)])
+def test_the_stages_of_a_run_answer_as_one_node(five_blocks: Path, ranks: int, pipelines: int) -> None:
+    """Each question is asked by the first stage of a pipeline, and no stage reads blocks of another."""
+    questions = [[5, 6, 7], [9, 9, 4, 3], list(range(20, 50)), [8, 8]]
+    execution = inference_execution(ModelConfig(), five_blocks)
+    whole = load(ModelConfig(), five_blocks, execution)
+    expected = greedy_answers(whole.model, whole.tokenizer, questions, max_tokens=6, progress=lambda _: None)
+    block = sum(value.nbytes for name, value in weights(five_blocks).items() if ".layers.2." in name)
+
+    def answer(ring: Ring) -> dict[int, list[int]]:
+        places = StagePlaces(ring, lambda count: even_layout(5, range(count), pipelines))
+        own = places.layout.blocks_of(ring.rank)
+        loaded = load(ModelConfig(), five_blocks, execution.streamed(tuple(own)).padded())
+        backend = make_backend(loaded.execution)
+        with backend.installed(loaded.model):
+            stages = StageAnswers(loaded, backend, places, ring)
+            mine = stages.questions(len(questions))
+            prompts = [questions[number] for number in mine]
+            found = stages(prompts, max_tokens=6, progress=lambda _: None, stopped=lambda: False)
+        assert loaded.streamed is not None
+        assert loaded.streamed.take_figures()[1] == len(own) * block
+        return dict(zip(mine, found, strict=True))
+
+    found = run_ranks(local_listeners(ranks), answer)
+    assert [len(each) for each in found] == ([4, 0, 0] if pipelines == 1 else [2, 0, 2, 0])
+    assert {number: tokens for each in found for number, tokens in each.items()} == dict(enumerate(expected))
 
 
 def test_malformed_messages_between_stages_are_told() -> None:

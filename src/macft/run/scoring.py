@@ -122,7 +122,8 @@ def _answers(run: Run) -> tuple[Answers, range | None]:
     """What answers, and which questions this rank asks; None for those of its turn."""
     asked, loaded = run.held_out, run.loaded
     if run.compute.execution.placement == "pipeline" and run.trainer.nodes.collective is run.collective:
-        stages = StageAnswers(run) if asked.metrics else StageAnswers(run, _SAMPLE_SECONDS)
+        seconds = math.inf if asked.metrics else _SAMPLE_SECONDS
+        stages = StageAnswers(loaded, run.backend, run.trainer.nodes.places, run.collective, seconds)
         return stages, stages.questions(len(asked.questions))
     if asked.metrics:
         return partial(greedy_answers, loaded.model, loaded.tokenizer), None

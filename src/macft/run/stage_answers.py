@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from macft.collective.base import Channels
+from macft.collective.base import Channels, Collective
 from macft.generation.pipeline import AnswerPipeline, NewToken, channel_pairs, follow
 from macft.generation.stage import AnsweringStage
-from macft.parallel.stage_places import StagePlace
+from macft.model.backends.base import Backend
+from macft.model.load import LoadedModel
+from macft.parallel.stage_places import StagePlace, StagePlaces
 from macft.run.cluster_answers import greedy_cluster_answers
-from macft.run.prepare import Run
 
 _PURPOSE = "answers"
 
@@ -35,18 +36,28 @@ class StageAnswers:
     call is one of all ranks.
 
     Args:
-        run: A pipeline.
+        loaded: The model, whose blocks are supplied one by one.
+        backend: In which it is installed.
+        places: The stages of the ranks of ``collective``.
+        collective: All ranks.
         seconds: Answers stop there; infinite for those that are scored.
     """
 
-    def __init__(self, run: Run, seconds: float = math.inf):
-        self._run, self._seconds = run, seconds
-        self._places = run.trainer.nodes.places
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        backend: Backend,
+        places: StagePlaces,
+        collective: Collective,
+        seconds: float = math.inf,
+    ):
+        self._loaded, self._backend = loaded, backend
+        self._places, self._collective, self._seconds = places, collective, seconds
 
     def questions(self, count: int) -> range:
         """Which of ``count`` questions this rank asks."""
         layout = self._places.layout
-        place = layout.place_of(self._run.collective.rank)
+        place = layout.place_of(self._collective.rank)
         return range(0) if place is None or place[1] > 0 else range(place[0], count, len(layout.pipelines))
 
     def __call__(
@@ -62,16 +73,16 @@ class StageAnswers:
         Raises:
             MacftError: a stage failed, or its rank is gone.
         """
-        run, deadline = self._run, time.monotonic() + self._seconds
+        deadline = time.monotonic() + self._seconds
         pairs = [pair for stages in self._places.layout.pipelines for pair in channel_pairs(StagePlace(0, stages))]
-        channels, place = run.collective.open_channels(pairs, _PURPOSE), self._places.own
+        channels, place = self._collective.open_channels(pairs, _PURPOSE), self._places.own
         if place is None:
             return []
-        stage = AnsweringStage(run.loaded, run.backend, place.stage.blocks)
+        stage = AnsweringStage(self._loaded, self._backend, place.stage.blocks)
         if place.before is not None:
             follow(stage, place, channels)
             return []
-        stages = _Stages(stage, place, channels, run.loaded.tokenizer)
+        stages = _Stages(stage, place, channels, self._loaded.tokenizer)
         found = greedy_cluster_answers(
             stages,
             prompts,
