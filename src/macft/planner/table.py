@@ -29,7 +29,7 @@ def show(plan: RunPlan, console: Console) -> None:
         console.print(f"> {line}")
     for note in plan.notes:
         console.print(f"· {note}")
-    console.print("· memory is MLX's peak, within 15% where it was measured (docs/plan.md); speed is a rough estimate")
+    console.print("· memory is MLX's peak, within 17% where it was measured (docs/plan.md); speed is a rough estimate")
 
 
 def _table(title: str) -> Table:
