@@ -93,7 +93,7 @@ def test_by_default_the_layers_of_mlx_lm_are_trained(family: str) -> None:
             "gemma3n",
             AdapterConfig(),
             r"^adapter\.targets: LoRA can't be added to altup\.prediction_coefs and 1 more \(the model's code reads "
-            r"its weight\); use adapter\.targets=\[down_proj,gate_proj,.*v_proj\]$",
+            r"its weight\); use 'adapter\.targets=\[down_proj,gate_proj,.*v_proj\]'$",
         ),
         (
             "gemma3n",
@@ -118,7 +118,7 @@ def test_the_targets_that_a_refusal_names_can_be_trained() -> None:
     model = new_model(configuration("gemma3n"))
     with pytest.raises(ConfigError) as caught:
         adapt(model, AdapterConfig(), seed=0)
-    targets = str(caught.value).rpartition("[")[2].rstrip("]").split(",")
+    targets = str(caught.value).rpartition("[")[2].rstrip("]'").split(",")
     adapt(model, AdapterConfig(targets=targets), seed=0)
     lines = trainable(model)
     assert any("modality_router" in name for name in lines)
@@ -157,7 +157,7 @@ class ReadingBlock(nn.Module):
 
 
 def test_embeddings_inside_of_blocks_and_weights_that_are_read() -> None:
-    with pytest.raises(ConfigError, match=r"LoRA can't be added to read .*; use adapter\.targets=\[inner,table\]$"):
+    with pytest.raises(ConfigError, match=r"LoRA can't be added to read .*; use 'adapter\.targets=\[inner,table\]'$"):
         adapt(Layered(), AdapterConfig(rank=2), seed=0)
     model = Layered()
     adapt(model, AdapterConfig(rank=2, targets=["inner", "table"]), seed=0)

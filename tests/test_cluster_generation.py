@@ -264,15 +264,15 @@ def test_a_model_of_many_blocks_is_cut_as_well_as_any_way_could() -> None:
         assert found == pytest.approx(best, rel=2e-3)
 
 
-def opened(model: Path, shares: list[float]) -> list[Any]:
-    """By rank, the lines for the user when ranks with so many parts of 8 MB open the model's stages, or the error.
+def opened(model: Path, megabytes: list[float]) -> list[Any]:
+    """By rank, the lines for the user when ranks with so much memory open the model's stages, or the error.
 
     What is around the blocks has 1.05 MB, and each block 0.15 MB.
     """
-    spread = SpreadModel.of(ModelConfig(path=str(model)), None, "8MB")
+    spread = SpreadModel.of(ModelConfig(path=str(model)), None, "1.0")
 
     def lines(ring: Ring) -> list[str]:
-        rank = AnsweringRank(ring, name=f"host-{ring.rank}", machine_share=shares[ring.rank])
+        rank = AnsweringRank(ring, name=f"host-{ring.rank}", usable=1e6 * megabytes[ring.rank])
         try:
             with rank.open_stage(spread, 0) as stage:
                 return [str(stage.layout), *stage.from_disk]
@@ -281,18 +281,18 @@ def opened(model: Path, shares: list[float]) -> list[Any]:
         finally:
             ring.all_gather(b"")  # as a leader does that wants something else
 
-    return run_ranks(local_listeners(len(shares)), lines)
+    return run_ranks(local_listeners(len(megabytes)), lines)
 
 
 def test_a_host_with_little_memory_gets_few_blocks(five_blocks: Path) -> None:
-    assert opened(five_blocks, [0.2, 1.0]) == [["rank 0: blocks 0-0 > rank 1: blocks 1-4"]] * 2
+    assert opened(five_blocks, [1.6, 8.0]) == [["rank 0: blocks 0-0 > rank 1: blocks 1-4"]] * 2
 
 
 def test_what_does_not_fit_is_one_line_before_anything_loads(five_blocks: Path) -> None:
-    layout, note = opened(five_blocks, [0.22, 0.22])[0]
+    layout, note = opened(five_blocks, [1.76, 1.76])[0]
     assert layout.startswith("rank 0: blocks 0-")
     assert "reads " in note
-    for (error,) in opened(five_blocks, [1.0, 0.1]):
+    for (error,) in opened(five_blocks, [8.0, 0.8]):
         assert error == (
             "topology.memory_budget: host-1 has 0.0008 GB, and a part of this model takes 0.00154 GB, even with its "
             "other blocks read from disk; use a machine with more memory there, fewer nodes or fewer bits"

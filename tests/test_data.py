@@ -367,7 +367,8 @@ def test_a_row_of_preferences_is_told_how_its_chosen_answer_is_trained_on(
     tmp_path: Path, tokenizer: Any, row: dict[str, Any], columns: str
 ) -> None:
     write_jsonl(tmp_path / "train.jsonl", [row])
-    with pytest.raises(DataError, match=rf"no training on preferences; dataset\.columns={{{columns}: chosen}} trains"):
+    words = rf"no training on preferences; 'dataset\.columns={{{columns}: chosen}}' trains"
+    with pytest.raises(DataError, match=words):
         load(DatasetConfig(path=str(tmp_path)), tokenizer)
     chosen = load(DatasetConfig(path=str(tmp_path), columns={columns: "chosen"}), tokenizer)
     assert chosen.train.rows[0].target_tokens > 0

@@ -244,10 +244,10 @@ def test_a_fused_mixture_answers_like_the_tuned_one(bits: int | None, mixture_fo
         (
             AdapterConfig(type="dora"),
             r"^adapter\.targets: DoRA can't be added to mlp\.switch_mlp\.down_proj and 2 more .*"
-            r"use adapter\.targets=\[k_proj,mlp\.down_proj,mlp\.gate_proj,mlp\.up_proj,o_proj,q_proj,"
-            r"shared_experts\.down_proj,shared_experts\.gate_proj,shared_experts\.up_proj,v_proj\]$",
+            r"use 'adapter\.targets=\[k_proj,mlp\.down_proj,mlp\.gate_proj,mlp\.up_proj,o_proj,q_proj,"
+            r"shared_experts\.down_proj,shared_experts\.gate_proj,shared_experts\.up_proj,v_proj\]'$",
         ),
-        (AdapterConfig(type="dora", targets=["up_proj"]), r"targets=\[mlp\.up_proj,shared_experts\.up_proj\]$"),
+        (AdapterConfig(type="dora", targets=["up_proj"]), r"targets=\[mlp\.up_proj,shared_experts\.up_proj\]'$"),
         (AdapterConfig(layers=[0], targets=["switch_mlp.up_proj"]), r"no projection 'switch_mlp\.up_proj'"),
     ],
 )

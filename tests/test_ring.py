@@ -345,7 +345,7 @@ def test_ctrl_c_in_a_call_leaves_a_ring_that_closes() -> None:
         assert next_message(ranks[0])[0] == "KeyboardInterrupt"
         for rank in ranks[1:]:
             kind, message = next_message(rank)
-            assert kind == "PeerLost"
+            assert kind == "PeerStopped"
             assert "rank 0" in message
         assert ranks[0].wait(10) == 0
 

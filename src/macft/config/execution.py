@@ -25,7 +25,7 @@ def execution_for(config: TrainConfig, shape: ModelShape | None, checkpoint: Wei
     """
     training, adapter = config.training, config.adapter
     placement = config.topology.placement
-    if placement in ("stream", "pipeline") and training.compile.lower() == "true":
+    if placement in ("stream", "pipeline") and insists_on_compiling(config):
         raise ConfigError(
             f"training.compile: a step with topology.placement={placement} can't be compiled; use auto or false"
         )
@@ -47,6 +47,11 @@ def execution_for(config: TrainConfig, shape: ModelShape | None, checkpoint: Wei
         else training.micro_batch_size or _micro_batch_of_pipelines(config),
     )
     return replace(execution, lanes=1) if training.deterministic else execution
+
+
+def insists_on_compiling(config: TrainConfig) -> bool:
+    """Whether a step must be compiled, so that the whole model must be in memory."""
+    return config.training.compile.lower() == "true"
 
 
 def _micro_batch_of_pipelines(config: TrainConfig) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import chain
 
+from macft.config.execution import insists_on_compiling
 from macft.config.schema import TrainConfig
 from macft.errors import ConfigError
 from macft.model.ends import AFTER, BEFORE, BOTH_ENDS
@@ -25,8 +26,8 @@ _UNKNOWN_INSIDE = 16.0
 def can_pipeline(config: TrainConfig) -> bool:
     """Whether a run with these settings can be a pipeline at all."""
     uses_streams = config.collective.backend == "ring" and config.collective.streams
-    is_compiled = config.training.compile.lower() == "true"
-    return config.adapter.type != "full" and config.training.sync != "diloco" and uses_streams and not is_compiled
+    needs_whole_model = insists_on_compiling(config) or config.training.deterministic or config.adapter.type == "full"
+    return uses_streams and config.training.sync != "diloco" and not needs_whole_model
 
 
 def model_cost(planner: MemoryPlanner) -> ModelCost:

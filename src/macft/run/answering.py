@@ -135,6 +135,7 @@ class AnsweringRank:
         collective: All ranks.
         name: Of this rank's machine, for messages.
         machine_share: The part of its machine's memory that it may use.
+        usable: Bytes of memory to count with; None: what its machine has for it.
         tokenizer: The model's, if it was loaded before.
     """
 
@@ -144,13 +145,14 @@ class AnsweringRank:
         *,
         name: str,
         machine_share: float = 1.0,
+        usable: float | None = None,
         tokenizer: TokenizerWrapper | None = None,
     ):
         self.collective = collective
         self._name, self._machine_share, self._tokenizer = name, machine_share, tokenizer
         self._loaded: LoadedModel | None = None
         self._holds: SpreadModel | None = None
-        self._usable: float | None = None
+        self._usable = usable
 
     @property
     def loaded(self) -> LoadedModel:
