@@ -68,7 +68,6 @@ def test_a_run_leaves_everything_in_its_folder(tmp_path: Path, basics: list[str]
         "optim/learning_rate",
         "optim/grad_norm",
         "time/compute",
-        "time/all_reduce",
     } <= scalars
     assert [event.step for event in read.Scalars("loss/train")] == [1, 2, 3, 4, 5, 6]
 
