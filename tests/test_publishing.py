@@ -61,7 +61,7 @@ def test_an_adapter_is_pushed_with_a_card_and_nothing_of_this_machine(run_folder
     assert card.data.library_name == "mlx"
     assert "lora" in card.data.tags
     losses = json.loads((run_folder / "summary.json").read_text())["results"]
-    assert f"| valid loss | {losses['valid_loss_before']:.3f} | {losses['valid_loss']:.3f} |" in card.text
+    assert f"| validation loss | {losses['valid_loss_before']:.3f} | {losses['valid_loss']:.3f} |" in card.text
     assert "local files" in card.text
     for private in (str(Path.home()), str(run_folder.parent), platform.node(), str(Path.cwd())):
         assert not [name for name, data in files.items() if private.encode() in data]

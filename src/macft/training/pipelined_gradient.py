@@ -231,7 +231,7 @@ class PipelinedGradient:
         """This rank's stage, with its parts of the model, and not others, kept in memory. A call of all ranks."""
         channels, place = self._places.channels(), self._places.own
         ends = frozenset[str]() if place is None else place.ends
-        if ends != self._weights.ends:
+        if not (ends == self._whole.staged.ends == self._weights.ends):  # others, which answer, use the weights too
             self._whole.staged.have_ends(ends)
         if place is None:
             self._weights.resident = ()

@@ -77,7 +77,7 @@ class StagedModel:
             ModelError: they can't be read.
         """
         self._exits = []
-        self.weights.ends = frozenset(wanted)
+        self.ends = self.weights.ends = frozenset(wanted)
         if AFTER not in wanted:
             return
         with self.weights.left_out():

@@ -98,7 +98,7 @@ def _order(side: str, found: CaseResult) -> RunOrder:
         "rows": training.rows,
         "steps": training.steps,
         "warm_up": training.warm_up,
-        "execution": asdict(plan.execution),
+        "execution": asdict(plan.execution) | {"ends": sorted(plan.execution.ends)},
         "budget": plan.budget,
         "peak": plan.peak,
     }

@@ -50,6 +50,7 @@ def execute(order: RunOrder) -> dict[str, float]:
     fields: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in order["execution"].items()
     }
+    fields["ends"] = frozenset(fields["ends"])
     return train_macft(model, tokenizer, records, training, Execution(**fields))
 
 
