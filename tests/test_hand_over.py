@@ -180,5 +180,5 @@ def test_a_node_with_more_blocks_reads_some_from_disk_or_says_what_it_lacks() ->
     assert 0 < alone.block_capacity < BLOCKS
     least = streamed_parts(planner_of(1), base.with_batch(1, "none").streamed(())).peak
     assert refit(least)(even_layout(BLOCKS, [0]), 0, 1).execution.micro_batch_size == 1
-    with pytest.raises(ConfigError, match=r"read from disk the run would need about .* GB and may take"):
+    with pytest.raises(ConfigError, match=r"read from disk the run would need about .* GB, and .* GB are available"):
         refit(0.1 * half)(even_layout(BLOCKS, [0]), 0, 1)

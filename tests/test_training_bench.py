@@ -128,7 +128,8 @@ def test_ctrl_c_ends_it_at_once_with_what_is_done(tmp_path: Path) -> None:
         while not interrupted and time.monotonic() < end:
             interrupted.extend(p for p in psutil.Process().children() if "training_bench" in " ".join(p.cmdline()))
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
+        if interrupted:  # else nobody waits for the signal
+            os.kill(os.getpid(), signal.SIGINT)
 
     watcher = threading.Thread(target=interrupt)
     watcher.start()

@@ -31,7 +31,8 @@ from macft.errors import ConfigError
 from macft.evaluation.answers import score_answers
 from macft.evaluation.batched import greedy_answers
 from macft.evaluation.chat import Chat, ModelAnswers, Sampling
-from macft.evaluation.metrics import metric
+from macft.evaluation.exact_match import ExactMatch
+from macft.evaluation.question import question
 from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_files import load_adapter_weights, save_adapter
 from macft.model.adapter_settings import AdapterConfig
@@ -414,8 +415,8 @@ def check_generate(case: Case) -> str:
     scored = score_answers(
         partial(greedy_answers, model, tokenizer),
         tokenizer,
-        records,
-        metric("exact_match"),
+        [question(record, tokenizer) for record in records],
+        {"exact_match": ExactMatch()},
         Solo(),
         max_tokens=ANSWER_TOKENS,
         progress=lambda *_: None,

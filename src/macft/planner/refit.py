@@ -62,8 +62,8 @@ class WholeModelRefit:
                 return Fitted(smaller, peak, self.budget)
         least = planner.parts(self.execution.with_batch(1, self.execution.recompute)).peak
         raise ConfigError(
-            f"topology.memory_budget: with one row at a time the run would need about {least / 1e9:.2f} GB and may "
-            f"take {self.budget / 1e9:.2f} GB"
+            f"topology.memory_budget: with one row at a time the run would need about {least / 1e9:.2f} GB, and "
+            f"{self.budget / 1e9:.2f} GB are available"
         )
 
 
