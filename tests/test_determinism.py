@@ -156,7 +156,7 @@ def test_ten_runs_under_changing_load_have_the_same_bits(tmp_path: Path, tiny_ta
         *tiny_task,
         "training.batch_size=6",
         "training.micro_batch_size=2",
-        "training.steps=6",
+        "training.steps=4",
         "training.eval_every=0",
         "training.save_every=0",
         "training.kernels=mlx",
@@ -182,7 +182,7 @@ def test_ten_runs_under_changing_load_have_the_same_bits(tmp_path: Path, tiny_ta
     finished: dict[str, list[Path]] = {kind: [] for kind in kinds}
     for number, kind in enumerate(order):
         with busy(number % 4):
-            more = ["training.deterministic=true", "training.eval_every=3"] if kind in deterministic else []
+            more = ["training.deterministic=true", "training.eval_every=2"] if kind in deterministic else []
             finished[kind].append(train_to_end(*basics, *kinds[kind], *more, folder=tmp_path / str(number)))
     finished["deterministic"] = [run for kind in deterministic for run in finished.pop(kind)]
     for runs in finished.values():

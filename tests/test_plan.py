@@ -443,6 +443,11 @@ def test_settings_that_no_pipeline_is_for_have_none(bundled_model: Path) -> None
     assert "pipeline" not in plan_for(["2x M2 Max 32GB"], "training.sync=diloco", "training.inner_steps=16").placements
 
 
+def without_phases(text: str) -> list[str]:
+    """The lines of ``text`` but for those that say what a slow machine is at."""
+    return [line for line in text.splitlines() if not line.startswith("· ")]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -457,8 +462,8 @@ def test_settings_that_no_pipeline_is_for_have_none(bundled_model: Path) -> None
 def test_wrong_links_and_counts_are_one_line(words: list[str], message: str) -> None:
     wrong = planned("+recipe=llama-lora", *words)
     assert wrong.returncode == 2
-    assert wrong.stderr.startswith(f"error: {message}")
-    assert len(wrong.stderr.splitlines()) == 1
+    (line,) = without_phases(wrong.stderr)
+    assert line.startswith(f"error: {message}")
 
 
 def test_links_have_names_or_a_speed() -> None:
@@ -490,8 +495,8 @@ def test_the_command_says_what_does_not_fit_and_wrong_words_are_one_line(bundled
     assert "topology.placement=stream reads them from disk" in refused.stdout
     wrong = planned("+recipe=llama-lora", "--chips", "M9")
     assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: plan.chips: 'M9' is not a known chip")
-    assert len(wrong.stderr.splitlines()) == 1
+    (line,) = without_phases(wrong.stderr)
+    assert line.startswith("error: plan.chips: 'M9' is not a known chip")
 
 
 @pytest.mark.slow
