@@ -157,7 +157,7 @@ def test_a_node_with_more_rows_takes_smaller_micro_batches_or_says_what_it_lacks
     layout = even_layout(1, [0])
     assert refit(1e12)(layout, 0, 1).execution == execution
     assert refit(four)(layout, 0, 1).execution.micro_batch_size == 4
-    with pytest.raises(ConfigError, match=rf"one row at a time the run would need about {one / 1e9:.2f} GB and may"):
+    with pytest.raises(ConfigError, match=rf"one row at a time the run would need about {one / 1e9:.2f} GB, and "):
         refit(0.9 * one)(layout, 0, 1)
     streamed = replace(refit(1e12), execution=execution.streamed(tuple(range(BLOCKS))))
     half = streamed_parts(whole, whole.execution.streamed(tuple(range(6)))).peak
