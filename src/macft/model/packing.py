@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -99,11 +99,23 @@ def attends_under_mask(tokens: int, rows: int, longest: int, head_dim: int) -> b
     return rows == 1 or tokens - rows * longest**2 / tokens <= 2 * head_dim
 
 
-def scores_at_once(tokens: int, rows: int, longest: int, head_dim: int) -> int:
-    """Pairs of a query and a key that MLX computes for each head, of a pack or of padded rows: whole squares."""
-    if attends_under_mask(tokens, rows, longest, head_dim) and tokens != rows * longest:
-        return tokens**2
-    return rows * longest**2
+class AttentionSize(NamedTuple):
+    """``queries`` of all rows or of a pack, and the ``keys`` with which each is multiplied, for each head."""
+
+    queries: int
+    keys: int
+
+    @property
+    def scores(self) -> int:
+        """Pairs of a query and a key: whole squares."""
+        return self.queries * self.keys
+
+
+def attention_size(tokens: int, rows: int, longest: int, head_dim: int) -> AttentionSize:
+    """What MLX's operations compute at once of a pack, or of padded rows, which have rows * longest tokens."""
+    if tokens != rows * longest and attends_under_mask(tokens, rows, longest, head_dim):
+        return AttentionSize(tokens, tokens)
+    return AttentionSize(rows * longest, longest)
 
 
 class _CurrentPack(threading.local):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from macft.model.adapter_layers import chosen_layers, select_layers
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.execution import Execution
-from macft.model.packing import scores_at_once
+from macft.model.packing import attention_size
 from macft.model.shape import ModelShape
 from macft.planner.recomputed_memory import recomputed_block
 from macft.planner.trace import Traced, traced
@@ -272,9 +272,7 @@ def _saved_by_block(
 ) -> float:
     """Bytes that one block keeps for its backward pass; a weight's floating-point value has ``width`` bytes."""
     tokens = work.tokens
-    scores = scores_at_once(work.tokens, work.rows, work.length, shape.head_dim)
-    # Queries, keys and values of a pack are laid out as rows, or not.
-    attended = tokens if scores == tokens**2 else work.rows * work.length
+    attention = attention_size(tokens, work.rows, work.length, shape.head_dim)
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     names = trained.projections
     known = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -284,7 +282,7 @@ def _saved_by_block(
     floats = shape.hidden * (2.0 + reads_first + reads_second) + 2 * shape.intermediate
     floats += query * (every or "o_proj" in names) + shape.intermediate * (every or "down_proj" in names)
     saved = tokens * floats * width
-    saved += (attended * (2 * key + 2 * query) + shape.heads * scores) * width
+    saved += (attention.queries * (2 * key + 2 * query) + shape.heads * attention.scores) * width
     if adapter.type == "full":
         return saved
     chosen = [linear for linear in shape.linears if linear.name.rsplit(".", 1)[-1] in names]
@@ -300,7 +298,7 @@ def _saved_by_block(
 def _transient_of_block(shape: ModelShape, width: int, work: ComputeShape) -> float:
     """Bytes that exist only while one block is computed."""
     floats = work.tokens * (_BLOCK_HIDDEN * shape.hidden + _BLOCK_INTERMEDIATE * shape.intermediate)
-    scores = scores_at_once(work.tokens, work.rows, work.length, shape.head_dim)
+    scores = attention_size(work.tokens, work.rows, work.length, shape.head_dim).scores
     return width * (floats + _BLOCK_SCORES * shape.heads * scores)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from macft.model.execution import Execution
-from macft.model.packing import scores_at_once
+from macft.model.packing import attention_size
 from macft.model.shape import ModelShape
 
 # Inside a block: values for each token (factors of hidden size, feed-forward size, queries and keys), and for each
@@ -36,8 +36,6 @@ def recomputed_block(shape: ModelShape, execution: Execution, *, rows: int, leng
         kept += shape.hidden + 2 * query + 2 * key + 2 * shape.intermediate
     hidden, intermediate, attention, scores = _INSIDE[execution.recompute]
     values = hidden * shape.hidden + intermediate * shape.intermediate + attention * (query + key)
-    all_scores = scores_at_once(tokens, rows, length, shape.head_dim)
-    # Of one query of each row, or of one of the pack.
-    by_query = tokens if all_scores == tokens**2 else rows * length
-    at_once = min(shape.heads * all_scores, max(execution.max_scores, shape.heads * by_query * _FEWEST_QUERIES))
+    size = attention_size(tokens, rows, length, shape.head_dim)
+    at_once = min(shape.heads * size.scores, max(execution.max_scores, shape.heads * size.queries * _FEWEST_QUERIES))
     return Recomputed(float(tokens * kept * width), width * (tokens * values + scores * at_once))

@@ -14,7 +14,7 @@ from macft.device.chips import Chip, own_chip
 from macft.device.kind import Device
 from macft.device.training_speed import nearest
 from macft.model.execution import Execution
-from macft.model.packing import scores_at_once
+from macft.model.packing import attention_size
 from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import trained_part
 from macft.planner.workload import DeviceBatchShape
@@ -80,7 +80,7 @@ def attention_operations(
         pairs = sum(batch.pairs for batch in batches)
         return 4.0 * query * pairs, 10.0 * query * pairs
     head_dim = planner.shape.head_dim
-    pairs = sum(scores_at_once(batch.tokens, batch.rows, batch.length, head_dim) for batch in batches)
+    pairs = sum(attention_size(batch.tokens, batch.rows, batch.length, head_dim).scores for batch in batches)
     return 4.0 * query * pairs, 8.0 * query * pairs
 
 
