@@ -29,7 +29,8 @@ from macft.model.block_weights import BlockWeights
 from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig
 from macft.training.batch_layout import BatchLayout
-from macft.training.step_gradient import StepGradient, make_step_gradient
+from macft.training.gradient import StepGradient
+from macft.training.step_gradient import make_step_gradient
 
 BLOCKS = 5
 EXACT = ModelConfig(precision="float32", quantization="none")

@@ -51,12 +51,13 @@ from macft.run.resume import check_resume, check_steps, no_checkpoint, notes_of_
 from macft.thermal.throttle import ThermalThrottle
 from macft.training.build_trainer import build_trainer
 from macft.training.diloco import OuterOptimizer
+from macft.training.gradient import StepGradient
 from macft.training.gradient_reducer import GradientReducer
 from macft.training.loop import Trainer
 from macft.training.optimizer import make_optimizer
 from macft.training.settings import steps_for
 from macft.training.state import TrainState
-from macft.training.step_gradient import StepGradient, make_step_gradient
+from macft.training.step_gradient import make_step_gradient
 from macft.training.stop_request import StopRequest
 
 log = logging.getLogger("macft.run")

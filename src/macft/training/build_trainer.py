@@ -17,13 +17,13 @@ from macft.training.batch_loader import BatchLoader
 from macft.training.checkpoint_policy import CheckpointPolicy
 from macft.training.coordination import NodeCoordinator
 from macft.training.diloco import DiLoCo
+from macft.training.gradient import StepGradient
 from macft.training.loop import Trainer
 from macft.training.node_fit import NodeFit, Refit
 from macft.training.optimizer import OptimizerStep, learning_rate
 from macft.training.recovery import Recovery
 from macft.training.settings import OptimizerConfig, TrainingConfig, steps_for
 from macft.training.state import TrainState
-from macft.training.step_gradient import StepGradient
 from macft.training.stepper import StepContext, make_stepper
 from macft.training.stop_request import StopRequest
 from macft.training.synchronization import EveryStep, Synchronization

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from macft.data.batch import Batch
 from macft.model.execution import Execution
 from macft.training.exact_loss import exact_loss
-from macft.training.gradient import Gradient, LocalGradient
+from macft.training.gradient import Gradient, LocalGradient, StepGradient
 from macft.training.settings import MOST_PARTS
 from macft.training.validation import Losses
 
@@ -34,30 +33,6 @@ _LIMIT = 2.0**53 * _COARSE / MOST_PARTS
 
 Halves = NDArray[np.float64]
 """(2, n): multiples of 2^-8, and the rests, multiples of 2^-52."""
-
-
-class Computes(Protocol):
-    """What computes micro-batches; see :class:`~macft.training.step_gradient.StepGradient`."""
-
-    @property
-    def execution(self) -> Execution:
-        """How the rows are computed."""
-        ...
-
-    @property
-    def loss(self) -> Losses:
-        """The loss without a gradient, for validation."""
-        ...
-
-    def adopt(self, execution: Execution) -> None:
-        """Computes as ``execution`` says from the next step on."""
-        ...
-
-    def __call__(
-        self, step: int, batches: Sequence[Batch], before_micro_batch: Callable[[], None], *, in_buckets: bool
-    ) -> LocalGradient:
-        """Computes ``batches``."""
-        ...
 
 
 def to_grid(values: NDArray[np.float32], out: Halves) -> None:
@@ -97,7 +72,7 @@ class ExactStepGradient:
         buckets: Their names, in groups that travel together.
     """
 
-    def __init__(self, inner: Computes, shapes: Mapping[str, tuple[int, ...]], buckets: Sequence[Sequence[str]]):
+    def __init__(self, inner: StepGradient, shapes: Mapping[str, tuple[int, ...]], buckets: Sequence[Sequence[str]]):
         self._inner, self._shapes, self._buckets = inner, dict(shapes), buckets
 
     @property
@@ -111,7 +86,7 @@ class ExactStepGradient:
         return self._inner.loss
 
     def adopt(self, execution: Execution) -> None:
-        """See :class:`~macft.training.step_gradient.StepGradient`."""
+        """See :class:`~macft.training.gradient.StepGradient`."""
         self._inner.adopt(execution)
 
     def __call__(
@@ -122,7 +97,7 @@ class ExactStepGradient:
         *,
         in_buckets: bool = True,  # noqa: ARG002
     ) -> LocalGradient:
-        """See :class:`~macft.training.step_gradient.StepGradient`."""
+        """See :class:`~macft.training.gradient.StepGradient`."""
         halves = {name: np.zeros((2, int(np.prod(shape)))) for name, shape in self._shapes.items()}
         parts: list[LocalGradient] = []
         for batch in batches:

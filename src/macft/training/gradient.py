@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,6 +22,7 @@ from macft.model.execution import Execution
 from macft.model.packing import packed, takes_packs
 from macft.training.batch_layout import BatchLayout, DeviceBatch, pack_layout
 from macft.training.loss import TokenLoss
+from macft.training.validation import Losses
 
 Gradient = dict[str, mx.array]
 """By parameter name, float32, of the parameters' shapes."""
@@ -59,6 +61,39 @@ class LocalGradient:
     def loss_sum(self) -> float:
         """Summed cross-entropy of this node's target tokens, in nats; waits for MLX."""
         return float(sum(float(np.asarray(loss)) for loss in self.losses))
+
+
+class StepGradient(Protocol):
+    """Sums losses and gradients over a node's rows, as ``execution`` says."""
+
+    @property
+    def execution(self) -> Execution:
+        """How the rows are computed."""
+        ...
+
+    @property
+    def loss(self) -> Losses:
+        """The loss without a gradient, for validation."""
+        ...
+
+    def adopt(self, execution: Execution) -> None:
+        """Computes as ``execution`` says from the next step on: with other blocks in memory, or other sizes of rows."""
+        ...
+
+    def __call__(
+        self,
+        step: int,
+        batches: Sequence[Batch],
+        before_micro_batch: Callable[[], None] = lambda: None,
+        *,
+        in_buckets: bool = True,
+    ) -> LocalGradient:
+        """Computes ``batches``, this node's micro-batches of ``step``; there may be none.
+
+        ``before_micro_batch`` is called as often as there are micro-batches, when all that came before is computed.
+        What the result holds may still be under way; ``in_buckets``: bucket by bucket.
+        """
+        ...
 
 
 class GradientComputer:

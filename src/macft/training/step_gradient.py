@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
-
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from macft.data.batch import Batch
 from macft.device import blas
 from macft.model.backends.base import Backend
 from macft.model.block_weights import BlockWeights
@@ -16,45 +12,12 @@ from macft.model.dropout import DropoutKeys
 from macft.model.execution import Execution
 from macft.parallel.stage_places import StagePlaces
 from macft.training.exact_sums import ExactStepGradient
-from macft.training.gradient import GradientComputer, LocalGradient, buckets_of
+from macft.training.gradient import GradientComputer, StepGradient, buckets_of
 from macft.training.loss import TokenLoss
 from macft.training.pipelined_gradient import PipelinedGradient
 from macft.training.staged_gradient import StagedGradient, StagedLoss
 from macft.training.staged_model import StagedModel
 from macft.training.validation import Losses
-
-
-class StepGradient(Protocol):
-    """Sums losses and gradients over a node's rows, as ``execution`` says."""
-
-    @property
-    def execution(self) -> Execution:
-        """How the rows are computed."""
-        ...
-
-    @property
-    def loss(self) -> Losses:
-        """The loss without a gradient, for validation."""
-        ...
-
-    def adopt(self, execution: Execution) -> None:
-        """Computes as ``execution`` says from the next step on: with other blocks in memory, or other sizes of rows."""
-        ...
-
-    def __call__(
-        self,
-        step: int,
-        batches: Sequence[Batch],
-        before_micro_batch: Callable[[], None] = lambda: None,
-        *,
-        in_buckets: bool = True,
-    ) -> LocalGradient:
-        """Computes ``batches``, this node's micro-batches of ``step``; there may be none.
-
-        ``before_micro_batch`` is called as often as there are micro-batches, when all that came before is computed.
-        What the result holds may still be under way; ``in_buckets``: bucket by bucket.
-        """
-        ...
 
 
 def make_step_gradient(
