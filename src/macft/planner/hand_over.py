@@ -110,10 +110,9 @@ class HandOver(LayoutChanges):
         self, layout: StageLayout, speeds: StageSpeeds, told: Sequence[Node], members: Sequence[str]
     ) -> list[float]:
         """By rank, how fast it is, as a multiple of what it told."""
-        model, work = self._costs
+        search = _search(told, *self._costs)
         found: dict[int, float] = {}
         for stages in layout.pipelines:
-            search = _search(told, model, work)
             for stage, choice in zip(stages, search.pipeline(stages).choices, strict=True):
                 seconds = speeds.seconds[stage.rank]
                 if seconds is not None:

@@ -60,9 +60,9 @@ class NodePart:
         """Lines for the user; the same for all nodes of a kind."""
         return self._packed_or_padded[1]
 
-    @property
+    @cached_property
     def budget(self) -> float:
-        """Bytes that this node may take."""
+        """Bytes that this node may take; looked up once, since the process takes more with time."""
         return budget_of(self.config.topology)
 
     @cached_property
