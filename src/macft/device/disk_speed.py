@@ -13,10 +13,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-
 from macft.device.chips import own_chip
 from macft.device.durable import write_atomically
+from macft.device.kept_measurements import cache_folder, read_kept
 
 UNKNOWN_DISK = 3e9
 """Bytes a second where nothing is known of a disk."""
@@ -48,12 +47,9 @@ def disk_speed() -> DiskSpeed:
 
 def stored(folder: Path | None = None) -> float | None:
     """The bytes a second that :func:`measure` kept; None if there are none."""
-    path = (folder or _folder()) / _NAME
     try:
-        if path.stat().st_size > _LONGEST_RECORD:
-            return None
-        speed = float(json.loads(path.read_text(encoding="utf-8"))["bytes_per_second"])
-    except (OSError, ValueError, KeyError, TypeError):
+        speed = float(read_kept((folder or cache_folder()) / _NAME, longest=_LONGEST_RECORD)["bytes_per_second"])
+    except (ValueError, KeyError, TypeError):
         return None
     return speed if math.isfinite(speed) and speed > 0 else None
 
@@ -67,7 +63,7 @@ def measure(folder: Path | None = None, *, size: int = _BYTES) -> float:
     Raises:
         OSError: the folder can't be written, or has no room.
     """
-    folder = folder or _folder()
+    folder = folder or cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder).free < max(_FREE, 4 * size):
         raise OSError(f"{folder} has less than {max(_FREE, 4 * size) >> 20} MiB free")
@@ -83,10 +79,6 @@ def measure(folder: Path | None = None, *, size: int = _BYTES) -> float:
         path.unlink(missing_ok=True)
     write_atomically(folder / _NAME, json.dumps({"bytes_per_second": best, "time": time.time()}))
     return best
-
-
-def _folder() -> Path:
-    return platformdirs.user_cache_path("macft")
 
 
 def _write(path: Path, size: int) -> None:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from macft.device.durable import write_atomically
+from macft.device.kept_measurements import cache_folder, read_kept
 
 _NAME = "training-speed.json"
 _LONGEST_RECORD = 1 << 18
@@ -59,24 +58,13 @@ def keep(report: Mapping[str, Any], folder: Path | None = None) -> None:
         old = [case for case in _cases(earlier) if _has_speed(case) and case.get("case") not in names]
     if not new:
         return
-    folder = folder or _folder()
+    folder = folder or cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / _NAME, json.dumps({**report, "cases": [*old, *new]}, indent=1) + "\n")
 
 
-def _folder() -> Path:
-    return platformdirs.user_cache_path("macft")
-
-
 def _read(folder: Path | None) -> dict[str, Any]:
-    path = (folder or _folder()) / _NAME
-    try:
-        if path.stat().st_size > _LONGEST_RECORD:
-            return {}
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_kept((folder or cache_folder()) / _NAME, longest=_LONGEST_RECORD)
 
 
 def _cases(report: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
