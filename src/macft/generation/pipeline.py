@@ -34,6 +34,10 @@ PROMPT_TOKENS = 512
 _TASKS_PER_STAGE = 2
 
 
+PURPOSE = "answers"
+"""Of the channels between stages that answer."""
+
+
 def channel_pairs(place: StagePlace) -> list[tuple[int, int]]:
     """The ranks of the pipeline that exchange messages: neighbours, and the last one with the first one."""
     ranks = [stage.rank for stage in place.stages]

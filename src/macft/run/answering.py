@@ -31,7 +31,7 @@ from macft.device.memory import usable_bytes
 from macft.device.memory_speed import memory_speed
 from macft.errors import ConfigError, MacftError, MembershipChanged, ModelError, PeerLost, ProtocolError
 from macft.generation.layout import AnsweringNode, answering_layout, blocks_in_memory
-from macft.generation.pipeline import channel_pairs, follow
+from macft.generation.pipeline import PURPOSE, channel_pairs, follow
 from macft.generation.stage import AnsweringStage
 from macft.model.attach import attach
 from macft.model.backends.choose import make_backend
@@ -48,7 +48,6 @@ from macft.planner.node_report import alike
 from macft.planner.placement import WEIGHTS_ONLY, blocks_with_room, resident_blocks
 from macft.topology.settings import parse_budget
 
-PURPOSE = "answers"
 _PATIENT_SECONDS = 3.0
 _ADAPTER_FILES = ("adapter_config.json", "adapters.safetensors")
 _KINDS = tuple(ends_of(is_first=first, is_last=last) for first in (False, True) for last in (False, True))

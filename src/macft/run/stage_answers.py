@@ -8,14 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from macft.collective.base import Channels, Collective
-from macft.generation.pipeline import AnswerPipeline, NewToken, channel_pairs, follow
+from macft.generation.pipeline import PURPOSE, AnswerPipeline, NewToken, channel_pairs, follow
 from macft.generation.stage import AnsweringStage
 from macft.model.backends.base import Backend
 from macft.model.load import LoadedModel
 from macft.parallel.stage_places import StagePlace, StagePlaces
 from macft.run.cluster_answers import greedy_cluster_answers
-
-_PURPOSE = "answers"
 
 
 class _Stages:
@@ -75,7 +73,7 @@ class StageAnswers:
         """
         deadline = time.monotonic() + self._seconds
         pairs = [pair for stages in self._places.layout.pipelines for pair in channel_pairs(StagePlace(0, stages))]
-        channels, place = self._collective.open_channels(pairs, _PURPOSE), self._places.own
+        channels, place = self._collective.open_channels(pairs, PURPOSE), self._places.own
         if place is None:
             return []
         stage = AnsweringStage(self._loaded, self._backend, place.stage.blocks)
