@@ -34,24 +34,16 @@ from harness.faults import (
     missing_requirement,
     train_with_faults,
 )
+from harness.hot_nodes import hot_nodes
 from harness.runs import train_to_end, uneven_dataset
 from harness.tiny_model import make_tiny_model
 from macft.model.bundled import ensure_bundled
 
 PIPELINE = [
     "topology.placement=pipeline",
-    "topology.rebalance_every=1",
     "training.micro_batch_size=2",
-    "thermal=performance",
-    "thermal.sensor=simulated",
-    "thermal.interval=0.05",
-    "thermal.temperature_limit=72",
-    "thermal.min_duty=0.3",
-    "thermal.simulated.chip=mac-mini-m2",
-    "thermal.simulated.speed=40",
-    "thermal.simulated.hot_ranks=[1,2]",
-    "thermal.simulated.hot_start=76",
     "thermal.simulated.blanket_seconds=400",
+    *hot_nodes([1, 2]),
 ]
 """Nodes 1 and 2 are hot for the first ten seconds after their start."""
 

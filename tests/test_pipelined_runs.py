@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from harness.families import build
+from harness.hot_nodes import hot_nodes
 from harness.runs import (
     adapter,
     adapter_digests,
@@ -32,19 +33,8 @@ ONE_NODE = ["topology.placement=replicate", "training.recompute=blocks"]
 STAGE = re.compile(r"rank (\d): blocks (\d)-(\d)")
 SCORED = ["dataset.metric=perplexity", "training.metric_rows=6", "report.samples=2", "training.metric_max_tokens=4"]
 PIPELINE = ["topology=local", "topology.placement=pipeline"]
-# Rank 1's Mac is hot from the start and stays so. Stages are looked at after every step.
-HOT = [
-    "thermal=performance",
-    "thermal.sensor=simulated",
-    "thermal.interval=0.05",
-    "thermal.temperature_limit=72",
-    "thermal.min_duty=0.3",
-    "thermal.simulated.chip=mac-mini-m2",
-    "thermal.simulated.speed=40",
-    "thermal.simulated.hot_ranks=[1]",
-    "thermal.simulated.hot_start=76",
-    "topology.rebalance_every=1",
-]
+# Rank 1's Mac is hot from the start and stays so.
+HOT = hot_nodes([1])
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,20 @@ import numpy as np
 
 from harness.fuzz.answer import SECONDS, Answer, wait_for
 from macft.collective.channels import _Incoming, _Outgoing
-from macft.collective.stream import StreamOut, StreamPort
+from macft.collective.stream import StreamIn, StreamOut, StreamPort
 from macft.collective.wire import Header, Kind, pack
 
 PIECE_BYTES = 4096
 _HEADER = Header(Kind.MESSAGE, 0, 0)
+
+
+def accepted(port: StreamPort, piece_bytes: int) -> StreamIn:
+    """The stream of the next sender that ``port`` lets in."""
+    stream = None
+    while stream is None:
+        select.select(port.sockets, [], [], 0.05)
+        stream = port.accept(piece_bytes)
+    return stream
 
 
 class ChannelTarget:
@@ -30,11 +39,7 @@ class ChannelTarget:
 
     def _serve(self) -> None:
         while True:
-            stream = None
-            while stream is None:
-                select.select(self._port.sockets, [], [], 0.05)
-                stream = self._port.accept(PIECE_BYTES)
-            channel = _Incoming(stream, 0, 0, "rank 0")
+            channel = _Incoming(accepted(self._port, PIECE_BYTES), 0, 0, "rank 0")
             while not channel.has_ended:
                 if (message := channel.take(0.05)) is not None:
                     self._messages = [*self._messages[-9:], (message[0], bytes(message[1]))]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import faulthandler
 import json
-import select
 import sys
 import threading
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from harness.fuzz.answer import SECONDS, Answer, Target, wait_for
-from harness.fuzz.channel_target import ChannelTarget
+from harness.fuzz.channel_target import ChannelTarget, accepted
 from harness.fuzz.monitor_target import MonitorTarget
 from harness.fuzz.pairing_targets import AnnouncementTarget, GuestTarget, PairingTarget
 from macft.collective.base import Collective
@@ -267,10 +266,7 @@ class StreamTarget:
 
     def _serve(self) -> None:
         while True:
-            stream = None
-            while stream is None:
-                select.select(self._port.sockets, [], [], 0.05)
-                stream = self._port.accept(4096)
+            stream = accepted(self._port, 4096)
             port = StreamPort("127.0.0.1", encrypted=self._encrypted)
             with suppress(ValueError):
                 while stream.ended_at is None:
