@@ -143,7 +143,8 @@ def test_ctrl_c_ends_it_at_once_with_what_is_done(tmp_path: Path) -> None:
     (case,) = json.loads((tmp_path / "out.json").read_text())["cases"]
     assert case["status"] == "stopped"
     assert interrupted
-    assert not any(process.is_running() for process in interrupted)
+    _, alive = psutil.wait_procs(interrupted, timeout=60)  # one that was just started ends for want of an order
+    assert not alive
     assert not (tmp_path / "training-speed.json").exists()
 
 
