@@ -97,7 +97,7 @@ def plan_run(config: TrainConfig, *, progress: Progress | None = None) -> RunPla
     notes: list[str] = []
     tell = progress or (lambda *_: None)
     tell(f"finding the model {config.model.path}", 0, 0)
-    shape, folder = _shape(config, notes)
+    shape, folder = find_shape(config, notes)
     steps, total_steps = _steps(config, folder, notes, tell)
     tell("measuring this machine", 0, 0)
     macs = find_macs(config.plan.chips)
@@ -240,7 +240,7 @@ def _own_disks(count: int, notes: list[str]) -> list[float]:
     return [disk.bytes_per_second] * count
 
 
-def _shape(config: TrainConfig, notes: list[str]) -> tuple[ModelShape, Path | None]:
+def find_shape(config: TrainConfig, notes: list[str]) -> tuple[ModelShape, Path | None]:
     """The model's shape, and its folder where that is on this machine; otherwise config.json alone is fetched."""
     name = config.model.path
     folder = Path(name).expanduser()

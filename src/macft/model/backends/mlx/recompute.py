@@ -24,7 +24,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
 
 from macft.model.backends.mlx.kept import Kept, kept, recorded, replayed
-from macft.model.backends.mlx.low_rank import KINDS, Product, dora
+from macft.model.backends.mlx.low_rank import KINDS, Product, dora, matrices_first
 from macft.model.backends.operation import operation
 from macft.model.backends.trees import holds_state, put_together, take_apart
 from macft.model.head import trains_only_blocks
@@ -104,7 +104,8 @@ def _recomputed(
                 return compute(*inputs)
 
         found: list[mx.array] = mx.vjp(again, [later(value) for value in inputs], gradients)[1]
-        return found
+        # MLX computes last what nothing waits for, and would hold what the parameters' gradients need.
+        return [*mx.depends(found[:count], found[count:]), *found[count:]] if found[count:] else found
 
     outputs = operation(forward, backward)(*given, *refs.get())
     return put_together(frame_of_result, outputs[:results])
@@ -126,7 +127,7 @@ def kept_products(model: nn.Module) -> Iterator[None]:
     def members(kind: type[nn.Module]) -> Members:
         call = kind.__call__
         if issubclass(kind, DoRALinear):  # what its magnitudes are multiplied by is needed for their gradient
-            return {"__call__": lambda layer, x: dora(layer, x, _kept)}
+            return {"__call__": lambda layer, x: dora(layer, x, lambda product: _kept(matrices_first(product)))}
 
         def layer_call(layer: nn.Module, *arguments: Any, **named: Any) -> Any:
             return _kept_call(call, layer, trained[id(layer)], arguments, named)
