@@ -41,7 +41,9 @@ def main(argv: Sequence[str]) -> int:
         phases.begin("checking the configuration")
         config = prepare(overrides).job
         assert config is not None
-        plan = find_longest_rows(config, progress=phases) if arguments.longest_row else plan_run(config, progress=phases)
+        plan = (
+            find_longest_rows(config, progress=phases) if arguments.longest_row else plan_run(config, progress=phases)
+        )
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     if isinstance(plan, LongestRowPlan):
         show_longest_rows(plan, console)

@@ -20,8 +20,8 @@ _MIN_CHUNK_TARGETS = 64
 _SCORES = 2**24
 # Without a gradient a GPU's fused attention holds no scores; cut so that no kernel runs long.
 _EVALUATION_SCORES_ON_GPU = 2**28
-# Most operations of a linear layer in one kernel, an addition and a multiplication being two: 0.4 s at the full speed of
-# the slowest chip in chips.yaml, of the five seconds after which Metal ends a command.
+# Most operations of a linear layer in one kernel, an addition and a multiplication being two: 0.4 s at the full speed
+# of the slowest chip in chips.yaml, of the five seconds after which Metal ends a command.
 _OPERATIONS = 2**40
 _EVALUATION_ROWS = 8
 _CANNOT_PACK = "training.packing: this model's attention can't take packed rows; use auto or false"

@@ -82,9 +82,8 @@ def _longest(
         return lambda length: _parts(config, shape, way, length).peak <= budget
 
     def with_mlx_lm(checkpointed: bool) -> Callable[[int], bool]:
-        return (
-            lambda length: predict_mlx_lm(shape, execution, config.adapter, length, is_checkpointed=checkpointed)
-            <= budget
+        return lambda length: (
+            predict_mlx_lm(shape, execution, config.adapter, length, is_checkpointed=checkpointed) <= budget
         )
 
     lengths = range(_STEP, limit + 1, _STEP)

@@ -13,8 +13,11 @@ from macft.model.shape import ModelShape
 from macft.planner.block_memory import adapter_inputs, block_memory
 from macft.planner.memory import trained_part
 
-# Bytes per logit of all positions: the logits, their softmax, the gradient and its parts, in the type of the logits.
-_ARRAYS_OF_LOGITS = 5.0
+# Measured on MLX's CPU backend. Arrays of the size of all logits, in their type: the logits, their softmax, the
+# gradient and its parts. Values for each token inside of blocks, as a multiple of the feed-forward size: the gradients
+# of 20 matrices are computed last, so that what they need of more than a block is held, in float32.
+_ARRAYS_OF_LOGITS = 6.5
+_INSIDE = {2: 40.0, 4: 22.0}
 _ADAM_STATES = 2
 
 
@@ -39,8 +42,8 @@ def predict_mlx_lm(
     kept = block.kept + copies
     border = tokens * shape.hidden * width
     logits = _ARRAYS_OF_LOGITS * width * tokens * shape.vocabulary
-    held = trained.depth * border if is_checkpointed else trained.depth * kept
-    inside = block.inside + (kept if is_checkpointed else 0.0)
+    held = trained.depth * (border if is_checkpointed else kept)
+    inside = max(width * tokens * _INSIDE[width] * shape.intermediate, block.inside + kept * is_checkpointed)
     # Adapter, gradient and the optimizer's states, in float32.
     state = 4.0 * (2 + _ADAM_STATES) * trained.parameters
     return shape.weight_bytes(execution.weight_format) + state + held + max(inside, logits)

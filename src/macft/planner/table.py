@@ -35,7 +35,9 @@ def show(plan: RunPlan, console: Console) -> None:
 
 def show_longest_rows(plan: LongestRowPlan, console: Console) -> None:
     """Prints the longest row that fits each node, then what the figures rest on."""
-    console.print(f"{plan.model}: {plan.trainable / 1e6:,.2f} M parameters trained, one row at a time, all of it targets")
+    console.print(
+        f"{plan.model}: {plan.trainable / 1e6:,.2f} M parameters trained, one row at a time, all of it targets"
+    )
     if plan.unknown:
         console.print(plan.unknown)
         return

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from macft.model.backends.operation import operation
+from macft.model.backends.operation import after, operation
 from macft.model.module_classes import Members, ModuleCall
 from macft.model.parameter_refs import ParameterRefs
 
@@ -58,7 +58,7 @@ def _in_parts(call: ModuleCall, layer: nn.Module, x: mx.array, parts: int) -> mx
         return mx.concatenate([compute(tokens[start:end], *values) for start, end in borders])
 
     def backward(inputs: Sequence[mx.array], grad_output: Any, _output: mx.array) -> list[mx.array]:
-        tokens, *values = inputs
+        tokens, *values = after(inputs, [grad_output])
         grad_tokens: list[mx.array] = []
         sums: list[mx.array] = []
         for start, end in borders:

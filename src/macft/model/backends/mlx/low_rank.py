@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
-from macft.model.backends.operation import operation
+from macft.model.backends.operation import after, operation
 from macft.model.module_classes import Members
 
 KINDS = (LoRALinear, LoRASwitchLinear, DoRALinear)
@@ -56,7 +56,7 @@ def matrices_first(function: Product) -> Product:
     """
 
     def backward(inputs: Sequence[mx.array], grad_output: mx.array, _output: mx.array) -> list[mx.array]:
-        _, (grad, *of_matrices) = mx.vjp(function, list(inputs), [grad_output])
+        _, (grad, *of_matrices) = mx.vjp(function, after(inputs, [grad_output]), [grad_output])
         return [mx.depends([grad], of_matrices)[0], *of_matrices]
 
     return operation(function, backward)
