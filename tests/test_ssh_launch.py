@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from harness.runs import losses, train, uneven_dataset, wait_for_events, wait_for_step
-from helpers.hosts import Cluster, cluster
+from harness.ssh_hosts import Cluster
+from helpers.hosts import cluster
 
 pytestmark = pytest.mark.slow
 
