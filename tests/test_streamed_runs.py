@@ -22,6 +22,7 @@ from harness.runs import (
     train_to_end,
     wait_for_step,
 )
+from helpers.refusals import refused
 
 STREAM = ["topology.placement=stream", "topology.resident_blocks=0"]
 RECOMPUTED = ["topology.placement=replicate", "training.recompute=blocks"]
@@ -155,12 +156,10 @@ def test_auto_streams_what_does_not_fit(tmp_path: Path, words: list[str]) -> Non
     ],
 )
 def test_what_cannot_be_is_one_line(tmp_path: Path, tiny_task: list[str], words: list[str], message: str) -> None:
-    done = train(
-        *tiny_task, "training.steps=1", "optimizer.warmup_steps=0", "topology.placement=stream", *words, cwd=tmp_path
-    )
-    assert done.status == 2
-    assert done.errors.startswith(f"error: {message}")
-    assert len(done.errors.splitlines()) == 1
+    short = ["training.steps=1", "optimizer.warmup_steps=0", "topology.placement=stream"]
+    error = refused(*tiny_task, *short, *words, folder=tmp_path / "run")
+    assert error.exit_code == 2
+    assert str(error).startswith(message)
 
 
 @pytest.mark.slow
@@ -169,11 +168,10 @@ def test_a_torn_file_and_a_model_that_cannot_be_cut_are_one_line(tmp_path: Path,
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     words = [tiny_task[1], "training.steps=1", "optimizer.warmup_steps=0", "topology.placement=stream"]
-    torn = train(f"model={folder}", *words, cwd=tmp_path)
-    assert torn.status == 2
-    assert "model.safetensors has" in torn.errors
-    assert "and should have" in torn.errors
-    uncut = train(f"model={build('gemma4_text', tmp_path / 'uncut')}", *words, cwd=tmp_path)
-    assert uncut.status == 2
-    assert uncut.errors.startswith("error: topology.placement: stream can't cut this model into its blocks")
-    assert len(uncut.errors.splitlines()) == 1
+    torn = refused(f"model={folder}", *words, folder=tmp_path / "first")
+    assert torn.exit_code == 2
+    assert "model.safetensors has" in str(torn)
+    assert "and should have" in str(torn)
+    uncut = refused(f"model={build('gemma4_text', tmp_path / 'uncut')}", *words, folder=tmp_path / "second")
+    assert uncut.exit_code == 2
+    assert str(uncut).startswith("topology.placement: stream can't cut this model into its blocks")
