@@ -27,6 +27,7 @@ from harness.runs import Finished, environment, events, train, write_jsonl
 from harness.tiny_model import TINY_CONFIG, make_tiny_model
 from helpers.computing import gradient_computer
 from helpers.models import FAMILIES, MAMBA, SMALL, make_from, make_model
+from helpers.runs_here import refused
 from macft.cli.run_command import run_command
 from macft.config.command_line import prepare
 from macft.config.execution import execution_for
@@ -529,15 +530,13 @@ def test_a_run_that_does_not_fit_is_refused_and_auto_makes_it_fit(wide_model_fol
         "training.eval_every=0",
         "optimizer.warmup_steps=0",
         "topology.memory_budget=150MB",
-        f"hydra.run.dir={tmp_path / 'run'}",
     ]
-    refused = train(*words, cwd=tmp_path)
-    assert refused.status == 2
-    assert refused.errors.startswith("error: topology.memory_budget: the run would need about 0.")
-    assert "topology.batch=auto" in refused.errors
-    assert len(refused.errors.splitlines()) == 1
+    refusal = refused(*words, folder=tmp_path / "run")
+    assert refusal.exit_code == 2
+    assert str(refusal).startswith("topology.memory_budget: the run would need about 0.")
+    assert "topology.batch=auto" in str(refusal)
     assert not events(tmp_path / "run", "run_started")
-    made = train(*words, "topology.batch=auto", cwd=tmp_path)
+    made = train(*words, "topology.batch=auto", f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
     assert made.status == 0, made.errors
     assert "topology.batch=auto chose training.micro_batch_size=" in made.output
     assert max(event["peak_memory"] for event in events(tmp_path / "run", "step_done")) < 150e6
