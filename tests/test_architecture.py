@@ -177,3 +177,16 @@ def test_a_command_line_is_checked_without_what_only_a_run_needs() -> None:
     script = "import sys, macft.train; print({'mlx', 'mlx_lm', 'transformers', 'asyncssh', 'zmq'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "set()"
+
+
+def test_mlx_reads_files_by_their_path() -> None:
+    """A Python file object is read in a thread of MLX's own, which aborts a process that ends meanwhile (134)."""
+    calls = [
+        (path, call)
+        for path in ROOT.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in ("mx.load", "mlx.core.load")
+    ]
+    assert calls
+    for path, call in calls:
+        assert ast.unparse(call.args[0]).startswith("str("), f"{path}:{call.lineno}"
