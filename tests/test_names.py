@@ -45,11 +45,6 @@ ELSEWHERE = {
     "bench": "test_bench.py",
     "completion": "test_completion.py",
 }
-    "serve": "test_serve.py",
-    "doctor": "test_doctor.py",
-    "bench": "test_bench.py",
-    "completion": "test_completion.py",
-}
 """Commands that tests in other files give such a name, in the runs that they make anyway."""
 PARSER = OverridesParser.create()
 SHELLS = [shell for shell in ("bash", "zsh") if shutil.which(shell)]
