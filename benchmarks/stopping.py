@@ -47,15 +47,17 @@ class Phase:
     what: str
     more: tuple[str, ...] = ()
     topologies: tuple[str, ...] = TOPOLOGIES
+    # Nodes started by hand have not met, and those without a wish would go on waiting.
+    is_before_meeting: bool = False
 
 
 MANY_ROWS, LONG_STEPS = ("training.eval_rows=-1",), ("training.batch_size=16",)
 SCORED = ("dataset.metric=exact_match", "training.metric_rows=24", "training.metric_max_tokens=200")
 PHASES = (
-    Phase("Python starts", "seconds", "0.15"),
-    Phase("starting", "output", "· starting"),
+    Phase("Python starts", "seconds", "0.15", is_before_meeting=True),
+    Phase("starting", "output", "· starting", is_before_meeting=True),
     Phase("download", "download", "", ("model=org/slow",)),
-    Phase("nodes meet", "output", "waiting for", topologies=("local", "hosts")),
+    Phase("nodes meet", "output", "waiting for", topologies=("local", "hosts"), is_before_meeting=True),
     Phase("rows are tokenized", "log", "tokenizing"),
     Phase("the model is loaded", "log", "loading the model"),
     Phase("first validation", "point", "validation", MANY_ROWS),
@@ -78,7 +80,6 @@ class Found:
     statuses: list[int]
     answer: str
     left: str
-    is_clean: bool
 
 
 def main() -> None:
@@ -154,7 +155,7 @@ def stopped(
             ["topology=hosts", f"topology.hosts=[{names}]", rank, f"hydra.run.dir={where / str(place)}"]
             for place, rank in enumerate(own)
         ]
-        lines = lines[:1] if phase.what == "waiting for" else lines
+        lines = lines[:1] if phase.is_before_meeting else lines
     terminals = [Terminal(command(*basics, *phase.more, *words), where, variables) for words in lines]
     try:
         _await(phase, terminals, where, hub)
@@ -217,22 +218,21 @@ def _wish(terminals: Sequence[Terminal], where: Path, wish: signal.Signals) -> F
     for terminal in terminals:
         terminal.close()
     answers = [line for line in terminals[0].lines if line[0] >= began and any(text in line[1] for text in _ANSWERS)]
-    left, is_clean = _left(where)
+    left = _left(where)
     if alive:
-        left, is_clean = f"{left}, {len(alive)} PROCESSES", False
+        left = f"{left}, {len(alive)} PROCESSES"
     return Found(
         answered=answers[0][0] - began if answers else None,
         ended=max(ended.values(), default=_LONGEST),
         statuses=[terminal.process.returncode for terminal in terminals],
         answer=answers[0][1] if answers else "",
         left=left,
-        is_clean=is_clean,
     )
 
 
-def _left(where: Path) -> tuple[str, bool]:
-    """What is in the run folders, in words, and whether that may be: nothing, or a run that can go on."""
-    texts, is_clean = [], True
+def _left(where: Path) -> str:
+    """What is in the run folders, in words: nothing, or a run that can go on; anything else in capitals."""
+    texts = []
     for place in sorted(path for path in where.iterdir() if path.name.isdecimal()):
         folder, found = RunFolder(place), []
         if folder.has_checkpoint:
@@ -240,16 +240,13 @@ def _left(where: Path) -> tuple[str, bool]:
         if (folder.adapters / "adapters.safetensors").is_file():
             found.append("adapter")
         if not folder.config.is_file():
-            found.append(f"NO CONFIG: {', '.join(sorted(path.name for path in place.iterdir()))}")
-            is_clean = False
-        if unfinished := [path.name for path in place.rglob("*") if path.name.startswith(".")]:
+            found.append(f"NO RUN: {', '.join(sorted(path.name for path in place.iterdir()))}")
+        if unfinished := [path.name for path in place.rglob(".*") if path.name != ".hydra"]:
             found.append(f"UNFINISHED: {', '.join(unfinished)}")
-            is_clean = False
         if _is_locked(place):
             found.append("LOCKED")
-            is_clean = False
         texts.append(" and ".join(found) or "an empty run")
-    return "; ".join(texts) or "nothing", is_clean
+    return "; ".join(texts) or "nothing"
 
 
 def _is_locked(folder: Path) -> bool:

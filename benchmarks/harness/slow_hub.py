@@ -41,6 +41,10 @@ def slow_hub() -> Iterator[SlowHub]:
         def log_message(self, *_: object) -> None:
             """Prints nothing."""
 
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):  # the reader has ended
+                super().handle()
+
         def do_HEAD(self) -> None:
             self._headers(self._size())
 
@@ -59,9 +63,8 @@ def slow_hub() -> Iterator[SlowHub]:
                 self.wfile.write(b"{}")
                 return
             hub.is_downloading.set()
-            with contextlib.suppress(OSError):  # the reader has ended
-                while not hub.is_closed.wait(_PAUSE_SECONDS):
-                    self.wfile.write(_PIECE)
+            while not hub.is_closed.wait(_PAUSE_SECONDS):
+                self.wfile.write(_PIECE)
             self.close_connection = True
 
         def _size(self) -> int:

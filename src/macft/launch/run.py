@@ -12,6 +12,7 @@ from pathlib import Path
 from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic, world_size
 from macft.config.yaml import must_match, to_yaml
+from macft.device import fault_points
 from macft.device.awake import keep_awake
 from macft.device.durable import identity, write_atomically
 from macft.errors import LaunchError
@@ -107,6 +108,7 @@ def _run(
 
         if callbacks is not None:
             callbacks.stop = lambda: stop.request(may_quit=False)
+        fault_points.begin(0)
         with Solo() as collective, start_log(folder, 0, config.report.log_level):
             return run_node(config, collective, folder, resume=resume, stop=stop, phases=phases, callbacks=callbacks)
 

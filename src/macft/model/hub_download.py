@@ -32,7 +32,9 @@ def download(name: str, revision: str | None) -> Path:
         output = process.stdout.read()
         process.wait()
     finally:
-        process.kill()  # has no effect if it has ended
+        if process.poll() is None:
+            process.kill()
+            print(file=sys.stderr)  # its bar has no end of line
         process.communicate()
     try:
         answer = json.loads(output)
@@ -62,6 +64,7 @@ def hub_reason(name: str, revision: str | None, error: Exception) -> str:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
+        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -74,8 +77,9 @@ def hub_reason(name: str, revision: str | None, error: Exception) -> str:
             return f"{start} doesn't exist on {endpoint}, or it is private and HF_TOKEN isn't set"
         case RevisionNotFoundError():
             return f"model.revision: '{name}' has no revision '{revision}'"
-        case EntryNotFoundError():
+        case EntryNotFoundError() if not isinstance(error, LocalEntryNotFoundError):
             return f"{start} has no config.json on {endpoint}, so mlx-lm can't load it"
+    error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
         f"{start} is not on this machine and can't be fetched from {endpoint} ({reason}); give a local "
