@@ -24,7 +24,9 @@ def download(name: str, revision: str | None) -> Path:
     Raises:
         ModelError: it can't be downloaded.
     """
-    command = [sys.executable, "-m", "macft.model.hub_download", name, revision or ""]
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+    command = [sys.executable, "-m", "macft.model.hub_download", name, revision or "", *DEFAULT_ALLOW_PATTERNS]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         # It ends with its standard input, so that one without a parent does not go on.
@@ -43,19 +45,6 @@ def download(name: str, revision: str | None) -> Path:
     if "problem" in answer:
         raise ModelError(str(answer["problem"]))
     return Path(str(answer["folder"]))
-
-
-def snapshot(name: str, revision: str | None, *, offline: bool) -> Path:
-    """The model's folder in the hub's cache; raises what the hub's client raises.
-
-    ``offline``: the hub isn't asked, and the model must be there. Otherwise what is missing is downloaded.
-    """
-    from huggingface_hub import snapshot_download
-    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
-
-    return Path(
-        snapshot_download(name, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS, local_files_only=offline)
-    )
 
 
 def hub_reason(name: str, revision: str | None, error: Exception) -> str:
@@ -88,12 +77,14 @@ def hub_reason(name: str, revision: str | None, error: Exception) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Downloads the model of ``argv``, its name and revision, and prints its folder or the problem as JSON."""
+    """Downloads a model and prints its folder, or the problem, as JSON. ``argv``: name, revision, patterns of files."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    from huggingface_hub import snapshot_download
+
     name, revision = argv[0], argv[1] or None
     try:
-        answer = {"folder": str(snapshot(name, revision, offline=False))}
+        answer = {"folder": snapshot_download(name, revision=revision, allow_patterns=list(argv[2:]))}
     # The Hub client passes on errors of its HTTP library, which has changed over time.
     except Exception as error:
         answer = {"problem": hub_reason(name, revision, error)}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from macft.errors import ModelError
 from macft.model.bundled import BUNDLED, ensure_bundled
-from macft.model.hub_download import download, hub_reason, snapshot
+from macft.model.hub_download import download, hub_reason
 from macft.model.settings import ModelConfig
 
 # Seconds for the Hub to answer before a download, which may be gigabytes, starts.
@@ -95,11 +95,14 @@ def _did_you_mean(name: str, choices: list[str]) -> str:
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
     try:
-        cached = snapshot(name, revision, offline=True)
+        cached = Path(
+            snapshot_download(name, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS, local_files_only=True)
+        )
         if _incomplete(cached) is None:
             return cached
     except LocalEntryNotFoundError:
