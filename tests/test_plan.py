@@ -49,7 +49,6 @@ from macft.network.link_kinds import LINK_KINDS, find_links
 from macft.parallel.shares import DataShard, rows_of_shard
 from macft.planner.fit import MemoryPlanner, batch_overrides
 from macft.planner.memory import ComputeShape, predict, trained_part
-from macft.planner.node_part import step_of_shard
 from macft.planner.packing import choose_packing
 from macft.planner.run_plan import RunPlan, known_models, plan_run
 from macft.planner.speed import step_cost
@@ -303,7 +302,7 @@ def test_the_plan_counts_what_the_trainer_computes(
         own = rows_of_shard(shard, [rows[i].tokens for i in ids], shared=execution.shared_prefixes)
         batches = micro_batches([rows[ids[i]] for i in own], ids[own], size)
         expected = [sizes for batch in batches for sizes in sizes_by_hand(batch, execution)]
-        part = step_of_shard(step, shard, execution)
+        part = step.of_shard(shard, shared=execution.shared_prefixes)
         planned = MemoryPlanner(tiny_shape(), execution, AdapterConfig(), "adamw", [part], 0).step_batches(size)
         assert [(one.rows, one.length, one.tokens, one.targets) for one in planned[0]] == expected
 
