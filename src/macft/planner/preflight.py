@@ -16,7 +16,6 @@ from macft.data.order import RowOrder
 from macft.device.kind import Device
 from macft.device.mlx_device import keep_within
 from macft.errors import ConfigError, ModelError
-from macft.model.adapter_layers import select_layers
 from macft.model.execution import Execution
 from macft.model.shape import read_weight_format
 from macft.model.weight_files import check_weight_files
@@ -140,8 +139,7 @@ def _decide_stage(part: NodePart, cut: Cut) -> Preflight:
         raise ConfigError(f"topology.placement: pipeline {obstacle}")
     if cut(world_size) is None:
         check_layout(topology, shape.blocks, world_size)
-    may_keep = execution.recompute == "none" and execution.kernels == "mlx"
-    first_trained = min(select_layers(config.adapter, shape.adaptable).blocks, default=shape.blocks)
+    may_keep, first_trained = execution.may_keep_activations, part.placer.first_trained
     costs = block_costs(shape, first_trained, keeps=may_keep)
 
     def decide(world_size: int) -> StageLayout:
