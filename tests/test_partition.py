@@ -225,6 +225,9 @@ def test_every_node_keeps_the_whole_model_where_it_can() -> None:
     assert set(found) == {"stream", "pipeline"}
     assert found["stream"].seconds == pytest.approx(5000.0)
     assert chosen(slow, ring, work).placement == "pipeline"
+    mixed = [members[0], replace(slow[1], speed=1e-6)]
+    assert compare(mixed, ring, model(), work, kinds=["stream"])["stream"].micro_batches == (8, 0)
+    assert compare(mixed, ring, model(), work, kinds=["stream"])["stream"].disk == 0
     quick = [replace(node, alone=(Alone(18.5, 10.0, streams=True),)) for node in members]
     assert chosen(quick, ring, work).placement == "stream"
 

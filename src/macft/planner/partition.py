@@ -175,6 +175,7 @@ def _decision(kind: str, pipelines: Sequence[Pipeline], dealt: Sequence[int], ex
         seconds=seconds + exchange,
         exchange=exchange,
         bubble=max(0.0, 1 - sum(busy) / len(busy) / seconds) if seconds else 0.0,
-        disk=max(choice.reading * (1 if alone else count) for choice, alone, count in stages),
+        # A node with the whole model reads it once for all of its rows, and not at all if it has none.
+        disk=max(choice.reading * (min(1, count) if alone else count) for choice, alone, count in stages),
         wire=max(choice.cost.wire * count for choice, _, count in stages),
     )

@@ -18,7 +18,6 @@ from macft.device.mlx_device import keep_within
 from macft.errors import ConfigError, ModelError
 from macft.model.execution import Execution
 from macft.model.shape import read_weight_format
-from macft.model.weight_files import check_weight_files
 from macft.parallel.shares import DataShard
 from macft.parallel.stage_layout import StageLayout
 from macft.parallel.stage_places import Decide, LayoutChanges, whole_models
@@ -105,7 +104,6 @@ def preflight(
 def _decide(part: NodePart, cut: Cut) -> Preflight:
     """What this node decides. Raises ConfigError as :func:`preflight` does."""
     config, topology = part.config, part.config.topology
-    check_weight_files(part.folder)
     try:
         shape = part.shape
     except ModelError as error:
