@@ -17,6 +17,7 @@ import pytest
 import macft.serve
 from harness.runs import environment
 from helpers.models import random_adapter
+from helpers.names import NASTY
 from helpers.serving import CHAT, JSON, Served, answers_of_one_process, events, served
 from macft.errors import ConfigError, LaunchError, MacftError
 from macft.evaluation.chat import Sampling
@@ -29,7 +30,7 @@ QUESTIONS = ("Repeat: red", "seven lamps", "what is north? " * 9, "quiet", "rive
 
 @pytest.fixture(scope="module")
 def adapter_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
-    folder = tmp_path_factory.mktemp("adapter") / "ours"
+    folder = tmp_path_factory.mktemp("adapter") / NASTY
     random_adapter(folder, tiny_model_folder, AdapterConfig(rank=4, scale=4.0))
     return folder
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,7 +52,6 @@ def main(argv: Sequence[str]) -> NoReturn:
     # Before the model, which may take long to load.
     with Server(config) as server:
         prepare_device()
-        signal.signal(signal.SIGTERM, _interrupt)
         engine: Engine | None = None
         try:
             engine = _engine(tuned, config, topology, is_tuned=not arguments.base)
@@ -80,10 +78,6 @@ def _engine(tuned: TunedModel, config: ServerConfig, topology: TopologyConfig | 
     if topology is None:
         return OwnEngine(_opened(tuned, is_tuned=is_tuned), config)
     return ClusterEngine(_spread(tuned, config, topology, is_tuned=is_tuned), config)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 @contextmanager

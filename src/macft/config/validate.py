@@ -135,7 +135,6 @@ def _deterministic_combinations(config: TrainConfig) -> list[str]:
         ),
         (config.topology.batch == "auto", "topology.batch=auto, which chooses by free memory"),
         (config.adapter.type == "full", "adapter=full, whose sums would need 16 bytes for each weight"),
-        (config.topology.placement == "pipeline", "topology.placement=pipeline, which adds up stage by stage"),
     ]
     return [f"training.deterministic: does not go with {what}" for applies, what in obstacles if applies]
 

@@ -26,7 +26,7 @@ _UNKNOWN_INSIDE = 16.0
 def can_pipeline(config: TrainConfig) -> bool:
     """Whether a run with these settings can be a pipeline at all."""
     uses_streams = config.collective.backend == "ring" and config.collective.streams
-    needs_whole_model = insists_on_compiling(config) or config.training.deterministic or config.adapter.type == "full"
+    needs_whole_model = insists_on_compiling(config) or config.adapter.type == "full"
     return uses_streams and config.training.sync != "diloco" and not needs_whole_model
 
 

@@ -123,7 +123,14 @@ def _decide(part: NodePart, cut: Cut) -> Preflight:
         note += f"; topology.batch=auto chose {batch_overrides(chosen)}"
     elif chosen.recompute != part.execution.recompute:
         note += f"; training.recompute=auto chose {chosen.recompute}"
-    refit = WholeModelRefit(part.planner, chosen, heaviest(part.steps), part.budget, topology.resident_blocks)
+    refit = WholeModelRefit(
+        part.planner,
+        chosen,
+        heaviest(part.steps),
+        part.budget,
+        topology.resident_blocks,
+        fixed=config.training.deterministic,
+    )
     notes = [note, *part.packing_notes]
     return Preflight(config, chosen, Layout.of(shape, chosen, placer.first_trained).line, notes, refit=refit)
 
@@ -148,7 +155,16 @@ def _decide_stage(part: NodePart, cut: Cut) -> Preflight:
     place = layout.place_of(rank)
     rows = DataShard(place[0] if place is not None else 0, len(layout.pipelines))
     steps, resident = heaviest(part.steps), topology.resident_blocks
-    refit = StageRefit(part.planner, execution, steps, budget, resident, first_trained, may_keep)
+    refit = StageRefit(
+        part.planner,
+        execution,
+        steps,
+        budget,
+        resident,
+        first_trained,
+        may_keep,
+        fixed=config.training.deterministic,
+    )
     stages = refit.planned(part.planner(rows, execution, part.steps), layout, rank)
     chosen = stages.decide()
     notes = [_limited(stages.predicted(chosen), budget)]

@@ -35,7 +35,7 @@ from macft.planner.fit import MemoryPlanner
 from macft.planner.layout_inputs import alone, can_pipeline, model_cost, step_work
 from macft.planner.memory import MemoryParts, trained_part
 from macft.planner.node_cuts import FoundPipelines, order_line
-from macft.planner.node_part import placer_for, planner_for, step_of_shard
+from macft.planner.node_part import placer_for, planner_for, steps_of_shard
 from macft.planner.packing import choose_packing
 from macft.planner.partition import LayoutDecision, preferred, set_pipelines, why_no_pipeline
 from macft.planner.placement import Layout, Placer, obstacle_to_reading_blocks
@@ -227,7 +227,7 @@ def _placer(
 ) -> Placer:
     """What decides how the node at ``shard`` computes."""
     mac, nodes_here = macs[shard.rank] if macs else None, _nodes_here(config, macs)
-    own = [step_of_shard(step, shard, execution) for step in steps]
+    own = steps_of_shard(config, steps, shard, execution)
     # A node far slower than the others may be left without a row; it still holds the model.
     own = [step for step in own if step.rows] or [StepRows(steps[0].rows[:1], steps[0].ids[:1])]
     budget = parse_budget(config.topology.memory_budget, mac.usable_bytes if mac else usable_bytes(1 / nodes_here))

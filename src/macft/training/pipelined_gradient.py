@@ -6,6 +6,7 @@ made where they are needed. What is computed, and the order of the sums, are tho
 :class:`~macft.training.staged_gradient.StagedGradient`, whose micro-batches are the parts of rows: the loss and each
 block's gradient have the same bits however many stages there are. A block's gradient is zero where the block is not
 computed, and losses are counted at the last stage only; so the sum over all ranks is that of one that holds the model.
+With exact sums (:mod:`macft.training.exact_sums`) it has the same bits over any number of pipelines, too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,7 +30,8 @@ from macft.model.execution import Execution
 from macft.parallel.stage_layout import spread
 from macft.parallel.stage_places import StagePlace, StagePlaces
 from macft.training.batch_layout import DeviceBatch
-from macft.training.gradient import Gradient, LocalGradient, add
+from macft.training.exact_sums import ExactParameters, ExactStepGradient, ExactSums
+from macft.training.gradient import Gradient, LocalGradient, StepGradient, add
 from macft.training.pipeline_schedule import holding, one_forward_one_backward
 from macft.training.staged_gradient import StagedGradient, StagedLoss
 from macft.training.staged_model import StagedModel, Work
@@ -152,6 +155,7 @@ class PipelinedGradient:
 
     ``weights`` supplies the blocks, and keeps as many of the stage's in memory as ``execution`` allows. ``places`` says
     which they are; where that changes, the next step goes by it. A pipeline of one stage computes block by block.
+    ``exact``: gradients of these parameters are added up exactly, micro-batch by micro-batch; None: they are not.
 
     Raises:
         RuntimeError: rows are to be packed, and ``model`` is not installed.
@@ -168,13 +172,16 @@ class PipelinedGradient:
         *,
         seed: int,
         bucket_bytes: int = 4 * 1024 * 1024,
+        exact: ExactParameters | None = None,
     ):
         self.execution = execution
+        self._exact = exact
         self._is_eager = backend.is_eager
         self._model, self._keys, self._weights, self._places = model, dropout_keys, weights, places
         self._whole = StagedGradient(
             model, backend, execution, dropout_keys, weights, seed=seed, bucket_bytes=bucket_bytes
         )
+        self._alone: StepGradient = self._whole if exact is None else ExactStepGradient(self._whole, exact)
         self.loss = PipelinedLoss(self._whole.staged, places, self._settle)
 
     def adopt(self, execution: Execution) -> None:
@@ -196,7 +203,7 @@ class PipelinedGradient:
         """
         run = self._settle()
         if run is None or len(run.place.stages) == 1:
-            return self._whole(step, batches, before_micro_batch, in_buckets=in_buckets)
+            return self._alone(step, batches, before_micro_batch, in_buckets=in_buckets)
         return self._compute(run, step, batches, before_micro_batch)
 
     def _compute(
@@ -210,6 +217,8 @@ class PipelinedGradient:
         parts = [self._whole.works(step, batch) for batch in batches]
         works = [work for each in parts for work in each]
         first_of_batch = {id(each[0]) for each in parts if each}
+        batch_ends = set(accumulate(len(each) for each in parts))
+        sums = None if self._exact is None else ExactSums(self._exact)
         total: Gradient = {}
         losses: list[mx.array] = []
         for number, is_forward in one_forward_one_backward(run.held, len(works), backward=bool(run.trained)):
@@ -219,6 +228,9 @@ class PipelinedGradient:
                     fault_points.reach("micro_batch")
                     run.backward(work, _tag(step, number, _BACKWARD), total)
                     works[number] = work.finished()
+                    if sums is not None and number + 1 in batch_ends:  # they end in their order
+                        sums.add(total)
+                        total.clear()
                     continue
                 if id(work) in first_of_batch:
                     before_micro_batch()
@@ -229,7 +241,7 @@ class PipelinedGradient:
                 if not run.trained:
                     works[number] = work.finished()
         targets = sum(work.target_tokens for work in works) if run.is_last else 0
-        return self._whole.result(
+        local = self._whole.result(
             total,
             losses,
             batches,
@@ -239,6 +251,7 @@ class PipelinedGradient:
             waited_for_stages=channels.waited - waited,
             sent_to_stages=channels.sending_seconds - sent,
         )
+        return local if sums is None else sums.result(local)
 
     def _settle(self) -> _StageRun | None:
         """This rank's stage, with its parts of the model, and not others, kept in memory. A call of all ranks."""
