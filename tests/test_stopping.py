@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import mlx.nn as nn
@@ -126,8 +126,12 @@ class _Losses:
 
     count = 0
 
-    def of_batches(self, batches: Sequence[Sequence[DeviceBatch]]) -> Iterator[list[float]]:
+    def of_batches(
+        self, batches: Sequence[Sequence[DeviceBatch]], stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[list[float]]:
         for parts in batches:
+            if stopped():
+                return
             self.count += 1
             yield [1.0 for _ in parts]
 
