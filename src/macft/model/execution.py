@@ -148,6 +148,11 @@ class Execution:
         return replace(held, reads_ends=True, ends=ends, recompute="none", compiled=False, lanes=1)
 
     @property
+    def may_keep_activations(self) -> bool:
+        """Whether a stage of a pipeline may keep what its backward pass needs, where there is room."""
+        return self.recompute == "none" and self.kernels == "mlx"
+
+    @property
     def supplies_blocks(self) -> bool:
         """Whether blocks' weights are read when they are needed, not when the model is loaded."""
         return self.placement != "replicate"

@@ -20,7 +20,9 @@ def show(plan: RunPlan, console: Console) -> None:
         f"{plan.model}: {shape.parameters / 1e6:,.0f} M parameters, {plan.trainable / 1e6:,.2f} M trained; "
         f"{plan.steps:,} steps of {plan.tokens:,.0f} tokens"
     )
-    if plan.chosen != "pipeline":
+    if plan.refusal is not None:
+        console.print(plan.refusal)
+    elif plan.chosen != "pipeline":
         _show_memory(plan, console)
     if "pipeline" in plan.placements:
         _show_pipelines(plan, plan.placements["pipeline"], console)

@@ -13,10 +13,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tuner.dora import DoRALinear
-from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
 from macft.model.backends.operation import after, operation
+from macft.model.mlx_lm_tuner import DoRALinear, LoRALinear, LoRASwitchLinear
 from macft.model.module_classes import Members
 
 KINDS = (LoRALinear, LoRASwitchLinear, DoRALinear)

@@ -21,13 +21,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-from mlx_lm.tuner.dora import DoRALinear
 
 from macft.model.backends.mlx.kept import Kept, kept, recorded, replayed
 from macft.model.backends.mlx.low_rank import KINDS, Product, dora, matrices_first
 from macft.model.backends.operation import after, operation
 from macft.model.backends.trees import holds_state, put_together, take_apart
 from macft.model.head import trains_only_blocks
+from macft.model.mlx_lm_tuner import DoRALinear
 from macft.model.module_classes import Members, ModuleCall, replaced_members
 from macft.model.parameter_refs import ParameterRefs
 
