@@ -26,8 +26,8 @@ from macft.training.optimizer_table import OPTIMIZERS
 
 # Bytes per logit while the loss is computed. In chunks several are under way, with a float32 copy where the logits are
 # of 16 bits.
-_BYTES_PER_LOGIT, _BYTES_PER_CHUNKED_LOGIT = 21.0, {2: 42.0, 4: 60.0}
-_VALIDATION_BYTES_PER_LOGIT, _VALIDATION_BYTES_PER_CHUNKED_LOGIT = 13.8, 60.0
+_BYTES_PER_LOGIT, _BYTES_PER_CHUNKED_LOGIT = 21.0, {2: 42.0, 4: 46.0}
+_VALIDATION_BYTES_PER_LOGIT, _VALIDATION_BYTES_PER_CHUNKED_LOGIT = 13.8, 44.0
 # In validation, values for each token (factors of hidden and feed-forward size) and for each score.
 _VALIDATION_OF_BLOCK, _VALIDATION_SCORES = (2.4, 3.65), 2.0
 # Layer by layer: floats per token that each block saves (factors of hidden, queries, keys, feed-forward), transient
@@ -181,9 +181,9 @@ def recomputed_inputs(shape: ModelShape, execution: Execution, depth: int, token
 
 def _logits(shape: ModelShape, execution: Execution, work: ComputeShape) -> float:
     """Bytes that the loss holds at once, with MLX's operations."""
-    at_once = min(work.targets, work.parts * execution.loss_chunk_for(shape.vocabulary))
+    chunk = work.parts * execution.loss_chunk_for(shape.vocabulary)
     chunked = _BYTES_PER_CHUNKED_LOGIT[execution.weight_format.float_bytes]
-    return (_BYTES_PER_LOGIT if at_once == work.targets else chunked) * at_once * shape.vocabulary
+    return min(_BYTES_PER_LOGIT * work.targets, chunked * chunk) * shape.vocabulary
 
 
 def _predict_from_graph(
@@ -288,9 +288,8 @@ def _validation_logits(shape: ModelShape, execution: Execution, work: ComputeSha
     """Bytes that the loss holds at once in validation, with MLX's operations."""
     targets = work.validation * work.targets
     chunk = execution.loss_chunk_for(shape.vocabulary)
-    if targets <= chunk:
-        return _VALIDATION_BYTES_PER_LOGIT * targets * shape.vocabulary
-    return _VALIDATION_BYTES_PER_CHUNKED_LOGIT * chunk * shape.vocabulary
+    sizes = _VALIDATION_BYTES_PER_LOGIT * targets, _VALIDATION_BYTES_PER_CHUNKED_LOGIT * chunk
+    return shape.vocabulary * (sizes[0] if targets <= chunk else min(sizes))
 
 
 def _loading(shape: ModelShape, execution: Execution, weights: float, *, by_block: bool) -> float:
