@@ -663,13 +663,10 @@ PORTABLE = {
         ("float32", None, "blocks", 2, 128),
     ],
 )
-def test_the_portable_path_needs_no_more_than_predicted(
+def test_the_portable_path_is_predicted_within_15_percent(
     dtype: str, bits: int | None, recompute: str, rows: int, length: int
 ) -> None:
-    """From the configuration alone, against a gradient with MLX's operations; longer rows in benchmarks/memory.py.
-
-    How far MLX runs ahead of itself differs from run to run, and so does the peak of a model this small.
-    """
+    """From the configuration alone, against a gradient with MLX's operations; longer rows in benchmarks/memory.py."""
     shape, adapter = shape_of(PORTABLE, "config.json"), AdapterConfig(rank=4)
     execution = replace(padded_execution(recompute=recompute), dtype=dtype, bits=bits)
     parts = predict(shape, execution, adapter, "adamw", ComputeShape(rows, length, rows * length, rows * length))
@@ -681,17 +678,15 @@ def test_the_portable_path_needs_no_more_than_predicted(
     tokens = np.random.default_rng(0).integers(1, 500, (rows, length + 1)).astype(np.int32)
     batch = collate([Row(row, prompt_length=0) for row in tokens], np.arange(rows))
     with gradient_computer(model, adaptation, "mlx", recompute=recompute, max_logits=execution.max_logits) as compute:
-        mx.eval(compute(0, [batch], in_buckets=False).gradient)
-        mx.synchronize()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        for _ in range(6):
+        peaks = []
+        for _ in range(4):
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
             mx.eval(compute(0, [batch], in_buckets=False).gradient)
             mx.synchronize()
-        measured = mx.get_peak_memory() - before
+            peaks.append(mx.get_peak_memory() - before)
     predicted = parts.activations + parts.logits + parts.gradients
-    assert measured < 1.3 * predicted
-    assert predicted < 2 * measured
+    assert predicted == pytest.approx(sorted(peaks[1:])[1], rel=0.15)
 
 
 @pytest.mark.parametrize(
