@@ -99,6 +99,11 @@ def attends_under_mask(tokens: int, rows: int, longest: int, head_dim: int) -> b
     return rows == 1 or tokens - rows * longest**2 / tokens <= 2 * head_dim
 
 
+QUERY_TILE = 128
+"""MLX's fused gradient on CUDA takes multiples of so many queries (mlx 0.32)."""
+_FEWEST_QUERIES = 32
+
+
 class AttentionSize(NamedTuple):
     """``queries`` of all rows or of a pack, and the ``keys`` with which each is multiplied, for each head."""
 
@@ -116,6 +121,12 @@ def attention_size(tokens: int, rows: int, longest: int, head_dim: int) -> Atten
     if tokens != rows * longest and attends_under_mask(tokens, rows, longest, head_dim):
         return AttentionSize(tokens, tokens)
     return AttentionSize(rows * longest, longest)
+
+
+def queries_at_once(rows: int, heads: int, keys: int, most_scores: int) -> int:
+    """Queries in a block of attention that computes at most so many scores, but for those of 32 queries at least."""
+    most = most_scores // (rows * heads * keys)
+    return most // QUERY_TILE * QUERY_TILE or max(_FEWEST_QUERIES, most // _FEWEST_QUERIES * _FEWEST_QUERIES)
 
 
 class _CurrentPack(threading.local):

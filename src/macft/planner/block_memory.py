@@ -10,14 +10,14 @@ in the feed-forward part or in attention, whichever takes more; see docs/plan.md
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import pairwise
 from typing import NamedTuple
 
 from macft.model.execution import Execution
-from macft.model.packing import AttentionSize, attention_size
+from macft.model.packing import AttentionSize, attention_size, queries_at_once
 from macft.model.shape import ModelShape
 
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-_FEWEST_QUERIES = 32
 
 
 class BlockMemory(NamedTuple):
@@ -71,9 +71,18 @@ def block_memory(
 
 
 def scores_at_once(shape: ModelShape, attention: AttentionSize, most: int | None) -> int:
-    """Scores of all heads that exist at once, where blocks of queries have ``most``; None: all of them do."""
-    scores = shape.heads * attention.scores
-    return scores if most is None else min(scores, max(most, shape.heads * attention.queries * _FEWEST_QUERIES))
+    """Scores of all heads that exist at once, where a block of queries has ``most``; None: all of them do.
+
+    Those of two blocks do, as MLX hands over one while it computes the other. A block's last query sees all keys
+    before it; in a pack under a mask it is given those behind it, too.
+    """
+    rows, length = max(1, attention.queries // attention.keys), attention.keys
+    if most is None or shape.heads * attention.scores <= most:
+        return shape.heads * attention.scores
+    size = queries_at_once(rows, shape.heads, length, most)
+    ends = [*range(size, length, size), length]
+    blocks = [(end - start) * end for start, end in pairwise([0, *ends])]
+    return shape.heads * rows * max(sum(pair) for pair in pairwise(blocks))
 
 
 def _kept(

@@ -16,10 +16,7 @@ import mlx.core as mx
 
 from macft.model.backends.operation import operation
 from macft.model.module_classes import ModuleCall
-
-_FEWEST_QUERIES = 32
-_TILE = 128
-"""MLX's fused gradient on CUDA takes multiples of so many queries (mlx 0.32)."""
+from macft.model.packing import QUERY_TILE, queries_at_once
 
 
 def attention_in_blocks(
@@ -63,8 +60,8 @@ def _borders(queries: mx.array, keys: mx.array, most_scores: int | None) -> list
     length, width = queries.shape[2:]
     if most_scores is None:
         return [0, length]
-    if _is_fused(queries.dtype, width) and length >= _TILE:
-        whole = length // _TILE * _TILE
+    if _is_fused(queries.dtype, width) and length >= QUERY_TILE:
+        whole = length // QUERY_TILE * QUERY_TILE
         return [0, whole] if whole == length else [0, whole, length]
     return _cut(queries, keys, most_scores)
 
@@ -72,15 +69,14 @@ def _borders(queries: mx.array, keys: mx.array, most_scores: int | None) -> list
 def _cut(queries: mx.array, keys: mx.array, most_scores: int) -> list[int]:
     """Blocks of at most so many scores."""
     rows, heads, length, _ = queries.shape
-    most = most_scores // (rows * heads * keys.shape[2])
-    size = most // _TILE * _TILE or max(_FEWEST_QUERIES, most // _FEWEST_QUERIES * _FEWEST_QUERIES)
+    size = queries_at_once(rows, heads, keys.shape[2], most_scores)
     return [*range(0, length, size), length]
 
 
 def _is_fused(dtype: mx.Dtype, width: int) -> bool:
     """Whether MLX has a fused gradient here, for the right number of queries."""
     on_cuda = mx.default_device() != mx.cpu and not mx.metal.is_available()
-    return on_cuda and dtype in (mx.bfloat16, mx.float16) and width <= _TILE and width % 8 == 0
+    return on_cuda and dtype in (mx.bfloat16, mx.float16) and width <= QUERY_TILE and width % 8 == 0
 
 
 def _blockwise(
