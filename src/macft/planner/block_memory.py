@@ -9,6 +9,7 @@ in the feed-forward part or in attention, whichever takes more; see docs/plan.md
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from itertools import pairwise
 from typing import NamedTuple
@@ -46,9 +47,9 @@ class _Factors(NamedTuple):
 # In the feed-forward part, and in attention. Without recomputation the block that is computed has its own values among
 # the kept ones, and has freed those of its feed-forward part when it comes to attention.
 _INSIDE = {
-    "none": (_Factors(4.1, 5.9, 0, 0, 0.3), _Factors(6, -5, 5, 5, 2.0)),
-    "cheap": (_Factors(7.2, 11.5, 0, 0, 0.8), _Factors(8, 0, 5, 5, 3.0)),
-    "blocks": (_Factors(5.5, 16, 0, 0, 1.2), _Factors(9, 0, 7, 7, 3.0)),
+    "none": (_Factors(4.1, 5.9, 0, 0, 0.3), _Factors(3, -5, 3, 3, 2.15)),
+    "cheap": (_Factors(7.2, 11.5, 0, 0, 0.8), _Factors(4, 0, 3, 3, 3.15)),
+    "blocks": (_Factors(5.5, 16, 0, 0, 1.2), _Factors(5, 0, 4, 4, 3.15)),
 }
 
 
@@ -63,8 +64,14 @@ def block_memory(
 ) -> BlockMemory:
     """Of ``tokens`` tokens that attend as ``rows`` of up to ``length``; ``projections`` have adapters."""
     attention = attention_size(tokens, rows, length, shape.head_dim)
-    at_once = scores_at_once(shape, attention, execution.max_scores if execution.recompute != "none" else None)
-    inside = max(factors.of(shape, at_once / tokens) for factors in _INSIDE[execution.recompute])
+    most = execution.max_scores if execution.recompute != "none" else None
+    feed_forward, attending = _INSIDE[execution.recompute]
+    # Beside the feed-forward part the first block of queries is under way.
+    first = min(shape.heads * attention.scores, most or math.inf)
+    inside = max(
+        feed_forward.of(shape, first / tokens),
+        attending.of(shape, scores_at_once(shape, attention, most) / tokens),
+    )
     width = execution.weight_format.float_bytes
     kept = _kept(shape, execution, projections, attention, tokens)
     return BlockMemory(kept, width * tokens * inside)
@@ -82,7 +89,8 @@ def scores_at_once(shape: ModelShape, attention: AttentionSize, most: int | None
     size = queries_at_once(rows, shape.heads, length, most)
     ends = [*range(size, length, size), length]
     blocks = [(end - start) * end for start, end in pairwise([0, *ends])]
-    return shape.heads * rows * max(sum(pair) for pair in pairwise(blocks))
+    most_of_two: int = max(sum(pair) for pair in pairwise(blocks))
+    return shape.heads * rows * most_of_two
 
 
 def _kept(
