@@ -81,10 +81,8 @@ def save_adapter_folder(run: Run) -> Path:
         ModelError: it can't be written.
     """
     loaded, folder = run.loaded, run.folder.adapters
-    # On the hosts of topology=ssh relative paths begin at their own folder, and the adapter comes back from there.
-    source = loaded.path if run.config.topology.kind == "ssh" else loaded.path.absolute()
     try:
-        save_adapter(folder, loaded.model, run.adaptation.mlx_lm_config, model_name=str(source))
+        save_adapter(folder, loaded.model, run.adaptation.mlx_lm_config, model_name=str(loaded.path.absolute()))
         sync_all(folder)
         if run.config.adapter.type == "full" and loaded.was_quantized:
             # The tuned weights don't fit the quantised checkpoint they came from, so the whole model goes along.
