@@ -102,11 +102,11 @@ def test_three_hosts_train_and_the_results_come_home(three: Cluster, basics: lis
 def test_ctrl_c_ends_with_a_checkpoint_and_the_run_goes_on_from_another_folder(
     three: Cluster, basics: list[str], tiny_model_folder: Path, tmp_path: Path
 ) -> None:
-    uneven_dataset(tmp_path / "mine")
-    (tmp_path / "model").symlink_to(tiny_model_folder)
+    uneven_dataset(tmp_path / "rows")
+    (tmp_path / "base").symlink_to(tiny_model_folder)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    typed = ["model=./model", "dataset=./mine", "topology.ship=[data,model]", "hydra.run.dir=out/b/1"]
+    typed = ["model=./base", "dataset=./rows", "topology.ship=[data,model]", "hydra.run.dir=out/b/1"]
     process = start(three, tmp_path, *basics, *over_ssh(three, 2), *typed, "training.steps=100000")
     wait_for_step(process, three.hosts[0].home / "macft/out/b/1")
     process.send_signal(signal.SIGINT)
@@ -118,14 +118,16 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_run_goes_on_from_another_folder(
     process = start(three, elsewhere, f"+resume={folder}", f"training.steps={made + 2}")
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, output + errors
-    assert "changed after step" not in output  # the hosts find model and dataset where they found them before
+    changes = next(line for line in output.splitlines() if "changed after step" in line)
+    assert "path" not in changes  # the hosts find model and dataset where they found them before
+    assert f"· the results are in {folder}\n" in output
     assert "files are sent" not in output
     assert len(losses(folder)) == made + 2
     here, there = read(folder / "config.yaml"), read(three.hosts[0].home / "macft/out/b/1/config.yaml")
-    assert (here.model.path, here.dataset.path) == (str(tmp_path / "model"), str(tmp_path / "mine"))
-    assert (there.model.path, there.dataset.path, there.topology.paths) == ("./model", "./mine", {})
+    assert (here.model.path, here.dataset.path) == (str(tmp_path / "base"), str(tmp_path / "rows"))
+    assert (there.model.path, there.dataset.path, there.topology.paths) == ("./base", "./rows", {})
     adapter = json.loads((folder / "adapters/adapter_config.json").read_text())
-    assert adapter["model"] == str(tmp_path / "model")
+    assert adapter["model"] == str(tmp_path / "base")
 
 
 def test_the_host_that_leads_dies_and_the_results_come_from_another(

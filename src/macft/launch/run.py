@@ -23,6 +23,7 @@ from macft.report.run_folder import RunFolder
 from macft.report.trackers.registry import require_installed
 from macft.run.claim import after_interrupt
 from macft.run.resume import check_resume
+from macft.topology.hosts import own_rank
 from macft.training.stop_request import StopRequest, announce
 
 
@@ -72,10 +73,10 @@ def _run(
     stop = StopRequest(announce, farewell=lambda: after_interrupt(folder))
     with stop.listening():
         if config.topology.kind == "hosts":
+            rank = own_rank(config.topology)  # before an import that takes seconds
             from macft.launch.run_on_hosts import run_on_hosts
-            from macft.topology.hosts import own_rank
 
-            with start_log(folder, own_rank(config.topology), config.report.log_level):
+            with start_log(folder, rank, config.report.log_level):
                 return run_on_hosts(config, folder, resume=resume, stop=stop, phases=phases)
         from macft.run.node import run_node
 

@@ -55,6 +55,8 @@ def run_over_ssh(config: TrainConfig, folder: Path, phases: PhaseLines, *, resum
     status = launch_over_ssh(plan)
     found = find_local(config.model.path)
     name_base_model(RunFolder(folder).adapters, config.model.path if found is None else str(found.absolute()))
+    if RunFolder(folder).summary.exists() and folder != Path.cwd() / run_folder:
+        show(f"· the results are in {folder}")  # the hosts have named the folder as it is below their own
     return status
 
 
