@@ -65,6 +65,14 @@ def test_columns_are_renamed_and_missing_ones_named(tmp_path: Path, tokenizer: A
         load(DatasetConfig(path=str(tmp_path), columns={"text": "question"}), tokenizer)
 
 
+def test_columns_of_other_names_are_told_before_a_model_is_looked_for(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [{"question": "Why?", "answer": "Because."}])
+    with pytest.raises(DataError, match=r"train row 1: it needs .*'dataset.columns={prompt: question, "):
+        read(DatasetConfig(path=str(tmp_path)), seed=0)
+    with pytest.raises(DataError, match=r"dataset.columns: .*train row 1 has no column 'q'; it has answer, question"):
+        read(DatasetConfig(path=str(tmp_path), columns={"prompt": "q", "completion": "a"}), seed=0)
+
+
 def test_cut_and_dropped_rows_are_counted(tmp_path: Path, tokenizer: Any) -> None:
     long = {"prompt": "word " * 50, "completion": "end"}
     some = {"prompt": "hi", "completion": "word " * 60}
@@ -175,7 +183,7 @@ def test_splitting_off_loses_no_row_and_uses_none_twice(
     tmp_path_factory: pytest.TempPathFactory, count: int, fractions: tuple[float, float], seed: int
 ) -> None:
     path = tmp_path_factory.mktemp("split") / "rows.jsonl"
-    write_jsonl(path, [{"id": i} for i in range(count)])
+    write_jsonl(path, [{**PAIR, "id": i} for i in range(count)])
     cut = {"valid_fraction": fractions[0], "test_fraction": fractions[1]}
     train, valid, test = ids(path, seed, **cut)
     assert sorted(train + valid + test) == list(range(count))

@@ -62,7 +62,7 @@ def test_the_folder_of_another_run_is_refused(tmp_path: Path, config: TrainConfi
     with claim(tmp_path / "x", config, key="hydra.run.dir") as taken:
         RunFolder(taken.path).begin(to_yaml(config))
     before = contents(tmp_path)
-    with pytest.raises(ConfigError, match=r"x holds another run; go on with it: python -m macft.train \+resume=/.*/x;"):
+    with pytest.raises(ConfigError, match=r"x holds another run; continue it: python -m macft.train \+resume=/.*/x;"):
         claim(tmp_path / "x", config, key="hydra.run.dir")
     assert contents(tmp_path) == before
     for allowed in (claim(tmp_path / "x", config, key="resume", resume=True),):

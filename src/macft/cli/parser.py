@@ -43,7 +43,7 @@ def add_column_argument(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FIELD=COLUMN",
-        help="the dataset's column for a field of macft's, as dataset.columns: --column prompt=question",
+        help="the column that a field is read from, as dataset.columns: --column prompt=question",
     )
 
 

@@ -47,7 +47,7 @@ def run(config: TrainConfig, folder: Path, *, resume: bool, callbacks: Callbacks
     if config.report.console:
         _say_what_starts(config, resume=resume)
     with printed_phases(is_shown=config.report.console) as phases:
-        phases.begin("starting")
+        phases.begin("loading libraries")
         return _run(config, folder, phases, resume=resume, callbacks=callbacks)
 
 
@@ -103,7 +103,7 @@ def _say_what_starts(config: TrainConfig, *, resume: bool) -> None:
     data = ", ".join(source.path for source in config.dataset.all_sources())
     nodes = world_size(config)
     where = {"single": "", "local": f", {nodes} processes here"}.get(config.topology.kind, f", {nodes} machines")
-    verb = "going on with" if resume else "starting"
+    verb = "resuming" if resume else "starting"
     print(f"· {verb} {config.name}: {config.model.path} on {data}{where}", flush=True)
 
 

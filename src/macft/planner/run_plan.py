@@ -215,7 +215,7 @@ def _link_notes(links: Sequence[LinkKind], count: int) -> list[str]:
     if count < 2:
         return []
     names = ", ".join(link.name for link in (links if len(links) == count else links[:1]))
-    return [f"nodes are connected by {names} (plan.link); rows are dealt by speed"]
+    return [f"nodes are connected by {names} (plan.link); rows are divided by speed"]
 
 
 def _own_speeds(config: TrainConfig, work: float, execution: Execution, notes: list[str]) -> list[float]:

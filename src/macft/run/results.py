@@ -91,7 +91,7 @@ def save_adapter_folder(run: Run) -> Path:
     except (OSError, RuntimeError) as error:  # MLX's own writing raises the latter
         why = " ".join(str(error).split()) if isinstance(error, RuntimeError) else error.strerror or error
         raise ModelError(
-            f"the adapter can't be written to {folder} ({why}); make room there, then go on with: "
+            f"the adapter can't be written to {folder} ({why}); make room there, then continue with: "
             f"{resume_command(run.folder.path)}"
         ) from error
     return folder
