@@ -31,6 +31,7 @@ from macft.planner.run_placement import run_placements
 from macft.planner.stage_costs import StageTables
 from macft.planner.workload import unlike_rows
 from placement import LLAMA_70B, UNEQUAL, cuts, inputs
+from stage_times import measured_parts
 
 GIGABIT = NodeLink(117e6, 150e-6)
 NO_WIRE = NodeLink(1e30, 0.0)
@@ -338,3 +339,9 @@ def test_a_runs_layout_follows_from_reports_and_the_memory_planner(bundled_model
     (way,) = whole.alone
     assert not way.streams
     assert from_payload(to_payload(whole)) == whole
+
+
+def test_the_parts_that_calibrate_the_simulator_are_measured(tiny_model_folder: Path) -> None:
+    """As benchmarks/placement.py --measure does."""
+    parts = measured_parts(tiny_model_folder, "mlx", 16)
+    assert min(parts.embedding, parts.forward, parts.backward, parts.head) > 0

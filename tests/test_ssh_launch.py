@@ -14,8 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from harness import edges
+from harness.edges import Kill
 from harness.runs import losses, train, uneven_dataset, wait_for_events, wait_for_step
-from helpers.hosts import Cluster, cluster
+from harness.ssh_hosts import Cluster
+from helpers.hosts import cluster
 from macft.config.yaml import read
 
 pytestmark = pytest.mark.slow
@@ -147,6 +150,16 @@ def test_the_host_that_leads_dies_and_the_results_come_from_another(
     assert losses(tmp_path / "runs/e/1")  # each step from the first one on, though another one has told of those
     assert json.loads((tmp_path / "runs/e/1/summary.json").read_text())["nodes_at_the_end"] == 2
     assert not agents(three, "runs/e/1")
+
+
+def test_a_node_that_dies_before_all_have_met_ends_the_start(three: Cluster, basics: list[str], tmp_path: Path) -> None:
+    """The others need not wait for it: nobody starts it again."""
+    outcome = edges.ssh(tmp_path / "runs/g/1", basics, three, Kill(0, "start"))
+    assert (outcome.statuses, outcome.has_result) == ([1], False), outcome.output
+    dead, other, _ = (host.address for host in three.hosts)
+    assert f"note: {dead} was ended by signal 9" in outcome.output
+    assert f"[{other}] error: {dead} has ended before all nodes had met" in outcome.output
+    assert not (tmp_path / "runs/g/1").exists()
 
 
 def test_a_leader_that_cannot_write_leaves_the_results_to_another_host(

@@ -303,9 +303,7 @@ async def _run(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[Rem
         wishes += 1
         if wishes == 1:
             announce(NODES_STOP)
-        for host in hosts:
-            if host.process is not None and not host.process.stdin.is_closing():
-                host.process.stdin.write("stop\n")
+        _tell(hosts, "stop")
         if wishes == 2:
             loop.call_later(_QUIT_SECONDS, _abandon, hosts)
 
@@ -337,7 +335,7 @@ async def _wait(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[Re
     """The run's exit status, and the hosts whose rank ended with it."""
     tasks = {asyncio.create_task(_show_output(plan, host)): host for host in hosts}
     waiting = set(tasks)
-    failed: tuple[RemoteHost, int] | None = None
+    failed: tuple[RemoteHost, int | None] | None = None
     while waiting:
         done, waiting = await asyncio.wait(
             waiting,
@@ -352,6 +350,7 @@ async def _wait(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[Re
                 failed = failed or (tasks[task], task.result())
                 if waiting:
                     plan.show(f"note: {tasks[task].name} {_how(task.result())}")
+                _tell([tasks[each] for each in waiting], f"lost {tasks[task].name}")
     for status in (0, 130):  # a rank ends with 0 only if it knows that the results are on a disk
         if (failed is None or plan.elastic) and any(task.result() == status for task in tasks):
             return status, [host for task, host in tasks.items() if task.result() == status]
@@ -360,12 +359,17 @@ async def _wait(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[Re
     raise LaunchError(f"{host.name} {how}; its last lines: {' | '.join(host.last_lines) or 'nothing'}")
 
 
-def _how(status: int) -> str:
-    return "lost its connection" if status < 0 else f"ended with status {status}"
+def _how(status: int | None) -> str:
+    if status is None:
+        return "lost its connection"
+    return f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
 
 
-async def _show_output(plan: LaunchPlan, host: RemoteHost) -> int:
-    """Shows a rank's output line by line, with the host's name; returns its exit status, -1 if the connection broke."""
+async def _show_output(plan: LaunchPlan, host: RemoteHost) -> int | None:
+    """Shows a rank's output line by line, with the host's name.
+
+    Returns its exit status, the negative number of the signal that ended it, or None if the connection broke.
+    """
     assert host.process is not None
     try:
         while True:
@@ -381,8 +385,15 @@ async def _show_output(plan: LaunchPlan, host: RemoteHost) -> int:
             plan.show(f"[{host.name}] {text}")
         completed = await host.process.wait()
     except (asyncssh.Error, OSError):
-        return -1
-    return -1 if completed.exit_status is None else completed.exit_status
+        return None
+    return completed.returncode
+
+
+def _tell(hosts: Sequence[RemoteHost], command: str) -> None:
+    """Sends a command to the ranks; see :mod:`macft.launch.agent`."""
+    for host in hosts:
+        if host.process is not None and not host.process.stdin.is_closing():
+            host.process.stdin.write(f"{command}\n")
 
 
 def _disconnect(hosts: list[RemoteHost]) -> None:
