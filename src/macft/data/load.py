@@ -84,7 +84,7 @@ def tokenize_all(
     Raises:
         DataError: A row is in none of the formats; the message names the split, the row and the field.
     """
-    data = LoadedData(Split(), Split(), Split(), _fraction_notes(sources, config))
+    data = LoadedData(Split(), Split(), Split(), [])
     counted = partial(next, count(1))
     row_done = None if progress is None else lambda: progress(counted())
     for name in _splits(need_test=need_test):
@@ -246,8 +246,11 @@ def _share(count: int, fraction: float, *, most: int) -> int:
     return max(0, min(most, max(1, round(count * fraction)))) if fraction else 0
 
 
-def _fraction_notes(sources: Sources, config: DatasetConfig) -> list[str]:
-    """What a user should know about the splits: what was held out by itself, and fractions without an effect."""
+def fraction_notes(sources: Sources, config: DatasetConfig) -> list[str]:
+    """What a user should know about the splits: what was held out by itself, and fractions without an effect.
+
+    ``sources`` are as :func:`read` has returned them, with all their rows.
+    """
     notes = []
     for source, raw in sources:
         for split in ("valid", "test"):
