@@ -72,10 +72,15 @@ def spread_model(tuned: TunedModel, *, is_tuned: bool) -> SpreadModel:
     """What the ranks load of ``tuned``; without its tuning if not ``is_tuned``."""
     from macft.run.answering import SpreadModel
 
-    budget = (tuned.run.topology if tuned.run else TopologyConfig()).memory_budget
+    topology = tuned.run.topology if tuned.run else TopologyConfig()
     if is_tuned and tuned.whole is not None:
-        return SpreadModel.of(replace(tuned.model, path=str(tuned.whole)), None, budget)
-    return SpreadModel.of(tuned.model, tuned.adapter if is_tuned else None, budget)
+        return SpreadModel.of(replace(tuned.model, path=str(tuned.whole)), None, topology.memory_budget)
+    return SpreadModel.of(
+        tuned.model,
+        tuned.adapter if is_tuned else None,
+        topology.memory_budget,
+        path_on_hosts=topology.paths.get(tuned.model.path, ""),
+    )
 
 
 @contextmanager
