@@ -5,9 +5,9 @@
 `local` are two nodes of `topology=local`, whose launcher gets the signal; `hosts` two processes of `topology=hosts` on
 this machine's loopback, of which one gets it. Signals (SIGINT, SIGTERM, SIGHUP) take turns, so each phase sees each of
 them once. A phase that a point of `macft.device.fault_points` begins is met by stopping a rank there for a moment. With
-SmolLM2-135M, the default, phases last long enough on a quiet machine. For the download a stand-in of the Hugging Face Hub
-sends a model that never ends. The answer is the first line that says that the run stops or was interrupted. What the
-terminals showed is in FOLDER/terminals.
+SmolLM2-135M, the default, phases last long enough on a quiet machine. For the download a stand-in of the Hugging Face
+Hub sends a model that never ends. The answer is the first line that says that the run stops or was interrupted. What
+the terminals showed is in FOLDER/terminals.
 """
 
 from __future__ import annotations
