@@ -515,6 +515,10 @@ def test_a_broken_weights_file_names_rank_and_file(five_blocks: Path, tmp_path: 
         (["--nodes", "2"], "--nodes: is for --topology local"),
         (["--topology", "local", "--nodes", "1"], "--nodes: 1 must be 2 or more"),
         (["--topology", "local", "--placement", "stream"], "--placement: stream is for one machine"),
+        (
+            ["--placement", "pipeline"],
+            "--placement: pipeline spreads a model over machines; generate, evaluate and serve",
+        ),
         (["--topology", "nowhere"], "topology: no cluster 'nowhere'"),
         (["--topology", "local", "--by-hand"], "--by-hand: is for the machines of a cluster"),
     ],

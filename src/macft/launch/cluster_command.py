@@ -51,8 +51,6 @@ def topology_of(arguments: argparse.Namespace) -> TopologyConfig | None:
     if nodes is not None and name != _LOCAL:
         raise ConfigError("--nodes: is for --topology local; a cluster has the machines that its file lists")
     if name is None:
-        if arguments.placement == "pipeline":
-            raise ConfigError("--placement: pipeline spreads the model over machines; name them by --topology")
         return None
     if arguments.placement in ("replicate", "stream"):
         raise ConfigError(
