@@ -1,13 +1,13 @@
 """A wish to stop in every phase of a run: how soon it is answered, how soon the run ends, and what it leaves.
 
-    python benchmarks/stopping.py --folder FOLDER [--topologies single local hosts] [--phases NAME ...]
+    python benchmarks/stopping.py --folder FOLDER [--model FOLDER] [--topologies single local hosts] [--phases NAME ...]
 
 `local` are two nodes of `topology=local`, whose launcher gets the signal; `hosts` two processes of `topology=hosts` on
 this machine's loopback, of which one gets it. Signals (SIGINT, SIGTERM, SIGHUP) take turns, so each phase sees each of
-them once. A phase that a point of `macft.device.fault_points` begins is met by stopping a rank there for a moment. The
-model is SmolLM2-135M, so that phases last long enough; for the download a stand-in of the Hugging Face Hub sends a
-model that never ends. The answer is the first line that says that the run stops or was interrupted. What the terminals
-showed is in FOLDER/terminals.
+them once. A phase that a point of `macft.device.fault_points` begins is met by stopping a rank there for a moment. With
+SmolLM2-135M, the default, phases last long enough on a quiet machine. For the download a stand-in of the Hugging Face
+Hub sends a model that never ends. The answer is the first line that says that the run stops or was interrupted. What
+the terminals showed is in FOLDER/terminals.
 """
 
 from __future__ import annotations
@@ -87,10 +87,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--topologies", nargs="+", choices=TOPOLOGIES, default=TOPOLOGIES)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--phases", nargs="+", choices=[phase.name for phase in PHASES])
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
-    basics = prepare(folder)
+    basics = [f"model={options.model}", *prepare(folder)]
     print("| phase | topology | signal | answered | ended | status | left | answer |")
     print("| --- | --- | --- | ---: | ---: | --- | --- | --- |", flush=True)
     with slow_hub() as hub:

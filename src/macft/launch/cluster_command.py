@@ -51,8 +51,6 @@ def topology_of(arguments: argparse.Namespace) -> TopologyConfig | None:
     if nodes is not None and name != _LOCAL:
         raise ConfigError("--nodes: is for --topology local; a cluster has the machines that its file lists")
     if name is None:
-        if arguments.placement == "pipeline":
-            raise ConfigError("--placement: pipeline spreads the model over machines; name them by --topology")
         return None
     if arguments.placement in ("replicate", "stream"):
         raise ConfigError(
@@ -72,10 +70,15 @@ def spread_model(tuned: TunedModel, *, is_tuned: bool) -> SpreadModel:
     """What the ranks load of ``tuned``; without its tuning if not ``is_tuned``."""
     from macft.run.answering import SpreadModel
 
-    budget = (tuned.run.topology if tuned.run else TopologyConfig()).memory_budget
+    topology = tuned.run.topology if tuned.run else TopologyConfig()
     if is_tuned and tuned.whole is not None:
-        return SpreadModel.of(replace(tuned.model, path=str(tuned.whole)), None, budget)
-    return SpreadModel.of(tuned.model, tuned.adapter if is_tuned else None, budget)
+        return SpreadModel.of(replace(tuned.model, path=str(tuned.whole)), None, topology.memory_budget)
+    return SpreadModel.of(
+        tuned.model,
+        tuned.adapter if is_tuned else None,
+        topology.memory_budget,
+        path_on_hosts=topology.paths.get(tuned.model.path, ""),
+    )
 
 
 @contextmanager

@@ -19,7 +19,15 @@ from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain
 from macft.config.yaml import to_yaml
 from macft.data.checks import check_rows
-from macft.data.load import LoadedData, read, rows_to_tokenize, sample_rows, tokenize_all, with_few_test_rows
+from macft.data.load import (
+    LoadedData,
+    fraction_notes,
+    read,
+    rows_to_tokenize,
+    sample_rows,
+    tokenize_all,
+    with_few_test_rows,
+)
 from macft.data.order import RowOrder
 from macft.data.settings import DatasetConfig
 from macft.data.template_clock import fix_clock
@@ -131,6 +139,7 @@ def prepare(
             require_installed(config.report.trackers)
         _begin_phase(phases, f"reading the dataset {_named(config.dataset)}")
         raw = read(config.dataset, seed=config.seed)
+        split_notes = fraction_notes(raw, config.dataset)
 
         _begin_phase(phases, f"finding the model {config.model.path}", once=True)  # a download shows a bar
         model_folder = resolve(config.model)
@@ -143,6 +152,7 @@ def prepare(
         _begin_phase(phases, "tokenizing", total, unit="rows")
         data = tokenize_all(raw, config.dataset, tokenizer, need_test=True, progress=phases.advance)
         _begin_phase(phases, "checking the rows")
+        data.notes = split_notes + data.notes
         data.notes += check_rows(
             {"train": data.train, "valid": data.valid, "test": data.test},
             tokenizer,

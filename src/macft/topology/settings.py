@@ -84,6 +84,9 @@ class TopologyConfig:
     # With topology=ssh, what is sent to the hosts first, if it has changed: code (this macft), data (a local dataset),
     # model (its files on this machine).
     ship: list[str] = field(default_factory=list)
+    # With topology=ssh, what is elsewhere on the hosts: {path on this machine: path there}. A run keeps here the paths
+    # that were typed relative, so that it can be resumed from any folder.
+    paths: dict[str, str] = field(default_factory=dict)
 
     def ssh_of(self, rank: int) -> str:
         """The SSH destination of the host of ``rank``."""
