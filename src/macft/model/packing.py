@@ -101,7 +101,7 @@ def attends_under_mask(tokens: int, rows: int, longest: int, head_dim: int) -> b
 
 QUERY_TILE = 128
 """MLX's fused gradient on CUDA takes multiples of so many queries (mlx 0.32)."""
-_FEWEST_QUERIES = 32
+FEWEST_QUERIES = 32
 
 
 class AttentionSize(NamedTuple):
@@ -126,7 +126,7 @@ def attention_size(tokens: int, rows: int, longest: int, head_dim: int) -> Atten
 def queries_at_once(rows: int, heads: int, keys: int, most_scores: int) -> int:
     """Queries in a block of attention that computes at most so many scores, but for those of 32 queries at least."""
     most = most_scores // (rows * heads * keys)
-    return most // QUERY_TILE * QUERY_TILE or max(_FEWEST_QUERIES, most // _FEWEST_QUERIES * _FEWEST_QUERIES)
+    return most // QUERY_TILE * QUERY_TILE or max(FEWEST_QUERIES, most // FEWEST_QUERIES * FEWEST_QUERIES)
 
 
 class _CurrentPack(threading.local):

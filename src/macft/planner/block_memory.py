@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from itertools import pairwise
 from typing import NamedTuple
 
 from macft.model.execution import Execution
-from macft.model.packing import AttentionSize, attention_size, queries_at_once
+from macft.model.packing import FEWEST_QUERIES, AttentionSize, attention_size
 from macft.model.shape import ModelShape
 
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -80,17 +79,10 @@ def block_memory(
 def scores_at_once(shape: ModelShape, attention: AttentionSize, most: int | None) -> int:
     """Scores of all heads that exist at once, where a block of queries has ``most``; None: all of them do.
 
-    Those of two blocks do, as MLX hands over one while it computes the other. A block's last query sees all keys
-    before it; in a pack under a mask it is given those behind it, too.
+    Those of two blocks do, as MLX hands over one while it computes the other. A block has 32 queries at least.
     """
-    rows, length = max(1, attention.queries // attention.keys), attention.keys
-    if most is None or shape.heads * attention.scores <= most:
-        return shape.heads * attention.scores
-    size = queries_at_once(rows, shape.heads, length, most)
-    ends = [*range(size, length, size), length]
-    blocks = [(end - start) * end for start, end in pairwise([0, *ends])]
-    most_of_two: int = max(sum(pair) for pair in pairwise(blocks))
-    return shape.heads * rows * most_of_two
+    scores = shape.heads * attention.scores
+    return scores if most is None else min(scores, 2 * max(most, shape.heads * attention.queries * FEWEST_QUERIES))
 
 
 def _kept(
