@@ -133,12 +133,19 @@ def test_what_is_not_finite_stays_so(value: float) -> None:
     assert np.isnan(from_grid(halves)).tolist() == [True, False]
 
 
-SPINNING = "while True: pass"
+SPINNING = """
+import time
+while True:
+    end = time.perf_counter() + 0.03
+    while time.perf_counter() < end:
+        pass
+    time.sleep(0.03)
+"""
 
 
 @contextmanager
 def busy(processes: int) -> Iterator[None]:
-    """So many processes that compute, beside whatever the block does."""
+    """So many processes that compute half of the time, beside whatever the block does."""
     spinning = [subprocess.Popen([sys.executable, "-c", SPINNING]) for _ in range(processes)]
     try:
         yield

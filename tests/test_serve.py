@@ -202,6 +202,7 @@ def test_a_streamed_model_gives_the_same_answers(adapter_folder: Path, expected:
         (["--api-key", ""], ConfigError, "--api-key: is empty"),
         (["--api-key", "a b"], ConfigError, "--api-key: must be printable ASCII"),
         (["--together", "0"], ConfigError, "--together: 0 must be 1 or more"),
+        (["--max-tokens", "-1"], ConfigError, "--max-tokens: -1 must be 1 or more; a server's answers have a limit"),
         (["--temp", "-1"], ConfigError, "--temp: -1.0 must be 0"),
         (["--host", "no-such-host.invalid"], LaunchError, "--host: can't listen at no-such-host.invalid"),
     ],

@@ -96,7 +96,7 @@ def _spread(
     from macft.run.cluster_answers import ClusterAnswers
 
     spread = spread_model(tuned, is_tuned=is_tuned)
-    with leading_rank(topology) as rank:
+    with leading_rank(topology, tuned) as rank:
         answers = ClusterAnswers(rank, spread, together=config.together, remembered=_REMEMBERED, tell=_tell)
         yield answers
         answers.close()

@@ -51,23 +51,22 @@ def main(argv: list[str]) -> int:
         if not has_met.is_set():
             stop.give_up(LaunchError(f"{name} has ended before all nodes had met"))
 
-    threading.Thread(target=_read_commands, args=(stop, keys, lost), name="terminal", daemon=True).start()
-
     def run() -> str:
-        config = read(RunFolder(folder).proposed)
-        config.topology.rank = rank
-        keyring = _receive_keyring(keys) if needs_keys(config.topology, config.collective) else None
-        with (
-            start_log(folder, rank, config.report.log_level),
-            printed_phases(is_shown=config.report.console) as phases,
-        ):
-            resume = "--resume" in argv
-            return run_on_hosts(
-                config, folder, resume=resume, stop=stop, phases=phases, keyring=keyring, on_met=has_met.set
-            )
+        with stop.listening():  # from now on the terminal's commands can end what the main thread does
+            threading.Thread(target=_read_commands, args=(stop, keys, lost), name="terminal", daemon=True).start()
+            config = read(RunFolder(folder).proposed)
+            config.topology.rank = rank
+            keyring = _receive_keyring(keys) if needs_keys(config.topology, config.collective) else None
+            with (
+                start_log(folder, rank, config.report.log_level),
+                printed_phases(is_shown=config.report.console) as phases,
+            ):
+                resume = "--resume" in argv
+                return run_on_hosts(
+                    config, folder, resume=resume, stop=stop, phases=phases, keyring=keyring, on_met=has_met.set
+                )
 
-    with stop.listening():
-        status = run_command(lambda _: exit_status(run()), interrupted=lambda: after_interrupt(folder))
+    status = run_command(lambda _: exit_status(run()), interrupted=lambda: after_interrupt(folder))
     close_log()
     return status
 

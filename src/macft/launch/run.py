@@ -23,6 +23,7 @@ from macft.report.phase_lines import PhaseLines, printed_phases
 from macft.report.run_folder import RunFolder
 from macft.report.trackers.registry import require_installed
 from macft.run.resume import check_resume
+from macft.topology.hosts import own_rank
 from macft.training.stop_request import StopRequest, announce
 
 
@@ -55,7 +56,7 @@ def run(
     if config.report.console:
         _say_what_starts(config, resume=resume)
     with printed_phases(is_shown=config.report.console) as phases:
-        phases.begin("starting")
+        phases.begin("loading libraries")
         return _run(config, folder, phases, resume=resume, farewell=farewell, callbacks=callbacks)
 
 
@@ -87,10 +88,10 @@ def _run(
     stop = StopRequest(announce, farewell=farewell)
     with stop.listening():
         if config.topology.kind == "hosts":
+            rank = own_rank(config.topology)  # before an import that takes seconds
             from macft.launch.run_on_hosts import run_on_hosts
-            from macft.topology.hosts import own_rank
 
-            with start_log(folder, own_rank(config.topology), config.report.log_level):
+            with start_log(folder, rank, config.report.log_level):
                 return run_on_hosts(config, folder, resume=resume, stop=stop, phases=phases)
         from macft.run.node import run_node
 
@@ -118,7 +119,7 @@ def _say_what_starts(config: TrainConfig, *, resume: bool) -> None:
     data = ", ".join(source.path for source in config.dataset.all_sources())
     nodes = world_size(config)
     where = {"single": "", "local": f", {nodes} processes here"}.get(config.topology.kind, f", {nodes} machines")
-    verb = "going on with" if resume else "starting"
+    verb = "resuming" if resume else "starting"
     print(f"· {verb} {config.name}: {config.model.path} on {data}{where}", flush=True)
 
 

@@ -23,11 +23,11 @@ import asyncssh
 from macft.cli.run_command import INTERRUPTED
 from macft.diagnostics import software
 from macft.errors import LaunchError, MacftError
-from macft.launch.remote_config import own_config, send_config
+from macft.launch.remote_config import fetch_results, own_config, send_config
 from macft.remote import host_probe
 from macft.remote.connection import connect, python_command
 from macft.remote.host_probe import HostReport
-from macft.remote.shipment import Shipment, changed, fetch, send
+from macft.remote.shipment import Shipment, changed, send
 from macft.report.phase_lines import PhaseLines
 from macft.topology.settings import TopologyConfig, split_host
 from macft.training.stop_request import NODES_STOP, announce
@@ -71,6 +71,7 @@ class LaunchPlan:
     Attributes:
         topology: Of kind ``ssh``.
         config: The text of the run's ``config.yaml``, which a host writes once its checks have passed.
+        own_config: The same with the paths of this machine, for ``folder``.
         folder: The run's folder on this machine, which gets the results.
         run_folder: The run's folder on the hosts, below ``topology.folder``.
         shipments: Files to send to all hosts first.
@@ -85,6 +86,7 @@ class LaunchPlan:
 
     topology: TopologyConfig
     config: str
+    own_config: str
     folder: Path
     run_folder: str
     shipments: Sequence[Shipment]
@@ -124,7 +126,8 @@ async def _launch(plan: LaunchPlan) -> int:
             await _prepare_all(plan, hosts)
             remote = posixpath.join(plan.topology.folder, plan.run_folder)
             before = [await _summary_time(host, remote) for host in hosts]
-        async with own_config(plan.folder, plan.config, [host.connection for host in hosts], remote):
+        connections = [host.connection for host in hosts]
+        async with own_config(plan.folder, plan.own_config, plan.config, connections, remote):
             plan.phases.begin(f"starting {len(hosts)} nodes")
             status, completed = await _run(plan, hosts)
         if not completed:
@@ -132,7 +135,7 @@ async def _launch(plan: LaunchPlan) -> int:
         plan.phases.begin("fetching the results")
         source = await _holder_of_results(completed, before, remote)
         try:
-            await fetch(source.connection, remote, plan.folder)
+            await fetch_results(source.connection, remote, plan.folder)
         except LaunchError as error:
             text = f"the results stay on {source.name}, in {remote}, and can't be copied to {plan.folder}: {error}"
             if status == 0:

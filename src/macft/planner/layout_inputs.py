@@ -83,8 +83,7 @@ def step_work(
         rows=rows,
         longest=float(max((batch.tokens for batch in at_once), default=1)),
         micro_batches=-(-rows // micro_batch_size) if micro_batch_size else None,
-        # With MLX's operations a stage keeps what its backward pass needs, where there is room.
-        recompute="auto" if planner.execution.recompute == "none" and planner.execution.kernels == "mlx" else "always",
+        recompute="auto" if planner.execution.may_keep_activations else "always",
         shares=shares,
     )
 

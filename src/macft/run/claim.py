@@ -176,7 +176,7 @@ def _trouble(folder: RunFolder, config: TrainConfig) -> str:
     if config.topology.join is not None and _is_same_run(folder, config):
         return ""
     return (
-        f"holds another run; go on with it: {resume_command(folder.path)}; or give another hydra.run.dir, "
+        f"holds another run; continue it: {resume_command(folder.path)}; or give another hydra.run.dir, "
         "or replace that run by report.overwrite=true"
     )
 
@@ -232,5 +232,5 @@ def _remove_empty(folders: list[Path]) -> None:
 def after_interrupt(folder: Path) -> str:
     """What the user is told when the run in ``folder`` was interrupted at once."""
     if RunFolder(folder).has_checkpoint:
-        return f"interrupted; the newest checkpoint is kept; go on with: {resume_command(folder)}"
+        return f"interrupted; the newest checkpoint is kept; continue with: {resume_command(folder)}"
     return "interrupted; no checkpoint had been saved"

@@ -36,7 +36,7 @@ from macft.training.pipeline_schedule import holding, one_forward_one_backward
 from macft.training.staged_gradient import StagedGradient, StagedLoss
 from macft.training.staged_model import StagedModel, Work
 
-_FORWARD, _BACKWARD, _VALIDATION = 0, 1, 2
+_FORWARD, _BACKWARD, _VALIDATION, _BEGIN = range(4)
 
 
 class _StageRun:
@@ -69,6 +69,14 @@ class _StageRun:
         """Its blocks that have a backward pass."""
         stage = self.place.stage
         return range(max(stage.first, self._first_trained), stage.end)
+
+    def goes_on(self, tag: int, stopped: Callable[[], bool]) -> bool:
+        """Whether there is more to compute: unless the first stage is ``stopped()``, of which it tells the others."""
+        before, after = self.place.before, self.place.after
+        goes_on = not stopped() if before is None else len(self._channels.receive(before, tag)) > 0
+        if after is not None:
+            self._channels.send(after, tag, b"on" if goes_on else b"")
+        return goes_on
 
     def forward(self, work: Work, tag: int, *, training: bool) -> None:
         """Its blocks' forward passes; what they make of ``work`` is sent on, or stays at the last stage."""
@@ -111,23 +119,28 @@ class _StageRun:
 
 
 class PipelinedLoss:
-    """The losses of validation; see :meth:`~macft.training.loss.TokenLoss.of_batches`."""
+    """The losses of validation."""
 
     def __init__(self, staged: StagedModel, places: StagePlaces, settle: Callable[[], _StageRun | None]):
         self._staged, self._places, self._settle = staged, places, settle
         self._alone = StagedLoss(staged)
-        self._count = 0
 
-    def of_batches(self, batches: Iterable[Sequence[DeviceBatch]]) -> Iterator[list[float]]:
-        """See :meth:`~macft.training.loss.TokenLoss.of_batches`. Collective: every rank must call it."""
+    def of_batches(
+        self, batches: Iterable[Sequence[DeviceBatch]], stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[list[float]]:
+        """See :class:`~macft.training.validation.Losses`; the first stage decides. Every rank must call it."""
         run = self._settle()
         if run is None or len(run.place.stages) == 1:
-            return self._alone.of_batches(batches)
-        return self._forward(run, batches)
+            return self._alone.of_batches(batches, stopped)
+        return self._forward(run, batches, stopped)
 
-    def _forward(self, run: _StageRun, batches: Iterable[Sequence[DeviceBatch]]) -> Iterator[list[float]]:
+    def _forward(
+        self, run: _StageRun, batches: Iterable[Sequence[DeviceBatch]], stopped: Callable[[], bool]
+    ) -> Iterator[list[float]]:
         none = mx.zeros(1, mx.uint32)
         for number, parts in enumerate(batches):
+            if not run.goes_on(_tag(number, 0, _BEGIN), stopped):
+                return
             losses = []
             for place, part in enumerate(parts):
                 work = Work.of(part, none)

@@ -39,7 +39,7 @@ class StopRequest:
         farewell: The line for a user who quits while the main thread does not answer.
 
     Attributes:
-        plan: What happens after the first wish, in words.
+        plan: What happens after the first wish, in words, or what returns them at that moment.
         last_words: Called, in another thread, before this process ends although its main thread does not answer.
     """
 
@@ -48,7 +48,7 @@ class StopRequest:
         announce: Callable[[str], None] | None = None,
         farewell: Callable[[], str] = lambda: "interrupted",
     ) -> None:
-        self.plan = ""
+        self.plan: str | Callable[[], str] = ""
         self.last_words: Callable[[], None] = lambda: None
         self._announce, self._farewell = announce, farewell
         self._requested = threading.Event()
@@ -80,7 +80,8 @@ class StopRequest:
         if quits:
             self._quit(is_first=is_first)
         elif is_first and self._announce is not None:
-            self._announce(f"stopping: {self.plan}; Ctrl-C again quits now")
+            plan = self.plan if isinstance(self.plan, str) else self.plan()
+            self._announce(f"stopping: {plan}; Ctrl-C again quits now")
 
     def give_up(self, reason: Exception) -> None:
         """The main thread waits in vain: ``reason`` is raised there, unless a wish to stop has come before."""
