@@ -51,7 +51,7 @@ class Phase:
     is_before_meeting: bool = False
 
 
-MANY_ROWS, LONG_STEPS = ("training.eval_rows=-1",), ("training.batch_size=16",)
+MANY_ROWS, MANY_STEPS = ("training.eval_rows=-1",), ("training.batch_size=16", "training.steps=1000")
 SCORED = ("dataset.metric=exact_match", "training.metric_rows=24", "training.metric_max_tokens=200")
 PHASES = (
     Phase("Python starts", "seconds", "0.15", is_before_meeting=True),
@@ -61,9 +61,9 @@ PHASES = (
     Phase("rows are tokenized", "log", "tokenizing"),
     Phase("the model is loaded", "log", "loading the model"),
     Phase("first validation", "point", "validation", MANY_ROWS),
-    Phase("scoring before", "log", "scoring", SCORED),
-    Phase("a step", "steps", "1", LONG_STEPS),
-    Phase("later validation", "steps", "2", (*MANY_ROWS, "training.eval_every=2")),
+    Phase("scoring before", "output", "answering, before", SCORED),
+    Phase("a step", "steps", "1", MANY_STEPS),
+    Phase("later validation", "steps", "2", (*MANY_ROWS, *MANY_STEPS, "training.eval_every=2")),
     Phase("a checkpoint", "point", "checkpoint"),
     Phase("the adapter is written", "point", "export"),
     Phase("scoring after", "point", "scoring", SCORED),
