@@ -20,13 +20,14 @@ def _without_trackers() -> Iterator[None]:
         yield
         return
     left_out = [name for name in _TRACKERS if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(left_out))  # importing such a name is an ImportError, which mlx-lm expects
+    for name in left_out:
+        sys.modules[name] = None  # type: ignore[assignment] # its import is an ImportError, which mlx-lm expects
     try:
         yield
+        vars(sys.modules["mlx_lm.tuner"]).pop("callbacks", None)
     finally:
         for name in (*left_out, _CALLBACKS):
             sys.modules.pop(name, None)
-        vars(sys.modules.get("mlx_lm.tuner")).pop("callbacks", None)
 
 
 with _without_trackers():
