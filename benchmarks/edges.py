@@ -2,12 +2,12 @@
 
     python benchmarks/edges.py --folder FOLDER [--runs 200] [--seed 1] [--nodes 3] [--part 0/2] [--again 7 12]
 
-Every second run is one of `topology=local`, every other one of `topology=hosts` on this machine's loopback. The points
-come by turns; at each the leader is killed twice as often as another rank, and a third of the runs are killed at a
-random moment instead. A line for each run is appended to FOLDER/runs.jsonl as it ends, so a second call goes on, and
-several calls may each make a part of the runs. --again makes single runs once more; their new lines count. The table of
-all is printed at the end. What the terminals showed is in FOLDER/terminals, and the folders of runs that went wrong are
-left.
+The runs take turns: `topology=local`, `topology=hosts` on this machine's loopback and, where network namespaces and
+sshd can be had (Linux, root), `topology=ssh` on hosts of their own. The points come by turns; at each the leader is
+killed twice as often as another rank, and a third of the runs are killed at a random moment instead. A line for each
+run is appended to FOLDER/runs.jsonl as it ends, so a second call goes on, and several calls may each make a part of the
+runs. --again makes single runs once more; their new lines count. The table of all is printed at the end. What the
+terminals showed is in FOLDER/terminals, and the folders of runs that went wrong are left.
 """
 
 from __future__ import annotations
@@ -16,19 +16,26 @@ import argparse
 import json
 import random
 import shutil
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from harness import edges
-from harness.edges import Kill
+from harness import edges, ssh_hosts
+from harness.edges import Kill, Outcome
 from harness.runs import uneven_dataset
 from harness.tiny_model import make_tiny_model
 from macft.device.fault_points import POINTS
 from macft.model.bundled import ensure_bundled
 
 RANDOM = "a random moment"
+PLACES = tuple(point for point in POINTS if point not in ("micro_batch", "reduce", "hand_over", "regroup"))
+"""The points that a run of this kind comes to whose nodes are all there to its last step."""
+
+Runner = Callable[[Path, Sequence[str], Kill], Outcome]
+"""Makes a run in a folder, with overrides."""
 
 
 def main() -> None:
@@ -42,17 +49,40 @@ def main() -> None:
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
     overrides = prepare(folder)
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as hosts_folder:
+        make_runs(options, folder, overrides, runners(stack, Path(hosts_folder), options.nodes))
+    show(list(read(folder / "runs.jsonl").values()))
+
+
+def runners(stack: ExitStack, folder: Path, nodes: int) -> dict[str, Runner]:
+    """What makes a run, by topology; hosts with SSH last as long as ``stack``."""
+    found: dict[str, Runner] = {
+        "local": lambda folder, overrides, kill: edges.local(folder, overrides, nodes, kill),
+        "hosts": lambda folder, overrides, kill: edges.hosts(folder, overrides, nodes, kill),
+    }
+    if reason := ssh_hosts.why_not():
+        print(f"no topology=ssh: {reason}")
+    else:
+        cluster = stack.enter_context(ssh_hosts.cluster(folder, nodes))
+        found["ssh"] = lambda folder, overrides, kill: edges.ssh(folder, overrides, cluster, kill)
+    return found
+
+
+def make_runs(
+    options: argparse.Namespace, folder: Path, overrides: Sequence[str], topologies: dict[str, Runner]
+) -> None:
+    """Makes the runs that are not in the log yet, and appends them to it."""
     log = folder / "runs.jsonl"
-    longest = how_long(folder, overrides, options.nodes)
+    longest = how_long(folder, overrides, topologies)
     first, step = map(int, options.part.split("/"))
     for number in options.again or range(first, options.runs, step):
         if number in read(log) and not options.again:
             continue
-        topology, kill = choose(number, options.seed, options.nodes, longest)
+        topology, kill = choose(number, options.seed, options.nodes, longest, list(topologies))
         where = folder / f"{topology}-{number}"
         shutil.rmtree(where, ignore_errors=True)
         started = time.monotonic()
-        outcome = getattr(edges, topology)(where, overrides, options.nodes, kill)
+        outcome = topologies[topology](where, overrides, kill)
         record = {
             "number": number,
             "topology": topology,
@@ -74,7 +104,6 @@ def main() -> None:
         terminals.mkdir(exist_ok=True)
         (terminals / f"{number}.txt").write_text(outcome.output)
         print(f"{number + 1}: {record}", flush=True)
-    show(list(read(log).values()))
 
 
 def read(log: Path) -> dict[int, dict[str, Any]]:
@@ -83,11 +112,12 @@ def read(log: Path) -> dict[int, dict[str, Any]]:
     return {record["number"]: record for record in sorted(records, key=lambda record: int(record["number"]))}
 
 
-def how_long(folder: Path, overrides: Sequence[str], nodes: int) -> dict[str, float]:
+def how_long(folder: Path, overrides: Sequence[str], topologies: dict[str, Runner]) -> dict[str, float]:
     """Seconds of a run to which nothing happens, by topology; measured once."""
     path = folder / "undisturbed.json"
     if not path.exists():
-        path.write_text(json.dumps({name: seconds_of(name, folder, overrides, nodes) for name in ("local", "hosts")}))
+        seconds = {name: seconds_of(run, folder / f"undisturbed-{name}", overrides) for name, run in topologies.items()}
+        path.write_text(json.dumps(seconds))
     return dict(json.loads(path.read_text()))
 
 
@@ -113,32 +143,34 @@ def prepare(folder: Path) -> list[str]:
     ]
 
 
-def seconds_of(topology: str, folder: Path, overrides: Sequence[str], nodes: int) -> float:
+def seconds_of(run: Runner, folder: Path, overrides: Sequence[str]) -> float:
     """How long a run to which nothing happens takes here."""
+    shutil.rmtree(folder, ignore_errors=True)
     started = time.monotonic()
-    never = Kill(0, seconds=1e9)
-    outcome = getattr(edges, topology)(folder / f"undisturbed-{topology}-{started:.0f}", overrides, nodes, never)
+    outcome = run(folder, overrides, Kill(0, seconds=1e9))
     assert set(outcome.statuses) == {0}, outcome.output
     return time.monotonic() - started
 
 
-def choose(number: int, seed: int, nodes: int, longest: dict[str, float]) -> tuple[str, Kill]:
+def choose(
+    number: int, seed: int, nodes: int, longest: dict[str, float], topologies: Sequence[str]
+) -> tuple[str, Kill]:
     """What happens in run ``number``."""
     draw = random.Random(f"{seed}-{number}")
-    topology = "local" if number % 2 == 0 else "hosts"
+    turn, place = divmod(number, len(topologies))
+    topology = topologies[place]
     rank = 0 if draw.random() < 2 / (nodes + 1) else draw.randrange(1, nodes)
-    turn = number // 2
     if turn % 3 == 2:
         return topology, Kill(rank, seconds=draw.uniform(0.5, longest[topology]))
-    return topology, Kill(rank, POINTS[(turn - turn // 3) % len(POINTS)])
+    return topology, Kill(rank, PLACES[(turn - turn // 3) % len(PLACES)])
 
 
 def show(done: Sequence[dict[str, Any]]) -> None:
     """The table: a line for each topology and point."""
     print("| topology | killed at | runs, leader | success | failure | wrong status | longest silence |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for topology in ("local", "hosts"):
-        for point in (*POINTS, RANDOM):
+    for topology in ("local", "hosts", "ssh"):
+        for point in (*PLACES, RANDOM):
             _show_line(f"{topology} | {point}", [r for r in done if (r["topology"], r["point"]) == (topology, point)])
     _show_line("all | ", done)
 

@@ -23,6 +23,7 @@ from macft.device.kind import Device
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.backends.choose import make_backend
+from macft.model.ends import BOTH_ENDS
 from macft.model.execution import resolve
 from macft.model.load import load
 from macft.model.shape import read_weight_format
@@ -77,6 +78,7 @@ def measured_parts(folder: Path, kernels: str, length: int) -> PartTimes:
     with ExitStack() as installed:
         installed.enter_context(backend.installed(loaded.model))
         whole = StagedGradient(loaded.model, backend, execution, adaptation.dropout_keys, loaded.streamed, seed=0)
+        whole.staged.have_ends(BOTH_ENDS)
         loaded.model.train()
         for number, batch in enumerate(micro_batches(rows, np.arange(len(rows)), 1)):
             if number == 1:  # the first one reads the weights and warms up

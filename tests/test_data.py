@@ -15,7 +15,7 @@ from mlx_lm.utils import load_tokenizer
 
 from harness.runs import write_jsonl
 from helpers.records import CHAT, LONG_CHAT, PAIR, TEXT
-from macft.data.load import LoadedData, read, tokenize_all, with_few_test_rows
+from macft.data.load import LoadedData, fraction_notes, read, tokenize_all, with_few_test_rows
 from macft.data.settings import DatasetConfig, SourceConfig, problems
 from macft.data.tokenize import tokenize
 from macft.errors import DataError
@@ -63,6 +63,14 @@ def test_columns_are_renamed_and_missing_ones_named(tmp_path: Path, tokenizer: A
     assert data.train.rows[0].tokens.tolist() == expected.tokens.tolist()
     with pytest.raises(DataError, match=r"no column 'question'; it has a, q"):
         load(DatasetConfig(path=str(tmp_path), columns={"text": "question"}), tokenizer)
+
+
+def test_columns_of_other_names_are_told_before_a_model_is_looked_for(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [{"question": "Why?", "answer": "Because."}])
+    with pytest.raises(DataError, match=r"train row 1: it needs .*'dataset.columns={prompt: question, "):
+        read(DatasetConfig(path=str(tmp_path)), seed=0)
+    with pytest.raises(DataError, match=r"dataset.columns: .*train row 1 has no column 'q'; it has answer, question"):
+        read(DatasetConfig(path=str(tmp_path), columns={"prompt": "q", "completion": "a"}), seed=0)
 
 
 def test_cut_and_dropped_rows_are_counted(tmp_path: Path, tokenizer: Any) -> None:
@@ -152,10 +160,13 @@ def test_only_missing_validation_rows_are_split_off(tmp_path: Path, tokenizer: A
     without = load(DatasetConfig(path=str(tmp_path)), tokenizer)
     assert any("no validation rows" in note for note in without.notes)
     write_jsonl(tmp_path / "valid.jsonl", [TEXT])
-    data = load(DatasetConfig(path=str(tmp_path), valid_fraction=0.5), tokenizer)
+    config = DatasetConfig(path=str(tmp_path), valid_fraction=0.5)
+    data = load(config, tokenizer)
     assert len(data.train.rows) == 10
     assert data.valid.records == [TEXT]
-    assert data.notes == [f"dataset.valid_fraction: no effect on {tmp_path}, which has validation rows of its own"]
+    assert fraction_notes(read(config, seed=0), config) == [
+        f"dataset.valid_fraction: no effect on {tmp_path}, which has validation rows of its own"
+    ]
 
 
 def ids(path: Path, seed: int = 0, **settings: float) -> tuple[list[int], list[int], list[int]]:
@@ -175,7 +186,7 @@ def test_splitting_off_loses_no_row_and_uses_none_twice(
     tmp_path_factory: pytest.TempPathFactory, count: int, fractions: tuple[float, float], seed: int
 ) -> None:
     path = tmp_path_factory.mktemp("split") / "rows.jsonl"
-    write_jsonl(path, [{"id": i} for i in range(count)])
+    write_jsonl(path, [{**PAIR, "id": i} for i in range(count)])
     cut = {"valid_fraction": fractions[0], "test_fraction": fractions[1]}
     train, valid, test = ids(path, seed, **cut)
     assert sorted(train + valid + test) == list(range(count))
@@ -189,7 +200,7 @@ def test_splitting_off_loses_no_row_and_uses_none_twice(
     assert ids(path, seed, valid_fraction=fractions[0], test_fraction=0.0)[1] == valid
 
 
-def test_some_rows_are_held_out_where_nothing_is_said(tmp_path: Path, tokenizer: Any) -> None:
+def test_some_rows_are_held_out_where_nothing_is_said(tmp_path: Path) -> None:
     def sizes(count: int, **settings: float) -> list[int]:
         path = tmp_path / f"{count}.jsonl"
         write_jsonl(path, [{**PAIR, "id": i} for i in range(count)])
@@ -202,8 +213,8 @@ def test_some_rows_are_held_out_where_nothing_is_said(tmp_path: Path, tokenizer:
     assert sizes(100, valid_fraction=0.1) == [90, 10, 0]
     assert sizes(100, valid_fraction=0.1, test_fraction=0.2) == [70, 10, 20]
     config = DatasetConfig(path=str(tmp_path / "100.jsonl"))
-    held_out = tokenize_all(read(config, seed=0), config, tokenizer, need_test=True)
-    assert any("5 of 100 training rows are held out" in note for note in held_out.notes)
+    (note,) = fraction_notes(read(config, seed=0), config)
+    assert "5 of 100 training rows are held out" in note
     few = with_few_test_rows(read(config, seed=0), 3, seed=0)
     assert [len(few[0][1][name]) for name in ("train", "test")] == [95, 3]
 
@@ -214,7 +225,9 @@ def test_a_test_file_wins_over_the_fraction(tmp_path: Path, tokenizer: Any) -> N
     config = DatasetConfig(path=str(tmp_path), test_fraction=0.5)
     data = tokenize_all(read(config, seed=0), config, tokenizer, need_test=True)
     assert (len(data.train.rows), len(data.test.rows)) == (10, 2)
-    assert f"dataset.test_fraction: no effect on {tmp_path}, which has test rows of its own" in data.notes
+    assert f"dataset.test_fraction: no effect on {tmp_path}, which has test rows of its own" in fraction_notes(
+        read(config, seed=0), config
+    )
 
 
 @pytest.mark.parametrize(

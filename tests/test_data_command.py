@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -164,8 +165,14 @@ def test_a_split_without_rows_and_a_row_without_target_are_named(rows: Path, sho
 
 def test_columns_have_other_names(tmp_path: Path, shown: Shown) -> None:
     path = tmp_path / "faq.csv"
+    path.write_text("question,the answer\nPeru?,Lima\n")
+    with pytest.raises(MacftError, match=r"; --column renames fields: --column prompt=COLUMN --column "):
+        shown(path)
     path.write_text("question,answer\nPeru?,Lima\n")
-    output = shown(path, "--column", "prompt=question", "--column", "completion=answer", "--mask-prompt")
+    with pytest.raises(MacftError) as error:
+        shown(path)
+    advice = str(error.value).partition("; --column renames fields: ")[2]
+    output = shown(path, *shlex.split(advice), "--mask-prompt")
     assert "row 1 (line 2): " in output
     assert "target  Lima<|im_end|>⏎\n" in output
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from macft.errors import ConfigError, ModelError
 from macft.launch.run_over_ssh import shipments
 from macft.report.run_folder import RunFolder
 from macft.run.claim import claim, claim_sweep
+from macft.run.local_paths import with_paths_of_hosts, with_paths_of_terminal
 from macft.run.resume import check_resume, notes_of_changes
 
 
@@ -60,7 +62,7 @@ def test_the_folder_of_another_run_is_refused(tmp_path: Path, config: TrainConfi
     with claim(tmp_path / "x", config, key="hydra.run.dir") as taken:
         RunFolder(taken.path).begin(to_yaml(config))
     before = contents(tmp_path)
-    with pytest.raises(ConfigError, match=r"x holds another run; go on with it: python -m macft.train \+resume=/.*/x;"):
+    with pytest.raises(ConfigError, match=r"x holds another run; continue it: python -m macft.train \+resume=/.*/x;"):
         claim(tmp_path / "x", config, key="hydra.run.dir")
     assert contents(tmp_path) == before
     for allowed in (claim(tmp_path / "x", config, key="resume", resume=True),):
@@ -107,6 +109,15 @@ def test_a_sweep_does_not_write_over_another(tmp_path: Path, config: TrainConfig
     (first / "multirun.yaml").touch()
     with pytest.raises(ConfigError, match=r"hydra\.sweep\.dir: .*12-00 holds another sweep"):
         claim_sweep(first, config, key="hydra.sweep.dir", is_named=True)
+
+
+def test_a_process_that_ends_at_once_leaves_no_folder_of_a_run_that_had_not_begun(
+    tmp_path: Path, config: TrainConfig
+) -> None:
+    taken = claim(tmp_path / "runs" / "x", config, key="hydra.run.dir")
+    (taken.path / "logs").mkdir()
+    assert taken.abandon() == "interrupted; no checkpoint had been saved"
+    assert list(tmp_path.iterdir()) == []
 
 
 # Folders that can't be written.
@@ -369,19 +380,30 @@ def test_a_run_goes_on_and_is_evaluated_from_another_folder(tmp_path: Path, tiny
 def test_a_run_over_ssh_goes_on_from_another_folder(
     tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its paths begin at the folder where it was typed; what the hosts have already is not sent again."""
+    """This machine keeps absolute paths, and what they were typed as, which the hosts find model and rows by."""
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
     (here / "rows").mkdir(parents=True)
+    (here / "own.py").touch()
     (here / "model").symlink_to(tiny_model_folder)
     elsewhere.mkdir()
     hosts = ["topology=ssh", "topology.hosts=[a,b]", "topology.ship=[data,model]"]
-    config = configured(*hosts, "dataset.path=rows", "model=custom", "model.path=model")
+    paths = ["dataset.path=rows", "model=custom", "model.path=model", "adapter.init_from=~/adapter"]
+    typed = configured(*hosts, *paths, "dataset.metric=own.metric")
     monkeypatch.chdir(here)
-    assert [each.destination for each in shipments(config)] == ["macft/rows", "macft/model"]
+    kept = with_paths_of_terminal(typed)
+    (tmp_path / "config.yaml").write_text(to_yaml(kept))
     monkeypatch.chdir(elsewhere)
-    assert shipments(config, resume=True) == []
-    with pytest.raises(ConfigError, match="data can't be sent, for 'rows' is not on this machine"):
-        shipments(config)
-    config.topology.ship = ["model"]
+    kept = read(tmp_path / "config.yaml")
+    assert (kept.dataset.path, kept.model.path) == (str(here / "rows"), str(here / "model"))
+    assert (kept.dataset.metric_folder, kept.adapter.init_from) == (str(here), "~/adapter")
+    sent = with_paths_of_hosts(with_paths_of_terminal(kept))
+    assert sent == replace(typed, dataset=replace(typed.dataset, metric_folder="."))
+    assert [each.destination for each in shipments(kept)] == ["macft/rows", "macft/model"]
+    (here / "rows").rmdir()
+    (here / "model").unlink()
+    assert shipments(kept, resume=True) == []
+    with pytest.raises(ConfigError, match=f"data can't be sent, for '{here / 'rows'}' is not on this machine"):
+        shipments(kept)
+    kept.topology.ship = ["model"]
     with pytest.raises(ModelError):
-        shipments(config)
+        shipments(kept)

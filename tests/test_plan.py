@@ -48,12 +48,12 @@ from macft.model.shape import ModelShape, read_shape, shape_of
 from macft.network.link_kinds import LINK_KINDS, find_links
 from macft.parallel.shares import DataShard, rows_of_shard
 from macft.planner.fit import MemoryPlanner, batch_overrides
+from macft.planner.longest_row import find_longest_rows
 from macft.planner.memory import ComputeShape, predict, trained_part
-from macft.planner.node_part import step_of_shard
 from macft.planner.packing import choose_packing
 from macft.planner.run_plan import RunPlan, known_models, plan_run
 from macft.planner.speed import step_cost
-from macft.planner.table import show
+from macft.planner.table import show, show_longest_rows
 from macft.planner.workload import DeviceBatchShape, StepRows, steps_of, unlike_rows
 from macft.topology.settings import parse_budget
 from macft.training.batch_layout import BatchLayout
@@ -303,7 +303,7 @@ def test_the_plan_counts_what_the_trainer_computes(
         own = rows_of_shard(shard, [rows[i].tokens for i in ids], shared=execution.shared_prefixes)
         batches = micro_batches([rows[ids[i]] for i in own], ids[own], size)
         expected = [sizes for batch in batches for sizes in sizes_by_hand(batch, execution)]
-        part = step_of_shard(step, shard, execution)
+        part = step.of_shard(shard, shared=execution.shared_prefixes)
         planned = MemoryPlanner(tiny_shape(), execution, AdapterConfig(), "adamw", [part], 0).step_batches(size)
         assert [(one.rows, one.length, one.tokens, one.targets) for one in planned[0]] == expected
 
@@ -608,6 +608,36 @@ def test_blocks_of_other_kinds_are_predicted_within_15_percent(kind: str) -> Non
         mx.eval(compute(0, [batch]).gradient)
         measured = mx.get_peak_memory() - before
     assert parts.activations + parts.logits == pytest.approx(measured, rel=0.15)
+
+
+def test_the_longest_row_is_the_longest_that_fits() -> None:
+    config = prepare([f"model={LLAMA_8B}", "plan.chips=[M4 16GB,M4 Max 64GB]", "adapter.num_layers=16"]).job
+    assert config is not None
+    small, large = find_longest_rows(config).nodes
+    for node in (small, large):
+        assert 0 < node.macft["none"] < node.macft["cheap"] < node.macft["blocks"]
+        assert 0 < node.mlx_lm["none"] < node.mlx_lm["blocks"] < node.macft["blocks"]
+    assert all(2 * small.macft[way] < large.macft[way] for way in small.macft)
+    shape = shape_of(known_models()[LLAMA_8B], LLAMA_8B)
+    execution = execution_for(config, shape, shape.checkpoint, METAL).padded()
+    longer = 1.25 * small.macft["cheap"]
+    peaks = [
+        MemoryPlanner(shape, execution, config.adapter, "adamw", [unlike_rows(1, int(length) + 1, int(length))], 1)
+        .parts(execution.with_batch(1, "cheap"))
+        .peak
+        for length in (small.macft["cheap"], longer)
+    ]
+    assert peaks[0] <= small.budget < peaks[1]
+
+
+def test_the_longest_row_is_printed_with_a_line_for_each_mac() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    config = prepare([f"model={LLAMA_70B}", "plan.chips=[M1 8GB,M4 Max 64GB]"]).job
+    assert config is not None
+    show_longest_rows(find_longest_rows(config), console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "mlx_lm --grad-checkpoint" in text
+    assert any(line.split()[:2] == ["M1", "8GB"] and "-" in line.split() for line in text.splitlines())
 
 
 PORTABLE = {

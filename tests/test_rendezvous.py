@@ -16,10 +16,12 @@ import zmq
 
 import macft
 from macft.collective.settings import CollectiveConfig
-from macft.errors import RendezvousError
+from macft.errors import ConfigError, RendezvousError
 from macft.rendezvous.connect import RankConfig, connect_ring, join_rendezvous
 from macft.rendezvous.roster import Roster
 from macft.rendezvous.server import RendezvousServer
+from macft.topology.hosts import own_rank
+from macft.topology.settings import TopologyConfig
 
 
 def serve(world_size: int, timeout: float = 20.0, **more: Any) -> RendezvousServer:
@@ -217,3 +219,11 @@ def test_arrivals_and_refusals_are_logged(pool: ThreadPoolExecutor, caplog: pyte
     assert any(
         message.startswith("rendezvous failed: rank 1 (node1) has other settings or versions") for message in messages
     )
+
+
+def test_a_list_without_this_machine_names_the_addresses_that_could_be_listed() -> None:
+    assert own_rank(TopologyConfig(kind="hosts", hosts=["203.0.113.1", "127.0.0.1"])) == 1
+    with pytest.raises(ConfigError, match=r"none of them is this machine \(its addresses: ") as raised:
+        own_rank(TopologyConfig(kind="hosts", hosts=["203.0.113.1", "203.0.113.2"]))
+    assert "127.0.0.1" not in str(raised.value)
+    assert "fe80" not in str(raised.value)

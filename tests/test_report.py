@@ -144,7 +144,7 @@ def test_a_wholly_saved_model_needs_no_adapter_path(log: Console, tmp_path: Path
 
 def test_the_end_of_a_run_says_how_to_go_on(log: Console, tmp_path: Path) -> None:
     reporter = ConsoleReporter(every=10, console=log)
-    reporter.handle(RunEnded("interrupted", 1, 1.0, detail="go on with: +resume='runs/[a]'"))
+    reporter.handle(RunEnded("interrupted", 1, 1.0, detail="continue with: +resume='runs/[a]'"))
     log.file.flush()
     text = (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert text.startswith("Interrupted\n  time  1 step, 0:01\n")

@@ -119,6 +119,16 @@ def test_an_end_that_is_no_target_does_not_count(tmp_path: Path, tiny_model_fold
     assert "1 of 1 rows do not end with a token that ends an answer" in note
 
 
+def test_empty_answers_are_told_where_the_whole_row_is_the_target(tmp_path: Path, tiny_model_folder: Path) -> None:
+    tokenizer = tokenizer_with(tiny_model_folder, WITH_TOOLS)
+    rows = [PAIR, PAIR | {"completion": " "}, chat({"content": None}), chat({"content": None, "tool_calls": [CALL]})]
+    source = written(tmp_path, rows)
+    assert notes_of(tokenizer, source, mask_prompt=False) == ["train: 2 of 4 rows have an empty answer (first: row 2)"]
+    assert notes_of(tokenizer, source) == [
+        "train: 2 of 4 rows have only the end of an answer as their target (first: row 2)"
+    ]
+
+
 def test_an_answer_that_the_template_leaves_out_is_an_error_if_all_are(tmp_path: Path, tiny_model_folder: Path) -> None:
     tokenizer = tokenizer_with(tiny_model_folder, WITHOUT_CALLS)
     call = chat({"content": None, "tool_calls": [CALL]})

@@ -14,8 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from harness import edges
+from harness.edges import Kill
 from harness.runs import losses, train, uneven_dataset, wait_for_events, wait_for_step
-from helpers.hosts import Cluster, cluster
+from harness.ssh_hosts import Cluster
+from helpers.hosts import cluster
+from macft.config.yaml import read
 
 pytestmark = pytest.mark.slow
 
@@ -98,19 +102,35 @@ def test_three_hosts_train_and_the_results_come_home(three: Cluster, basics: lis
     assert not agents(three, "runs/a/1")
 
 
-def test_ctrl_c_ends_with_a_checkpoint_and_the_run_goes_on(three: Cluster, basics: list[str], tmp_path: Path) -> None:
-    longer = [*basics, *over_ssh(three, 2), "training.steps=100000", "hydra.run.dir=runs/b/1"]
-    process = start(three, tmp_path, *longer)
-    wait_for_step(process, three.hosts[0].home / "macft/runs/b/1")
+def test_ctrl_c_ends_with_a_checkpoint_and_the_run_goes_on_from_another_folder(
+    three: Cluster, basics: list[str], tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    uneven_dataset(tmp_path / "rows")
+    (tmp_path / "base").symlink_to(tiny_model_folder)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    typed = ["model=./base", "dataset=./rows", "topology.ship=[data,model]", "hydra.run.dir=out/b/1"]
+    process = start(three, tmp_path, *basics, *over_ssh(three, 2), *typed, "training.steps=100000")
+    wait_for_step(process, three.hosts[0].home / "macft/out/b/1")
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, output + errors
-    assert not agents(three, "runs/b/1")
-    made = len(losses(tmp_path / "runs/b/1"))
-    process = start(three, tmp_path, "+resume=runs/b/1", f"training.steps={made + 2}")
+    assert not agents(three, "out/b/1")
+    folder = tmp_path / "out/b/1"
+    made = len(losses(folder))
+    process = start(three, elsewhere, f"+resume={folder}", f"training.steps={made + 2}")
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, output + errors
-    assert len(losses(tmp_path / "runs/b/1")) == made + 2
+    changes = next(line for line in output.splitlines() if "changed after step" in line)
+    assert "path" not in changes  # the hosts find model and dataset where they found them before
+    assert f"· the results are in {folder}\n" in output
+    assert "files are sent" not in output
+    assert len(losses(folder)) == made + 2
+    here, there = read(folder / "config.yaml"), read(three.hosts[0].home / "macft/out/b/1/config.yaml")
+    assert (here.model.path, here.dataset.path) == (str(tmp_path / "base"), str(tmp_path / "rows"))
+    assert (there.model.path, there.dataset.path, there.topology.paths) == ("./base", "./rows", {})
+    adapter = json.loads((folder / "adapters/adapter_config.json").read_text())
+    assert adapter["model"] == str(tmp_path / "base")
 
 
 def test_the_host_that_leads_dies_and_the_results_come_from_another(
@@ -130,6 +150,16 @@ def test_the_host_that_leads_dies_and_the_results_come_from_another(
     assert losses(tmp_path / "runs/e/1")  # each step from the first one on, though another one has told of those
     assert json.loads((tmp_path / "runs/e/1/summary.json").read_text())["nodes_at_the_end"] == 2
     assert not agents(three, "runs/e/1")
+
+
+def test_a_node_that_dies_before_all_have_met_ends_the_start(three: Cluster, basics: list[str], tmp_path: Path) -> None:
+    """The others need not wait for it: nobody starts it again."""
+    outcome = edges.ssh(tmp_path / "runs/g/1", basics, three, Kill(0, "start"))
+    assert (outcome.statuses, outcome.has_result) == ([1], False), outcome.output
+    dead, other, _ = (host.address for host in three.hosts)
+    assert f"note: {dead} was ended by signal 9" in outcome.output
+    assert f"[{other}] error: {dead} has ended before all nodes had met" in outcome.output
+    assert not (tmp_path / "runs/g/1").exists()
 
 
 def test_a_leader_that_cannot_write_leaves_the_results_to_another_host(

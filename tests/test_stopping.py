@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import mlx.nn as nn
 import numpy as np
 import pytest
 
+import macft
 from harness.runs import adapter, environment, free_ports, losses, ranks, same_bits, start, train, wait_for_step
 from helpers.members import Node
 from macft.collective.solo import Solo
 from macft.data.formats import Row
+from macft.launch.local import _code, _Wish
 from macft.membership.paxos import View
 from macft.model.execution import Execution
 from macft.parallel.shares import DataShard
+from macft.rendezvous.server import RendezvousServer
+from macft.report.events import Evaluated, Event
 from macft.training.batch_layout import DeviceBatch
 from macft.training.stop_request import Stopped
 from macft.training.validation import validation_loss
@@ -124,8 +129,12 @@ class _Losses:
 
     count = 0
 
-    def of_batches(self, batches: Sequence[Sequence[DeviceBatch]]) -> Iterator[list[float]]:
+    def of_batches(
+        self, batches: Sequence[Sequence[DeviceBatch]], stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[list[float]]:
         for parts in batches:
+            if stopped():
+                return
             self.count += 1
             yield [1.0 for _ in parts]
 
@@ -147,6 +156,23 @@ def test_a_validation_stops_between_two_batches() -> None:
     assert counted.count == 2
 
 
+def test_a_rank_that_the_wish_has_ended_has_not_failed() -> None:
+    """It comes again while a rank's Python is closing down, which can't handle signals any more."""
+    server = RendezvousServer("127.0.0.1:0", world_size=2, run_id="x", must_match={}, timeout=1.0)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        wish = _Wish([process], server, None)
+        assert _code(process, wish) is None
+        wish.count = 1
+        wish.pass_on()
+        process.wait()
+        assert _code(process, wish) == 130
+    with subprocess.Popen(["sleep", "60"]) as process:
+        process.terminate()
+        process.wait()
+        assert _code(process, _Wish([process], server, None)) == -signal.SIGTERM
+    server.close()
+
+
 # Whole runs.
 
 
@@ -162,6 +188,24 @@ def basics(tiny_task: list[str]) -> list[str]:
         "optimizer.schedule=constant",
         "report.tensorboard=false",
     ]
+
+
+def test_before_the_first_step_nothing_is_said_to_be_saved(
+    tmp_path: Path, basics: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    told = ""
+
+    def interrupt(event: Event) -> None:
+        nonlocal told
+        if isinstance(event, Evaluated):
+            os.kill(os.getpid(), signal.SIGINT)
+            while "stopping" not in told:
+                told += capfd.readouterr().err
+
+    config = macft.compose("smoke", [*basics, "training.eval_every=1", "report.console=false"])
+    run = macft.fit(config, folder=tmp_path / "run", callbacks=[interrupt])
+    assert told == "stopping: no step was made yet, so there is nothing to save; Ctrl-C again quits now\n"
+    assert run.reason == "interrupted"
 
 
 def assert_can_be_tried(folder: Path) -> None:

@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from harness.runs import events, uneven_dataset, wait_for_events
+from harness.ssh_hosts import Cluster, Host
 from helpers.docs import PAGES, Command, commands
-from helpers.hosts import Cluster, Host, cluster
+from helpers.hosts import cluster
 from helpers.machines import ended
 
 pytestmark = pytest.mark.slow

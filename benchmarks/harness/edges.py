@@ -8,9 +8,11 @@ from __future__ import annotations
 import itertools
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import mlx.core as mx
 import psutil
 
 from harness.runs import command, environment, free_ports
+from harness.ssh_hosts import Cluster
 from macft.report.run_folder import RunFolder
 
 _LONGEST = 240.0
@@ -107,6 +110,18 @@ def hosts(folder: Path, overrides: Sequence[str], nodes: int, kill: Kill) -> Out
     return _outcome(terminals, others, [folder / str(rank) for rank in range(nodes)], killed)
 
 
+def ssh(folder: Path, overrides: Sequence[str], cluster: Cluster, kill: Kill) -> Outcome:
+    """A run of ``topology=ssh`` on all hosts of ``cluster``, whose results come home into ``folder``."""
+    names = ",".join(host.address for host in cluster.hosts)
+    more = ["topology=ssh", f"topology.hosts=[{names}]", f"topology.python=['{sys.executable}']"]
+    argv = command(*overrides, *more, f"hydra.run.dir={folder}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    terminal = Terminal(argv, folder.parent, {**cluster.environment(), **_variables(kill)})
+    home = str(cluster.hosts[kill.rank].home)
+    killed = _await([terminal], kill, lambda: _agent_of(home, kill.rank))
+    return _outcome([terminal], [terminal], [folder], killed)
+
+
 def _variables(kill: Kill) -> dict[str, str]:
     return {"MACFT_FAULT": f"{kill.point}:{kill.rank}:kill"} if kill.point else {}
 
@@ -116,6 +131,15 @@ def _rank_of(launcher: subprocess.Popen[bytes], rank: int) -> psutil.Process | N
         line = child.cmdline()
         if "macft.launch.worker" in line and line[4] == str(rank):
             return child
+    return None
+
+
+def _agent_of(home: str, rank: int) -> psutil.Process | None:
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            line = process.cmdline()
+            if "macft.launch.agent" in line and line[-1] == str(rank) and process.environ().get("HOME") == home:
+                return process
     return None
 
 

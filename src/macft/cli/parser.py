@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+import yaml
+
+from macft.cli import shell
 from macft.cli.commands import COMMANDS
-from macft.errors import ConfigError
+from macft.errors import ConfigError, DataError
+
+_COLUMNS = re.compile(r"""'dataset\.columns=\{[^']*'(?:"'"'[^']*')*""")
+"""The override in a message, quoted for a shell."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,8 +53,23 @@ def add_column_argument(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FIELD=COLUMN",
-        help="the dataset's column for a field of macft's, as dataset.columns: --column prompt=question",
+        help="the column that a field is read from, as dataset.columns: --column prompt=question",
     )
+
+
+@contextmanager
+def columns_are_options() -> Iterator[None]:
+    """Inside, an error that asks for ``dataset.columns`` asks for ``--column``: this command has no keys."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(_COLUMNS.sub(_as_options, str(error)).replace("dataset.columns", "--column")) from error
+
+
+def _as_options(found: re.Match[str]) -> str:
+    (word,) = shlex.split(found[0])
+    columns = yaml.safe_load(word.partition("=")[2])
+    return " ".join(shell.command("--column", f"{field}={column}") for field, column in columns.items())
 
 
 def _column(text: str) -> tuple[str, str]:

@@ -106,7 +106,7 @@ def _overrides(current: str) -> Iterator[Candidate]:
 
 def _keys(name: str, plus: str) -> Iterator[Candidate]:
     """Groups and keys up to the next dot."""
-    for special, about in (("recipe", "start from a recipe"), ("resume", "go on with a run")):
+    for special, about in (("recipe", "start from a recipe"), ("resume", "continue a run")):
         yield f"+{special}=", about
     if plus:
         return

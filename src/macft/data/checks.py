@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from macft.data.conversation import Conversation
 from macft.data.formats import FORMATS, Place, Record, Row, parse
 from macft.data.load import Remarks, Split
 from macft.data.template import template_tokens
@@ -152,10 +153,18 @@ def _blank_tokens(tokens: Sequence[int], tokenizer: Any) -> set[int]:
 
 
 def _check_template(part: _Part, tokenizer: Any, remarks: Remarks) -> None:
-    """Remarks on tools, tool calls and other keys of messages that the chat template leaves out; a few rows show it."""
+    """Remarks on what the chat template leaves out, which a few rows show, and on answers without a text.
+
+    The former are tools, tool calls and other keys of messages.
+    """
     having: dict[str, list[int]] = {}
     for index, record in enumerate(part.records):
-        for name in _beside_text(record):
+        found = parse(record)
+        if isinstance(found, str):
+            continue
+        if not part.rows[index].prompt_length and _is_silent(found.messages[-1]):  # else its target shows it
+            remarks.add("have an empty answer", part.places[index])
+        for name in _beside_text(found):
             having.setdefault(name, []).append(index)
     for name, indices in having.items():
         chosen = indices[:: max(1, len(indices) // _ROWS_RENDERED)][:_ROWS_RENDERED]
@@ -165,11 +174,12 @@ def _check_template(part: _Part, tokenizer: Any, remarks: Remarks) -> None:
                 remarks.add(f"have {what}, which the model's chat template leaves out", part.places[index])
 
 
-def _beside_text(record: Record) -> list[str]:
-    """What the record's conversation has beside roles and content: ``tools``, and keys of its messages."""
-    found = parse(record)
-    if isinstance(found, str):
-        return []
+def _is_silent(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant" and not message.get("tool_calls") and not str(message["content"]).strip()
+
+
+def _beside_text(found: Conversation) -> list[str]:
+    """What a conversation has beside roles and content: ``tools``, and keys of its messages."""
     names = dict.fromkeys(name for message in found.messages for name in message if name not in _USUAL)
     return [*(["tools"] if found.tools else []), *names]
 

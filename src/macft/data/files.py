@@ -38,7 +38,7 @@ def read_file(path: Path) -> list[Numbered]:
     except DataError as error:
         if reader:
             raise
-        advice = f"; it was read as JSON lines, for its suffix is none of {', '.join(READERS)}"
+        advice = f"; it was read as JSON lines, because its suffix is none of {', '.join(READERS)}"
         if path.suffix in (".txt", ".md"):
             advice += """; to train on texts, write one {"text": "..."} a line to a .jsonl file"""
         raise DataError(f"{error}{advice}") from error

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 
 import numpy as np
 
-from macft.data.formats import Place, RawRow, Record, Row, rename_columns
+from macft.data.formats import Place, RawRow, Record, Row, parse, rename_columns
 from macft.data.settings import DatasetConfig, SourceConfig
 from macft.data.sources import SPLITS, read_source
 from macft.data.template import Tokenizer
@@ -48,10 +49,12 @@ class LoadedData:
 
 
 def read(config: DatasetConfig, *, seed: int) -> Sources:
-    """Each source with its raw rows by split. Needs no model, so a missing file is reported before a model loads.
+    """Each source with its raw rows by split.
+
+    Needs no model, so a missing file, or columns with other names, are reported before a model is fetched.
 
     Raises:
-        DataError: A source is missing, can't be read or has no training rows.
+        DataError: A source is missing, can't be read or has no training rows, or the first has none of the formats.
     """
     sources = []
     for source in config.all_sources():
@@ -59,6 +62,9 @@ def read(config: DatasetConfig, *, seed: int) -> Sources:
         _hold_out(raw, config, seed)
         if not raw["train"]:
             raise DataError(f"dataset.path: {source.path} has no training rows")
+        read_record, place = raw["train"][0]
+        with _named_place(place):
+            parse(_renamed(read_record, place, source.columns))
         sources.append((source, raw))
     return sources
 
@@ -78,7 +84,7 @@ def tokenize_all(
     Raises:
         DataError: A row is in none of the formats; the message names the split, the row and the field.
     """
-    data = LoadedData(Split(), Split(), Split(), _fraction_notes(sources, config))
+    data = LoadedData(Split(), Split(), Split(), [])
     counted = partial(next, count(1))
     row_done = None if progress is None else lambda: progress(counted())
     for name in _splits(need_test=need_test):
@@ -181,20 +187,9 @@ def _add(
 ) -> None:
     """Appends the rows of one source to ``split``."""
     for read_record, place in raw:
-        try:
-            record = rename_columns(read_record, columns) if columns else read_record
-        except KeyError as error:
-            have = ", ".join(sorted(read_record))
-            raise DataError(f"dataset.columns: {place} has no column {error}; it has {have}") from error
-        try:
-            row = tokenize(
-                record,
-                tokenizer,
-                mask_prompt=config.mask_prompt,
-                remark=partial(remarks.add, place=place),
-            )
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from error
+        record = _renamed(read_record, place, columns)
+        with _named_place(place):
+            row = tokenize(record, tokenizer, mask_prompt=config.mask_prompt, remark=partial(remarks.add, place=place))
         if row_done is not None:
             row_done()
         if len(row.tokens) > config.max_seq_length:
@@ -206,6 +201,23 @@ def _add(
         split.rows.append(row)
         split.records.append(record)
         split.places.append(place)
+
+
+def _renamed(record: Record, place: Place, columns: Mapping[str, str]) -> Record:
+    try:
+        return rename_columns(record, columns) if columns else record
+    except KeyError as error:
+        have = ", ".join(sorted(record))
+        raise DataError(f"dataset.columns: {place} has no column {error}; it has {have}") from error
+
+
+@contextmanager
+def _named_place(place: Place) -> Iterator[None]:
+    """Puts the row's place before the message of a DataError."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error
 
 
 def _hold_out(raw: dict[str, list[RawRow]], config: DatasetConfig, seed: int) -> None:
@@ -234,8 +246,11 @@ def _share(count: int, fraction: float, *, most: int) -> int:
     return max(0, min(most, max(1, round(count * fraction)))) if fraction else 0
 
 
-def _fraction_notes(sources: Sources, config: DatasetConfig) -> list[str]:
-    """What a user should know about the splits: what was held out by itself, and fractions without an effect."""
+def fraction_notes(sources: Sources, config: DatasetConfig) -> list[str]:
+    """What a user should know about the splits: what was held out by itself, and fractions without an effect.
+
+    ``sources`` are as :func:`read` has returned them, with all their rows.
+    """
     notes = []
     for source, raw in sources:
         for split in ("valid", "test"):

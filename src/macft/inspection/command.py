@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from macft.cli.parser import Parser, add_column_argument, command_parser
+from macft.cli.parser import Parser, add_column_argument, columns_are_options, command_parser
 from macft.data.formats import parse
 from macft.data.load import Sources, Split, read, tokenize_split
 from macft.data.settings import DatasetConfig
@@ -34,7 +34,11 @@ def main(argv: Sequence[str]) -> None:
         MacftError: The arguments are wrong, the dataset or the tokenizer can't be read, or a run would refuse a row.
     """
     arguments = _parser().parse_args(argv)
-    dataset = _dataset(arguments)
+    with columns_are_options():
+        _inspect(arguments, _dataset(arguments))
+
+
+def _inspect(arguments: argparse.Namespace, dataset: DatasetConfig) -> None:
     phases = ShownPhases()
     with phases:
         phases.begin(f"reading the dataset {dataset.path}")

@@ -1,7 +1,8 @@
 """A rank's process on a host, started over SSH: ``python -m macft.launch.agent RUN_FOLDER RANK [--resume]``.
 
 The terminal that started it writes commands to its standard input: ``stop`` stops the run cleanly, a second one at
-once, ``key HEX`` gives the key of an encrypted run. When standard input ends, because that terminal, its machine or the
+once, ``key HEX`` gives the key of an encrypted run, ``lost NAME`` says that another node has ended, which this one need
+not wait for if it has not met all. When standard input ends, because that terminal, its machine or the
 connection is gone, the run is stopped cleanly too.
 """
 
@@ -44,20 +45,28 @@ def main(argv: list[str]) -> int:
     keep_awake()
     stop = StopRequest(farewell=lambda: after_interrupt(folder))
     keys: SimpleQueue[bytes] = SimpleQueue()
-    threading.Thread(target=_read_commands, args=(stop, keys), name="terminal", daemon=True).start()
+    has_met = threading.Event()
+
+    def lost(name: str) -> None:
+        if not has_met.is_set():
+            stop.give_up(LaunchError(f"{name} has ended before all nodes had met"))
 
     def run() -> str:
-        config = read(RunFolder(folder).proposed)
-        config.topology.rank = rank
-        keyring = _receive_keyring(keys) if needs_keys(config.topology, config.collective) else None
-        with (
-            start_log(folder, rank, config.report.log_level),
-            printed_phases(is_shown=config.report.console) as phases,
-        ):
-            return run_on_hosts(config, folder, resume="--resume" in argv, stop=stop, phases=phases, keyring=keyring)
+        with stop.listening():  # from now on the terminal's commands can end what the main thread does
+            threading.Thread(target=_read_commands, args=(stop, keys, lost), name="terminal", daemon=True).start()
+            config = read(RunFolder(folder).proposed)
+            config.topology.rank = rank
+            keyring = _receive_keyring(keys) if needs_keys(config.topology, config.collective) else None
+            with (
+                start_log(folder, rank, config.report.log_level),
+                printed_phases(is_shown=config.report.console) as phases,
+            ):
+                resume = "--resume" in argv
+                return run_on_hosts(
+                    config, folder, resume=resume, stop=stop, phases=phases, keyring=keyring, on_met=has_met.set
+                )
 
-    with stop.listening():
-        status = run_command(lambda _: exit_status(run()), interrupted=lambda: after_interrupt(folder))
+    status = run_command(lambda _: exit_status(run()), interrupted=lambda: after_interrupt(folder))
     close_log()
     return status
 
@@ -69,7 +78,7 @@ def _receive_keyring(keys: SimpleQueue[bytes]) -> Keyring:
         raise LaunchError("the terminal that started this node sent it no valid key for the run") from None
 
 
-def _read_commands(stop: StopRequest, keys: SimpleQueue[bytes]) -> None:
+def _read_commands(stop: StopRequest, keys: SimpleQueue[bytes], lost: Callable[[str], None]) -> None:
     incomplete = b""
     while piece := os.read(0, 1024):
         *lines, incomplete = (incomplete + piece)[-1024:].split(b"\n")
@@ -79,6 +88,8 @@ def _read_commands(stop: StopRequest, keys: SimpleQueue[bytes]) -> None:
         for line in lines:
             if line.startswith(b"key "):
                 keys.put(line.removeprefix(b"key "))
+            if line.startswith(b"lost "):
+                lost(line.removeprefix(b"lost ").decode(errors="replace"))
     _log.info("the terminal is gone; stopping")
     stop.request(may_quit=False)
     time.sleep(_STOP_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from macft.config.schema import TrainConfig
@@ -28,10 +29,11 @@ def run_on_hosts(
     stop: StopRequest,
     phases: PhaseLines,
     keyring: Keyring | None = None,
+    on_met: Callable[[], None] = lambda: None,
 ) -> str:
     """Runs this machine's rank of a run on several hosts; returns why it ended.
 
-    ``keyring`` replaces this machine's own keys.
+    ``keyring`` replaces this machine's own keys. ``on_met`` is called once all nodes have met.
     """
     topology = config.topology
     fault_points.begin(own_rank(topology))
@@ -43,6 +45,7 @@ def run_on_hosts(
     with connect_hosts(
         topology, config.collective, run_id=run_id, must_match=must_match(config), keyring=keyring
     ) as ring:
+        on_met()
         phases.begin("joining the other nodes")
         config = started_together(config, ring)
         if not is_elastic(config):

@@ -23,11 +23,11 @@ import asyncssh
 from macft.cli.run_command import INTERRUPTED
 from macft.diagnostics import software
 from macft.errors import LaunchError, MacftError
-from macft.launch.remote_config import own_config, send_config
+from macft.launch.remote_config import fetch_results, own_config, send_config
 from macft.remote import host_probe
 from macft.remote.connection import connect, python_command
 from macft.remote.host_probe import HostReport
-from macft.remote.shipment import Shipment, changed, fetch, send
+from macft.remote.shipment import Shipment, changed, send
 from macft.report.phase_lines import PhaseLines
 from macft.topology.settings import TopologyConfig, split_host
 from macft.training.stop_request import NODES_STOP, announce
@@ -71,6 +71,7 @@ class LaunchPlan:
     Attributes:
         topology: Of kind ``ssh``.
         config: The text of the run's ``config.yaml``, which a host writes once its checks have passed.
+        own_config: The same with the paths of this machine, for ``folder``.
         folder: The run's folder on this machine, which gets the results.
         run_folder: The run's folder on the hosts, below ``topology.folder``.
         shipments: Files to send to all hosts first.
@@ -85,6 +86,7 @@ class LaunchPlan:
 
     topology: TopologyConfig
     config: str
+    own_config: str
     folder: Path
     run_folder: str
     shipments: Sequence[Shipment]
@@ -124,7 +126,8 @@ async def _launch(plan: LaunchPlan) -> int:
             await _prepare_all(plan, hosts)
             remote = posixpath.join(plan.topology.folder, plan.run_folder)
             before = [await _summary_time(host, remote) for host in hosts]
-        async with own_config(plan.folder, plan.config, [host.connection for host in hosts], remote):
+        connections = [host.connection for host in hosts]
+        async with own_config(plan.folder, plan.own_config, plan.config, connections, remote):
             plan.phases.begin(f"starting {len(hosts)} nodes")
             status, completed = await _run(plan, hosts)
         if not completed:
@@ -132,7 +135,7 @@ async def _launch(plan: LaunchPlan) -> int:
         plan.phases.begin("fetching the results")
         source = await _holder_of_results(completed, before, remote)
         try:
-            await fetch(source.connection, remote, plan.folder)
+            await fetch_results(source.connection, remote, plan.folder)
         except LaunchError as error:
             text = f"the results stay on {source.name}, in {remote}, and can't be copied to {plan.folder}: {error}"
             if status == 0:
@@ -300,9 +303,7 @@ async def _run(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[Rem
         wishes += 1
         if wishes == 1:
             announce(NODES_STOP)
-        for host in hosts:
-            if host.process is not None and not host.process.stdin.is_closing():
-                host.process.stdin.write("stop\n")
+        _tell(hosts, "stop")
         if wishes == 2:
             loop.call_later(_QUIT_SECONDS, _abandon, hosts)
 
@@ -334,7 +335,7 @@ async def _wait(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[Re
     """The run's exit status, and the hosts whose rank ended with it."""
     tasks = {asyncio.create_task(_show_output(plan, host)): host for host in hosts}
     waiting = set(tasks)
-    failed: tuple[RemoteHost, int] | None = None
+    failed: tuple[RemoteHost, int | None] | None = None
     while waiting:
         done, waiting = await asyncio.wait(
             waiting,
@@ -349,6 +350,7 @@ async def _wait(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[Re
                 failed = failed or (tasks[task], task.result())
                 if waiting:
                     plan.show(f"note: {tasks[task].name} {_how(task.result())}")
+                _tell([tasks[each] for each in waiting], f"lost {tasks[task].name}")
     for status in (0, 130):  # a rank ends with 0 only if it knows that the results are on a disk
         if (failed is None or plan.elastic) and any(task.result() == status for task in tasks):
             return status, [host for task, host in tasks.items() if task.result() == status]
@@ -357,12 +359,17 @@ async def _wait(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[Re
     raise LaunchError(f"{host.name} {how}; its last lines: {' | '.join(host.last_lines) or 'nothing'}")
 
 
-def _how(status: int) -> str:
-    return "lost its connection" if status < 0 else f"ended with status {status}"
+def _how(status: int | None) -> str:
+    if status is None:
+        return "lost its connection"
+    return f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
 
 
-async def _show_output(plan: LaunchPlan, host: RemoteHost) -> int:
-    """Shows a rank's output line by line, with the host's name; returns its exit status, -1 if the connection broke."""
+async def _show_output(plan: LaunchPlan, host: RemoteHost) -> int | None:
+    """Shows a rank's output line by line, with the host's name.
+
+    Returns its exit status, the negative number of the signal that ended it, or None if the connection broke.
+    """
     assert host.process is not None
     try:
         while True:
@@ -378,8 +385,15 @@ async def _show_output(plan: LaunchPlan, host: RemoteHost) -> int:
             plan.show(f"[{host.name}] {text}")
         completed = await host.process.wait()
     except (asyncssh.Error, OSError):
-        return -1
-    return -1 if completed.exit_status is None else completed.exit_status
+        return None
+    return completed.returncode
+
+
+def _tell(hosts: Sequence[RemoteHost], command: str) -> None:
+    """Sends a command to the ranks; see :mod:`macft.launch.agent`."""
+    for host in hosts:
+        if host.process is not None and not host.process.stdin.is_closing():
+            host.process.stdin.write(f"{command}\n")
 
 
 def _disconnect(hosts: list[RemoteHost]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _CALLBACKS = "mlx_lm.tuner.callbacks"
 _TRACKERS = ("wandb", "swanlab")
@@ -19,15 +20,15 @@ def _without_trackers() -> Iterator[None]:
     if _CALLBACKS in sys.modules:
         yield
         return
-    left_out = [name for name in _TRACKERS if name not in sys.modules]
-    for name in left_out:
-        sys.modules[name] = None  # type: ignore[assignment] # its import is an ImportError, which mlx-lm expects
+    # Importing a name that stands for None is an ImportError, which mlx-lm expects.
+    left_out: dict[str, Any] = dict.fromkeys(name for name in _TRACKERS if name not in sys.modules)
+    sys.modules.update(left_out)
     try:
         yield
-        vars(sys.modules["mlx_lm.tuner"]).pop("callbacks", None)
     finally:
         for name in (*left_out, _CALLBACKS):
             sys.modules.pop(name, None)
+        vars(sys.modules.get("mlx_lm.tuner", sys)).pop("callbacks", None)
 
 
 with _without_trackers():

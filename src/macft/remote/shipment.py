@@ -64,8 +64,8 @@ async def send(connection: asyncssh.SSHClientConnection, shipment: Shipment, fil
     return total
 
 
-async def fetch(connection: asyncssh.SSHClientConnection, source: str, destination: Path) -> None:
-    """Copies the folder ``source`` on the host over the folder ``destination``.
+async def fetch(connection: asyncssh.SSHClientConnection, source: str, destination: Path, *, without: str) -> None:
+    """Copies the folder ``source`` on the host over the folder ``destination``, but for the file ``without`` in it.
 
     Raises:
         LaunchError: it cannot be read there or stored here.
@@ -73,8 +73,9 @@ async def fetch(connection: asyncssh.SSHClientConnection, source: str, destinati
     destination.mkdir(parents=True, exist_ok=True)
     try:
         async with connection.start_sftp_client() as sftp:
-            names = [str(name) for name in await sftp.listdir(source) if not str(name).startswith(".")]
-            paths = [posixpath.join(source, name) for name in names]  # no pattern: a folder's name may look like one
+            names = map(str, await sftp.listdir(source))
+            wanted = [name for name in names if name != without and not name.startswith(".")]
+            paths = [posixpath.join(source, name) for name in wanted]  # no pattern: a folder's name may look like one
             await sftp.get(paths, str(destination), recurse=True, preserve=True)
     except (asyncssh.SFTPError, asyncssh.ChannelOpenError, OSError) as error:
         raise LaunchError(f"can't fetch {source}: {error}") from None

@@ -64,7 +64,7 @@ class AgreedEnd:
             self._score(before, loss)
         except Stopped:
             reason = run.state.ended = "interrupted"
-        detail = "" if reason != "interrupted" else f"go on with: {resume_command(run.folder.path)}"
+        detail = "" if reason != "interrupted" else f"continue with: {resume_command(run.folder.path)}"
         return self._agree(reason, kept, detail=detail)
 
     def interrupt(self) -> str:
@@ -80,7 +80,7 @@ class AgreedEnd:
                 kept = self._keep_adapter(0)
             except ModelError as error:
                 run.reporter.handle(Noted(str(error), "warning"))
-        return self._agree("interrupted", kept, detail=f"go on with: {resume_command(run.folder.path)}")
+        return self._agree("interrupted", kept, detail=f"continue with: {resume_command(run.folder.path)}")
 
     def alone(self, error: CollectiveError | None = None) -> str:
         """Ends the run where this rank has nobody left to agree with; returns why it ended.
@@ -95,12 +95,12 @@ class AgreedEnd:
         if not state.ended:
             if error is not None:
                 raise error
-            self._report(self._event("interrupted", detail=f"go on with: {resume_command(run.folder.path)}"))
+            self._report(self._event("interrupted", detail=f"continue with: {resume_command(run.folder.path)}"))
             return "interrupted"
         if state.is_kept or self._is_on_disk():
             self._report(self._kept or self._event(state.ended))
             return state.ended
-        log.warning("nobody is left to agree on the end with; this rank saves the results")
+        log.warning("no other node is left; this rank saves the results")
         if error is not None and state.ended != "interrupted" and not has_final_adapter(run):
             raise error
         run.collective = Solo()

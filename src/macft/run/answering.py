@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from macft.model.attach import attach
 from macft.model.backends.choose import make_backend
 from macft.model.ends import ends_of
 from macft.model.load import LoadedModel, load, load_tokenizer
+from macft.model.local import find_local
 from macft.model.resolve import resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import read_shape
@@ -59,35 +60,46 @@ class SpreadModel:
     """A model that all ranks load in parts.
 
     Attributes:
-        model: As each rank finds it.
+        model: As the leader finds it.
         adapter: The files of an adapter's folder, by name; empty for none.
         memory_budget: As ``topology.memory_budget``, of each machine.
         together: Most answers that are computed at the same time, for which the blocks are cut.
+        path_on_hosts: Where the model is on a host that has nothing at ``model.path``; empty if there is no such path.
     """
 
     model: ModelConfig
     adapter: Mapping[str, bytes] = field(repr=False)
     memory_budget: str
     together: int = 1
+    path_on_hosts: str = ""
 
     @classmethod
-    def of(cls, model: ModelConfig, adapter: Path | None, memory_budget: str) -> SpreadModel:
+    def of(
+        cls, model: ModelConfig, adapter: Path | None, memory_budget: str, *, path_on_hosts: str = ""
+    ) -> SpreadModel:
         """The model with the adapter in the folder ``adapter``."""
         files = {} if adapter is None else {name: (adapter / name).read_bytes() for name in _ADAPTER_FILES}
-        return cls(model, files, memory_budget)
+        return cls(model, files, memory_budget, path_on_hosts=path_on_hosts)
+
+    def found_here(self) -> SpreadModel:
+        """With the path of this machine."""
+        if not self.path_on_hosts or find_local(self.model.path) is not None:
+            return self
+        return replace(self, model=replace(self.model, path=self.path_on_hosts))
 
     def pack(self) -> bytes:
         """As a message."""
-        packed: bytes = msgpack.packb([asdict(self.model), dict(self.adapter), self.memory_budget, self.together])
+        values = [asdict(self.model), dict(self.adapter), self.memory_budget, self.together, self.path_on_hosts]
+        packed: bytes = msgpack.packb(values)
         return packed
 
     @classmethod
     def unpack(cls, message: bytes) -> SpreadModel:
         """The inverse of :meth:`pack`. Raises ProtocolError for anything else."""
         try:
-            model, adapter, budget, together = msgpack.unpackb(message)
+            model, adapter, budget, together, path = msgpack.unpackb(message)
             files = {name: bytes(adapter[name]) for name in _ADAPTER_FILES if adapter}
-            return cls(ModelConfig(**model), files, str(budget), int(together))
+            return cls(ModelConfig(**model), files, str(budget), int(together), str(path))
         except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
             raise ProtocolError(f"the leader's model is malformed ({type(error).__name__})") from None
 
@@ -171,7 +183,7 @@ class AnsweringRank:
         if not leaders:
             raise PeerLost("the machine at whose terminal the command was given is gone")
         message = said[leaders[0]][1:]
-        return (SpreadModel.unpack(message) if message else None), leaders[0]
+        return (SpreadModel.unpack(message).found_here() if message else None), leaders[0]
 
     @contextmanager
     def open_stage(self, spread: SpreadModel, leader: int) -> Iterator[OpenStage]:
@@ -308,7 +320,8 @@ def _layout(facts: Sequence[_Facts], leader: int, together: int) -> StageLayout:
             )
     if len(facts) > own.blocks:
         raise ConfigError(
-            f"--nodes: {len(facts)} nodes are more than the {own.blocks} blocks of the model; use {own.blocks} or fewer"
+            f"--topology: {len(facts)} nodes are more than the {own.blocks} blocks of the model; "
+            f"use {own.blocks} or fewer"
         )
     # Measurements of machines that are alike differ.
     speeds = alike([Node(each.machine, each.bandwidth, each.budget, each.disk) for each in facts])
@@ -342,7 +355,7 @@ def _from_disk(facts: Sequence[_Facts], layout: StageLayout) -> tuple[str, ...]:
         if (read := count - blocks_in_memory(count, room[stage.rank])) > 0:
             lines.append(
                 f"note: rank {stage.rank}, {each.name}, reads {read} of its {count} blocks from disk for every token, "
-                f"{read * each.block / 1e9:.3g} GB; it may take {each.budget / 1e9:.3g} GB of memory"
+                f"{read * each.block / 1e9:.3g} GB; {each.budget / 1e9:.3g} GB of memory are available"
             )
     return tuple(lines)
 

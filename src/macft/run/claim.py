@@ -68,6 +68,11 @@ class Claim:
                 self._restore()
         os.close(self._lock)
 
+    def abandon(self) -> str:
+        """What :meth:`__exit__` does, for a process that ends at once; returns the line for its user."""
+        self.__exit__()
+        return after_interrupt(self.path)
+
     def _restore(self) -> None:
         for path in set(self.path.iterdir()) - self.before:
             if path.is_dir() and not path.is_symlink():
@@ -171,7 +176,7 @@ def _trouble(folder: RunFolder, config: TrainConfig) -> str:
     if config.topology.join is not None and _is_same_run(folder, config):
         return ""
     return (
-        f"holds another run; go on with it: {resume_command(folder.path)}; or give another hydra.run.dir, "
+        f"holds another run; continue it: {resume_command(folder.path)}; or give another hydra.run.dir, "
         "or replace that run by report.overwrite=true"
     )
 
@@ -227,5 +232,5 @@ def _remove_empty(folders: list[Path]) -> None:
 def after_interrupt(folder: Path) -> str:
     """What the user is told when the run in ``folder`` was interrupted at once."""
     if RunFolder(folder).has_checkpoint:
-        return f"interrupted; the newest checkpoint is kept; go on with: {resume_command(folder)}"
+        return f"interrupted; the newest checkpoint is kept; continue with: {resume_command(folder)}"
     return "interrupted; no checkpoint had been saved"

@@ -155,7 +155,7 @@ def _compare_with_stored(collective: Collective, host: str, contents: Texts, fol
     complaint = "; ".join([*changed.values(), record]) if changed else ""
     if told := next(filter(None, collective.all_gather(complaint.encode())), b""):
         advice = "Put back the earlier ones, or start a new run with adapter.init_from"
-        text = f"resume: the contents have changed: {told.decode()}. {advice}; to go on all the same, delete that file"
+        text = f"resume: the contents have changed: {told.decode()}. {advice}; to continue anyway, delete that file"
         refuse_together(collective, CheckpointError(text))
     now = {**contents, **package_versions()}
     notes = [text for part in now if part not in _NEVER_CHANGE and (text := _changed(part, stored, now))]

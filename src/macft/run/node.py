@@ -22,6 +22,7 @@ from macft.run.agreed_end import AgreedEnd
 from macft.run.node_descriptions import describe_nodes
 from macft.run.prepare import Run, planned_world_size, prepare
 from macft.run.scoring import score_before
+from macft.training.state import TrainState
 from macft.training.stop_request import Stopped, StopRequest
 
 
@@ -114,7 +115,7 @@ def _train_together(run: Run, elastic: ElasticCollective | None, ending: AgreedE
 def _train(run: Run, ending: AgreedEnd) -> str:
     """From the step that the run is at to its end."""
     state = run.state
-    run.stop.plan = "the current step is finished, then the state and the adapter are saved"
+    run.stop.plan = lambda: _plan_to_stop(state)
     if not state.ended:
         try:
             score_before(run)
@@ -122,6 +123,13 @@ def _train(run: Run, ending: AgreedEnd) -> str:
             state.ended = "interrupted"
     reason = run.trainer.train()
     return ending.interrupt() if reason == "interrupted" else ending.finish(reason, state.progress.before)
+
+
+def _plan_to_stop(state: TrainState) -> str:
+    """What is told to a user who wants to stop the run now."""
+    if state.progress.step == 0 and state.begun_step < 0:
+        return "no step was made yet, so there is nothing to save"
+    return "the current step is finished, then the state and the adapter are saved"
 
 
 def _write_members(run: Run) -> None:

@@ -19,7 +19,15 @@ from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain
 from macft.config.yaml import to_yaml
 from macft.data.checks import check_rows
-from macft.data.load import LoadedData, read, rows_to_tokenize, sample_rows, tokenize_all, with_few_test_rows
+from macft.data.load import (
+    LoadedData,
+    fraction_notes,
+    read,
+    rows_to_tokenize,
+    sample_rows,
+    tokenize_all,
+    with_few_test_rows,
+)
 from macft.data.order import RowOrder
 from macft.data.settings import DatasetConfig
 from macft.data.template_clock import fix_clock
@@ -34,6 +42,7 @@ from macft.model.learned_positions import check_lengths
 from macft.model.load import LoadedModel, load, load_tokenizer
 from macft.model.resolve import resolve
 from macft.model.vocabulary import vocabulary_of
+from macft.model.weight_files import check_weight_files
 from macft.parallel.balance import ShareBalancer
 from macft.parallel.stage_balance import StageBalancer
 from macft.parallel.stage_places import StagePlaces
@@ -130,9 +139,11 @@ def prepare(
             require_installed(config.report.trackers)
         _begin_phase(phases, f"reading the dataset {_named(config.dataset)}")
         raw = read(config.dataset, seed=config.seed)
+        split_notes = fraction_notes(raw, config.dataset)
 
         _begin_phase(phases, f"finding the model {config.model.path}", once=True)  # a download shows a bar
         model_folder = resolve(config.model)
+        check_weight_files(model_folder)
         tokenizer = load_tokenizer(config.model, model_folder)
         clock_notes = fix_clock(tokenizer, config.dataset.template_time)
 
@@ -141,6 +152,7 @@ def prepare(
         _begin_phase(phases, "tokenizing", total, unit="rows")
         data = tokenize_all(raw, config.dataset, tokenizer, need_test=True, progress=phases.advance)
         _begin_phase(phases, "checking the rows")
+        data.notes = split_notes + data.notes
         data.notes += check_rows(
             {"train": data.train, "valid": data.valid, "test": data.test},
             tokenizer,

@@ -81,10 +81,8 @@ def save_adapter_folder(run: Run) -> Path:
         ModelError: it can't be written.
     """
     loaded, folder = run.loaded, run.folder.adapters
-    # On the hosts of topology=ssh relative paths begin at their own folder, and the adapter comes back from there.
-    source = loaded.path if run.config.topology.kind == "ssh" else loaded.path.absolute()
     try:
-        save_adapter(folder, loaded.model, run.adaptation.mlx_lm_config, model_name=str(source))
+        save_adapter(folder, loaded.model, run.adaptation.mlx_lm_config, model_name=str(loaded.path.absolute()))
         sync_all(folder)
         if run.config.adapter.type == "full" and loaded.was_quantized:
             # The tuned weights don't fit the quantised checkpoint they came from, so the whole model goes along.
@@ -93,7 +91,7 @@ def save_adapter_folder(run: Run) -> Path:
     except (OSError, RuntimeError) as error:  # MLX's own writing raises the latter
         why = " ".join(str(error).split()) if isinstance(error, RuntimeError) else error.strerror or error
         raise ModelError(
-            f"the adapter can't be written to {folder} ({why}); make room there, then go on with: "
+            f"the adapter can't be written to {folder} ({why}); make room there, then continue with: "
             f"{resume_command(run.folder.path)}"
         ) from error
     return folder

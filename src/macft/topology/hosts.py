@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from ipaddress import ip_address
 
 import psutil
 
@@ -27,7 +28,7 @@ def own_rank(config: TopologyConfig) -> int:
     if len(matches) == 1:
         return matches[0]
     what = "none of them is" if not matches else f"places {matches} are all"
-    listed = ", ".join(sorted(own - {"127.0.0.1", "::1"})) or "none but loopback"
+    listed = ", ".join(sorted(filter(_can_be_listed, own))) or "none but loopback"
     raise ConfigError(f"topology.hosts: {what} this machine (its addresses: {listed}); set topology.rank=0, 1, ...")
 
 
@@ -40,6 +41,11 @@ def own_addresses() -> set[str]:
         for entry in entries
         if entry.family in families
     }
+
+
+def _can_be_listed(address: str) -> bool:
+    parsed = ip_address(address)
+    return not (parsed.is_loopback or (parsed.version == 6 and parsed.is_link_local))
 
 
 def _addresses(name: str) -> set[str]:

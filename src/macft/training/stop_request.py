@@ -39,7 +39,7 @@ class StopRequest:
         farewell: The line for a user who quits while the main thread does not answer.
 
     Attributes:
-        plan: What happens after the first wish, in words.
+        plan: What happens after the first wish, in words, or what returns them at that moment.
         last_words: Called, in another thread, before this process ends although its main thread does not answer.
     """
 
@@ -48,13 +48,14 @@ class StopRequest:
         announce: Callable[[str], None] | None = None,
         farewell: Callable[[], str] = lambda: "interrupted",
     ) -> None:
-        self.plan = ""
+        self.plan: str | Callable[[], str] = ""
         self.last_words: Callable[[], None] = lambda: None
         self._announce, self._farewell = announce, farewell
         self._requested = threading.Event()
         self._elsewhere: Callable[[], bool] = lambda: False
         self._lock = threading.Lock()
         self._is_deferred = self._must_quit = self._has_quit = False
+        self._reason: BaseException = KeyboardInterrupt()
         self._has_left = threading.Event()
         self._has_left.set()
 
@@ -71,14 +72,24 @@ class StopRequest:
     def request(self, *, may_quit: bool = True) -> None:
         """A wish to stop, from any thread. ``may_quit``: if it is not the first one, this process quits."""
         with self._lock:
+            if self._must_quit:
+                return
             is_first = not self._requested.is_set()
             self._requested.set()
-            quits = not self._must_quit and ((is_first and not self._is_deferred) or (may_quit and not is_first))
-            self._must_quit = self._must_quit or quits
+            quits = self._must_quit = (is_first and not self._is_deferred) or (may_quit and not is_first)
         if quits:
             self._quit(is_first=is_first)
         elif is_first and self._announce is not None:
-            self._announce(f"stopping: {self.plan}; Ctrl-C again quits now")
+            plan = self.plan if isinstance(self.plan, str) else self.plan()
+            self._announce(f"stopping: {plan}; Ctrl-C again quits now")
+
+    def give_up(self, reason: Exception) -> None:
+        """The main thread waits in vain: ``reason`` is raised there, unless a wish to stop has come before."""
+        with self._lock:
+            if self._must_quit or self._requested.is_set():
+                return
+            self._must_quit, self._reason = True, reason
+        self._quit(is_first=False)
 
     def defer(self, plan: str) -> None:
         """From now on the first wish waits until all ranks can agree on it; ``plan`` says what happens then."""
@@ -130,7 +141,7 @@ class StopRequest:
     def _handle(self, _signal: int, _frame: FrameType | None) -> None:
         if self._must_quit and not self._has_quit:
             self._has_quit = True
-            raise KeyboardInterrupt
+            raise self._reason
 
     def _watch(self) -> None:
         """Until there is something to save, this process quits when another node's user wants to stop."""
@@ -153,14 +164,15 @@ class StopRequest:
             self._announce("stopping: there is nothing to save yet")
         if self._has_left.wait(_QUIT_SECONDS - _ANSWER_SECONDS):
             return
+        is_wish = isinstance(self._reason, KeyboardInterrupt)
         with contextlib.suppress(Exception):
             self.last_words()
         with contextlib.suppress(OSError, ValueError):
             if sys.stdout.isatty():
                 sys.stdout.write(_SHOW_CURSOR)
                 sys.stdout.flush()
-            print(self._farewell(), file=sys.stderr, flush=True)
-        os._exit(_INTERRUPTED)
+            print(self._farewell() if is_wish else f"error: {self._reason}", file=sys.stderr, flush=True)
+        os._exit(_INTERRUPTED if is_wish else 1)
 
 
 def announce(line: str) -> None:

@@ -137,7 +137,7 @@ def reason_against(plan: CasePlan) -> str | None:
     """Why the case does not fit this machine's memory, shortly; None if it does."""
     if plan.refusal is None:
         return None
-    return f"needs about {plan.peak / 1e9:.1f} GB, may take {plan.budget / 1e9:.1f} GB"
+    return f"needs about {plan.peak / 1e9:.1f} GB, and {plan.budget / 1e9:.1f} GB are available"
 
 
 def find_cases(names: Sequence[str]) -> list[Case]:
