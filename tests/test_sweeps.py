@@ -171,7 +171,7 @@ def test_at_60_columns_titles_are_broken_rather_than_the_table() -> None:
     lines = SweepTable(rows, ["adapter.rank", "optimizer.learning_rate"], "valid_loss", False, 2).text(60).splitlines()
     assert lines[0].split() == ["rank", "learning_", "loss", "valid", "time", "folder", "status"]
     assert lines[1].split() == ["rate"]
-    assert lines[2].split() == ["8", "0.0001", "1.500", "12.500", "00:00", "8", "early", "stop"]
+    assert lines[2].split() == ["8", "0.0001", "1.500", "12.500", "0:00", "8", "early", "stop"]
 
 
 @pytest.fixture(scope="module")
