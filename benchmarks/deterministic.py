@@ -21,6 +21,7 @@ BASICS = (
     "training.metric_rows=0",
     "training.save_every=0",
     "training.batch_size=8",
+    "training.kernels=mlx",  # what training.deterministic computes with
     "report.console=false",
     "report.tensorboard=false",
 )

@@ -39,7 +39,7 @@ from macft.parallel.stage_layout import Stage, StageLayout
 from macft.planner.cluster_model import ModelCost, Node, NodeLink, RingLinks, StageCost, StepWork
 from macft.planner.fit import MemoryPlanner
 from macft.planner.layout_inputs import alone, model_cost, step_work
-from macft.planner.partition import LayoutDecision, choose_layout, compare
+from macft.planner.partition import LayoutDecision, compare
 from macft.planner.pipeline_simulator import simulate
 from macft.planner.placement import Placer
 from macft.planner.run_plan import known_models
@@ -153,7 +153,7 @@ def cuts(nodes: Sequence[Node], ring: RingLinks, model: ModelCost, work: StepWor
     even = simulated("even", in_proportion(model.blocks, [1.0] * len(nodes)), nodes, ring, model, work, parts)
     memory = [node.memory for node in nodes]
     by_memory = simulated("by memory", in_proportion(model.blocks, memory), nodes, ring, model, work, parts)
-    pipelines = choose_layout([replace(node, alone=()) for node in nodes], ring, model, work, wanted="pipeline")
+    pipelines = compare(nodes, ring, model, work, kinds=["pipeline"])["pipeline"]
     whole = compare(nodes, ring, model, work, kinds=["replicate", "stream"])
     best = min([pipelines, *whole.values()], key=lambda decision: decision.seconds)
     ideal = work.tokens * operations(model) / sum(node.speed for node in nodes)

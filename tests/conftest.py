@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,16 @@ from macft.model.settings import ModelConfig
 # No test asserts a timing: on a busy machine an example may take long.
 settings.register_profile("macft", deadline=None)
 settings.load_profile("macft")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest come first, so that under -n no process works on one while the others have ended."""
+    slow: Counter[Path] = Counter()
+    for item in items:
+        limit = item.get_closest_marker("timeout")
+        if item.get_closest_marker("slow") is not None:
+            slow[item.path] += limit.args[0] // 60 if limit is not None else 1
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")

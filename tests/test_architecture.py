@@ -177,3 +177,28 @@ def test_a_command_line_is_checked_without_what_only_a_run_needs() -> None:
     script = "import sys, macft.train; print({'mlx', 'mlx_lm', 'transformers', 'asyncssh', 'zmq'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_run_starts_without_the_trackers_that_mlx_lm_imports() -> None:
+    """They are there for whoever asks mlx-lm for its callbacks."""
+    script = (
+        "import sys, macft.launch.worker; print({'wandb', 'swanlab'} & set(sys.modules)); "
+        "from mlx_lm.tuner import callbacks; print(callbacks.wandb.__name__, callbacks.swanlab.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines() == ["set()", "wandb swanlab"]
+    using = {name for name, path in FILES.items() if "from mlx_lm.tuner" in path.read_text()}
+    assert using == {"macft.model.mlx_lm_tuner", "macft.training_bench.sides"}
+
+
+def test_mlx_reads_files_by_their_path() -> None:
+    """A Python file object is read in a thread of MLX's own, which aborts a process that ends meanwhile (134)."""
+    calls = [
+        (path, call)
+        for path in ROOT.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in ("mx.load", "mlx.core.load")
+    ]
+    assert calls
+    for path, call in calls:
+        assert ast.unparse(call.args[0]).startswith("str("), f"{path}:{call.lineno}"

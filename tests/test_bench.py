@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.runs import environment
+from helpers.names import NASTY
 from macft.bench import main
 from macft.cli.run_command import run_command
 from macft.collective_bench import ports
@@ -78,7 +79,8 @@ def test_bandwidths_are_those_of_nccl_tests() -> None:
 
 @pytest.mark.slow
 def test_local_ranks_with_peers(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
+    path = tmp_path / NASTY / "results.json"
+    path.parent.mkdir()
     arguments = [
         "topology.nodes=3",
         "--sizes",

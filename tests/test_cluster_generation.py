@@ -307,6 +307,8 @@ def test_what_does_not_fit_is_one_line_before_anything_loads(five_blocks: Path) 
             "topology.memory_budget: host-1 has 0.0008 GB, and a part of this model takes 0.00154 GB, even with its "
             "other blocks read from disk; use a machine with more memory there, fewer nodes or fewer bits"
         )
+    for (error,) in opened(five_blocks, [8.0] * 6):
+        assert error == "--topology: 6 nodes are more than the 5 blocks of the model; use 5 or fewer"
 
 
 @pytest.mark.parametrize(("ranks", "pipelines"), [(3, 1), (4, 2)])
@@ -513,6 +515,10 @@ def test_a_broken_weights_file_names_rank_and_file(five_blocks: Path, tmp_path: 
         (["--nodes", "2"], "--nodes: is for --topology local"),
         (["--topology", "local", "--nodes", "1"], "--nodes: 1 must be 2 or more"),
         (["--topology", "local", "--placement", "stream"], "--placement: stream is for one machine"),
+        (
+            ["--placement", "pipeline"],
+            "--placement: pipeline spreads a model over machines; generate, evaluate and serve",
+        ),
         (["--topology", "nowhere"], "topology: no cluster 'nowhere'"),
         (["--topology", "local", "--by-hand"], "--by-hand: is for the machines of a cluster"),
     ],

@@ -63,6 +63,7 @@ MISTAKES = [
         "training.deterministic=true training.batch_size=2000 training.micro_batch_size=1",
         "more than 1024 micro-batches",
     ),
+    ("hydra.job.chdir=true", "hydra.job.chdir: true is not supported; relative paths begin at the folder"),
     ("adapter.rank=0", "adapter.rank: 0 is too small"),
     ("adapter.rslora=true", "adapter.rslora: needs adapter.alpha"),
     ("adapter.layers=[1,2]", "adapter.layers: adapter.num_layers=16 chooses blocks, too; set that to -1"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -159,3 +161,26 @@ def test_a_broken_connection_is_not_taken_for_a_closed_pipe() -> None:
 
     with pytest.raises(BrokenPipeError):
         run_command(main, [])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_every_signal_that_ends_a_command_ends_it_in_order(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    cleaned = []
+
+    def work(_: Sequence[str]) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            signal.pause()
+        finally:
+            cleaned.append(number)
+
+    try:
+        assert run_command(work, []) == 130
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert cleaned == [number]
+    assert capsys.readouterr().err == "interrupted\n"

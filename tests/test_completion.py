@@ -16,6 +16,7 @@ from typing import ClassVar
 import pytest
 
 from harness.runs import environment
+from helpers.names import NASTY
 from macft.completion import candidates as completion
 from macft.completion.candidates import candidates
 from macft.completion.command import main
@@ -197,9 +198,9 @@ def test_tab_completes_commands_keys_options_groups_and_runs(typed: Typed) -> No
 def test_installing_writes_where_the_shell_looks(
     shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("HOME", str(tmp_path / NASTY))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / NASTY / "data"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / NASTY / "config"))
     monkeypatch.setenv("SHELL", f"/bin/{shell}")
     main(["--install"])
     path = install_path(shell)

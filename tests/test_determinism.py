@@ -24,7 +24,7 @@ from macft.collective.ring import Ring
 from macft.data.batch import micro_batches
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
-from macft.training.exact_sums import ExactStepGradient, from_grid, to_grid
+from macft.training.exact_sums import ExactParameters, ExactStepGradient, from_grid, to_grid
 from macft.training.gradient_reducer import GradientReducer
 
 
@@ -112,7 +112,7 @@ def test_an_exact_gradient_is_that_of_all_micro_batches_whoever_computes_them() 
     with gradient_computer(model, adaptation, "mlx") as compute:
         expected = compute(0, batches)
         shapes = {name: value.shape for name, value in expected.gradient.items()}
-        exact = ExactStepGradient(compute, shapes, [list(shapes)])
+        exact = ExactStepGradient(compute, ExactParameters(shapes, [list(shapes)]))
         totals = []
         for split in ([batches], [batches[:1], batches[1:]], [batches[2:], [], batches[1::-1]]):
             parts = [exact(0, part) for part in split]
@@ -133,12 +133,19 @@ def test_what_is_not_finite_stays_so(value: float) -> None:
     assert np.isnan(from_grid(halves)).tolist() == [True, False]
 
 
-SPINNING = "while True: pass"
+SPINNING = """
+import time
+while True:
+    end = time.perf_counter() + 0.03
+    while time.perf_counter() < end:
+        pass
+    time.sleep(0.03)
+"""
 
 
 @contextmanager
 def busy(processes: int) -> Iterator[None]:
-    """So many processes that compute, beside whatever the block does."""
+    """So many processes that compute half of the time, beside whatever the block does."""
     spinning = [subprocess.Popen([sys.executable, "-c", SPINNING]) for _ in range(processes)]
     try:
         yield
@@ -150,8 +157,10 @@ def busy(processes: int) -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_ten_runs_under_changing_load_have_the_same_bits(tmp_path: Path, tiny_task: list[str]) -> None:
-    """Nodes, a codec, weights read from disk, a pipeline; and any number of nodes with training.deterministic."""
+def test_ten_runs_under_changing_load_have_the_same_bits(
+    tmp_path: Path, tiny_task: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command twice, with a codec too; with training.deterministic any nodes, stages and losses of nodes."""
     basics = [
         *tiny_task,
         "training.batch_size=6",
@@ -167,29 +176,37 @@ def test_ten_runs_under_changing_load_have_the_same_bits(tmp_path: Path, tiny_ta
         "report.tensorboard=false",
         "topology=local",
     ]
+    deterministic = [
+        "training.deterministic=true",
+        "training.eval_every=2",
+        "dataset.metric=perplexity",
+        "training.metric_rows=6",
+    ]
     kinds = {
         "exact": ["topology.nodes=3"],
         "int8": ["topology.nodes=2", "collective.codec=int8"],
-        "streamed": ["topology.nodes=2", "topology.placement=stream"],
-        "pipeline": ["topology.nodes=2", "topology.placement=pipeline"],
-        "alone": ["topology=single"],
-        "unequal": ["topology.nodes=2", "topology.shares=[3,1]"],
-        "by speed": ["topology.nodes=3", "topology.shares=auto", "topology.rebalance_every=1"],
+        "alone": ["topology=single", *deterministic],
+        "streamed": ["topology=single", "topology.placement=stream", *deterministic],
+        "unequal": ["topology.nodes=2", "topology.shares=[3,1]", *deterministic],
+        "by speed": ["topology.nodes=3", "topology.shares=auto", "topology.rebalance_every=1", *deterministic],
+        "pipeline": ["topology.nodes=2", "topology.placement=pipeline", *deterministic],
+        "two of two": ["topology.nodes=4", "topology.placement=pipeline", "topology.pipelines=2", *deterministic],
     }
-    deterministic = ["alone", "unequal", "by speed"]
-    order = ["exact", "int8", "streamed", "pipeline", "alone", "unequal", "pipeline", "streamed", "int8", "exact"]
-    order.append("by speed")
-    finished: dict[str, list[Path]] = {kind: [] for kind in kinds}
+    killed = {"by speed": "reduce:1:kill", "two of two": "micro_batch:0:kill"}
+    order = ["exact", "int8", *list(kinds)[2:], "int8", "exact"]
+    finished: dict[str, list[Path]] = {}
     for number, kind in enumerate(order):
+        monkeypatch.setenv("MACFT_FAULT", killed.get(kind, ""))
         with busy(number % 4):
-            more = ["training.deterministic=true", "training.eval_every=2"] if kind in deterministic else []
-            finished[kind].append(train_to_end(*basics, *kinds[kind], *more, folder=tmp_path / str(number)))
-    finished["deterministic"] = [run for kind in deterministic for run in finished.pop(kind)]
+            run = train_to_end(*basics, *kinds[kind], folder=tmp_path / str(number))
+        finished.setdefault("deterministic" if deterministic[0] in kinds[kind] else kind, []).append(run)
+        assert len(events(run, "nodes_changed")) == (kind in killed)
     for runs in finished.values():
         assert all(losses(run) == losses(runs[0]) for run in runs)
         assert all(same_bits(adapter(run), adapter(runs[0])) for run in runs)
     assert not same_bits(adapter(finished["exact"][0]), adapter(finished["int8"][0]))
-    validated = [[event["loss"] for event in events(run, "evaluated")] for run in finished["deterministic"]]
-    assert len(validated[0]) == 3
-    assert validated[0] == validated[1] == validated[2]
-    assert losses(finished["deterministic"][0])[:4] == pytest.approx(losses(finished["exact"][0])[:4], rel=1e-4)
+    for event, key, count in (("evaluated", "loss", 3), ("metric_scored", "value", 2)):
+        first, *others = [[each[key] for each in events(run, event)] for run in finished["deterministic"]]
+        assert len(first) == count
+        assert all(other == first for other in others)
+    assert losses(finished["deterministic"][0]) == pytest.approx(losses(finished["exact"][0]), rel=1e-4)

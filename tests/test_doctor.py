@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.names import NASTY
 from macft.device import disk_speed
 from macft.diagnostics import LEVELS, machine, network, software
 from macft.diagnostics.shareable import without_names
@@ -269,12 +270,15 @@ def test_a_model_that_is_not_here_is_fetched_by_a_command_that_works(
 
 
 @pytest.mark.slow
-def test_the_command_reports_this_machine(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "macft.doctor", "--json", "--model", "smollm2-135m-instruct"]
+def test_the_command_reports_this_machine(tmp_path: Path, tiny_model_folder: Path) -> None:
+    model = tmp_path / NASTY
+    model.symlink_to(tiny_model_folder)
+    command = [sys.executable, "-m", "macft.doctor", "--json", "--model", str(model)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     report = json.loads(done.stdout)
     topics = {finding["topic"] for finding in report["findings"]}
     assert {"packages", "BLAS", "memory", "disk", "disk speed", "thermal", "links", "ports", "keys", "model"} <= topics
+    assert {"topic": "model", "level": "ok", "text": f"{model} is in {model}", "mend": ""} in report["findings"]
     assert all(finding["level"] in LEVELS for finding in report["findings"])
     assert all(finding["mend"] for finding in report["findings"] if finding["level"] != "ok")
     assert done.returncode == int(any(finding["level"] == "problem" for finding in report["findings"]))
@@ -321,9 +325,11 @@ def test_the_report_of_this_machine_names_nobody(tmp_path: Path) -> None:
     home.mkdir()
     cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
     environment = {**os.environ, "HOME": str(home), "USER": "janedoe", "LOGNAME": "janedoe", "XDG_CACHE_HOME": cache}
-    command = [sys.executable, "-m", "macft.doctor", "--report", "report.json"]
+    path = home / NASTY / "report.json"
+    path.parent.mkdir()
+    command = [sys.executable, "-m", "macft.doctor", "--report", str(path)]
     subprocess.run(command, check=True, cwd=home, env=environment, capture_output=True, timeout=280)
-    text = (home / "report.json").read_text()
+    text = path.read_text()
     report = json.loads(text)
     assert report["smoke_run"]["result"] == "works", report["smoke_run"]
     assert report["smoke_run"]["steps"] == 3

@@ -76,7 +76,7 @@ def test_steps_follow_device_and_wishes() -> None:
     assert (on_cpu.packing, on_cpu.shared_prefixes, on_cpu.pack_tokens, on_cpu.compiled) == (True, True, 512, False)
     assert (on_gpu.packing, on_gpu.shared_prefixes, on_gpu.pack_tokens, on_gpu.compiled) == (True, True, None, True)
     assert on_cpu.loss_chunk_for(4096) == 2**21 // 4096
-    assert on_gpu.loss_chunk_for(4096) == 2**25 // 4096
+    assert on_gpu.loss_chunk_for(4096) == 2**24 // 4096
     assert on_gpu.loss_chunk_for(2**24) == 64
     assert decided({}, FLOATS, CPU, loss_chunk=7).loss_chunk_for(4096) == 7
     assert not decided({}, FLOATS, CPU, dropout=True).shared_prefixes

@@ -111,6 +111,15 @@ def test_a_sweep_does_not_write_over_another(tmp_path: Path, config: TrainConfig
         claim_sweep(first, config, key="hydra.sweep.dir", is_named=True)
 
 
+def test_a_process_that_ends_at_once_leaves_no_folder_of_a_run_that_had_not_begun(
+    tmp_path: Path, config: TrainConfig
+) -> None:
+    taken = claim(tmp_path / "runs" / "x", config, key="hydra.run.dir")
+    (taken.path / "logs").mkdir()
+    assert taken.abandon() == "interrupted; no checkpoint had been saved"
+    assert list(tmp_path.iterdir()) == []
+
+
 # Folders that can't be written.
 
 

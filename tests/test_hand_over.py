@@ -159,6 +159,8 @@ def test_a_node_with_more_rows_takes_smaller_micro_batches_or_says_what_it_lacks
     assert refit(four)(layout, 0, 1).execution.micro_batch_size == 4
     with pytest.raises(ConfigError, match=rf"one row at a time the run would need about {one / 1e9:.2f} GB, and "):
         refit(0.9 * one)(layout, 0, 1)
+    with pytest.raises(ConfigError, match=r"with the micro-batches that training.deterministic fixes the run would"):
+        replace(refit(four), fixed=True)(layout, 0, 1)
     streamed = replace(refit(1e12), execution=execution.streamed(tuple(range(BLOCKS))))
     half = streamed_parts(whole, whole.execution.streamed(tuple(range(6)))).peak
     assert 6 <= len(replace(streamed, budget=half)(layout, 0, 1).execution.resident_blocks) < BLOCKS
@@ -180,5 +182,7 @@ def test_a_node_with_more_blocks_reads_some_from_disk_or_says_what_it_lacks() ->
     assert 0 < alone.block_capacity < BLOCKS
     least = streamed_parts(planner_of(1), base.with_batch(1, "none").streamed(())).peak
     assert refit(least)(even_layout(BLOCKS, [0]), 0, 1).execution.micro_batch_size == 1
+    with pytest.raises(ConfigError, match="with its blocks read from disk the run would need about"):
+        replace(refit(least), fixed=True)(even_layout(BLOCKS, [0]), 0, 1)
     with pytest.raises(ConfigError, match=r"read from disk the run would need about .* GB, and .* GB are available"):
         refit(0.1 * half)(even_layout(BLOCKS, [0]), 0, 1)

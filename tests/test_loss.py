@@ -13,7 +13,7 @@ from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from harness.execution import execution_with
-from helpers.computing import gradient_computer, randomize_adapter
+from helpers.computing import gradient_computer, randomize_adapter, token_loss
 from helpers.models import FAMILIES, MAMBA, SMALL, assert_same_gradient, make_from, make_model, random_rows
 from macft.data.batch import collate
 from macft.data.formats import Row
@@ -269,3 +269,18 @@ def test_packs_need_an_installed_model(kernels: str) -> None:
     execution = execution_with(kernels, packing=True)
     with pytest.raises(RuntimeError, match="installed"):
         GradientComputer(model, make_backend(execution), execution, adaptation.dropout_keys, seed=0)
+
+
+def test_validation_never_has_all_logits() -> None:
+    """The loss is that of all positions at once. MLX hands over the logits of up to ten chunks in advance."""
+    count, vocabulary = 1536, 8192
+    model = make_from({**SMALL, "model_type": "llama", "vocab_size": vocabulary, "tie_word_embeddings": False})
+    model.eval()
+    tokens = mx.arange(count)[None] % 97
+    targets = mx.full((count,), 3)
+    whole = nn.losses.cross_entropy(model(tokens)[0], targets, reduction="sum").item()
+    with token_loss(model, "mlx", loss_chunk=32) as (loss, _):
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        assert loss(tokens, mx.arange(count), targets, mx.ones(count)).item() == pytest.approx(whole, rel=1e-5)
+    assert mx.get_peak_memory() - before < count * vocabulary * 4

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-from harness.runs import events, train_to_end, write_jsonl
+from harness.runs import events, write_jsonl
+from helpers.runs_here import train_here
 from macft.data.settings import DatasetConfig
 from macft.errors import ConfigError, DataError
 from macft.evaluation.answer_form import AnswerForm
@@ -543,7 +544,7 @@ def test_learned_answers_are_right_whatever_the_template_writes_around_them(
     thoughtful = {"prompt": "Capital of Peru?", "completion": "<think>Peru...</think>Lima"}
     for name in ("train", "test"):
         write_jsonl(tmp_path / "data" / f"{name}.jsonl", [FOUR, thoughtful])
-    run = train_to_end(
+    run = train_here(
         f"model={model}",
         f"dataset={tmp_path / 'data'}",
         "dataset.metric=exact_match",

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 
+from harness.slow_hub import slow_hub
 from helpers.network import closed_port
 from macft.errors import ModelError
+from macft.model.hub_download import download
 from macft.model.resolve import resolve
 from macft.model.settings import ModelConfig
 
@@ -141,3 +146,22 @@ def test_a_complete_model_in_the_hubs_cache_needs_no_hub(tmp_path: Path, tiny_mo
     (cached / "snapshots" / commit / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"has no config\.json on"):  # the hub is asked now
         resolve(ModelConfig(path="org/cached"))
+
+
+def test_a_download_ends_at_once_with_all_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(psutil.Process().children(recursive=True))
+    with slow_hub() as hub:
+        for name, value in (hub.variables | {"HF_HOME": str(tmp_path)}).items():
+            monkeypatch.setenv(name, value)
+
+        def interrupt() -> None:
+            hub.is_downloading.wait(60)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            download("org/endless", None)
+        assert set(psutil.Process().children(recursive=True)) == before
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port()}")
+        with pytest.raises(ModelError, match=r"^model.path: 'org/other' is not on this machine and can't be fetched"):
+            download("org/other", None)

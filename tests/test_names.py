@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,17 +15,23 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import macft.adapter
+import macft.cluster
 import macft.evaluate
 import macft.fuse
 import macft.generate
+import macft.keys
 import macft.monitor
 import macft.plan
+import macft.push
 from harness.runs import adapter, losses, train, uneven_dataset
+from helpers.names import NASTY
+from macft.cli.commands import COMMANDS
 from macft.cli.shell import command
 from macft.config.command_line import prepare
 from macft.config.overrides import override, resume_command, unescaped
 from macft.config.schema import TrainConfig
 from macft.config.yaml import read, to_yaml
+from macft.inspection.command import main as show_data
 from macft.model.local import find_local
 from macft.model.settings import ModelConfig
 
@@ -32,7 +39,13 @@ NAMES = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\0/\x85\u2028\u2029"), min_size=1, max_size=30
 )
 """What a file may be called, without those of Unicode's line breaks that YAML changes."""
-NASTY = 'Ben\'s [x] a=b, "q" ${name} $HOME 100% é👩‍💻;*?{a: 1} #\\'
+ELSEWHERE = {
+    "serve": "test_serve.py",
+    "doctor": "test_doctor.py",
+    "bench": "test_bench.py",
+    "completion": "test_completion.py",
+}
+"""Commands that tests in other files give such a name, in the runs that they make anyway."""
 PARSER = OverridesParser.create()
 SHELLS = [shell for shell in ("bash", "zsh") if shutil.which(shell)]
 
@@ -135,19 +148,33 @@ def test_every_command_takes_any_name(
     assert done.status == 0, done.errors
     assert adapter(place / "second").keys() == adapter(run).keys()
 
+    here = {"train"}
+
+    def call(main: Callable[[Sequence[str]], object], *words: str | Path) -> None:
+        here.add(main.__module__.split(".")[1].replace("inspection", "data"))
+        assert not main([str(word) for word in words])
+
     assert find_local(str(model)) == model
-    assert macft.plan.main([f"model={model}", f"dataset={rows}", "+recipe=smoke"]) == 0
-    assert macft.plan.main([f"+resume={run}"]) == 0
-    macft.monitor.main([str(run), "--once"])
+    call(macft.plan.main, f"model={model}", f"dataset={rows}", "+recipe=smoke")
+    call(macft.plan.main, f"+resume={run}")
+    call(show_data, rows, "--model", model, "--rows", "1")
+    call(macft.monitor.main, run, "--once")
     ask = ["--prompt", "hi", "--max-tokens", "2"]
-    macft.generate.main([str(run), *ask])
-    macft.generate.main(["--model", str(model), "--adapter-path", str(run / "adapters"), *ask])
-    macft.evaluate.main([str(run), "--json", str(place / "numbers")])
-    macft.evaluate.main([str(run), "--dataset", str(rows / "test.jsonl")])
-    macft.fuse.main([str(run), "--save-path", str(place / "fused *")])
-    macft.generate.main(["--model", str(place / "fused *"), *ask])
-    macft.adapter.main(["export", str(run), "--save-path", str(place / "peft")])
-    macft.adapter.main(["import", str(place / "peft"), "--save-path", str(place / "back")])
+    call(macft.generate.main, run, *ask)
+    call(macft.generate.main, "--model", model, "--adapter-path", run / "adapters", *ask)
+    call(macft.evaluate.main, run, "--json", place / "numbers")
+    call(macft.evaluate.main, run, "--dataset", rows / "test.jsonl")
+    call(macft.fuse.main, run, "--save-path", place / "fused *")
+    call(macft.generate.main, "--model", place / "fused *", *ask)
+    call(macft.adapter.main, "export", run, "--save-path", place / "peft")
+    call(macft.adapter.main, "import", place / "peft", "--save-path", place / "back")
+    call(macft.push.main, run, "--repo", "me/it", "--model", "org/base", "--card")
+    call(macft.keys.main, "make")  # keys and clusters are in the user's folder
+    call(macft.cluster.main, "list")
+    assert (user / "keys").is_dir()
     assert (place / "back" / "adapters.safetensors").is_file()
     assert (place / "numbers").is_file()
     capsys.readouterr()
+    assert here | set(ELSEWHERE) == set(COMMANDS)
+    for file in ELSEWHERE.values():
+        assert "NASTY" in (Path(__file__).parent / file).read_text()

@@ -18,7 +18,7 @@ from macft.model.execution import resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import shape_of
 from macft.parallel.stage_layout import StageLayout
-from macft.planner.cluster_model import Node, NodeLink
+from macft.planner.cluster_model import Alone, Node, NodeLink
 from macft.planner.fit import MemoryPlanner
 from macft.planner.node_cuts import NodeCuts, agree, order_line, ranks
 from macft.planner.node_report import alike, gather_reports, own_node
@@ -139,6 +139,23 @@ def test_the_layout_follows_the_members() -> None:
     assert counts(many.layout([str(number) for number in range(BLOCKS + 2)])) == [[1] * BLOCKS]
 
 
+def test_a_node_that_joined_gets_rows_as_the_others() -> None:
+    """With equal shares, which those who began the run have."""
+    four = nodes_of([1] * 4)
+    told = dict(zip(["0", "1", "2", "joined"], four, strict=True))
+    cuts = NodeCuts(told, 2, planner_of, dict.fromkeys("0123", 1.0))
+    assert counts(cuts.layout(list(told))) == [[6, 6], [6, 6]]
+
+
+def test_measured_speeds_count_where_all_nodes_have_them() -> None:
+    first, second = (replace(node, alone=(Alone(6e-12, 0.0),)) for node in nodes_of([1, 1]))
+    trained = replace(first, trained=0.5e12)
+    assert alike([trained, second]) == [trained, second]
+    both = alike([trained, replace(second, trained=1.5e12)])
+    assert [node.speed for node in both] == [0.5e12, 1.5e12]
+    assert [node.alone[0].per_token for node in both] == pytest.approx([12e-12, 4e-12])
+
+
 def test_all_ranks_take_the_layout_of_rank_0() -> None:
     """Over a ring: what rank 1 would choose by itself doesn't count."""
     told = nodes_of([1, 2])
@@ -155,6 +172,6 @@ def test_all_ranks_take_the_layout_of_rank_0() -> None:
 
 def test_where_a_rank_has_nothing_to_tell_nobody_has() -> None:
     def gather(ring: Ring) -> list[Node]:
-        return gather_reports(ring, None if ring.rank == 1 else own_node(1e9))
+        return gather_reports(ring, None if ring.rank == 1 else own_node(planner_of(1), 1e9))
 
     assert run_ranks(local_listeners(2), gather) == [[], []]

@@ -15,15 +15,14 @@ from hypothesis import strategies as st
 
 from helpers.rings import local_listeners, run_ranks
 from macft.collective.ring import Ring
-from macft.errors import ConfigError
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.execution import Execution
 from macft.model.shape import read_shape
-from macft.parallel.stage_layout import StageLayout
+from macft.parallel.stage_layout import StageLayout, even_layout
 from macft.planner.cluster_model import Alone, ModelCost, Node, NodeLink, RingLinks, StageCost, StepWork, clock_of
 from macft.planner.fit import MemoryPlanner
 from macft.planner.node_report import from_payload, gather_reports, own_report, ring_of, to_payload
-from macft.planner.partition import LayoutDecision, choose_layout, compare, preferred
+from macft.planner.partition import LayoutDecision, compare, preferred, set_pipelines, why_no_pipeline
 from macft.planner.pipeline_search import PipelineSearch
 from macft.planner.pipeline_simulator import simulate
 from macft.planner.placement import Placer
@@ -207,11 +206,16 @@ def test_many_rows_make_several_pipelines_and_rows_go_to_the_faster_one() -> Non
         assert shares[frozenset({0, 1})] > shares[frozenset({2, 3})]
 
 
+def chosen(members: list[Node], ring: RingLinks, work: StepWork) -> LayoutDecision:
+    found = compare(members, ring, model(), work)
+    return found[preferred(found)]
+
+
 def test_every_node_keeps_the_whole_model_where_it_can() -> None:
     """Without a bubble, and recomputing nothing, that is faster than a pipeline."""
     members = [replace(node, alone=(Alone(12.5, 0.0),)) for node in nodes([1.0, 1.0])]
     ring, work = RingLinks.of_one_kind(NO_WIRE, 2), StepWork(32.0, 8, 4.0, recompute="always")
-    decision = choose_layout(members, ring, model(), work)
+    decision = chosen(members, ring, work)
     assert decision.placement == "replicate"
     assert decision.micro_batches == (4, 4)
     assert decision.seconds == pytest.approx(16 * 12.5)
@@ -221,10 +225,12 @@ def test_every_node_keeps_the_whole_model_where_it_can() -> None:
     found = compare(slow, ring, model(), work)
     assert set(found) == {"stream", "pipeline"}
     assert found["stream"].seconds == pytest.approx(5000.0)
-    assert choose_layout(slow, ring, model(), work).placement == "pipeline"
-    assert choose_layout(slow, ring, model(), work, wanted="stream").placement == "stream"
+    assert chosen(slow, ring, work).placement == "pipeline"
+    mixed = [members[0], replace(slow[1], speed=1e-6)]
+    assert compare(mixed, ring, model(), work, kinds=["stream"])["stream"].micro_batches == (8, 0)
+    assert compare(mixed, ring, model(), work, kinds=["stream"])["stream"].disk == 0
     quick = [replace(node, alone=(Alone(18.5, 10.0, streams=True),)) for node in members]
-    assert choose_layout(quick, ring, model(), work, kinds=["replicate", "stream"]).placement == "stream"
+    assert chosen(quick, ring, work).placement == "stream"
 
 
 def test_a_stage_that_does_not_fit_reads_blocks_from_disk() -> None:
@@ -255,20 +261,25 @@ def test_more_than_eight_nodes_are_cut_as_groups_of_neighbours() -> None:
 
 
 @pytest.mark.parametrize(
-    ("members", "blocks", "wanted", "message"),
-    [
-        (nodes([1.0]), 6, "pipeline", "pipeline needs two or more nodes; topology.placement=stream"),
-        (nodes([1.0, 1.0]), 1, "pipeline", "a model of one block can't be cut"),
-        (nodes([1.0, 1.0], [50.0, 50.0]), 6, "auto", "no layout for auto fits the memory of the nodes"),
-        (nodes([1.0, 1.0]), 6, "replicate", "no layout for replicate fits"),
-    ],
+    ("blocks", "message"),
+    [(1, "topology.placement: a model of one block can't be cut"), (6, "topology.memory_budget: no pipeline fits")],
 )
-def test_what_cannot_be_is_one_line(members: list[Node], blocks: int, wanted: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as raised:
-        choose_layout(members, RingLinks.of_one_kind(GIGABIT, len(members)), model(blocks), StepWork(8.0, 2, 4.0),
-                      wanted=wanted)  # fmt: skip
-    assert str(raised.value).startswith("topology.placement: ")
-    assert "\n" not in str(raised.value)
+def test_why_there_is_no_pipeline_is_one_line(blocks: int, message: str) -> None:
+    members = nodes([1.0, 1.0], [50.0, 50.0])
+    assert not compare(members, RingLinks.of_one_kind(GIGABIT, 2), model(blocks), StepWork(8.0, 2, 4.0))
+    line = why_no_pipeline(members, model(blocks))
+    assert line.startswith(message)
+    assert "\n" not in line
+
+
+def test_stages_that_the_user_has_set_take_what_the_search_says_of_its_own() -> None:
+    members, ring, work = nodes([2.0, 1.0]), RingLinks.of_one_kind(GIGABIT, 2), StepWork(32.0, 8, 4.0, 8)
+    found = compare(members, ring, model(), work, kinds=["pipeline"], order="given")["pipeline"]
+    assert set_pipelines(members, ring, model(), work, found.layout) == found
+    even = set_pipelines(members, ring, model(), work, even_layout(6, range(2)))
+    assert even is not None
+    assert even.seconds > found.seconds
+    assert set_pipelines(nodes([2.0, 1.0], [50.0, 50.0]), ring, model(), work, found.layout) is None
 
 
 def test_slow_links_lengthen_a_step_by_what_waits_for_them() -> None:
@@ -288,14 +299,14 @@ def test_slow_links_lengthen_a_step_by_what_waits_for_them() -> None:
 
 def test_nodes_report_themselves_and_every_rank_gets_the_same_layout() -> None:
     """Over a ring: from each node's report to the layout that rank 0 sends."""
-    own = [Node("a", 2.0, 700.0, 9.0, (Alone(3.0, 0.5, True),)), Node("b", 1.0, 600.0, 9.0)]
+    own = [Node("a", 2.0, 700.0, 9.0, (Alone(3.0, 0.5, True),)), Node("b", 1.0, 600.0, 9.0, trained=0.7)]
     costs, work = model(), StepWork(16.0, 4, 4.0, recompute="always")
 
     def agree(ring: Ring) -> tuple[list[Node], StageLayout]:
         found = gather_reports(ring, own[ring.rank])
         links = RingLinks.of_one_kind(GIGABIT, len(found))
-        decision = choose_layout(found, links, costs, work, wanted="pipeline") if ring.rank == 0 else None
-        sent = json.dumps(decision.layout.to_data()).encode() if decision else b""
+        kinds = compare(found, links, costs, work, kinds=["pipeline"]) if ring.rank == 0 else {}
+        sent = json.dumps(kinds["pipeline"].layout.to_data()).encode() if kinds else b""
         return found, StageLayout.from_data(json.loads(ring.broadcast(sent)))
 
     first, second = run_ranks(local_listeners(2), agree)

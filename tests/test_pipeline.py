@@ -32,10 +32,11 @@ from macft.model.confirm import confirm
 from macft.model.ends import AFTER, BEFORE
 from macft.model.load import load
 from macft.model.settings import ModelConfig
-from macft.parallel.shares import rows_of_shard
+from macft.parallel.shares import batches_of_shard, rows_of_shard
 from macft.parallel.stage_layout import Stage, StageLayout, even_layout
 from macft.parallel.stage_places import StagePlace, StagePlaces
 from macft.training.batch_layout import BatchLayout
+from macft.training.exact_sums import ExactGradient
 from macft.training.pipeline_schedule import Pass, holding, one_forward_one_backward
 from macft.training.step_gradient import make_step_gradient
 
@@ -86,8 +87,12 @@ def computed(
     ahead: int = 100,
     sizes: Sequence[int | None] = (2, 1),
     packing: bool = False,
+    exact: bool = False,
 ) -> list[Numbers]:
-    """What one rank has after the exchange: loss, counts and gradient of a step for each of ``sizes``; then losses."""
+    """What one rank has after the exchange: loss, counts and gradient of a step for each of ``sizes``; then losses.
+
+    ``exact``: micro-batches are fixed, whole ones are dealt to pipelines, and their sums are exact.
+    """
     places = StagePlaces(collective, lambda _: layout)
     places.agree()
     execution = execution_with(kernels, packing=packing, dropout=adapter.dropout > 0)
@@ -111,20 +116,39 @@ def computed(
             keys, streamed = adaptation.dropout_keys, loaded.streamed
             assert streamed is not None
             compute = make_step_gradient(
-                loaded.model, backend, execution, keys, streamed, seed=1, bucket_bytes=4_000_000, places=places
+                loaded.model,
+                backend,
+                execution,
+                keys,
+                streamed,
+                seed=1,
+                bucket_bytes=4_000_000,
+                places=places,
+                deterministic=exact,
             )
         for step, size in enumerate(sizes):
-            local = compute(step, list(micro_batches([rows()[i] for i in mine], mine, size)))
+            if exact:
+                batches = batches_of_shard(shard, micro_batches(rows(), np.arange(len(rows())), size))
+            else:
+                batches = micro_batches([rows()[i] for i in mine], mine, size)
+            local = compute(step, batches)
             mx.eval(local.gradient)
             tokens = 0 if local.is_counted_elsewhere else local.tokens
             counts = np.array([local.loss_sum, local.target_tokens, tokens])
-            gradient = {name: np.array(value) for name, value in local.gradient.items()}
+            sums = local.halves if isinstance(local, ExactGradient) else local.gradient
+            gradient = {name: np.array(value) for name, value in sums.items()}
             collective.all_reduce([counts, *gradient.values()])
             found.append({"counts": counts, **gradient})
+        if exact:
+            return found
         loaded.model.eval()
         batches = micro_batches([rows()[i] for i in mine], mine, 4)
         validation = BatchLayout.for_validation(execution)
-        losses = list(compute.loss.of_batches([list(validation.parts(batch)) for batch in batches]))
+        parts = [list(validation.parts(batch)) for batch in batches]
+        losses = list(compute.loss.of_batches(parts))
+        wishes, is_first = iter([False]), places.own is None or places.own.before is None
+        cut = list(compute.loss.of_batches(parts, lambda: is_first and next(wishes, True)))
+        assert len(cut) <= 1  # a stop was requested at the first stage, and the others learn it
         total = np.array([float(sum(sum(each) for each in losses))])
         collective.all_reduce([total])
         found.append({"validation": total})
@@ -196,6 +220,19 @@ def test_two_pipelines_of_two_and_a_rank_that_is_left_out(folder: Path) -> None:
     layout = layout_of([2, 3], [4, 1], ranks=[3, 0, 4, 1])
     for found in in_stages(layout, 5, folder, "mlx", AdapterConfig()):
         assert_same(found, expected, close)
+
+
+def test_exact_sums_are_those_of_one_node_over_any_pipelines(folder: Path) -> None:
+    """Micro-batches of one row and of two, in one pack or several; stages that keep activations or compute again."""
+    adapter = AdapterConfig(num_layers=3, dropout=0.3)
+    expected = one_node(folder, "mlx", adapter, packing=True, exact=True)
+    for layout, ranks, keep in (
+        (layout_of([2, 3]), 2, True),
+        (layout_of([2, 3], [4, 1], ranks=[3, 0, 4, 1]), 5, False),
+        (layout_of([5], [1, 4]), 3, False),
+    ):
+        for found in in_stages(layout, ranks, folder, "mlx", adapter, packing=True, keep=keep, exact=True):
+            assert_same(found, expected, np.testing.assert_array_equal)
 
 
 def test_stages_that_hold_fewer_blocks_than_they_compute(folder: Path) -> None:

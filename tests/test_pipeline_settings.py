@@ -43,6 +43,10 @@ def config_of(**topology: object) -> TrainConfig:
         ),
         ({"pipelines": 0}, "topology.pipelines: 0 must be 1 or more"),
         ({"stages": [6]}, "topology.stages: [6] has 1 numbers, and there are 2 nodes"),
+        (
+            {"nodes": 5, "pipelines": 2, "stages": [2, 5, 3, 2, 2]},
+            "topology.stages: 5 nodes can't form 2 equal pipelines; use auto",
+        ),
         ({"stages": [6, "x"]}, "topology.stages: [6, 'x'] is neither auto nor a list of numbers of blocks"),
         ({"stages": [6, 0]}, "topology.stages: [6, 0] is neither auto nor a list of numbers of blocks"),
         ({"stages": "even"}, "topology.stages: even is neither auto nor a list of numbers of blocks"),
@@ -151,14 +155,29 @@ def test_more_ranks_than_blocks_have_joined() -> None:
     ("topology", "world_size", "message"),
     [
         ({}, 9, "pipelines of 9 stages are more than the model's 7 blocks allow; use topology.pipelines=2"),
+        ({}, 15, "7 blocks allow; use topology.pipelines=3, fewer nodes"),
         ({"stages": [2, 4]}, 2, r"topology.stages: \[2, 4\] are 6 blocks, and the model has 7"),
         ({"pipelines": 2, "stages": [2, 5, 7, 1]}, 4, r"topology.stages: \[7, 1\] are 8 blocks"),
-        ({"pipelines": 2, "stages": [2, 5, 3, 2, 2]}, 5, "5 nodes can't form 2 equal pipelines"),
     ],
 )
 def test_layouts_that_cannot_be(topology: dict[str, object], world_size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_layout(config_of(**topology).topology, 7, world_size)
+
+
+def test_no_more_pipelines_are_named_than_the_nodes_can_form() -> None:
+    with pytest.raises(ConfigError, match="more than the model's 2 blocks allow; use fewer nodes, or "):
+        check_layout(config_of().topology, 2, 3)
+
+
+def test_a_plan_has_the_macs_that_it_names() -> None:
+    config = config_of(kind="single", nodes=1, pipelines=2)
+    config.plan.chips = ["3x M2 8GB"]
+    assert [line.partition(";")[0] for line in problems(config)] == ["topology.pipelines: 2 pipelines of 3 nodes"]
+    config.topology.placement, config.topology.pipelines, config.training.batch_size = "auto", 1, 2
+    assert [line.partition(";")[0] for line in problems(config)] == [
+        "training.batch_size: 2 rows can't be shared by 3 nodes"
+    ]
 
 
 def stages(budget: float, rank: int = 0, wanted: int | str = "auto") -> StagePlanner:
@@ -182,10 +201,13 @@ def test_a_stage_keeps_what_fits() -> None:
     one = stages(stages(0).parts(1).peak).decide()
     assert one.block_capacity == 1
     assert one.resident_blocks == (2,)
-    assert stages(0, wanted=1).decide().block_capacity == 1
+    assert stages(1e12, wanted=1).decide().block_capacity == 1
+    assert stages(stages(0).parts(1).peak, wanted=6).decide().block_capacity == 1  # no more than fit
     with pytest.raises(ConfigError, match="even with its blocks read from disk a stage would need about"):
         stages(0).decide()
 
 
-def test_the_last_stage_holds_fewer_micro_batches() -> None:
-    assert stages(0, rank=1).parts(8).activations < stages(0).parts(8).activations
+def test_the_last_stage_holds_fewer_micro_batches_and_only_that_one_computes_losses() -> None:
+    first, last = (stages(0, rank=rank).parts(8) for rank in (0, 1))
+    assert last.activations < first.activations
+    assert first.logits == 0 < last.logits

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,15 @@ from hypothesis import strategies as st
 from mlx.utils import tree_map
 from rich.console import Console
 
+import macft.plan
 from harness.execution import execution_with
 from harness.families import configuration, new_model
-from harness.runs import environment, events, train, write_jsonl
+from harness.runs import Finished, environment, events, train, write_jsonl
 from harness.tiny_model import TINY_CONFIG, make_tiny_model
 from helpers.computing import gradient_computer
 from helpers.models import FAMILIES, MAMBA, SMALL, make_from, make_model
+from helpers.runs_here import refused
+from macft.cli.run_command import run_command
 from macft.config.command_line import prepare
 from macft.config.execution import execution_for
 from macft.config.schema import TrainConfig
@@ -44,12 +48,12 @@ from macft.model.shape import ModelShape, read_shape, shape_of
 from macft.network.link_kinds import LINK_KINDS, find_links
 from macft.parallel.shares import DataShard, rows_of_shard
 from macft.planner.fit import MemoryPlanner, batch_overrides
+from macft.planner.longest_row import find_longest_rows
 from macft.planner.memory import ComputeShape, predict, trained_part
-from macft.planner.node_part import step_of_shard
 from macft.planner.packing import choose_packing
 from macft.planner.run_plan import RunPlan, known_models, plan_run
 from macft.planner.speed import step_cost
-from macft.planner.table import show
+from macft.planner.table import show, show_longest_rows
 from macft.planner.workload import DeviceBatchShape, StepRows, steps_of, unlike_rows
 from macft.topology.settings import parse_budget
 from macft.training.batch_layout import BatchLayout
@@ -299,7 +303,7 @@ def test_the_plan_counts_what_the_trainer_computes(
         own = rows_of_shard(shard, [rows[i].tokens for i in ids], shared=execution.shared_prefixes)
         batches = micro_batches([rows[ids[i]] for i in own], ids[own], size)
         expected = [sizes for batch in batches for sizes in sizes_by_hand(batch, execution)]
-        part = step_of_shard(step, shard, execution)
+        part = step.of_shard(shard, shared=execution.shared_prefixes)
         planned = MemoryPlanner(tiny_shape(), execution, AdapterConfig(), "adamw", [part], 0).step_batches(size)
         assert [(one.rows, one.length, one.tokens, one.targets) for one in planned[0]] == expected
 
@@ -370,8 +374,24 @@ def test_budget_units() -> None:
     assert parse_budget("1.5 gib", 1.0) == 1.5 * 2**30
 
 
-def planned(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+Planned = Callable[..., Finished]
+
+
+@pytest.fixture
+def planned(capsys: pytest.CaptureFixture[str]) -> Planned:
+    """Runs ``macft plan`` with some words, in this process."""
+
+    def plan(*words: str) -> Finished:
+        status = run_command(macft.plan.main, words)
+        return Finished(status, *capsys.readouterr())
+
+    return plan
+
+
+@pytest.mark.slow
+def test_the_command_plans_for_macs_one_does_not_own(bundled_model: Path) -> None:
+    words = ["+recipe=llama-lora", "model=llama-3.1-8b", "--chips", "M1 Air 8GB,M4 Max 64GB"]
+    done = subprocess.run(
         [sys.executable, "-m", "macft.plan", *words],
         capture_output=True,
         text=True,
@@ -379,11 +399,6 @@ def planned(*words: str) -> subprocess.CompletedProcess[str]:
         timeout=120,
         check=False,
     )
-
-
-@pytest.mark.slow
-def test_the_command_plans_for_macs_one_does_not_own(bundled_model: Path) -> None:
-    done = planned("+recipe=llama-lora", "model=llama-3.1-8b", "--chips", "M1 Air 8GB,M4 Max 64GB")
     assert done.returncode == 0, done.stderr
     assert "M1 8GB" in done.stdout
     assert "M4 Max 64GB" in done.stdout
@@ -459,10 +474,10 @@ def without_phases(text: str) -> list[str]:
     ],
 )
 @pytest.mark.slow
-def test_wrong_links_and_counts_are_one_line(words: list[str], message: str) -> None:
+def test_wrong_links_and_counts_are_one_line(words: list[str], message: str, planned: Planned) -> None:
     wrong = planned("+recipe=llama-lora", *words)
-    assert wrong.returncode == 2
-    (line,) = without_phases(wrong.stderr)
+    assert wrong.status == 2
+    (line,) = without_phases(wrong.errors)
     assert line.startswith(f"error: {message}")
 
 
@@ -475,7 +490,7 @@ def test_links_have_names_or_a_speed() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_says_what_does_not_fit_and_wrong_words_are_one_line(bundled_model: Path) -> None:
+def test_the_command_says_what_does_not_fit_and_wrong_words_are_one_line(bundled_model: Path, planned: Planned) -> None:
     assert bundled_model.exists()
     large = planned(
         "+recipe=llama-lora",
@@ -483,19 +498,19 @@ def test_the_command_says_what_does_not_fit_and_wrong_words_are_one_line(bundled
         "plan.chips=[M2 Pro 16GB]",
         "topology.batch=auto",
     )
-    assert large.returncode == 0, large.stderr
-    assert "stream: " in large.stdout
+    assert large.status == 0, large.errors
+    assert "stream: " in large.output
     refused = planned(
         "+recipe=llama-lora",
         "model=mlx-community/Meta-Llama-3.1-70B-Instruct-4bit",
         "plan.chips=[M2 Pro 16GB]",
         "topology.placement=replicate",
     )
-    assert refused.returncode == 1
-    assert "topology.placement=stream reads them from disk" in refused.stdout
+    assert refused.status == 1
+    assert "topology.placement=stream reads them from disk" in refused.output
     wrong = planned("+recipe=llama-lora", "--chips", "M9")
-    assert wrong.returncode == 2
-    (line,) = without_phases(wrong.stderr)
+    assert wrong.status == 2
+    (line,) = without_phases(wrong.errors)
     assert line.startswith("error: plan.chips: 'M9' is not a known chip")
 
 
@@ -515,15 +530,13 @@ def test_a_run_that_does_not_fit_is_refused_and_auto_makes_it_fit(wide_model_fol
         "training.eval_every=0",
         "optimizer.warmup_steps=0",
         "topology.memory_budget=150MB",
-        f"hydra.run.dir={tmp_path / 'run'}",
     ]
-    refused = train(*words, cwd=tmp_path)
-    assert refused.status == 2
-    assert refused.errors.startswith("error: topology.memory_budget: the run would need about 0.")
-    assert "topology.batch=auto" in refused.errors
-    assert len(refused.errors.splitlines()) == 1
+    refusal = refused(*words, folder=tmp_path / "run")
+    assert refusal.exit_code == 2
+    assert str(refusal).startswith("topology.memory_budget: the run would need about 0.")
+    assert "topology.batch=auto" in str(refusal)
     assert not events(tmp_path / "run", "run_started")
-    made = train(*words, "topology.batch=auto", cwd=tmp_path)
+    made = train(*words, "topology.batch=auto", f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
     assert made.status == 0, made.errors
     assert "topology.batch=auto chose training.micro_batch_size=" in made.output
     assert max(event["peak_memory"] for event in events(tmp_path / "run", "step_done")) < 150e6
@@ -595,6 +608,36 @@ def test_blocks_of_other_kinds_are_predicted_within_15_percent(kind: str) -> Non
         mx.eval(compute(0, [batch]).gradient)
         measured = mx.get_peak_memory() - before
     assert parts.activations + parts.logits == pytest.approx(measured, rel=0.15)
+
+
+def test_the_longest_row_is_the_longest_that_fits() -> None:
+    config = prepare([f"model={LLAMA_8B}", "plan.chips=[M4 16GB,M4 Max 64GB]", "adapter.num_layers=16"]).job
+    assert config is not None
+    small, large = find_longest_rows(config).nodes
+    for node in (small, large):
+        assert 0 < node.macft["none"] < node.macft["cheap"] < node.macft["blocks"]
+        assert 0 < node.mlx_lm["none"] < node.mlx_lm["blocks"] < node.macft["blocks"]
+    assert all(2 * small.macft[way] < large.macft[way] for way in small.macft)
+    shape = shape_of(known_models()[LLAMA_8B], LLAMA_8B)
+    execution = execution_for(config, shape, shape.checkpoint, METAL).padded()
+    longer = 1.25 * small.macft["cheap"]
+    peaks = [
+        MemoryPlanner(shape, execution, config.adapter, "adamw", [unlike_rows(1, int(length) + 1, int(length))], 1)
+        .parts(execution.with_batch(1, "cheap"))
+        .peak
+        for length in (small.macft["cheap"], longer)
+    ]
+    assert peaks[0] <= small.budget < peaks[1]
+
+
+def test_the_longest_row_is_printed_with_a_line_for_each_mac() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    config = prepare([f"model={LLAMA_70B}", "plan.chips=[M1 8GB,M4 Max 64GB]"]).job
+    assert config is not None
+    show_longest_rows(find_longest_rows(config), console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "mlx_lm --grad-checkpoint" in text
+    assert any(line.split()[:2] == ["M1", "8GB"] and "-" in line.split() for line in text.splitlines())
 
 
 PORTABLE = {

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 import macft
 from harness.runs import environment
 from helpers.hub import Hub, local_hub
+from helpers.names import NASTY
 from macft.publishing.model_card import hub_id, model_card
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -24,7 +25,7 @@ BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 def run_folder(tiny_task: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run of the tiny model."""
     few = ["training.batch_size=4", "training.steps=2", "training.eval_every=2", "report.console=false", "thermal=off"]
-    folder = tmp_path_factory.mktemp("publishing") / "run"
+    folder = tmp_path_factory.mktemp("publishing") / NASTY
     return Path(macft.fit(macft.compose(overrides=[*tiny_task, *few]), folder=folder).folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import mlx.core as mx
@@ -17,9 +18,11 @@ from helpers.computing import gradient_computer, randomize_adapter
 from helpers.models import SMALL, assert_same_gradient, make_from, make_model
 from macft.data.batch import collate
 from macft.data.formats import Row
+from macft.device.chips import known_chips
 from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.backends.mlx.query_blocks import attention_in_blocks
+from macft.model.execution import Execution
 from macft.training.gradient import LocalGradient
 
 # Blocks of 32 queries for the rows below.
@@ -115,7 +118,16 @@ def test_attention_in_blocks_is_attention(mask: str, key_heads: int) -> None:
     given = masks[mask]
     if mask == "by row":  # every query sees itself
         given = given | mx.eye(length, dtype=mx.bool_)
-    blockwise = attention_in_blocks(scaled_dot_product_attention, lambda: True, 32 * 2 * 4 * length)
+    scores = 32 * 2 * 4 * length
+    blockwise, evaluated = (
+        attention_in_blocks(
+            scaled_dot_product_attention, lambda on=on: on, training_scores=scores, evaluation_scores=scores
+        )
+        for on in (True, False)
+    )
+    whole = scaled_dot_product_attention(queries, keys, values, cache=None, scale=0.3, mask=given)
+    in_parts = evaluated(queries, keys, values, cache=None, scale=0.3, mask=given)
+    np.testing.assert_allclose(np.array(in_parts), np.array(whole), rtol=1e-5, atol=2e-6)
     results = [
         mx.vjp(
             lambda q, k, v, function=function: function(q, k, v, cache=None, scale=0.3, mask=given),
@@ -126,6 +138,29 @@ def test_attention_in_blocks_is_attention(mask: str, key_heads: int) -> None:
     ]
     for expected, found in zip(*([*outputs, *gradients] for outputs, gradients in results), strict=True):
         np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_long_products_are_computed_in_parts(kind: str) -> None:
+    """As on a Mac, which ends a kernel that runs for seconds; here parts of 20 tokens or so."""
+    for recompute in ("none", "cheap"):
+        model, adaptation = adapted(make_model("llama"), kind)
+        found = computed(model, adaptation, recompute=recompute, max_operations=2 * 20 * 32 * 64)
+        assert_as_mlx_lm(model, found)
+
+
+def test_no_command_of_metal_runs_for_seconds() -> None:
+    """By count, at a quarter of each chip's peak. A buffer ends behind an operation on 50 million values."""
+    execution = Execution(device="metal", kernels="mlx", dtype="bfloat16")
+    side = math.sqrt(50 * 2**20 / 3)  # of the largest product that does not end a buffer
+    before = 2 * side**3
+    attention = 4 * 128 * max(execution.max_scores, execution.max_evaluation_scores)
+    head = 2 * 8192 * execution.max_logits
+    for chip in known_chips().values():
+        speed = chip.tflops * 1e12 / 4
+        assert (before + max(execution.max_operations, attention, head)) / speed < 2.5, chip.chip
+        # Other kernels read and write arrays that fit the memory, once each.
+        assert max(chip.memory) / chip.bandwidth < 1.0
 
 
 WIDE = {**SMALL, "model_type": "llama", "hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 6}

@@ -173,6 +173,19 @@ def test_all_ranks_agree(
     assert (first.cut(2) is not None) == (placement == "pipeline")
 
 
+@pytest.mark.parametrize("placement", ["pipeline", "auto"])
+def test_ranks_stay_in_step_where_nothing_can_be_predicted(folder: Path, placement: str) -> None:
+    """Each node's own decision then raises why: here, a block that the model doesn't have."""
+
+    def agree(ring: Ring) -> tuple[bool, list[bytes]]:
+        part = part_of(folder, 2, ring.rank, placement=placement)
+        part.config.adapter.layers = [99]
+        agreed = agree_on_placement(part, ring)
+        return agreed.cut(2) is None, ring.all_gather(b"next")
+
+    assert run_ranks(local_listeners(2), agree) == [(True, [b"next"] * 2)] * 2
+
+
 @pytest.mark.parametrize(
     ("told", "wanted", "found"),
     [

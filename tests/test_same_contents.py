@@ -295,6 +295,20 @@ def test_a_host_that_cannot_read_its_rows_stops_the_others(
 
 
 @pytest.mark.slow
+def test_a_weights_file_that_was_cut_off_is_named_with_its_host(
+    tmp_path: Path, basics: list[str], folders: tuple[Path, Path]
+) -> None:
+    file = folders[0] / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    first, second = two_hosts(tmp_path, basics, *folders)
+    assert (first.status, second.status) == (1, 2)
+    assert "rank 1 (127.0.0.1:" in first.errors
+    for finished in (first, second):
+        assert f"model.path: {file} has " in finished.errors
+        assert "Traceback" not in finished.errors
+
+
+@pytest.mark.slow
 def test_hosts_with_the_same_contents_elsewhere_train(
     tmp_path: Path, basics: list[str], folders: tuple[Path, Path]
 ) -> None:

@@ -17,6 +17,7 @@ import pytest
 import macft.serve
 from harness.runs import environment
 from helpers.models import random_adapter
+from helpers.names import NASTY
 from helpers.serving import CHAT, JSON, Served, answers_of_one_process, events, served
 from macft.errors import ConfigError, LaunchError, MacftError
 from macft.evaluation.chat import Sampling
@@ -29,7 +30,7 @@ QUESTIONS = ("Repeat: red", "seven lamps", "what is north? " * 9, "quiet", "rive
 
 @pytest.fixture(scope="module")
 def adapter_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
-    folder = tmp_path_factory.mktemp("adapter") / "ours"
+    folder = tmp_path_factory.mktemp("adapter") / NASTY
     random_adapter(folder, tiny_model_folder, AdapterConfig(rank=4, scale=4.0))
     return folder
 
@@ -201,6 +202,7 @@ def test_a_streamed_model_gives_the_same_answers(adapter_folder: Path, expected:
         (["--api-key", ""], ConfigError, "--api-key: is empty"),
         (["--api-key", "a b"], ConfigError, "--api-key: must be printable ASCII"),
         (["--together", "0"], ConfigError, "--together: 0 must be 1 or more"),
+        (["--max-tokens", "-1"], ConfigError, "--max-tokens: -1 must be 1 or more; a server's answers have a limit"),
         (["--temp", "-1"], ConfigError, "--temp: -1.0 must be 0"),
         (["--host", "no-such-host.invalid"], LaunchError, "--host: can't listen at no-such-host.invalid"),
     ],

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import mlx.nn as nn
@@ -20,9 +20,11 @@ from harness.runs import adapter, environment, free_ports, losses, ranks, same_b
 from helpers.members import Node
 from macft.collective.solo import Solo
 from macft.data.formats import Row
+from macft.launch.local import _code, _Wish
 from macft.membership.paxos import View
 from macft.model.execution import Execution
 from macft.parallel.shares import DataShard
+from macft.rendezvous.server import RendezvousServer
 from macft.report.events import Evaluated, Event
 from macft.training.batch_layout import DeviceBatch
 from macft.training.stop_request import Stopped
@@ -127,8 +129,12 @@ class _Losses:
 
     count = 0
 
-    def of_batches(self, batches: Sequence[Sequence[DeviceBatch]]) -> Iterator[list[float]]:
+    def of_batches(
+        self, batches: Sequence[Sequence[DeviceBatch]], stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[list[float]]:
         for parts in batches:
+            if stopped():
+                return
             self.count += 1
             yield [1.0 for _ in parts]
 
@@ -148,6 +154,23 @@ def test_a_validation_stops_between_two_batches() -> None:
             stopped=lambda: counted.count == 2,
         )
     assert counted.count == 2
+
+
+def test_a_rank_that_the_wish_has_ended_has_not_failed() -> None:
+    """It comes again while a rank's Python is closing down, which can't handle signals any more."""
+    server = RendezvousServer("127.0.0.1:0", world_size=2, run_id="x", must_match={}, timeout=1.0)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        wish = _Wish([process], server, None)
+        assert _code(process, wish) is None
+        wish.count = 1
+        wish.pass_on()
+        process.wait()
+        assert _code(process, wish) == 130
+    with subprocess.Popen(["sleep", "60"]) as process:
+        process.terminate()
+        process.wait()
+        assert _code(process, _Wish([process], server, None)) == -signal.SIGTERM
+    server.close()
 
 
 # Whole runs.

@@ -1,4 +1,4 @@
-"""Runs whose blocks are read from disk: as users start them, on one node and two, killed, resumed, evaluated."""
+"""Runs whose blocks are read from disk: on one node, on two as users start them, killed, resumed, refused."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import macft
 from harness.families import build
 from harness.runs import (
     adapter,
@@ -18,10 +19,10 @@ from harness.runs import (
     ranks,
     same_bits,
     start,
-    train,
     train_to_end,
     wait_for_step,
 )
+from helpers.runs_here import refused, train_here
 
 STREAM = ["topology.placement=stream", "topology.resident_blocks=0"]
 RECOMPUTED = ["topology.placement=replicate", "training.recompute=blocks"]
@@ -49,13 +50,18 @@ def basics(tiny_task: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def in_memory(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Path:
-    """The run with all weights in memory and blocks recomputed."""
-    return train_to_end(*basics, *RECOMPUTED, folder=tmp_path_factory.mktemp("in-memory"))
+    """The run with all weights in memory and blocks recomputed. Read only, as the next one."""
+    return train_here(*basics, *RECOMPUTED, folder=tmp_path_factory.mktemp("in-memory") / "run")
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Path:
+    """The run whose blocks are all read from disk."""
+    return train_here(*basics, *STREAM, folder=tmp_path_factory.mktemp("streamed") / "run")
 
 
 @pytest.mark.slow
-def test_a_streamed_run_has_the_bits_of_one_in_memory(tmp_path: Path, basics: list[str], in_memory: Path) -> None:
-    streamed = train_to_end(*basics, *STREAM, folder=tmp_path)
+def test_a_streamed_run_has_the_bits_of_one_in_memory(streamed: Path, in_memory: Path) -> None:
     assert losses(streamed) == losses(in_memory)
     assert same_bits(adapter(streamed), adapter(in_memory))
     evaluated = [[event["loss"] for event in events(run, "evaluated")] for run in (streamed, in_memory)]
@@ -80,16 +86,15 @@ def test_two_nodes_exchange_the_same(tmp_path: Path, basics: list[str], exchange
 
 
 @pytest.mark.slow
-def test_resumed_with_its_weights_elsewhere(tmp_path: Path, basics: list[str], in_memory: Path) -> None:
+def test_resumed_with_its_weights_elsewhere(tmp_path: Path, streamed: Path, in_memory: Path) -> None:
     """From a checkpoint of a run in memory, and back again."""
-    for first, then in ((RECOMPUTED, STREAM), (STREAM, RECOMPUTED)):
-        folder = tmp_path / first[0].split("=")[1]
-        train_to_end(*basics, *first, "training.steps=12", folder=folder)
+    for first, then in ((in_memory, STREAM), (streamed, RECOMPUTED)):
+        folder = Path(shutil.copytree(first, tmp_path / first.parent.name))
         for step in (9, 12):
             shutil.rmtree(folder / "checkpoints" / f"step-{step:08d}")
         shutil.rmtree(folder / "adapters")
-        done = train(f"+resume={folder}", *then, cwd=tmp_path)
-        assert done.status == 0, done.errors
+        macft.resume(folder, then)
+        assert losses(folder) == losses(in_memory)
         assert same_bits(adapter(folder), adapter(in_memory))
 
 
@@ -155,12 +160,10 @@ def test_auto_streams_what_does_not_fit(tmp_path: Path, words: list[str]) -> Non
     ],
 )
 def test_what_cannot_be_is_one_line(tmp_path: Path, tiny_task: list[str], words: list[str], message: str) -> None:
-    done = train(
-        *tiny_task, "training.steps=1", "optimizer.warmup_steps=0", "topology.placement=stream", *words, cwd=tmp_path
-    )
-    assert done.status == 2
-    assert done.errors.startswith(f"error: {message}")
-    assert len(done.errors.splitlines()) == 1
+    short = ["training.steps=1", "optimizer.warmup_steps=0", "topology.placement=stream"]
+    error = refused(*tiny_task, *short, *words, folder=tmp_path / "run")
+    assert error.exit_code == 2
+    assert str(error).startswith(message)
 
 
 @pytest.mark.slow
@@ -169,11 +172,10 @@ def test_a_torn_file_and_a_model_that_cannot_be_cut_are_one_line(tmp_path: Path,
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     words = [tiny_task[1], "training.steps=1", "optimizer.warmup_steps=0", "topology.placement=stream"]
-    torn = train(f"model={folder}", *words, cwd=tmp_path)
-    assert torn.status == 2
-    assert "model.safetensors has" in torn.errors
-    assert "and should have" in torn.errors
-    uncut = train(f"model={build('gemma4_text', tmp_path / 'uncut')}", *words, cwd=tmp_path)
-    assert uncut.status == 2
-    assert uncut.errors.startswith("error: topology.placement: stream can't cut this model into its blocks")
-    assert len(uncut.errors.splitlines()) == 1
+    torn = refused(f"model={folder}", *words, folder=tmp_path / "first")
+    assert torn.exit_code == 2
+    assert "model.safetensors has" in str(torn)
+    assert "and should have" in str(torn)
+    uncut = refused(f"model={build('gemma4_text', tmp_path / 'uncut')}", *words, folder=tmp_path / "second")
+    assert uncut.exit_code == 2
+    assert str(uncut).startswith("topology.placement: stream can't cut this model into its blocks")

@@ -218,7 +218,7 @@ def test_speeds_of_one_machine_are_kept_together(tmp_path: Path, monkeypatch: py
 
 def test_matrix_units_count_for_16_bits_only() -> None:
     chips = known_chips()
-    assert chip_speed(chips["M4"]) == pytest.approx(4.6e12 * MAC_EFFICIENCY)
-    assert chip_speed(chips["M5 Max"]) > 1.5 * chip_speed(chips["M4 Max"])
+    assert chip_speed(chips["M4"], "bfloat16") == pytest.approx(4.6e12 * MAC_EFFICIENCY)
+    assert chip_speed(chips["M5 Max"], "bfloat16") > 1.5 * chip_speed(chips["M4 Max"], "bfloat16")
     assert chip_speed(chips["M5 Max"], "float32") == pytest.approx(19.6e12 * MAC_EFFICIENCY)
     assert [name for name, chip in chips.items() if chip.matrix_tflops] == ["M5", "M5 Pro", "M5 Max"]

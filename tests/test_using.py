@@ -325,44 +325,55 @@ PEFT_PYTHON = os.environ.get("PEFT_PYTHON", sys.executable)
 PEFT = """
 import sys
 import numpy, peft, torch, transformers
-model, adapter, saved, result = sys.argv[1:5]
-tokens = torch.tensor([[int(token) for token in sys.argv[5:]]])
-base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-with torch.no_grad():
-    plain = base(tokens).logits.numpy()
-    tuned = peft.PeftModel.from_pretrained(base, adapter).eval()
-    numpy.savez(result, plain=plain, tuned=tuned(tokens).logits.numpy())
-tuned.save_pretrained(saved)
+model, tokens, *folders = sys.argv[1:]
+tokens = torch.tensor([[int(token) for token in tokens.split()]])
+for folder in folders:
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        plain = base(tokens).logits.numpy()
+        tuned = peft.PeftModel.from_pretrained(base, f"{folder}/peft").eval()
+        numpy.savez(f"{folder}/logits.npz", plain=plain, tuned=tuned(tokens).logits.numpy())
+    tuned.save_pretrained(f"{folder}/saved")
 """
+PEFT_KINDS = {
+    "lora": AdapterConfig(rank=4, scale=2.0),
+    "rslora": AdapterConfig(rank=4, scale=2.0, alpha=8.0, rslora=True),
+    "dora": AdapterConfig(type="dora", rank=4, scale=2.0),
+}
+PEFT_TOKENS = [5, 60, 700, 8, 90, 1000]
 
 
-def run_in_peft(*arguments: object) -> None:
-    """Runs PEFT on a model, an adapter, a folder to save the adapter in, an .npz file for the logits, and tokens."""
+@pytest.fixture(scope="module")
+def in_peft(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
+    """A folder with one for each kind: our adapter, the export, its logits in PEFT, and what PEFT saves of it."""
+    folder = tmp_path_factory.mktemp("in-peft")
+    for kind, config in PEFT_KINDS.items():
+        random_adapter(folder / kind / "ours", tiny_model_folder, config)
+        model, alpha, rslora = str(tiny_model_folder), config.alpha, config.rslora
+        export_peft(folder / kind / "ours", folder / kind / "peft", base_model=model, alpha=alpha, rslora=rslora)
+    words = [tiny_model_folder, " ".join(map(str, PEFT_TOKENS)), *(folder / kind for kind in PEFT_KINDS)]
     done = subprocess.run(
-        [PEFT_PYTHON, "-c", PEFT, *map(str, arguments)], env=environment(), capture_output=True, text=True, check=False
+        [PEFT_PYTHON, "-c", PEFT, *map(str, words)], env=environment(), capture_output=True, text=True, check=False
     )
     if "ModuleNotFoundError" in done.stderr:
         pytest.skip(f"{done.stderr.splitlines()[-1]} in {PEFT_PYTHON}; PEFT_PYTHON may name another")
     assert done.returncode == 0, done.stderr
+    return folder
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
-def test_peft_itself_computes_the_same(tmp_path: Path, tiny_model_folder: Path, kind: str) -> None:
-    alpha, rslora = (8.0, True) if kind == "rslora" else (None, False)
-    config = AdapterConfig(type="dora" if kind == "dora" else "lora", rank=4, scale=2.0, alpha=alpha, rslora=rslora)
-    model = random_adapter(tmp_path / "ours", tiny_model_folder, config)
-    export_peft(tmp_path / "ours", tmp_path / "peft", base_model=str(tiny_model_folder), alpha=alpha, rslora=rslora)
-    tokens = [5, 60, 700, 8, 90, 1000]
-    run_in_peft(tiny_model_folder, tmp_path / "peft", tmp_path / "saved", tmp_path / "logits.npz", *tokens)
-    logits = np.load(tmp_path / "logits.npz")
-    ours = np.array(model(mx.array([tokens])))
+@pytest.mark.parametrize("kind", PEFT_KINDS)
+def test_peft_itself_computes_the_same(in_peft: Path, tmp_path: Path, tiny_model_folder: Path, kind: str) -> None:
+    def answer(adapter: Path) -> np.ndarray:
+        model = mlx_lm_load(str(tiny_model_folder))[0]
+        attach(model, adapter)
+        return np.array(model(mx.array([PEFT_TOKENS])))
+
+    logits, ours = np.load(in_peft / kind / "logits.npz"), answer(in_peft / kind / "ours")
     assert np.abs(logits["tuned"] - logits["plain"]).max() > 0.1
     np.testing.assert_allclose(logits["tuned"], ours, rtol=1e-3, atol=1e-3)
     # And what PEFT saves comes back.
-    import_peft(tmp_path / "saved", tmp_path / "back")
-    other = mlx_lm_load(str(tiny_model_folder))[0]
-    attach(other, tmp_path / "back")
-    np.testing.assert_allclose(np.array(other(mx.array([tokens]))), ours, rtol=1e-4, atol=1e-4)
+    import_peft(in_peft / kind / "saved", tmp_path / "back")
+    np.testing.assert_allclose(answer(tmp_path / "back"), ours, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 
 from macft.collective_bench.ports import free_addresses
+from macft.report.growing_file import GrowingFile
 
 
 @dataclass
@@ -83,7 +84,14 @@ def wait_for_events(process: subprocess.Popen[str], folder: Path, kind: str, cou
     Raises AssertionError if ``process`` ends before, or after two minutes.
     """
     deadline = time.monotonic() + 120
-    while sum(text in event.get("text", "") for event in events(folder, kind)) < count:
+    file, incarnation, found = GrowingFile(folder / "metrics.jsonl"), 0, 0
+    while True:
+        lines = file.read()
+        if file.incarnation != incarnation:
+            incarnation, found = file.incarnation, 0
+        found += sum(event["type"] == kind and text in event.get("text", "") for event in map(json.loads, lines))
+        if found >= count:
+            return
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, [log.read_text() for log in (folder / "logs").glob("*")]
         time.sleep(0.01)

@@ -86,7 +86,7 @@ def _compare_spread(
         answers.close()
         return result
 
-    with leading_rank(topology, tokenizer) as rank:
+    with leading_rank(topology, tuned, tokenizer) as rank:
         return measure("base", is_tuned=False), measure("tuned", is_tuned=True)
 
 

@@ -89,7 +89,7 @@ def _spread(
             print(line, file=sys.stderr, flush=True)
 
     prepare_device()
-    with leading_rank(topology) as rank:
+    with leading_rank(topology, tuned) as rank:
         spread = spread_model(tuned, is_tuned=not arguments.base)
         answers = ClusterAnswers(rank, spread, together=1, remembered=1, tell=tell)
         for token in arguments.extra_eos_token:

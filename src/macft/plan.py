@@ -11,8 +11,9 @@ from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.config.command_line import prepare
 from macft.network.link_kinds import LINK_KINDS
+from macft.planner.longest_row import LongestRowPlan, find_longest_rows
 from macft.planner.run_plan import plan_run
-from macft.planner.table import show
+from macft.planner.table import show, show_longest_rows
 from macft.report.shown_phases import ShownPhases
 
 _EPILOG = (
@@ -25,7 +26,7 @@ _PLAIN_WIDTH = 100
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the plan; returns 0 if the run fits, 1 if macft.train would refuse it.
+    """Prints the plan; returns 0 if the run fits, 1 if macft.train would refuse it. ``--longest-row`` returns 0.
 
     Raises:
         MacftError: The command line is wrong, or the model's configuration can't be read.
@@ -40,8 +41,14 @@ def main(argv: Sequence[str]) -> int:
         phases.begin("checking the configuration")
         config = prepare(overrides).job
         assert config is not None
-        plan = plan_run(config, progress=phases)
-    show(plan, Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH))
+        plan = (
+            find_longest_rows(config, progress=phases) if arguments.longest_row else plan_run(config, progress=phases)
+        )
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    if isinstance(plan, LongestRowPlan):
+        show_longest_rows(plan, console)
+        return 0
+    show(plan, console)
     return 0 if plan.fits else 1
 
 
@@ -61,6 +68,11 @@ def _parser() -> Parser:
         "--link",
         metavar="LINK",
         help=f"what connects them: {', '.join(LINK_KINDS)}, or bytes a second (500MB); one, or one for each Mac",
+    )
+    parser.add_argument(
+        "--longest-row",
+        action="store_true",
+        help="print only how long a row of tokens could be on each of them, beside mlx_lm.lora",
     )
     return parser
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,7 +52,6 @@ def main(argv: Sequence[str]) -> NoReturn:
     # Before the model, which may take long to load.
     with Server(config) as server:
         prepare_device()
-        signal.signal(signal.SIGTERM, _interrupt)
         engine: Engine | None = None
         try:
             engine = _engine(tuned, config, topology, is_tuned=not arguments.base)
@@ -82,10 +80,6 @@ def _engine(tuned: TunedModel, config: ServerConfig, topology: TopologyConfig | 
     return ClusterEngine(_spread(tuned, config, topology, is_tuned=is_tuned), config)
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 @contextmanager
 def _opened(tuned: TunedModel, *, is_tuned: bool) -> Iterator[LoadedModel]:
     from macft.model.backends.choose import make_backend
@@ -102,7 +96,7 @@ def _spread(
     from macft.run.cluster_answers import ClusterAnswers
 
     spread = spread_model(tuned, is_tuned=is_tuned)
-    with leading_rank(topology) as rank:
+    with leading_rank(topology, tuned) as rank:
         answers = ClusterAnswers(rank, spread, together=config.together, remembered=_REMEMBERED, tell=_tell)
         yield answers
         answers.close()

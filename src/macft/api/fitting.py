@@ -61,7 +61,7 @@ def run_claimed(config: TrainConfig, taken: Claim, *, resume: bool, callbacks: C
         RanksFailed: it failed in other processes, the first of which has printed why.
     """
     try:
-        return run(config, taken.path, resume=resume, callbacks=callbacks)
+        return run(config, taken.path, resume=resume, farewell=taken.abandon, callbacks=callbacks)
     except MacftError as error:
         taken.keeps_logs = error.needs_logs
         raise

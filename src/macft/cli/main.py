@@ -23,9 +23,9 @@ def main() -> NoReturn:
 
 def _dispatch(argv: Sequence[str]) -> int:
     if argv and argv[0] in COMMANDS:
-        module = importlib.import_module(module_of(argv[0]))
         del sys.argv[1]  # Hydra, too, reads the arguments from there
-        return run_command(module.main)
+        # Imported there: it takes long enough to be interrupted.
+        return run_command(lambda words: importlib.import_module(module_of(argv[0])).main(words))
     return run_command(_list_commands, argv)
 
 

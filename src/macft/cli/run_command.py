@@ -7,7 +7,9 @@ import errno
 import io
 import os
 import select
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 from macft.errors import MacftError
@@ -28,8 +30,9 @@ def run_command(
     """Calls ``main(argv)`` and returns the exit status; None from ``main`` means 0.
 
     A :class:`MacftError` is printed on standard error, each line after ``error:``, and gives its own exit status.
-    A disk that is full or can't be written is one line too. After Ctrl-C the line that ``interrupted`` returns is
-    printed. A closed pipe, as in ``macft cluster list | head -1``, ends the command without a message, with status 1.
+    A disk that is full or can't be written is one line too. After Ctrl-C, SIGTERM or SIGHUP the line that
+    ``interrupted`` returns is printed. A closed pipe, as in ``macft cluster list | head -1``, ends the command without
+    a message, with status 1.
 
     Args:
         argv: The arguments, without the program's name; by default those of the process.
@@ -37,6 +40,7 @@ def run_command(
     # Without this, the tokenizers library prints a warning when a process that has used it forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _show_any_text()
+    _end_in_order()
     try:
         status = main(sys.argv[1:] if argv is None else argv) or 0
         sys.stdout.flush()
@@ -67,6 +71,18 @@ def _complain(line: str) -> None:
 def exit_status(reason: str) -> int:
     """The exit status of a run that ended for ``reason``, a value of ``RunEnded.reason``."""
     return _STATUS[reason]
+
+
+def _end_in_order() -> None:
+    """Lets SIGTERM and SIGHUP end the command as Ctrl-C does: what it has begun to write is removed or finished.
+
+    What was set otherwise stays, as under ``nohup``.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _show_any_text() -> None:

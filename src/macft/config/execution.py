@@ -11,7 +11,7 @@ from macft.errors import ConfigError, ModelError
 from macft.model.execution import Execution, WeightFormat, resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import ModelShape, read_shape, read_weight_format
-from macft.training.settings import fixed_micro_batch
+from macft.training.settings import TrainingConfig, fixed_micro_batch
 
 _MICRO_BATCHES = 16
 """Micro-batches that a pipeline computes in a step, unless told otherwise: four for each of four stages."""
@@ -23,7 +23,7 @@ def execution_for(config: TrainConfig, shape: ModelShape | None, checkpoint: Wei
     Raises:
         ConfigError: the model or the device does not support a setting; one line.
     """
-    training, adapter = config.training, config.adapter
+    training, adapter = _without_choices(config.training), config.adapter
     placement = config.topology.placement
     if placement in ("stream", "pipeline") and insists_on_compiling(config):
         raise ConfigError(
@@ -39,14 +39,27 @@ def execution_for(config: TrainConfig, shape: ModelShape | None, checkpoint: Wei
         dropout=has_dropout or (shape is not None and shape.has_dropout),
         compile=training.compile,
         kernels=training.kernels,
-        # Deterministic: nothing is chosen by what a node has to compute.
-        recompute="none" if training.deterministic and training.recompute == "auto" else training.recompute,
+        recompute=training.recompute,
         loss_chunk=training.loss_chunk,
-        micro_batch_size=fixed_micro_batch(training)
-        if training.deterministic
-        else training.micro_batch_size or _micro_batch_of_pipelines(config),
+        micro_batch_size=training.micro_batch_size or _micro_batch_of_pipelines(config),
     )
     return replace(execution, lanes=1) if training.deterministic else execution
+
+
+def _without_choices(training: TrainingConfig) -> TrainingConfig:
+    """``training``; with ``deterministic`` nothing is left open that a node's memory, kind of part or threads decide.
+
+    Kernels are MLX's, which compute the same whether a node has all blocks, reads them from disk, or has some of them.
+    """
+    if not training.deterministic:
+        return training
+    return replace(
+        training,
+        micro_batch_size=fixed_micro_batch(training),
+        recompute="none" if training.recompute == "auto" else training.recompute,
+        compile="false" if training.compile.lower() == "auto" else training.compile,
+        kernels="mlx" if training.kernels == "auto" else training.kernels,
+    )
 
 
 def insists_on_compiling(config: TrainConfig) -> bool:

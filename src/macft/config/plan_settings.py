@@ -43,3 +43,11 @@ def problems(config: PlanConfig) -> list[str]:
     if not errors and config.chips and len(links) not in (1, count := len(find_macs(config.chips))):
         errors.append(f"plan.link: {len(links)} links for {count} Macs; give one, or one for each")
     return errors
+
+
+def planned_nodes(config: PlanConfig) -> int | None:
+    """How many Macs are planned for; None: as many nodes as the topology has, or the Macs are not valid."""
+    try:
+        return len(find_macs(config.chips)) or None
+    except ConfigError:
+        return None

@@ -82,7 +82,7 @@ def _combinations(config: TrainConfig) -> list[str]:
         )
     errors += _placement_combinations(config)
     errors += _deterministic_combinations(config)
-    nodes = config.topology.pipelines if config.topology.placement == "pipeline" else world_size(config)
+    nodes = config.topology.pipelines if config.topology.placement == "pipeline" else _nodes(config)
     what = "pipelines" if config.topology.placement == "pipeline" else "nodes"
     if nodes > config.training.batch_size > 0:
         errors.append(
@@ -106,8 +106,7 @@ def _placement_combinations(config: TrainConfig) -> list[str]:
         )
     if placement != "pipeline":
         return errors
-    if not config.plan.chips:  # they are the nodes of a plan
-        errors += topology_settings.pipeline_problems(config.topology)
+    errors += topology_settings.pipeline_problems(config.topology, _nodes(config))
     if config.training.sync == "diloco":
         errors.append(
             "topology.placement: a pipeline's nodes exchange hidden states in every step, and training.sync=diloco is "
@@ -118,6 +117,11 @@ def _placement_combinations(config: TrainConfig) -> list[str]:
     elif not config.collective.streams:
         errors.append("topology.placement: pipeline needs collective.streams=true; hidden states travel over them")
     return errors
+
+
+def _nodes(config: TrainConfig) -> int:
+    """Those of the run, or of its plan."""
+    return plan_settings.planned_nodes(config.plan) or world_size(config)
 
 
 def _deterministic_combinations(config: TrainConfig) -> list[str]:
@@ -131,7 +135,6 @@ def _deterministic_combinations(config: TrainConfig) -> list[str]:
         ),
         (config.topology.batch == "auto", "topology.batch=auto, which chooses by free memory"),
         (config.adapter.type == "full", "adapter=full, whose sums would need 16 bytes for each weight"),
-        (config.topology.placement == "pipeline", "topology.placement=pipeline, which adds up stage by stage"),
     ]
     return [f"training.deterministic: does not go with {what}" for applies, what in obstacles if applies]
 

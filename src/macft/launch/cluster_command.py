@@ -51,8 +51,6 @@ def topology_of(arguments: argparse.Namespace) -> TopologyConfig | None:
     if nodes is not None and name != _LOCAL:
         raise ConfigError("--nodes: is for --topology local; a cluster has the machines that its file lists")
     if name is None:
-        if arguments.placement == "pipeline":
-            raise ConfigError("--placement: pipeline spreads the model over machines; name them by --topology")
         return None
     if arguments.placement in ("replicate", "stream"):
         raise ConfigError(
@@ -84,14 +82,20 @@ def spread_model(tuned: TunedModel, *, is_tuned: bool) -> SpreadModel:
 
 
 @contextmanager
-def leading_rank(topology: TopologyConfig, tokenizer: TokenizerWrapper | None = None) -> Iterator[AnsweringRank]:
+def leading_rank(
+    topology: TopologyConfig, tuned: TunedModel, tokenizer: TokenizerWrapper | None = None
+) -> Iterator[AnsweringRank]:
     """The rank of this process, which leads, of the cluster ``topology``; the others end with it.
 
-    They are started, but for ``kind: hosts``; see :func:`follow_first_host`.
+    They are started, but for ``kind: hosts``; see :func:`follow_first_host`. ``tokenizer`` is that of ``tuned``, if it
+    was loaded before.
 
     Raises:
-        MacftError: the ranks do not come together.
+        ConfigError: processes here would be more than the model has blocks.
+        MacftError: the model can't be found, or the ranks do not come together.
     """
+    if topology.kind == "local":
+        _check_processes(topology.nodes, tuned)
     from macft.launch.answering import answering_cluster
     from macft.run.answering import AnsweringRank
     from macft.run.cluster_answers import dismiss
@@ -101,6 +105,18 @@ def leading_rank(topology: TopologyConfig, tokenizer: TokenizerWrapper | None = 
         rank = AnsweringRank(collective, name="this machine", machine_share=share, tokenizer=tokenizer)
         yield rank
         dismiss(rank)
+
+
+def _check_processes(count: int, tuned: TunedModel) -> None:
+    """Each process needs a block; found before they are started."""
+    from macft.model.resolve import resolve
+    from macft.model.shape import read_shape
+
+    blocks = read_shape(tuned.whole or resolve(tuned.model)).blocks
+    if count > blocks:
+        raise ConfigError(
+            f"--nodes: {count} nodes are more than the {blocks} blocks of the model; use {blocks} or fewer"
+        )
 
 
 def follow_first_host(topology: TopologyConfig | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 from macft.config.schema import TrainConfig
@@ -12,15 +13,17 @@ from macft.launch.run_clock import started
 from macft.membership.join import join_elastic_ring, local_address_towards, member_addresses
 from macft.rendezvous.keystore import keyring_for
 from macft.report.phase_lines import PhaseLines
-from macft.run.claim import after_interrupt
 from macft.run.node import run_node
 from macft.topology.hosts import own_rank
 from macft.topology.settings import host_paths
 from macft.training.stop_request import StopRequest, announce
 
 
-def join_run(config: TrainConfig, folder: Path, target: str, phases: PhaseLines) -> str:
-    """Joins the run of the nodes at ``target`` (a value of ``topology.join``); returns why it ended."""
+def join_run(config: TrainConfig, folder: Path, target: str, phases: PhaseLines, *, farewell: Callable[[], str]) -> str:
+    """Joins the run of the nodes at ``target`` (a value of ``topology.join``); returns why it ended.
+
+    ``farewell``: see :func:`macft.launch.run.run`.
+    """
     topology = config.topology
     fault_points.begin(fault_points.NEWCOMER)
     addresses = member_addresses(target, topology.port)
@@ -29,7 +32,7 @@ def join_run(config: TrainConfig, folder: Path, target: str, phases: PhaseLines)
     is_local = own in ("127.0.0.1", "[::1]")
     paths = [(own, 0)] if is_local and not is_listed else host_paths(own, topology.port)
     name = own if is_listed else platform.node() or own
-    stop = StopRequest(announce, farewell=lambda: after_interrupt(folder))
+    stop = StopRequest(announce, farewell=farewell)
     with stop.listening():
         member = member_config(config, paths, name=name, keyring=keyring_for(topology, config.collective))
         phases.begin(f"asking {target} to be let in")

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 
+from macft.cli.run_command import INTERRUPTED
 from macft.collective.matching import Texts
 from macft.device.blas import available_cores
 from macft.errors import MacftError
@@ -157,6 +158,11 @@ class _Wish:
         if self.count == 1 and self._server.has_met:
             announce(NODES_STOP)
 
+    @property
+    def is_passed_on(self) -> bool:
+        """Whether the ranks have been told."""
+        return self._passed_on > 0
+
     def look(self) -> None:
         """Calls the ``watch`` of the launcher."""
         if self._watch is not None:
@@ -219,13 +225,19 @@ def _how(code: int) -> str:
     return f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
 
 
+def _code(process: subprocess.Popen[bytes], wish: _Wish) -> int | None:
+    """How the rank's process ended; None: it runs. The signal that tells it to stop may end one that is ending."""
+    code = process.poll()
+    return INTERRUPTED if code == -signal.SIGTERM and wish.is_passed_on else code
+
+
 def _wait(processes: list[subprocess.Popen[bytes]], logs: Path, wish: _Wish) -> int:
     """Waits for all ranks. After one has failed, the others have ``_GRACE_SECONDS`` to report it and end."""
     failed: int | None = None
     deadline = float("inf")
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         for rank, process in enumerate(processes):
-            if failed is None and process.poll() not in (None, 0, 130):
+            if failed is None and _code(process, wish) not in (None, 0, INTERRUPTED):
                 failed, deadline = rank, time.monotonic() + _GRACE_SECONDS
                 _log.warning("rank %d ended with status %d; the others have %g s", rank, process.poll(), _GRACE_SECONDS)
                 if process.returncode < 0:  # else it has said why
@@ -235,7 +247,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path, wish: _Wish) -> 
     for rank, process in enumerate(processes):
         _end(process)
         _log.info("rank %d ended with status %d", rank, process.returncode)
-    first = processes[0].returncode
+    first = _code(processes[0], wish) or 0
     if failed is None or failed == 0:
         return first if first >= 0 else 128 - first
     how = _how(processes[failed].returncode)
@@ -261,7 +273,7 @@ def _wait_elastic(
     ended: dict[int, int] = {}
     while any(process.poll() is None for process in processes):
         for rank, process in enumerate(processes):
-            if rank in ended or (code := process.poll()) is None:
+            if rank in ended or (code := _code(process, wish)) is None:
                 continue
             is_running = 0 not in ended.values() and any(other.poll() is None for other in processes)
             if code < 0 and wish.count < 2:  # else it has said why
@@ -276,13 +288,13 @@ def _wait_elastic(
         _show(logs, leader, shown)
         wish.pass_on()
         time.sleep(0.05)
-    codes = [process.returncode for process in processes]
+    codes = [_code(process, wish) or 0 for process in processes]
     for rank, code in enumerate(codes):
         if rank not in ended:
             _log.info("rank %d ended with status %d", rank, code)
     for rank in shown:
         _show(logs, rank, shown)
-    for code in (0, 130):  # a rank ends with 0 only if it knows that the results are on disk
+    for code in (0, INTERRUPTED):  # a rank ends with 0 only if it knows that the results are on disk
         if code in codes:
             return code
     failed = next((rank for rank, code in enumerate(codes) if code > 0), 0)

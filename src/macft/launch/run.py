@@ -12,6 +12,7 @@ from pathlib import Path
 from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic, world_size
 from macft.config.yaml import must_match, to_yaml
+from macft.device import fault_points
 from macft.device.awake import keep_awake
 from macft.device.durable import identity, write_atomically
 from macft.errors import LaunchError
@@ -21,7 +22,6 @@ from macft.report.callbacks import Callbacks
 from macft.report.phase_lines import PhaseLines, printed_phases
 from macft.report.run_folder import RunFolder
 from macft.report.trackers.registry import require_installed
-from macft.run.claim import after_interrupt
 from macft.run.resume import check_resume
 from macft.topology.hosts import own_rank
 from macft.training.stop_request import StopRequest, announce
@@ -35,10 +35,19 @@ class RanksFailed(SystemExit):
         self.reason = reason
 
 
-def run(config: TrainConfig, folder: Path, *, resume: bool, callbacks: Callbacks | None = None) -> str:
+def run(
+    config: TrainConfig,
+    folder: Path,
+    *,
+    resume: bool,
+    farewell: Callable[[], str],
+    callbacks: Callbacks | None = None,
+) -> str:
     """Runs one job in ``folder``, which it has claimed, on the nodes of its topology; returns why it ended.
 
-    ``callbacks`` get the events of a run whose ranks are this process or processes on this machine.
+    ``callbacks`` get the events of a run whose ranks are this process or processes on this machine. ``farewell`` is
+    called where this process is ended in the middle of a call: it leaves the folder as it should be, and returns the
+    line for the user.
 
     Raises:
         MacftError: the run is refused, in which case ``config.yaml`` is as it was, or it has failed.
@@ -48,11 +57,17 @@ def run(config: TrainConfig, folder: Path, *, resume: bool, callbacks: Callbacks
         _say_what_starts(config, resume=resume)
     with printed_phases(is_shown=config.report.console) as phases:
         phases.begin("loading libraries")
-        return _run(config, folder, phases, resume=resume, callbacks=callbacks)
+        return _run(config, folder, phases, resume=resume, farewell=farewell, callbacks=callbacks)
 
 
 def _run(
-    config: TrainConfig, folder: Path, phases: PhaseLines, *, resume: bool, callbacks: Callbacks | None = None
+    config: TrainConfig,
+    folder: Path,
+    phases: PhaseLines,
+    *,
+    resume: bool,
+    farewell: Callable[[], str],
+    callbacks: Callbacks | None = None,
 ) -> str:
     keep_awake()
     if resume:
@@ -61,16 +76,16 @@ def _run(
         from macft.launch.join_run import join_run
 
         with start_log(folder, "joined", config.report.log_level):
-            return join_run(config, folder, config.topology.join, phases)
+            return join_run(config, folder, config.topology.join, phases, farewell=farewell)
     if config.topology.kind == "local" and config.topology.nodes > 1:
         with start_log(folder, "launcher", config.report.log_level):
-            return _run_local(config, folder, phases, resume=resume, callbacks=callbacks)
+            return _run_local(config, folder, phases, resume=resume, farewell=farewell, callbacks=callbacks)
     if config.topology.kind == "ssh":
         from macft.launch.run_over_ssh import run_over_ssh
 
         with start_log(folder, "launcher", config.report.log_level):
             return _how_it_ended(run_over_ssh(config, folder, phases, resume=resume), folder)
-    stop = StopRequest(announce, farewell=lambda: after_interrupt(folder))
+    stop = StopRequest(announce, farewell=farewell)
     with stop.listening():
         if config.topology.kind == "hosts":
             rank = own_rank(config.topology)  # before an import that takes seconds
@@ -94,6 +109,7 @@ def _run(
 
         if callbacks is not None:
             callbacks.stop = lambda: stop.request(may_quit=False)
+        fault_points.begin(0)
         with Solo() as collective, start_log(folder, 0, config.report.log_level):
             return run_node(config, collective, folder, resume=resume, stop=stop, phases=phases, callbacks=callbacks)
 
@@ -108,7 +124,13 @@ def _say_what_starts(config: TrainConfig, *, resume: bool) -> None:
 
 
 def _run_local(
-    config: TrainConfig, folder: Path, phases: PhaseLines, *, resume: bool, callbacks: Callbacks | None
+    config: TrainConfig,
+    folder: Path,
+    phases: PhaseLines,
+    *,
+    resume: bool,
+    farewell: Callable[[], str],
+    callbacks: Callbacks | None,
 ) -> str:
     from macft.launch.local import RankFailed, launch_local
     from macft.model.resolve import resolve
@@ -116,7 +138,7 @@ def _run_local(
 
     require_installed(config.report.trackers)
     keyring = keyring_for(config.topology, config.collective)
-    with StopRequest(announce, farewell=lambda: after_interrupt(folder)).listening():
+    with StopRequest(announce, farewell=farewell).listening():
         phases.begin(f"finding the model {config.model.path}", once=True)  # a download shows a bar
         resolve(config.model)  # downloaded once, here, where its progress is visible
     proposed = RunFolder(folder).proposed

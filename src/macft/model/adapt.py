@@ -10,7 +10,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import get_total_parameters
 
 from macft.errors import ConfigError, ModelError
@@ -19,6 +18,7 @@ from macft.model.adapter_layers import AdapterLayers, chosen_layers, select_laye
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.block_weights import BlockWeights
 from macft.model.dropout import DropoutKeys, make_dropout_reproducible
+from macft.model.mlx_lm_tuner import linear_to_lora_layers
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Any
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.lora import LoRASwitchLinear
-from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from macft.model.mlx_lm_tuner import LoRASwitchLinear, linear_to_lora_layers
 
 # What mlx-lm raises for a layer that it can't convert.
 _ERRORS = (ValueError, TypeError, AttributeError, IndexError, RuntimeError, KeyError)

@@ -9,11 +9,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from macft.cli.shell import command
 from macft.errors import ModelError
 from macft.model.adapter_files import read_tensors
+from macft.model.mlx_lm_tuner import linear_to_lora_layers, load_adapters
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -17,10 +17,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
-from mlx_lm.tuner.lora import LoRASwitchLinear
 from numpy.typing import NDArray
 
 from macft.errors import ConfigError
+from macft.model.mlx_lm_tuner import LoRASwitchLinear
 from macft.model.module_classes import Members, ModuleCall, change_functions, change_members
 from macft.model.packing import layout_of_pack
 

@@ -14,10 +14,15 @@ FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Tokens in a pack of several rows on a CPU, where longer packs are no faster and take more memory.
 _PACK_TOKENS_ON_CPU = 512
 # Most logits in a chunk of automatic size; a chunk has at least 64 targets. MLX holds about 12 arrays of that size.
-_LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**21, 2**25
+_LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**21, 2**24
 _MIN_CHUNK_TARGETS = 64
 # Most scores at once where attention is recomputed. MLX holds about five arrays of that size in the backward pass.
 _SCORES = 2**24
+# Without a gradient a GPU's fused attention holds no scores; cut so that no kernel runs long.
+_EVALUATION_SCORES_ON_GPU = 2**28
+# Most operations of a linear layer in one kernel, an addition and a multiplication being two: 0.4 s at the full speed
+# of the slowest chip in chips.yaml, of the five seconds after which Metal ends a command.
+_OPERATIONS = 2**40
 _EVALUATION_ROWS = 8
 _CANNOT_PACK = "training.packing: this model's attention can't take packed rows; use auto or false"
 
@@ -79,6 +84,10 @@ class Execution:
     max_logits: int = _LOGITS_ON_GPU
     # Most scores of queries and keys in a block of queries, where attention is recomputed.
     max_scores: int = _SCORES
+    # The same in a forward pass without a gradient.
+    max_evaluation_scores: int = _SCORES
+    # Most operations of a linear layer in one kernel, with MLX's operations.
+    max_operations: int = _OPERATIONS
     # Most rows in a forward pass of training (None: all of a node's rows) and of validation.
     micro_batch_size: int | None = None
     evaluation_rows: int = _EVALUATION_ROWS
@@ -137,6 +146,11 @@ class Execution:
         """
         held = replace(self, placement="pipeline", block_capacity=block_capacity, resident_blocks=resident_blocks)
         return replace(held, reads_ends=True, ends=ends, recompute="none", compiled=False, lanes=1)
+
+    @property
+    def may_keep_activations(self) -> bool:
+        """Whether a stage of a pipeline may keep what its backward pass needs, where there is room."""
+        return self.recompute == "none" and self.kernels == "mlx"
 
     @property
     def supplies_blocks(self) -> bool:
@@ -218,6 +232,7 @@ def resolve(
         compiled=compiled,
         loss_chunk=loss_chunk,
         max_logits=_LOGITS_ON_CPU if on_cpu else _LOGITS_ON_GPU,
+        max_evaluation_scores=_SCORES if on_cpu else _EVALUATION_SCORES_ON_GPU,
         lanes=device.cores if backend == "cpu" else 1,
         recompute_choices=() if recompute != "auto" else recomputations(backend),
     ).with_batch(micro_batch_size, recompute if recompute in recomputations(backend) else "none")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from macft.errors import ModelError
 from macft.model.bundled import BUNDLED, ensure_bundled
+from macft.model.hub_download import download, hub_reason
 from macft.model.settings import ModelConfig
 
 # Seconds for the Hub to answer before a download, which may be gigabytes, starts.
@@ -98,13 +99,10 @@ def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-    def snapshot(*, offline: bool) -> Path:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS, local_files_only=offline)
-        )
-
     try:
-        cached = snapshot(offline=True)
+        cached = Path(
+            snapshot_download(name, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS, local_files_only=True)
+        )
         if _incomplete(cached) is None:
             return cached
     except LocalEntryNotFoundError:
@@ -112,10 +110,10 @@ def _from_hub(name: str, revision: str | None) -> Path:
     url = hf_hub_url(name, "config.json", revision=revision)
     try:
         _within(_PROBE_SECONDS, lambda: get_hf_file_metadata(url, timeout=_PROBE_SECONDS / 2))
-        folder = snapshot(offline=False)
     # The Hub client passes on errors of its HTTP library, which has changed over time.
     except Exception as error:
-        raise ModelError(_hub_reason(name, revision, constants.ENDPOINT, error)) from error
+        raise ModelError(hub_reason(name, revision, error)) from error
+    folder = download(name, revision)
     if problem := _incomplete(folder):
         raise ModelError(f"model.path: '{name}' on {constants.ENDPOINT} {problem}, so mlx-lm can't load it")
     return folder
@@ -144,28 +142,3 @@ def _within(seconds: float, call: Callable[[], object]) -> None:
         raise TimeoutError(f"no answer within {seconds:g} s")
     if raised:
         raise raised[0]
-
-
-def _hub_reason(name: str, revision: str | None, endpoint: str, error: Exception) -> str:
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    start = f"model.path: '{name}'"
-    match error:
-        case GatedRepoError():
-            return f"{start} is gated: accept its licence at {endpoint}/{name}, then log in or set HF_TOKEN"
-        case RepositoryNotFoundError():
-            return f"{start} doesn't exist on {endpoint}, or it is private and HF_TOKEN isn't set"
-        case RevisionNotFoundError():
-            return f"model.revision: '{name}' has no revision '{revision}'"
-        case EntryNotFoundError():
-            return f"{start} has no config.json on {endpoint}, so mlx-lm can't load it"
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"{start} is not on this machine and can't be fetched from {endpoint} ({reason}); give a local "
-        "folder, use model=smollm2-135m, or set HF_ENDPOINT to a mirror you can reach"
-    )

@@ -29,7 +29,7 @@ class Node:
     """``speed`` in operations a second that training reaches, ``memory`` that a run may take, ``disk`` bytes a second.
 
     ``alone``: how it computes with the whole model, for each way that fits; empty if none does. ``link``: what connects
-    it to the others, as far as it knows.
+    it to the others, as far as it knows. ``trained``: its speed as ``macft bench --training`` measured it, if it did.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Node:
     disk: float
     alone: tuple[Alone, ...] = ()
     link: NodeLink | None = None
+    trained: float | None = None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class MemoryPlanner:
     """Predicts the peak of a node's part of a run, as configured and with other batch settings.
 
     ``execution`` is the run's own, ``steps`` hold this node's rows, ``validation_rows`` is the size of the validation
-    set (0: no validation).
+    set (0: no validation). ``one_by_one``: each micro-batch is computed by itself, whatever the placement.
     """
 
     shape: ModelShape
@@ -32,6 +32,7 @@ class MemoryPlanner:
     optimizer: str
     steps: Sequence[StepRows]
     validation_rows: int
+    one_by_one: bool = False
     _step_batches: dict[int, list[list[DeviceBatchShape]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -61,6 +62,11 @@ class MemoryPlanner:
         if size not in self._step_batches:
             self._step_batches[size] = [step.device_batches(size, self.layout) for step in self.steps]
         return self._step_batches[size]
+
+    def micro_batches(self, size: int | None) -> list[list[DeviceBatchShape]]:
+        """Of each micro-batch of all steps, what this node computes one after the other."""
+        size = min(size or self.rows, self.rows)
+        return [part.device_batches(size, self.layout) for step in self.steps for part in step.divided(size)]
 
     def works(self, execution: Execution) -> set[ComputeShape]:
         """What this node computes at once, each size of it."""

@@ -26,7 +26,7 @@ _UNKNOWN_INSIDE = 16.0
 def can_pipeline(config: TrainConfig) -> bool:
     """Whether a run with these settings can be a pipeline at all."""
     uses_streams = config.collective.backend == "ring" and config.collective.streams
-    needs_whole_model = insists_on_compiling(config) or config.training.deterministic or config.adapter.type == "full"
+    needs_whole_model = insists_on_compiling(config) or config.adapter.type == "full"
     return uses_streams and config.training.sync != "diloco" and not needs_whole_model
 
 
@@ -83,8 +83,7 @@ def step_work(
         rows=rows,
         longest=float(max((batch.tokens for batch in at_once), default=1)),
         micro_batches=-(-rows // micro_batch_size) if micro_batch_size else None,
-        # With MLX's operations a stage keeps what its backward pass needs, where there is room.
-        recompute="auto" if planner.execution.recompute == "none" and planner.execution.kernels == "mlx" else "always",
+        recompute="auto" if planner.execution.may_keep_activations else "always",
         shares=shares,
     )
 

@@ -1,10 +1,7 @@
 """Peak memory of a training run, predicted from sizes alone.
 
 The peak is ``mx.get_peak_memory()``: what MLX holds at once, without the Python process (about 0.3 GB) and without
-NumPy arrays (two flat float32 gradients). What the backward pass needs of a block was counted in mlx-lm's code and is
-exact for blocks of the Llama kind: norm inputs and outputs, q, k, v, the attention's probabilities (MLX computes
-attention unfused while training, on Metal too) and the feed-forward part. Transient memory was fitted to runs of 44
-random models on MLX's CPU backend (see docs/plan.md); the fit is within 13%.
+NumPy arrays (two flat float32 gradients). What blocks of the Llama kind hold is in :mod:`macft.planner.block_memory`.
 
 The CPU's kernels compute layer by layer (:mod:`macft.model.backends.cpu.eager`) and hold other arrays. Their formula is
 fitted to gradients of 104 random models, within 17%. With checkpointed blocks it is rough, and a fifth is added.
@@ -16,22 +13,23 @@ graph of their own code (:mod:`macft.planner.trace`). Where that can't show it, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from macft.model.adapter_layers import chosen_layers, select_layers
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.execution import Execution
 from macft.model.packing import attention_size
 from macft.model.shape import ModelShape
-from macft.planner.recomputed_memory import recomputed_block
+from macft.planner.block_memory import block_memory, scores_at_once
 from macft.planner.trace import Traced, traced
 from macft.training.optimizer_table import OPTIMIZERS
 
-# Fitted: transient floats per token while a block is computed, and bytes per logit while the loss is.
-_BLOCK_HIDDEN, _BLOCK_INTERMEDIATE, _BLOCK_SCORES = 4.8, 7.3, 1.6
-# In chunks several are under way, with a float32 copy where the logits are of 16 bits.
-_BYTES_PER_LOGIT, _BYTES_PER_CHUNKED_LOGIT = 21.0, {2: 42.0, 4: 60.0}
-_VALIDATION_FLOATS_PER_LOGIT = 3.45
+# Bytes per logit while the loss is computed. In chunks several are under way, with a float32 copy where the logits are
+# of 16 bits.
+_BYTES_PER_LOGIT, _BYTES_PER_CHUNKED_LOGIT = 21.0, {2: 42.0, 4: 46.0}
+_VALIDATION_BYTES_PER_LOGIT, _VALIDATION_BYTES_PER_CHUNKED_LOGIT = 13.8, 44.0
+# In validation, values for each token (factors of hidden and feed-forward size) and for each score.
+_VALIDATION_OF_BLOCK, _VALIDATION_SCORES = (2.4, 3.65), 2.0
 # Layer by layer: floats per token that each block saves (factors of hidden, queries, keys, feed-forward), transient
 # ones (factors of hidden, feed-forward), floats per logit and per trained parameter. With checkpointed blocks the saved
 # ones are a factor of hidden alone, and the transient ones factors of hidden, queries and feed-forward.
@@ -143,19 +141,19 @@ def predict(
     adapter_bytes = 0.0 if full else 4.0 * trained.parameters
     optimizer_bytes = OPTIMIZERS[optimizer].states * parameter_bytes * trained.parameters
     grad_bytes = 4.0 * trained.parameters * (1.3 if work.accumulated else 0.2)
-    saved = _saved_by_block(shape, adapter, trained, width, work)
-    transient = _transient_of_block(shape, width, work)
     logits = _logits(shape, execution, work)
     if execution.kernels == "cpu":
         at_once = min(work.targets, work.parts * execution.loss_chunk_for(shape.vocabulary))
         activations, logits, grad_bytes = _layer_by_layer(shape, execution, trained, work, at_once)
-    elif execution.recompute != "none" and trained.depth:
-        block = recomputed_block(shape, execution, rows=work.rows, length=work.length, tokens=work.tokens)
-        activations = trained.depth * block.kept + block.inside
-        logits = max(0.0, logits - block.inside)
     else:
-        activations = trained.depth * saved + transient
-        logits = max(0.0, logits - transient)
+        block = block_memory(
+            shape, execution, trained.projections, rows=work.rows, length=work.length, tokens=work.tokens
+        )
+        kept = block.kept
+        if adapter.type == "dora" and execution.recompute == "none":
+            kept += width * work.tokens * _kept_by_dora(shape, trained)
+        activations = trained.depth * kept + block.inside
+        logits = max(0.0, logits - block.inside)
     resident = weights + adapter_bytes + optimizer_bytes
     return MemoryParts(
         weights=weights,
@@ -183,9 +181,9 @@ def recomputed_inputs(shape: ModelShape, execution: Execution, depth: int, token
 
 def _logits(shape: ModelShape, execution: Execution, work: ComputeShape) -> float:
     """Bytes that the loss holds at once, with MLX's operations."""
-    at_once = min(work.targets, work.parts * execution.loss_chunk_for(shape.vocabulary))
+    chunk = work.parts * execution.loss_chunk_for(shape.vocabulary)
     chunked = _BYTES_PER_CHUNKED_LOGIT[execution.weight_format.float_bytes]
-    return (_BYTES_PER_LOGIT if at_once == work.targets else chunked) * at_once * shape.vocabulary
+    return min(_BYTES_PER_LOGIT * work.targets, chunked * chunk) * shape.vocabulary
 
 
 def _predict_from_graph(
@@ -213,7 +211,7 @@ def _predict_from_graph(
         rows,
         work.length,
         logits=_logits(shape, execution, work),
-        validation_logits=_VALIDATION_FLOATS_PER_LOGIT * 4 * work.targets * shape.vocabulary,
+        validation_logits=_validation_logits(shape, execution, replace(work, validation=1.0)),
     )
     known = found if isinstance(found, Traced) else Traced(0.0, 0.0)
     return MemoryParts(
@@ -267,49 +265,31 @@ def _dot(factors: Sequence[float], sizes: Sequence[int]) -> float:
     return sum(factor * size for factor, size in zip(factors, sizes, strict=True))
 
 
-def _saved_by_block(
-    shape: ModelShape, adapter: AdapterConfig, trained: Trained, width: int, work: ComputeShape
-) -> float:
-    """Bytes that one block keeps for its backward pass; a weight's floating-point value has ``width`` bytes."""
-    tokens = work.tokens
-    attention = attention_size(tokens, work.rows, work.length, shape.head_dim)
-    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    names = trained.projections
-    known = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    every = not names & known
-    reads_first = every or bool(names & {"q_proj", "k_proj", "v_proj"})
-    reads_second = every or bool(names & {"gate_proj", "up_proj"})
-    floats = shape.hidden * (2.0 + reads_first + reads_second) + 2 * shape.intermediate
-    floats += query * (every or "o_proj" in names) + shape.intermediate * (every or "down_proj" in names)
-    saved = tokens * floats * width
-    saved += (attention.queries * (2 * key + 2 * query) + shape.heads * attention.scores) * width
-    if adapter.type == "full":
-        return saved
-    chosen = [linear for linear in shape.linears if linear.name.rsplit(".", 1)[-1] in names]
-    inputs, outputs = sum(linear.inputs for linear in chosen), sum(linear.outputs for linear in chosen)
-    saved += tokens * adapter.rank * len(chosen) * 4
-    if adapter.dropout:
-        saved += tokens * inputs * width
-    if adapter.type == "dora":
-        saved += tokens * outputs * width
-    return saved
-
-
-def _transient_of_block(shape: ModelShape, width: int, work: ComputeShape) -> float:
-    """Bytes that exist only while one block is computed."""
-    floats = work.tokens * (_BLOCK_HIDDEN * shape.hidden + _BLOCK_INTERMEDIATE * shape.intermediate)
-    scores = attention_size(work.tokens, work.rows, work.length, shape.head_dim).scores
-    return width * (floats + _BLOCK_SCORES * shape.heads * scores)
+def _kept_by_dora(shape: ModelShape, trained: Trained) -> int:
+    """Values for each token that a block keeps for the gradient of DoRA's magnitudes: what they are multiplied by."""
+    return sum(linear.outputs for linear in shape.linears if linear.name.rsplit(".", 1)[-1] in trained.projections)
 
 
 def _validation(shape: ModelShape, execution: Execution, work: ComputeShape) -> float:
     if execution.kernels == "cpu":
         logits = _eager_loss(shape, work.targets, work.targets, _EAGER_VALIDATION_LOGIT)
         transient = 0.6 * 4 * work.tokens * _dot(_EAGER_TRANSIENT, (shape.hidden, shape.intermediate))
-    else:
-        logits = _VALIDATION_FLOATS_PER_LOGIT * 4 * work.targets * shape.vocabulary
-        transient = 0.5 * _transient_of_block(shape, execution.weight_format.float_bytes, work)
-    return work.validation * max(logits, transient)
+        return work.validation * max(logits, transient)
+    width, hidden, intermediate = execution.weight_format.float_bytes, *_VALIDATION_OF_BLOCK
+    logits = _validation_logits(shape, execution, work)
+    block = work.validation * width * work.tokens * (hidden * shape.hidden + intermediate * shape.intermediate)
+    # A GPU's attention is fused where there is no gradient.
+    attention = attention_size(work.tokens, work.rows, work.length, shape.head_dim)
+    scores = scores_at_once(shape, attention, execution.max_evaluation_scores) if execution.device == "cpu" else 0
+    return max(logits, block + _VALIDATION_SCORES * width * scores * bool(work.validation))
+
+
+def _validation_logits(shape: ModelShape, execution: Execution, work: ComputeShape) -> float:
+    """Bytes that the loss holds at once in validation, with MLX's operations."""
+    targets = work.validation * work.targets
+    chunk = execution.loss_chunk_for(shape.vocabulary)
+    sizes = _VALIDATION_BYTES_PER_LOGIT * targets, _VALIDATION_BYTES_PER_CHUNKED_LOGIT * chunk
+    return shape.vocabulary * (sizes[0] if targets <= chunk else min(sizes))
 
 
 def _loading(shape: ModelShape, execution: Execution, weights: float, *, by_block: bool) -> float:

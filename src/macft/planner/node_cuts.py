@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 from macft.collective.base import Collective
 from macft.collective.elastic import ElasticCollective
+from macft.errors import ConfigError, ModelError
 from macft.parallel.stage_layout import StageLayout
 from macft.planner.cluster_model import Node, RingLinks
 from macft.planner.fit import MemoryPlanner
@@ -33,7 +35,8 @@ class NodeCuts:
     """Cuts by ``nodes``: by member, what it told at the start.
 
     ``pipelines``: how many there are, if there are two nodes for each. ``planner_of``: the prediction for all rows, in
-    the micro-batches of a run with so many pipelines. ``shares``: of the rows, by member; None: by speed.
+    the micro-batches of a run with so many pipelines. ``shares``: of the rows, by member; one that joined gets the mean
+    of the others, as :class:`~macft.parallel.balance.ShareBalancer` gives it. None: by speed.
     """
 
     nodes: Mapping[str, Node]
@@ -54,8 +57,15 @@ class NodeCuts:
         nodes = [self.nodes[member] for member in members if member in self.nodes]
         if len(nodes) < max(2, len(members)):
             return None
-        shares = None if self.shares is None else tuple(self.shares.get(member, 0.0) for member in members)
-        return find_pipelines(nodes, ring_of(nodes), self.planner_of(self.pipelines), self.pipelines, shares)
+        planner = self.planner_of(self.pipelines)
+        return find_pipelines(nodes, ring_of(nodes), planner, self.pipelines, self._shares_of(members))
+
+    def _shares_of(self, members: Sequence[str]) -> tuple[float, ...] | None:
+        if self.shares is None:
+            return None
+        known = [self.shares[member] for member in members if member in self.shares]
+        mean = sum(known) / len(known) if sum(known) > 0 else 1.0
+        return tuple(self.shares.get(member, mean) for member in members)
 
 
 def find_pipelines(
@@ -90,7 +100,11 @@ def agree(collective: Collective, cuts: NodeCuts) -> tuple[Cut, str]:
 
     The line says why some nodes have no stage, or stages another order than ranks; it is empty where that isn't so.
     """
-    found = cuts.found(members_of(collective)) if collective.rank == 0 else None
+    found: FoundPipelines | None = None
+    if collective.rank == 0:
+        # Each node's own decision raises it again; here the others wait for an answer.
+        with contextlib.suppress(ConfigError, ModelError):
+            found = cuts.found(members_of(collective))
     own = None if found is None else [found.best.layout.to_data(), order_line(found, ranks(collective.world_size))]
     data = json.loads(collective.broadcast(json.dumps(own).encode()))
     if data is None:

@@ -72,15 +72,14 @@ class NodePart:
 
     def planner(self, shard: DataShard, execution: Execution, steps: Sequence[StepRows]) -> MemoryPlanner:
         """The prediction for the rows of ``steps`` that ``shard`` gets."""
-        own = [step_of_shard(step, shard, execution) for step in steps]
-        return planner_for(self.config, self.shape, execution, own)
+        return planner_for(self.config, self.shape, execution, steps_of_shard(self.config, steps, shard, execution))
 
     def of_pipelines(self, count: int) -> MemoryPlanner:
         """The prediction for all rows, in the micro-batches of a run with so many pipelines."""
         topology = replace(self.config.topology, placement="pipeline", pipelines=count)
         part = replace(self, config=replace(self.config, topology=topology), steps=self.steps[:_STEPS])
         execution = replace(part.execution, lanes=1)
-        steps = [step_of_shard(step, DataShard(0, 1), execution) for step in part.steps]
+        steps = steps_of_shard(part.config, part.steps, DataShard(0, 1), execution)
         return planner_for(part.config, self.shape, execution, steps)
 
 
@@ -96,9 +95,15 @@ def placer_for(config: TrainConfig, planner: MemoryPlanner, budget: float) -> Pl
     return Placer(planner, budget, topology.placement, topology.resident_blocks, topology.batch == "auto")
 
 
-def step_of_shard(step: StepRows, shard: DataShard, execution: Execution) -> StepRows:
-    """The rows of ``step`` that the trainer at ``shard`` will be given."""
-    return step.of_shard(shard, shared=execution.shared_prefixes)
+def steps_of_shard(
+    config: TrainConfig, steps: Sequence[StepRows], shard: DataShard, execution: Execution
+) -> list[StepRows]:
+    """The rows of each of ``steps`` from which the micro-batches of the trainer at ``shard`` are made.
+
+    With ``training.deterministic`` they are made from all rows, and the trainer gets some of them.
+    """
+    shard = DataShard(0, 1) if config.training.deterministic else shard
+    return [step.of_shard(shard, shared=execution.shared_prefixes) for step in steps]
 
 
 def planner_for(
@@ -112,6 +117,7 @@ def planner_for(
         optimizer=config.optimizer.name,
         steps=steps,
         validation_rows=_validation_rows(config.training),
+        one_by_one=config.training.deterministic,
     )
 
 

@@ -11,14 +11,14 @@ from dataclasses import replace
 from macft.collective.base import Collective
 from macft.device.chips import own_chip
 from macft.device.disk_speed import UNKNOWN_DISK, disk_speed
-from macft.device.kind import Device
 from macft.errors import ConfigError
 from macft.network.link_kinds import LINK_KINDS
 from macft.network.own_link import own_link
 from macft.planner.cluster_model import Alone, Node, NodeLink, RingLinks
+from macft.planner.fit import MemoryPlanner
 from macft.planner.layout_inputs import alone
 from macft.planner.placement import Placer
-from macft.planner.speed import CPU_EFFICIENCY, MAC_EFFICIENCY, chip_speed, measured_flops
+from macft.planner.speed import expected_speed, measured_speed, work_of
 
 _LONGEST_REPORT = 4096
 _LONGEST_NAME = 255
@@ -29,26 +29,31 @@ _INSIDE = NodeLink(1e10, 1e-5)
 _ALIKE = 0.85
 
 
-def own_node(memory: float, *, name: str | None = None, processes: int = 1, address: str | None = None) -> Node:
-    """This machine as a node that may take ``memory`` bytes, one of ``processes`` on it.
+def own_node(
+    planner: MemoryPlanner, memory: float, *, name: str | None = None, processes: int = 1, address: str | None = None
+) -> Node:
+    """This machine as a node that may take ``memory`` bytes, one of ``processes`` on it, for steps like ``planner``'s.
 
-    ``address``: at which the others reach it.
+    ``address``: at which the others reach it. Its name is that of the machine and of its chip unless ``name`` is given.
 
-    Its name is that of the machine and of its chip unless ``name`` is given.
-
-    The speed is that of the chip's table. Of other machines it is measured, about 0.6 s. For the disk see
-    :func:`~macft.device.disk_speed.disk_speed`.
+    For its speed see :mod:`macft.planner.speed`; where the chip is unknown it is measured, about 0.6 s. For the disk
+    see :func:`~macft.device.disk_speed.disk_speed`.
     """
-    is_cpu = Device.default().kind == "cpu"
-    chip = None if is_cpu else own_chip()
-    # The first measurement is also what makes a resting processor run at its full speed.
-    efficiency = CPU_EFFICIENCY if is_cpu else MAC_EFFICIENCY
-    speed = chip_speed(chip) if chip is not None else max(measured_flops() for _ in range(2)) * efficiency
+    execution = planner.execution
+    speed = expected_speed(execution).operations_per_second
+    measured = measured_speed(work_of(planner), execution)
     if name is None:
+        chip = own_chip()
         name = f"{platform.node()}, {chip.chip if chip is not None else platform.machine()}"
     found = own_link(address) if address is not None else None
-    link = None if found is None else NodeLink(found.bandwidth, found.latency)
-    return Node(name, speed / processes, memory, disk_speed().bytes_per_second / processes, link=link)
+    return Node(
+        name,
+        speed / processes,
+        memory,
+        disk_speed().bytes_per_second / processes,
+        link=None if found is None else NodeLink(found.bandwidth, found.latency),
+        trained=None if measured is None else measured.speed / processes,
+    )
 
 
 def one_of_many_here(memory: float) -> Node:
@@ -58,7 +63,7 @@ def one_of_many_here(memory: float) -> Node:
 
 def own_report(placer: Placer, *, name: str | None = None, processes: int = 1, address: str | None = None) -> Node:
     """That of :func:`own_node`, with how it computes alone; ``placer`` has the rows that it would get."""
-    node = own_node(placer.budget, name=name, processes=processes, address=address)
+    node = own_node(placer.planner, placer.budget, name=name, processes=processes, address=address)
     execution, refusal = placer.choice()
     ways = () if refusal is not None else (alone(placer, execution, speed=node.speed, disk=node.disk),)
     return replace(node, alone=ways)
@@ -84,10 +89,14 @@ def alike(nodes: Sequence[Node]) -> list[Node]:
     """``nodes`` with one speed, and one disk, for all whose figures differ by no more than measurements do.
 
     Nodes of one name are on one machine, where they slow down each other's measurement. Where one has not measured its
-    speed, all count as equally fast.
+    speed, all count as equally fast. Where ``macft bench --training`` has measured all of them, that counts: beside
+    the speeds that others expect of their chips it would say that equal nodes differ.
     """
+    trained = [node.trained for node in nodes if node.trained is not None]
     if any(node.speed == _UNMEASURED for node in nodes):
         nodes = [_with(node, _UNMEASURED, node.disk) for node in nodes]
+    elif len(trained) == len(nodes):
+        nodes = [_with(node, speed, node.disk) for node, speed in zip(nodes, trained, strict=True)]
     here = {name: [node for node in nodes if node.name == name] for name in {node.name for node in nodes}}
     speeds = {name: max(node.speed for node in same) for name, same in here.items()}
     disks = {name: max(node.disk for node in same) for name, same in here.items()}
@@ -119,7 +128,8 @@ def to_payload(node: Node) -> bytes:
     """The node as JSON."""
     ways = [[way.per_token, way.reading, way.streams] for way in node.alone]
     link = node.link and [node.link.bandwidth, node.link.latency]
-    return json.dumps([node.name[:_LONGEST_NAME], node.speed, node.memory, node.disk, link, ways]).encode()
+    numbers = (node.speed, node.memory, node.disk, node.trained)
+    return json.dumps([node.name[:_LONGEST_NAME], *numbers, link, ways]).encode()
 
 
 def from_payload(payload: bytes) -> Node | None:
@@ -127,19 +137,21 @@ def from_payload(payload: bytes) -> Node | None:
     if len(payload) > _LONGEST_REPORT:
         return None
     try:
-        name, *sizes, to_others, ways = json.loads(payload)
+        name, *sizes, trained, to_others, ways = json.loads(payload)
         speed, memory, disk = map(float, sizes)
+        trained = None if trained is None else float(trained)
         link = None if to_others is None else NodeLink(*map(float, to_others))
         alone_ways = tuple(Alone(float(each), float(reading), bool(streams)) for each, reading, streams in ways)
     except (ValueError, TypeError, OverflowError, RecursionError):
         return None
     positive = [speed, memory, disk, *(way.per_token for way in alone_ways), *([link.bandwidth] if link else [])]
+    positive += [] if trained is None else [trained]
     others = [*(way.reading for way in alone_ways), *([link.latency] if link else [])]
     if not all(math.isfinite(number) and number > 0 for number in positive) or not isinstance(name, str):
         return None
     if not all(math.isfinite(number) and number >= 0 for number in others):
         return None
-    return Node(name, speed, memory, disk, alone_ways, link)
+    return Node(name, speed, memory, disk, alone_ways, link, trained)
 
 
 def ring_of(nodes: Sequence[Node]) -> RingLinks:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from macft.errors import ConfigError
 from macft.parallel.stage_layout import StageLayout
 from macft.planner.cluster_model import CHOICES, Alone, ModelCost, Node, RingLinks, StepWork
 from macft.planner.pipeline_search import Pipeline, PipelineSearch, alone_pipeline, deal
@@ -54,29 +53,6 @@ class LayoutDecision:
         return sorted(stage.rank for pipeline in self.layout.pipelines for stage in pipeline)
 
 
-def choose_layout(
-    nodes: Sequence[Node],
-    ring: RingLinks,
-    model: ModelCost,
-    step: StepWork,
-    *,
-    wanted: str = "auto",
-    kinds: Sequence[str] = CHOICES,
-    order: str = "ring",
-) -> LayoutDecision:
-    """The best of the placements of :func:`compare`; ``wanted`` is ``topology.placement``, ``kinds`` those of auto.
-
-    For auto see :func:`preferred`. One node decides, and sends ``layout.to_data()`` to the others.
-
-    Raises:
-        ConfigError: nothing that is wanted fits; one line that begins with the key.
-    """
-    found = compare(nodes, ring, model, step, kinds=kinds if wanted == "auto" else [wanted], order=order)
-    if not found:
-        raise ConfigError(f"topology.placement: {why_none(nodes, model, wanted)}")
-    return found[preferred(found)]
-
-
 def preferred(found: Mapping[str, LayoutDecision]) -> str:
     """What ``topology.placement=auto`` chooses of these placements: the fastest, but a pipeline only if that is clear.
 
@@ -105,6 +81,20 @@ def best_pipelines(
     if given is None or (free is not None and free.seconds <= _ANOTHER_ORDER * given.seconds):
         return free, given
     return given, given
+
+
+def set_pipelines(
+    nodes: Sequence[Node], ring: RingLinks, model: ModelCost, step: StepWork, layout: StageLayout
+) -> LayoutDecision | None:
+    """What a step takes with the stages of ``layout``, which somebody else has chosen; None if one doesn't fit."""
+    count = step.divisions()[0]
+    search = PipelineSearch(nodes, ring, model, step, count, "given", len(layout.pipelines))
+    if not all(search.fits(stages) for stages in layout.pipelines):
+        return None
+    pipelines = [search.pipeline(stages) for stages in layout.pipelines]
+    shares = search.shares_of([[stage.rank for stage in stages] for stages in layout.pipelines])
+    dealt = deal([pipeline.clock for pipeline in pipelines], count, shares)
+    return _decision("pipeline", pipelines, dealt, ring.all_reduce(model.exchanged, len(nodes)))
 
 
 def compare(
@@ -145,16 +135,15 @@ def compare(
     return found
 
 
-def why_none(nodes: Sequence[Node], model: ModelCost, wanted: str) -> str:
-    """Why no layout of this kind fits, in one line."""
-    if wanted == "pipeline" and len(nodes) < 2:
-        return "pipeline needs two or more nodes; topology.placement=stream reads blocks from disk on one node"
-    if wanted == "pipeline" and model.blocks < 2:
-        return "a model of one block can't be cut; use topology.placement=replicate or stream"
+def why_no_pipeline(nodes: Sequence[Node], model: ModelCost) -> str:
+    """Why no pipeline of two or more ``nodes`` can be, in one line that begins with the key."""
+    if model.blocks < 2:
+        return "topology.placement: a model of one block can't be cut; use topology.placement=replicate or stream"
     memory = ", ".join(f"{node.memory / 1e9:.1f}" for node in nodes)
     return (
-        f"no layout for {wanted} fits the memory of the nodes ({memory} GB), with weights of {model.weights / 1e9:.1f} "
-        "GB; shorter or fewer rows (dataset.max_seq_length, training.batch_size), fewer bits or another node would help"
+        f"topology.memory_budget: no pipeline fits the memory of the nodes ({memory} GB), with weights of "
+        f"{model.weights / 1e9:.1f} GB; shorter or fewer rows (dataset.max_seq_length, training.micro_batch_size), "
+        "fewer bits or another node would help"
     )
 
 
@@ -186,6 +175,7 @@ def _decision(kind: str, pipelines: Sequence[Pipeline], dealt: Sequence[int], ex
         seconds=seconds + exchange,
         exchange=exchange,
         bubble=max(0.0, 1 - sum(busy) / len(busy) / seconds) if seconds else 0.0,
-        disk=max(choice.reading * (1 if alone else count) for choice, alone, count in stages),
+        # A node with the whole model reads it once for all of its rows, and not at all if it has none.
+        disk=max(choice.reading * (min(1, count) if alone else count) for choice, alone, count in stages),
         wire=max(choice.cost.wire * count for choice, _, count in stages),
     )

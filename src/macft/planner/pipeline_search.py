@@ -184,7 +184,8 @@ class PipelineSearch:
                     min(each, key=lambda one, part=part: one.clock.seconds(max(1, round(part))))  # type: ignore[misc]
                     for each, part in zip(options, parts, strict=True)
                 ]
-                dealt = deal([pipeline.clock for pipeline in chosen], self._count, self._shares_of(division))
+                shares_of_rows = self.shares_of([_ranks(mask) for mask in division])
+                dealt = deal([pipeline.clock for pipeline in chosen], self._count, shares_of_rows)
                 parts = [float(number) for number in dealt]
             if all(dealt):
                 ends = [each.clock.seconds(number) for each, number in zip(chosen, dealt, strict=True)]
@@ -210,11 +211,11 @@ class PipelineSearch:
         single = {1 << rank for rank, node in enumerate(self._nodes) if node.alone}
         yield from _divide((1 << count) - 1, several.keys() | single)
 
-    def _shares_of(self, division: Sequence[int]) -> list[float] | None:
-        """Of the rows, by pipeline: each gets as much as its stage with the smallest share would; None: by speed."""
+    def shares_of(self, pipelines: Sequence[Sequence[int]]) -> list[float] | None:
+        """Of the rows, by pipeline (its ranks): as much as its stage with the smallest share gets; None: by speed."""
         if self._shares is None:
             return None
-        return [min(self._shares[rank] for rank in _ranks(mask)) for mask in division]
+        return [min(self._shares[rank] for rank in ranks) for ranks in pipelines]
 
     def _kind(self, rank: int) -> tuple[int, float]:
         """What tells ``rank`` from nodes that could stand in for it."""
@@ -263,7 +264,7 @@ class PipelineSearch:
                 stages = list(best.stages)
                 stages[border] = replace(stages[border], end=stages[border].end + move)
                 stages[border + 1] = replace(stages[border + 1], first=stages[border + 1].first + move)
-                if not self._fits(stages):
+                if not self.fits(stages):
                     continue
                 other = self.pipeline(stages)
                 taken = other.simulated(micro_batches)
@@ -271,7 +272,8 @@ class PipelineSearch:
                     best, seconds, improved = other, taken, True
         return best
 
-    def _fits(self, stages: Sequence[Stage]) -> bool:
+    def fits(self, stages: Sequence[Stage]) -> bool:
+        """Whether each of a pipeline's stages has a block, and fits its node's memory."""
         return all(
             stage.first < stage.end
             and math.isfinite(self._seconds(self._kind_of[stage.rank], len(stages) - place)[stage.first, stage.end])

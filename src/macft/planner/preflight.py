@@ -16,10 +16,8 @@ from macft.data.order import RowOrder
 from macft.device.kind import Device
 from macft.device.mlx_device import keep_within
 from macft.errors import ConfigError, ModelError
-from macft.model.adapter_layers import select_layers
 from macft.model.execution import Execution
 from macft.model.shape import read_weight_format
-from macft.model.weight_files import check_weight_files
 from macft.parallel.shares import DataShard
 from macft.parallel.stage_layout import StageLayout
 from macft.parallel.stage_places import Decide, LayoutChanges, whole_models
@@ -106,7 +104,6 @@ def preflight(
 def _decide(part: NodePart, cut: Cut) -> Preflight:
     """What this node decides. Raises ConfigError as :func:`preflight` does."""
     config, topology = part.config, part.config.topology
-    check_weight_files(part.folder)
     try:
         shape = part.shape
     except ModelError as error:
@@ -126,7 +123,14 @@ def _decide(part: NodePart, cut: Cut) -> Preflight:
         note += f"; topology.batch=auto chose {batch_overrides(chosen)}"
     elif chosen.recompute != part.execution.recompute:
         note += f"; training.recompute=auto chose {chosen.recompute}"
-    refit = WholeModelRefit(part.planner, chosen, heaviest(part.steps), part.budget, topology.resident_blocks)
+    refit = WholeModelRefit(
+        part.planner,
+        chosen,
+        heaviest(part.steps),
+        part.budget,
+        topology.resident_blocks,
+        fixed=config.training.deterministic,
+    )
     notes = [note, *part.packing_notes]
     return Preflight(config, chosen, Layout.of(shape, chosen, placer.first_trained).line, notes, refit=refit)
 
@@ -140,8 +144,7 @@ def _decide_stage(part: NodePart, cut: Cut) -> Preflight:
         raise ConfigError(f"topology.placement: pipeline {obstacle}")
     if cut(world_size) is None:
         check_layout(topology, shape.blocks, world_size)
-    may_keep = execution.recompute == "none" and execution.kernels == "mlx"
-    first_trained = min(select_layers(config.adapter, shape.adaptable).blocks, default=shape.blocks)
+    may_keep, first_trained = execution.may_keep_activations, part.placer.first_trained
     costs = block_costs(shape, first_trained, keeps=may_keep)
 
     def decide(world_size: int) -> StageLayout:
@@ -152,7 +155,16 @@ def _decide_stage(part: NodePart, cut: Cut) -> Preflight:
     place = layout.place_of(rank)
     rows = DataShard(place[0] if place is not None else 0, len(layout.pipelines))
     steps, resident = heaviest(part.steps), topology.resident_blocks
-    refit = StageRefit(part.planner, execution, steps, budget, resident, first_trained, may_keep)
+    refit = StageRefit(
+        part.planner,
+        execution,
+        steps,
+        budget,
+        resident,
+        first_trained,
+        may_keep,
+        fixed=config.training.deterministic,
+    )
     stages = refit.planned(part.planner(rows, execution, part.steps), layout, rank)
     chosen = stages.decide()
     notes = [_limited(stages.predicted(chosen), budget)]

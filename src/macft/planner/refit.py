@@ -35,7 +35,8 @@ def heaviest(steps: Sequence[StepRows]) -> list[StepRows]:
 class WholeModelRefit:
     """Of a node that computes all blocks for its rows, as ``execution`` says.
 
-    ``steps`` have all rows. ``budget``: bytes it may take. ``resident``: ``topology.resident_blocks``.
+    ``steps`` have all rows. ``budget``: bytes it may take. ``resident``: ``topology.resident_blocks``. ``fixed``:
+    micro-batches must stay as they are, for the sake of the result's bits (``training.deterministic``).
     """
 
     planner_of: PlannerOf
@@ -43,17 +44,23 @@ class WholeModelRefit:
     steps: Sequence[StepRows]
     budget: float
     resident: int | str
+    fixed: bool = False
 
     def __call__(self, layout: StageLayout, rank: int, world_size: int) -> Fitted:  # noqa: ARG002
         """How ``rank`` of so many computes; raises ConfigError where that doesn't fit."""
         planner = self.planner_of(DataShard(rank, world_size), self.execution, self.steps)
         if self.execution.placement == "stream":
-            placer = Placer(planner, self.budget, "stream", self.resident, auto=True)
+            placer = Placer(planner, self.budget, "stream", self.resident, auto=not self.fixed)
             streamed = placer.decide()
             return Fitted(streamed, placer.parts(streamed).peak, self.budget)
         parts = planner.parts(self.execution)
         if parts.unknown or parts.peak <= self.budget:
             return Fitted(self.execution, self.budget if parts.unknown else parts.peak, self.budget)
+        if self.fixed:
+            raise ConfigError(
+                f"topology.memory_budget: with the micro-batches that training.deterministic fixes the run would need "
+                f"about {parts.peak / 1e9:.2f} GB, and {self.budget / 1e9:.2f} GB are available"
+            )
         size = min(self.execution.micro_batch_size or planner.rows, planner.rows)
         while size > 1:
             size = -(-size // 2)
@@ -69,7 +76,10 @@ class WholeModelRefit:
 
 @dataclass(frozen=True)
 class StageRefit:
-    """Of a node of a pipeline. ``execution``: of no stage yet. For the others see :class:`StagePlanner`."""
+    """Of a node of a pipeline. ``execution``: of no stage yet.
+
+    For the others see :class:`StagePlanner` and :class:`WholeModelRefit`.
+    """
 
     planner_of: PlannerOf
     execution: Execution
@@ -78,6 +88,7 @@ class StageRefit:
     resident: int | str
     first_trained: int
     may_keep: bool
+    fixed: bool = False
 
     def __call__(self, layout: StageLayout, rank: int, world_size: int) -> Fitted:  # noqa: ARG002
         """How ``rank`` computes its part of ``layout``; raises ConfigError where that doesn't fit."""
@@ -92,6 +103,8 @@ class StageRefit:
         # Other micro-batches would add up gradients in another order, so they come second.
         placer = Placer(planner, self.budget, "stream", self.resident, auto=False)
         alone, obstacle = placer.choice()
+        if obstacle is not None and self.fixed:
+            raise ConfigError(obstacle)
         if obstacle is not None:
             alone = replace(placer, auto=True).decide()
         held = self.execution.pipelined(len(alone.resident_blocks), alone.resident_blocks)

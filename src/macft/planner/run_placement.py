@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,8 +13,9 @@ from macft.collective.matching import Texts
 from macft.config.schema import TrainConfig
 from macft.errors import ConfigError, ModelError
 from macft.model.confirm import obstacle_to_cutting
+from macft.model.execution import Execution
 from macft.parallel.stage_layout import StageLayout
-from macft.planner.cluster_model import CHOICES, Node, RingLinks
+from macft.planner.cluster_model import Node, RingLinks
 from macft.planner.fit import MemoryPlanner
 from macft.planner.hand_over import HandOver
 from macft.planner.layout_inputs import can_pipeline, model_cost, step_work
@@ -70,15 +72,23 @@ def hand_over(part: NodePart, collective: Collective, agreed: RunPlacement) -> H
     topology = part.config.topology
     if topology.placement != "pipeline" or topology.stages != "auto":
         return None
-    own, cuts = agreed.own, agreed.cuts
+    own, cuts = agreed.own or _own_node(part), agreed.cuts
     if own is None:
-        is_local = topology.kind == "local"
-        own = one_of_many_here(part.budget) if is_local else own_node(part.budget, address=_address(part))
+        return None
     if cuts is None:
         is_newcomer = part.shard.world_size != collective.world_size
-        nodes = {} if is_newcomer else dict.fromkeys(members_of(collective), own)
-        cuts = NodeCuts(nodes, topology.pipelines, part.of_pipelines)
+        cuts = _cuts(part, collective, [] if is_newcomer else [own] * collective.world_size)
     return HandOver(collective, cuts, own, agreed.cut)
+
+
+def _own_node(part: NodePart) -> Node | None:
+    """What this node tells of itself; None where it can't have a part, which its own decision then says."""
+    if part.config.topology.kind == "local":
+        return one_of_many_here(part.budget)
+    try:
+        return own_node(part.placer.planner, part.budget, address=_address(part))
+    except (ConfigError, ModelError):
+        return None
 
 
 def agree_on_placement(part: NodePart, collective: Collective) -> RunPlacement:
@@ -118,7 +128,7 @@ def _view(part: NodePart, collective: Collective) -> bytes:
         execution, refusal = placer.choice()
     except (ConfigError, ModelError):  # raised once more by the node's own decision
         return _NOTHING
-    if refusal is None and execution.placement == "replicate" and execution.recompute != "blocks":
+    if refusal is None and is_roomy(execution):
         return _ROOMY
     smaller_fits = refusal is not None and placer.planner.best(placer.budget) is not None
     if smaller_fits or obstacle_to_reading_blocks(part.execution, shape, config.adapter) is not None:
@@ -126,17 +136,18 @@ def _view(part: NodePart, collective: Collective) -> bytes:
     return _TIGHT
 
 
+def is_roomy(execution: Execution) -> bool:
+    """Whether a node that computes the whole model so has room for it, so that no other placement is looked for."""
+    return execution.placement == "replicate" and execution.recompute != "blocks"
+
+
 def _agree_on_cut(part: NodePart, collective: Collective) -> RunPlacement:
     """The cut of the pipelines that the configuration asks for."""
-    try:
-        _ = part.execution
-        own = own_node(part.budget, address=_address(part))
-    except (ConfigError, ModelError):  # raised once more by the node's own decision
-        own = None
+    own = _own_node(part)
     nodes = gather_reports(collective, own)
     if not nodes:
         return _settled(part.config)
-    cuts = _cuts(part, collective, alike(nodes), part.config.topology.pipelines)
+    cuts = _cuts(part, collective, alike(nodes))
     cut, line = agree(collective, cuts)
     return replace(_settled(part.config, cut, line), cuts=cuts, own=own)
 
@@ -147,18 +158,19 @@ def _chosen_together(part: NodePart, collective: Collective) -> RunPlacement:
     here = topology.nodes if topology.kind == "local" else 1
     own = own_report(part.placer, processes=here, address=_address(part))
     nodes = alike(gather_reports(collective, own))
-    sent = b""
+    choice = _NO_CHOICE
     if collective.rank == 0:
-        choice = choose(part, nodes, lambda: obstacle_to_cutting(part.config.model, part.folder, part.execution))
-        layout = None if choice.pipelines is None else choice.pipelines.best.layout
-        sent = json.dumps([layout and layout.to_data(), choice.lines]).encode()
+        with contextlib.suppress(ConfigError, ModelError):  # the others wait; each node's own decision raises it again
+            choice = choose(part, nodes, lambda: obstacle_to_cutting(part.config.model, part.folder, part.execution))
+    best = None if choice.pipelines is None else choice.pipelines.best.layout
+    sent = json.dumps([best and best.to_data(), choice.lines]).encode()
     data, lines = json.loads(collective.broadcast(sent))
     if data is None:
         return _settled(part.config, lines=lines)
     layout = StageLayout.from_data(data)
-    config = _as_pipelines(part.config, len(layout.pipelines))
-    cuts = _cuts(part, collective, nodes, len(layout.pipelines))
-    return replace(_settled(config, followed(collective, cuts, layout), lines=lines), cuts=cuts, own=own)
+    part = replace(part, config=_as_pipelines(part.config, len(layout.pipelines)))
+    cuts = _cuts(part, collective, nodes)
+    return replace(_settled(part.config, followed(collective, cuts, layout), lines=lines), cuts=cuts, own=own)
 
 
 @dataclass(frozen=True)
@@ -170,6 +182,9 @@ class Choice:
     lines: list[str]
 
 
+_NO_CHOICE = Choice("", None, [])
+
+
 def choose(part: NodePart, nodes: Sequence[Node], obstacle: Callable[[], str | None]) -> Choice:
     """The placement of ``nodes``, by rank; ``obstacle`` says why the model can't be cut, if that would be best."""
     shares, counts = shares_of(part.config, len(nodes)), range(1, part.config.training.batch_size + 1)
@@ -179,7 +194,7 @@ def choose(part: NodePart, nodes: Sequence[Node], obstacle: Callable[[], str | N
         found.pop("pipeline")
         remark = f"; the model can't be cut: {reason}"
     if not found:
-        return Choice("", None, [])  # each node's own plan says what it lacks
+        return _NO_CHOICE  # each node's own plan says what it lacks
     chosen = preferred(found)
     lines = [f"topology.placement=auto chose {_reasons(found, chosen, nodes)}{remark}"]
     if chosen != "pipeline" or several is None:
@@ -195,25 +210,50 @@ def run_placements(
     shares: tuple[float, ...] | None,
     *,
     counts: Sequence[int],
-    kinds: Sequence[str] = CHOICES,
 ) -> tuple[dict[str, LayoutDecision], FoundPipelines | None]:
-    """The best layout of each of ``kinds`` that fits, as a run would have it, and the pipelines among them.
+    """The best layout of each placement that fits, as a run would have it, and the pipelines among them.
+
+    For the arguments see :func:`run_pipelines`.
+    """
+    found = whole_models(nodes, ring, planner_of(1), shares)
+    best = run_pipelines(nodes, ring, planner_of, shares, counts=counts)
+    if best is not None:
+        found["pipeline"] = best.best
+    return found, best
+
+
+def whole_models(
+    nodes: Sequence[Node],
+    ring: RingLinks,
+    planner: MemoryPlanner,
+    shares: tuple[float, ...] | None,
+    *,
+    kinds: Sequence[str] = ("replicate", "stream"),
+) -> dict[str, LayoutDecision]:
+    """Those of ``kinds`` that fit; ``planner`` is the prediction for all rows."""
+    return compare(nodes, ring, model_cost(planner), step_work(planner, None, shares), kinds=kinds)
+
+
+def run_pipelines(
+    nodes: Sequence[Node],
+    ring: RingLinks,
+    planner_of: Callable[[int], MemoryPlanner],
+    shares: tuple[float, ...] | None,
+    *,
+    counts: Sequence[int],
+) -> FoundPipelines | None:
+    """The fastest pipelines of a run, None if none fit.
 
     ``planner_of``: the prediction for all rows, in the micro-batches of a run with so many pipelines. ``counts``: how
     many pipelines there may be.
     """
-    whole = planner_of(1)
-    work = step_work(whole, None, shares)
-    found = compare(nodes, ring, model_cost(whole), work, kinds=[kind for kind in kinds if kind != "pipeline"])
     best: FoundPipelines | None = None
-    for count in counts if "pipeline" in kinds else []:
+    for count in counts:
         if count <= max(1, len(nodes) // 2):
             other = find_pipelines(nodes, ring, planner_of(count), count, shares)
             if other is not None and (best is None or other.best.seconds < best.best.seconds):
                 best = other
-    if best is not None:
-        found["pipeline"] = best.best
-    return found, best
+    return best
 
 
 def _reasons(found: Mapping[str, LayoutDecision], chosen: str, nodes: Sequence[Node]) -> str:
@@ -236,11 +276,13 @@ def _reasons(found: Mapping[str, LayoutDecision], chosen: str, nodes: Sequence[N
     return line
 
 
-def _cuts(part: NodePart, collective: Collective, nodes: Sequence[Node], pipelines: int) -> NodeCuts:
-    members = members_of(collective)
+def _cuts(part: NodePart, collective: Collective, nodes: Sequence[Node]) -> NodeCuts:
+    """Cuts by what ``nodes``, the members by rank, have told; of a newcomer there are none yet."""
+    members = members_of(collective)[: len(nodes)]
     shares = shares_of(part.config, len(nodes))
-    by_member = None if shares is None else dict(zip(members, shares, strict=True))
-    return NodeCuts(dict(zip(members, nodes, strict=True)), pipelines, part.of_pipelines, by_member)
+    by_member = None if shares is None else dict(zip(members, shares, strict=False))
+    told = dict(zip(members, nodes, strict=True))
+    return NodeCuts(told, part.config.topology.pipelines, part.of_pipelines, by_member)
 
 
 def shares_of(config: TrainConfig, count: int) -> tuple[float, ...] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,18 @@ from macft.model.shape import ModelShape, read_shape, shape_of
 from macft.network.link_kinds import LinkKind, find_links
 from macft.parallel.shares import DataShard
 from macft.planner.advice import advice
-from macft.planner.cluster_model import CHOICES, Node, NodeLink, RingLinks
+from macft.planner.cluster_model import Node, NodeLink, RingLinks
 from macft.planner.fit import MemoryPlanner
 from macft.planner.layout_inputs import alone, can_pipeline, model_cost, step_work
 from macft.planner.memory import MemoryParts, trained_part
-from macft.planner.node_cuts import order_line
-from macft.planner.node_part import placer_for, planner_for, step_of_shard
+from macft.planner.node_cuts import FoundPipelines, order_line
+from macft.planner.node_part import placer_for, planner_for, steps_of_shard
 from macft.planner.packing import choose_packing
-from macft.planner.partition import LayoutDecision, preferred
-from macft.planner.placement import Layout, Placer
-from macft.planner.run_placement import run_placements
+from macft.planner.partition import LayoutDecision, preferred, set_pipelines, why_no_pipeline
+from macft.planner.placement import Layout, Placer, obstacle_to_reading_blocks
+from macft.planner.run_placement import is_roomy, run_pipelines, whole_models
 from macft.planner.speed import chip_speed, own_speed
+from macft.planner.stages import check_layout, decide_layout
 from macft.planner.workload import StepRows, assumed_steps, steps_of
 from macft.topology.settings import parse_budget
 from macft.training.settings import steps_for
@@ -66,6 +68,7 @@ class RunPlan:
     """All nodes, and the best layout of each placement that fits; ``chosen`` is that of the run, None if it can't be.
 
     ``tokens`` of all rows in each of ``steps``. ``advice`` says what would help, ``notes`` what the figures rest on.
+    ``refusal``: why there is no pipeline, where one was asked for.
     """
 
     model: str
@@ -78,6 +81,7 @@ class RunPlan:
     tokens: float
     notes: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
+    refusal: str | None = None
 
     @property
     def fits(self) -> bool:
@@ -91,16 +95,20 @@ def plan_run(config: TrainConfig, *, progress: Progress | None = None) -> RunPla
     ``progress`` is called with what is done, and how many of how many rows; 0 of 0 where there is no count.
 
     Raises:
+        ConfigError: the nodes, the model or the device can't do what ``config`` asks for.
         ModelError: nothing is known of the model's shape.
         DataError: the dataset can't be read.
     """
     notes: list[str] = []
     tell = progress or (lambda *_: None)
+    macs = find_macs(config.plan.chips)
+    count = len(macs) or world_size(config)
     tell(f"finding the model {config.model.path}", 0, 0)
-    shape, folder = _shape(config, notes)
+    shape, folder = find_shape(config, notes)
+    if config.topology.placement == "pipeline" and isinstance(config.topology.stages, list):
+        check_layout(config.topology, shape.blocks, count)
     steps, total_steps = _steps(config, folder, notes, tell)
     tell("measuring this machine", 0, 0)
-    macs = find_macs(config.plan.chips)
     device = METAL if macs else Device.default().shared_by(_nodes_here(config, macs))
     # The same for all nodes, which are of a kind.
     whole_steps = planner_for(config, shape, execution_for(config, shape, shape.checkpoint, device), steps)
@@ -108,35 +116,51 @@ def plan_run(config: TrainConfig, *, progress: Progress | None = None) -> RunPla
     notes += packing_notes
     tokens = sum(float(step.lengths.sum()) for step in steps) / len(steps)
     speeds = [chip_speed(mac.chip, execution.dtype) for mac in macs]
-    speeds = speeds or _own_speeds(config, shape.parameters * tokens, execution, notes)
-    disks = [mac.chip.disk * 1e9 for mac in macs] or _own_disks(len(speeds), notes)
+    speeds = speeds or _own_speeds(config, count, shape.parameters * tokens, execution, notes)
+    disks = [mac.chip.disk * 1e9 for mac in macs] or _own_disks(count, notes)
+    shares = tuple(map(float, config.topology.shares)) if isinstance(config.topology.shares, list) else None
     plans, nodes, wanted, is_batch_too_large = [], [], config.topology.placement, False
     for rank, (speed, disk) in enumerate(zip(speeds, disks, strict=True)):
-        placer = _placer(config, shape, execution, steps, DataShard(rank, len(speeds), tuple(speeds)), macs)
-        plan = _plan_node(_name(macs, rank, len(speeds)), placer, macs[rank] if macs else None)
+        placer = _placer(config, shape, execution, steps, DataShard(rank, count, shares or tuple(speeds)), macs)
+        plan = _plan_node(_name(macs, rank, count), placer, macs[rank] if macs else None)
         ways = () if plan.refusal is not None else (alone(placer, plan.execution, speed=speed, disk=disk),)
         is_batch_too_large |= plan.refusal is not None and placer.planner.best(placer.budget) is not None
         plans.append(plan)
         nodes.append(Node(plan.name, speed, plan.budget, disk, ways))
     whole = _placer(config, shape, execution, steps, DataShard(0, 1), macs).planner
-    model, work = model_cost(whole), step_work(whole, config.training.micro_batch_size)
     links = find_links(config.plan.link)
-    ring = _ring(links, len(nodes))
-    kinds = [kind for kind in CHOICES if wanted in ("auto", kind) and (kind != "pipeline" or can_pipeline(config))]
+    ring = _ring(links, count)
 
+    @cache
     def planner_of(pipelines: int) -> MemoryPlanner:
         topology = replace(config.topology, placement="pipeline", pipelines=pipelines)
         asked = execution_for(replace(config, topology=topology), shape, shape.checkpoint, device)
         chosen, _ = choose_packing(planner_for(config, shape, asked, steps))
         return _placer(config, shape, replace(chosen, lanes=1), steps, DataShard(0, 1), macs).planner
 
-    counts = [config.topology.pipelines] if wanted == "pipeline" else range(1, config.training.batch_size + 1)
-    placements, found = run_placements(nodes, ring, planner_of, None, counts=counts, kinds=kinds)
+    obstacle = obstacle_to_reading_blocks(execution, shape, config.adapter)
+    can_be_cut = can_pipeline(config) and obstacle is None
+
+    def pipelines_of(nodes: Sequence[Node], ring: RingLinks) -> FoundPipelines | None:
+        return _pipelines(config, nodes, ring, planner_of, shares) if can_be_cut and len(nodes) > 1 else None
+
+    def best_pipelines_of(nodes: Sequence[Node], ring: RingLinks) -> LayoutDecision | None:
+        found = pipelines_of(nodes, ring)
+        return None if found is None else found.best
+
+    kinds = [kind for kind in ("replicate", "stream") if wanted in ("auto", kind)]
+    placements = whole_models(nodes, ring, whole, shares, kinds=kinds)
+    found = pipelines_of(nodes, ring) if wanted in ("auto", "pipeline") else None
+    if found is not None:
+        placements["pipeline"] = found.best
     is_refused = wanted == "auto" and is_batch_too_large  # a smaller micro-batch is the faster way
-    chosen = preferred(placements) if placements and not is_refused else None
-    notes += _link_notes(links, len(nodes))
+    chosen = _preferred(plans, placements) if placements and not is_refused else None
+    notes += _link_notes(links, config, speeds)
     if found is not None and (line := order_line(found, [node.name for node in nodes])):
         notes.append(f"pipeline: {line}")
+    refusal: str | None = None
+    if wanted == "pipeline" and found is None:
+        refusal = f"topology.placement: pipeline {obstacle}" if obstacle else why_no_pipeline(nodes, model_cost(whole))
     return RunPlan(
         model=config.model.path,
         shape=shape,
@@ -150,15 +174,42 @@ def plan_run(config: TrainConfig, *, progress: Progress | None = None) -> RunPla
         advice=advice(
             nodes,
             ring,
-            model,
-            work,
             placements,
             chosen,
-            can_pipeline=can_pipeline(config),
+            best_pipelines_of,
             is_quantized=whole.execution.bits is not None,
             is_batch_too_large=is_batch_too_large,
         ),
+        refusal=refusal,
     )
+
+
+def _pipelines(
+    config: TrainConfig,
+    nodes: Sequence[Node],
+    ring: RingLinks,
+    planner_of: Callable[[int], MemoryPlanner],
+    shares: tuple[float, ...] | None,
+) -> FoundPipelines | None:
+    """The pipelines that a run of ``config`` on ``nodes`` would have; None if none fit."""
+    topology = config.topology
+    if topology.placement != "pipeline":
+        counts = range(1, config.training.batch_size + 1)
+        return run_pipelines(nodes, ring, planner_of, shares, counts=counts)
+    if not isinstance(topology.stages, list) or len(topology.stages) != len(nodes):
+        return run_pipelines(nodes, ring, planner_of, shares, counts=[topology.pipelines])
+    planner = planner_of(topology.pipelines)
+    layout = decide_layout(topology, [1.0] * planner.shape.blocks, len(nodes))
+    work = step_work(planner, planner.execution.micro_batch_size, shares)
+    decision = set_pipelines(nodes, ring, model_cost(planner), work, layout)
+    return None if decision is None else FoundPipelines(decision, decision)
+
+
+def _preferred(plans: Sequence[NodePlan], placements: dict[str, LayoutDecision]) -> str:
+    """What the run chooses of ``placements``."""
+    if "replicate" in placements and all(plan.refusal is None and is_roomy(plan.execution) for plan in plans):
+        return "replicate"
+    return preferred(placements)
 
 
 def _nodes_here(config: TrainConfig, macs: Sequence[Mac]) -> int:
@@ -176,7 +227,7 @@ def _placer(
 ) -> Placer:
     """What decides how the node at ``shard`` computes."""
     mac, nodes_here = macs[shard.rank] if macs else None, _nodes_here(config, macs)
-    own = [step_of_shard(step, shard, execution) for step in steps]
+    own = steps_of_shard(config, steps, shard, execution)
     # A node far slower than the others may be left without a row; it still holds the model.
     own = [step for step in own if step.rows] or [StepRows(steps[0].rows[:1], steps[0].ids[:1])]
     budget = parse_budget(config.topology.memory_budget, mac.usable_bytes if mac else usable_bytes(1 / nodes_here))
@@ -211,16 +262,21 @@ def _ring(links: Sequence[LinkKind], count: int) -> RingLinks:
     return RingLinks(tuple(made if len(made) == count else made[:1] * count))
 
 
-def _link_notes(links: Sequence[LinkKind], count: int) -> list[str]:
+def _link_notes(links: Sequence[LinkKind], config: TrainConfig, speeds: Sequence[float]) -> list[str]:
+    count, shares = len(speeds), config.topology.shares
     if count < 2:
         return []
     names = ", ".join(link.name for link in (links if len(links) == count else links[:1]))
-    return [f"nodes are connected by {names} (plan.link); rows are divided by speed"]
+    dealt = (
+        f"rows are dealt as topology.shares={shares} says" if isinstance(shares, list) else "rows are dealt by speed"
+    )
+    if shares == "equal" and len(set(speeds)) > 1:
+        dealt += ", as topology.shares=auto does"
+    return [f"nodes are connected by {names} (plan.link); {dealt}"]
 
 
-def _own_speeds(config: TrainConfig, work: float, execution: Execution, notes: list[str]) -> list[float]:
+def _own_speeds(config: TrainConfig, count: int, work: float, execution: Execution, notes: list[str]) -> list[float]:
     """Operations a second that training reaches on this machine, for each node; ``work``: parameters times tokens."""
-    count = world_size(config)
     if config.topology.kind in ("hosts", "ssh"):
         notes.append("every host is taken to be a machine like this one; --chips names other Macs")
     speed = own_speed(work / count, execution)
@@ -240,7 +296,7 @@ def _own_disks(count: int, notes: list[str]) -> list[float]:
     return [disk.bytes_per_second] * count
 
 
-def _shape(config: TrainConfig, notes: list[str]) -> tuple[ModelShape, Path | None]:
+def find_shape(config: TrainConfig, notes: list[str]) -> tuple[ModelShape, Path | None]:
     """The model's shape, and its folder where that is on this machine; otherwise config.json alone is fetched."""
     name = config.model.path
     folder = Path(name).expanduser()

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from macft.device.chips import Chip, own_chip
 from macft.device.kind import Device
-from macft.device.training_speed import nearest
+from macft.device.training_speed import TrainingSpeed, nearest
 from macft.model.execution import Execution
 from macft.model.packing import attention_size
 from macft.planner.fit import MemoryPlanner
@@ -93,25 +93,40 @@ class OwnSpeed:
 
 
 def own_speed(work: float, execution: Execution) -> OwnSpeed:
-    """This machine's for a step of ``work``, parameters times tokens, computed as ``execution`` says.
+    """This machine's for a step of ``work`` (see :func:`work_of`), computed as ``execution`` says.
 
-    That of the most similar case that ``macft bench --training`` measured; otherwise that of a chip with matrix units,
-    which the matrix product of 0.3 s in float32 that is made elsewhere does not use.
+    As ``macft bench --training`` measured it, otherwise :func:`expected_speed`.
     """
+    measured = measured_speed(work, execution)
+    if measured is None:
+        return expected_speed(execution)
+    return OwnSpeed(measured.speed, f"measured by macft bench --training ({measured.case})")
+
+
+def work_of(planner: MemoryPlanner) -> float:
+    """Parameters times tokens of an average step of ``planner``'s node: what the speed of a step depends on most."""
+    tokens = sum(float(step.lengths.sum()) for step in planner.steps) / max(1, len(planner.steps))
+    return planner.shape.parameters * max(1.0, tokens)
+
+
+def measured_speed(work: float, execution: Execution) -> TrainingSpeed | None:
+    """The case most like a step of ``work`` that ``macft bench --training`` measured here; None if there is none."""
+    return nearest(Device.default().kind, work, execution.bits)
+
+
+def expected_speed(execution: Execution) -> OwnSpeed:
+    """This machine's where training was not measured: of its chip, or from a matrix product of 0.3 s in float32."""
     device = Device.default().kind
-    measured = nearest(device, work, execution.bits)
-    if measured is not None:
-        return OwnSpeed(measured.speed, f"measured by macft bench --training ({measured.case})")
     chip = own_chip() if device == "metal" else None
-    if chip is not None and chip.matrix_tflops is not None:
+    if chip is not None:
         return OwnSpeed(chip_speed(chip, execution.dtype), "estimated for its chip; macft bench --training measures it")
     efficiency = CPU_EFFICIENCY if device == "cpu" else MAC_EFFICIENCY
-    return OwnSpeed(
-        measured_flops() * efficiency, "from a matrix product of 0.3 s; macft bench --training measures training"
-    )
+    # The first measurement is also what makes a resting processor run at its full speed.
+    flops = max(measured_flops() for _ in range(2))
+    return OwnSpeed(flops * efficiency, "from a matrix product of 0.3 s; macft bench --training measures training")
 
 
-def chip_speed(chip: Chip, dtype: str = "bfloat16") -> float:
+def chip_speed(chip: Chip, dtype: str) -> float:
     """Operations a second that training reaches on a Mac with ``chip``; matrix units have no part in float32."""
     speed = chip.tflops * MAC_EFFICIENCY
     if chip.matrix_tflops is not None and dtype != "float32":

@@ -85,7 +85,7 @@ class StageTables:
         return self._table(in_flight)[0]
 
     def choice(self, first: int, end: int, in_flight: int, wire: float) -> StageChoice:
-        """The fastest way that fits, of a range where :meth:`seconds` is finite."""
+        """The fastest way that fits; where none does, though the node computes it, blocks are computed again."""
         at = first, end
         way = int(self._table(in_flight)[1][at])
         found = self._way(way, in_flight)
@@ -107,7 +107,7 @@ class StageTables:
     def _table(self, in_flight: int) -> tuple[Table, NDArray[np.int64]]:
         if in_flight not in self._best:
             best = np.full_like(self._weights, np.inf)
-            chosen = np.zeros(best.shape, dtype=np.int64)
+            chosen = np.full(best.shape, RECOMPUTE, dtype=np.int64)
             for number in self._ways:
                 way = self._way(number, in_flight)
                 busy = way.forward + way.backward

@@ -65,16 +65,14 @@ def check_layout(topology: TopologyConfig, blocks: int, world_size: int) -> None
     """Raises ConfigError where the model can't be cut as ``topology`` wants at the start; in one line."""
     stages = -(-world_size // topology.pipelines)
     if stages > blocks:
+        pipelines = -(-world_size // blocks)
+        several = f"topology.pipelines={pipelines}, " if 2 * pipelines <= world_size else ""
         raise ConfigError(
             f"topology.placement: pipelines of {stages} stages are more than the model's {blocks} blocks allow; use "
-            f"topology.pipelines={-(-world_size // blocks)}, fewer nodes, or topology.placement=replicate"
+            f"{several}fewer nodes, or topology.placement=replicate"
         )
     if not isinstance(topology.stages, list) or len(topology.stages) != world_size:
         return
-    if world_size % topology.pipelines:
-        raise ConfigError(
-            f"topology.stages: {world_size} nodes can't form {topology.pipelines} equal pipelines; use auto"
-        )
     for start in range(0, world_size, stages):
         counts = topology.stages[start : start + stages]
         if sum(counts) != blocks:
@@ -100,13 +98,13 @@ class StagePlanner:
     def decide(self) -> Execution:
         """The execution of this node: it keeps as many blocks in memory as fit, those of a larger stage later included.
 
+        And no more than ``wanted``.
+
         Raises:
             ConfigError: the stage doesn't fit, even with its blocks read from disk.
         """
         blocks = self.planner.shape.blocks
-        if not isinstance(self.wanted, str):
-            return self._with(min(self.wanted, blocks))
-        low, high = -1, blocks
+        low, high = -1, blocks if isinstance(self.wanted, str) else min(self.wanted, blocks)
         while low < high:
             middle = -(-(low + high) // 2)
             if self.parts(middle).peak <= self.budget:
@@ -208,6 +206,8 @@ class StagePlanner:
 
     def _parts(self, work: ComputeShape, count: int) -> MemoryParts:
         planner, (_, from_end) = self.planner, self._stage
+        if from_end != 1:  # losses are computed by the last stage
+            work = replace(work, targets=0)
         shape, trained = planner.shape, trained_part(planner.shape, planner.adapter)
         inside = replace(planner.execution, placement="replicate", recompute="blocks")
         parts = predict(shape, inside, planner.adapter, planner.optimizer, work, by_block=True)

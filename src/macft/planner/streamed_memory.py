@@ -23,11 +23,12 @@ _UPDATE = 6.0
 
 def streamed_parts(planner: MemoryPlanner, execution: Execution) -> MemoryParts:
     """The peak by part. Activations are hidden states at the borders of blocks, of all rows, and one block's inside."""
-    step_tokens = max(
-        (sum(batch.tokens for batch in step) for step in planner.step_batches(execution.micro_batch_size)), default=1
-    )
+    together = planner.step_batches(execution.micro_batch_size)
+    if planner.one_by_one:
+        together = planner.micro_batches(execution.micro_batch_size)
+    tokens = max((sum(batch.tokens for batch in each) for each in together), default=1)
     works = planner.works(execution)
-    return max((_parts(planner, execution, work, step_tokens) for work in works), key=lambda parts: parts.peak)
+    return max((_parts(planner, execution, work, tokens) for work in works), key=lambda parts: parts.peak)
 
 
 def _parts(planner: MemoryPlanner, execution: Execution, work: ComputeShape, step_tokens: int) -> MemoryParts:

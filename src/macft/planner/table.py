@@ -6,6 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from macft.planner.longest_row import LongestRowPlan
 from macft.planner.partition import LayoutDecision
 from macft.planner.run_plan import NodePlan, RunPlan
 from macft.planner.stage_costs import StageChoice
@@ -19,7 +20,9 @@ def show(plan: RunPlan, console: Console) -> None:
         f"{plan.model}: {shape.parameters / 1e6:,.0f} M parameters, {plan.trainable / 1e6:,.2f} M trained; "
         f"{plan.steps:,} steps of {plan.tokens:,.0f} tokens"
     )
-    if plan.chosen != "pipeline":
+    if plan.refusal is not None:
+        console.print(plan.refusal)
+    elif plan.chosen != "pipeline":
         _show_memory(plan, console)
     if "pipeline" in plan.placements:
         _show_pipelines(plan, plan.placements["pipeline"], console)
@@ -30,6 +33,32 @@ def show(plan: RunPlan, console: Console) -> None:
     for note in plan.notes:
         console.print(f"· {note}")
     console.print("· memory is MLX's peak, within 17% where it was measured (docs/plan.md); speed is a rough estimate")
+
+
+def show_longest_rows(plan: LongestRowPlan, console: Console) -> None:
+    """Prints the longest row that fits each node, then what the figures rest on."""
+    console.print(
+        f"{plan.model}: {plan.trainable / 1e6:,.2f} M parameters trained, one row at a time, all of it targets"
+    )
+    if plan.unknown:
+        console.print(plan.unknown)
+        return
+    table = _table("longest row that fits, tokens, by what the backward pass computes again (training.recompute)")
+    table.add_column("node", overflow="fold", min_width=8)
+    _numbers(table, "available, GB", *plan.nodes[0].macft, "mlx_lm", "mlx_lm --grad-checkpoint")
+    for node in plan.nodes:
+        lengths = (*node.macft.values(), node.mlx_lm["none"], node.mlx_lm["blocks"])
+        table.add_row(node.node, f"{node.budget / 1e9:.1f}", *(_tokens(length, plan.limit) for length in lengths))
+    console.print(table)
+    for note in plan.notes:
+        console.print(f"· {note}")
+    console.print("· within 15% of the memory where it was measured, on a CPU (docs/plan.md); no Mac was measured")
+
+
+def _tokens(length: int, limit: int) -> str:
+    if not length:
+        return "-"
+    return f"{'>= ' if length == limit else ''}{length:,}"
 
 
 def _table(title: str) -> Table:

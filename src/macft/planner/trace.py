@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from mlx_lm.tuner.lora import LoRASwitchLinear
 
 from macft.errors import MacftError
 from macft.model.adapt import adapt
@@ -22,6 +21,7 @@ from macft.model.adapter_settings import AdapterConfig
 from macft.model.backends.mlx.recurrence import loops_over_time
 from macft.model.execution import Execution
 from macft.model.head import Backbone, split_head
+from macft.model.mlx_lm_tuner import LoRASwitchLinear
 from macft.model.module_classes import Members, replaced_members
 from macft.planner.graph import graph_of
 

@@ -80,6 +80,12 @@ class StepRows:
         mine = rows_of_shard(shard, [row.tokens for row in self.rows], shared=shared)
         return StepRows([self.rows[place] for place in mine], self.ids[mine])
 
+    def divided(self, micro_batch_size: int | None) -> list[StepRows]:
+        """The rows of each micro-batch, made as the trainer makes it."""
+        places = {int(number): place for place, number in enumerate(self.ids)}
+        batches = micro_batches(self.rows, self.ids, micro_batch_size)
+        return [StepRows([self.rows[places[int(number)]] for number in each.row_ids], each.row_ids) for each in batches]
+
     def device_batches(self, micro_batch_size: int | None, layout: BatchLayout) -> list[DeviceBatchShape]:
         """What is computed one after the other, made as the trainer makes it."""
         shapes: list[DeviceBatchShape] = []

@@ -12,7 +12,7 @@ from typing import Self
 
 from macft.report.durations import duration
 
-FIRST_SECONDS, EVERY_SECONDS = 1.0, 8.0
+FIRST_SECONDS, EVERY_SECONDS = 1.0, 5.0
 _log = logging.getLogger("macft.run")
 
 

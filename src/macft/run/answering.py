@@ -320,7 +320,8 @@ def _layout(facts: Sequence[_Facts], leader: int, together: int) -> StageLayout:
             )
     if len(facts) > own.blocks:
         raise ConfigError(
-            f"--nodes: {len(facts)} nodes are more than the {own.blocks} blocks of the model; use {own.blocks} or fewer"
+            f"--topology: {len(facts)} nodes are more than the {own.blocks} blocks of the model; "
+            f"use {own.blocks} or fewer"
         )
     # Measurements of machines that are alike differ.
     speeds = alike([Node(each.machine, each.bandwidth, each.budget, each.disk) for each in facts])

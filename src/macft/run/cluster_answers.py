@@ -261,12 +261,16 @@ class ClusterLosses:
     def __init__(self, answers: ClusterAnswers):
         self._answers = answers
 
-    def of_batches(self, batches: Iterable[Sequence[Any]]) -> Iterator[list[float]]:
+    def of_batches(
+        self, batches: Iterable[Sequence[Any]], stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[list[float]]:
         """The loss of each part of each of ``batches``, padded ones, in nats."""
         pipeline = self._answers.pipeline
         waiting: list[dict[int, float]] = []
         sizes: list[int] = []
         for parts in batches:
+            if stopped():
+                break
             found: dict[int, float] = {}
             waiting.append(found)
             sizes.append(len(parts))

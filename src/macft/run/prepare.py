@@ -42,6 +42,7 @@ from macft.model.learned_positions import check_lengths
 from macft.model.load import LoadedModel, load, load_tokenizer
 from macft.model.resolve import resolve
 from macft.model.vocabulary import vocabulary_of
+from macft.model.weight_files import check_weight_files
 from macft.parallel.balance import ShareBalancer
 from macft.parallel.stage_balance import StageBalancer
 from macft.parallel.stage_places import StagePlaces
@@ -142,6 +143,7 @@ def prepare(
 
         _begin_phase(phases, f"finding the model {config.model.path}", once=True)  # a download shows a bar
         model_folder = resolve(config.model)
+        check_weight_files(model_folder)
         tokenizer = load_tokenizer(config.model, model_folder)
         clock_notes = fix_clock(tokenizer, config.dataset.template_time)
 

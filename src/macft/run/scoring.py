@@ -149,6 +149,7 @@ def _perplexity(run: Run, when: str) -> tuple[float | None, float]:
             shard=shard,
             progress=lambda done, total: run.reporter.handle(PhaseProgress(f"perplexity, {when}", done, total)),
             stopped=lambda: run.stop.requested,
+            fixed=run.config.training.deterministic,
         )
     return (math.exp(result.loss) if result.loss < 700 else math.inf), result.seconds
 

@@ -157,10 +157,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter-path", type=Path, help="an adapter's folder, in mlx-lm's format")
     parser.add_argument(
         "--placement",
+        type=_placement,
         choices=[placement for placement in PLACEMENTS if placement != "pipeline"],
         help="stream: read blocks from disk when they are needed; default: as the run's topology.placement",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
+def _placement(text: str) -> str:
+    if text == "pipeline":
+        raise argparse.ArgumentTypeError(
+            "pipeline spreads a model over machines; generate, evaluate and serve do that with --topology"
+        )
+    return text
 
 
 def find_run(path: Path) -> RunFolder:

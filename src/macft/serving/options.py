@@ -43,4 +43,6 @@ class ServerConfig:
             lines.append("--api-key: must be printable ASCII characters without spaces")
         if self.together < 1:
             lines.append(f"--together: {self.together} must be 1 or more")
+        if self.sampling.max_tokens == -1:  # which requests may not ask for either
+            lines.append("--max-tokens: -1 must be 1 or more; a server's answers have a limit")
         return lines + self.sampling.problems()

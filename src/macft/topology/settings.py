@@ -201,9 +201,9 @@ def _stage_problems(config: TopologyConfig) -> list[str]:
     return lines
 
 
-def pipeline_problems(config: TopologyConfig) -> list[str]:
+def pipeline_problems(config: TopologyConfig, nodes: int) -> list[str]:
     """One line for what the number of nodes doesn't allow, where they are to form pipelines."""
-    nodes, stages = _nodes(config), config.stages
+    stages = config.stages
     if config.placement != "pipeline" or config.join is not None:
         return []
     lines = []
@@ -214,11 +214,13 @@ def pipeline_problems(config: TopologyConfig) -> list[str]:
         )
     elif 2 * config.pipelines > nodes:
         lines.append(
-            f"topology.pipelines: {config.pipelines} pipelines of {nodes} nodes; each needs two or more, so use 1 to "
-            f"{nodes // 2}"
+            f"topology.pipelines: {config.pipelines} pipelines of {nodes} nodes; each needs two or more, so use 1"
+            + (f" to {nodes // 2}" if nodes > 3 else "")
         )
     if isinstance(stages, list) and len(stages) != nodes:
         lines.append(f"topology.stages: {stages} has {len(stages)} numbers, and there are {nodes} nodes")
+    elif isinstance(stages, list) and not lines and nodes % config.pipelines:
+        lines.append(f"topology.stages: {nodes} nodes can't form {config.pipelines} equal pipelines; use auto")
     return lines
 
 

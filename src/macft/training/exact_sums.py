@@ -13,17 +13,20 @@ sums over the tokens of a batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from macft.data.batch import Batch
 from macft.model.execution import Execution
 from macft.training.exact_loss import exact_loss
-from macft.training.gradient import Gradient, LocalGradient, StepGradient
+from macft.training.gradient import Gradient, LocalGradient, StepGradient, buckets_of
 from macft.training.settings import MOST_PARTS
 from macft.training.validation import Losses
 
@@ -63,17 +66,45 @@ class ExactGradient(LocalGradient):
         return float(sum(exact_loss(float(np.asarray(loss))) for loss in self.losses))
 
 
+@dataclass(frozen=True)
+class ExactParameters:
+    """The trainable parameters: ``shapes`` by name, and their names in ``buckets``, groups that travel together."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    buckets: Sequence[Sequence[str]]
+
+    @classmethod
+    def of(cls, model: nn.Module, bucket_bytes: int) -> ExactParameters:
+        """Those of ``model``, in groups of which the sums take about ``bucket_bytes``."""
+        shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
+        return cls(shapes, buckets_of(shapes, bucket_bytes // 4))
+
+
+class ExactSums:
+    """The sums of the gradients of a step's micro-batches."""
+
+    def __init__(self, parameters: ExactParameters):
+        self._parameters = parameters
+        self._halves = {name: np.zeros((2, math.prod(shape))) for name, shape in parameters.shapes.items()}
+
+    def add(self, gradient: Gradient) -> None:
+        """Adds that of a whole micro-batch, of all parameters or some of them; waits for MLX."""
+        mx.eval(list(gradient.values()))
+        for name, value in gradient.items():
+            to_grid(np.asarray(value).reshape(-1), self._halves[name])
+
+    def result(self, local: LocalGradient) -> ExactGradient:
+        """``local`` with these sums as its gradient."""
+        own = {each.name: getattr(local, each.name) for each in fields(LocalGradient)}
+        own |= {"gradient": {}, "buckets": self._parameters.buckets}
+        return ExactGradient(**own, halves=self._halves, shapes=self._parameters.shapes)
+
+
 class ExactStepGradient:
-    """Computes each micro-batch by itself with ``inner`` and adds the gradients up exactly.
+    """Computes each micro-batch by itself with ``inner`` and adds the gradients of ``parameters`` up exactly."""
 
-    Args:
-        inner: Computes; each of its calls gets one micro-batch.
-        shapes: Of the trainable parameters, by name.
-        buckets: Their names, in groups that travel together.
-    """
-
-    def __init__(self, inner: StepGradient, shapes: Mapping[str, tuple[int, ...]], buckets: Sequence[Sequence[str]]):
-        self._inner, self._shapes, self._buckets = inner, dict(shapes), buckets
+    def __init__(self, inner: StepGradient, parameters: ExactParameters):
+        self._inner, self._parameters = inner, parameters
 
     @property
     def execution(self) -> Execution:
@@ -98,34 +129,24 @@ class ExactStepGradient:
         in_buckets: bool = True,  # noqa: ARG002
     ) -> LocalGradient:
         """See :class:`~macft.training.gradient.StepGradient`."""
-        halves = {name: np.zeros((2, int(np.prod(shape)))) for name, shape in self._shapes.items()}
-        parts: list[LocalGradient] = []
+        sums, parts = ExactSums(self._parameters), list[LocalGradient]()
         for batch in batches:
             parts.append(self._inner(step, [batch], before_micro_batch, in_buckets=False))
             if len(parts) > 1:  # while the device computes the newest one
-                _add(halves, parts[-2].gradient)
+                sums.add(parts[-2].gradient)
                 parts[-2] = replace(parts[-2], gradient={})
         if not parts:
             parts = [self._inner(step, [], before_micro_batch, in_buckets=False)]
-        _add(halves, parts[-1].gradient)
-        first = parts[0]
+        sums.add(parts[-1].gradient)
         waits = [part.waited_for_weights for part in parts if part.waited_for_weights is not None]
-        return ExactGradient(
-            gradient={},
-            buckets=self._buckets,
-            losses=[loss for part in parts for loss in part.losses],
-            target_tokens=sum(part.target_tokens for part in parts),
-            tokens=sum(part.tokens for part in parts),
-            started=first.started,
-            waited_for_weights=sum(waits) if waits else None,
-            weights_read=sum(part.weights_read for part in parts),
-            traces=max(part.traces for part in parts),
-            halves=halves,
-            shapes=self._shapes,
+        return sums.result(
+            replace(
+                parts[0],
+                losses=[loss for part in parts for loss in part.losses],
+                target_tokens=sum(part.target_tokens for part in parts),
+                tokens=sum(part.tokens for part in parts),
+                waited_for_weights=sum(waits) if waits else None,
+                weights_read=sum(part.weights_read for part in parts),
+                traces=max(part.traces for part in parts),
+            )
         )
-
-
-def _add(halves: Mapping[str, Halves], gradient: Gradient) -> None:
-    mx.eval(list(gradient.values()))
-    for name, value in gradient.items():
-        to_grid(np.asarray(value).reshape(-1), halves[name])

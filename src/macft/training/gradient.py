@@ -185,7 +185,8 @@ class GradientComputer:
             start(losses)
             for names in self.buckets:
                 total |= {name: mx.contiguous(total[name]) for name in names}
-                start([total[name] for name in names])
+                # MLX computes what it is asked for first last, and holds until then all that this needs.
+                start([total[name] for name in reversed(names)])
         else:
             start([*losses, *total.values()])
         return LocalGradient(

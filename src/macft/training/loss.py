@@ -6,7 +6,7 @@ machine would have computed. Positions that are padding or prompt get no head; s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -39,14 +39,18 @@ class TokenLoss:
         """
         return self._by_lane[lane](inputs, positions, targets, weights)
 
-    def of_batches(self, batches: Iterable[Sequence[DeviceBatch]]) -> Iterator[list[float]]:
-        """The loss of each part of each of ``batches``, in nats, without a gradient."""
+    def of_batches(
+        self, batches: Iterable[Sequence[DeviceBatch]], stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[list[float]]:
+        """See :class:`~macft.training.validation.Losses`."""
 
         def loss_of(lane: int, part: DeviceBatch) -> float:
             with packed(part.pack_layout()):
                 return float(np.asarray(self(*part.loss_inputs(), lane=lane)))
 
         for parts in batches:
+            if stopped():
+                return
             yield list(self.lanes.map(loss_of, parts))
 
 

@@ -6,6 +6,7 @@ made where they are needed. What is computed, and the order of the sums, are tho
 :class:`~macft.training.staged_gradient.StagedGradient`, whose micro-batches are the parts of rows: the loss and each
 block's gradient have the same bits however many stages there are. A block's gradient is zero where the block is not
 computed, and losses are counted at the last stage only; so the sum over all ranks is that of one that holds the model.
+With exact sums (:mod:`macft.training.exact_sums`) it has the same bits over any number of pipelines, too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,12 +30,13 @@ from macft.model.execution import Execution
 from macft.parallel.stage_layout import spread
 from macft.parallel.stage_places import StagePlace, StagePlaces
 from macft.training.batch_layout import DeviceBatch
-from macft.training.gradient import Gradient, LocalGradient, add
+from macft.training.exact_sums import ExactParameters, ExactStepGradient, ExactSums
+from macft.training.gradient import Gradient, LocalGradient, StepGradient, add
 from macft.training.pipeline_schedule import holding, one_forward_one_backward
 from macft.training.staged_gradient import StagedGradient, StagedLoss
 from macft.training.staged_model import StagedModel, Work
 
-_FORWARD, _BACKWARD, _VALIDATION = 0, 1, 2
+_FORWARD, _BACKWARD, _VALIDATION, _BEGIN = range(4)
 
 
 class _StageRun:
@@ -66,6 +69,14 @@ class _StageRun:
         """Its blocks that have a backward pass."""
         stage = self.place.stage
         return range(max(stage.first, self._first_trained), stage.end)
+
+    def goes_on(self, tag: int, stopped: Callable[[], bool]) -> bool:
+        """Whether there is more to compute: unless the first stage is ``stopped()``, of which it tells the others."""
+        before, after = self.place.before, self.place.after
+        goes_on = not stopped() if before is None else len(self._channels.receive(before, tag)) > 0
+        if after is not None:
+            self._channels.send(after, tag, b"on" if goes_on else b"")
+        return goes_on
 
     def forward(self, work: Work, tag: int, *, training: bool) -> None:
         """Its blocks' forward passes; what they make of ``work`` is sent on, or stays at the last stage."""
@@ -108,23 +119,28 @@ class _StageRun:
 
 
 class PipelinedLoss:
-    """The losses of validation; see :meth:`~macft.training.loss.TokenLoss.of_batches`."""
+    """The losses of validation."""
 
     def __init__(self, staged: StagedModel, places: StagePlaces, settle: Callable[[], _StageRun | None]):
         self._staged, self._places, self._settle = staged, places, settle
         self._alone = StagedLoss(staged)
-        self._count = 0
 
-    def of_batches(self, batches: Iterable[Sequence[DeviceBatch]]) -> Iterator[list[float]]:
-        """See :meth:`~macft.training.loss.TokenLoss.of_batches`. Collective: every rank must call it."""
+    def of_batches(
+        self, batches: Iterable[Sequence[DeviceBatch]], stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[list[float]]:
+        """See :class:`~macft.training.validation.Losses`; the first stage decides. Every rank must call it."""
         run = self._settle()
         if run is None or len(run.place.stages) == 1:
-            return self._alone.of_batches(batches)
-        return self._forward(run, batches)
+            return self._alone.of_batches(batches, stopped)
+        return self._forward(run, batches, stopped)
 
-    def _forward(self, run: _StageRun, batches: Iterable[Sequence[DeviceBatch]]) -> Iterator[list[float]]:
+    def _forward(
+        self, run: _StageRun, batches: Iterable[Sequence[DeviceBatch]], stopped: Callable[[], bool]
+    ) -> Iterator[list[float]]:
         none = mx.zeros(1, mx.uint32)
         for number, parts in enumerate(batches):
+            if not run.goes_on(_tag(number, 0, _BEGIN), stopped):
+                return
             losses = []
             for place, part in enumerate(parts):
                 work = Work.of(part, none)
@@ -139,6 +155,7 @@ class PipelinedGradient:
 
     ``weights`` supplies the blocks, and keeps as many of the stage's in memory as ``execution`` allows. ``places`` says
     which they are; where that changes, the next step goes by it. A pipeline of one stage computes block by block.
+    ``exact``: gradients of these parameters are added up exactly, micro-batch by micro-batch; None: they are not.
 
     Raises:
         RuntimeError: rows are to be packed, and ``model`` is not installed.
@@ -155,13 +172,16 @@ class PipelinedGradient:
         *,
         seed: int,
         bucket_bytes: int = 4 * 1024 * 1024,
+        exact: ExactParameters | None = None,
     ):
         self.execution = execution
+        self._exact = exact
         self._is_eager = backend.is_eager
         self._model, self._keys, self._weights, self._places = model, dropout_keys, weights, places
         self._whole = StagedGradient(
             model, backend, execution, dropout_keys, weights, seed=seed, bucket_bytes=bucket_bytes
         )
+        self._alone: StepGradient = self._whole if exact is None else ExactStepGradient(self._whole, exact)
         self.loss = PipelinedLoss(self._whole.staged, places, self._settle)
 
     def adopt(self, execution: Execution) -> None:
@@ -183,7 +203,7 @@ class PipelinedGradient:
         """
         run = self._settle()
         if run is None or len(run.place.stages) == 1:
-            return self._whole(step, batches, before_micro_batch, in_buckets=in_buckets)
+            return self._alone(step, batches, before_micro_batch, in_buckets=in_buckets)
         return self._compute(run, step, batches, before_micro_batch)
 
     def _compute(
@@ -197,6 +217,8 @@ class PipelinedGradient:
         parts = [self._whole.works(step, batch) for batch in batches]
         works = [work for each in parts for work in each]
         first_of_batch = {id(each[0]) for each in parts if each}
+        batch_ends = set(accumulate(len(each) for each in parts))
+        sums = None if self._exact is None else ExactSums(self._exact)
         total: Gradient = {}
         losses: list[mx.array] = []
         for number, is_forward in one_forward_one_backward(run.held, len(works), backward=bool(run.trained)):
@@ -206,6 +228,9 @@ class PipelinedGradient:
                     fault_points.reach("micro_batch")
                     run.backward(work, _tag(step, number, _BACKWARD), total)
                     works[number] = work.finished()
+                    if sums is not None and number + 1 in batch_ends:  # they end in their order
+                        sums.add(total)
+                        total.clear()
                     continue
                 if id(work) in first_of_batch:
                     before_micro_batch()
@@ -216,7 +241,7 @@ class PipelinedGradient:
                 if not run.trained:
                     works[number] = work.finished()
         targets = sum(work.target_tokens for work in works) if run.is_last else 0
-        return self._whole.result(
+        local = self._whole.result(
             total,
             losses,
             batches,
@@ -226,6 +251,7 @@ class PipelinedGradient:
             waited_for_stages=channels.waited - waited,
             sent_to_stages=channels.sending_seconds - sent,
         )
+        return local if sums is None else sums.result(local)
 
     def _settle(self) -> _StageRun | None:
         """This rank's stage, with its parts of the model, and not others, kept in memory. A call of all ranks."""

@@ -47,9 +47,10 @@ class TrainingConfig:
     batch_size: int = 8
     # At most so many rows in one forward pass of a node; the rest is accumulated. Null: all of the node's rows.
     micro_batch_size: int | None = None
-    # The same adapter, bit for bit, on any number of nodes of one kind, whatever their shares and limits, and if nodes
-    # are lost: each micro-batch is a fixed set of rows (without micro_batch_size, an eighth of the batch), and sums are
-    # exact in any order. Gradients take four times the bytes on their way.
+    # The same adapter, bit for bit, on any number of nodes of one kind, whatever their shares, limits and placement,
+    # and if nodes are lost: each micro-batch is a fixed set of rows (without micro_batch_size, an eighth of the batch),
+    # and sums are exact in any order. Gradients take four times the bytes on their way. Where they are auto, compile
+    # means false, recompute none, kernels mlx.
     deterministic: bool = False
     # Optimizer updates to make (mlx-lm: iters / grad_accumulation_steps). Or give `epochs`.
     steps: int | None = None

@@ -31,15 +31,19 @@ VALIDATION_TOKENS = 16_384
 
 
 class StagedLoss:
-    """The losses of validation; see :meth:`~macft.training.loss.TokenLoss.of_batches`."""
+    """The losses of validation."""
 
     def __init__(self, staged: StagedModel):
         self._staged = staged
 
-    def of_batches(self, batches: Iterable[Sequence[DeviceBatch]]) -> Iterator[list[float]]:
-        """See :meth:`~macft.training.loss.TokenLoss.of_batches`."""
+    def of_batches(
+        self, batches: Iterable[Sequence[DeviceBatch]], stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[list[float]]:
+        """See :class:`~macft.training.validation.Losses`."""
         waiting: list[Sequence[DeviceBatch]] = []
         for parts in batches:
+            if stopped():
+                return
             waiting.append(parts)
             if sum(part.inputs.size for each in waiting for part in each) >= VALIDATION_TOKENS:
                 yield from self._compute(waiting)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from macft.device import blas
 from macft.model.backends.base import Backend
@@ -11,8 +10,8 @@ from macft.model.block_weights import BlockWeights
 from macft.model.dropout import DropoutKeys
 from macft.model.execution import Execution
 from macft.parallel.stage_places import StagePlaces
-from macft.training.exact_sums import ExactStepGradient
-from macft.training.gradient import GradientComputer, StepGradient, buckets_of
+from macft.training.exact_sums import ExactParameters, ExactStepGradient
+from macft.training.gradient import GradientComputer, StepGradient
 from macft.training.loss import TokenLoss
 from macft.training.pipelined_gradient import PipelinedGradient
 from macft.training.staged_gradient import StagedGradient, StagedLoss
@@ -37,22 +36,29 @@ def make_step_gradient(
     ``places``: the ranks' stages, where ``execution`` is that of a pipeline. ``deterministic``: sums are exact, of
     micro-batches that are computed one by one.
     """
+    exact = ExactParameters.of(model, bucket_bytes) if deterministic else None
+    if exact is not None:
+        blas.set_threads(1)  # how many there are would show in the last bits
     if execution.placement == "pipeline":
         assert streamed is not None
         assert places is not None
         return PipelinedGradient(
-            model, backend, execution, dropout_keys, streamed, places, seed=seed, bucket_bytes=bucket_bytes
+            model,
+            backend,
+            execution,
+            dropout_keys,
+            streamed,
+            places,
+            seed=seed,
+            bucket_bytes=bucket_bytes,
+            exact=exact,
         )
     inner: StepGradient = (
         GradientComputer(model, backend, execution, dropout_keys, seed=seed, bucket_bytes=bucket_bytes)
         if streamed is None
         else StagedGradient(model, backend, execution, dropout_keys, streamed, seed=seed, bucket_bytes=bucket_bytes)
     )
-    if not deterministic:
-        return inner
-    blas.set_threads(1)  # how many there are would show in the last bits
-    shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
-    return ExactStepGradient(inner, shapes, buckets_of(shapes, bucket_bytes // 4))
+    return inner if exact is None else ExactStepGradient(inner, exact)
 
 
 def make_losses(model: nn.Module, backend: Backend, streamed: BlockWeights | None) -> Losses:

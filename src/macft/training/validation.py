@@ -23,10 +23,13 @@ from macft.training.stop_request import Stopped
 class Losses(Protocol):
     """What computes the losses of rows."""
 
-    def of_batches(self, batches: Iterable[Sequence[DeviceBatch]]) -> Iterator[list[float]]:
+    def of_batches(
+        self, batches: Iterable[Sequence[DeviceBatch]], stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[list[float]]:
         """The loss of each part of each of ``batches``, in nats, without a gradient; in their order.
 
-        Of a batch whose end another rank computes there are none here.
+        Of a batch whose end another rank computes there are none here. Once ``stopped()``, which is asked between
+        batches, it may end early; of ranks that compute together one decides.
         """
         ...
 
@@ -74,15 +77,12 @@ def validation_loss(
         batches = micro_batches([rows[i] for i in mine], mine, execution.evaluation_rows)
     own_rows = sum(len(batch.row_ids) for batch in batches)
     parts = [list(layout.parts(batch)) for batch in batches]
-    is_stopped = False
-    for batch, items, values in zip(batches, parts, losses.of_batches(parts), strict=True):
+    for batch, items, values in zip(batches, parts, losses.of_batches(parts, stopped), strict=False):
         loss_sum += sum(map(exact_loss, values)) if fixed else sum(values)
         target_tokens += sum(int(part.weights.sum()) for part in items[: len(values)])
         done += len(batch.row_ids)
         progress(done, own_rows)
-        if is_stopped := stopped():
-            break
-    sums = np.array([loss_sum, target_tokens, float(is_stopped)], dtype=np.float64)
+    sums = np.array([loss_sum, target_tokens, float(stopped())], dtype=np.float64)
     collective.all_reduce([sums])
     if sums[2]:
         raise Stopped

@@ -26,3 +26,12 @@ def operation(
         return gradients if len(gradients) > 1 else gradients[0]
 
     return cast(Callable[..., Result], function)
+
+
+def after(values: Sequence[mx.array], gradients: Sequence[mx.array]) -> list[mx.array]:
+    """``values``, each by itself, computed when the ``gradients`` are, and not before.
+
+    A ``backward`` that differentiates its inputs by ``mx.vjp`` gives it these: with the inputs as they are,
+    ``mx.compile`` fails where operations are inside of one another (mlx 0.32: "_Map_base::at").
+    """
+    return [mx.depends([value], list(gradients))[0] for value in values]

@@ -19,14 +19,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.dora import DoRALinear
-from mlx_lm.tuner.lora import LoRALinear
 
 from macft.model.backends.base import Function, Loss, LossAndGradient
 from macft.model.backends.cpu.layers import Kernel, kernel_for
 from macft.model.backends.operation import operation
 from macft.model.backends.trees import holds_state, put_together, take_apart
 from macft.model.head import trains_only_blocks
+from macft.model.mlx_lm_tuner import DoRALinear, LoRALinear
 from macft.model.module_classes import Members, ModuleCall, replaced_members
 from macft.model.packing import PackedRope
 from macft.model.parameter_refs import ParameterRefs

@@ -13,10 +13,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.tuner.lora import LoRALinear
 from numpy.typing import NDArray
 
 from macft.device import blas
+from macft.model.mlx_lm_tuner import LoRALinear
 from macft.model.module_classes import original_class
 from macft.model.packing import PackedRope, PackLayout, layout_of_pack
 

@@ -13,7 +13,8 @@ from mlx.utils import tree_flatten
 from macft.model.backends.base import CrossEntropy, Function, Lanes, Loss, LossAndGradient
 from macft.model.backends.lanes import OneLane
 from macft.model.backends.mlx.attention import row_attention
-from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy, whole_cross_entropy
+from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy, loss_in_chunks, whole_cross_entropy
+from macft.model.backends.mlx.long_products import products_in_parts
 from macft.model.backends.mlx.low_rank import in_base_type
 from macft.model.backends.mlx.query_blocks import attention_in_blocks
 from macft.model.backends.mlx.recompute import kept_attention, kept_products, recomputed_blocks
@@ -38,12 +39,13 @@ class MlxBackend:
         """See :class:`~macft.model.backends.base.Backend`."""
         with ExitStack() as changes:
             changes.enter_context(chunked_recurrences(find_recurrences(model)))
+            changes.enter_context(replaced_members(model.modules(), products_in_parts(self._execution.max_operations)))
             changes.enter_context(replaced_members(model.modules(), in_base_type))
+            attention = partial(self._attention, model)
             if self._execution.packing:
-                changes.enter_context(prepared_for_packs(model, partial(self._attention, model)))
-            elif self._recomputes_attention(model):
-                functions = {ATTENTION_FUNCTION: partial(self._attention, model)}
-                changes.enter_context(replaced_functions(model, functions))
+                changes.enter_context(prepared_for_packs(model, attention))
+            else:
+                changes.enter_context(replaced_functions(model, {ATTENTION_FUNCTION: attention}))
             if self._execution.recompute == "cheap":
                 changes.enter_context(kept_products(model))
             if self._execution.recompute != "none":
@@ -60,9 +62,13 @@ class MlxBackend:
 
     def _attention(self, model: nn.Module, original: ModuleCall) -> ModuleCall:
         """What stands in for mlx-lm's attention, ``original``."""
-        execution, recomputes, attention = self._execution, self._recomputes_attention(model), original
-        if recomputes:
-            attention = attention_in_blocks(attention, lambda: bool(model.training), execution.max_scores)
+        execution, recomputes = self._execution, self._recomputes_attention(model)
+        attention = attention_in_blocks(
+            original,
+            lambda: bool(model.training),
+            training_scores=execution.max_scores if recomputes else None,
+            evaluation_scores=execution.max_evaluation_scores,
+        )
         if execution.packing:
             attention = row_attention(attention)
         return kept_attention(attention) if recomputes and execution.recompute == "cheap" else attention
@@ -80,10 +86,12 @@ class MlxBackend:
         def loss(hidden: mx.array, targets: mx.array, weights: mx.array, *, with_gradient: bool) -> mx.array:
             if head is None:
                 return whole_cross_entropy(hidden, targets, weights)
-            if not (with_gradient and is_frozen):
+            if with_gradient and not is_frozen:
                 return whole_cross_entropy(head(hidden[None])[0], targets, weights)
             vocabulary = head(hidden[:1][None]).shape[-1]
             chunk = execution.loss_chunk_for(vocabulary)
+            if not with_gradient:
+                return loss_in_chunks(head, hidden, targets, weights, chunk=chunk)
             return chunked_cross_entropy(head, hidden, targets, weights, chunk=chunk)
 
         return loss

@@ -27,6 +27,18 @@ def whole_cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) 
     return (losses * weights).sum()
 
 
+def loss_in_chunks(
+    head: Callable[[mx.array], mx.array], hidden: mx.array, targets: mx.array, weights: mx.array, *, chunk: int
+) -> mx.array:
+    """The same of ``head(hidden)``, without a gradient: the logits of ``chunk`` of the positions exist at once."""
+    loss = mx.zeros(())
+    for start in range(0, hidden.shape[0], chunk):
+        end = start + chunk
+        part = mx.depends([hidden[start:end]], [loss])[0]
+        loss = loss + whole_cross_entropy(head(part[None])[0], targets[start:end], weights[start:end])
+    return loss
+
+
 def fused_loss_and_gradient(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
     """See ``LossAndGradient``. The logits exist in float32 only for their sum, the gradient in their own type only."""
     totals = mx.logsumexp(logits.astype(mx.float32), axis=-1)

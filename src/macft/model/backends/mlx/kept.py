@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from macft.model.backends.operation import operation
+from macft.model.backends.operation import after, operation
 from macft.model.backends.trees import put_together, take_apart
 
 
@@ -86,7 +86,7 @@ def kept(function: Callable[..., Any], *arrays: mx.array) -> Any:
             return take_apart(function(*inputs))[1]
 
     def gradient(inputs: Sequence[mx.array], grads: Sequence[mx.array], _outputs: Any) -> list[mx.array]:
-        gradients: list[mx.array] = mx.vjp(again, list(inputs), list(grads))[1]
+        gradients: list[mx.array] = mx.vjp(again, after(inputs, grads), list(grads))[1]
         return gradients
 
     return put_together(form, operation(lambda *_: tuple(results), gradient)(*arrays))

@@ -8,14 +8,14 @@ float32 all the same. In a float32 model nothing changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tuner.dora import DoRALinear
-from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
+from macft.model.backends.operation import after, operation
+from macft.model.mlx_lm_tuner import DoRALinear, LoRALinear, LoRASwitchLinear
 from macft.model.module_classes import Members
 
 KINDS = (LoRALinear, LoRASwitchLinear, DoRALinear)
@@ -33,19 +33,35 @@ def in_base_type(kind: type[nn.Module]) -> Members | None:
     call = kind.__call__
 
     def layer_call(layer: nn.Module, x: mx.array, *arguments: Any, **named: Any) -> Any:
-        matrices = layer["lora_a"], layer["lora_b"]
-        if all(matrix.dtype == x.dtype for matrix in matrices):
-            return call(layer, x, *arguments, **named)
-        try:
-            layer["lora_a"], layer["lora_b"] = (matrix.astype(x.dtype) for matrix in matrices)
-            return call(layer, x, *arguments, **named)
-        finally:
-            layer["lora_a"], layer["lora_b"] = matrices
+        def compute(x: mx.array, *values: mx.array) -> mx.array:
+            before = layer["lora_a"], layer["lora_b"]
+            try:
+                layer["lora_a"], layer["lora_b"] = (value.astype(x.dtype) for value in values)
+                result: mx.array = call(layer, x, *arguments, **named)
+                return result
+            finally:
+                layer["lora_a"], layer["lora_b"] = before
+
+        return matrices_first(compute)(x, layer["lora_a"], layer["lora_b"])
 
     return {"__call__": layer_call}
 
 
-def dora(layer: Any, x: mx.array, product: Callable[[Product], Product] = lambda function: function) -> mx.array:
+def matrices_first(function: Product) -> Product:
+    """``function`` of an input and matrices, whose input's gradient is computed after that of the matrices.
+
+    MLX computes last what nothing else waits for: the matrices' gradients, for which it would hold the inputs, and the
+    gradients of the outputs, of several layers.
+    """
+
+    def backward(inputs: Sequence[mx.array], grad_output: mx.array, _output: mx.array) -> list[mx.array]:
+        _, (grad, *of_matrices) = mx.vjp(function, after(inputs, [grad_output]), [grad_output])
+        return [mx.depends([grad], of_matrices)[0], *of_matrices]
+
+    return operation(function, backward)
+
+
+def dora(layer: Any, x: mx.array, product: Callable[[Product], Product] = matrices_first) -> mx.array:
     """``DoRALinear.__call__``; ``product`` is given the function of input and matrices that is costly."""
 
     def adapted(x: mx.array, a: mx.array, b: mx.array) -> mx.array:

@@ -3,7 +3,7 @@
 The blocks are those of Rabe and Staats 2021 (arXiv:2112.05682) and Dao et al. 2022 (FlashAttention), but for one thing:
 a block has all keys that its queries see, so that its softmax is computed at once, by MLX's own attention. The backward
 pass computes a block's scores again. For Metal, whose attention is not fused in training, and for CUDA where MLX's
-fused gradient can't take the rows.
+fused gradient can't take the rows. Without a gradient attention is cut too, so that no kernel runs long.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ _TILE = 128
 """MLX's fused gradient on CUDA takes multiples of so many queries (mlx 0.32)."""
 
 
-def attention_in_blocks(original: ModuleCall, is_training: Callable[[], bool], most_scores: int) -> ModuleCall:
-    """Takes the place of mlx-lm's ``scaled_dot_product_attention``, ``original``, where the model trains.
+def attention_in_blocks(
+    original: ModuleCall, is_training: Callable[[], bool], *, training_scores: int | None, evaluation_scores: int
+) -> ModuleCall:
+    """Takes the place of mlx-lm's ``scaled_dot_product_attention``, ``original``, where there is no cache.
 
-    ``most_scores`` of queries and keys, of all rows and heads, exist at once, but for those of 32 queries at least.
+    ``training_scores`` of queries and keys, of all rows and heads, are computed at once where the model trains, but for
+    those of 32 queries at least; None: all of them, with MLX's own gradient. ``evaluation_scores``: where it does not.
     """
 
     def attention(
@@ -39,8 +42,8 @@ def attention_in_blocks(original: ModuleCall, is_training: Callable[[], bool], m
     ) -> mx.array:
         is_causal = isinstance(mask, str) and mask == "causal" and keys.shape[2] == queries.shape[2]
         can_cut = mask is None or is_causal or (isinstance(mask, mx.array) and mask.dtype == mx.bool_)
-        borders = _borders(queries, keys, most_scores)
-        if cache is not None or not is_training() or not can_cut or len(borders) == 2:
+        borders = _borders(queries, keys, training_scores) if is_training() else _cut(queries, keys, evaluation_scores)
+        if cache is not None or not can_cut or len(borders) == 2:
             result: mx.array = original(queries, keys, values, cache=cache, scale=scale, mask=mask, **others)
             return result
 
@@ -55,12 +58,20 @@ def attention_in_blocks(original: ModuleCall, is_training: Callable[[], bool], m
     return attention
 
 
-def _borders(queries: mx.array, keys: mx.array, most_scores: int) -> list[int]:
-    """Where blocks of queries begin and end."""
-    rows, heads, length, width = queries.shape
+def _borders(queries: mx.array, keys: mx.array, most_scores: int | None) -> list[int]:
+    """Where blocks of queries begin and end while the model trains."""
+    length, width = queries.shape[2:]
+    if most_scores is None:
+        return [0, length]
     if _is_fused(queries.dtype, width) and length >= _TILE:
         whole = length // _TILE * _TILE
         return [0, whole] if whole == length else [0, whole, length]
+    return _cut(queries, keys, most_scores)
+
+
+def _cut(queries: mx.array, keys: mx.array, most_scores: int) -> list[int]:
+    """Blocks of at most so many scores."""
+    rows, heads, length, _ = queries.shape
     most = most_scores // (rows * heads * keys.shape[2])
     size = most // _TILE * _TILE or max(_FEWEST_QUERIES, most // _FEWEST_QUERIES * _FEWEST_QUERIES)
     return [*range(0, length, size), length]

@@ -21,13 +21,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-from mlx_lm.tuner.dora import DoRALinear
 
 from macft.model.backends.mlx.kept import Kept, kept, recorded, replayed
-from macft.model.backends.mlx.low_rank import KINDS, Product, dora
-from macft.model.backends.operation import operation
+from macft.model.backends.mlx.low_rank import KINDS, Product, dora, matrices_first
+from macft.model.backends.operation import after, operation
 from macft.model.backends.trees import holds_state, put_together, take_apart
 from macft.model.head import trains_only_blocks
+from macft.model.mlx_lm_tuner import DoRALinear
 from macft.model.module_classes import Members, ModuleCall, replaced_members
 from macft.model.parameter_refs import ParameterRefs
 
@@ -91,20 +91,15 @@ def _recomputed(
         inputs: Sequence[mx.array], grad_outputs: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
     ) -> list[mx.array]:
         gradients = list(grad_outputs[:results])
-
-        def later(value: mx.array) -> mx.array:
-            """By itself, so that what isn't needed is not held until then."""
-            held: mx.array = mx.depends([value], gradients)[0]
-            return held
-
-        made = Kept([later(value) for value in outputs[results:]], forms)
+        made = Kept(after(outputs[results:], gradients), forms)
 
         def again(*inputs: mx.array) -> list[mx.array]:
             with replayed(made):
                 return compute(*inputs)
 
-        found: list[mx.array] = mx.vjp(again, [later(value) for value in inputs], gradients)[1]
-        return found
+        found: list[mx.array] = mx.vjp(again, after(inputs, gradients), gradients)[1]
+        # Parameters first: MLX computes last what nothing waits for, and would hold what their gradients need.
+        return [*after(found[:count], found[count:]), *found[count:]] if found[count:] else found
 
     outputs = operation(forward, backward)(*given, *refs.get())
     return put_together(frame_of_result, outputs[:results])
@@ -126,7 +121,7 @@ def kept_products(model: nn.Module) -> Iterator[None]:
     def members(kind: type[nn.Module]) -> Members:
         call = kind.__call__
         if issubclass(kind, DoRALinear):  # what its magnitudes are multiplied by is needed for their gradient
-            return {"__call__": lambda layer, x: dora(layer, x, _kept)}
+            return {"__call__": lambda layer, x: dora(layer, x, lambda product: _kept(matrices_first(product)))}
 
         def layer_call(layer: nn.Module, *arguments: Any, **named: Any) -> Any:
             return _kept_call(call, layer, trained[id(layer)], arguments, named)

@@ -1,0 +1,106 @@
+"""What a block of the Llama kind holds while MLX's operations train it: what it keeps for its backward pass, and more
+while that is computed.
+
+What it keeps was counted in the graphs of mlx-lm's code and of :mod:`macft.model.backends.mlx.recompute`. What exists
+besides was counted in gradients of models in which one size is much larger than the others, so that each factor shows:
+MLX hands over operations in advance, so that most arrays that a layer's backward pass makes exist at once. The peak is
+in the feed-forward part or in attention, whichever takes more; see docs/plan.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from macft.model.execution import Execution
+from macft.model.packing import AttentionSize, attention_size
+from macft.model.shape import ModelShape
+
+_PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+_FEWEST_QUERIES = 32
+
+
+class BlockMemory(NamedTuple):
+    """Bytes: ``kept`` by each block until its backward pass, and ``inside`` the one that is computed."""
+
+    kept: float
+    inside: float
+
+
+class _Factors(NamedTuple):
+    """Values for each token, as multiples of hidden size, feed-forward size, queries, keys, and scores of a token."""
+
+    hidden: float
+    intermediate: float
+    query: float
+    key: float
+    scores: float
+
+    def of(self, shape: ModelShape, scores: float) -> float:
+        """Values for each token, with so many ``scores``."""
+        query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        sizes = (shape.hidden, shape.intermediate, query, key, scores)
+        return sum(factor * size for factor, size in zip(self, sizes, strict=True))
+
+
+# In the feed-forward part, and in attention. Without recomputation the block that is computed has its own values among
+# the kept ones, and has freed those of its feed-forward part when it comes to attention.
+_INSIDE = {
+    "none": (_Factors(4.1, 5.9, 0, 0, 0.3), _Factors(6, -5, 5, 5, 2.0)),
+    "cheap": (_Factors(7.2, 11.5, 0, 0, 0.8), _Factors(8, 0, 5, 5, 3.0)),
+    "blocks": (_Factors(5.5, 16, 0, 0, 1.2), _Factors(9, 0, 7, 7, 3.0)),
+}
+
+
+def block_memory(
+    shape: ModelShape,
+    execution: Execution,
+    projections: Collection[str],
+    *,
+    rows: int,
+    length: int,
+    tokens: int,
+) -> BlockMemory:
+    """Of ``tokens`` tokens that attend as ``rows`` of up to ``length``; ``projections`` have adapters."""
+    attention = attention_size(tokens, rows, length, shape.head_dim)
+    at_once = scores_at_once(shape, attention, execution.max_scores if execution.recompute != "none" else None)
+    inside = max(factors.of(shape, at_once / tokens) for factors in _INSIDE[execution.recompute])
+    width = execution.weight_format.float_bytes
+    kept = _kept(shape, execution, projections, attention, tokens)
+    return BlockMemory(kept, width * tokens * inside)
+
+
+def scores_at_once(shape: ModelShape, attention: AttentionSize, most: int | None) -> int:
+    """Scores of all heads that exist at once, where blocks of queries have ``most``; None: all of them do."""
+    scores = shape.heads * attention.scores
+    return scores if most is None else min(scores, max(most, shape.heads * attention.queries * _FEWEST_QUERIES))
+
+
+def _kept(
+    shape: ModelShape, execution: Execution, projections: Collection[str], attention: AttentionSize, tokens: int
+) -> float:
+    """Bytes that a block keeps for its backward pass."""
+    width = execution.weight_format.float_bytes
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    if execution.recompute == "blocks":  # its input
+        return float(tokens * shape.hidden * width)
+    if execution.recompute == "cheap":  # its input, and the results of matrix products and attention
+        return float(tokens * width * (2 * shape.hidden + 2 * query + 2 * key + 2 * shape.intermediate))
+    # Inputs of both norms; gate, up, and of gate its sigmoid and the product with that; the inputs of adapters.
+    values = 2 * shape.hidden + 4 * shape.intermediate + adapter_inputs(shape, projections)
+    # Queries, keys and values as they attend, scores, and the mask, of a byte each, that all heads share.
+    attending = attention.queries * (query + 2 * key) + shape.heads * attention.scores
+    return float(width * (tokens * values + attending) + attention.keys * min(attention.queries, attention.keys))
+
+
+def adapter_inputs(shape: ModelShape, projections: Collection[str]) -> int:
+    """Values for each token in the inputs of layers that have an adapter, each input once."""
+    names = set(projections)
+    every = not names & _PROJECTIONS
+    query = shape.heads * shape.head_dim
+    return (
+        shape.hidden * (every or bool(names & {"q_proj", "k_proj", "v_proj"}))
+        + shape.hidden * (every or bool(names & {"gate_proj", "up_proj"}))
+        + query * (every or "o_proj" in names)
+        + shape.intermediate * (every or "down_proj" in names)
+    )
