@@ -268,7 +268,7 @@ def _link_notes(links: Sequence[LinkKind], config: TrainConfig, speeds: Sequence
         return []
     names = ", ".join(link.name for link in (links if len(links) == count else links[:1]))
     dealt = (
-        f"rows are dealt as topology.shares={shares} says" if isinstance(shares, list) else "rows are dealt by speed"
+        f"rows are divided as topology.shares={shares} says" if isinstance(shares, list) else "rows are divided by speed"
     )
     if shares == "equal" and len(set(speeds)) > 1:
         dealt += ", as topology.shares=auto does"
