@@ -151,7 +151,7 @@ def test_the_table_has_what_varies_first_and_names_the_best() -> None:
     assert table.count == "1 finished, 1 failed, 1 early stop, 2 not started"
     lines = table.text(None).splitlines()
     assert lines[0].split() == ["rank", "loss", "valid", "exact", "match", "time", "folder", "status"]
-    assert lines[1].split() == ["4", "1.500", "1.250", "50.0%", "01:01", "4", "finished"]
+    assert lines[1].split() == ["4", "1.500", "1.250", "50.0%", "1:01", "4", "finished"]
     assert lines[3] == f"  {reason}"
     assert lines[-1] == "best: 16 (adapter.rank=16): validation loss 1.000"
     assert SweepTable(rows, [], "exact_match", True, 5).best == rows[0]
@@ -171,7 +171,7 @@ def test_at_60_columns_titles_are_broken_rather_than_the_table() -> None:
     lines = SweepTable(rows, ["adapter.rank", "optimizer.learning_rate"], "valid_loss", False, 2).text(60).splitlines()
     assert lines[0].split() == ["rank", "learning_", "loss", "valid", "time", "folder", "status"]
     assert lines[1].split() == ["rate"]
-    assert lines[2].split() == ["8", "0.0001", "1.500", "12.500", "00:00", "8", "early", "stop"]
+    assert lines[2].split() == ["8", "0.0001", "1.500", "12.500", "0:00", "8", "early", "stop"]
 
 
 @pytest.fixture(scope="module")

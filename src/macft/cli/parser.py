@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-import yaml
-
 from macft.cli import shell
 from macft.cli.commands import COMMANDS
 from macft.errors import ConfigError, DataError
@@ -67,6 +65,8 @@ def columns_are_options() -> Iterator[None]:
 
 
 def _as_options(found: re.Match[str]) -> str:
+    import yaml  # only for an error
+
     (word,) = shlex.split(found[0])
     columns = yaml.safe_load(word.partition("=")[2])
     return " ".join(shell.command("--column", f"{field}={column}") for field, column in columns.items())

@@ -267,12 +267,10 @@ def _link_notes(links: Sequence[LinkKind], config: TrainConfig, speeds: Sequence
     if count < 2:
         return []
     names = ", ".join(link.name for link in (links if len(links) == count else links[:1]))
-    dealt = (
-        f"rows are dealt as topology.shares={shares} says" if isinstance(shares, list) else "rows are dealt by speed"
-    )
+    how = f"as topology.shares={shares} says" if isinstance(shares, list) else "by speed"
     if shares == "equal" and len(set(speeds)) > 1:
-        dealt += ", as topology.shares=auto does"
-    return [f"nodes are connected by {names} (plan.link); {dealt}"]
+        how += ", as topology.shares=auto does"
+    return [f"nodes are connected by {names} (plan.link); rows are divided {how}"]
 
 
 def _own_speeds(config: TrainConfig, count: int, work: float, execution: Execution, notes: list[str]) -> list[float]:

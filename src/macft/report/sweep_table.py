@@ -8,11 +8,11 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
 
 from macft.device.durable import write_atomically
+from macft.report.durations import duration
 from macft.report.metrics_file import plain
 from macft.report.result_text import result_name, result_text
 
@@ -146,7 +146,7 @@ class SweepTable:
                 _loss(row.loss),
                 *([_loss(row.valid_loss)] * has_losses),
                 *(result_text(name, row.metrics[name]) if name in row.metrics else "-" for name in metrics),
-                str(timedelta(seconds=round(row.seconds))).removeprefix("0:"),
+                duration(row.seconds),
                 row.folder,
                 _status(row),
             ]

@@ -79,7 +79,7 @@ class TensorBoard:
             case RunStarted():
                 self._text("config", f"```yaml\n{event.config_yaml.rstrip()}\n```", self._step)
                 self._add_notes([event.device, event.adapter, *event.notes])
-                self._start_session()
+                self._start_session(is_validated=event.valid_rows > 0)
                 self._writer.flush()
             case StepDone():
                 self._step = event.step
@@ -109,11 +109,11 @@ class TensorBoard:
             self._end_session(succeeded=event.reason != "failed")
         self._writer.flush()
 
-    def _start_session(self) -> None:
+    def _start_session(self, *, is_validated: bool) -> None:
         from tensorboard.plugins.hparams import api_pb2, metadata, summary_v2
         from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-        names = ["valid_loss", *self._metrics, "seconds"]
+        names = [*(["valid_loss"] if is_validated else []), *self._metrics, "seconds"]  # no column without values
         experiment = api_pb2.Experiment(
             # Types without domains: a run knows only its own values, not those of the others in a sweep.
             hparam_infos=[
