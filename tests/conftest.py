@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,10 @@ from macft.device.mlx_device import on_cpu
 from macft.model.bundled import ensure_bundled
 from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig
+
+# Where this process was started in the background of a shell script, Ctrl-C is ignored, and in all that it starts.
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No test asserts a timing: on a busy machine an example may take long.
 settings.register_profile("macft", deadline=None)

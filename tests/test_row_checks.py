@@ -244,10 +244,9 @@ def test_the_vocabulary_is_that_of_the_embedding(tmp_path: Path, config: dict[st
 
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
-    """A model with fewer embeddings than its tokenizer has tokens, and without weights: they are not reached."""
+    """A model with fewer embeddings than its tokenizer has tokens, whose weights don't fit: they are not loaded."""
     folder = tmp_path_factory.mktemp("small") / "model"
     shutil.copytree(tiny_model_folder, folder)
-    (folder / "model.safetensors").write_bytes(b"not weights")
     (folder / "config.json").write_text(json.dumps({**TINY_CONFIG, "vocab_size": 260}))
     return folder
 

@@ -319,7 +319,7 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_loads(
     config = prepare(["+recipe=smoke", "report.trackers=[swanlab]", *topology]).job
     assert config is not None
     with pytest.raises(ConfigError) as told:
-        run(config, tmp_path / "run", resume=False)
+        run(config, tmp_path / "run", resume=False, farewell=str)
     assert str(told.value) == "report.trackers: swanlab is not installed; run: python3 -m pip install swanlab"
     assert not RunFolder(tmp_path / "run").config.exists()
 

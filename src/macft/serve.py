@@ -53,17 +53,22 @@ def main(argv: Sequence[str]) -> NoReturn:
     with Server(config) as server:
         prepare_device()
         engine: Engine | None = None
+        failure: BaseException | None = None
         try:
             engine = _engine(tuned, config, topology, is_tuned=not arguments.base)
             server.serve(engine, lambda: _announce(config, server.url))
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr, flush=True)
-        status = INTERRUPTED
+        except MacftError as error:
+            failure = error
         if engine is not None:
             engine.stop()
-            if engine.failure is not None:
-                print(f"error: {engine.failure}", file=sys.stderr)
-                status = engine.failure.exit_code if isinstance(engine.failure, MacftError) else 1
+            failure = failure or engine.failure
+        for line in str(failure or "").splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        status = INTERRUPTED
+        if failure is not None:
+            status = failure.exit_code if isinstance(failure, MacftError) else 1
         sys.stdout.flush()
         sys.stderr.flush()
         # Python would wait for a model that is loaded or a long prompt that is computed, and would end the threads of

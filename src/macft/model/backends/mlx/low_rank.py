@@ -42,7 +42,9 @@ def in_base_type(kind: type[nn.Module]) -> Members | None:
             finally:
                 layer["lora_a"], layer["lora_b"] = before
 
-        return matrices_first(compute)(x, layer["lora_a"], layer["lora_b"])
+        # What goes to which expert is known while the layer is called, and not when a gradient is computed.
+        product = compute if issubclass(kind, LoRASwitchLinear) else matrices_first(compute)
+        return product(x, layer["lora_a"], layer["lora_b"])
 
     return {"__call__": layer_call}
 
