@@ -9,6 +9,7 @@ import mlx.core as mx
 from macft.device import blas, heap
 
 _LEAST_CACHE = 256 * 1024 * 1024
+_CPU_CACHE = 32 * 1024 * 1024
 _TIGHT = 0.5
 
 
@@ -45,12 +46,13 @@ def keep_within(budget: float, expected_peak: float) -> None:
     """Holds MLX's buffer cache to what a run of ``expected_peak`` bytes leaves of its ``budget``, in bytes.
 
     Packs of rows have many shapes, so freed buffers of odd sizes pile up in the cache unless it has a limit. MLX waits
-    for running work, rather than take more, from the budget on. On a CPU MLX's own limit, 32 MiB, stays: a larger cache
-    made no step faster. There the C library keeps nothing, where the run needs most of its budget.
+    for running work, rather than take more, from the budget on. On a CPU the cache has MLX's own limit, 32 MiB, at
+    most: a larger one made no step faster. There the C library keeps nothing, where the run needs most of its budget.
     """
     if on_cpu():
         if expected_peak > _TIGHT * budget:
             heap.return_large_arrays()
+        mx.set_cache_limit(int(min(_CPU_CACHE, max(0.0, budget - expected_peak))))
         return
     mx.set_memory_limit(int(budget))
     mx.set_cache_limit(max(int(budget - expected_peak), _LEAST_CACHE))

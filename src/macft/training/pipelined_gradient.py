@@ -37,6 +37,8 @@ from macft.training.staged_gradient import StagedGradient, StagedLoss
 from macft.training.staged_model import StagedModel, Work
 
 _FORWARD, _BACKWARD, _VALIDATION, _BEGIN = range(4)
+_ANY = 2**31
+"""Micro-batches held by a stage without backward passes: it holds none."""
 
 
 class _StageRun:
@@ -69,6 +71,19 @@ class _StageRun:
         """Its blocks that have a backward pass."""
         stage = self.place.stage
         return range(max(stage.first, self._first_trained), stage.end)
+
+    def agree_on_held(self, tag: int) -> int:
+        """How many micro-batches it holds at once: no more than the stage before it, which may have less memory.
+
+        A stage that wants another micro-batch forward, while the one before waits for a gradient, would wait for ever.
+        """
+        before, after = self.place.before, self.place.after
+        held = self.held if self.trained else _ANY
+        if before is not None:
+            held = min(held, int.from_bytes(self._channels.receive(before, tag), "little"))
+        if after is not None:
+            self._channels.send(after, tag, held.to_bytes(4, "little"))
+        return held
 
     def goes_on(self, tag: int, stopped: Callable[[], bool]) -> bool:
         """Whether there is more to compute: unless the first stage is ``stopped()``, of which it tells the others."""
@@ -221,7 +236,8 @@ class PipelinedGradient:
         sums = None if self._exact is None else ExactSums(self._exact)
         total: Gradient = {}
         losses: list[mx.array] = []
-        for number, is_forward in one_forward_one_backward(run.held, len(works), backward=bool(run.trained)):
+        held = run.agree_on_held(_tag(step, 0, _BEGIN))
+        for number, is_forward in one_forward_one_backward(held, len(works), backward=bool(run.trained)):
             work = works[number]
             with self._keys.using(work.keys):
                 if not is_forward:
