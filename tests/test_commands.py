@@ -163,6 +163,19 @@ def test_a_broken_connection_is_not_taken_for_a_closed_pipe() -> None:
         run_command(main, [])
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_while_python_closes_down_changes_no_status(name: str) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from macft.cli.run_command import run_command\n"
+        "class Late:\n"
+        f"    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.{name}): kill(pid, number)\n"
+        "late = Late()\n"
+        "sys.exit(run_command(lambda _: 7, []))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 7
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_every_signal_that_ends_a_command_ends_it_in_order(
     number: signal.Signals, capsys: pytest.CaptureFixture[str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import io
@@ -76,13 +77,21 @@ def exit_status(reason: str) -> int:
 def _end_in_order() -> None:
     """Lets SIGTERM and SIGHUP end the command as Ctrl-C does: what it has begun to write is removed or finished.
 
-    What was set otherwise stays, as under ``nohup``.
+    What was set otherwise stays, as under ``nohup``. When the command is done, and Python closes down, no signal
+    changes its status any more.
     """
     if threading.current_thread() is not threading.main_thread():
         return
+    atexit.unregister(_ignore_signals)
+    atexit.register(_ignore_signals)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _show_any_text() -> None:
