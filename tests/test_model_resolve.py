@@ -9,12 +9,13 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import psutil
 import pytest
 
+from harness.loopback_http import serving
 from harness.slow_hub import slow_hub
 from helpers.network import closed_port
 from macft.errors import ModelError
@@ -90,15 +91,10 @@ def point_to(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from huggingface_hub import constants
 
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    point_to(f"http://127.0.0.1:{server.server_port}", monkeypatch)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    yield
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Hub) as address:
+        point_to(address, monkeypatch)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        yield
 
 
 @pytest.mark.usefixtures("hub")

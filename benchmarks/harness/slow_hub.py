@@ -7,7 +7,9 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from harness.loopback_http import serving
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {"config.json": 2, "model.safetensors": 1 << 30}
@@ -77,15 +79,8 @@ def slow_hub() -> Iterator[SlowHub]:
             self.send_header("x-repo-commit", COMMIT)
             self.end_headers()
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    hub.address = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        hub.is_closed.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving(Handler) as hub.address:
+        try:
+            yield hub
+        finally:
+            hub.is_closed.set()
