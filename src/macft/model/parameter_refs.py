@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -32,6 +33,16 @@ class ParameterRefs:
         """Sets all of them, in that order."""
         for (module, path), value in zip(self._places, values, strict=True):
             _within(module, path)[_key(path[-1])] = value
+
+    @contextmanager
+    def holding(self, values: Iterable[mx.array]) -> Iterator[None]:
+        """Inside, the parameters are ``values``."""
+        before = self.get()
+        self.put(values)
+        try:
+            yield
+        finally:
+            self.put(before)
 
 
 def _within(module: Any, path: list[str]) -> Any:

@@ -46,13 +46,9 @@ def _in_parts(call: ModuleCall, layer: nn.Module, x: mx.array, parts: int) -> mx
     borders = list(pairwise([*range(0, len(tokens), size), len(tokens)]))
 
     def compute(tokens: mx.array, *values: mx.array) -> mx.array:
-        before = refs.get()
-        refs.put(values)
-        try:
+        with refs.holding(values):
             result: mx.array = call(layer, tokens)
             return result
-        finally:
-            refs.put(before)
 
     def forward(tokens: mx.array, *values: mx.array) -> mx.array:
         return mx.concatenate([compute(tokens[start:end], *values) for start, end in borders])

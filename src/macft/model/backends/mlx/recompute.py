@@ -71,14 +71,10 @@ def _recomputed(
 
     def compute(*inputs: mx.array) -> list[mx.array]:
         nonlocal frame_of_result
-        before = refs.get()
-        refs.put(inputs[count:])
-        try:
+        with refs.holding(inputs[count:]):
             arguments, named = put_together(frame, inputs[:count])
             frame_of_result, computed = take_apart(call(block, *arguments, **named))
             return computed
-        finally:
-            refs.put(before)
 
     def forward(*inputs: mx.array) -> tuple[mx.array, ...]:
         nonlocal results, forms
@@ -143,13 +139,9 @@ def _kept_call(
     count = len(given)
 
     def compute(*inputs: mx.array) -> Any:
-        before = refs.get()
-        refs.put(inputs[count:])
-        try:
+        with refs.holding(inputs[count:]):
             arguments, named = put_together(frame, inputs[:count])
             return call(layer, *arguments, **named)
-        finally:
-            refs.put(before)
 
     return kept(compute, *given, *refs.get())
 
