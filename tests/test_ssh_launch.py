@@ -77,13 +77,7 @@ def fails(three: Cluster, cwd: Path, *overrides: str) -> str:
 
 def agents(three: Cluster, folder: str) -> list[psutil.Process]:
     """Processes of ranks on these hosts whose command names ``folder``."""
-    homes = {str(host.home) for host in three.hosts}
-    found = []
-    for process in psutil.process_iter(["cmdline", "environ"]):
-        line, home = process.info["cmdline"] or [], (process.info["environ"] or {}).get("HOME")
-        if "macft.launch.agent" in line and folder in line and home in homes:
-            found.append(process)
-    return found
+    return [process for process in three.agents() if folder in process.info["cmdline"]]
 
 
 def test_three_hosts_train_and_the_results_come_home(three: Cluster, basics: list[str], tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,8 +116,10 @@ def ssh(folder: Path, overrides: Sequence[str], cluster: Cluster, kill: Kill) ->
     argv = command(*overrides, *more, f"hydra.run.dir={folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     terminal = Terminal(argv, folder.parent, {**cluster.environment(), **_variables(kill)})
-    home = str(cluster.hosts[kill.rank].home)
-    killed = _await([terminal], kill, lambda: _agent_of(home, kill.rank))
+    rank = str(kill.rank)
+    killed = _await(
+        [terminal], kill, lambda: next((each for each in cluster.agents() if each.info["cmdline"][-1] == rank), None)
+    )
     return _outcome([terminal], [terminal], [folder], killed)
 
 
@@ -131,15 +132,6 @@ def _rank_of(launcher: subprocess.Popen[bytes], rank: int) -> psutil.Process | N
         line = child.cmdline()
         if "macft.launch.worker" in line and line[4] == str(rank):
             return child
-    return None
-
-
-def _agent_of(home: str, rank: int) -> psutil.Process | None:
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            line = process.cmdline()
-            if "macft.launch.agent" in line and line[-1] == str(rank) and process.environ().get("HOME") == home:
-                return process
     return None
 
 

@@ -48,6 +48,16 @@ class Cluster:
             "SSH_AUTH_SOCK": "",
         }
 
+    def agents(self) -> list[psutil.Process]:
+        """The processes of ranks on these hosts."""
+        homes = {str(host.home) for host in self.hosts}
+        found = []
+        for process in psutil.process_iter(["cmdline", "environ"]):
+            line, home = process.info["cmdline"] or [], (process.info["environ"] or {}).get("HOME")
+            if "macft.launch.agent" in line and home in homes:
+                found.append(process)
+        return found
+
     def inside(self, host: Host, *command: str) -> list[str]:
         """``command`` as typed on ``host`` itself."""
         return ["ip", "netns", "exec", host.namespace, *command]

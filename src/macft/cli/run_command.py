@@ -74,6 +74,11 @@ def exit_status(reason: str) -> int:
     return _STATUS[reason]
 
 
+def how_it_ended(code: int) -> str:
+    """How a process ended whose return code, as ``subprocess`` gives it, is ``code``."""
+    return f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
+
+
 def _end_in_order() -> None:
     """Lets SIGTERM and SIGHUP end the command as Ctrl-C does: what it has begun to write is removed or finished.
 

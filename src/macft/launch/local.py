@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 
-from macft.cli.run_command import INTERRUPTED
+from macft.cli.run_command import INTERRUPTED, how_it_ended
 from macft.collective.matching import Texts
 from macft.device.blas import available_cores
 from macft.errors import MacftError
@@ -215,14 +215,10 @@ def _wait_until_met(
             for process in processes:
                 process.kill()  # they wait for it, and have nothing to save
             raise RankFailed(
-                f"rank {ended} {_how(code)} before all ranks had met; {_tail(logs / f'rank-{ended}.log')}", 1
+                f"rank {ended} {how_it_ended(code)} before all ranks had met; {_tail(logs / f'rank-{ended}.log')}", 1
             )
         time.sleep(0.05)
     return None
-
-
-def _how(code: int) -> str:
-    return f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
 
 
 def _code(process: subprocess.Popen[bytes], wish: _Wish) -> int | None:
@@ -241,7 +237,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path, wish: _Wish) -> 
                 failed, deadline = rank, time.monotonic() + _GRACE_SECONDS
                 _log.warning("rank %d ended with status %d; the others have %g s", rank, process.poll(), _GRACE_SECONDS)
                 if process.returncode < 0:  # else it has said why
-                    announce(f"note: rank {rank} {_how(process.returncode)}")
+                    announce(f"note: rank {rank} {how_it_ended(process.returncode)}")
         wish.pass_on()
         time.sleep(0.05)
     for rank, process in enumerate(processes):
@@ -250,7 +246,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path, wish: _Wish) -> 
     first = _code(processes[0], wish) or 0
     if failed is None or failed == 0:
         return first if first >= 0 else 128 - first
-    how = _how(processes[failed].returncode)
+    how = how_it_ended(processes[failed].returncode)
     raise RankFailed(f"rank {failed} {how}; {_tail(logs / f'rank-{failed}.log')}", 1)
 
 
@@ -277,7 +273,7 @@ def _wait_elastic(
                 continue
             is_running = 0 not in ended.values() and any(other.poll() is None for other in processes)
             if code < 0 and wish.count < 2:  # else it has said why
-                announce(f"note: rank {rank} {_how(code)}")
+                announce(f"note: rank {rank} {how_it_ended(code)}")
             if restarter is not None and code < 0 and is_running and not wish.count:
                 _log.warning("rank %d was ended by signal %d; starting it again", rank, -code)
                 processes[rank] = restarter(rank)

@@ -20,7 +20,7 @@ from typing import cast
 
 import asyncssh
 
-from macft.cli.run_command import INTERRUPTED
+from macft.cli.run_command import INTERRUPTED, how_it_ended
 from macft.diagnostics import software
 from macft.errors import LaunchError, MacftError
 from macft.launch.remote_config import fetch_results, own_config, send_config
@@ -346,12 +346,12 @@ async def _wait(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[Re
             _disconnect(hosts)
         for task in done:
             _log.info("rank %d on %s %s", tasks[task].rank, tasks[task].destination, _how(task.result()))
-            if task.result() not in (0, 130):
+            if task.result() not in (0, INTERRUPTED):
                 failed = failed or (tasks[task], task.result())
                 if waiting:
                     plan.show(f"note: {tasks[task].name} {_how(task.result())}")
                 _tell([tasks[each] for each in waiting], f"lost {tasks[task].name}")
-    for status in (0, 130):  # a rank ends with 0 only if it knows that the results are on a disk
+    for status in (0, INTERRUPTED):  # a rank ends with 0 only if it knows that the results are on a disk
         if (failed is None or plan.elastic) and any(task.result() == status for task in tasks):
             return status, [host for task, host in tasks.items() if task.result() == status]
     assert failed is not None
@@ -360,9 +360,7 @@ async def _wait(plan: LaunchPlan, hosts: list[RemoteHost]) -> tuple[int, list[Re
 
 
 def _how(status: int | None) -> str:
-    if status is None:
-        return "lost its connection"
-    return f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+    return "lost its connection" if status is None else how_it_ended(status)
 
 
 async def _show_output(plan: LaunchPlan, host: RemoteHost) -> int | None:
