@@ -40,7 +40,7 @@ from macft.planner.packing import choose_packing
 from macft.planner.partition import LayoutDecision, preferred, set_pipelines, why_no_pipeline
 from macft.planner.placement import Layout, Placer, obstacle_to_reading_blocks
 from macft.planner.run_placement import is_roomy, run_pipelines, whole_models
-from macft.planner.speed import chip_speed, own_speed
+from macft.planner.speed import chip_speed, own_speed, work_of
 from macft.planner.stages import check_layout, decide_layout
 from macft.planner.workload import StepRows, assumed_steps, steps_of
 from macft.topology.settings import parse_budget
@@ -116,7 +116,7 @@ def plan_run(config: TrainConfig, *, progress: Progress | None = None) -> RunPla
     notes += packing_notes
     tokens = sum(float(step.lengths.sum()) for step in steps) / len(steps)
     speeds = [chip_speed(mac.chip, execution.dtype) for mac in macs]
-    speeds = speeds or _own_speeds(config, count, shape.parameters * tokens, execution, notes)
+    speeds = speeds or _own_speeds(config, count, work_of(whole_steps), execution, notes)
     disks = [mac.chip.disk * 1e9 for mac in macs] or _own_disks(count, notes)
     shares = tuple(map(float, config.topology.shares)) if isinstance(config.topology.shares, list) else None
     plans, nodes, wanted, is_batch_too_large = [], [], config.topology.placement, False
