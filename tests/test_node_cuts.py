@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.families import configuration
@@ -98,8 +97,9 @@ def test_nodes_keep_their_order_unless_another_one_or_fewer_are_clearly_faster(
     cuts = cuts_of(nodes_of(speeds), pipelines)
     found = cuts.found([str(number) for number in range(len(speeds))])
     assert found is not None
-    assume(found.in_order is not None)  # else a pipeline of neighbours would be too slow for a single row
-    assert found.in_order is not None
+    if found.in_order is None:  # a pipeline of neighbours may be too slow for a single row
+        assert pipelines > 1
+        return
     in_order = [stage.rank for stages in found.in_order.layout.pipelines for stage in stages]
     assert in_order == list(range(len(speeds)))
     assert len(found.best.layout.pipelines) == len(found.in_order.layout.pipelines)
@@ -120,7 +120,7 @@ def test_stages_may_have_another_order_than_ranks_and_nodes_may_have_none() -> N
 
     # The last stage holds the fewest micro-batches.
     layout, line = found([1, 1, 1], [0.8, 99, 99])
-    assert re.findall(r"rank (\d): blocks", layout) == ["1", "2", "0"]
+    assert layout == "rank 1: blocks 0-4 > rank 2: blocks 5-8 > rank 0: blocks 9-11"
     assert line.startswith("stages in another order than the nodes; ")
     assert line.endswith(" s with all nodes in their order")
     layout, line = found([1, 1, 0.05], [0.8, 0.8, 0.8])

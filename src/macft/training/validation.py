@@ -86,4 +86,5 @@ def validation_loss(
     collective.all_reduce([sums])
     if sums[2]:
         raise Stopped
+    assert done == own_rows, "nobody has stopped, and losses are missing"
     return ValidationResult(float(sums[0] / max(sums[1], 1.0)), int(sums[1]), time.perf_counter() - started)
