@@ -36,6 +36,7 @@ def launches(*arrays: mx.array) -> Counter[str]:
     kinds: dict[str, str] = {}
     inputs: dict[str, list[str]] = defaultdict(list)
     made_by: dict[str, str] = {}
+    outputs: dict[str, list[str]] = defaultdict(list)
     for line in text.getvalue().splitlines():
         if node := re.match(r'\{ (\d+) \[label ="(\w+)', line):
             kinds[node[1]] = node[2]
@@ -43,12 +44,17 @@ def launches(*arrays: mx.array) -> Counter[str]:
             inputs[given[2]].append(given[1])
         elif made := re.match(r'(\d+) -> "(\w+)"', line):
             made_by[made[2]] = made[1]
+            outputs[made[1]].append(made[2])
 
     def is_transposed(array: str) -> bool:
         maker = made_by.get(array)
         if maker is None or kinds[maker] not in VIEWS:
             return False
-        return kinds[maker] == "Transpose" or (kinds[maker] not in _MERGES and is_transposed(inputs[maker][0]))
+        # Of what it is a view: these two have several outputs, and the others one input.
+        place = outputs[maker].index(array) if kinds[maker] in ("CustomTransforms", "Depends") else 0
+        if kinds[maker] == "CustomTransforms":  # its last inputs are its outputs
+            place -= len(outputs[maker])
+        return kinds[maker] == "Transpose" or (kinds[maker] not in _MERGES and is_transposed(inputs[maker][place]))
 
     count: Counter[str] = Counter()
     for node, kind in kinds.items():
@@ -94,7 +100,7 @@ def _one_kernel(*arrays: mx.array) -> mx.array:
     return mx.cumsum(mx.depends([first], others)[0] if others else first, axis=-1)
 
 
-def _norm(x: mx.array, weight: mx.array | None, eps: float, **_named: Any) -> mx.array:
+def _norm(x: mx.array, weight: mx.array | None, _eps: float, **_named: Any) -> mx.array:
     """``mx.fast.rms_norm``, whose gradient takes a second kernel where there is a weight, trained or not."""
     if weight is None:
         norm = mx.custom_function(lambda x: _one_kernel(x))
