@@ -8,7 +8,7 @@ Cross-Entropy, Wijmans et al. 2024). Exact: nothing is sampled, filtered or roun
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,7 +35,7 @@ def loss_in_chunks(
     for start in range(0, hidden.shape[0], chunk):
         end = start + chunk
         part = mx.depends([hidden[start:end]], [loss])[0]
-        loss = loss + whole_cross_entropy(head(part[None])[0], targets[start:end], weights[start:end])
+        loss = loss + whole_cross_entropy(_logits(head, part), targets[start:end], weights[start:end])
     return loss
 
 
@@ -46,8 +46,21 @@ def fused_loss_and_gradient(logits: mx.array, targets: mx.array, weights: mx.arr
     loss = ((totals - right) * weights).sum()
     # After the loss, so that the float32 logits are gone.
     logits = mx.depends([logits], [loss])[0]
-    words = mx.arange(logits.shape[-1], dtype=targets.dtype)
+    words = _words(logits.shape[-1])
     return loss, _weighted_softmax(logits, totals[:, None], words, targets[:, None], weights[:, None])
+
+
+@lru_cache(4)
+def _words(vocabulary: int) -> mx.array:
+    """(vocabulary,) int32; kept, or each chunk of a compiled step would make its own."""
+    words = mx.arange(vocabulary, dtype=mx.int32)
+    mx.eval(words)
+    return words
+
+
+def _logits(head: Callable[[mx.array], mx.array], hidden: mx.array) -> mx.array:
+    """(n, V) of ``hidden`` (n, D). Not by an index, which would copy them, and the gradient with them."""
+    return head(hidden[None]).squeeze(0)
 
 
 @partial(mx.compile, shapeless=True)
@@ -90,9 +103,9 @@ def chunked_cross_entropy(
             if grad_parts:  # one chunk after the other, its loss included, so that only one's logits exist
                 part = mx.depends([part], [grad_parts[-1], value])[0]
             end = start + chunk
-            logits = head(part[None])[0]
+            logits = _logits(head, part)
             value, grad_logits = loss_and_gradient(logits, targets[start:end], weights[start:end])
-            grad_parts.append(detached(mx.vjp(lambda part: head(part[None])[0], [part], [grad_logits])[1][0]))
+            grad_parts.append(detached(mx.vjp(lambda part: _logits(head, part), [part], [grad_logits])[1][0]))
             value = detached(value)
             loss = loss + value
         return loss, mx.concatenate(grad_parts, axis=0)
