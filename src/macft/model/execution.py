@@ -14,7 +14,7 @@ FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Tokens in a pack of several rows on a CPU, where longer packs are no faster and take more memory.
 _PACK_TOKENS_ON_CPU = 512
 # Most logits in a chunk of automatic size; a chunk has at least 64 targets. MLX holds about 12 arrays of that size.
-_LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**21, 2**25
+_LOGITS_ON_CPU, _LOGITS_ON_GPU = 2**21, 2**24
 _MIN_CHUNK_TARGETS = 64
 # Most scores at once where attention is recomputed. MLX holds about five arrays of that size in the backward pass.
 _SCORES = 2**24

@@ -26,7 +26,7 @@ from macft.training.optimizer_table import OPTIMIZERS
 
 # Bytes per logit while the loss is computed. In chunks several are under way, with a float32 copy where the logits are
 # of 16 bits.
-_BYTES_PER_LOGIT, _BYTES_PER_CHUNKED_LOGIT = 21.0, {2: 42.0, 4: 46.0}
+_BYTES_PER_LOGIT, _BYTES_PER_CHUNKED_LOGIT = 17.0, {2: 37.0, 4: 39.0}
 _VALIDATION_BYTES_PER_LOGIT, _VALIDATION_BYTES_PER_CHUNKED_LOGIT = 13.8, 44.0
 # In validation, values for each token (factors of hidden and feed-forward size) and for each score.
 _VALIDATION_OF_BLOCK, _VALIDATION_SCORES = (2.4, 3.65), 2.0
