@@ -35,7 +35,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from harness.launches import launches
 from macft.training_bench.random_weights import held_as
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -241,6 +240,7 @@ def by_part(side: Side) -> dict[str, Any]:
     """Peak and active memory of each part of a step that is not compiled, in bytes, without weights."""
     import mlx.core as mx
 
+    from harness.launches import launches
     from macft.model.module_classes import replaced_members
 
     weights = mx.get_active_memory()
