@@ -343,7 +343,7 @@ def test_a_newcomer_with_other_rows_is_refused_and_the_run_goes_on(
     assert_refused([newcomer], "topology.join: this node's contents differ from the run's: training rows: 40 rows (")
     wait_for_step(process, run, len(losses(run)) + 1)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode == 130
     assert not events(run, "nodes_changed")
 

@@ -143,12 +143,12 @@ def test_linux_zones_and_rapl_that_wraps(tmp_path: Path, monkeypatch: pytest.Mon
     (package / "max_energy_range_uj").write_text("1000000000")
     (package / "energy_uj").write_text("999000000")
     rapl = Rapl(tmp_path)
-    assert rapl.read() == []
     before = now()
+    assert rapl.read() == []
     time.sleep(0.05)
     (package / "energy_uj").write_text("4000000")  # 5 J later, beyond the end of the counter
     found = values(rapl.read())
-    assert 5 / (now() - before) * 0.9 <= found["watts"] <= 5 / 0.05
+    assert 5 / (now() - before) <= found["watts"] <= 5 / 0.05
 
 
 def test_a_machine_without_sensors_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +171,7 @@ def test_a_command_that_is_missing_fails_or_hangs_has_a_reason() -> None:
         (["sleep", "30"], "did not answer within"),
     ):
         with pytest.raises(SensorError, match=reason):
-            output_of(command, seconds=0.2)
+            output_of(command, seconds=2.0)
 
 
 class Fake:
@@ -185,7 +185,7 @@ class Fake:
         self.closed.set()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "never happened"
@@ -241,9 +241,8 @@ def test_a_sensor_that_hangs_holds_nobody_up() -> None:
     sampler.start()
     try:
         wait_for(lambda: any(item.watts == 20 for item in seen))
-        notes: list[str] = []
-        wait_for(lambda: bool(notes.extend(sampler.notes()) or notes))
-        assert notes[0].startswith("thermal: stuck has not answered for 1 s")
+        told = "thermal: stuck has not answered for 1 s"
+        wait_for(lambda: any(note.startswith(told) for note in sampler.notes()))
         begun = time.monotonic()
         sampler.close()
         assert time.monotonic() - begun < 10

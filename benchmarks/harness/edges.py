@@ -81,7 +81,7 @@ class Terminal:
 
     def close(self) -> None:
         """Waits for the rest of the output."""
-        self._thread.join(5.0)
+        self._thread.join(60.0)
         if self.process.stdout is not None:
             self.process.stdout.close()
 
@@ -155,7 +155,16 @@ def _await(terminals: Sequence[Terminal], kill: Kill, find: object) -> float | N
             except psutil.NoSuchProcess:
                 pass
         time.sleep(_LOOK_SECONDS)
+    if killed is None and kill.point and _was_killed(terminals):
+        killed = time.monotonic()  # the rest ended before the next look
     return killed
+
+
+def _was_killed(terminals: Sequence[Terminal]) -> bool:
+    """Whether one of the commands was killed, or tells of a rank that was."""
+    for terminal in terminals:
+        terminal.close()
+    return any(each.process.returncode == -signal.SIGKILL or "ended by signal 9" in each.output for each in terminals)
 
 
 def _runs(process: psutil.Process) -> bool:

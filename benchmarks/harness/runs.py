@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import mlx.core as mx
 import numpy as np
@@ -95,6 +95,18 @@ def wait_for_events(process: subprocess.Popen[str], folder: Path, kind: str, cou
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, [log.read_text() for log in (folder / "logs").glob("*")]
         time.sleep(0.01)
+
+
+def read_line(pipe: IO[Any] | None) -> str:
+    """The next line of a process's output, empty at its end; the rest is left to ``communicate``.
+
+    ``pipe.readline()`` takes from the system what has come after the line, too, and ``communicate`` never returns it.
+    """
+    assert pipe is not None
+    line = bytearray()
+    while not line.endswith(b"\n") and (byte := os.read(pipe.fileno(), 1)):
+        line += byte
+    return line.decode()
 
 
 def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int = 1) -> None:
