@@ -122,7 +122,9 @@ def test_killed_before_the_first_step(tmp_path: Path, basics: list[str], undistu
 
 
 def test_a_leader_that_sleeps_is_left_out_and_comes_back(tmp_path: Path, basics: list[str], undisturbed: Path) -> None:
-    process = start(*basics, "topology=local", "topology.nodes=3", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    quiet = [f"thermal.quiet_hours={quiet_hours_now()}", "thermal.quiet_duty=0.3"]  # time enough to come back
+    local = ["topology=local", "topology.nodes=3", f"hydra.run.dir={tmp_path}"]
+    process = start(*basics, *quiet, *local, cwd=tmp_path)
     wait_for_step(process, tmp_path, 5)
     nodes = ranks(process)
     nodes[0].send_signal(signal.SIGSTOP)

@@ -19,8 +19,8 @@ import macft
 from harness.runs import (
     adapter,
     environment,
-    free_ports,
     losses,
+    on_hosts,
     ranks,
     read_line,
     same_bits,
@@ -270,14 +270,9 @@ def test_ctrl_c_while_ranks_start(tmp_path: Path, basics: list[str], point: str)
 
 @pytest.mark.slow
 def test_the_other_hosts_stop_too_if_the_one_that_wants_it_quits(tmp_path: Path, basics: list[str]) -> None:
-    names = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
     # Steps long enough that the wish is known before its step ends.
     slow = [*basics, "training.batch_size=40", "training.micro_batch_size=1"]
-    hosts = ["topology=hosts", f"topology.hosts=[{names}]"]
-    first, second = (
-        start(*slow, *hosts, f"topology.rank={rank}", f"hydra.run.dir={tmp_path / str(rank)}", cwd=tmp_path)
-        for rank in (0, 1)
-    )
+    first, second = (start(*slow, *own, cwd=tmp_path) for own in on_hosts(tmp_path))
     wait_for_step(first, tmp_path / "0")
     first.send_signal(signal.SIGINT)
     while not read_line(first.stderr).startswith("stopping: "):

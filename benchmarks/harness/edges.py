@@ -18,7 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 import psutil
 
-from harness.runs import command, environment, free_ports
+from harness.runs import command, environment, on_hosts
 from harness.ssh_hosts import Cluster
 from macft.report.run_folder import RunFolder
 
@@ -96,13 +96,8 @@ def local(folder: Path, overrides: Sequence[str], nodes: int, kill: Kill) -> Out
 
 def hosts(folder: Path, overrides: Sequence[str], nodes: int, kill: Kill) -> Outcome:
     """A run of ``topology=hosts`` whose hosts are processes on this machine, with a folder each in ``folder``."""
-    names = ",".join(f"127.0.0.1:{port}" for port in free_ports(nodes))
     folder.mkdir(parents=True, exist_ok=True)
-    terminals = []
-    for rank in range(nodes):
-        more = ["topology=hosts", f"topology.hosts=[{names}]", f"topology.rank={rank}"]
-        argv = command(*overrides, *more, f"hydra.run.dir={folder / str(rank)}")
-        terminals.append(Terminal(argv, folder, _variables(kill)))
+    terminals = [Terminal(command(*overrides, *own), folder, _variables(kill)) for own in on_hosts(folder, nodes)]
     victim = terminals[kill.rank]
     killed = _await(terminals, kill, lambda: psutil.Process(victim.process.pid))
     others = [terminal for terminal in terminals if terminal is not victim or killed is None]

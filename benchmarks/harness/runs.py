@@ -207,6 +207,18 @@ def uneven_dataset(folder: Path) -> Path:
     return folder
 
 
+def on_hosts(folder: Path, count: int = 2) -> list[list[str]]:
+    """The overrides of each rank of a run on ``count`` hosts that are processes on this machine.
+
+    Each has its run's folder in ``folder``, named by its rank.
+    """
+    hosts = ",".join(f"127.0.0.1:{port}" for port in free_ports(count))
+    return [
+        ["topology=hosts", f"topology.hosts=[{hosts}]", f"topology.rank={rank}", f"hydra.run.dir={folder / str(rank)}"]
+        for rank in range(count)
+    ]
+
+
 def free_ports(count: int) -> list[int]:
     """Free ports, each with two free ones after it."""
     return [int(address.rpartition(":")[2]) for address in free_addresses(count, in_a_row=3)]
