@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from helpers.rings import local_listeners, run_ranks
+from helpers.waiting import wait_until
 from macft.collective.channel_setup import read_offers
 from macft.collective.channels import _MAX_UNREAD, _Incoming
 from macft.collective.ring import Ring
@@ -144,13 +144,6 @@ def test_pairs_are_of_two_ranks_of_the_ring() -> None:
     assert in_threads(2, refused) == [None, None]
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 GOOD = Header(Kind.MESSAGE, 3, 1, sequence=9, total=8, piece=0, length=4)
 
 
@@ -176,7 +169,7 @@ def test_frames_that_are_not_due_are_refused(frames: list[Header]) -> None:
         channel = _Incoming(StreamIn(near, 64, None), sender=1, generation=3, name="rank 1 (studio)")
         try:
             far.sendall(b"".join(pack(header) + bytes(header.length) for header in frames))
-            wait_for(lambda: channel.has_ended)
+            wait_until(lambda: channel.has_ended)
             assert channel.take(0) is None
             assert channel.refusal.startswith("rank 1 (studio) sent")
         finally:

@@ -16,6 +16,7 @@ import pytest
 import zmq
 
 import macft
+from helpers.waiting import wait_until
 from macft.collective.settings import CollectiveConfig
 from macft.errors import ConfigError, RendezvousError
 from macft.rendezvous.connect import RankConfig, connect_ring, join_rendezvous
@@ -75,8 +76,7 @@ def test_every_rank_gets_the_same_table(pool: ThreadPoolExecutor) -> None:
 def test_a_misfit_ends_it(pool: ThreadPoolExecutor, changed: dict[str, Any], told: str) -> None:
     server = serve(2)
     first = pool.submit(report, server, 0, 2)
-    while not server.arrived:
-        threading.Event().wait(0.005)
+    wait_until(lambda: server.arrived)
     second = pool.submit(lambda: report(server, **{"rank": 1, "world_size": 2, **_at(1), **changed}))
     assert told in reason(second)
     assert told in reason(first)
@@ -141,8 +141,7 @@ def test_a_rendezvous_that_was_started_again_hears_of_those_who_wait(pool: Threa
     """The node of rank 0 was stopped and started again, and the other one went on waiting."""
     server = serve(2)
     waiting = pool.submit(report, server, 1, 2)
-    while not server.arrived:
-        threading.Event().wait(0.005)
+    wait_until(lambda: server.arrived)
     server.close()
     again = RendezvousServer(server.address, world_size=2, run_id="run", timeout=20.0)
     again.start()
@@ -211,8 +210,7 @@ def test_arrivals_and_refusals_are_logged(pool: ThreadPoolExecutor, caplog: pyte
     caplog.set_level(logging.INFO, "macft.rendezvous")
     server = serve(2)
     first = pool.submit(report, server, 0, 2)
-    while not server.arrived:
-        threading.Event().wait(0.005)
+    wait_until(lambda: server.arrived)
     assert "other settings or versions" in reason(pool.submit(report, server, 1, 2, must_match={"seed": "1"}))
     assert "other settings or versions" in reason(first)
     server.close()

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from harness.runs import (
     wait_for_step,
 )
 from helpers.members import Node
+from helpers.waiting import wait_until
 from macft.collective.solo import Solo
 from macft.data.formats import Row
 from macft.launch.local import _code, _Wish
@@ -112,24 +112,19 @@ def test_all_members_learn_of_a_wish_even_from_one_that_quits() -> None:
         view = View(0, tuple(node.membership.own for node in nodes))
         for node in nodes:
             node.enter(view, b"secret of this run")
-        first, *others = [node.ring for node in nodes]
+        first, second, third = [node.ring for node in nodes]
         assert first is not None
-        assert not any(ring is not None and ring.stop_wanted for ring in others)
+        assert second is not None
+        assert third is not None
+        assert not second.stop_wanted
+        assert not third.stop_wanted
         first.tell_stop(lambda: True)
-        _await_stop(nodes[1])
+        wait_until(lambda: second.stop_wanted)
         nodes[0].close()
-        _await_stop(nodes[2])
+        wait_until(lambda: third.stop_wanted)
     finally:
         for node in nodes:
             node.close()
-
-
-def _await_stop(node: Node) -> None:
-    deadline = time.monotonic() + 30
-    assert node.ring is not None
-    while not node.ring.stop_wanted:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 class _Losses:

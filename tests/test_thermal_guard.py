@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from helpers.quiet import quiet_hours_now
+from helpers.waiting import wait_until
 from macft.parallel.node_status import NodeStatus
 from macft.thermal.energy import EnergyMeter, summarize
 from macft.thermal.load import Load, LoadMeter
@@ -23,10 +24,7 @@ HALF = ThermalConfig(sensor="none", interval=0.05, quiet_hours=quiet_hours_now()
 def limited(duty: float = 0.5, stop: Callable[[], bool] = lambda: False) -> ThermalThrottle:
     """A guard whose governor has made up its mind."""
     guard = ThermalThrottle(replace(HALF, quiet_duty=duty), rank=0, stop=stop)
-    deadline = time.monotonic() + 60
-    while guard.status(0, 0.0).duty != duty:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: guard.status(0, 0.0).duty == duty)
     return guard
 
 
