@@ -42,7 +42,7 @@ def test_matrix_products_go_through_it() -> None:
 
 def test_the_thread_limit_is_kept() -> None:
     code = "import macft; from macft import blas; print(blas.describe())"
-    assert python(code, OPENBLAS_NUM_THREADS="1").endswith("1 threads")
+    assert python(code, OPENBLAS_NUM_THREADS="1").endswith("1 thread")
 
 
 def test_an_mlx_imported_first_is_noticed() -> None:

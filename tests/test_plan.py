@@ -416,7 +416,7 @@ def plan_for(macs: list[str], *words: str) -> RunPlan:
 
 
 @pytest.mark.slow
-def test_a_plan_can_be_read_at_80_columns(bundled_model: Path) -> None:
+def test_a_plan_can_be_read_at_80_columns_and_at_60(bundled_model: Path) -> None:
     """Every number is whole, of a model that no Mac holds, cut over four unequal ones."""
     assert bundled_model.exists()
     plan = plan_for(["M2 Max 32GB", "M4 Pro 24GB", "M1 Max 32GB", "M2 Pro 16GB"], "plan.link=thunderbolt4")
@@ -435,6 +435,15 @@ def test_a_plan_can_be_read_at_80_columns(bundled_model: Path) -> None:
     for decision in plan.placements.values():
         assert f" {decision.seconds:.2f} " in text.getvalue()
     assert "Thunderbolt 4 (plan.link)" in text.getvalue()
+    narrow = io.StringIO()
+    show(plan, Console(file=narrow, width=60, highlight=False))
+    assert all(len(line.rstrip()) <= 60 for line in narrow.getvalue().splitlines())
+    words = " ".join(narrow.getvalue().split())
+    assert "\u2026" not in words
+    for stages, choices in zip(pipeline.layout.pipelines, pipeline.choices, strict=True):
+        for stage, choice in zip(stages, choices, strict=True):
+            assert f"{plan.nodes[stage.rank].name}: blocks {stage.first}-{stage.end - 1}, weights " in words
+            assert choice.memory is None or f"peak {choice.memory.peak / 1e9:.2f}, available " in words
 
 
 @pytest.mark.slow

@@ -36,6 +36,8 @@ from macft.report.run_folder import RunFolder
 
 _PLAIN_WIDTH = 100
 _NARROWEST_PANEL = 40
+_PANEL_EDGES = 4
+"""Columns of a panel that its frame and the space beside it take."""
 # Weight of the newest step in the running speed: about the last twenty steps count.
 _SMOOTHING = 0.1
 _LONGEST_TEXT = 480
@@ -96,7 +98,7 @@ class ConsoleReporter:
                 self._show_change(event)
             case BlocksMoved():
                 self._end_phase()
-                self._line(f"{self._position(event.step)}  {_printable(event.line)}", "yellow")
+                self._text(f"{self._position(event.step)}  {_printable(event.line)}", "yellow")
             case Noted():
                 self._show_note(event.text, event.level)
             case PhaseProgress():
@@ -156,7 +158,7 @@ class ConsoleReporter:
         is_long = self._untold_seconds >= _LONGEST_SILENCE
         if is_first or is_long or event.step % self._every == 0 or event.step == event.total_steps:
             self._untold_seconds = 0.0
-            self._line(
+            self._text(
                 f"{self._position(event.step)}  loss {event.loss:6.3f}  lr {event.learning_rate:.2e}  "
                 f"grad {event.grad_norm:6.2f}  {rate:>14}  {self._speed.seconds_per_step:5.2f} s/step  "
                 f"left {left}"
@@ -167,12 +169,12 @@ class ConsoleReporter:
         remark = "" if event.step else "  before training"
         if event.is_best and event.step:
             remark = "  best so far"
-        self._line(f"{self._position(event.step)}  validation loss {event.loss:.3f}{remark}", "cyan")
+        self._text(f"{self._position(event.step)}  validation loss {event.loss:.3f}{remark}", "cyan")
 
     def _show_metric(self, event: MetricScored) -> None:
         self._end_phase()
         split = "validation" if event.split == "valid" else event.split
-        self._line(
+        self._text(
             f"{self._position(event.step)}  {result_name(event.name)} {result_text(event.name, event.value)} of "
             f"{event.count} {split} rows  {event.when} training",
             "cyan",
@@ -186,11 +188,11 @@ class ConsoleReporter:
     def _show_change(self, event: NodesChanged) -> None:
         self._end_phase()
         self._changes.append(event)
-        self._line(f"{self._position(event.step)}  {_printable(event.line)}", "yellow")
+        self._text(f"{self._position(event.step)}  {_printable(event.line)}", "yellow")
 
     def _show_note(self, text: str, level: str) -> None:
         mark = f"{level}: " if level in _NOTE_STYLES else "· "
-        self._line(mark + _printable(text), _NOTE_STYLES.get(level, "dim"))
+        self._text(mark + _printable(text), _NOTE_STYLES.get(level, "dim"))
 
     def _show_progress(self, event: PhaseProgress) -> None:
         if self._progress is None:
@@ -250,11 +252,25 @@ class ConsoleReporter:
         return f'{command(*words)} --prompt "..."'
 
     def _line(self, text: str, style: str = "") -> None:
+        """Unbroken: the terminal breaks it where it is full, and a command in it is copied as one."""
         self._console.print(Text(text, style=style), soft_wrap=True)
+
+    def _text(self, text: str, style: str = "") -> None:
+        """At a terminal broken between words, unless it has a command to copy."""
+        if not self._is_live or "`" in text:
+            self._line(text, style)
+            return
+        indent = "  " if self._console.width >= _NARROWEST_PANEL else ""
+        lines = textwrap.wrap(
+            text, self._console.width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+        for line in lines:
+            self._line(line, style)
 
     def _block(self, title: str, rows: list[Row], colour: str) -> None:
         if self._is_live and self._console.width >= _NARROWEST_PANEL:
-            panel = Panel(_grid(rows), title=title, title_align="left", border_style=colour, box=box.ROUNDED)
+            grid = _grid(rows, self._console.width - _PANEL_EDGES)
+            panel = Panel(grid, title=title, title_align="left", border_style=colour, box=box.ROUNDED)
             self._console.print(panel)
             return
         self._line(title)
@@ -328,13 +344,25 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _grid(rows: list[Row]) -> Table:
+def _grid(rows: list[Row], width: int) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
+    width -= 2 + max(len(label) for label, _, _ in rows)
     for label, text, style in rows:
-        grid.add_row(label, Text(_printable(text), style=style))
+        grid.add_row(label, Text(_with_broken_path(_printable(text), width), style=style))
     return grid
+
+
+def _with_broken_path(text: str, width: int) -> str:
+    """``text``, or where it is a path of more than ``width`` columns, its lines: broken after a ``/``."""
+    if " " in text:
+        return text
+    lines = []
+    while len(text) > width and (end := text.rfind("/", 0, width) + 1):
+        lines.append(text[:end])
+        text = text[end:]
+    return "\n".join([*lines, text])
 
 
 def _sample_rows(sample: Sample) -> list[Row]:
