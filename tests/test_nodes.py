@@ -23,6 +23,7 @@ from harness.runs import (
     free_ports,
     losses,
     on_hosts,
+    ranks,
     same_bits,
     start,
     train,
@@ -166,22 +167,21 @@ def test_a_rank_that_dies_is_named_and_nothing_is_left_behind(tmp_path: Path, ba
     stiff = ["topology=local", "topology.nodes=3", "topology.elastic=false"]
     process = start(*basics, *stiff, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
     wait_for_step(process, tmp_path, 3)
-    ranks = children(process)
-    victim = next(rank for rank in ranks if rank.cmdline()[4] == "2")
-    victim.kill()
+    nodes = ranks(process)
+    nodes[2].kill()
     _, errors = process.communicate(timeout=120)
     assert process.returncode not in (0, None)
     assert "rank 2" in errors
-    assert not psutil.wait_procs(ranks, timeout=60)[1]
+    assert not psutil.wait_procs(list(nodes.values()), timeout=60)[1]
 
 
 def test_ranks_stop_when_their_launcher_is_killed(tmp_path: Path, basics: list[str]) -> None:
     process = start(*basics, "topology=local", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
     wait_for_step(process, tmp_path, 2)
-    ranks = children(process)
+    nodes = children(process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=120)
-    _, alive = psutil.wait_procs(ranks, timeout=60)
+    _, alive = psutil.wait_procs(nodes, timeout=60)
     assert not alive
     # They stopped in order: the newest checkpoint is that of the last step reported.
     assert (tmp_path / "checkpoints" / f"step-{len(losses(tmp_path)):08d}").is_dir()

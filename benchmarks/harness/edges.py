@@ -11,14 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 import psutil
 
-from harness.runs import command, environment, on_hosts
+from harness.runs import command, environment, on_hosts, ranks
 from harness.ssh_hosts import Cluster
 from macft.report.run_folder import RunFolder
 
@@ -90,7 +90,7 @@ def local(folder: Path, overrides: Sequence[str], nodes: int, kill: Kill) -> Out
     """A run of ``topology=local`` in ``folder``."""
     argv = command(*overrides, "topology=local", f"topology.nodes={nodes}", f"hydra.run.dir={folder}")
     terminal = Terminal(argv, folder.parent, _variables(kill))
-    killed = _await([terminal], kill, lambda: _rank_of(terminal.process, kill.rank))
+    killed = _await([terminal], kill, lambda: ranks(terminal.process).get(kill.rank))
     return _outcome([terminal], [terminal], [folder], killed)
 
 
@@ -122,17 +122,8 @@ def _variables(kill: Kill) -> dict[str, str]:
     return {"MACFT_FAULT": f"{kill.point}:{kill.rank}:kill"} if kill.point else {}
 
 
-def _rank_of(launcher: subprocess.Popen[bytes], rank: int) -> psutil.Process | None:
-    for child in psutil.Process(launcher.pid).children():
-        line = child.cmdline()
-        if "macft.launch.worker" in line and line[4] == str(rank):
-            return child
-    return None
-
-
-def _await(terminals: Sequence[Terminal], kill: Kill, find: object) -> float | None:
+def _await(terminals: Sequence[Terminal], kill: Kill, find: Callable[[], psutil.Process | None]) -> float | None:
     """Until all have ended; kills where the time says so. Returns when the victim was killed, None if it was not."""
-    assert callable(find)
     began = time.monotonic()
     victim: psutil.Process | None = None
     killed: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -147,10 +148,15 @@ def same_bits(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool
     return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
 
 
-def ranks(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+def ranks(launcher: subprocess.Popen[Any]) -> dict[int, psutil.Process]:
     """The ranks' processes of a local run, by the rank that they began with."""
-    children = psutil.Process(process.pid).children()
-    return {int(child.cmdline()[4]): child for child in children if "macft.launch.worker" in child.cmdline()}
+    found = {}
+    for child in psutil.Process(launcher.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            line = child.cmdline()
+            if "macft.launch.worker" in line:
+                found[int(line[4])] = child
+    return found
 
 
 @dataclass
