@@ -45,12 +45,12 @@ def test_a_rank_that_dies_before_all_have_met_ends_the_start(tmp_path: Path, bas
 
 
 def test_a_leader_that_cannot_write_leaves_it_to_another_host(tmp_path: Path, basics: list[str]) -> None:
-    basics = [*basics, "training.steps=300"]  # so that there is time to spoil the folder
+    basics = [*basics, "training.steps=150"]  # so that there is time to spoil the folder
     processes = [start(*basics, *own, cwd=tmp_path) for own in on_hosts(tmp_path)]
     wait_for_step(processes[0], tmp_path / "0")
     (tmp_path / "0" / "adapters").write_text("in the way")
     for rank, process in enumerate(processes):
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
         # The one that led has it among what it prints of the run.
         told = rf"so the results are on rank 1 \(127\.0\.0\.1:\d+\), in {re.escape(str(tmp_path / '1'))}"
@@ -63,10 +63,10 @@ def test_a_leader_that_cannot_write_leaves_it_to_another_host(tmp_path: Path, ba
 def test_results_that_nobody_can_write_are_no_success(tmp_path: Path, basics: list[str], nodes: int) -> None:
     folder = tmp_path / "run"
     topology = ["topology=local", f"topology.nodes={nodes}"] if nodes > 1 else []
-    process = start(*basics, "training.steps=300", *topology, f"hydra.run.dir={folder}", cwd=tmp_path)
+    process = start(*basics, "training.steps=150", *topology, f"hydra.run.dir={folder}", cwd=tmp_path)
     wait_for_step(process, folder)
     (folder / "adapters").write_text("in the way")
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 1
     assert f"the adapter can't be written to {folder / 'adapters'} (File exists); make room there" in errors
     assert json.loads((folder / "summary.json").read_text())["reason"] == "failed"

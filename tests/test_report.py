@@ -221,7 +221,8 @@ def test_a_terminal_of_60_columns_shows_whole_words(tmp_path: Path, monkeypatch:
     assert max(map(len, lines)) <= 60
     words = [word for line in lines for word in line.split()]
     assert words.count("temperature") == 12
-    assert {"tokens/s", "s/step"} <= set(words)
+    assert "step  1/20  loss  3.900  lr 1.00e-04  grad   1.50" in lines
+    assert "  800 tokens/s   0.50 s/step  left 0:10" in lines
     assert [word for word in words if word.endswith("2026-01-31_12-00-00")]
 
 
