@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.waiting import wait_until
 from macft.diagnostics import software
 from macft.errors import ConfigError, LaunchError
 from macft.network.link_probe import ProbeServer, measure
@@ -98,8 +99,7 @@ def test_a_silent_machine_keeps_nobody_waiting() -> None:
         assert admission.guests() == [guest]
         assert shown == ["guest has joined (2 of 3)"]
         own.close()
-        while admission.guests():
-            pass
+        wait_until(lambda: not admission.guests())
         assert shown[1:] == ["guest has left"]
     admission.close()
 

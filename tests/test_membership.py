@@ -6,7 +6,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.members import SETTINGS, Node
+from helpers.waiting import wait_until
 from macft.collective.security import KeyPair
 from macft.errors import MembershipChanged, RendezvousError
 from macft.membership import heartbeat_codec
@@ -108,15 +109,6 @@ def test_one_that_was_dropped_learns_it_and_comes_back_as_the_last(nodes: list[N
     changes = [call.result(30) for call in [*[node.regroup() for node in nodes[1:]], entry]]
     assert [change.names for change in changes] == [("n1", "n2", "n0")] * 3
     assert sums([nodes[1], nodes[2], nodes[0]]) == [6.0] * 3
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    done = threading.Event()
-    for _ in range(600):
-        if condition():
-            return
-        done.wait(0.05)
-    raise AssertionError("it did not come about")
 
 
 def test_strangers_learn_and_change_nothing() -> None:

@@ -17,7 +17,7 @@ import zmq
 from hydra import compose, initialize_config_dir
 from zmq.utils.monitor import recv_monitor_message
 
-from harness.runs import environment, free_ports, losses, start, train, uneven_dataset
+from harness.runs import environment, free_ports, losses, on_hosts, start, train, uneven_dataset
 from helpers.rings import LiveRing, live_ring
 from macft.collective.security import KeyPair, encrypt_to
 from macft.collective.settings import CollectiveConfig
@@ -249,7 +249,6 @@ def test_two_machines_train_encrypted_over_hosts(tmp_path: Path, tiny_model_fold
         keystore.make(tmp_path / machine)
     for machine, other in (("0", "1"), ("1", "0")):
         keystore.trust(tmp_path / machine, "other", keystore.load(tmp_path / other).own.public.hex())
-    ports = free_ports(2)
     processes = [
         start(
             f"model={tiny_model_folder}",
@@ -258,20 +257,17 @@ def test_two_machines_train_encrypted_over_hosts(tmp_path: Path, tiny_model_fold
             "training.batch_size=4",
             "optimizer.warmup_steps=0",
             "report.console=false",
-            "topology=hosts",
-            f"topology.hosts=[127.0.0.1:{ports[0]},127.0.0.1:{ports[1]}]",
-            f"topology.rank={rank}",
             "collective.encryption=on",
-            f"hydra.run.dir={tmp_path / f'run{rank}'}",
+            *own,
             cwd=tmp_path,
             variables={"MACFT_KEYS": str(tmp_path / str(rank))},
         )
-        for rank in (1, 0)
+        for rank, own in enumerate(on_hosts(tmp_path / "run"))
     ]
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-    assert len(losses(tmp_path / "run0")) == 3
+    assert len(losses(tmp_path / "run" / "0")) == 3
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import pytest
 
 from harness import edges
 from harness.edges import Kill
-from harness.runs import losses, train, uneven_dataset, wait_for_events, wait_for_step
+from harness.runs import losses, read_line, train, uneven_dataset, wait_for_events, wait_for_step
 from harness.ssh_hosts import Cluster
 from helpers.hosts import cluster
 from macft.config.yaml import read
@@ -178,15 +178,14 @@ def test_the_second_ctrl_c_ends_all_hosts_and_none_takes_another_for_lost(
     process = start(three, tmp_path, *basics, *over_ssh(three, 2), *slow, "hydra.run.dir=runs/g/1")
     wait_for_step(process, three.hosts[0].home / "macft/runs/g/1")
     running = agents(three, "runs/g/1")
-    assert process.stderr is not None
     process.send_signal(signal.SIGINT)
-    while not process.stderr.readline().startswith("stopping: "):
+    while not read_line(process.stderr).startswith("stopping: "):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, output + errors
     assert "error" not in output + errors
-    _, left = psutil.wait_procs(running, timeout=20)
+    _, left = psutil.wait_procs(running, timeout=60)
     assert not left
 
 
@@ -197,10 +196,9 @@ def test_a_terminal_that_is_closed_while_it_connects_ends_the_launch(
     with socket.create_server((here, 0)) as silent:
         ssh = [f"topology.ssh=[{three.hosts[0].address},{here}:{silent.getsockname()[1]}]"]
         process = start(three, tmp_path, *basics, *over_ssh(three, 2), *ssh)
-        assert process.stdout is not None
-        assert "· connecting to 2 hosts ...\n" in iter(process.stdout.readline, "")
+        assert "· connecting to 2 hosts ...\n" in iter(lambda: read_line(process.stdout), "")
         process.send_signal(signal.SIGHUP)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (130, "interrupted; no checkpoint had been saved\n")
 
 
@@ -280,8 +278,7 @@ def test_a_port_in_use_is_named(three: Cluster, basics: list[str], tmp_path: Pat
     )
     command = three.inside(three.hosts[1], sys.executable, "-c", script)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as user:
-        assert user.stdout is not None
-        assert user.stdout.readline() == "on\n"
+        assert read_line(user.stdout) == "on\n"
         line = fails(three, tmp_path, *basics, *over_ssh(three, 2))
         user.communicate("")
     assert line.startswith(f"error: {address}: can't listen on port 7071 (Address already in use)")

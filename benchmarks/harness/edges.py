@@ -18,7 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 import psutil
 
-from harness.runs import command, environment, free_ports
+from harness.runs import command, environment, on_hosts
 from harness.ssh_hosts import Cluster
 from macft.report.run_folder import RunFolder
 
@@ -81,7 +81,7 @@ class Terminal:
 
     def close(self) -> None:
         """Waits for the rest of the output."""
-        self._thread.join(5.0)
+        self._thread.join(60.0)
         if self.process.stdout is not None:
             self.process.stdout.close()
 
@@ -96,13 +96,8 @@ def local(folder: Path, overrides: Sequence[str], nodes: int, kill: Kill) -> Out
 
 def hosts(folder: Path, overrides: Sequence[str], nodes: int, kill: Kill) -> Outcome:
     """A run of ``topology=hosts`` whose hosts are processes on this machine, with a folder each in ``folder``."""
-    names = ",".join(f"127.0.0.1:{port}" for port in free_ports(nodes))
     folder.mkdir(parents=True, exist_ok=True)
-    terminals = []
-    for rank in range(nodes):
-        more = ["topology=hosts", f"topology.hosts=[{names}]", f"topology.rank={rank}"]
-        argv = command(*overrides, *more, f"hydra.run.dir={folder / str(rank)}")
-        terminals.append(Terminal(argv, folder, _variables(kill)))
+    terminals = [Terminal(command(*overrides, *own), folder, _variables(kill)) for own in on_hosts(folder, nodes)]
     victim = terminals[kill.rank]
     killed = _await(terminals, kill, lambda: psutil.Process(victim.process.pid))
     others = [terminal for terminal in terminals if terminal is not victim or killed is None]
@@ -155,7 +150,16 @@ def _await(terminals: Sequence[Terminal], kill: Kill, find: object) -> float | N
             except psutil.NoSuchProcess:
                 pass
         time.sleep(_LOOK_SECONDS)
+    if killed is None and kill.point and _was_killed(terminals):
+        killed = time.monotonic()  # the rest ended before the next look
     return killed
+
+
+def _was_killed(terminals: Sequence[Terminal]) -> bool:
+    """Whether one of the commands was killed, or tells of a rank that was."""
+    for terminal in terminals:
+        terminal.close()
+    return any(each.process.returncode == -signal.SIGKILL or "ended by signal 9" in each.output for each in terminals)
 
 
 def _runs(process: psutil.Process) -> bool:

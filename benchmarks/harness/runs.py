@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import mlx.core as mx
 import numpy as np
@@ -95,6 +95,18 @@ def wait_for_events(process: subprocess.Popen[str], folder: Path, kind: str, cou
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, [log.read_text() for log in (folder / "logs").glob("*")]
         time.sleep(0.01)
+
+
+def read_line(pipe: IO[Any] | None) -> str:
+    """The next line of a process's output, empty at its end; the rest is left to ``communicate``.
+
+    ``pipe.readline()`` takes from the system what has come after the line, too, and ``communicate`` never returns it.
+    """
+    assert pipe is not None
+    line = bytearray()
+    while not line.endswith(b"\n") and (byte := os.read(pipe.fileno(), 1)):
+        line += byte
+    return line.decode()
 
 
 def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int = 1) -> None:
@@ -193,6 +205,18 @@ def uneven_dataset(folder: Path) -> Path:
     for name, count in (("train", 40), ("valid", 8), ("test", 6)):
         write_jsonl(folder / f"{name}.jsonl", [row() for _ in range(count)])
     return folder
+
+
+def on_hosts(folder: Path, count: int = 2) -> list[list[str]]:
+    """The overrides of each rank of a run on ``count`` hosts that are processes on this machine.
+
+    Each has its run's folder in ``folder``, named by its rank.
+    """
+    hosts = ",".join(f"127.0.0.1:{port}" for port in free_ports(count))
+    return [
+        ["topology=hosts", f"topology.hosts=[{hosts}]", f"topology.rank={rank}", f"hydra.run.dir={folder / str(rank)}"]
+        for rank in range(count)
+    ]
 
 
 def free_ports(count: int) -> list[int]:
