@@ -58,7 +58,7 @@ class Sampling:
             self.top_p,
             self.min_p,
             self.min_tokens_to_keep,
-            top_k=self.top_k,
+            top_k=self.top_k if self.top_k < len(tokenizer) else 0,
             xtc_probability=self.xtc_probability,
             xtc_threshold=self.xtc_threshold,
             xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
