@@ -176,7 +176,7 @@ group._call_mlx({doing}, wait)
 
 @pytest.mark.slow
 def test_a_hang_of_mlx_is_told_from_a_slow_peer() -> None:
-    with ranks(2, HANG.format(doing="'all-reduce 2 of 16 bytes'"), timeout=2.0) as processes:
+    with ranks(2, HANG.format(doing="'all-reduce 2 of 16 bytes'"), timeout=3.0) as processes:
         told = [ends(processes, rank) for rank in range(2)]
     assert all(line.startswith("PeerTimeout") and "hangs" in line for line in told), told
 

@@ -133,7 +133,7 @@ def test_a_rank_that_was_started_again_takes_its_place(pool: ThreadPoolExecutor)
     assert "rank 1 did not arrive" in reason(pool.submit(report, server, 0, 2, timeout=1.0))
     again = pool.submit(report, server, 0, 2, ring_address="127.0.0.1:7099")
     other = pool.submit(report, server, 1, 2)
-    assert again.result(20).addresses == other.result(20).addresses == ("127.0.0.1:7099", "127.0.0.1:7001")
+    assert again.result(60).addresses == other.result(60).addresses == ("127.0.0.1:7099", "127.0.0.1:7001")
     server.close()
 
 
@@ -145,7 +145,7 @@ def test_a_rendezvous_that_was_started_again_hears_of_those_who_wait(pool: Threa
     server.close()
     again = RendezvousServer(server.address, world_size=2, run_id="run", timeout=20.0)
     again.start()
-    assert report(again, 0, 2) == waiting.result(timeout=30)
+    assert report(again, 0, 2) == waiting.result(timeout=60)
     again.close()
 
 

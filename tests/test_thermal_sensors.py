@@ -204,7 +204,7 @@ def test_the_next_source_takes_over_and_failures_are_told_once() -> None:
         assert sampler.notes() == []
     finally:
         sampler.close()
-    assert first.closed.wait(10)
+    assert first.closed.wait(60)
 
 
 @pytest.mark.slow
