@@ -395,7 +395,7 @@ def test_strangers_do_not_disturb() -> None:
 
 
 def test_a_rank_of_another_run_is_refused() -> None:
-    listeners = [Listener("127.0.0.1:0", QUICK) for _ in range(2)]
+    listeners = local_listeners(2)
     addresses = [listener.address for listener in listeners]
 
     def join(rank: int) -> CollectiveError:
