@@ -19,6 +19,7 @@ from macft.model.backends.mlx.low_rank import in_base_type
 from macft.model.backends.mlx.query_blocks import attention_in_blocks
 from macft.model.backends.mlx.recompute import kept_attention, kept_products, recomputed_blocks
 from macft.model.backends.mlx.recurrence import chunked_recurrences, find_recurrences
+from macft.model.backends.mlx.swiglu import SWIGLU_FUNCTION, lean_swiglu
 from macft.model.execution import Execution
 from macft.model.head import Head
 from macft.model.module_classes import ModuleCall, replaced_functions, replaced_members
@@ -41,6 +42,7 @@ class MlxBackend:
             changes.enter_context(chunked_recurrences(find_recurrences(model)))
             changes.enter_context(replaced_members(model.modules(), products_in_parts(self._execution.max_operations)))
             changes.enter_context(replaced_members(model.modules(), in_base_type))
+            changes.enter_context(replaced_functions(model, {SWIGLU_FUNCTION: lean_swiglu}))
             attention = partial(self._attention, model)
             if self._execution.packing:
                 changes.enter_context(prepared_for_packs(model, attention))
