@@ -197,7 +197,7 @@ def test_what_is_cheap_or_in_blocks_is_not_held() -> None:
     beside = 1_200_000  # the gradient of the loss, and copies that MLX makes of the adapter
     assert kept < cheap < kept + beside
     assert hidden < whole < hidden + beside
-    assert cheap < 0.5 * none
+    assert cheap < 0.55 * none
 
 
 def test_low_rank_layers_compute_in_the_type_of_their_base() -> None:

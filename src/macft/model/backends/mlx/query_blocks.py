@@ -60,7 +60,7 @@ def _borders(queries: mx.array, keys: mx.array, most_scores: int | None) -> list
     length, width = queries.shape[2:]
     if most_scores is None:
         return [0, length]
-    if _is_fused(queries.dtype, width) and length >= QUERY_TILE:
+    if _can_be_fused(queries.dtype, width) and length >= QUERY_TILE:
         whole = length // QUERY_TILE * QUERY_TILE
         return [0, whole] if whole == length else [0, whole, length]
     return _cut(queries, keys, most_scores)
@@ -73,8 +73,13 @@ def _cut(queries: mx.array, keys: mx.array, most_scores: int) -> list[int]:
     return [*range(0, length, size), length]
 
 
-def _is_fused(dtype: mx.Dtype, width: int) -> bool:
-    """Whether MLX has a fused gradient here, for the right number of queries."""
+def is_fused(queries: mx.array) -> bool:
+    """Whether MLX has a fused gradient here for ``queries`` (rows, heads, length, d)."""
+    return _can_be_fused(queries.dtype, queries.shape[3]) and queries.shape[2] % QUERY_TILE == 0
+
+
+def _can_be_fused(dtype: mx.Dtype, width: int) -> bool:
+    """The same for the right number of queries."""
     on_cuda = mx.default_device() != mx.cpu and not mx.metal.is_available()
     return on_cuda and dtype in (mx.bfloat16, mx.float16) and width <= QUERY_TILE and width % 8 == 0
 
