@@ -173,9 +173,16 @@ def count_macft(model: nn.Module, batches: list[list[Batch]], execution: Executi
     mx.eval(model.parameters())
     optimizer = make_optimizer(OPTIMIZER)
     backend = make_backend(execution)
-    with backend.installed(model), not_computed():
+    with backend.installed(model):
         compute = GradientComputer(model, backend, execution, adaptation.dropout_keys, seed=0)
-        update = OptimizerStep(model, optimizer, compiled=True)
+        return count_steps(compute, OptimizerStep(model, optimizer, compiled=True), model, optimizer, batches)
+
+
+def count_steps(
+    compute: GradientComputer, update: OptimizerStep, model: nn.Module, optimizer: Any, batches: list[list[Batch]]
+) -> Found:
+    """Their steps."""
+    with like_a_gpu(compute.execution.device), not_computed():
         kernels, tokens, known = [], 0, dict[Any, Counter[str]]()
         zeros = {key: mx.zeros(value.shape) for key, value in update._parameters.get().items()}
         parameters = update._parameters.get()
@@ -230,8 +237,8 @@ def count(name: str, device: Device, options: argparse.Namespace) -> tuple[Found
     shape = dict(case.model_config)
     with like_a_gpu(device.kind):
         theirs = count_mlx_lm(small_model(shape, case.bits), records, tokenizer, training)
-        execution, batches = execution_of(case, device, records, tokenizer, options)
-        ours = count_macft(small_model(shape, case.bits), batches, execution)
+    execution, batches = execution_of(case, device, records, tokenizer, options)
+    ours = count_macft(small_model(shape, case.bits), batches, execution)
     return theirs, ours, "packed" if execution.packing else "padded"
 
 

@@ -122,7 +122,11 @@ def test_attention_in_blocks_is_attention(mask: str, key_heads: int) -> None:
     scores = 32 * 2 * 4 * length
     blockwise, evaluated = (
         attention_in_blocks(
-            scaled_dot_product_attention, lambda on=on: on, training_scores=scores, evaluation_scores=scores
+            scaled_dot_product_attention,
+            lambda on=on: on,
+            training_scores=scores,
+            evaluation_scores=scores,
+            device="metal",
         )
         for on in (True, False)
     )

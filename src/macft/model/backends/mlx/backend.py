@@ -18,7 +18,7 @@ from macft.model.backends.mlx.layers import frozen_norms, short_swiglu
 from macft.model.backends.mlx.long_products import products_in_parts
 from macft.model.backends.mlx.low_rank import in_base_type, types_in_products
 from macft.model.backends.mlx.plain_attention import plain_attention
-from macft.model.backends.mlx.query_blocks import attention_in_blocks, is_fused
+from macft.model.backends.mlx.query_blocks import attention_in_blocks
 from macft.model.backends.mlx.recompute import kept_attention, kept_products, recomputed_blocks
 from macft.model.backends.mlx.recurrence import chunked_recurrences, find_recurrences
 from macft.model.execution import Execution
@@ -68,10 +68,11 @@ class MlxBackend:
         """What stands in for mlx-lm's attention, ``original``."""
         execution, recomputes = self._execution, self._recomputes_attention(model)
         attention = attention_in_blocks(
-            plain_attention(original, lambda: bool(model.training), is_fused),
+            plain_attention(original, lambda: bool(model.training), execution.device),
             lambda: bool(model.training),
             training_scores=execution.max_scores if recomputes else None,
             evaluation_scores=execution.max_evaluation_scores,
+            device=execution.device,
         )
         if execution.packing:
             attention = row_attention(attention)
@@ -91,7 +92,7 @@ class MlxBackend:
             if head is None:
                 return whole_cross_entropy(hidden, targets, weights)
             if with_gradient and not is_frozen:
-                return whole_cross_entropy(head(hidden[None])[0], targets, weights)
+                return whole_cross_entropy(head(hidden[None]).squeeze(0), targets, weights)
             vocabulary = head(hidden[:1][None]).shape[-1]
             chunk = execution.loss_chunk_for(vocabulary)
             if not with_gradient:
