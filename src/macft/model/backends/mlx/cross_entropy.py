@@ -56,8 +56,6 @@ def _logits(head: Callable[[mx.array], mx.array], hidden: mx.array) -> mx.array:
     return head(hidden[None]).squeeze(0)
 
 
-
-
 def loss_and_gradient_of(exponentials: Exponentials) -> LossAndGradient:
     """The same by another function for exponentials."""
     return partial(_loss_and_gradient, exponentials)
@@ -91,13 +89,9 @@ def chunked_cross_entropy(
             end = start + chunk
             logits = _logits(head, part)
             value, grad_logits = loss_and_gradient(logits, targets[start:end], weights[start:end])
-<<<<<<< HEAD
-            grad = mx.vjp(lambda part: head(part[None])[0], [part], [grad_logits])[1][0]
+            grad = mx.vjp(lambda part: _logits(head, part), [part], [grad_logits])[1][0]
             # A position's weight is the same for all words, so that it can be left to the smaller array.
             grad_parts.append(detached((grad * weights[start:end, None]).astype(grad.dtype)))
-=======
-            grad_parts.append(detached(mx.vjp(lambda part: _logits(head, part), [part], [grad_logits])[1][0]))
->>>>>>> kernels
             value = detached(value)
             loss = loss + value
         return loss, mx.concatenate(grad_parts, axis=0)
