@@ -31,8 +31,12 @@ def in_base_type(kind: type[nn.Module]) -> Members | None:
     if not issubclass(kind, KINDS):
         return None
     call = kind.__call__
+    has_experts = issubclass(kind, LoRASwitchLinear)
 
     def layer_call(layer: nn.Module, x: mx.array, *arguments: Any, **named: Any) -> Any:
+        if not has_experts and layer.dropout(x) is x:
+            return lora(layer, x)
+
         def compute(x: mx.array, *values: mx.array) -> mx.array:
             before = layer["lora_a"], layer["lora_b"]
             try:
@@ -43,10 +47,60 @@ def in_base_type(kind: type[nn.Module]) -> Members | None:
                 layer["lora_a"], layer["lora_b"] = before
 
         # What goes to which expert is known while the layer is called, and not when a gradient is computed.
-        product = compute if issubclass(kind, LoRASwitchLinear) else matrices_first(compute)
+        product = compute if has_experts else matrices_first(compute)
         return product(x, layer["lora_a"], layer["lora_b"])
 
     return {"__call__": layer_call}
+
+
+def types_in_products(model: nn.Module) -> dict[str, mx.Dtype]:
+    """By name, low-rank matrices of ``model`` that are multiplied in another type than their own, and that type.
+
+    It is that of their base's results. DoRA also uses its matrices as they are.
+    """
+    types: dict[str, mx.Dtype] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, KINDS) and not isinstance(module, DoRALinear):
+            base = module.linear
+            kind = (base["scales"] if "scales" in base else base["weight"]).dtype
+            wanted = {f"{name}.{matrix}": kind for matrix in ("lora_a", "lora_b") if module[matrix].dtype != kind}
+            types |= wanted if mx.issubdtype(kind, mx.floating) else {}
+    return types
+
+
+def lora(layer: Any, x: mx.array) -> mx.array:
+    """``LoRALinear.__call__`` without dropout: three products going forward, and five going back."""
+    scale = layer.scale
+
+    def forward(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+        low = x @ a
+        return plus(layer.linear(x), low, b, scale), low
+
+    def backward(
+        inputs: Sequence[mx.array], grads: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
+    ) -> list[mx.array]:
+        (x, a, b), grad, low = inputs, grads[0], outputs[1]
+        grad_low = grad @ b.T
+        nothing = mx.zeros((), x.dtype)
+        grad_a, grad_b = plus(nothing, _rows(x).T, grad_low, scale), plus(nothing, _rows(low).T, grad, scale)
+        # The gradient of a product with frozen weights does not depend on its input.
+        of_base = mx.vjp(layer.linear, [mx.zeros(x.shape, x.dtype)], [grad])[1][0]
+        grad_x = plus(of_base, grad_low, a.T, scale)
+        return [mx.depends([grad_x], [grad_a, grad_b])[0], grad_a, grad_b]
+
+    matrices = (value.astype(x.dtype) for value in (layer["lora_a"], layer["lora_b"]))
+    return operation(forward, backward)(x, *matrices)[0]
+
+
+def plus(values: mx.array, x: mx.array, matrix: mx.array, scale: float) -> mx.array:
+    """``values + scale * (x @ matrix)`` in one kernel; (..., n), or of the product's form, and (..., k) and (k, n)."""
+    if x.ndim == 2:
+        return mx.addmm(values, x, _rows(matrix), alpha=scale)
+    return mx.addmm(_rows(values), _rows(x), matrix, alpha=scale).reshape(*x.shape[:-1], -1)
+
+
+def _rows(x: mx.array) -> mx.array:
+    return x.reshape(-1, x.shape[-1])
 
 
 def matrices_first(function: Product) -> Product:
