@@ -26,8 +26,9 @@ from macft.model.module_classes import Members, replaced_functions, replaced_mem
 from macft.model.weight_sizes import Quantization, StoredQuantization
 from macft.planner.graph import graph_of
 
-# Measured against predicted peaks of random models; see docs/plan.md.
-_MARGIN = 1.1
+# Measured against predicted peaks of random models; see docs/plan.md. The graph is that of mlx-lm's own gradients, which
+# hold more than macft's.
+_MARGIN = 0.9
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _ERRORS = (ValueError, TypeError, AttributeError, IndexError, RuntimeError, KeyError, ImportError, MacftError)
 
