@@ -18,10 +18,12 @@ import pytest
 from harness.loopback_http import serving
 from harness.slow_hub import slow_hub
 from helpers.network import closed_port
+from macft.api.configuration import compose
 from macft.errors import ModelError
 from macft.model.hub_download import download
-from macft.model.resolve import resolve
+from macft.model.resolve import fetch_config, resolve
 from macft.model.settings import ModelConfig
+from macft.planner.run_plan import find_shape
 
 
 def test_a_local_folder_is_itself(tiny_model_folder: Path) -> None:
@@ -120,6 +122,18 @@ def test_a_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
     point_to(f"http://127.0.0.1:{closed_port()}", monkeypatch)
     with pytest.raises(ModelError, match=r"org/name.*refused.*local folder.*model=smollm2-135m.*HF_ENDPOINT"):
         resolve(ModelConfig(path="org/name"))
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_plan_asks_once_for_a_model_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And tells a path from an id of the hub, as a run does."""
+    with pytest.raises(ModelError, match=r"'org/other' has no config\.json on"):
+        fetch_config(ModelConfig(path="org/other"))
+    with pytest.raises(ModelError, match=r"folder '\./nowhere' doesn't exist"):
+        find_shape(compose(overrides=["model=./nowhere"]), [])
+    point_to(f"http://127.0.0.1:{closed_port()}", monkeypatch)
+    with pytest.raises(ModelError, match=r"org/name.*refused.*local folder"):
+        find_shape(compose(overrides=["model=org/name"]), [])
 
 
 @pytest.mark.usefixtures("hub")

@@ -121,7 +121,11 @@ def test_attention_in_blocks_is_attention(mask: str, key_heads: int) -> None:
     scores = 32 * 2 * 4 * length
     blockwise, evaluated = (
         attention_in_blocks(
-            scaled_dot_product_attention, lambda on=on: on, training_scores=scores, evaluation_scores=scores
+            scaled_dot_product_attention,
+            lambda on=on: on,
+            training_scores=scores,
+            evaluation_scores=scores,
+            device="metal",
         )
         for on in (True, False)
     )
@@ -194,7 +198,7 @@ def test_what_is_cheap_or_in_blocks_is_not_held() -> None:
     beside = 1_200_000  # the gradient of the loss, and copies that MLX makes of the adapter
     assert kept < cheap < kept + beside
     assert hidden < whole < hidden + beside
-    assert cheap < 0.5 * none
+    assert cheap < 0.55 * none
 
 
 def test_low_rank_layers_compute_in_the_type_of_their_base() -> None:

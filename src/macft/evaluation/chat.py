@@ -65,6 +65,11 @@ class Sampling:
         )
 
 
+def seed_problems(seed: int | None) -> list[str]:
+    """A line where ``seed`` is none that MLX takes."""
+    return [] if seed is None or 0 <= seed < 2**64 else [f"--seed: {seed} must be from 0 to 2**64 - 1"]
+
+
 @dataclass(frozen=True)
 class Speed:
     """Number of tokens of the last prompt and answer, and their rates in tokens per second."""
