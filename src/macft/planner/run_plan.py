@@ -42,6 +42,7 @@ from macft.planner.partition import LayoutDecision, preferred, set_pipelines, wh
 from macft.planner.placement import Layout, Placer, obstacle_to_reading_blocks
 from macft.planner.run_placement import is_roomy, run_pipelines, whole_models
 from macft.planner.speed import chip_speed, own_speed, work_of
+from macft.planner.stage_memory import stage_memory
 from macft.planner.stages import check_layout, decide_layout
 from macft.planner.workload import StepRows, assumed_steps, steps_of
 from macft.topology.settings import parse_budget
@@ -68,6 +69,7 @@ class NodePlan:
 class RunPlan:
     """All nodes, and the best layout of each placement that fits; ``chosen`` is that of the run, None if it can't be.
 
+    ``stages``: by rank, the memory of its stage in the best pipelines, as a run predicts it; of nodes that have one.
     ``tokens`` of all rows in each of ``steps``. ``advice`` says what would help, ``notes`` what the figures rest on.
     ``refusal``: why there is no pipeline, where one was asked for.
     """
@@ -83,6 +85,7 @@ class RunPlan:
     notes: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
     refusal: str | None = None
+    stages: dict[int, MemoryParts] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -152,14 +155,16 @@ def plan_run(config: TrainConfig, *, progress: Progress | None = None) -> RunPla
     kinds = [kind for kind in ("replicate", "stream") if wanted in ("auto", kind)]
     placements = whole_models(nodes, ring, whole, shares, kinds=kinds)
     found = pipelines_of(nodes, ring) if wanted in ("auto", "pipeline") else None
+    refusal: str | None = None
+    stages: dict[int, MemoryParts] = {}
     if found is not None:
-        placements["pipeline"] = found.best
+        placements["pipeline"], layout = found.best, found.best.layout
+        stages = stage_memory(config, layout, planner_of(len(layout.pipelines)), steps, nodes)
     is_refused = wanted == "auto" and is_batch_too_large  # a smaller micro-batch is the faster way
     chosen = _preferred(plans, placements) if placements and not is_refused else None
     notes += _link_notes(links, config, speeds)
     if found is not None and (line := order_line(found, [node.name for node in nodes])):
         notes.append(f"pipeline: {line}")
-    refusal: str | None = None
     if wanted == "pipeline" and found is None:
         refusal = f"topology.placement: pipeline {obstacle}" if obstacle else why_no_pipeline(nodes, model_cost(whole))
     return RunPlan(
@@ -182,6 +187,7 @@ def plan_run(config: TrainConfig, *, progress: Progress | None = None) -> RunPla
             is_batch_too_large=is_batch_too_large,
         ),
         refusal=refusal,
+        stages=stages,
     )
 
 
