@@ -43,7 +43,7 @@ from macft.planner.placement import Layout, Placer, obstacle_to_reading_blocks
 from macft.planner.run_placement import is_roomy, run_pipelines, whole_models
 from macft.planner.speed import chip_speed, own_speed, work_of
 from macft.planner.stage_memory import stage_memory
-from macft.planner.stages import check_layout, decide_layout
+from macft.planner.stages import block_costs, check_layout, decide_layout
 from macft.planner.workload import StepRows, assumed_steps, steps_of
 from macft.topology.settings import parse_budget
 from macft.training.settings import steps_for
@@ -203,10 +203,14 @@ def _pipelines(
     if topology.placement != "pipeline":
         counts = range(1, config.training.batch_size + 1)
         return run_pipelines(nodes, ring, planner_of, shares, counts=counts)
-    if not isinstance(topology.stages, list) or len(topology.stages) != len(nodes):
+    is_set = isinstance(topology.stages, list) and len(topology.stages) == len(nodes)
+    # Processes of one machine don't measure it: their run takes them as alike.
+    is_alike = topology.kind == "local" and not config.plan.chips
+    if not (is_set or is_alike):
         return run_pipelines(nodes, ring, planner_of, shares, counts=[topology.pipelines])
     planner = planner_of(topology.pipelines)
-    layout = decide_layout(topology, [1.0] * planner.shape.blocks, len(nodes))
+    costs = block_costs(planner.shape, planner.first_trained, keeps=planner.execution.may_keep_activations)
+    layout = decide_layout(topology, costs, len(nodes))
     work = step_work(planner, planner.execution.micro_batch_size, shares)
     decision = set_pipelines(nodes, ring, model_cost(planner), work, layout)
     return None if decision is None else FoundPipelines(decision, decision)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from macft.config.schema import TrainConfig
-from macft.model.adapter_layers import select_layers
 from macft.parallel.shares import DataShard
 from macft.parallel.stage_layout import StageLayout
 from macft.planner.cluster_model import Node
@@ -26,7 +25,6 @@ def stage_memory(
     Raises:
         ConfigError: a stage doesn't fit its node.
     """
-    first = min(select_layers(whole.adapter, whole.shape.adaptable)[0], default=whole.shape.blocks)
     may_keep, execution = whole.execution.may_keep_activations, whole.execution.pipelined(0)
     resident, count = config.topology.resident_blocks, len(layout.pipelines)
     found: dict[int, MemoryParts] = {}
@@ -37,6 +35,6 @@ def stage_memory(
         planner = planner_for(config, whole.shape, execution, own or steps)
         for stage in stages:
             memory = nodes[stage.rank].memory
-            planned = StagePlanner(planner, memory, layout, stage.rank, first, resident, may_keep)
+            planned = StagePlanner(planner, memory, layout, stage.rank, whole.first_trained, resident, may_keep)
             found[stage.rank] = planned.predicted(planned.decide())
     return found

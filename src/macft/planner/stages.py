@@ -123,7 +123,7 @@ class StagePlanner:
 
     def parts(self, held: int) -> MemoryParts:
         """The peak by part, with ``held`` blocks in memory."""
-        works = self.planner.works(self.planner.execution)
+        works = self.planner.largest_works(self.planner.execution)
         return max((self._parts(work, held) for work in works), key=lambda parts: parts.peak)
 
     def predicted(self, execution: Execution) -> MemoryParts:
@@ -200,7 +200,8 @@ class StagePlanner:
         planner = self.planner
         inside = replace(planner.execution, placement="replicate", recompute="none")
         found = [
-            predict(planner.shape, inside, planner.adapter, planner.optimizer, work) for work in planner.works(inside)
+            predict(planner.shape, inside, planner.adapter, planner.optimizer, work)
+            for work in planner.largest_works(inside)
         ]
         depth = trained_part(planner.shape, planner.adapter).depth
         return (

@@ -64,7 +64,7 @@ def streamed_parts(planner: MemoryPlanner, execution: Execution) -> MemoryParts:
     if planner.one_by_one:
         together = planner.micro_batches(execution.micro_batch_size)
     tokens = max((sum(batch.tokens for batch in each) for each in together), default=1)
-    works = planner.works(execution)
+    works = planner.largest_works(execution)
     return max((_parts(planner, execution, work, tokens) for work in works), key=lambda parts: parts.peak)
 
 
