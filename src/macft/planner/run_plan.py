@@ -22,7 +22,7 @@ from macft.device.chips import Mac, find_macs
 from macft.device.disk_speed import disk_speed
 from macft.device.kind import METAL, Device
 from macft.device.memory import usable_bytes
-from macft.errors import DataError, MacftError, ModelError
+from macft.errors import ConfigError, DataError, MacftError, ModelError
 from macft.model.bundled import BUNDLED, ensure_bundled
 from macft.model.execution import Execution
 from macft.model.load import load_tokenizer
@@ -158,14 +158,18 @@ def plan_run(config: TrainConfig, *, progress: Progress | None = None) -> RunPla
     refusal: str | None = None
     stages: dict[int, MemoryParts] = {}
     if found is not None:
-        placements["pipeline"], layout = found.best, found.best.layout
-        stages = stage_memory(config, layout, planner_of(len(layout.pipelines)), steps, nodes)
+        layout = found.best.layout
+        try:
+            stages = stage_memory(config, layout, planner_of(len(layout.pipelines)), steps, nodes)
+            placements["pipeline"] = found.best
+        except ConfigError as error:  # a node of the run would refuse its stage
+            found, refusal = None, str(error) if wanted == "pipeline" else None
     is_refused = wanted == "auto" and is_batch_too_large  # a smaller micro-batch is the faster way
     chosen = _preferred(plans, placements) if placements and not is_refused else None
     notes += _link_notes(links, config, speeds)
     if found is not None and (line := order_line(found, [node.name for node in nodes])):
         notes.append(f"pipeline: {line}")
-    if wanted == "pipeline" and found is None:
+    if wanted == "pipeline" and found is None and refusal is None:
         refusal = f"topology.placement: pipeline {obstacle}" if obstacle else why_no_pipeline(nodes, model_cost(whole))
     return RunPlan(
         model=config.model.path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from macft.config.schema import TrainConfig
+from macft.errors import ConfigError
 from macft.parallel.shares import DataShard
 from macft.parallel.stage_layout import StageLayout
 from macft.planner.cluster_model import Node
@@ -36,5 +37,9 @@ def stage_memory(
         for stage in stages:
             memory = nodes[stage.rank].memory
             planned = StagePlanner(planner, memory, layout, stage.rank, whole.first_trained, resident, may_keep)
-            found[stage.rank] = planned.predicted(planned.decide())
+            try:
+                found[stage.rank] = planned.predicted(planned.decide())
+            except ConfigError as error:
+                key, _, text = str(error).partition(": ")
+                raise ConfigError(f"{key}: {nodes[stage.rank].name}: {text}") from None
     return found
