@@ -1,7 +1,7 @@
 """macft against mlx_lm.lora, and Unsloth, on one node: the same model, rows, adapter, precision, BLAS, cores, in turn.
 
     python benchmarks/training.py [--case sql|mixed|long] [--runs 5] [--steps 24] [--compile WORD] [--packing WORD]
-        [--random MODEL [--bits 4]] [--unsloth PYTHON]
+        [--recompute WORD] [--random MODEL [--bits 4]] [--unsloth PYTHON]
 
 Each run is a process of its own, A B B A ...; it trains one pass over the same rows and reports the time from the end
 of the warm-up to the end of the last step, the losses, and the process's peak memory. The device is idle at both ends
@@ -107,9 +107,10 @@ def train_macft(options: argparse.Namespace) -> tuple[dict[str, float], Any]:
     from macft.training_bench import sides
     from macft.training_bench.cases import plan_training
 
-    keys = {"packing": options.packing, "compile": options.compile}
-    plan = plan_training(loaded.shape, loaded.config, training, loaded.tokenizer, **keys)
-    return sides.train_macft(loaded.model, loaded.tokenizer, records, training, plan.execution), loaded
+    keys = {"packing": options.packing, "compile": options.compile, "recompute": options.recompute}
+    rows = sides.tokenized(records, loaded.tokenizer, training)
+    plan = plan_training(loaded.shape, loaded.config, training, rows, **keys)
+    return sides.train_macft(loaded.model, rows, training, plan.execution), loaded
 
 
 def train_mlx_lm(options: argparse.Namespace) -> tuple[dict[str, float], Any]:
@@ -118,7 +119,8 @@ def train_mlx_lm(options: argparse.Namespace) -> tuple[dict[str, float], Any]:
 
     from macft.training_bench import sides
 
-    return sides.train_mlx_lm(loaded.model, loaded.tokenizer, records, training), loaded
+    data = sides.mlx_lm_data(records, loaded.tokenizer, training)
+    return sides.train_mlx_lm(loaded.model, data, training), loaded
 
 
 def train_unsloth(options: argparse.Namespace) -> tuple[dict[str, float], Any]:
@@ -208,6 +210,7 @@ def main() -> None:
     parser.add_argument("--stock", action="store_true", help="mlx_lm with the BLAS of MLX's own wheel")
     parser.add_argument("--compile", default="auto", help="macft's training.compile")
     parser.add_argument("--packing", default="auto", help="macft's training.packing")
+    parser.add_argument("--recompute", default="auto", help="macft's training.recompute")
     parser.add_argument("--random", metavar="MODEL", help="random weights in the shape of this model")
     parser.add_argument("--bits", type=int, choices=(4, 8), help="quantise them")
     parser.add_argument("--folder", help="where the model, or with --random the tokenizer, is taken from")

@@ -182,12 +182,12 @@ def test_coarse_sizes_waste_little(length: int, share: float, rows: int) -> None
     assert width % 32 == 0
     assert length - 1 <= width <= max(1.25 * length, length + 31)
     count = round(share * rows * width)
-    assert count <= coarse_targets(count, rows * width) <= max(2 * count + 1, 64)
+    assert count <= coarse_targets(count, rows * width) <= max(2 * count + 1, 191, min(4 * count + 3, 1280))
 
 
 def test_there_are_few_coarse_sizes() -> None:
     assert len({coarse_length(length) for length in range(1, 2050)}) == 20
-    assert len({coarse_targets(count, 4 * 1024) for count in range(4097)}) == 8
+    assert len({coarse_targets(count, 4 * 1024) for count in range(4097)}) == 6
 
 
 def test_a_word_that_is_none_is_named() -> None:

@@ -171,7 +171,7 @@ def test_a_download_ends_at_once_with_all_it_started(tmp_path: Path, monkeypatch
         threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
             download("org/endless", None)
-        assert set(psutil.Process().children(recursive=True)) == before
+        assert set(psutil.Process().children(recursive=True)) <= before
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port()}")
         with pytest.raises(ModelError, match=r"^model.path: 'org/other' is not on this machine and can't be fetched"):
             download("org/other", None)

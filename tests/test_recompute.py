@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from typing import Any
 
@@ -15,7 +14,7 @@ from mlx_lm.models.base import create_causal_mask, scaled_dot_product_attention
 from mlx_lm.tuner.trainer import default_loss
 
 from harness.families import configuration, new_model
-from helpers.computing import gradient_computer, randomize_adapter
+from helpers.computing import gradient_computer, randomize_adapter, settled_memory
 from helpers.models import SMALL, assert_same_gradient, make_from, make_model
 from macft.data.batch import collate
 from macft.data.formats import Row
@@ -122,7 +121,11 @@ def test_attention_in_blocks_is_attention(mask: str, key_heads: int) -> None:
     scores = 32 * 2 * 4 * length
     blockwise, evaluated = (
         attention_in_blocks(
-            scaled_dot_product_attention, lambda on=on: on, training_scores=scores, evaluation_scores=scores
+            scaled_dot_product_attention,
+            lambda on=on: on,
+            training_scores=scores,
+            evaluation_scores=scores,
+            device="metal",
         )
         for on in (True, False)
     )
@@ -177,9 +180,7 @@ def held(recompute: str, dtype: mx.Dtype) -> tuple[int, list[np.ndarray]]:
         (part,) = compute._layout.parts(collate(rows(), np.arange(3)))
         inputs, layout, keys = compute._arrays(0, part)
         mx.eval(inputs, model.parameters())
-        mx.synchronize()
-        gc.collect()  # what other tests have left would be freed meanwhile
-        before = mx.get_active_memory()
+        before = settled_memory()
         loss, gradient = compute._gradient(0, layout, keys, *inputs)
         mx.eval(loss)
         mx.synchronize()
@@ -197,7 +198,7 @@ def test_what_is_cheap_or_in_blocks_is_not_held() -> None:
     beside = 1_200_000  # the gradient of the loss, and copies that MLX makes of the adapter
     assert kept < cheap < kept + beside
     assert hidden < whole < hidden + beside
-    assert cheap < 0.5 * none
+    assert cheap < 0.55 * none
 
 
 def test_low_rank_layers_compute_in_the_type_of_their_base() -> None:

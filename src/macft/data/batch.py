@@ -22,6 +22,13 @@ PAD_TO = 16
 """Batch lengths are 1 more than a multiple of this, to limit the number of shapes; the 1 is the last target."""
 _MIN_LENGTH = 32
 """Lengths for compiled steps are multiples of this."""
+_PACK_MULTIPLE = 64
+"""Tokens of packs for compiled steps are multiples of this: so many rows has a tile of a GPU's matrix product."""
+_SHORT_PACK = 512
+"""Up to so many tokens, rows in a pack have no size of their own: tokens attend under a mask there."""
+_LEAST_TARGETS = 96
+_HALVES = range(192, 640)
+"""Where half of the positions would be so many targets, all are computed: that half is not worth a shape of its own."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +68,15 @@ def coarse_length(length: int) -> int:
 def coarse_targets(count: int, positions: int) -> int:
     """Number of target positions that a compiled step computes for ``count`` targets in ``positions`` positions.
 
-    It is ``positions`` times a power of 2: 1, a half, a quarter ... A pack can have more targets than positions; then
-    it is 2, 4 ...
+    It is ``positions`` times a power of 2: 1, a half, a quarter ..., 96 or more if there are so many. A pack can have
+    more targets than positions; then it is 2, 4 ...
     """
     while positions < count:
         positions *= 2
-    while positions // 2 >= max(count, _MIN_LENGTH):
-        positions //= 2
-    return positions
+    targets = positions
+    while targets // 2 >= max(count, _LEAST_TARGETS):
+        targets //= 2
+    return positions if targets == positions // 2 and targets in _HALVES else targets
 
 
 def pad_to_bucket(batch: Batch) -> Batch:
@@ -246,10 +254,11 @@ def pad_pack_to_bucket(item: Pack) -> Pack:
     def padded(values: NDArray[_Scalar], *sizes: int) -> NDArray[_Scalar]:
         return np.pad(values, [(0, size - old) for size, old in zip(sizes, values.shape, strict=True)])
 
-    tokens = coarse(item.inputs.shape[1], _MIN_LENGTH)
+    tokens = coarse(item.inputs.shape[1], _PACK_MULTIPLE)
     targets = coarse_targets(len(item.positions), tokens)
     # Attention is the smaller part of a step, so fewer shapes matter more here than less padding.
-    rows, longest = coarse(len(item.lengths)), max(_MIN_LENGTH, 1 << (item.paths.shape[1] - 1).bit_length())
+    longest = max(item.paths.shape[1], min(tokens, _SHORT_PACK))
+    rows, longest = coarse(len(item.lengths)), 1 << (longest - 1).bit_length()
     return replace(
         item,
         inputs=padded(item.inputs, 1, tokens),

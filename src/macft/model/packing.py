@@ -99,6 +99,13 @@ def attends_under_mask(tokens: int, rows: int, longest: int, head_dim: int) -> b
     return rows == 1 or tokens - rows * longest**2 / tokens <= 2 * head_dim
 
 
+def is_cheap_attention(width: int, keys: int) -> bool:
+    """Whether attention to so many ``keys`` takes fewer operations than a product of its result, of ``width`` values,
+    with a square matrix, as that with the output projection: then its result is not worth being kept.
+    """
+    return 2 * keys < width
+
+
 QUERY_TILE = 128
 """MLX's fused gradient on CUDA takes multiples of so many queries (mlx 0.32)."""
 FEWEST_QUERIES = 32

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from macft.model.execution import Execution
-from macft.model.packing import FEWEST_QUERIES, AttentionSize, attention_size
+from macft.model.packing import FEWEST_QUERIES, AttentionSize, attention_size, is_cheap_attention
 from macft.model.shape import ModelShape
 
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -27,7 +27,7 @@ class BlockMemory(NamedTuple):
     inside: float
 
 
-class _Factors(NamedTuple):
+class Factors(NamedTuple):
     """Values for each token, as multiples of hidden size, feed-forward size, queries, keys, and scores of a token."""
 
     hidden: float
@@ -37,7 +37,7 @@ class _Factors(NamedTuple):
     scores: float
 
     def of(self, shape: ModelShape, scores: float) -> float:
-        """Values for each token, with so many ``scores``."""
+        """Values for each token, with so many ``scores`` of all heads."""
         query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         sizes = (shape.hidden, shape.intermediate, query, key, scores)
         return sum(factor * size for factor, size in zip(self, sizes, strict=True))
@@ -46,9 +46,9 @@ class _Factors(NamedTuple):
 # In the feed-forward part, and in attention. Without recomputation the block that is computed has its own values among
 # the kept ones, and has freed those of its feed-forward part when it comes to attention.
 _INSIDE = {
-    "none": (_Factors(4.1, 5.9, 0, 0, 0.3), _Factors(3, -5, 3, 3, 2.15)),
-    "cheap": (_Factors(7.2, 11.5, 0, 0, 0.8), _Factors(4, 0, 3, 3, 3.15)),
-    "blocks": (_Factors(5.5, 16, 0, 0, 1.2), _Factors(5, 0, 4, 4, 3.15)),
+    "none": (Factors(4.1, 5.9, 0, 0, 0.3), Factors(3, -5, 3, 3, 2.15)),
+    "cheap": (Factors(7.2, 11.5, 0, 0, 0.8), Factors(4, 0, 3, 3, 3.15)),
+    "blocks": (Factors(5.5, 16, 0, 0, 1.2), Factors(5, 0, 4, 4, 3.15)),
 }
 
 
@@ -93,13 +93,14 @@ def _kept(
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     if execution.recompute == "blocks":  # its input
         return float(tokens * shape.hidden * width)
-    if execution.recompute == "cheap":  # its input, and the results of matrix products and attention
-        return float(tokens * width * (2 * shape.hidden + 2 * query + 2 * key + 2 * shape.intermediate))
-    # Inputs of both norms; gate, up, and of gate its sigmoid and the product with that; the inputs of adapters.
-    values = 2 * shape.hidden + 4 * shape.intermediate + adapter_inputs(shape, projections)
-    # Queries, keys and values as they attend, scores, and the mask, of a byte each, that all heads share.
+    if execution.recompute == "cheap":  # its input, and the results of matrix products and of costly attention
+        attended = 0 if is_cheap_attention(query, attention.keys) else query
+        return float(tokens * width * (2 * shape.hidden + query + attended + 2 * key + 2 * shape.intermediate))
+    # Inputs of both norms; gate and up; the inputs of adapters.
+    values = 2 * shape.hidden + 2 * shape.intermediate + adapter_inputs(shape, projections)
+    # Queries, keys and values as they attend, and scores.
     attending = attention.queries * (query + 2 * key) + shape.heads * attention.scores
-    return float(width * (tokens * values + attending) + attention.keys * min(attention.queries, attention.keys))
+    return float(width * (tokens * values + attending))
 
 
 def adapter_inputs(shape: ModelShape, projections: Collection[str]) -> int:

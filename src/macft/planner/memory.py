@@ -26,7 +26,7 @@ from macft.training.optimizer_table import OPTIMIZERS
 
 # Bytes per logit while the loss is computed. In chunks several are under way, with a float32 copy where the logits are
 # of 16 bits.
-_BYTES_PER_LOGIT, _BYTES_PER_CHUNKED_LOGIT = 21.0, {2: 42.0, 4: 46.0}
+_BYTES_PER_LOGIT, _BYTES_PER_CHUNKED_LOGIT = {2: 12.0, 4: 16.0}, {2: 26.0, 4: 40.0}
 _VALIDATION_BYTES_PER_LOGIT, _VALIDATION_BYTES_PER_CHUNKED_LOGIT = 13.8, 44.0
 # In validation, values for each token (factors of hidden and feed-forward size) and for each score.
 _VALIDATION_OF_BLOCK, _VALIDATION_SCORES = (2.4, 3.65), 2.0
@@ -182,8 +182,8 @@ def recomputed_inputs(shape: ModelShape, execution: Execution, depth: int, token
 def _logits(shape: ModelShape, execution: Execution, work: ComputeShape) -> float:
     """Bytes that the loss holds at once, with MLX's operations."""
     chunk = work.parts * execution.loss_chunk_for(shape.vocabulary)
-    chunked = _BYTES_PER_CHUNKED_LOGIT[execution.weight_format.float_bytes]
-    return min(_BYTES_PER_LOGIT * work.targets, chunked * chunk) * shape.vocabulary
+    width = execution.weight_format.float_bytes
+    return min(_BYTES_PER_LOGIT[width] * work.targets, _BYTES_PER_CHUNKED_LOGIT[width] * chunk) * shape.vocabulary
 
 
 def _predict_from_graph(

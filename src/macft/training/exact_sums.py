@@ -126,17 +126,17 @@ class ExactStepGradient:
         batches: Sequence[Batch],
         before_micro_batch: Callable[[], None] = lambda: None,
         *,
-        in_buckets: bool = True,  # noqa: ARG002
+        joined: bool = False,  # noqa: ARG002
     ) -> LocalGradient:
         """See :class:`~macft.training.gradient.StepGradient`."""
         sums, parts = ExactSums(self._parameters), list[LocalGradient]()
         for batch in batches:
-            parts.append(self._inner(step, [batch], before_micro_batch, in_buckets=False))
+            parts.append(self._inner(step, [batch], before_micro_batch))
             if len(parts) > 1:  # while the device computes the newest one
                 sums.add(parts[-2].gradient)
                 parts[-2] = replace(parts[-2], gradient={})
         if not parts:
-            parts = [self._inner(step, [], before_micro_batch, in_buckets=False)]
+            parts = [self._inner(step, [], before_micro_batch)]
         sums.add(parts[-1].gradient)
         waits = [part.waited_for_weights for part in parts if part.waited_for_weights is not None]
         return sums.result(

@@ -19,8 +19,10 @@ from macft.device.mlx_device import start
 from macft.model.backends.base import Backend
 from macft.model.dropout import DropoutKeys
 from macft.model.execution import Execution
+from macft.model.joined_parameters import Joined, JoinedParameters
 from macft.model.packing import packed, takes_packs
 from macft.training.batch_layout import BatchLayout, DeviceBatch, pack_layout
+from macft.training.joined_gradient import joined_value_and_grad
 from macft.training.loss import TokenLoss
 from macft.training.validation import Losses
 
@@ -86,12 +88,13 @@ class StepGradient(Protocol):
         batches: Sequence[Batch],
         before_micro_batch: Callable[[], None] = lambda: None,
         *,
-        in_buckets: bool = True,
+        joined: bool = False,
     ) -> LocalGradient:
         """Computes ``batches``, this node's micro-batches of ``step``; there may be none.
 
         ``before_micro_batch`` is called as often as there are micro-batches, when all that came before is computed.
-        What the result holds may still be under way; ``in_buckets``: bucket by bucket.
+        What the result holds may still be under way, bucket by bucket. ``joined``: nobody needs it parameter by
+        parameter, and it may be as in :class:`~macft.model.joined_parameters.JoinedParameters`.
         """
         ...
 
@@ -134,6 +137,10 @@ class GradientComputer:
             for lane, each in enumerate(self.loss.lanes.models)
         ]
         self._traces = 0
+        self._parameters = JoinedParameters.of(model)
+        self._joined_value_and_grad = joined_value_and_grad(
+            self._parameters, self.loss, backend.types_in_products(model)
+        )
         if execution.compiled:
             self._compiled = mx.compile(self._trace, inputs=model.state)
 
@@ -147,18 +154,21 @@ class GradientComputer:
         batches: Sequence[Batch],
         before_micro_batch: Callable[[], None] = lambda: None,
         *,
-        in_buckets: bool = True,
+        joined: bool = False,
     ) -> LocalGradient:
         """Computes ``batches``, this node's micro-batches of ``step``; there may be none.
 
         ``before_micro_batch`` is called before each micro-batch, when all that came before is computed. All but the
-        last pack of rows are computed when this returns. The last one is under way, and ``in_buckets`` bucket by
-        bucket, so that its first gradients can be sent while MLX computes the others. Lanes compute their parts of a
-        micro-batch at the same time; the sums are made in the order of the parts.
+        last pack of rows are computed when this returns. The last one is under way bucket by bucket, so that its first
+        gradients can be sent while MLX computes the others; or ``joined``, where the backend is lazy: the gradient is
+        one long array for each kind of parameters. Lanes compute their parts of a micro-batch at the same time; the
+        sums are made in the order of the parts.
         """
         started = time.perf_counter()
         if not self._model.training:
             self._model.train()
+        joined = joined and not self._backend.is_eager
+        parameters = self._parameters.get() if joined else {}
         total: Gradient = {}
         losses: list[mx.array] = []
         target_tokens = 0
@@ -172,23 +182,24 @@ class GradientComputer:
                 if losses:
                     start([losses[-1], *total.values()])
                 if not self._backend.is_eager:  # while the device is at what comes before
-                    loss, total = self._add_gradient(total, step, part)
+                    loss, total = self._add_gradient(total, step, part, parameters)
                 mx.synchronize()  # one at a time: activations are freed before the next begin
                 if number == 0:
                     before_micro_batch()
                 if self._backend.is_eager:
-                    loss, total = self._add_gradient(total, step, part)
+                    loss, total = self._add_gradient(total, step, part, parameters)
                 losses.append(loss)
                 target_tokens += int(part.weights.sum())
-        total = total or {name: mx.zeros(shape) for name, shape in self._shapes.items()}
-        if in_buckets:
+        shapes = {key: value.shape for key, value in parameters.items()} if joined else self._shapes
+        total = total or {name: mx.zeros(shape) for name, shape in shapes.items()}
+        if joined:
+            start([*losses, *total.values()])
+        else:
             start(losses)
             for names in self.buckets:
                 total |= {name: mx.contiguous(total[name]) for name in names}
                 # MLX computes what it is asked for first last, and holds until then all that this needs.
                 start([total[name] for name in reversed(names)])
-        else:
-            start([*losses, *total.values()])
         return LocalGradient(
             gradient=total,
             buckets=self.buckets,
@@ -228,10 +239,18 @@ class GradientComputer:
         return total
 
     def _gradient(
-        self, lane: int, layout: list[mx.array], keys: mx.array, *inputs: mx.array, lengths: Sequence[int] = ()
+        self,
+        lane: int,
+        layout: list[mx.array],
+        keys: mx.array,
+        *inputs: mx.array,
+        lengths: Sequence[int] = (),
+        parameters: Joined | None = None,
     ) -> tuple[mx.array, Gradient]:
-        """The summed loss of a part and its gradient, computed by the model of ``lane``."""
+        """The summed loss of a part and its gradient, computed by the model of ``lane``; joined as ``parameters``."""
         with packed(pack_layout(layout, lengths)), self._keys.using(keys):
+            if parameters:
+                return self._joined_value_and_grad(parameters, *inputs)
             loss, gradient = self._value_and_grad[lane](*inputs)
         return loss, {name: value.astype(mx.float32) for name, value in gradient.items()}
 
@@ -240,31 +259,50 @@ class GradientComputer:
         row_keys = self._keys.needed_for(self._seed, step, part.row_ids)
         return part.loss_inputs(), [mx.array(values) for values in part.layout], mx.array(row_keys)
 
-    def _add_gradient(self, total: Gradient, step: int, part: DeviceBatch) -> tuple[mx.array, Gradient]:
-        """The summed loss of ``part``, and the gradients in ``total``, if any, with those of ``part`` added."""
+    def _add_gradient(
+        self, total: Gradient, step: int, part: DeviceBatch, parameters: dict[str, mx.array]
+    ) -> tuple[mx.array, Gradient]:
+        """The summed loss of ``part``, and the gradients in ``total``, if any, with those of ``part`` added.
+
+        ``parameters``: the joined ones, if gradients are joined.
+        """
         inputs, layout, keys = self._arrays(step, part)
         if self.execution.compiled:
             # Nobody else holds the sums so far, so that MLX adds in their memory.
-            loss, added = self._compiled(total, layout, keys, *inputs)
+            traces = self._traces
+            loss, added = self._compiled(total, parameters, layout, keys, *inputs)
+            if parameters and self._traces > traces:
+                self._parameters.put_back()
             return loss, added
-        return self._sum(total, layout, keys, *inputs, lengths=part.lengths)
+        return self._sum(total, parameters, layout, keys, *inputs, lengths=part.lengths)
 
     def _sum(
-        self, total: Gradient, layout: list[mx.array], keys: mx.array, *inputs: mx.array, lengths: Sequence[int] = ()
+        self,
+        total: Gradient,
+        parameters: dict[str, mx.array],
+        layout: list[mx.array],
+        keys: mx.array,
+        *inputs: mx.array,
+        lengths: Sequence[int] = (),
     ) -> tuple[mx.array, Gradient]:
-        loss, gradient = self._gradient(0, layout, keys, *inputs, lengths=lengths)
+        loss, gradient = self._gradient(0, layout, keys, *inputs, lengths=lengths, parameters=parameters)
         return loss, add(total, gradient)
 
     def _trace(
-        self, total: Gradient, layout: list[mx.array], keys: mx.array, *inputs: mx.array
+        self,
+        total: Gradient,
+        parameters: dict[str, mx.array],
+        layout: list[mx.array],
+        keys: mx.array,
+        *inputs: mx.array,
     ) -> tuple[mx.array, Gradient]:
         """What is compiled for each shape of ``inputs``, with sums so far and without; the model stays as it was."""
         self._traces += 1
-        parameters = self._model.trainable_parameters()
+        trained = self._model.trainable_parameters()
         try:
-            return self._sum(total, layout, keys, *inputs)
+            return self._sum(total, parameters, layout, keys, *inputs)
         finally:
-            self._model.update(parameters)
+            self._model.update(trained)
 
 
 def add(total: Gradient, gradient: Gradient) -> Gradient:

@@ -9,18 +9,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from macft.device.mlx_device import start
 from macft.errors import ConfigError
-from macft.model.parameter_refs import ParameterRefs
+from macft.model.joined_parameters import Joined, JoinedParameters
 from macft.training.clipping import clip_by_global_norm
 from macft.training.optimizer_table import OPTIMIZERS
 from macft.training.settings import OptimizerConfig
 
 _BY_ELEMENT = {info.mlx_class for info in OPTIMIZERS.values() if info.by_element}
-_LARGE = 1 << 18
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -67,44 +65,42 @@ class OptimizerStep:
     """
 
     def __init__(self, model: nn.Module, optimizer: optim.Optimizer, *, compiled: bool = False):
-        self._parameters, self._optimizer = ParameterRefs(model), optimizer
-        self._step = mx.compile(self._updated) if compiled else self._updated
+        self._parameters, self._optimizer = JoinedParameters.of(model), optimizer
+        self._step = mx.compile(self._updated_by_name) if compiled else self._updated_by_name
         self._step_if_finite = mx.compile(self._updated_if_finite) if compiled else self._updated_if_finite
         self._is_sound = mx.array(True)
 
     def __call__(self, gradient: Mapping[str, mx.array], rate: float, scale: float = 1.0) -> None:
         """One update by ``scale`` times ``gradient``, which maps the parameters' names to float32 arrays."""
         parameters, state = self._before(rate)
-        gradient = {name: gradient[name] for name in parameters}
-        updated, self._optimizer.state = self._step(parameters, gradient, state, mx.array(scale))
-        self._parameters.put(updated[name] for name in self._parameters.names)
+        updated, self._optimizer.state = self._step(parameters, dict(gradient), state, mx.array(scale))
+        views = self._parameters.put(updated)
         del parameters, gradient, state  # MLX may compute in the memory of the old ones
-        mx.eval(updated, self._optimizer.state)
+        mx.eval(updated, views, self._optimizer.state)
 
     def queue(
-        self, gradient: Mapping[str, mx.array], rate: float, loss_sum: mx.array, target_tokens: int, max_norm: float
+        self, gradient: Joined, rate: float, loss_sum: mx.array, target_tokens: int, max_norm: float
     ) -> tuple[mx.array, mx.array]:
         """The same for a summed ``gradient`` whose norm is not known yet; nobody waits for it.
 
-        Returns the mean loss and the L2 norm of its gradient, float32 (), still being computed. Where one of them is
-        not finite, the parameters stay as they are, from then on.
+        ``gradient`` is joined as the parameters are. Returns the mean loss and the L2 norm of its gradient, float32 (),
+        still being computed. Where one of them is not finite, the parameters stay as they are, from then on.
         """
         parameters, state = self._before(rate)
-        gradient = {name: gradient[name] for name in parameters}
         count = mx.array(float(target_tokens))
         updated, self._optimizer.state, loss, norm, self._is_sound = self._step_if_finite(
-            parameters, gradient, state, loss_sum, count, self._is_sound, max_norm
+            parameters, dict(gradient), state, loss_sum, count, self._is_sound, max_norm
         )
-        self._parameters.put(updated[name] for name in self._parameters.names)
+        views = self._parameters.put(updated)
         del parameters, gradient, state  # MLX may compute in the memory of the old ones
-        arrays = [loss, norm, self._is_sound, *updated.values()]
+        arrays = [loss, norm, self._is_sound, *updated.values(), *views]
         arrays += [value for _, value in tree_flatten(self._optimizer.state)]
         start(arrays)
         return loss, norm
 
     def _before(self, rate: float) -> tuple[dict[str, mx.array], OptimizerState]:
         self._optimizer.learning_rate = rate
-        return dict(zip(self._parameters.names, self._parameters.get(), strict=True)), self._optimizer.state
+        return self._parameters.get(), self._optimizer.state
 
     def _updated_if_finite(
         self,
@@ -121,8 +117,13 @@ class OptimizerStep:
         loss, norm, scale, is_finite = clip_by_global_norm(loss_sum, norm_of_sum, target_tokens, max_norm, xp=mx)
         is_sound = is_sound & is_finite
         updated, state = self._updated(parameters, gradient, state, scale)
-        kept = {name: mx.where(is_sound, value, parameters[name]) for name, value in updated.items()}
+        kept = {key: mx.where(is_sound, value, parameters[key]) for key, value in updated.items()}
         return kept, state, loss, norm, is_sound
+
+    def _updated_by_name(
+        self, parameters: dict[str, mx.array], gradient: Mapping[str, mx.array], state: OptimizerState, scale: mx.array
+    ) -> tuple[dict[str, mx.array], OptimizerState]:
+        return self._updated(parameters, self._parameters.join(gradient), state, scale)
 
     def _updated(
         self,
@@ -131,36 +132,13 @@ class OptimizerStep:
         state: OptimizerState,
         scale: mx.array,
     ) -> tuple[dict[str, mx.array], OptimizerState]:
-        """The parameters and the optimizer's state after an update."""
-        optimizer = self._optimizer
-        groups = (
-            _groups(parameters) if type(optimizer).__name__ in _BY_ELEMENT else {name: [name] for name in parameters}
-        )
+        """The parameters and the optimizer's state after an update; both are joined, and so is the gradient."""
+        optimizer, by_element = self._optimizer, type(self._optimizer).__name__ in _BY_ELEMENT
         optimizer.state = state
-        scaled = [
-            (key, (_joined(gradient, names) * scale).astype(parameters[names[0]].dtype))
-            for key, names in groups.items()
-        ]
-        before = [(key, _joined(parameters, names)) for key, names in groups.items()]
-        updated: dict[str, mx.array] = dict(
-            tree_flatten(optimizer.apply_gradients(tree_unflatten(scaled), tree_unflatten(before)))
-        )
-        for key, names in groups.items():
-            if names != [key]:
-                ends = np.cumsum([parameters[name].size for name in names])[:-1].tolist()
-                for name, part in zip(names, mx.split(updated.pop(key), ends), strict=True):
-                    updated[name] = part.reshape(parameters[name].shape)
-        return updated, optimizer.state
-
-
-def _groups(parameters: Mapping[str, mx.array]) -> dict[str, list[str]]:
-    """Names of parameters to update together, by a name for the whole; a large one is left by itself."""
-    groups: dict[str, list[str]] = {}
-    for name, parameter in parameters.items():
-        kind = str(parameter.dtype).removeprefix("mlx.core.")
-        groups.setdefault(name if parameter.size >= _LARGE else f"small-{kind}", []).append(name)
-    return groups
-
-
-def _joined(arrays: Mapping[str, mx.array], names: list[str]) -> mx.array:
-    return arrays[names[0]] if len(names) == 1 else mx.concatenate([arrays[name].reshape(-1) for name in names])
+        scaled = {key: (gradient[key] * scale).astype(value.dtype) for key, value in parameters.items()}
+        before = parameters
+        if not by_element:
+            scaled, before = self._parameters.split(scaled), self._parameters.split(parameters)
+        trees = (tree_unflatten(list(values.items())) for values in (scaled, before))
+        updated: dict[str, mx.array] = dict(tree_flatten(optimizer.apply_gradients(*trees)))
+        return updated if by_element else self._parameters.join(updated), optimizer.state

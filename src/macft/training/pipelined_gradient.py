@@ -209,7 +209,7 @@ class PipelinedGradient:
         batches: Sequence[Batch],
         before_micro_batch: Callable[[], None] = lambda: None,
         *,
-        in_buckets: bool = True,
+        joined: bool = False,
     ) -> LocalGradient:
         """Computes ``batches``, the micro-batches of this rank's pipeline in ``step``; there may be none.
 
@@ -218,7 +218,7 @@ class PipelinedGradient:
         """
         run = self._settle()
         if run is None or len(run.place.stages) == 1:
-            return self._alone(step, batches, before_micro_batch, in_buckets=in_buckets)
+            return self._alone(step, batches, before_micro_batch, joined=joined)
         return self._compute(run, step, batches, before_micro_batch)
 
     def _compute(

@@ -104,7 +104,7 @@ class StagedGradient:
         batches: Sequence[Batch],
         before_micro_batch: Callable[[], None] = lambda: None,
         *,
-        in_buckets: bool = True,  # noqa: ARG002
+        joined: bool = False,  # noqa: ARG002
     ) -> LocalGradient:
         """Computes ``batches``, this node's micro-batches of ``step``; there may be none.
 

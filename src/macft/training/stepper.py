@@ -185,7 +185,7 @@ class QueuedStepper:
         batches = context.loader.batches(step, shard)
         nodes.begin_step(len(batches))
         self._awaits_first_micro_batch = True
-        local = context.compute(step, batches, self._before_micro_batch, in_buckets=False)
+        local = context.compute(step, batches, self._before_micro_batch, joined=True)
         previous = self.flush()
         rate = context.learning_rate(step)
         loss_sum = sum(local.losses, mx.array(0.0))

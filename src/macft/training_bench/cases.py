@@ -9,7 +9,7 @@ from typing import Any
 
 from macft.config.execution import execution_for
 from macft.config.reference import default_config
-from macft.data.tokenize import tokenize
+from macft.data.formats import Row
 from macft.device.kind import Device
 from macft.device.memory import usable_bytes
 from macft.model.execution import Execution
@@ -22,7 +22,7 @@ from macft.planner.workload import steps_of
 from macft.topology.settings import parse_budget
 from macft.training_bench.random_weights import config_of
 from macft.training_bench.rows import records_of
-from macft.training_bench.sides import ADAPTER, OPTIMIZER, Training, row_order
+from macft.training_bench.sides import ADAPTER, OPTIMIZER, Training, row_order, tokenized
 
 _ALL_LOGITS = 1 << 40
 
@@ -85,28 +85,26 @@ class CasePlan:
 def plan_case(case: Case, training: Training, tokenizer: Any) -> CasePlan:
     """What ``macft plan`` would say of the steps of ``training``."""
     model = ModelConfig(precision="checkpoint", quantization="keep")
-    return plan_training(shape_of(case.model_config, case.model), model, training, tokenizer)
+    records = records_of(training.rows, tokenizer, training.batch_size * training.steps)
+    rows = tokenized(records, tokenizer, training)
+    return plan_training(shape_of(case.model_config, case.model), model, training, rows)
 
 
 def plan_training(
     shape: ModelShape,
     model: ModelConfig,
     training: Training,
-    tokenizer: Any,
-    *,
-    packing: str = "auto",
-    compile: str = "auto",
+    rows: Sequence[Row],
+    **keys: str,
 ) -> CasePlan:
-    """The same of a model of any shape; ``model`` says how it is held, the others are keys of ``training``."""
-    records = records_of(training.rows, tokenizer, training.batch_size * training.steps)
-    rows = [tokenize(record, tokenizer, mask_prompt=training.masked) for record in records]
+    """The same of a model of any shape; ``model`` says how it is held, ``keys`` are those of ``training``."""
     steps = steps_of(rows, row_order(len(rows), training), training.steps)
     config = replace(
         default_config(),
         model=model,
         adapter=ADAPTER,
         optimizer=OPTIMIZER,
-        training=replace(training.config(), packing=packing, compile=compile),
+        training=replace(training.config(), **keys),
     )
     config = replace(config, topology=replace(config.topology, placement="replicate"))
     given = planner_for(config, shape, execution_for(config, shape, shape.checkpoint, Device.default()), steps)

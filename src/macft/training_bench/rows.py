@@ -9,6 +9,9 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from macft.data.formats import Row
 from macft.data.settings import SourceConfig
 from macft.data.sources import read_source
 
@@ -34,6 +37,29 @@ def records_of(kind: str, tokenizer: Any, count: int, *, split: str = "train") -
     records = [dict(row.record) for row in read_source(SourceConfig(path="builtin:sql"))[split]]
     tokens = ROW_KINDS[kind].tokens
     return records[:count] if tokens is None else _texts(records, tokenizer, *tokens, count)
+
+
+def random_rows(kind: str, count: int) -> list[Row]:
+    """Rows of the same lengths without a tokenizer, of random tokens below 4,096; for a machine without a network.
+
+    Those of ``sql`` begin with the same 12 tokens; prompts and answers have the lengths of the SQL dataset's in
+    SmolLM2's tokens (37 to 59 and 9 to 26, on average 43 and 14).
+    """
+    generator, tokens = np.random.default_rng(0), ROW_KINDS[kind].tokens
+    start = generator.integers(1, 4096, 12 if tokens is None else 0)
+    rows = []
+    for _ in range(count):
+        if tokens is None:
+            prompt, answer = (int(np.clip(generator.gamma(a, b), *ends)) for a, b, *ends in _SQL_LENGTHS)
+        else:
+            prompt, answer = 0, round(math.exp(generator.uniform(*map(math.log, tokens))))
+        own = generator.integers(1, 4096, prompt + answer - len(start))
+        rows.append(Row(np.concatenate([start, own]).astype(np.int32), prompt))
+    return rows
+
+
+# Of prompts and answers: the form and scale of a gamma distribution, and the least and most tokens.
+_SQL_LENGTHS = ((100, 0.44, 37, 59), (16, 0.93, 9, 26))
 
 
 def _texts(records: list[dict[str, Any]], tokenizer: Any, least: int, most: int, count: int) -> list[dict[str, Any]]:

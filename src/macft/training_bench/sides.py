@@ -22,6 +22,7 @@ from macft.checkpoint.saver import CheckpointSaver
 from macft.checkpoint.snapshot import Progress
 from macft.checkpoint.store import CheckpointStore
 from macft.collective.solo import Solo
+from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.data.tokenize import tokenize
 from macft.model.adapt import adapt
@@ -73,9 +74,12 @@ class Training:
         )
 
 
-def train_macft(
-    model: Any, tokenizer: Any, records: Sequence[dict[str, Any]], training: Training, execution: Execution
-) -> dict[str, float]:
+def tokenized(records: Sequence[dict[str, Any]], tokenizer: Any, training: Training) -> list[Row]:
+    """The rows of macft's side."""
+    return [tokenize(record, tokenizer, mask_prompt=training.masked) for record in records]
+
+
+def train_macft(model: Any, rows: Sequence[Row], training: Training, execution: Execution) -> dict[str, float]:
     """macft's own loop, without reports, checkpoints and evaluation; the figures of :func:`result`."""
     seconds: list[float] = []
     targets: list[int] = []
@@ -97,7 +101,6 @@ def train_macft(
                 self.began = time.perf_counter()
             return super().__call__(step, *arguments, **named)
 
-    rows = [tokenize(record, tokenizer, mask_prompt=training.masked) for record in records]
     adaptation = adapt(model, ADAPTER, seed=0)
     backend = make_backend(execution)
     with tempfile.TemporaryDirectory() as folder, backend.installed(model):
@@ -122,12 +125,21 @@ def row_order(count: int, training: Training) -> RowOrder:
     return RowOrder([count], [1.0], batch_size=training.batch_size, seed=0)
 
 
-def train_mlx_lm(model: Any, tokenizer: Any, records: Sequence[dict[str, Any]], training: Training) -> dict[str, float]:
-    """mlx-lm's own tuner, as mlx_lm.lora calls it; the figures of :func:`result`."""
+def mlx_lm_data(records: Sequence[dict[str, Any]], tokenizer: Any, training: Training) -> CacheDataset:
+    """The rows of mlx-lm's side, as it makes them."""
+    wanted = types.SimpleNamespace(mask_prompt=training.masked)
+    return CacheDataset(create_dataset(records, tokenizer, wanted))
+
+
+def mlx_lm_rows(rows: Sequence[Row]) -> list[tuple[list[int], int]]:
+    """Rows that are tokens already, as its tuner takes them: tokens and the length of the prompt."""
+    return [(row.tokens.tolist(), row.prompt_length) for row in rows]
+
+
+def train_mlx_lm(model: Any, data: Any, training: Training) -> dict[str, float]:
+    """mlx-lm's own tuner, as mlx_lm.lora calls it, on rows of :func:`mlx_lm_data`; the figures of :func:`result`."""
     mx.random.seed(0)
     add_mlx_lm_adapter(model)
-    wanted = types.SimpleNamespace(mask_prompt=training.masked)
-    data = CacheDataset(create_dataset(records, tokenizer, wanted))
     times: list[float] = []
     trained: list[int] = []
 

@@ -16,7 +16,7 @@ from macft.model.load import load_tokenizer
 from macft.model.settings import ModelConfig
 from macft.training_bench.random_weights import random_model
 from macft.training_bench.rows import records_of
-from macft.training_bench.sides import Training, train_macft, train_mlx_lm
+from macft.training_bench.sides import Training, mlx_lm_data, tokenized, train_macft, train_mlx_lm
 
 
 class RunOrder(TypedDict):
@@ -45,13 +45,13 @@ def execute(order: RunOrder) -> dict[str, float]:
     records = records_of(training.rows, tokenizer, training.batch_size * training.steps)
     model = random_model(order["config"], bits=order["bits"], dtype=order["dtype"])
     if order["side"] == "mlx_lm":
-        return train_mlx_lm(model, tokenizer, records, training)
+        return train_mlx_lm(model, mlx_lm_data(records, tokenizer, training), training)
     keep_within(order["budget"], order["peak"])
     fields: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in order["execution"].items()
     }
     fields["ends"] = frozenset(fields["ends"])
-    return train_macft(model, tokenizer, records, training, Execution(**fields))
+    return train_macft(model, tokenized(records, tokenizer, training), training, Execution(**fields))
 
 
 if __name__ == "__main__":

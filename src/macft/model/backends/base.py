@@ -8,7 +8,7 @@ Shapes: B rows, L tokens of a sequence, D hidden size, V vocabulary, N target po
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
@@ -83,6 +83,10 @@ class Backend(Protocol):
 
     def cross_entropy(self, head: Head | None) -> CrossEntropy:
         """The loss of hidden states under ``head``; None: of logits."""
+        ...
+
+    def types_in_products(self, model: nn.Module) -> Mapping[str, mx.Dtype]:
+        """By name, trainable parameters of ``model`` that are used in another type than their own, and that type."""
         ...
 
     def value_and_grad(self, model: nn.Module, loss: Loss) -> LossAndGradient:

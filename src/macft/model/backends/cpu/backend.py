@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import mlx.core as mx
@@ -112,6 +112,10 @@ class CpuBackend:
             )
 
         return loss
+
+    def types_in_products(self, model: nn.Module) -> Mapping[str, mx.Dtype]:  # noqa: ARG002
+        """None: all is float32."""
+        return {}
 
     def value_and_grad(self, model: nn.Module, loss: Loss) -> LossAndGradient:
         """See :class:`~macft.model.backends.base.Backend`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -14,8 +14,10 @@ from macft.model.backends.base import CrossEntropy, Function, Lanes, Loss, LossA
 from macft.model.backends.lanes import OneLane
 from macft.model.backends.mlx.attention import row_attention
 from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy, loss_in_chunks, whole_cross_entropy
+from macft.model.backends.mlx.layers import frozen_norms, short_swiglu
 from macft.model.backends.mlx.long_products import products_in_parts
-from macft.model.backends.mlx.low_rank import in_base_type
+from macft.model.backends.mlx.low_rank import in_base_type, types_in_products
+from macft.model.backends.mlx.plain_attention import plain_attention
 from macft.model.backends.mlx.query_blocks import attention_in_blocks
 from macft.model.backends.mlx.recompute import kept_attention, kept_products, recomputed_blocks
 from macft.model.backends.mlx.recurrence import chunked_recurrences, find_recurrences
@@ -41,6 +43,8 @@ class MlxBackend:
             changes.enter_context(chunked_recurrences(find_recurrences(model)))
             changes.enter_context(replaced_members(model.modules(), products_in_parts(self._execution.max_operations)))
             changes.enter_context(replaced_members(model.modules(), in_base_type))
+            changes.enter_context(frozen_norms(model))
+            changes.enter_context(replaced_functions(model, {"swiglu": short_swiglu}))
             attention = partial(self._attention, model)
             if self._execution.packing:
                 changes.enter_context(prepared_for_packs(model, attention))
@@ -63,11 +67,18 @@ class MlxBackend:
     def _attention(self, model: nn.Module, original: ModuleCall) -> ModuleCall:
         """What stands in for mlx-lm's attention, ``original``."""
         execution, recomputes = self._execution, self._recomputes_attention(model)
+
+        def is_training() -> bool:
+            return bool(model.training)
+
+        # Where memory counts more than kernels, MLX's own gradient stays, which holds less at once.
+        attention = original if recomputes else plain_attention(original, is_training, execution.device)
         attention = attention_in_blocks(
-            original,
-            lambda: bool(model.training),
+            attention,
+            is_training,
             training_scores=execution.max_scores if recomputes else None,
             evaluation_scores=execution.max_evaluation_scores,
+            device=execution.device,
         )
         if execution.packing:
             attention = row_attention(attention)
@@ -87,7 +98,7 @@ class MlxBackend:
             if head is None:
                 return whole_cross_entropy(hidden, targets, weights)
             if with_gradient and not is_frozen:
-                return whole_cross_entropy(head(hidden[None])[0], targets, weights)
+                return whole_cross_entropy(head(hidden[None]).squeeze(0), targets, weights)
             vocabulary = head(hidden[:1][None]).shape[-1]
             chunk = execution.loss_chunk_for(vocabulary)
             if not with_gradient:
@@ -95,6 +106,10 @@ class MlxBackend:
             return chunked_cross_entropy(head, hidden, targets, weights, chunk=chunk)
 
         return loss
+
+    def types_in_products(self, model: nn.Module) -> Mapping[str, mx.Dtype]:
+        """See :class:`~macft.model.backends.base.Backend`."""
+        return types_in_products(model)
 
     def value_and_grad(self, model: nn.Module, loss: Loss) -> LossAndGradient:
         """See :class:`~macft.model.backends.base.Backend`."""

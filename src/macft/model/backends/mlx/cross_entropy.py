@@ -18,7 +18,8 @@ from macft.model.backends.operation import operation
 Exponentials = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 """Logits (n, V) float32 and their maxima (n, 1) to exp(logits - maxima) (n, V) and the sums of those (n, 1)."""
 LossAndGradient = Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
-"""Logits (n, V), targets and weights (n,) to the summed loss, float32, and its gradient, in the logits' type."""
+"""Logits (n, V), targets and weights (n,) to the summed loss, float32, and the gradient of each position's loss, without
+its weight, in the logits' type."""
 
 
 def whole_cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
@@ -35,28 +36,24 @@ def loss_in_chunks(
     for start in range(0, hidden.shape[0], chunk):
         end = start + chunk
         part = mx.depends([hidden[start:end]], [loss])[0]
-        loss = loss + whole_cross_entropy(head(part[None])[0], targets[start:end], weights[start:end])
+        loss = loss + whole_cross_entropy(_logits(head, part), targets[start:end], weights[start:end])
     return loss
 
 
-def fused_loss_and_gradient(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
-    """See ``LossAndGradient``. The logits exist in float32 only for their sum, the gradient in their own type only."""
-    totals = mx.logsumexp(logits.astype(mx.float32), axis=-1)
-    right = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0].astype(mx.float32)
-    loss = ((totals - right) * weights).sum()
+def lean_loss_and_gradient(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+    """See ``LossAndGradient``. The logits exist in float32 only for their sum, and their softmax in their own type."""
+    words = targets[:, None]
+    totals = mx.logsumexp(logits.astype(mx.float32), axis=-1, keepdims=True)
+    log_shares = mx.take_along_axis(logits, words, axis=-1).astype(mx.float32) - totals
+    loss = -(log_shares[:, 0] * weights).sum()
     # After the loss, so that the float32 logits are gone.
-    logits = mx.depends([logits], [loss])[0]
-    words = mx.arange(logits.shape[-1], dtype=targets.dtype)
-    return loss, _weighted_softmax(logits, totals[:, None], words, targets[:, None], weights[:, None])
+    shares = mx.softmax(mx.depends([logits], [loss])[0], axis=-1, precise=True)
+    return loss, mx.put_along_axis(shares, words, (mx.exp(log_shares) - 1).astype(logits.dtype), axis=-1)
 
 
-@partial(mx.compile, shapeless=True)
-def _weighted_softmax(
-    logits: mx.array, totals: mx.array, words: mx.array, targets: mx.array, weights: mx.array
-) -> mx.array:
-    """weights * (softmax(logits) - one_hot(targets)); one kernel, and one array."""
-    powers = mx.exp(logits.astype(mx.float32) - totals)
-    return ((powers - (words == targets)) * weights).astype(logits.dtype)
+def _logits(head: Callable[[mx.array], mx.array], hidden: mx.array) -> mx.array:
+    """(n, V) of ``hidden`` (n, D). Not by an index, which would copy them, and the gradient with them."""
+    return head(hidden[None]).squeeze(0)
 
 
 def loss_and_gradient_of(exponentials: Exponentials) -> LossAndGradient:
@@ -71,7 +68,7 @@ def chunked_cross_entropy(
     weights: mx.array,
     *,
     chunk: int,
-    loss_and_gradient: LossAndGradient = fused_loss_and_gradient,
+    loss_and_gradient: LossAndGradient = lean_loss_and_gradient,
     detached: Callable[[mx.array], mx.array] = lambda value: value,
 ) -> mx.array:
     """``sum(weights * cross_entropy(head(hidden), targets))``, float32.
@@ -90,9 +87,11 @@ def chunked_cross_entropy(
             if grad_parts:  # one chunk after the other, its loss included, so that only one's logits exist
                 part = mx.depends([part], [grad_parts[-1], value])[0]
             end = start + chunk
-            logits = head(part[None])[0]
+            logits = _logits(head, part)
             value, grad_logits = loss_and_gradient(logits, targets[start:end], weights[start:end])
-            grad_parts.append(detached(mx.vjp(lambda part: head(part[None])[0], [part], [grad_logits])[1][0]))
+            grad = mx.vjp(lambda part: _logits(head, part), [part], [grad_logits])[1][0]
+            # A position's weight is the same for all words, so that it can be left to the smaller array.
+            grad_parts.append(detached((grad * weights[start:end, None]).astype(grad.dtype)))
             value = detached(value)
             loss = loss + value
         return loss, mx.concatenate(grad_parts, axis=0)
@@ -113,6 +112,6 @@ def _loss_and_gradient(
     powers, total = exponentials(logits, maxima)
     right = mx.take_along_axis(logits, targets[:, None], axis=-1) - maxima
     loss = ((mx.log(total) - right)[:, 0] * weights).sum()
-    gradient = powers * (weights[:, None] / total)
-    at_target = mx.take_along_axis(gradient, targets[:, None], axis=-1) - weights[:, None]
+    gradient = powers / total
+    at_target = mx.take_along_axis(gradient, targets[:, None], axis=-1) - 1
     return loss, mx.put_along_axis(gradient, targets[:, None], at_target, axis=-1).astype(dtype)

@@ -31,8 +31,12 @@ def in_base_type(kind: type[nn.Module]) -> Members | None:
     if not issubclass(kind, KINDS):
         return None
     call = kind.__call__
+    has_experts = issubclass(kind, LoRASwitchLinear)
 
     def layer_call(layer: nn.Module, x: mx.array, *arguments: Any, **named: Any) -> Any:
+        if not has_experts and layer.dropout(x) is x:
+            return lora(layer, x)
+
         def compute(x: mx.array, *values: mx.array) -> mx.array:
             before = layer["lora_a"], layer["lora_b"]
             try:
@@ -43,10 +47,64 @@ def in_base_type(kind: type[nn.Module]) -> Members | None:
                 layer["lora_a"], layer["lora_b"] = before
 
         # What goes to which expert is known while the layer is called, and not when a gradient is computed.
-        product = compute if issubclass(kind, LoRASwitchLinear) else matrices_first(compute)
+        product = compute if has_experts else matrices_first(compute)
         return product(x, layer["lora_a"], layer["lora_b"])
 
     return {"__call__": layer_call}
+
+
+def types_in_products(model: nn.Module) -> dict[str, mx.Dtype]:
+    """By name, low-rank matrices of ``model`` that are multiplied in another type than their own, and that type.
+
+    It is that of their base's results. DoRA also uses its matrices as they are.
+    """
+    types: dict[str, mx.Dtype] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, KINDS) and not isinstance(module, DoRALinear):
+            base = module.linear
+            kind = (base["scales"] if "scales" in base else base["weight"]).dtype
+            wanted = {f"{name}.{matrix}": kind for matrix in ("lora_a", "lora_b") if module[matrix].dtype != kind}
+            types |= wanted if mx.issubdtype(kind, mx.floating) else {}
+    return types
+
+
+def lora(layer: Any, x: mx.array, kept: Callable[[Product], Product] = lambda product: product) -> mx.array:
+    """``LoRALinear.__call__`` without dropout: three products going forward, and five going back.
+
+    ``kept`` is given the functions whose results are costly.
+    """
+    scale = layer.scale
+    a, b = (value.astype(x.dtype) for value in (layer["lora_a"], layer["lora_b"]))
+
+    def forward(x: mx.array, _a: mx.array, b: mx.array, low: mx.array) -> mx.array:
+        return plus(layer.linear(x), low, b, scale)
+
+    def backward(inputs: Sequence[mx.array], grad: mx.array, _output: mx.array) -> list[mx.array]:
+        x, a, b, low = inputs
+        grad_low = grad @ b.T
+        grad_a, grad_b = (_matrix_gradient(one, other, scale) for one, other in ((x, grad_low), (low, grad)))
+        # The gradient of a product with frozen weights does not depend on its input.
+        of_base = mx.vjp(layer.linear, [mx.zeros(x.shape, x.dtype)], [grad])[1][0]
+        grad_x = plus(of_base, grad_low, a.T, scale)
+        return [mx.depends([grad_x], [grad_a, grad_b])[0], grad_a, grad_b, mx.zeros_like(low)]
+
+    # The low-rank product is an input: as a result it would be computed again only together with the other one.
+    low = mx.stop_gradient(kept(lambda x, a: x @ a)(x, a))
+    return kept(operation(forward, backward))(x, a, b, low)
+
+
+def _matrix_gradient(x: mx.array, grad: mx.array, scale: float) -> mx.array:
+    """``scale * x.T @ grad`` over all tokens, in one kernel."""
+    return mx.addmm(mx.zeros(grad.shape[-1:], grad.dtype), _rows(x).T, _rows(grad), alpha=scale)
+
+
+def plus(values: mx.array, x: mx.array, matrix: mx.array, scale: float) -> mx.array:
+    """``values + scale * (x @ matrix)`` in one kernel, of ``values`` (..., n), ``x`` (..., k) and ``matrix`` (k, n)."""
+    return mx.addmm(_rows(values), _rows(x), matrix, alpha=scale).reshape(values.shape)
+
+
+def _rows(x: mx.array) -> mx.array:
+    return x.reshape(-1, x.shape[-1])
 
 
 def matrices_first(function: Product) -> Product:

@@ -20,12 +20,18 @@ from macft.model.packing import QUERY_TILE, queries_at_once
 
 
 def attention_in_blocks(
-    original: ModuleCall, is_training: Callable[[], bool], *, training_scores: int | None, evaluation_scores: int
+    original: ModuleCall,
+    is_training: Callable[[], bool],
+    *,
+    training_scores: int | None,
+    evaluation_scores: int,
+    device: str,
 ) -> ModuleCall:
     """Takes the place of mlx-lm's ``scaled_dot_product_attention``, ``original``, where there is no cache.
 
     ``training_scores`` of queries and keys, of all rows and heads, are computed at once where the model trains, but for
     those of 32 queries at least; None: all of them, with MLX's own gradient. ``evaluation_scores``: where it does not.
+    ``device``: see :func:`is_fused`.
     """
 
     def attention(
@@ -39,7 +45,11 @@ def attention_in_blocks(
     ) -> mx.array:
         is_causal = isinstance(mask, str) and mask == "causal" and keys.shape[2] == queries.shape[2]
         can_cut = mask is None or is_causal or (isinstance(mask, mx.array) and mask.dtype == mx.bool_)
-        borders = _borders(queries, keys, training_scores) if is_training() else _cut(queries, keys, evaluation_scores)
+        borders = (
+            _borders(queries, keys, training_scores, device)
+            if is_training()
+            else _cut(queries, keys, evaluation_scores)
+        )
         if cache is not None or not can_cut or len(borders) == 2:
             result: mx.array = original(queries, keys, values, cache=cache, scale=scale, mask=mask, **others)
             return result
@@ -55,12 +65,12 @@ def attention_in_blocks(
     return attention
 
 
-def _borders(queries: mx.array, keys: mx.array, most_scores: int | None) -> list[int]:
+def _borders(queries: mx.array, keys: mx.array, most_scores: int | None, device: str) -> list[int]:
     """Where blocks of queries begin and end while the model trains."""
-    length, width = queries.shape[2:]
+    length = queries.shape[2]
     if most_scores is None:
         return [0, length]
-    if _is_fused(queries.dtype, width) and length >= QUERY_TILE:
+    if takes_fused(queries, device) and length >= QUERY_TILE:
         whole = length // QUERY_TILE * QUERY_TILE
         return [0, whole] if whole == length else [0, whole, length]
     return _cut(queries, keys, most_scores)
@@ -73,10 +83,16 @@ def _cut(queries: mx.array, keys: mx.array, most_scores: int) -> list[int]:
     return [*range(0, length, size), length]
 
 
-def _is_fused(dtype: mx.Dtype, width: int) -> bool:
-    """Whether MLX has a fused gradient here, for the right number of queries."""
-    on_cuda = mx.default_device() != mx.cpu and not mx.metal.is_available()
-    return on_cuda and dtype in (mx.bfloat16, mx.float16) and width <= QUERY_TILE and width % 8 == 0
+def is_fused(queries: mx.array, device: str) -> bool:
+    """Whether MLX has a fused gradient for ``queries`` (rows, heads, length, d) on ``device``, as in Device.kind."""
+    return takes_fused(queries, device) and queries.shape[2] % QUERY_TILE == 0
+
+
+def takes_fused(queries: mx.array, device: str) -> bool:
+    """Whether attention of ``queries`` is fused there while a model trains, if not its gradient."""
+    width = queries.shape[3]
+    is_half = queries.dtype in (mx.bfloat16, mx.float16)
+    return device == "cuda" and is_half and width <= QUERY_TILE and width % 8 == 0
 
 
 def _blockwise(

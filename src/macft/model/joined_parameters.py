@@ -1,0 +1,93 @@
+"""A model's small trainable parameters as one long array for each type, of which the model's own are views.
+
+A thousand small arrays are a thousand kernels for each thing that is done with them; of one array it is one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from itertools import accumulate
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from macft.model.parameter_refs import ParameterRefs
+
+_LARGE = 1 << 18
+
+Joined = Mapping[str, mx.array]
+"""Long arrays (n,) by the name of a kind of parameters, and large parameters by their own names."""
+
+
+class JoinedParameters:
+    """Those of ``model``. Parameters of 2^18 values or more stay by themselves.
+
+    ``groups``: names of the parameters that are joined, in MLX's order, by a name for the whole.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._refs = ParameterRefs(model)
+        arrays = dict(zip(self._refs.names, self._refs.get(), strict=True))
+        self._shapes = {name: value.shape for name, value in arrays.items()}
+        self.groups = _groups(arrays)
+        self._views: list[mx.array] = []
+        self._joined: dict[str, mx.array] = {}
+
+    @classmethod
+    def of(cls, model: nn.Module) -> JoinedParameters:
+        """The same object for all who ask for those of ``model``, as long as it trains the same parameters."""
+        found: JoinedParameters | None = getattr(model, "_macft_joined_parameters", None)
+        if found is None or found._refs.names != ParameterRefs(model).names:
+            found = model._macft_joined_parameters = cls(model)
+        return found
+
+    def get(self) -> dict[str, mx.array]:
+        """The parameters as they are, joined anew if anybody else has set one since :meth:`put`."""
+        arrays = self._refs.get()
+        if len(self._views) != len(arrays) or any(a is not b for a, b in zip(arrays, self._views, strict=True)):
+            self._views, self._joined = arrays, self.join(dict(zip(self._refs.names, arrays, strict=True)))
+        return dict(self._joined)
+
+    def put(self, joined: Joined) -> list[mx.array]:
+        """Sets all of them; returns them one by one."""
+        views = self.split(joined)
+        self._joined, self._views = dict(joined), [views[name] for name in self._refs.names]
+        self._refs.put(self._views)
+        return self._views
+
+    def put_back(self) -> None:
+        """Sets those of the last :meth:`get` or :meth:`put`: tracing leaves a model with copies of its arrays."""
+        self._refs.put(self._views)
+
+    def join(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Arrays by name, of the parameters' shapes, as long ones: a kernel for each that is not by itself."""
+        return {key: self._join([arrays[name] for name in names], key, names) for key, names in self.groups.items()}
+
+    def _join(self, arrays: list[mx.array], key: str, names: list[str]) -> mx.array:
+        return arrays[0] if names == [key] else mx.concatenate([array.reshape(-1) for array in arrays])
+
+    def split(self, joined: Joined) -> dict[str, mx.array]:
+        """The inverse: views by name."""
+        parts: dict[str, mx.array] = {}
+        for key, names in self.groups.items():
+            if names == [key]:
+                parts[key] = joined[key]
+                continue
+            ends = list(accumulate(math.prod(self._shapes[name]) for name in names))[:-1]
+            for name, part in zip(names, mx.split(joined[key], ends), strict=True):
+                parts[name] = part.reshape(self._shapes[name])
+        return parts
+
+    def holding(self, arrays: Mapping[str, mx.array]) -> AbstractContextManager[None]:
+        """Inside, the model's parameters are ``arrays``, by name."""
+        return self._refs.holding([arrays[name] for name in self._refs.names])
+
+
+def _groups(parameters: Mapping[str, mx.array]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name, parameter in parameters.items():
+        kind = str(parameter.dtype).removeprefix("mlx.core.")
+        groups.setdefault(name if parameter.size >= _LARGE else f"small-{kind}", []).append(name)
+    return groups
