@@ -215,10 +215,10 @@ def test_the_peak_of_a_streamed_mixture_is_predicted(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 8, "num_hidden_layers": 4}
     folder = build("qwen3_moe", tmp_path / "mixture", **sizes)
     adapter, rows = AdapterConfig(rank=4), unlike_rows(4, 161, 64)
+    execution = execution_with("mlx").streamed(())
+    parts = streamed_parts(MemoryPlanner(read_shape(folder), execution, adapter, "adamw", [rows], 0), execution)
     before = mx.get_active_memory()
     with under_training(folder, "mlx", adapter, resident=()) as trained:
-        execution = trained.loaded.execution
-        parts = streamed_parts(MemoryPlanner(read_shape(folder), execution, adapter, "adamw", [rows], 0), execution)
         batches = list(micro_batches(rows.rows, rows.ids, None))
         mx.reset_peak_memory()
         mx.eval(trained.compute(0, batches).gradient)
