@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.execution import Execution
-from macft.model.shape import ModelShape
 from macft.model.packing import attention_size
+from macft.model.shape import ModelShape
 from macft.planner.block_memory import Factors, adapter_inputs
 from macft.planner.memory import trained_part
 

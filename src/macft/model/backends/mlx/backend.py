@@ -71,10 +71,8 @@ class MlxBackend:
         def is_training() -> bool:
             return bool(model.training)
 
-        # Where memory counts more than kernels, MLX's own gradient stays, which holds less at once.
-        attention = original if recomputes else plain_attention(original, is_training, execution.device)
         attention = attention_in_blocks(
-            attention,
+            plain_attention(original, is_training, execution.device),
             is_training,
             training_scores=execution.max_scores if recomputes else None,
             evaluation_scores=execution.max_evaluation_scores,

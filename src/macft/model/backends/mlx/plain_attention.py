@@ -98,9 +98,9 @@ def _attention(
         queries, keys, values, *others = inputs
         rows = _together(_by_keys(grad, keys))
         seen = others[0] if others else probabilities(*after([queries, keys], [rows]))
-        grad_seen = rows @ values.swapaxes(-1, -2)
-        # In this order each result takes the memory of the one before, where it is not compiled.
-        grad_scores = (grad_seen - (seen * grad_seen).sum(axis=-1, keepdims=True)) * seen * scale
+        # The product takes the memory of the gradient, which nothing else needs.
+        product = seen * (rows @ values.swapaxes(-1, -2))
+        grad_scores = (product - seen * product.sum(axis=-1, keepdims=True)) * scale
         grad_values = seen.swapaxes(-1, -2) @ rows
         grad_keys = grad_scores.swapaxes(-1, -2) @ _together(_by_keys(queries, keys))
         gradients = [(grad_scores @ keys).reshape(queries.shape), grad_keys, grad_values]
