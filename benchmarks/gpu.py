@@ -1,12 +1,12 @@
-"""All that a GPU has to show, in one command of under ten minutes: a step's memory by part, and six cases beside mlx_lm.
+"""All that a GPU has to show, in under ten minutes: a step's memory by part, and six cases beside mlx_lm.
 
     python benchmarks/gpu.py [--minutes 9.5] [--results FILE] [--markdown FILE] [--only WORD ...] [--small]
 
 For CUDA and for Metal. Nothing is downloaded: weights are random, and rows are random tokens of the benchmark's
 lengths. Each measurement is a process of its own with a limit of time. One that fails, by lack of memory say, is a line
 of the report, and a case that does not fit the machine by the plan is left out. After each measurement the results are
-written, to ``--results`` and as tables to ``--markdown`` (by default benchmarks/training.md, between two marks), so that
-nothing is lost if this is stopped. Run it again and it goes on with what is missing; ``--again`` begins anew.
+written, to ``--results`` and as tables to ``--markdown`` (by default benchmarks/training.md, between two marks), so
+that nothing is lost if this is stopped. Run it again and it goes on with what is missing; ``--again`` begins anew.
 
 1. Kernels are built by whoever needs them first, which takes minutes: models with a quarter of the width make the same
    kernels, several processes at once. Their results are not looked at.
@@ -254,7 +254,7 @@ def _case_cells(
     ways = [first.get("recompute", ""), "packs" if first.get("packing") else "padded"] if side == "macft" else []
     speed, peak = own["target_tokens_per_second"], own["peak_mlx_gb"]
     return [
-        f"{SIDES[side]}{f' ({", ".join(ways)})' if ways else ''}",
+        f"{SIDES[side]} ({', '.join(ways)})" if ways else SIDES[side],
         str(len(measured)),
         f"{speed:,.0f}",
         f"{speed / base['target_tokens_per_second']:.2f}" if base else "",
