@@ -169,6 +169,7 @@ def case_command(case: str, side: str, steps: tuple[int, int], width: str) -> li
 def parts_command(shape: str, side: str, tokens: int) -> list[str]:
     """A process for the memory by part."""
     words = ["--shapes", shape, "--worker", side, "--tokens", str(tokens), "--by-part"]
+    words += ["--vocabulary", "4096"] if shape.startswith("small") else []
     return [sys.executable, str(HERE / "gpu_path.py"), *words]
 
 
