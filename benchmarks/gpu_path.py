@@ -11,7 +11,8 @@ The first table is of a step that is not compiled. Its graph is built as a whole
 its parts, so that what is held after each of them shows: the forward pass, the loss, each block's backward pass (the
 first that is computed, and the worst of the others) and the update. ``held`` is active memory after a part and ``peak``
 the most during it, both without the weights, in GB. ``KB`` is what is held after the loss, for each token and adapted
-block: what the blocks keep for their backward passes. ``operations``: those of the graph, views not counted.
+block: what the blocks keep for their backward passes. ``operations``: those of the graph, views not counted;
+`benchmarks/step_launches.py` counts the kernels of a compiled step, as on a GPU.
 
 The second table is of the step as it is trained, compiled or not: its peak without weights, that as a part of mlx_lm's,
 and milliseconds of the fastest of three steps, from idle to idle, which are of no use on a CPU. ``--traces`` adds how
@@ -25,13 +26,11 @@ again with ``MLX_MAX_MB_PER_BUFFER=50``. Kernels are compiled by whoever needs t
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import re
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,10 +47,6 @@ HEAD_DIM = {"8B": 128, "1B": 64, "small": 128}
 VOCABULARY = {"8B": 128256, "1B": 128256, "small": 49152}
 SIDES = ("mlx_lm", "none", "cheap", "blocks")
 RANK, SCALE = 8, 20.0
-VIEWS = {
-    *("AsStrided", "Broadcast", "BroadcastAxes", "CustomTransforms", "Depends", "ExpandDims", "Flatten", "Reshape"),
-    *("Slice", "Split", "Squeeze", "StopGradient", "Transpose", "Unflatten"),
-}
 
 
 def parse(shape: str) -> tuple[str, int, int | None, int]:
@@ -245,6 +240,7 @@ def by_part(side: Side) -> dict[str, Any]:
     """Peak and active memory of each part of a step that is not compiled, in bytes, without weights."""
     import mlx.core as mx
 
+    from harness.launches import launches
     from macft.model.module_classes import replaced_members
 
     weights = mx.get_active_memory()
@@ -271,7 +267,7 @@ def by_part(side: Side) -> dict[str, Any]:
         found[part] = [mx.get_active_memory() - weights, mx.get_peak_memory() - weights]
 
     seen.clear()
-    operations = operations_of(loss, *gradient.values())
+    operations = launches(loss, *gradient.values()).total()
     for part, arrays in parts.items():
         mx.reset_peak_memory()
         mx.eval(arrays)
@@ -281,16 +277,6 @@ def by_part(side: Side) -> dict[str, Any]:
     side.update(gradient)
     note("update")
     return {"parts": found, "operations": operations}
-
-
-def operations_of(*arrays: Any) -> int:
-    """How many operations compute ``arrays``, views not counted."""
-    import mlx.core as mx
-
-    text = io.StringIO()
-    mx.export_to_dot(text, *arrays)
-    kinds = Counter(re.findall(r'label ="([A-Za-z]+)', text.getvalue()))
-    return sum(count for kind, count in kinds.items() if kind not in VIEWS)
 
 
 def whole(side: Side, options: argparse.Namespace) -> dict[str, Any]:

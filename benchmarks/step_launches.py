@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from macft.config.execution import execution_for
@@ -122,8 +123,8 @@ def not_computed() -> Iterator[None]:
         mx.async_eval = before
 
 
-def count_mlx_lm(model: nn.Module, records: list[dict[str, Any]], tokenizer: Any, training: Training) -> Found:
-    """The step of ``mlx_lm.tuner.trainer.train``, and its batches."""
+def count_mlx_lm(model: nn.Module, batches: Iterable[tuple[mx.array, mx.array]]) -> Found:
+    """The step of ``mlx_lm.tuner.trainer.train``, of its ``batches``."""
     add_mlx_lm_adapter(model)
     mx.eval(model.parameters())
     model.train()
@@ -142,13 +143,9 @@ def count_mlx_lm(model: nn.Module, records: list[dict[str, Any]], tokenizer: Any
         return loss, count
 
     compiled = mx.compile(step, inputs=state, outputs=state)
-    wanted = argparse.Namespace(mask_prompt=training.masked)
-    data = CacheDataset(create_dataset(records, tokenizer, wanted))
     arrays = Arrays(*state)
     kernels, tokens, known = [], 0, dict[Any, Counter[str]]()
-    for batch, (given, lengths) in enumerate(iterate_batches(data, training.batch_size, 2048, loop=True)):
-        if batch == training.steps:
-            break
+    for given, lengths in batches:
         traced = traces
         loss, count = compiled(given, lengths)
         if traces > traced:
@@ -169,7 +166,8 @@ def values(after: Arrays, before: Arrays) -> list[mx.array]:
 
 def count_macft(model: nn.Module, batches: list[list[Batch]], execution: Execution) -> Found:
     """macft's gradient and queued update."""
-    adaptation = adapt(model, ADAPTER, seed=0)
+    adapter = replace(ADAPTER, num_layers=min(ADAPTER.num_layers, len(model.layers)))
+    adaptation = adapt(model, adapter, seed=0)
     mx.eval(model.parameters())
     optimizer = make_optimizer(OPTIMIZER)
     backend = make_backend(execution)
@@ -235,8 +233,10 @@ def count(name: str, device: Device, options: argparse.Namespace) -> tuple[Found
     tokenizer = load_tokenizer(config, resolve(config))
     records = records_of(case.rows, tokenizer, training.batch_size * training.steps)
     shape = dict(case.model_config)
+    data = CacheDataset(create_dataset(records, tokenizer, argparse.Namespace(mask_prompt=training.masked)))
+    batches_of_mlx_lm = iterate_batches(data, training.batch_size, 2048, loop=True)
     with like_a_gpu(device.kind):
-        theirs = count_mlx_lm(small_model(shape, case.bits), records, tokenizer, training)
+        theirs = count_mlx_lm(small_model(shape, case.bits), islice(batches_of_mlx_lm, training.steps))
     execution, batches = execution_of(case, device, records, tokenizer, options)
     ours = count_macft(small_model(shape, case.bits), batches, execution)
     return theirs, ours, "packed" if execution.packing else "padded"

@@ -25,6 +25,7 @@ from macft.errors import NonFiniteLoss
 from macft.model.adapt import adapt
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.backends.choose import make_backend
+from macft.model.joined_parameters import JoinedParameters
 from macft.parallel.shares import DataShard
 from macft.report.events import Evaluated, Event, NullReporter, StepDone
 from macft.training.batch_loader import BatchLoader
@@ -192,7 +193,8 @@ def test_the_queued_update_is_the_other_one(max_norm: float) -> None:
             gradient = {key: mx.random.normal(value.shape) for key, value in parameters}
             norm = math.sqrt(sum(float(np.square(np.array(value)).sum()) for value in gradient.values())) / 7
             if queued:
-                loss, told = update.queue(gradient, 1e-3 * (step + 1), mx.array(14.0), 7, max_norm)
+                joined = JoinedParameters.of(model).join(gradient)
+                loss, told = update.queue(joined, 1e-3 * (step + 1), mx.array(14.0), 7, max_norm)
                 assert (loss.item(), told.item()) == (pytest.approx(2.0), pytest.approx(norm, rel=1e-5))
             else:
                 clip = max_norm / norm if max_norm and norm > max_norm else 1.0

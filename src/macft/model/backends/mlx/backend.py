@@ -67,9 +67,13 @@ class MlxBackend:
     def _attention(self, model: nn.Module, original: ModuleCall) -> ModuleCall:
         """What stands in for mlx-lm's attention, ``original``."""
         execution, recomputes = self._execution, self._recomputes_attention(model)
+
+        def is_training() -> bool:
+            return bool(model.training)
+
         attention = attention_in_blocks(
-            plain_attention(original, lambda: bool(model.training), execution.device),
-            lambda: bool(model.training),
+            plain_attention(original, is_training, execution.device),
+            is_training,
             training_scores=execution.max_scores if recomputes else None,
             evaluation_scores=execution.max_evaluation_scores,
             device=execution.device,

@@ -68,35 +68,39 @@ def types_in_products(model: nn.Module) -> dict[str, mx.Dtype]:
     return types
 
 
-def lora(layer: Any, x: mx.array) -> mx.array:
-    """``LoRALinear.__call__`` without dropout: three products going forward, and five going back."""
+def lora(layer: Any, x: mx.array, kept: Callable[[Product], Product] = lambda product: product) -> mx.array:
+    """``LoRALinear.__call__`` without dropout: three products going forward, and five going back.
+
+    ``kept`` is given the functions whose results are costly.
+    """
     scale = layer.scale
+    a, b = (value.astype(x.dtype) for value in (layer["lora_a"], layer["lora_b"]))
 
-    def forward(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-        low = x @ a
-        return plus(layer.linear(x), low, b, scale), low
+    def forward(x: mx.array, _a: mx.array, b: mx.array, low: mx.array) -> mx.array:
+        return plus(layer.linear(x), low, b, scale)
 
-    def backward(
-        inputs: Sequence[mx.array], grads: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
-    ) -> list[mx.array]:
-        (x, a, b), grad, low = inputs, grads[0], outputs[1]
+    def backward(inputs: Sequence[mx.array], grad: mx.array, _output: mx.array) -> list[mx.array]:
+        x, a, b, low = inputs
         grad_low = grad @ b.T
-        nothing = mx.zeros((), x.dtype)
-        grad_a, grad_b = plus(nothing, _rows(x).T, grad_low, scale), plus(nothing, _rows(low).T, grad, scale)
+        grad_a, grad_b = (_matrix_gradient(one, other, scale) for one, other in ((x, grad_low), (low, grad)))
         # The gradient of a product with frozen weights does not depend on its input.
         of_base = mx.vjp(layer.linear, [mx.zeros(x.shape, x.dtype)], [grad])[1][0]
         grad_x = plus(of_base, grad_low, a.T, scale)
-        return [mx.depends([grad_x], [grad_a, grad_b])[0], grad_a, grad_b]
+        return [mx.depends([grad_x], [grad_a, grad_b])[0], grad_a, grad_b, mx.zeros_like(low)]
 
-    matrices = (value.astype(x.dtype) for value in (layer["lora_a"], layer["lora_b"]))
-    return operation(forward, backward)(x, *matrices)[0]
+    # The low-rank product is an input: as a result it would be computed again only together with the other one.
+    low = mx.stop_gradient(kept(lambda x, a: x @ a)(x, a))
+    return kept(operation(forward, backward))(x, a, b, low)
+
+
+def _matrix_gradient(x: mx.array, grad: mx.array, scale: float) -> mx.array:
+    """``scale * x.T @ grad`` over all tokens, in one kernel."""
+    return mx.addmm(mx.zeros(grad.shape[-1:], grad.dtype), _rows(x).T, _rows(grad), alpha=scale)
 
 
 def plus(values: mx.array, x: mx.array, matrix: mx.array, scale: float) -> mx.array:
-    """``values + scale * (x @ matrix)`` in one kernel; (..., n), or of the product's form, and (..., k) and (k, n)."""
-    if x.ndim == 2:
-        return mx.addmm(values, x, _rows(matrix), alpha=scale)
-    return mx.addmm(_rows(values), _rows(x), matrix, alpha=scale).reshape(*x.shape[:-1], -1)
+    """``values + scale * (x @ matrix)`` in one kernel, of ``values`` (..., n), ``x`` (..., k) and ``matrix`` (k, n)."""
+    return mx.addmm(_rows(values), _rows(x), matrix, alpha=scale).reshape(values.shape)
 
 
 def _rows(x: mx.array) -> mx.array:

@@ -89,25 +89,26 @@ def _attention(
         scores = mx.addmm(bias, _by_keys(queries, keys), keys[:, :, None].swapaxes(-1, -2), alpha=scale)
         return _together(mx.softmax(scores, axis=-1, precise=True))
 
-    def forward(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
+    def forward(queries: mx.array, keys: mx.array, values: mx.array, *seen: mx.array) -> mx.array:
         if fused is not None:
-            return (fused(queries, keys, values),)
-        seen = probabilities(queries, keys)
-        return (seen @ values).reshape(*queries.shape[:-1], -1), seen
+            return fused(queries, keys, values)
+        return (seen[0] @ values).reshape(*queries.shape[:-1], -1)
 
-    def backward(
-        inputs: Sequence[mx.array], grads: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
-    ) -> list[mx.array]:
-        queries, keys, values = inputs
-        rows = _together(_by_keys(grads[0], keys))
-        seen = outputs[1] if fused is None else probabilities(*after([queries, keys], [rows]))
-        grad_seen = rows @ values.swapaxes(-1, -2)
-        grad_scores = scale * seen * (grad_seen - (seen * grad_seen).sum(axis=-1, keepdims=True))
+    def backward(inputs: Sequence[mx.array], grad: mx.array, _output: mx.array) -> list[mx.array]:
+        queries, keys, values, *others = inputs
+        rows = _together(_by_keys(grad, keys))
+        seen = others[0] if others else probabilities(*after([queries, keys], [rows]))
+        # The product takes the memory of the gradient, which nothing else needs.
+        product = seen * (rows @ values.swapaxes(-1, -2))
+        grad_scores = (product - seen * product.sum(axis=-1, keepdims=True)) * scale
         grad_values = seen.swapaxes(-1, -2) @ rows
         grad_keys = grad_scores.swapaxes(-1, -2) @ _together(_by_keys(queries, keys))
-        return [(grad_scores @ keys).reshape(queries.shape), grad_keys, grad_values]
+        gradients = [(grad_scores @ keys).reshape(queries.shape), grad_keys, grad_values]
+        return gradients + [mx.zeros_like(other) for other in others]
 
-    return operation(forward, backward)(queries, keys, values)[0]
+    # As an input: as a result the probabilities would be computed again only together with the other one.
+    seen = [] if fused is not None else [mx.stop_gradient(probabilities(queries, keys))]
+    return operation(forward, backward)(queries, keys, values, *seen)
 
 
 def _by_keys(x: mx.array, keys: mx.array) -> mx.array:

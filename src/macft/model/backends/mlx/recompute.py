@@ -23,11 +23,11 @@ from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from macft.model.backends.mlx.kept import Kept, kept, recorded, replayed
-from macft.model.backends.mlx.low_rank import KINDS, Product, dora, matrices_first
+from macft.model.backends.mlx.low_rank import KINDS, Product, dora, lora, matrices_first
 from macft.model.backends.operation import after, operation
 from macft.model.backends.trees import holds_state, put_together, take_apart
 from macft.model.head import trains_only_blocks
-from macft.model.mlx_lm_tuner import DoRALinear
+from macft.model.mlx_lm_tuner import DoRALinear, LoRALinear
 from macft.model.module_classes import Members, ModuleCall, replaced_members
 from macft.model.packing import is_cheap_attention
 from macft.model.parameter_refs import ParameterRefs
@@ -121,6 +121,8 @@ def kept_products(model: nn.Module) -> Iterator[None]:
             return {"__call__": lambda layer, x: dora(layer, x, lambda product: _kept(matrices_first(product)))}
 
         def layer_call(layer: nn.Module, *arguments: Any, **named: Any) -> Any:
+            if isinstance(layer, LoRALinear) and layer.dropout(*arguments) is arguments[0]:
+                return lora(layer, *arguments, kept=_kept)
             return _kept_call(call, layer, trained[id(layer)], arguments, named)
 
         return {"__call__": layer_call}
