@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 
 from harness.edges import Terminal
-from harness.runs import command, events, free_ports, write_jsonl
+from harness.runs import command, events, on_hosts, write_jsonl
 from harness.slow_hub import SlowHub, slow_hub
 from macft.report.run_folder import RunFolder
 
@@ -150,13 +150,7 @@ def stopped(
     if words is not None:
         lines = [[*words, f"hydra.run.dir={where / '0'}"]]
     else:
-        names = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
-        own = [f"topology.rank={rank}" for rank in (0, 1)]
-        lines = [
-            ["topology=hosts", f"topology.hosts=[{names}]", rank, f"hydra.run.dir={where / str(place)}"]
-            for place, rank in enumerate(own)
-        ]
-        lines = lines[:1] if phase.is_before_meeting else lines
+        lines = on_hosts(where)[: 1 if phase.is_before_meeting else 2]
     terminals = [Terminal(command(*basics, *phase.more, *words), where, variables) for words in lines]
     try:
         _await(phase, terminals, where, hub)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.runs import environment
+from harness.runs import environment, read_line
 from helpers.names import NASTY
 from macft.bench import main
 from macft.cli.run_command import run_command
@@ -128,8 +128,7 @@ def test_ports_of_another_process_are_not_given_out_before_it_uses_them(monkeypa
 
     command = [sys.executable, "-c", RESERVE]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        theirs = set(other.stdout.readline().split())
+        theirs = set(read_line(other.stdout).split())
         assert len(theirs) == 3
         assert not theirs & some()
         other.communicate("")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from helpers.rings import local_listeners, run_ranks
+from helpers.waiting import wait_until
 from macft.collective.channel_setup import read_offers
 from macft.collective.channels import _MAX_UNREAD, _Incoming
 from macft.collective.ring import Ring
@@ -20,7 +20,7 @@ from macft.collective.stream import StreamIn
 from macft.collective.wire import MAX_MESSAGE_BYTES, Header, Kind, pack
 from macft.errors import PeerLost, PeerTimeout, ProtocolError
 
-QUICK = CollectiveConfig(timeout=2.0, heartbeat=0.2)
+CONFIG = CollectiveConfig(timeout=20.0, heartbeat=0.2)
 PIECE = 64 * 1024
 SIZES = (0, 1, 1000, PIECE, 3 * PIECE + 5)
 
@@ -30,7 +30,7 @@ def message(sender: int, number: int) -> bytes:
 
 
 def in_threads(
-    world_size: int, work: Callable[[Ring], Any], config: CollectiveConfig = QUICK, *, encrypted: bool = False
+    world_size: int, work: Callable[[Ring], Any], config: CollectiveConfig = CONFIG, *, encrypted: bool = False
 ) -> list[Any]:
     return run_ranks(local_listeners(world_size, config, encrypted=encrypted), work, catch=Exception)
 
@@ -54,7 +54,7 @@ def test_messages_go_both_ways_in_order_beside_the_rings_own_calls(encrypted: bo
                 assert bytes(channels.receive(peer, 7 + number)) == message(peer, number)
         return ring.bytes_sent
 
-    config = CollectiveConfig(timeout=5.0, piece_bytes=PIECE)
+    config = CollectiveConfig(timeout=20.0, piece_bytes=PIECE)
     sent = in_threads(4, work, config, encrypted=encrypted)
     assert all(isinstance(each, int) and each > 2 * sum(SIZES) for each in sent), sent
 
@@ -124,7 +124,7 @@ def test_a_rank_that_does_not_send_is_named() -> None:
         else:
             ring.barrier()
 
-    first, _ = in_threads(2, work, CollectiveConfig(timeout=5.0, patience=0.3))
+    first, _ = in_threads(2, work, CollectiveConfig(timeout=20.0, patience=0.3))
     assert isinstance(first, PeerTimeout | PeerLost)  # either rank's patience may end first
     assert "collective.patience" in str(first)
 
@@ -142,13 +142,6 @@ def test_pairs_are_of_two_ranks_of_the_ring() -> None:
         ring.barrier()  # it goes on
 
     assert in_threads(2, refused) == [None, None]
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 GOOD = Header(Kind.MESSAGE, 3, 1, sequence=9, total=8, piece=0, length=4)
@@ -176,7 +169,7 @@ def test_frames_that_are_not_due_are_refused(frames: list[Header]) -> None:
         channel = _Incoming(StreamIn(near, 64, None), sender=1, generation=3, name="rank 1 (studio)")
         try:
             far.sendall(b"".join(pack(header) + bytes(header.length) for header in frames))
-            wait_for(lambda: channel.has_ended)
+            wait_until(lambda: channel.has_ended)
             assert channel.take(0) is None
             assert channel.refusal.startswith("rank 1 (studio) sent")
         finally:

@@ -473,6 +473,10 @@ def test_a_served_cluster_streams_and_samples(server: Served, expected: Any) -> 
 def test_mistakes_are_told_by_a_served_cluster_too(server: Served) -> None:
     code, said = server.refusal(CHAT, {"messages": [{"role": "user", "content": "red " * 2000}]})
     assert (code, "and the model takes 512" in said) == (400, True)
+    odd = {"max_tokens": 2, "temperature": 1.0, "top_k": 10**6, "seed": -1}
+    assert server.text("red", **odd) == server.text("red", **odd | {"top_k": 0, "seed": 2**64 - 1})
+    code, said = server.refusal(CHAT, {"messages": [{"role": "user", "content": "red"}], "logit_bias": {"-1": 1}})
+    assert (code, "there is no token -1" in said) == (400, True)
     assert server.get("/health") == {"status": "ok"}
 
 

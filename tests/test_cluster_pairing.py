@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.waiting import wait_until
 from macft.diagnostics import software
 from macft.errors import ConfigError, LaunchError
 from macft.network.link_probe import ProbeServer, measure
@@ -32,7 +33,7 @@ def both_sides(host_code: str, guest_code: str) -> tuple[list[Channel | LaunchEr
     ends: list[Channel | LaunchError] = [LaunchError("none"), LaunchError("none")]
 
     def side(index: int, code: str) -> None:
-        pair[index].settimeout(30)
+        pair[index].settimeout(60)
         try:
             ends[index] = Channel(pair[index], code, is_host=index == 0)
         except LaunchError as error:
@@ -53,13 +54,13 @@ def test_one_code_makes_a_secret_channel() -> None:
     assert isinstance(host, Channel)
     assert isinstance(guest, Channel)
     host.send({"name": "studio"})
-    assert guest.receive(10) == {"name": "studio"}
+    assert guest.receive(60) == {"name": "studio"}
     guest.send({"n": 1})
     guest.send({"n": 2})
-    assert [host.receive(10)["n"] for _ in range(2)] == [1, 2]
+    assert [host.receive(60)["n"] for _ in range(2)] == [1, 2]
     sockets[0].sendall(b"\0\0\0\x20" + bytes(32))
     with pytest.raises(LaunchError, match="changed on its way"):
-        guest.receive(10)
+        guest.receive(60)
     assert not host.has_ended
     guest.close()
     assert host.has_ended
@@ -93,13 +94,12 @@ def test_a_silent_machine_keeps_nobody_waiting() -> None:
         assert channel.receive(30) == {"token": token}
         assert admission.guests() == []
         channel.send({"ready": True})
-        guest = admission.outcomes.get(timeout=30)
+        guest = admission.outcomes.get(timeout=60)
         assert isinstance(guest, Guest)
         assert admission.guests() == [guest]
         assert shown == ["guest has joined (2 of 3)"]
         own.close()
-        while admission.guests():
-            pass
+        wait_until(lambda: not admission.guests())
         assert shown[1:] == ["guest has left"]
     admission.close()
 

@@ -82,6 +82,7 @@ MISTAKES = [
     ("dataset.metric=sql_exec", "dataset.metric: no metric 'sql_exec'; did you mean 'sql_execution'?"),
     ("model.precision=fp16", "model.precision: 'fp16'"),
     ("seed=-1", "seed: -1 must be 0 or more"),
+    ("seed=9223372036854775808", "seed: 9223372036854775808 must be below 2**63"),
     ("report.every=0", "report.every: 0 must be 1 or more"),
     ("training.steps", "training.steps: not understood; overrides are written key=value"),
     ("name=a b(", "name"),

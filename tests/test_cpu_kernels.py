@@ -21,7 +21,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.tuner.lora import LoRALinear
 
 from harness.tiny_model import TINY_CONFIG
-from helpers.computing import gradient_computer
+from helpers.computing import gradient_computer, settled_memory
 from macft.data.batch import Batch, collate
 from macft.data.formats import Row
 from macft.device import blas
@@ -330,6 +330,7 @@ def test_nothing_of_a_step_is_held_after_it() -> None:
             del gradient
             return int(mx.get_active_memory())
 
+        settled_memory()
         gc.disable()  # nothing may need it
         try:
             first = held()

@@ -356,3 +356,14 @@ def test_measured_numbers_are_those_of_the_benchmarks() -> None:
         assert figures, line
         for figure in figures:
             assert figure in measured, f"{figure} does not stand in {source}"
+
+
+def test_the_energy_of_four_macs_follows_from_the_planned_speed() -> None:
+    row = re.search(
+        r"^\| 70B \| 4x M2 Max 32GB \|[^|]*\| (\d+) \|", (ROOT / "docs/big-models.md").read_text(), re.MULTILINE
+    )
+    assert row is not None
+    text = " ".join((ROOT / "docs/thermal.md").read_text().split())
+    watts, speed, joules = re.findall(r"take (\d+) W .* at (\d+) tokens/s .* about ([\d.]+) J a token", text)[0]
+    assert speed == row[1]
+    assert float(joules) == round(int(watts) / int(speed), 1)

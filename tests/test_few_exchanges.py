@@ -9,7 +9,17 @@ import numpy as np
 import psutil
 import pytest
 
-from harness.runs import adapter, adapter_digests, events, losses, same_bits, start, train, train_to_end
+from harness.runs import (
+    adapter,
+    adapter_digests,
+    events,
+    losses,
+    same_bits,
+    start,
+    train,
+    train_to_end,
+    wait_for_events,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -55,8 +65,7 @@ def test_killed_and_resumed_is_bit_identical_and_all_ranks_are_alike(
     assert found < before - 0.5 * (before - expected)
 
     process = start(*run, f"hydra.run.dir={broken}", cwd=tmp_path)
-    while len(list((broken / "checkpoints").glob("step-*"))) < 2:
-        assert process.poll() is None, process.communicate()
+    wait_for_events(process, broken, "checkpoint_saved", 2)
     launcher = psutil.Process(process.pid)
     for member in [launcher, *launcher.children(recursive=True)]:
         member.kill()

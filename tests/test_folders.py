@@ -286,7 +286,7 @@ def test_an_interrupted_run_tells_only_of_checkpoints_there_are(tmp_path: Path, 
     for number in (signal.SIGINT, signal.SIGTERM):
         process.send_signal(number)
     process.send_signal(signal.SIGCONT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "interrupted; no checkpoint had been saved"
 

@@ -13,7 +13,7 @@ from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from harness.execution import execution_with
-from helpers.computing import gradient_computer, randomize_adapter, token_loss
+from helpers.computing import gradient_computer, randomize_adapter, settled_memory, token_loss
 from helpers.models import FAMILIES, MAMBA, SMALL, assert_same_gradient, make_from, make_model, random_rows
 from macft.data.batch import collate
 from macft.data.formats import Row
@@ -108,8 +108,7 @@ def test_a_wide_vocabulary_needs_no_more_memory_behind_a_wrapper(kernels: str) -
         tokens = np.random.default_rng(0).integers(1, 97, (4, 65)).astype(np.int32)
         with gradient_computer(model, adaptation, kernels) as compute:
             batch = collate([Row(row, prompt_length=60) for row in tokens], np.arange(4))
-            mx.reset_peak_memory()
-            before = mx.get_active_memory()
+            before = settled_memory()
             mx.eval(compute(0, [batch]).gradient)
             peaks.append(mx.get_peak_memory() - before)
     logits = 4 * 4 * 64 * 20000
@@ -151,15 +150,13 @@ def assert_gradient_of_mlx_lm(
     batch = collate([Row(row, prompt_length=length // 2) for row in tokens], np.arange(rows))
     lengths = mx.array(np.stack([batch.prompt_lengths, batch.lengths - 1], axis=1))
     model.train()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
+    before = settled_memory()
     (mean, count), gradient = nn.value_and_grad(model, default_loss)(model, mx.array(batch.tokens), lengths)
     expected = {name: value * count for name, value in tree_flatten(gradient)}
     mx.eval(mean, expected)
     theirs = mx.get_peak_memory() - before
     with gradient_computer(model, adaptation, kernels) as compute:
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
+        before = settled_memory()
         local = compute(0, [batch])
         mx.eval(local.gradient)
         ours = mx.get_peak_memory() - before
@@ -280,7 +277,6 @@ def test_validation_never_has_all_logits() -> None:
     targets = mx.full((count,), 3)
     whole = nn.losses.cross_entropy(model(tokens)[0], targets, reduction="sum").item()
     with token_loss(model, "mlx", loss_chunk=32) as (loss, _):
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
+        before = settled_memory()
         assert loss(tokens, mx.arange(count), targets, mx.ones(count)).item() == pytest.approx(whole, rel=1e-5)
     assert mx.get_peak_memory() - before < count * vocabulary * 4

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.runs import environment, losses, train, uneven_dataset
+from harness.runs import environment, losses, read_line, train, uneven_dataset
 from macft.collective.health import Health, HealthServer, ask
 from macft.collective.settings import CollectiveConfig, problems
 from macft.rendezvous.server import RendezvousServer
@@ -136,8 +136,7 @@ def ends(processes: list[subprocess.Popen[str]], rank: int) -> str:
 def test_a_killed_rank_is_named_by_all() -> None:
     program = "group.barrier(); print('in', flush=True); time.sleep(600 * (group.rank == 1)); group.barrier()"
     with ranks(3, program) as processes:
-        assert processes[1].stdout is not None
-        assert processes[1].stdout.readline() == "in\n"
+        assert read_line(processes[1].stdout) == "in\n"
         processes[1].kill()
         for rank in (0, 2):
             assert ends(processes, rank).startswith("PeerLost")
@@ -147,8 +146,7 @@ def test_a_killed_rank_is_named_by_all() -> None:
 def test_a_stopped_rank_is_named() -> None:
     program = "group.barrier(); print('in', flush=True); time.sleep(600 * (group.rank == 1)); group.barrier()"
     with ranks(2, program, timeout=3.0) as processes:
-        assert processes[1].stdout is not None
-        assert processes[1].stdout.readline() == "in\n"
+        assert read_line(processes[1].stdout) == "in\n"
         processes[1].send_signal(signal.SIGSTOP)
         told = ends(processes, 0)
         assert told.startswith("PeerTimeout")
@@ -159,7 +157,7 @@ def test_a_stopped_rank_is_named() -> None:
 @pytest.mark.slow
 def test_a_rank_that_computes_too_long_is_named() -> None:
     program = "group.barrier(); time.sleep(600 * (group.rank == 1)); group.barrier()"
-    with ranks(2, program, timeout=1.0, patience=4.0) as processes:
+    with ranks(2, program, timeout=3.0, patience=4.0) as processes:
         told = ends(processes, 0)
         assert told.startswith("PeerTimeout")
         assert "rank 1 (node-1" in told
@@ -178,7 +176,7 @@ group._call_mlx({doing}, wait)
 
 @pytest.mark.slow
 def test_a_hang_of_mlx_is_told_from_a_slow_peer() -> None:
-    with ranks(2, HANG.format(doing="'all-reduce 2 of 16 bytes'"), timeout=2.0) as processes:
+    with ranks(2, HANG.format(doing="'all-reduce 2 of 16 bytes'"), timeout=3.0) as processes:
         told = [ends(processes, rank) for rank in range(2)]
     assert all(line.startswith("PeerTimeout") and "hangs" in line for line in told), told
 

@@ -18,10 +18,12 @@ import pytest
 from harness.loopback_http import serving
 from harness.slow_hub import slow_hub
 from helpers.network import closed_port
+from macft.api.configuration import compose
 from macft.errors import ModelError
 from macft.model.hub_download import download
-from macft.model.resolve import resolve
+from macft.model.resolve import fetch_config, resolve
 from macft.model.settings import ModelConfig
+from macft.planner.run_plan import find_shape
 
 
 def test_a_local_folder_is_itself(tiny_model_folder: Path) -> None:
@@ -123,6 +125,18 @@ def test_a_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("hub")
+def test_a_plan_asks_once_for_a_model_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And tells a path from an id of the hub, as a run does."""
+    with pytest.raises(ModelError, match=r"'org/other' has no config\.json on"):
+        fetch_config(ModelConfig(path="org/other"))
+    with pytest.raises(ModelError, match=r"folder '\./nowhere' doesn't exist"):
+        find_shape(compose(overrides=["model=./nowhere"]), [])
+    point_to(f"http://127.0.0.1:{closed_port()}", monkeypatch)
+    with pytest.raises(ModelError, match=r"org/name.*refused.*local folder"):
+        find_shape(compose(overrides=["model=org/name"]), [])
+
+
+@pytest.mark.usefixtures("hub")
 def test_a_silent_hub_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("macft.model.resolve._PROBE_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -157,7 +171,7 @@ def test_a_download_ends_at_once_with_all_it_started(tmp_path: Path, monkeypatch
         threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
             download("org/endless", None)
-        assert set(psutil.Process().children(recursive=True)) == before
+        assert set(psutil.Process().children(recursive=True)) <= before
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port()}")
         with pytest.raises(ModelError, match=r"^model.path: 'org/other' is not on this machine and can't be fetched"):
             download("org/other", None)

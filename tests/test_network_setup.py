@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness.runs import adapter_digests
+from harness.runs import adapter_digests, read_line
 from helpers.machines import Machine, ended, machines
 from macft.topology.settings import TopologyConfig, problems
 
@@ -52,9 +51,8 @@ def clutter(machine: Machine, number: int) -> None:
 
 def invitation(init: subprocess.Popen[str]) -> tuple[str, str]:
     """The code, and the place behind ``--at``, that ``init`` prints."""
-    assert init.stdout is not None
-    code = re.search(r"join (\d{4}-\d{4}) --name desk", init.stdout.readline())
-    place = re.search(r"--at (\S+)\)", init.stdout.readline())
+    code = re.search(r"join (\d{4}-\d{4}) --name desk", read_line(init.stdout))
+    place = re.search(r"--at (\S+)\)", read_line(init.stdout))
     assert code is not None
     assert place is not None
     return code[1], place[1]
@@ -142,8 +140,10 @@ def test_guesses_are_counted_and_a_slow_guest_is_waited_for(tmp_path: Path) -> N
         init = three[0].start("-m", "macft.cluster", "init", "desk", "--nodes", "3")
         code, place = invitation(init)
         guests = three[1].start("-c", GUESTS, place, code)
-        assert init.stdout is not None
-        printed = list(itertools.takewhile(lambda line: "has left" not in line, init.stdout))
+        printed = [read_line(init.stdout)]
+        while "has left" not in printed[-1]:
+            printed.append(read_line(init.stdout))
+            assert printed[-1], ended(init)
         ended(three[2].start("-m", "macft.cluster", "join", code, "--at", place))
         assert "'10.99.0.1', '10.99.0.2', '10.99.0.3'" in ended(guests)
         output = "".join(printed) + ended(init)
@@ -201,11 +201,9 @@ with socket.create_server(("", 4242)) as server:
 def test_a_machine_that_vanishes_is_noticed_by_one_that_waits(tmp_path: Path) -> None:
     with machines(tmp_path, [["10.99.0.1/24"], ["10.99.0.2/24"]]) as (host, guest):
         listening = host.start("-c", LISTENING)
-        assert listening.stdout is not None
-        listening.stdout.readline()
+        assert read_line(listening.stdout) == "listening\n"
         waiting = guest.start("-c", WAITING, "10.99.0.1")
-        assert waiting.stdout is not None
-        assert waiting.stdout.readline() == "waiting\n"
+        assert read_line(waiting.stdout) == "waiting\n"
         host.ip("link set eth0 down")
         assert ended(waiting).strip() in ("Connection timed out", "No route to host")
         listening.kill()

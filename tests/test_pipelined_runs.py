@@ -18,8 +18,8 @@ from harness.runs import (
     adapter_digests,
     assert_adapters_close,
     events,
-    free_ports,
     losses,
+    on_hosts,
     ranks,
     same_bits,
     start,
@@ -213,11 +213,9 @@ def test_a_host_with_little_memory_gets_fewer_blocks(
 ) -> None:
     """And makes the run a pipeline. The result has the bits of one node, as with every cut."""
     more = [*basics, f"model={wide_model(tmp_path / 'model')}", "training.steps=4", "adapter.rank=1"]
-    first, second = free_ports(2)
-    hosts = ["topology=hosts", f"topology.hosts=[127.0.0.1:{first},127.0.0.1:{second}]"]
-    own = [[f"topology.rank={rank}", f"hydra.run.dir={tmp_path / str(rank)}"] for rank in (0, 1)]
-    budgets = ["topology.memory_budget=24MB", "topology.memory_budget=4GB"]
-    processes = [start(*more, *hosts, *own[rank], budgets[rank], cwd=tmp_path, variables=slow_disk) for rank in (0, 1)]
+    first, second = on_hosts(tmp_path)
+    budgets = (first, "topology.memory_budget=24MB"), (second, "topology.memory_budget=4GB")
+    processes = [start(*more, *own, budget, cwd=tmp_path, variables=slow_disk) for own, budget in budgets]
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from typing import Any
 
@@ -15,7 +14,7 @@ from mlx_lm.models.base import create_causal_mask, scaled_dot_product_attention
 from mlx_lm.tuner.trainer import default_loss
 
 from harness.families import configuration, new_model
-from helpers.computing import gradient_computer, randomize_adapter
+from helpers.computing import gradient_computer, randomize_adapter, settled_memory
 from helpers.models import SMALL, assert_same_gradient, make_from, make_model
 from macft.data.batch import collate
 from macft.data.formats import Row
@@ -181,9 +180,7 @@ def held(recompute: str, dtype: mx.Dtype) -> tuple[int, list[np.ndarray]]:
         (part,) = compute._layout.parts(collate(rows(), np.arange(3)))
         inputs, layout, keys = compute._arrays(0, part)
         mx.eval(inputs, model.parameters())
-        mx.synchronize()
-        gc.collect()  # what other tests have left would be freed meanwhile
-        before = mx.get_active_memory()
+        before = settled_memory()
         loss, gradient = compute._gradient(0, layout, keys, *inputs)
         mx.eval(loss)
         mx.synchronize()

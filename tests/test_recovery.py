@@ -104,7 +104,7 @@ def ranks(tmp_path: Path) -> Iterator[list[Rank]]:
         for node in nodes:
             node.enter(view, b"secret of this run")
         for change in [node.regroup() for node in nodes]:
-            change.result(30)
+            change.result(60)
         # In the thread that will use them, for MLX evaluates arrays where they were made.
         ranks = [node.thread.submit(Rank, node, number, tmp_path).result() for number, node in enumerate(nodes)]
         for rank in ranks:
@@ -114,7 +114,7 @@ def ranks(tmp_path: Path) -> Iterator[list[Rank]]:
 
 def regroup(ranks: list[Rank]) -> None:
     changes = [rank.node.thread.submit(rank.recovery.regroup) for rank in ranks]
-    assert [change.result(30) for change in reversed(changes)] == [True, True]
+    assert [change.result(60) for change in reversed(changes)] == [True, True]
 
 
 def test_a_step_that_only_one_rank_has_made_is_reported_by_another(ranks: list[Rank]) -> None:
@@ -158,9 +158,9 @@ def test_a_node_with_other_contents_is_left_out_and_the_others_go_on(ranks: list
         rank.ring.contents = {"training rows": rows}
     first, second, other = [rank.node.thread.submit(rank.recovery.regroup) for rank in ranks]
     with pytest.raises(RendezvousError, match="this node differs from the run: training rows: 39 rows instead of 40"):
-        other.result(30)
+        other.result(60)
     ranks[2].node.close()
-    assert (first.result(30), second.result(30)) == (True, True)
+    assert (first.result(60), second.result(60)) == (True, True)
     assert ranks[0].ring.members.names == ("n0", "n1")
 
 
@@ -178,7 +178,7 @@ def test_a_run_that_the_nodes_left_cannot_hold_pauses(ranks: list[Rank]) -> None
     second.stop.request()
     for pause in pauses:
         with pytest.raises(Stopped):
-            pause.result(30)
+            pause.result(60)
     (note,) = [event for event in first.events("noted") if "paused" in event["text"]]
     assert note["text"].startswith(
         f"paused: the nodes that are left can't hold the run. n0: {missing}. n1: {missing}. It"
@@ -198,8 +198,8 @@ def test_a_pause_ends_when_a_node_joins(ranks: list[Rank]) -> None:
         joining = newcomer.regroup()
         for pause in pauses:
             with pytest.raises(MembershipChanged, match="a node wants to join"):
-                pause.result(30)
+                pause.result(60)
         for ring in (first.node.regroup(), second.node.regroup(), joining):
-            assert ring.result(30).names == ("n0", "n1", "n3")
+            assert ring.result(60).names == ("n0", "n1", "n3")
     finally:
         newcomer.close()

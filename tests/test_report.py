@@ -39,6 +39,7 @@ from macft.report.events import (
     Evaluated,
     Event,
     NodesChanged,
+    Noted,
     ReplayedEvent,
     RunEnded,
     SamplesShown,
@@ -205,6 +206,24 @@ def test_a_terminal_of_20_columns_shows_every_result(tmp_path: Path) -> None:
     words = " ".join(lines)
     for part in ("validation loss 3.500 → 1.250", "speed", "tokens/s", "adapter lora rank 8"):
         assert part in words
+
+
+def test_a_terminal_of_60_columns_shows_whole_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    folder = tmp_path / "experiment" / "2026-01-31_12-00-00"
+    file = io.StringIO()
+    console = ConsoleReporter(every=1, console=Console(file=file, width=60, highlight=False, force_terminal=True))
+    for event in (started(folder), step(1), Noted(" ".join(["temperature"] * 12), "info"), ended(folder)):
+        console.handle(event)
+    console.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\r", "\n")
+    lines = [line for line in text.splitlines() if "training" not in line and "generate" not in line]
+    assert max(map(len, lines)) <= 60
+    words = [word for line in lines for word in line.split()]
+    assert words.count("temperature") == 12
+    assert "step  1/20  loss  3.900  lr 1.00e-04  grad   1.50" in lines
+    assert "  800 tokens/s   0.50 s/step  left 0:10" in lines
+    assert [word for word in words if word.endswith("2026-01-31_12-00-00")]
 
 
 # TensorBoard

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import socket
@@ -33,6 +34,7 @@ from macft.errors import CollectiveError, PeerLost, PeerStopped, PeerTimeout, Pr
 
 Work = Callable[[Ring], Any]
 QUICK = CollectiveConfig(timeout=1.0, heartbeat=0.2)
+"""For what ends by the timeout, and nothing else: on a busy machine a rank may be silent for so long."""
 both_ways = pytest.mark.parametrize("streams", [True, False], ids=["streams", "zeromq"])
 
 
@@ -221,7 +223,7 @@ def test_a_rank_whose_user_stops_it_is_not_lost() -> None:
 @pytest.mark.slow
 def test_a_rank_that_computes_is_alive_for_as_long_as_patience_lasts() -> None:
     released = threading.Event()
-    config = CollectiveConfig(timeout=2.0, heartbeat=0.2, patience=4.0)
+    config = CollectiveConfig(timeout=3.0, heartbeat=0.2, patience=4.0)
 
     def work(ring: Ring) -> None:
         if ring.rank == 2:
@@ -248,7 +250,7 @@ def test_a_failed_ring_keeps_saying_why() -> None:
         assert told[0] == told[1]
         return told[0]
 
-    assert all("all-reduce 1" in told for told in in_threads(2, work, QUICK))
+    assert all("all-reduce 1" in told for told in in_threads(2, work))
 
 
 RANK = """
@@ -330,13 +332,13 @@ def test_a_killed_rank_is_named_by_all_others(world_size: int, call_bytes: int, 
 @pytest.mark.slow
 @both_ways
 def test_a_stopped_rank_is_named_by_all_others(streams: bool) -> None:
-    with processes(4, 8 << 20, timeout=1.0, heartbeat=0.2, streams=streams) as ranks:
+    with processes(4, 8 << 20, timeout=3.0, heartbeat=0.2, streams=streams) as ranks:
         ranks[2].send_signal(signal.SIGSTOP)
         for rank in (0, 1, 3):
             kind, message = next_message(ranks[rank])
             assert kind == "PeerTimeout"
             assert "rank 2 (127.0.0.1" in message
-            assert "sent nothing for 1 s during all-reduce" in message
+            assert "sent nothing for 3 s during all-reduce" in message
 
 
 def test_ctrl_c_in_a_call_leaves_a_ring_that_closes() -> None:
@@ -347,7 +349,7 @@ def test_ctrl_c_in_a_call_leaves_a_ring_that_closes() -> None:
             kind, message = next_message(rank)
             assert kind == "PeerStopped"
             assert "rank 0" in message
-        assert ranks[0].wait(10) == 0
+        assert ranks[0].wait(60) == 0
 
 
 def test_strangers_do_not_disturb() -> None:
@@ -357,8 +359,8 @@ def test_strangers_do_not_disturb() -> None:
     def work(ring: Ring) -> float:
         addresses[ring.rank] = ring.address
         assert isinstance(ring, Collective)
-        inside.wait(20)
-        outside.wait(20)
+        inside.wait(60)
+        outside.wait(60)
         array = np.ones(500_000, np.float32)
         for _ in range(3):
             ring.all_reduce([array])
@@ -370,7 +372,7 @@ def test_strangers_do_not_disturb() -> None:
 
     with ThreadPoolExecutor(1) as pool:
         ring = pool.submit(in_threads, 2, work)
-        inside.wait(20)
+        inside.wait(60)
         host, port = addresses[0].split(":")
         web = socket.create_connection((host, int(port)))
         web.sendall(b"GET / HTTP/1.1\r\n\r\n")
@@ -382,18 +384,18 @@ def test_strangers_do_not_disturb() -> None:
             stranger.send(garbage)
         stranger.send_multipart([pack(Header(Kind.PIECE, 0, 1, 1, dtype="<f4", length=4)), b"1234"])
         stranger.send(pack(Header(Kind.HELLO, 0, 1, text="another run")))
-        outside.wait(20)
-        told = stranger.poll(20_000)
+        outside.wait(60)
+        told = stranger.poll(60_000)
         answered.set()
         assert told, "a macft of another run is told that it is not welcome"
-        assert ring.result(30) == [8.0, 8.0]
+        assert ring.result(60) == [8.0, 8.0]
         web.close()
         stranger.close()
         context.term()
 
 
 def test_a_rank_of_another_run_is_refused() -> None:
-    listeners = [Listener("127.0.0.1:0", QUICK) for _ in range(2)]
+    listeners = local_listeners(2)
     addresses = [listener.address for listener in listeners]
 
     def join(rank: int) -> CollectiveError:
@@ -440,6 +442,7 @@ def test_ten_thousand_calls_of_gradient_like_shapes() -> None:
 
 def test_nothing_is_left_open() -> None:
     in_threads(2, lambda ring: ring.all_reduce([np.ones(400_000, "f4")]))  # pyzmq keeps one thread from here on
+    gc.collect()  # what earlier tests have left would be closed meanwhile
     process = psutil.Process()
     threads, descriptors = set(threading.enumerate()), process.num_fds()
     in_threads(3, lambda ring: ring.all_reduce([np.ones(400_000, "f4")]))

@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from harness.families import build, configuration
 from helpers.members import Node as Member
 from helpers.rings import local_listeners, run_ranks
+from macft.api.configuration import compose
 from macft.collective.ring import Ring
 from macft.config.schema import TrainConfig
+from macft.data.formats import Row
+from macft.data.order import RowOrder
 from macft.errors import ConfigError
 from macft.membership.paxos import View
 from macft.model.confirm import obstacle_to_cutting
@@ -23,7 +27,9 @@ from macft.parallel.shares import DataShard
 from macft.planner.cluster_model import Node
 from macft.planner.layout_inputs import alone
 from macft.planner.node_part import NodePart
+from macft.planner.preflight import preflight
 from macft.planner.run_placement import Choice, RunPlacement, agree_on_placement, choose
+from macft.planner.run_plan import plan_run
 from macft.planner.workload import unlike_rows
 from macft.topology.settings import TopologyConfig
 
@@ -184,6 +190,25 @@ def test_ranks_stay_in_step_where_nothing_can_be_predicted(folder: Path, placeme
         return agreed.cut(2) is None, ring.all_gather(b"next")
 
     assert run_ranks(local_listeners(2), agree) == [(True, [b"next"] * 2)] * 2
+
+
+def test_more_nodes_than_blocks_are_refused_by_a_run_and_its_plan(tmp_path: Path) -> None:
+    """Where a pipeline is asked for; hosts would otherwise leave some of them out."""
+    model = build("llama", tmp_path / "model")
+    message = "pipelines of 3 stages are more than the model's 2 blocks allow; use fewer nodes, or "
+    rows = [Row(np.arange(1, 9, dtype=np.int32), prompt_length=0)] * 8
+
+    def refusal(ring: Ring) -> str:
+        config = part_of(model, 3, ring.rank, rows=4, placement="pipeline").config
+        with pytest.raises(ConfigError) as told:
+            preflight(config, model, rows, RowOrder([8], [1.0], batch_size=4, seed=0), ring)
+        return str(told.value)
+
+    first, *others = run_ranks(local_listeners(3), refusal)
+    assert message in first
+    assert others == [first] * 2
+    with pytest.raises(ConfigError, match=message):
+        plan_run(compose(overrides=[f"model={model}", "topology.placement=pipeline", "plan.chips=[3x M2 8GB]"]))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from harness.runs import Finished, events, free_ports, losses, start, train, wait_for_step, write_jsonl
+from harness.runs import Finished, events, losses, on_hosts, start, train, wait_for_step, write_jsonl
 from macft.collective.matching import difference, read_texts
 from macft.collective.solo import Solo
 from macft.config.schema import TrainConfig
@@ -222,20 +222,10 @@ def change_row(folder: Path) -> None:
 
 def two_hosts(tmp_path: Path, basics: list[str], model: Path, data: Path, **variables: str) -> list[Finished]:
     """A run on two hosts, of which rank 1 has ``model``, ``data`` and the environment ``variables``."""
-    ports = free_ports(2)
-    hosts = ["topology=hosts", f"topology.hosts=[{','.join(f'127.0.0.1:{port}' for port in ports)}]"]
-    own = [[], [f"model={model}", f"dataset={data}"]]
+    first, second = on_hosts(tmp_path)
     processes = [
-        start(
-            *basics,
-            *own[rank],
-            *hosts,
-            f"topology.rank={rank}",
-            f"hydra.run.dir={tmp_path / str(rank)}",
-            cwd=tmp_path,
-            variables=variables if rank else {},
-        )
-        for rank in (0, 1)
+        start(*basics, *first, cwd=tmp_path),
+        start(*basics, *second, f"model={model}", f"dataset={data}", cwd=tmp_path, variables=variables),
     ]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     return [Finished(process.returncode, "", text) for process, text in zip(processes, errors, strict=True)]
@@ -343,7 +333,7 @@ def test_a_newcomer_with_other_rows_is_refused_and_the_run_goes_on(
     assert_refused([newcomer], "topology.join: this node's contents differ from the run's: training rows: 40 rows (")
     wait_for_step(process, run, len(losses(run)) + 1)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode == 130
     assert not events(run, "nodes_changed")
 

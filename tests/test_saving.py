@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.runs import adapter, events, free_ports, same_bits, start, train
+from harness.runs import adapter, events, on_hosts, same_bits, start, train
 from helpers.disks import small_disk_at
 from macft.checkpoint.store import CheckpointStore
 
@@ -36,15 +36,16 @@ def basics(tiny_task: list[str]) -> list[str]:
 def on_two_disks(tmp_path_factory: pytest.TempPathFactory, basics: list[str]) -> Path:
     """A finished run of two hosts, each with a folder of its own: 0 and 1."""
     folder = tmp_path_factory.mktemp("two-disks")
-    run_on_hosts(folder, [[*basics, KEEPS_ALL, f"hydra.run.dir={folder / str(rank)}"] for rank in (0, 1)])
+    run_on_hosts(folder, *basics, KEEPS_ALL)
     return folder
 
 
-def run_on_hosts(folder: Path, overrides: list[list[str]]) -> None:
-    """Two hosts, each started with its own overrides, to the end."""
-    first, second = free_ports(2)
-    hosts = ["topology=hosts", f"topology.hosts=[127.0.0.1:{first},127.0.0.1:{second}]"]
-    processes = [start(*own, *hosts, f"topology.rank={rank}", cwd=folder) for rank, own in enumerate(overrides)]
+def run_on_hosts(folder: Path, *overrides: str, resume: bool = False) -> None:
+    """A run of two hosts, each with a folder of its own, to the end."""
+    own = on_hosts(folder)
+    if resume:
+        own = [[*words[:-1], words[-1].replace("hydra.run.dir=", "+resume=")] for words in own]
+    processes = [start(*overrides, *words, cwd=folder) for words in own]
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
@@ -77,7 +78,7 @@ def test_a_damaged_checkpoint_is_taken_from_the_other_node(on_two_disks: Path, t
         shutil.copytree(on_two_disks / rank, tmp_path / rank)
     flip_a_byte(tmp_path / "0" / "checkpoints" / "step-00000006" / "optimizer.safetensors")
     shutil.rmtree(tmp_path / "1" / "checkpoints" / "step-00000004")
-    run_on_hosts(tmp_path, [[f"+resume={tmp_path / rank}"] for rank in ("0", "1")])
+    run_on_hosts(tmp_path, resume=True)
     told = notes(tmp_path / "0")
     assert any("step-00000006: optimizer.safetensors is damaged" in note and "skipped" in note for note in told)
     assert "the newest checkpoint that can be used, of step 6, is on node 1's disk" in told

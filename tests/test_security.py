@@ -17,7 +17,7 @@ import zmq
 from hydra import compose, initialize_config_dir
 from zmq.utils.monitor import recv_monitor_message
 
-from harness.runs import environment, free_ports, losses, start, train, uneven_dataset
+from harness.runs import environment, free_ports, losses, on_hosts, start, train, uneven_dataset
 from helpers.rings import LiveRing, live_ring
 from macft.collective.security import KeyPair, encrypt_to
 from macft.collective.settings import CollectiveConfig
@@ -34,7 +34,7 @@ from macft.rendezvous.server import RendezvousServer
 from macft.report.run_folder import RunFolder
 from macft.topology.settings import TopologyConfig
 
-QUICK = CollectiveConfig(timeout=3.0, heartbeat=0.5)
+CONFIG = CollectiveConfig(timeout=20.0, heartbeat=0.5)
 
 
 def keyrings(count: int) -> list[Keyring]:
@@ -70,7 +70,7 @@ def add_up(server: RendezvousServer, keyring: Keyring | None, rank: int, world_s
         timeout=30.0,
         keyring=keyring,
     )
-    with connect_ring(config, QUICK) as ring:
+    with connect_ring(config, CONFIG) as ring:
         small, large = np.full(3, rank + 1.0), np.full(1_000_000, rank + 1.0, np.float32)
         ring.all_reduce([small])
         ring.all_reduce([large])
@@ -134,11 +134,11 @@ def test_one_that_encrypts_and_one_that_does_not_tell_each_other(
     pool: ThreadPoolExecutor, server_encrypts: bool
 ) -> None:
     rings, told = keyrings(2), list[str]()
-    server = serve(rings[0] if server_encrypts else None, 2, told, timeout=2.0)
+    server = serve(rings[0] if server_encrypts else None, 2, told, timeout=3.0)
     text = reason(pool.submit(add_up, server, None if server_encrypts else rings[1], 1, 2))
     how = ("it encrypts", "does not") if server_encrypts else ("it does not encrypt", "does")
     assert f"{how[0]}, this node {how[1]}; use the same collective.encryption" in text
-    with pytest.raises(RendezvousError, match="ranks 0, 1 did not arrive within 2 s"):
+    with pytest.raises(RendezvousError, match="ranks 0, 1 did not arrive within 3 s"):
         server.wait()
     server.close()
     assert server.arrived == ()
@@ -235,7 +235,7 @@ def test_a_trusted_machine_that_is_no_member_of_the_run_is_not_let_into_its_ring
         other.linger = 0
         encrypt_to(other, KeyPair.new(), live.keys[1])
         other.connect(f"tcp://{live.listeners[1].address}")
-        assert monitor.poll(20_000)
+        assert monitor.poll(60_000)
         assert recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH
         live.goes_on()
         other.disable_monitor()
@@ -249,7 +249,6 @@ def test_two_machines_train_encrypted_over_hosts(tmp_path: Path, tiny_model_fold
         keystore.make(tmp_path / machine)
     for machine, other in (("0", "1"), ("1", "0")):
         keystore.trust(tmp_path / machine, "other", keystore.load(tmp_path / other).own.public.hex())
-    ports = free_ports(2)
     processes = [
         start(
             f"model={tiny_model_folder}",
@@ -258,20 +257,17 @@ def test_two_machines_train_encrypted_over_hosts(tmp_path: Path, tiny_model_fold
             "training.batch_size=4",
             "optimizer.warmup_steps=0",
             "report.console=false",
-            "topology=hosts",
-            f"topology.hosts=[127.0.0.1:{ports[0]},127.0.0.1:{ports[1]}]",
-            f"topology.rank={rank}",
             "collective.encryption=on",
-            f"hydra.run.dir={tmp_path / f'run{rank}'}",
+            *own,
             cwd=tmp_path,
             variables={"MACFT_KEYS": str(tmp_path / str(rank))},
         )
-        for rank in (1, 0)
+        for rank, own in enumerate(on_hosts(tmp_path / "run"))
     ]
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-    assert len(losses(tmp_path / "run0")) == 3
+    assert len(losses(tmp_path / "run" / "0")) == 3
 
 
 @pytest.mark.slow

@@ -83,6 +83,10 @@ def test_a_seed_gives_the_sample_of_generate(server: Served, expected: Any) -> N
     answers = [server.text("Repeat: red", max_tokens=12, temperature=1.5, top_k=50, seed=seed) for seed in (3, 4)]
     assert answers == [expected("Repeat: red", sampling, seed) for seed in (3, 4)]
     assert answers[0] != answers[1]
+    # As OpenAI's, a seed may be negative; and more tokens than there are is no limit.
+    unlimited = server.text("Repeat: red", max_tokens=12, temperature=1.5, top_k=10**6, seed=3 - 2**64)
+    assert unlimited == expected("Repeat: red", Sampling(max_tokens=12, temp=1.5), 3)
+    assert server.text("Repeat: red", max_tokens=2, temperature=1.5, top_k=10**6)  # in a batch
 
 
 def test_a_text_is_completed_without_a_chat_template(server: Served) -> None:
@@ -114,6 +118,13 @@ SAID: dict[str, Any] = {"messages": [{"role": "user", "content": "red"}]}
         (CHAT, SAID | {"stop": [3]}, 400, "`stop` must be a text or a list of texts"),
         (CHAT, SAID | {"response_format": {"type": "json_object"}}, 400, "only text is offered"),
         (CHAT, SAID | {"adapters": "/etc"}, 400, "this server has one model"),
+        (CHAT, SAID | {"xtc_threshold": 0.7}, 400, "xtc_threshold must be at most 0.5"),
+        (CHAT, SAID | {"logit_bias": {"99999": 1}}, 400, "there is no token 99999; they are numbered from 0 to 4095"),
+        (CHAT, SAID | {"logit_bias": {"7": []}}, 400, "float() argument must be"),
+        (CHAT, b'{"messages": [], "temperature": 1e999}', 400, "`messages`"),
+        (CHAT, SAID | {"temperature": float("inf")}, 400, "temperature must be a finite number"),
+        (CHAT, SAID | {"presence_penalty": 10**400}, 400, "presence_penalty must be a finite number"),
+        (CHAT, SAID | {"stop": ["\ud800"]}, 400, "text that is not Unicode"),
         (CHAT, SAID | {"model": "gpt-4o"}, 404, "'gpt-4o' is not here; there is 'tuned'"),
         (CHAT, {"messages": [{"role": "user", "content": "red " * 2000}]}, 400, "and the model takes 512"),
         (TEXT, {"prompt": ["a"]}, 400, "`prompt` must be a text"),

@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 
 from harness.families import configuration, new_model
 from macft.model.ends import AFTER, BEFORE, BOTH_ENDS, find_ends
+from macft.model.execution import WeightFormat
 from macft.model.head import split_head
 from macft.model.shape import shape_of
 from macft.model.stages import CutModel
@@ -54,9 +55,12 @@ def test_the_ends_of_a_model(
     assert found == {frozenset({BEFORE}): before, frozenset({AFTER}): after, BOTH_ENDS: both}
     shape = shape_of(config, "config.json")
     sizes = {name: value.size for name, value in tree_flatten(model.parameters())}
+    outside = [name for name in sizes if name.split(".")[-2] in before | after | both]
     first = sum(size for name, size in sizes.items() if name.split(".")[-2] in before | both)
-    assert shape.outside_share({BEFORE}) * shape.parameters == pytest.approx(first)
-    assert shape.outside_share(()) == pytest.approx(0, abs=1e-9)
+    floats = WeightFormat("float32")
+    assert shape.outside_bytes(floats, {BEFORE}) == 4 * first
+    assert shape.outside_bytes(floats, ()) == 0
+    assert sum(shape.block_bytes(floats)) == 4 * (shape.parameters - sum(sizes[name] for name in outside))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.waiting import wait_until
 from macft.thermal.load import Load
 from macft.thermal.notices import missing_readings
 from macft.thermal.readings import Conditions, Reading, combine, reading
@@ -23,7 +24,7 @@ from macft.thermal.sensors.linux import LinuxTemperature, Rapl
 from macft.thermal.sensors.macmon import parse_pipe
 from macft.thermal.sensors.macos_state import parse_pressure
 from macft.thermal.sensors.pmset import parse_battery, parse_modes
-from macft.thermal.sensors.powermetrics import parse_plist, parse_text
+from macft.thermal.sensors.powermetrics import parse_plist
 from macft.thermal.settings import ThermalConfig
 
 MACMON = (
@@ -32,18 +33,6 @@ MACMON = (
     b'"fans":[{"name":"fan0","rpm":999,"max_rpm":4900}],"gpu_freq_mhz":461,"gpu_active_ratio":0.09,"cpu_power":0.2,'
     b'"gpu_power":0.017,"ane_power":0.0,"all_power":0.22,"sys_power":5.87,"ram_power":0.116,"gpu_ram_power":0.00096}\n'
 )
-POWERMETRICS = b"""*** Sampled system activity (Wed Dec 17 09:48:34 2025 +0100) (5001.07ms elapsed) ***
-CPU Power: 372 mW
-GPU Power: 46 mW
-ANE Power: 0 mW
-Combined Power (CPU + GPU + ANE): 418 mW
-**** Thermal pressure ****
-Current pressure level: Nominal
-**** GPU usage ****
-GPU HW active frequency: 338 MHz
-GPU idle residency:  86.09%
-GPU Power: 46 mW
-"""
 
 
 def values(readings: list[Reading]) -> dict[str, float]:
@@ -60,7 +49,6 @@ def test_macmon() -> None:
 
 
 def test_powermetrics() -> None:
-    assert values(parse_text(POWERMETRICS, "file")) == {"state": 0, "watts": 0.418}
     sample = {
         "elapsed_ns": 500_000_000,
         "thermal_pressure": "Heavy",
@@ -102,7 +90,6 @@ def test_thermal_pressure() -> None:
 
 PARSERS: list[tuple[Callable[[bytes], object], bytes]] = [
     (lambda text: parse_pipe(text, "x"), MACMON),
-    (lambda text: parse_text(text, "x"), POWERMETRICS),
     (lambda text: parse_plist(text, "x"), plistlib.dumps({"processor": {"cpu_energy": 1}, "elapsed_ns": 10**9})),
     (lambda text: parse_battery(text, "x"), b"Now drawing from 'AC Power'\n -InternalBattery-0 (id=1)\t87%; charged"),
     (lambda text: parse_modes(text, "x"), b" lowpowermode 1\n"),
@@ -143,12 +130,12 @@ def test_linux_zones_and_rapl_that_wraps(tmp_path: Path, monkeypatch: pytest.Mon
     (package / "max_energy_range_uj").write_text("1000000000")
     (package / "energy_uj").write_text("999000000")
     rapl = Rapl(tmp_path)
-    assert rapl.read() == []
     before = now()
+    assert rapl.read() == []
     time.sleep(0.05)
     (package / "energy_uj").write_text("4000000")  # 5 J later, beyond the end of the counter
     found = values(rapl.read())
-    assert 5 / (now() - before) * 0.9 <= found["watts"] <= 5 / 0.05
+    assert 5 / (now() - before) <= found["watts"] <= 5 / 0.05
 
 
 def test_a_machine_without_sensors_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +158,7 @@ def test_a_command_that_is_missing_fails_or_hangs_has_a_reason() -> None:
         (["sleep", "30"], "did not answer within"),
     ):
         with pytest.raises(SensorError, match=reason):
-            output_of(command, seconds=0.2)
+            output_of(command, seconds=2.0)
 
 
 class Fake:
@@ -183,13 +170,6 @@ class Fake:
 
     def close(self) -> None:
         self.closed.set()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "never happened"
-        time.sleep(0.01)
 
 
 def good(kind: str, value: float, source: str) -> Callable[[], list[Reading]]:
@@ -213,18 +193,18 @@ def test_the_next_source_takes_over_and_failures_are_told_once() -> None:
     sampler = Sampler([first, second], interval=0.02, on_tick=seen.append)
     sampler.start()
     try:
-        wait_for(lambda: any(item.temperature == 50 for item in seen))
+        wait_until(lambda: any(item.temperature == 50 for item in seen))
         works.clear()
-        wait_for(lambda: bool(seen) and seen[-1].temperature == 60)
+        wait_until(lambda: bool(seen) and seen[-1].temperature == 60)
         works.set()
-        wait_for(lambda: seen[-1].temperature == 50)
+        wait_until(lambda: seen[-1].temperature == 50)
         works.clear()
-        wait_for(lambda: seen[-1].temperature == 60)
+        wait_until(lambda: seen[-1].temperature == 60)
         assert sampler.notes() == ["thermal: no temperature from first: burnt out"]
         assert sampler.notes() == []
     finally:
         sampler.close()
-    assert first.closed.wait(10)
+    assert first.closed.wait(60)
 
 
 @pytest.mark.slow
@@ -240,10 +220,9 @@ def test_a_sensor_that_hangs_holds_nobody_up() -> None:
     sampler = Sampler(sensors, interval=0.02, on_tick=seen.append, stale_seconds=1.0)
     sampler.start()
     try:
-        wait_for(lambda: any(item.watts == 20 for item in seen))
-        notes: list[str] = []
-        wait_for(lambda: bool(notes.extend(sampler.notes()) or notes))
-        assert notes[0].startswith("thermal: stuck has not answered for 1 s")
+        wait_until(lambda: any(item.watts == 20 for item in seen))
+        told = "thermal: stuck has not answered for 1 s"
+        wait_until(lambda: any(note.startswith(told) for note in sampler.notes()))
         begun = time.monotonic()
         sampler.close()
         assert time.monotonic() - begun < 10

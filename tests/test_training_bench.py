@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,9 @@ def test_ctrl_c_ends_it_at_once_with_what_is_done(tmp_path: Path) -> None:
     def interrupt() -> None:
         end = time.monotonic() + 60
         while not interrupted and time.monotonic() < end:
-            interrupted.extend(p for p in psutil.Process().children() if "training_bench" in " ".join(p.cmdline()))
+            for child in psutil.Process().children():
+                with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                    interrupted.extend([child] if "training_bench" in " ".join(child.cmdline()) else [])
             time.sleep(0.02)
         if interrupted:  # else nobody waits for the signal
             os.kill(os.getpid(), signal.SIGINT)

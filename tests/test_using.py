@@ -428,6 +428,7 @@ def test_full_fine_tuning_has_no_peft_form(tmp_path: Path, tiny_model_folder: Pa
         (macft.generate.main, ["/nowhere"], ConfigError, "RUN_FOLDER: /nowhere does not exist"),
         (macft.generate.main, ["{run}/adapters"], ConfigError, "name it by --adapter-path"),
         (macft.generate.main, ["{run}", "-p", "x", "--top-p", "7"], ConfigError, "--top-p: 7.0 is not in [0, 1]"),
+        (macft.generate.main, ["{run}", "-p", "x", "--seed", "-1"], ConfigError, "--seed: -1 must be from 0"),
         (macft.generate.main, ["{run}", "--temp", "hot"], ConfigError, "--temp: invalid float value: 'hot'"),
         (macft.generate.main, ["--adapter-path", "{run}"], ModelError, "it has no adapter_config.json"),
         (macft.evaluate.main, ["{run}", "--rows", "0"], ConfigError, "--rows: 0 must be 1 or more"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness.runs import events, uneven_dataset, wait_for_events
+from harness.runs import events, read_line, uneven_dataset, wait_for_events
 from harness.ssh_hosts import Cluster, Host
 from helpers.docs import PAGES, Command, commands
 from helpers.hosts import cluster
@@ -74,11 +74,10 @@ def test_two_and_three_are_the_machines_fit_and_do_they_form_a_cluster(three: Cl
     first, *others = three.hosts
     fit = typed(three, first, "python -m macft.doctor")
     init = typed(three, first, of_the_page("python -m macft.cluster init desk --nodes"))
-    assert init.stdout is not None
-    line = init.stdout.readline()
+    line = read_line(init.stdout)
     told = re.search(r"join (\d{4}-\d{4}) --name desk", line)
     assert told is not None, line
-    place = re.search(r"--at (\S+)\)", init.stdout.readline())
+    place = re.search(r"--at (\S+)\)", read_line(init.stdout))
     assert place is not None
     join = of_the_page("python -m macft.cluster join")
     code = join.words[4]

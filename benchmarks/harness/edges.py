@@ -11,14 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 import psutil
 
-from harness.runs import command, environment, free_ports
+from harness.runs import command, environment, on_hosts, ranks
 from harness.ssh_hosts import Cluster
 from macft.report.run_folder import RunFolder
 
@@ -81,7 +81,7 @@ class Terminal:
 
     def close(self) -> None:
         """Waits for the rest of the output."""
-        self._thread.join(5.0)
+        self._thread.join(60.0)
         if self.process.stdout is not None:
             self.process.stdout.close()
 
@@ -90,19 +90,14 @@ def local(folder: Path, overrides: Sequence[str], nodes: int, kill: Kill) -> Out
     """A run of ``topology=local`` in ``folder``."""
     argv = command(*overrides, "topology=local", f"topology.nodes={nodes}", f"hydra.run.dir={folder}")
     terminal = Terminal(argv, folder.parent, _variables(kill))
-    killed = _await([terminal], kill, lambda: _rank_of(terminal.process, kill.rank))
+    killed = _await([terminal], kill, lambda: ranks(terminal.process).get(kill.rank))
     return _outcome([terminal], [terminal], [folder], killed)
 
 
 def hosts(folder: Path, overrides: Sequence[str], nodes: int, kill: Kill) -> Outcome:
     """A run of ``topology=hosts`` whose hosts are processes on this machine, with a folder each in ``folder``."""
-    names = ",".join(f"127.0.0.1:{port}" for port in free_ports(nodes))
     folder.mkdir(parents=True, exist_ok=True)
-    terminals = []
-    for rank in range(nodes):
-        more = ["topology=hosts", f"topology.hosts=[{names}]", f"topology.rank={rank}"]
-        argv = command(*overrides, *more, f"hydra.run.dir={folder / str(rank)}")
-        terminals.append(Terminal(argv, folder, _variables(kill)))
+    terminals = [Terminal(command(*overrides, *own), folder, _variables(kill)) for own in on_hosts(folder, nodes)]
     victim = terminals[kill.rank]
     killed = _await(terminals, kill, lambda: psutil.Process(victim.process.pid))
     others = [terminal for terminal in terminals if terminal is not victim or killed is None]
@@ -127,17 +122,8 @@ def _variables(kill: Kill) -> dict[str, str]:
     return {"MACFT_FAULT": f"{kill.point}:{kill.rank}:kill"} if kill.point else {}
 
 
-def _rank_of(launcher: subprocess.Popen[bytes], rank: int) -> psutil.Process | None:
-    for child in psutil.Process(launcher.pid).children():
-        line = child.cmdline()
-        if "macft.launch.worker" in line and line[4] == str(rank):
-            return child
-    return None
-
-
-def _await(terminals: Sequence[Terminal], kill: Kill, find: object) -> float | None:
+def _await(terminals: Sequence[Terminal], kill: Kill, find: Callable[[], psutil.Process | None]) -> float | None:
     """Until all have ended; kills where the time says so. Returns when the victim was killed, None if it was not."""
-    assert callable(find)
     began = time.monotonic()
     victim: psutil.Process | None = None
     killed: float | None = None
@@ -155,7 +141,16 @@ def _await(terminals: Sequence[Terminal], kill: Kill, find: object) -> float | N
             except psutil.NoSuchProcess:
                 pass
         time.sleep(_LOOK_SECONDS)
+    if killed is None and kill.point and _was_killed(terminals):
+        killed = time.monotonic()  # the rest ended before the next look
     return killed
+
+
+def _was_killed(terminals: Sequence[Terminal]) -> bool:
+    """Whether one of the commands was killed, or tells of a rank that was."""
+    for terminal in terminals:
+        terminal.close()
+    return any(each.process.returncode == -signal.SIGKILL or "ended by signal 9" in each.output for each in terminals)
 
 
 def _runs(process: psutil.Process) -> bool:

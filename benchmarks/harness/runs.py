@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import mlx.core as mx
 import numpy as np
@@ -97,6 +98,18 @@ def wait_for_events(process: subprocess.Popen[str], folder: Path, kind: str, cou
         time.sleep(0.01)
 
 
+def read_line(pipe: IO[Any] | None) -> str:
+    """The next line of a process's output, empty at its end; the rest is left to ``communicate``.
+
+    ``pipe.readline()`` takes from the system what has come after the line, too, and ``communicate`` never returns it.
+    """
+    assert pipe is not None
+    line = bytearray()
+    while not line.endswith(b"\n") and (byte := os.read(pipe.fileno(), 1)):
+        line += byte
+    return line.decode()
+
+
 def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int = 1) -> None:
     """Waits until the run in ``folder`` has made ``step`` steps."""
     wait_for_events(process, folder, "step_done", step)
@@ -135,10 +148,15 @@ def same_bits(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool
     return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
 
 
-def ranks(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+def ranks(launcher: subprocess.Popen[Any]) -> dict[int, psutil.Process]:
     """The ranks' processes of a local run, by the rank that they began with."""
-    children = psutil.Process(process.pid).children()
-    return {int(child.cmdline()[4]): child for child in children if "macft.launch.worker" in child.cmdline()}
+    found = {}
+    for child in psutil.Process(launcher.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            line = child.cmdline()
+            if "macft.launch.worker" in line:
+                found[int(line[4])] = child
+    return found
 
 
 @dataclass
@@ -193,6 +211,18 @@ def uneven_dataset(folder: Path) -> Path:
     for name, count in (("train", 40), ("valid", 8), ("test", 6)):
         write_jsonl(folder / f"{name}.jsonl", [row() for _ in range(count)])
     return folder
+
+
+def on_hosts(folder: Path, count: int = 2) -> list[list[str]]:
+    """The overrides of each rank of a run on ``count`` hosts that are processes on this machine.
+
+    Each has its run's folder in ``folder``, named by its rank.
+    """
+    hosts = ",".join(f"127.0.0.1:{port}" for port in free_ports(count))
+    return [
+        ["topology=hosts", f"topology.hosts=[{hosts}]", f"topology.rank={rank}", f"hydra.run.dir={folder / str(rank)}"]
+        for rank in range(count)
+    ]
 
 
 def free_ports(count: int) -> list[int]:

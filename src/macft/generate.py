@@ -45,10 +45,10 @@ def main(argv: Sequence[str]) -> None:
     if prompt is not None and not prompt.strip():
         raise ConfigError("--prompt: is empty; leave it out to chat")
 
-    from macft.evaluation.chat import Sampling
+    from macft.evaluation.chat import Sampling, seed_problems
 
     sampling = {field.name: getattr(arguments, field.name) for field in fields(Sampling)}
-    if problems := Sampling(**sampling).problems():
+    if problems := Sampling(**sampling).problems() + seed_problems(arguments.seed):
         raise ConfigError("\n".join(problems))
     chosen = Sampling(**sampling)
     with _here(tuned, arguments, chosen) if topology is None else _spread(tuned, arguments, chosen, topology) as chat:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from macft.cli.parser import Parser, command_parser
-from macft.cli.run_command import INTERRUPTED, run_command
+from macft.cli.run_command import run_command
 from macft.errors import ConfigError, MacftError
 from macft.launch.cluster_command import (
     add_cluster_arguments,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from macft.model.load import LoadedModel
     from macft.run.cluster_answers import ClusterAnswers
     from macft.serving.engine import Engine
+    from macft.serving.http_server import Server
     from macft.serving.options import ServerConfig
 
 _KEY_VARIABLE = "MACFT_API_KEY"
@@ -52,28 +53,31 @@ def main(argv: Sequence[str]) -> NoReturn:
     # Before the model, which may take long to load.
     with Server(config) as server:
         prepare_device()
-        engine: Engine | None = None
-        failure: BaseException | None = None
-        try:
-            engine = _engine(tuned, config, topology, is_tuned=not arguments.base)
-            server.serve(engine, lambda: _announce(config, server.url))
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr, flush=True)
-        except MacftError as error:
-            failure = error
-        if engine is not None:
-            engine.stop()
-            failure = failure or engine.failure
-        for line in str(failure or "").splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        status = INTERRUPTED
-        if failure is not None:
-            status = failure.exit_code if isinstance(failure, MacftError) else 1
+        status = run_command(
+            lambda _: _serve(server, config, lambda: _engine(tuned, config, topology, is_tuned=not arguments.base)),
+            [],
+            interrupted=lambda: "stopped",
+        )
         sys.stdout.flush()
         sys.stderr.flush()
         # Python would wait for a model that is loaded or a long prompt that is computed, and would end the threads of
         # connections within the code of other libraries, which aborts the process. There is nothing to save.
         os._exit(status)
+
+
+def _serve(server: Server, config: ServerConfig, make_engine: Callable[[], Engine]) -> None:
+    """Serves until Ctrl-C, or until the engine can't go on.
+
+    Raises:
+        MacftError: The model can't be loaded, or why the engine can't go on.
+    """
+    engine = make_engine()
+    try:
+        server.serve(engine, lambda: _announce(config, server.url))
+    finally:
+        engine.stop()
+    if (failure := engine.failure) is not None:
+        raise failure if isinstance(failure, MacftError) else MacftError(str(failure))
 
 
 def _engine(tuned: TunedModel, config: ServerConfig, topology: TopologyConfig | None, *, is_tuned: bool) -> Engine:

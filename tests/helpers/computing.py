@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,17 @@ from macft.model.backends.choose import can_pack, make_backend
 from macft.model.execution import Execution
 from macft.training.gradient import GradientComputer
 from macft.training.loss import TokenLoss
+
+
+def settled_memory() -> int:
+    """Bytes that MLX's arrays hold once earlier work is done and what nobody refers to is freed; the peak begins here.
+
+    Without this, what an earlier test has left would be freed while a test measures, and count against it.
+    """
+    mx.synchronize()
+    gc.collect()
+    mx.reset_peak_memory()
+    return int(mx.get_active_memory())
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from macft.membership.paxos import View
 from macft.membership.service import MembershipService
 from macft.rendezvous.keystore import Keyring
 
-SETTINGS = CollectiveConfig(timeout=3.0, heartbeat=0.2)
+SETTINGS = CollectiveConfig(timeout=5.0, heartbeat=0.2)
 
 
 class Node:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.runs import read_line
 from macft.collective.listener import Listener
 from macft.collective.ring import Ring
 from macft.collective.settings import CollectiveConfig
@@ -55,11 +56,11 @@ def run_ranks(
         return list(pool.map(run, range(world_size)))
 
 
-def next_message(rank: subprocess.Popen[str], seconds: float = 20) -> list[Any]:
+def next_message(rank: subprocess.Popen[str], seconds: float = 60) -> list[Any]:
     """The next line that a rank's process prints, a JSON list. Raises AssertionError if there is none in time."""
     assert rank.stdout is not None
     assert select.select([rank.stdout], [], [], seconds)[0], "a rank hangs"
-    message: list[Any] = json.loads(rank.stdout.readline())
+    message: list[Any] = json.loads(read_line(rank.stdout))
     return message
 
 

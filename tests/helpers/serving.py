@@ -18,7 +18,7 @@ import mlx.core as mx
 import psutil
 import pytest
 
-from harness.runs import environment
+from harness.runs import environment, read_line
 from macft.evaluation.chat import Chat, ModelAnswers, Sampling
 from macft.model.attach import attach
 from macft.model.backends.choose import make_backend
@@ -88,9 +88,8 @@ def served(*words: object, variables: dict[str, str] | None = None) -> Iterator[
     )
     try:
         lines: list[str] = []
-        assert process.stdout is not None
         while not lines or "/v1  (Ctrl-C ends)" not in lines[-1]:
-            line = process.stdout.readline()
+            line = read_line(process.stdout)
             assert line, process.communicate()
             lines.append(line)
         yield Served(process, lines)
@@ -98,7 +97,7 @@ def served(*words: object, variables: dict[str, str] | None = None) -> Iterator[
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            _, errors = process.communicate(timeout=30)
+            _, errors = process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             process.kill()
             raise

@@ -19,6 +19,7 @@ import psutil
 import zmq
 
 from harness.fuzz.mutations import CURVE_GREETING, CURVE_HELLO, NULL_GREETING, READY, Mutator, zmtp
+from harness.runs import read_line
 from macft.collective.security import KeyPair, encrypt_to
 from macft.collective.stream import StreamOut
 from macft.collective.wire import split_address
@@ -123,7 +124,7 @@ class TargetProcess:
             raise Broken(f"its process has ended with status {self._process.wait(10)}") from None
         if not select.select([stdout], [], [], SECONDS)[0]:
             raise Broken("it hangs")
-        line = stdout.readline()
+        line = read_line(stdout)
         if not line:
             raise Broken(f"its process has ended with status {self._process.wait(10)}")
         answer: dict[str, Any] = json.loads(line)

@@ -73,7 +73,7 @@ class Model:
         """
         import mlx.core as mx
 
-        from macft.evaluation.chat import Chat, ModelAnswers, Sampling
+        from macft.evaluation.chat import Chat, ModelAnswers, Sampling, seed_problems
 
         try:
             chosen = Sampling(**sampling)
@@ -82,7 +82,7 @@ class Model:
             raise ConfigError(
                 f"{', '.join(unknown)}: no such option; there are {', '.join(Sampling.__dataclass_fields__)}"
             ) from None
-        if problems := chosen.problems():
+        if problems := chosen.problems() + seed_problems(seed):
             raise ConfigError("\n".join(problems))
         if seed is not None:
             mx.random.seed(seed)

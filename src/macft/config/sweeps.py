@@ -47,11 +47,6 @@ class SweepPlan:
     first: DictConfig
     more: list[str]
 
-    @property
-    def is_sampled(self) -> bool:
-        """Whether the sweeper chooses the values, and needs each job's result for that."""
-        return self.jobs is None
-
 
 @dataclass(frozen=True)
 class _Choice:

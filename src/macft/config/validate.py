@@ -75,6 +75,8 @@ def _combinations(config: TrainConfig) -> list[str]:
     errors = []
     if config.seed < 0:
         errors.append(f"seed: {config.seed} must be 0 or more")
+    elif config.seed >= 2**63:
+        errors.append(f"seed: {config.seed} must be below 2**63")
     if config.training.sync == "diloco" and config.collective.codec == "auto":
         errors.append(
             "collective.codec: auto measures the all-reduce of each step, and training.sync=diloco has none; "

@@ -113,7 +113,8 @@ def describe() -> str:
     config = _library.openblas_get_config
     config.restype = ctypes.c_char_p
     version = " ".join(config().decode().split()[:2])
-    return f"{version}, {threads()} threads"
+    count = threads()
+    return f"{version}, {count} thread{'' if count == 1 else 's'}"
 
 
 def is_fast() -> bool:

@@ -16,8 +16,8 @@ import yaml
 
 from macft.errors import ConfigError
 
-_MAC = re.compile(r"(?P<chip>[A-Za-z0-9 ]*?)\s*(?P<memory>\d+)?\s*(?:gb|gib|g)?", re.IGNORECASE)
-_SEVERAL = re.compile(r"(?P<count>\d{1,4})\s*[x*]\s*(?P<mac>.+)", re.IGNORECASE)
+_MAC = re.compile(r"(?P<chip>[A-Za-z0-9 ]*?)\s*(?P<memory>\d{1,9})?\s*(?:gb|gib|g)?", re.IGNORECASE)
+_SEVERAL = re.compile(r"(?P<count>\d{1,9})\s*[x*]\s*(?P<mac>.+)", re.IGNORECASE)
 _MOST_MACS = 64
 _FORM_FACTORS = ("macbook", "air", "mini", "studio", "imac", "mac")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Mapping
-from importlib import metadata
 
 from macft.device import blas
 from macft.diagnostics import Finding
+from macft.remote import host_probe
 
 PACKAGES = ("macft", "mlx", "mlx-lm", "pyzmq")
 """Packages that need the same version on all nodes, so that a run gives the same numbers."""
@@ -16,13 +16,7 @@ PACKAGES = ("macft", "mlx", "mlx-lm", "pyzmq")
 
 def versions() -> dict[str, str]:
     """The versions of Python and of each of :data:`PACKAGES`; ``missing`` if it is not installed."""
-    installed = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            installed[name] = "missing"
-    return installed
+    return host_probe.versions(list(PACKAGES))
 
 
 def check() -> list[Finding]:

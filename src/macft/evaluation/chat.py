@@ -58,11 +58,16 @@ class Sampling:
             self.top_p,
             self.min_p,
             self.min_tokens_to_keep,
-            top_k=self.top_k,
+            top_k=self.top_k if self.top_k < len(tokenizer) else 0,
             xtc_probability=self.xtc_probability,
             xtc_threshold=self.xtc_threshold,
             xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
         )
+
+
+def seed_problems(seed: int | None) -> list[str]:
+    """A line where ``seed`` is none that MLX takes."""
+    return [] if seed is None or 0 <= seed < 2**64 else [f"--seed: {seed} must be from 0 to 2**64 - 1"]
 
 
 @dataclass(frozen=True)

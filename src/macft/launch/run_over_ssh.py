@@ -14,7 +14,8 @@ from macft.config.validate import is_elastic
 from macft.config.yaml import to_yaml
 from macft.errors import ConfigError, ModelError
 from macft.launch.remote_config import name_base_model
-from macft.launch.ssh_launcher import LaunchPlan, launch_over_ssh, show
+from macft.launch.ssh_hosts import LaunchPlan
+from macft.launch.ssh_launcher import launch_over_ssh, show
 from macft.model.local import find_local
 from macft.model.resolve import resolve
 from macft.remote.shipment import Shipment

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 import asyncssh
 
-from macft.errors import LaunchError, MacftError
 from macft.launch.answering_worker import WorkerRequest
-from macft.remote.connection import connect, python_command
+from macft.remote.connection import connect, python_command, raise_all
 from macft.topology.settings import TopologyConfig
 
 _LOG_LINES = 3
@@ -69,12 +68,7 @@ class SshWorkers:
     async def _start_all(self, requests: Sequence[WorkerRequest]) -> None:
         started = await asyncio.gather(*map(self._start, requests), return_exceptions=True)
         self._remotes = [each for each in started if isinstance(each, _Remote)]
-        errors = [each for each in started if isinstance(each, BaseException)]
-        for error in errors:
-            if not isinstance(error, MacftError):
-                raise error
-        if errors:
-            raise LaunchError("\n".join(map(str, errors)))
+        raise_all(started)
 
     async def _start(self, request: WorkerRequest) -> _Remote:
         rank = self._topology.hosts.index(request.name)

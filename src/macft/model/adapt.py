@@ -79,7 +79,7 @@ def _add_low_rank(
     if blocks == list(range(count - len(blocks), count)) and not _named_otherwise(model, chosen, available):
         num_layers, keys = len(blocks), names
     else:
-        # mlx-lm counts blocks from the end; any other choice is spelt with full module paths instead.
+        # mlx-lm counts blocks from the end; any other choice is written with full module paths instead.
         num_layers, keys = 0, _paths(model, chosen, available)
     settings = {
         "fine_tune_type": config.type,

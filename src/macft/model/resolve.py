@@ -40,6 +40,37 @@ def resolve(config: ModelConfig, *, cache_dir: Path | None = None) -> Path:
         if problem := _incomplete(folder):
             raise ModelError(f"model.path: folder '{name}' {problem}")
         return folder
+    _check_hub_id(name)
+    return _from_hub(name, config.revision)
+
+
+def fetch_config(config: ModelConfig) -> Path:
+    """The folder in the hub's cache with the config.json of a model that is not on this machine.
+
+    Nothing else is fetched.
+
+    Raises:
+        ModelError: There is no such model, or the hub doesn't answer.
+    """
+    from huggingface_hub import hf_hub_download
+
+    name, revision = config.path, config.revision
+    _check_hub_id(name)
+    _probe(name, revision)
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision)).parent
+    except Exception as error:
+        raise ModelError(hub_reason(name, revision, error)) from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it has the form of a Hugging Face id, ``org/name``."""
+    return _HUB_ID.fullmatch(name) is not None and "--" not in name and ".." not in name
+
+
+def _check_hub_id(name: str) -> None:
+    """Raises ModelError unless ``name``, which is no folder, may be an id of the hub."""
+    folder = Path(name).expanduser()
     if folder.is_file():
         raise ModelError(f"model.path: '{name}' is a file; give the folder with config.json and the weights")
     if _looks_like_path(name):
@@ -51,12 +82,6 @@ def resolve(config: ModelConfig, *, cache_dir: Path | None = None) -> Path:
         )
     if not is_hub_id(name):
         raise ModelError(f"model.path: '{name}' is not a Hugging Face id: org/name in letters, digits, -_.")
-    return _from_hub(name, config.revision)
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether it has the form of a Hugging Face id, ``org/name``."""
-    return _HUB_ID.fullmatch(name) is not None and "--" not in name and ".." not in name
 
 
 def _incomplete(folder: Path) -> str | None:
@@ -95,7 +120,7 @@ def _did_you_mean(name: str, choices: list[str]) -> str:
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
@@ -107,16 +132,27 @@ def _from_hub(name: str, revision: str | None) -> Path:
             return cached
     except LocalEntryNotFoundError:
         pass
+    _probe(name, revision)
+    folder = download(name, revision)
+    if problem := _incomplete(folder):
+        raise ModelError(f"model.path: '{name}' on {constants.ENDPOINT} {problem}, so mlx-lm can't load it")
+    return folder
+
+
+def _probe(name: str, revision: str | None) -> None:
+    """Asks the hub once for the model's config.json; its client would try for half a minute to reach it.
+
+    Raises:
+        ModelError: There is none, or no answer.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
     url = hf_hub_url(name, "config.json", revision=revision)
     try:
         _within(_PROBE_SECONDS, lambda: get_hf_file_metadata(url, timeout=_PROBE_SECONDS / 2))
     # The Hub client passes on errors of its HTTP library, which has changed over time.
     except Exception as error:
         raise ModelError(hub_reason(name, revision, error)) from error
-    folder = download(name, revision)
-    if problem := _incomplete(folder):
-        raise ModelError(f"model.path: '{name}' on {constants.ENDPOINT} {problem}, so mlx-lm can't load it")
-    return folder
 
 
 def _within(seconds: float, call: Callable[[], object]) -> None:

@@ -17,10 +17,11 @@ from mlx.utils import tree_flatten
 
 from macft.errors import ModelError
 from macft.model.adaptable import AdaptableBlock, adaptable_blocks
-from macft.model.ends import BOTH_ENDS, find_ends
+from macft.model.ends import BOTH_ENDS
 from macft.model.execution import FLOAT_BYTES, WeightFormat
 from macft.model.packable import may_pack
 from macft.model.weight_files import read_header
+from macft.model.weight_sizes import ModelSizes, StoredQuantization, WeightSize, sizes_of
 
 _LARGEST_CONFIG = 4 << 20
 # Where exports of NVIDIA's ModelOpt say how they are quantised.
@@ -34,8 +35,6 @@ _LLAMA_PROJECTIONS = {f"self_attn.{name}_proj" for name in "qkvo"} | {
 _LLAMA_NORMS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_top_k")
 """Keys of a config.json for how many experts a mixture asks for each token."""
-# Bits and group size of formats whose settings give their names only, as mlx-lm reads them.
-_QUANTIZATION_METHODS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "modelopt": (4, 16)}
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class Linear:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder. ``parameters`` counts all blocks, embeddings and head; ``active_parameters`` those of the
-    blocks' matrices that one token meets, which of a mixture are those of its experts.
+    """Sizes of a decoder. ``parameters`` counts all blocks, embeddings and head; ``active_parameters`` those of each
+    block's matrices that one token meets, which of a mixture are those of its experts.
 
     ``odd_block`` names the class of a block that isn't one of the Llama kind: q, k, v, o, gate, up and down
     projections, of the same sizes in all blocks, and two norms, with perhaps one each for queries and keys. It is None
@@ -59,8 +58,7 @@ class ModelShape:
     ``config`` is the content of config.json.
     ``adaptable`` are the layers that may be trained, block by block. ``checkpoint`` is how the files hold the weights.
     ``packs``: it is built as packed rows need it. ``has_dropout``: it drops elements of its own.
-    ``plain_head``: logits are a product, not scaled or capped. ``block_share``: the part of the parameters that is in
-    blocks; ``end_shares``: those that only the ends named (:mod:`~macft.model.ends`) use.
+    ``plain_head``: logits are a product, not scaled or capped. ``sizes``: of the weights, block by block.
     """
 
     hidden: int
@@ -73,21 +71,14 @@ class ModelShape:
     linears: tuple[Linear, ...]
     odd_block: str | None
     parameters: int
-    active_parameters: int
-    # Parameters of matrices that a quantised checkpoint holds in few bits: linear layers and embeddings.
-    matrix_parameters: int
+    active_parameters: tuple[int, ...]
     adaptable: tuple[AdaptableBlock, ...]
     checkpoint: WeightFormat
     packs: bool
     has_dropout: bool
     plain_head: bool
-    block_share: float
-    end_shares: tuple[tuple[frozenset[str], float], ...] = ()
+    sizes: ModelSizes
     config: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    def outside_share(self, ends: Collection[str] = BOTH_ENDS) -> float:
-        """The part of the parameters that a node holds outside of the blocks, where it computes ``ends``."""
-        return 1 - self.block_share - sum(share for users, share in self.end_shares if not users & set(ends))
 
     @property
     def embedding_parameters(self) -> int:
@@ -97,18 +88,24 @@ class ModelShape:
     @property
     def block_parameters(self) -> int:
         """Parameters of a block's matrices that one token meets, on average."""
-        return self.active_parameters // self.blocks
-
-    def checkpoint_bytes(self) -> float:
-        """Size of the weights as the checkpoint's files hold them."""
-        return self.weight_bytes(self.checkpoint)
+        return sum(self.active_parameters) // self.blocks
 
     def weight_bytes(self, weights: WeightFormat) -> float:
-        """Size of the weights held as ``weights``; scale and bias of a quantised group are 2 bytes each."""
-        if weights.bits is None:
-            return float(self.parameters * weights.float_bytes)
-        others = self.parameters - self.matrix_parameters
-        return self.matrix_parameters * (weights.bits / 8 + 4 / weights.group_size) + others * weights.float_bytes
+        """Size of the weights held as ``weights``."""
+        return sum(self.block_bytes(weights)) + self.outside_bytes(weights)
+
+    def block_bytes(self, weights: WeightFormat) -> tuple[float, ...]:
+        """Size of each block held as ``weights``."""
+        return tuple(self._bytes(size, weights) for size in self.sizes.blocks)
+
+    def outside_bytes(self, weights: WeightFormat, ends: Collection[str] = BOTH_ENDS) -> float:
+        """Size of what a node holds outside of the blocks, where it computes ``ends``."""
+        return sum(self._bytes(size, weights) for size in self.sizes.outside(ends))
+
+    def _bytes(self, size: WeightSize, weights: WeightFormat) -> float:
+        stored = self.checkpoint
+        as_stored = (weights.bits, weights.group_size) == (stored.bits, stored.group_size)
+        return size.bytes_as(weights, as_stored=as_stored)
 
 
 def read_shape(folder: Path) -> ModelShape:
@@ -118,7 +115,7 @@ def read_shape(folder: Path) -> ModelShape:
         ModelError: no config.json, or not one of an architecture that mlx-lm knows.
     """
     shape = shape_of(_read_config(folder), str(folder / "config.json"))
-    return replace(shape, checkpoint=read_weight_format(folder))
+    return replace(shape, checkpoint=_with_dtype_of_files(shape.checkpoint, folder))
 
 
 def read_weight_format(folder: Path) -> WeightFormat:
@@ -127,15 +124,18 @@ def read_weight_format(folder: Path) -> WeightFormat:
     Raises:
         ModelError: no config.json.
     """
-    config = _read_config(folder)
-    if (folder / _MODELOPT_SETTINGS).exists() and "quantization_config" not in config:
-        config["quantization_config"] = _read_json(folder / _MODELOPT_SETTINGS)
-    weights = _format_from_config(config)
+    return _with_dtype_of_files(_format_from_config(_read_config(folder)), folder)
+
+
+def _with_dtype_of_files(weights: WeightFormat, folder: Path) -> WeightFormat:
     return replace(weights, dtype=_dtype_of_files(folder) or weights.dtype)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    return _read_json(folder / "config.json")
+    config = _read_json(folder / "config.json")
+    if (folder / _MODELOPT_SETTINGS).exists() and "quantization_config" not in config:
+        config["quantization_config"] = _read_json(folder / _MODELOPT_SETTINGS)
+    return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -154,30 +154,9 @@ def _format_from_config(config: dict[str, Any]) -> WeightFormat:
     """What a config.json says of the weights; bfloat16 where it says nothing."""
     text = _text_part(config)
     dtype = str(text.get("torch_dtype") or text.get("dtype") or "bfloat16").removeprefix("torch.")
-    settings = config.get("quantization") or config.get("quantization_config") or text.get("quantization_config")
-    bits, group_size = _bits_and_group_size(settings if isinstance(settings, dict) else {})
-    return WeightFormat(dtype if dtype in FLOAT_BYTES else "bfloat16", bits, group_size)
-
-
-def _bits_and_group_size(settings: dict[str, Any]) -> tuple[int | None, int]:
-    """Of a config.json's ``quantization`` or ``quantization_config``, as mlx-lm reads it; (None, 64) for floats."""
-    from mlx_lm.utils import _compressed_tensors_quantization
-
-    method = settings.get("quant_method")
-    if method == "bitnet":
-        return None, 64
-    if method == "compressed-tensors":
-        try:
-            settings = _compressed_tensors_quantization(settings)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            return None, 64  # loading will say that it can't be read
-    if method == "fp8" and settings.get("scale_fmt") == "ue8m0":
-        return 8, 32
-    bits, group_size = _QUANTIZATION_METHODS.get(str(method), (settings.get("bits"), settings.get("group_size") or 64))
-    try:
-        return (int(bits), int(group_size)) if bits else (None, 64)
-    except (TypeError, ValueError):
-        return None, 64
+    stored = StoredQuantization.of(config).base
+    dtype = dtype if dtype in FLOAT_BYTES else "bfloat16"
+    return WeightFormat(dtype) if stored is None else WeightFormat(dtype, stored.bits, stored.group_size)
 
 
 def _text_part(config: dict[str, Any]) -> dict[str, Any]:
@@ -227,10 +206,6 @@ def shape_of(config: dict[str, Any], source: str) -> ModelShape:
         kv_heads = int(text.get("num_key_value_heads") or heads)
     except (KeyError, TypeError, ValueError, AttributeError, ImportError, IndexError, ZeroDivisionError) as error:
         raise ModelError(f"{source} is not the configuration of a model that mlx-lm knows: {error!r}") from error
-    parameters = dict(tree_flatten(model.parameters()))
-    sizes = [(value.ndim, int(value.size)) for value in parameters.values()]
-    total = sum(size for _, size in sizes)
-    in_blocks = sum(int(value.size) for block in blocks for _, value in tree_flatten(block.parameters()))
     return ModelShape(
         hidden=hidden,
         blocks=len(blocks),
@@ -241,19 +216,14 @@ def shape_of(config: dict[str, Any], source: str) -> ModelShape:
         vocabulary=vocabulary,
         linears=linears,
         odd_block=next((type(block).__name__ for block in blocks if not _is_llama_like(block, linears)), None),
-        active_parameters=sum(_active_parameters(block, text) for block in blocks),
-        parameters=total,
-        block_share=in_blocks / max(1, total),
-        end_shares=tuple(
-            (part.ends, sum(int(parameters[name].size) for name in part.names) / max(1, total))
-            for part in find_ends(model)
-        ),
-        matrix_parameters=sum(size for dimensions, size in sizes if dimensions > 1),
+        active_parameters=tuple(_active_parameters(block, text) for block in blocks),
+        parameters=sum(int(value.size) for _, value in tree_flatten(model.parameters())),
         adaptable=adaptable,
         checkpoint=_format_from_config(config),
         packs=may_pack(model),
         has_dropout=any(isinstance(module, nn.Dropout) and module._p_1 < 1 for module in model.modules()),
         plain_head=not any(text.get(key) for key in _OF_LOGITS),
+        sizes=sizes_of(model, StoredQuantization.of(config)),
         config=config,
     )
 

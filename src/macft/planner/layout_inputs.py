@@ -37,21 +37,20 @@ def model_cost(planner: MemoryPlanner) -> ModelCost:
     batches = list(chain.from_iterable(planner.step_batches(1)))
     tokens = max(1, sum(batch.tokens for batch in batches))
     forward_pairs, backward_pairs = attention_operations(planner, execution, batches)
-    matrices = 2.0 * shape.block_parameters
+    matrices = [2.0 * active for active in shape.active_parameters]
     low_rank = (2 if adapter.type == "full" else 6) * trained.parameters / max(1, trained.depth)
     first = shape.blocks - trained.depth
-    backward = matrices + backward_pairs / tokens + low_rank
-    weights = shape.weight_bytes(execution.weight_format)
-    embedding, head, both = (weights * shape.outside_share(ends) for ends in ((BEFORE,), (AFTER,), BOTH_ENDS))
+    weights = execution.weight_format
+    embedding, head, both = (shape.outside_bytes(weights, ends) for ends in ((BEFORE,), (AFTER,), BOTH_ENDS))
     longest = max(planner.works(execution.with_batch(1, "none")), key=lambda work: work.tokens)
     saved, inside, inside_again, logits = _activations(planner, longest)
     resident = predict(shape, replace(execution, recompute="blocks"), adapter, planner.optimizer, longest)
     targets = sum(batch.targets for batch in batches)
     return ModelCost(
-        forward=(matrices + forward_pairs / tokens,) * shape.blocks,
-        backward=(0.0,) * first + (backward,) * trained.depth,
-        block_bytes=(weights * shape.block_share / shape.blocks,) * shape.blocks,
-        file_bytes=(shape.checkpoint_bytes() * shape.block_share / shape.blocks,) * shape.blocks,
+        forward=tuple(each + forward_pairs / tokens for each in matrices),
+        backward=(0.0,) * first + tuple(each + backward_pairs / tokens + low_rank for each in matrices[first:]),
+        block_bytes=shape.block_bytes(weights),
+        file_bytes=shape.block_bytes(shape.checkpoint),
         embedding_bytes=embedding,
         head_bytes=head,
         tied_bytes=embedding + head - both,

@@ -296,5 +296,5 @@ def _loading(shape: ModelShape, execution: Execution, weights: float, *, by_bloc
     """Peak while loading: a checkpoint in another form stays until the new weights are made."""
     held, stored = execution.weight_format, shape.checkpoint
     same = held.bits == stored.bits and (stored.bits is not None or held.float_bytes == stored.float_bytes)
-    read = shape.checkpoint_bytes() * (1 - shape.block_share if by_block else 1.0)
+    read = shape.outside_bytes(stored) if by_block else shape.weight_bytes(stored)
     return weights if same else weights + read

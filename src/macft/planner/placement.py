@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 from macft.errors import ConfigError
 from macft.model.adapter_layers import select_layers
@@ -41,8 +42,8 @@ class Layout:
         resident = set(execution.resident_blocks)
         reads = [number for number in range(shape.blocks) if number not in resident]
         reads += [number for number in reads if first_trained <= number < shape.blocks - 1]
-        size = shape.checkpoint_bytes() * shape.block_share / shape.blocks
-        return cls("stream", shape.blocks, len(resident), size * len(reads))
+        sizes = shape.block_bytes(shape.checkpoint)
+        return cls("stream", shape.blocks, len(resident), sum(sizes[number] for number in reads))
 
     @property
     def line(self) -> str:
@@ -235,9 +236,18 @@ def blocks_with_room(shape: ModelShape, execution: Execution, budget: float, end
     There may be more than the model has; below 0, not even what is around them fits. A fifth is left for activations
     and a cache of keys and values.
     """
-    weights = shape.weight_bytes(execution.weight_format)
-    outside, block = weights * shape.outside_share(ends), weights * shape.block_share / shape.blocks
-    return math.floor((WEIGHTS_ONLY * budget - outside) / block)
+    weights = execution.weight_format
+    free, sizes = WEIGHTS_ONLY * budget - shape.outside_bytes(weights, ends), shape.block_bytes(weights)
+    if free < 0 or free >= sum(sizes):
+        return math.floor(free / (sum(sizes) / len(sizes)))
+    # Blocks that follow each other, wherever they begin.
+    before = [0.0, *accumulate(sizes)]
+    fitting = (
+        count
+        for count in range(len(sizes), 0, -1)
+        if all(end - start <= free for start, end in zip(before, before[count:], strict=False))
+    )
+    return next(fitting, 0)
 
 
 def _with_key(refusal: str | None) -> str | None:

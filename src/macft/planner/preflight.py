@@ -86,7 +86,9 @@ def preflight(
         if agreed.config is not config:
             part = NodePart(agreed.config, model_folder, steps, shard)
         changes = hand_over(part, collective, agreed)
-        decision = _decide(part, agreed.cut if changes is None else changes.cut)
+        # A pipeline that the nodes have chosen themselves leaves out those for which there is no block.
+        is_wanted = config.topology.placement == "pipeline"
+        decision = _decide(part, agreed.cut if changes is None else changes.cut, is_wanted=is_wanted)
         decision = decision._replace(notes=[*agreed.lines, *decision.notes], changes=changes)
     except ConfigError as error:
         refusal = str(error)
@@ -101,8 +103,11 @@ def preflight(
     return decision
 
 
-def _decide(part: NodePart, cut: Cut) -> Preflight:
-    """What this node decides. Raises ConfigError as :func:`preflight` does."""
+def _decide(part: NodePart, cut: Cut, *, is_wanted: bool) -> Preflight:
+    """What this node decides; ``is_wanted``: the configuration asks for a pipeline.
+
+    Raises ConfigError as :func:`preflight` does.
+    """
     config, topology = part.config, part.config.topology
     try:
         shape = part.shape
@@ -114,7 +119,7 @@ def _decide(part: NodePart, cut: Cut) -> Preflight:
         execution = execution.streamed(()) if topology.placement == "stream" else execution.unplanned()
         return Preflight(config, execution, execution.placement, [f"no memory plan: {error}"])
     if topology.placement == "pipeline":
-        decision = _decide_stage(part, cut)
+        decision = _decide_stage(part, cut, is_wanted=is_wanted)
         return decision._replace(notes=[*decision.notes, *part.packing_notes])
     placer = part.placer
     chosen = placer.decide()
@@ -135,14 +140,14 @@ def _decide(part: NodePart, cut: Cut) -> Preflight:
     return Preflight(config, chosen, Layout.of(shape, chosen, placer.first_trained).line, notes, refit=refit)
 
 
-def _decide_stage(part: NodePart, cut: Cut) -> Preflight:
+def _decide_stage(part: NodePart, cut: Cut, *, is_wanted: bool) -> Preflight:
     """What a node of a pipeline decides."""
     config, topology, shape, execution = part.config, part.config.topology, part.shape, part.execution
     world_size = part.shard.world_size
     obstacle = obstacle_to_reading_blocks(execution, shape, config.adapter)
     if obstacle is not None:
         raise ConfigError(f"topology.placement: pipeline {obstacle}")
-    if cut(world_size) is None:
+    if is_wanted or cut(world_size) is None:
         check_layout(topology, shape.blocks, world_size)
     may_keep, first_trained = execution.may_keep_activations, part.placer.first_trained
     costs = block_costs(shape, first_trained, keeps=may_keep)

@@ -26,6 +26,7 @@ from macft.errors import DataError, MacftError, ModelError
 from macft.model.bundled import BUNDLED, ensure_bundled
 from macft.model.execution import Execution
 from macft.model.load import load_tokenizer
+from macft.model.resolve import fetch_config, is_hub_id
 from macft.model.shape import ModelShape, read_shape, shape_of
 from macft.network.link_kinds import LinkKind, find_links
 from macft.parallel.shares import DataShard
@@ -105,7 +106,7 @@ def plan_run(config: TrainConfig, *, progress: Progress | None = None) -> RunPla
     count = len(macs) or world_size(config)
     tell(f"finding the model {config.model.path}", 0, 0)
     shape, folder = find_shape(config, notes)
-    if config.topology.placement == "pipeline" and isinstance(config.topology.stages, list):
+    if config.topology.placement == "pipeline":
         check_layout(config.topology, shape.blocks, count)
     steps, total_steps = _steps(config, folder, notes, tell)
     tell("measuring this machine", 0, 0)
@@ -302,23 +303,16 @@ def find_shape(config: TrainConfig, notes: list[str]) -> tuple[ModelShape, Path 
         folder = ensure_bundled(BUNDLED[name])
     if folder.is_dir():
         return read_shape(folder), folder
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(name, "config.json", revision=config.model.revision) if "/" in name else None
+    cached = try_to_load_from_cache(name, "config.json", revision=config.model.revision) if is_hub_id(name) else None
     if isinstance(cached, str):
         return read_shape(Path(cached).parent), Path(cached).parent
     if (known := known_models().get(name)) is not None:
         notes.append(f"{name}: sizes from macft's own table, the model is not on this machine")
         return shape_of(known, name), None
-    try:
-        fetched = hf_hub_download(name, "config.json", revision=config.model.revision, etag_timeout=4)
-    # The hub's client lets its HTTP library's own errors through.
-    except Exception as error:
-        raise ModelError(
-            f"model.path: '{name}' is not on this machine and its config.json can't be fetched; "
-            "give a folder that holds the config.json"
-        ) from error
-    return read_shape(Path(fetched).parent), None
+    fetched = fetch_config(config.model)
+    return read_shape(fetched), fetched
 
 
 def known_models() -> dict[str, dict[str, Any]]:

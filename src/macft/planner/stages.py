@@ -28,8 +28,10 @@ def block_costs(shape: ModelShape, first_trained: int, *, keeps: bool) -> tuple[
     have a target. The same on all nodes.
     """
     trained = 2.0 if keeps else 3.0
-    costs = [1.0 if number < first_trained else trained for number in range(shape.blocks)]
-    costs[-1] += shape.embedding_parameters / shape.block_parameters
+    passes = [1.0 if number < first_trained else trained for number in range(shape.blocks)]
+    mean = shape.block_parameters
+    costs = [count * active / mean for count, active in zip(passes, shape.active_parameters, strict=True)]
+    costs[-1] += shape.embedding_parameters / mean
     return tuple(costs)
 
 
@@ -144,10 +146,11 @@ class StagePlanner:
         """
         shape, blocks = self.planner.shape, self._stage[0]
         resident = set(spread(blocks, min(len(blocks), execution.block_capacity)))
-        reads = sum(1 + (block >= self.first_trained) for block in blocks if block not in resident)
+        sizes = shape.block_bytes(shape.checkpoint)
+        reads = sum((1 + (block >= self.first_trained)) * sizes[block] for block in blocks if block not in resident)
         batches = self.planner.step_batches(self.planner.execution.micro_batch_size)
         passes = sum(map(len, batches)) / max(1, len(batches))
-        return reads * passes * shape.checkpoint_bytes() * shape.block_share / shape.blocks
+        return reads * passes
 
     @property
     def _stage(self) -> tuple[range, int]:
@@ -211,9 +214,10 @@ class StagePlanner:
         shape, trained = planner.shape, trained_part(planner.shape, planner.adapter)
         inside = replace(planner.execution, placement="replicate", recompute="blocks")
         parts = predict(shape, inside, planner.adapter, planner.optimizer, work, by_block=True)
-        resident = replace(planner.execution, resident_blocks=tuple(range(count)))
-        blocks = len(self._stage[0]) if count <= len(self._stage[0]) else None  # None: of a larger stage later
-        held = held_weights(shape, resident, self._ends, blocks)
+        # Of a larger stage later it may be any blocks.
+        own = self._stage[0] if count <= len(self._stage[0]) else range(shape.blocks)
+        resident = replace(planner.execution, resident_blocks=tuple(spread(own, count)))
+        held = held_weights(shape, resident, self._ends, own)
         border = shape.hidden * planner.execution.weight_format.float_bytes * work.tokens
         borders = in_flight(from_end)[0] * (1 + self._trained) * border
         one_block = parts.activations - recomputed_inputs(shape, inside, trained.depth, work.tokens)

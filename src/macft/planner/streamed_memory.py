@@ -59,15 +59,16 @@ def update_bytes(trained: int) -> float:
 
 
 def held_weights(
-    shape: ModelShape, execution: Execution, ends: Collection[str] = BOTH_ENDS, blocks: int | None = None
+    shape: ModelShape, execution: Execution, ends: Collection[str] = BOTH_ENDS, blocks: Collection[int] | None = None
 ) -> float:
-    """Most bytes of weights in memory at once, on a node that computes ``ends`` and so many ``blocks``; None: all."""
-    weights, count = shape.weight_bytes(execution.weight_format), len(execution.resident_blocks)
-    in_memory = min(shape.blocks if blocks is None else blocks, count + _IN_FLIGHT)
-    block = weights * shape.block_share / shape.blocks
-    being_read = 0.0
+    """Most bytes of weights in memory at once, on a node that computes ``ends`` and ``blocks``; None: all."""
     held, stored = execution.weight_format, shape.checkpoint
+    sizes, files = shape.block_bytes(held), shape.block_bytes(stored)
+    own, resident = range(shape.blocks) if blocks is None else blocks, set(execution.resident_blocks)
+    others = sorted((sizes[number] for number in own if number not in resident), reverse=True)
+    being_read = 0.0
     same = held.bits == stored.bits and (stored.bits is not None or held.float_bytes == stored.float_bytes)
-    if count < shape.blocks and not same:  # cast or dequantised from the files' form
-        being_read = shape.checkpoint_bytes() * shape.block_share / shape.blocks
-    return weights * shape.outside_share(ends) + block * in_memory + being_read
+    if len(resident) < shape.blocks and not same:  # cast or dequantised from the files' form
+        being_read = max((files[number] for number in own), default=0.0)
+    in_memory = sum(sizes[number] for number in resident) + sum(others[:_IN_FLIGHT])
+    return shape.outside_bytes(held, ends) + in_memory + being_read

@@ -1,9 +1,10 @@
-"""A plan as tables on the terminal, readable at 80 columns."""
+"""A plan as tables on the terminal, and as lines where it is too narrow for them."""
 
 from __future__ import annotations
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
 from macft.planner.longest_row import LongestRowPlan
@@ -44,12 +45,12 @@ def show_longest_rows(plan: LongestRowPlan, console: Console) -> None:
         console.print(plan.unknown)
         return
     table = _table("longest row that fits, tokens, by what the backward pass computes again (training.recompute)")
-    table.add_column("node", overflow="fold", min_width=8)
+    table.add_column("node", overflow="fold", min_width=6)
     _numbers(table, "available, GB", *plan.nodes[0].macft, "mlx_lm", "mlx_lm --grad-checkpoint")
     for node in plan.nodes:
         lengths = (*node.macft.values(), node.mlx_lm["none"], node.mlx_lm["blocks"])
         table.add_row(node.node, f"{node.budget / 1e9:.1f}", *(_tokens(length, plan.limit) for length in lengths))
-    console.print(table)
+    _print(table, console)
     for note in plan.notes:
         console.print(f"· {note}")
     console.print("· within 15% of the memory where it was measured, on a CPU (docs/plan.md); no Mac was measured")
@@ -65,6 +66,19 @@ def _table(title: str) -> Table:
     return Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
 
 
+def _print(table: Table, console: Console) -> None:
+    """Prints ``table``; where its columns don't fit, a line for each row: its first cell, then the others by name."""
+    unlimited = console.options.update(width=10_000, max_width=10_000)
+    if console.measure(table, options=unlimited).minimum <= console.width:
+        console.print(table)
+        return
+    console.print(table.title or "")
+    names = [str(column.header) for column in table.columns]
+    for first, *others in zip(*(column.cells for column in table.columns), strict=True):
+        named = ", ".join(f"{name} {cell}" for name, cell in zip(names[1:], others, strict=True) if cell != "-")
+        console.print(Padding(f"{first}: {named}", (0, 0, 0, 2)))
+
+
 def _numbers(table: Table, *names: str) -> None:
     """Columns that are never narrower than their content."""
     for name in names:
@@ -74,7 +88,7 @@ def _numbers(table: Table, *names: str) -> None:
 def _show_memory(plan: RunPlan, console: Console) -> None:
     """Memory of each node with the whole model."""
     table = _table("memory of each node with the whole model, GB")
-    table.add_column("node", overflow="fold", min_width=8)
+    table.add_column("node", overflow="fold", min_width=6)
     _numbers(table, "weights", "trained", "activations", "rest", "peak", "available")
     table.add_column("fits", no_wrap=True)
     _numbers(table, "rows")
@@ -91,7 +105,7 @@ def _show_memory(plan: RunPlan, console: Console) -> None:
             "no" if node.refusal is not None else "?" if unknown else "yes",
             str(node.rows),
         )
-    console.print(table)
+    _print(table, console)
     for node in plan.nodes:
         console.print(f"{node.name}: {node.layout.line}; {_settings(node)}")
     for node in plan.nodes:
@@ -104,7 +118,7 @@ def _show_memory(plan: RunPlan, console: Console) -> None:
 def _show_pipelines(plan: RunPlan, decision: LayoutDecision, console: Console) -> None:
     """Which node has which blocks."""
     table = _table("pipeline: blocks and memory of each node, GB")
-    table.add_column("node", overflow="fold", min_width=8)
+    table.add_column("node", overflow="fold", min_width=6)
     table.add_column("blocks", no_wrap=True)
     _numbers(table, "weights", "trained", "activations", "reserve", "peak", "available", "busy")
     pairs = zip(decision.layout.pipelines, decision.choices, decision.micro_batches, strict=True)
@@ -120,7 +134,7 @@ def _show_pipelines(plan: RunPlan, decision: LayoutDecision, console: Console) -
                 f"{busy:.0%}",
                 end_section=stage is stages[-1] and number + 1 < len(decision.layout.pipelines),
             )
-    console.print(table)
+    _print(table, console)
     for number, count in enumerate(decision.micro_batches):
         which = f"pipeline {number + 1}: " if len(decision.micro_batches) > 1 else "pipeline: "
         names = " > ".join(plan.nodes[stage.rank].name for stage in decision.layout.pipelines[number])
@@ -151,7 +165,7 @@ def _stage_memory(node: NodePlan, choice: StageChoice) -> list[str]:
 def _show_placements(plan: RunPlan, console: Console) -> None:
     """Speed and time of each placement that fits."""
     table = _table("estimate; exchange, wire and disk in seconds a step")
-    table.add_column("placement", no_wrap=True)
+    table.add_column("placement", no_wrap=True, min_width=len("replicate *"))
     _numbers(table, "tokens/s", "s/step", "idle", "exchange", "wire", "disk", "whole run")
     watts = [node.watts for node in plan.nodes]
     if all(value is not None for value in watts):
@@ -169,7 +183,7 @@ def _show_placements(plan: RunPlan, console: Console) -> None:
             used = sum(watts[rank] or 0.0 for rank in decision.ranks)
             row.append(f"{used * decision.seconds * plan.steps / 3.6e6:.3f}")
         table.add_row(*row)
-    console.print(table)
+    _print(table, console)
     if len(plan.placements) > 1 and plan.chosen is not None:
         console.print(f"* the run's placement. Others: topology.placement={'|'.join(plan.placements)}")
 

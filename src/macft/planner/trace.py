@@ -23,6 +23,7 @@ from macft.model.execution import Execution
 from macft.model.head import Backbone, split_head
 from macft.model.mlx_lm_tuner import LoRASwitchLinear
 from macft.model.module_classes import Members, replaced_members
+from macft.model.weight_sizes import Quantization, StoredQuantization
 from macft.planner.graph import graph_of
 
 # Measured against predicted peaks of random models; see docs/plan.md. The graph is that of mlx-lm's code, as custom
@@ -104,7 +105,10 @@ def _adapted(config: str, execution: Execution, adapter: str) -> nn.Module | str
         if loops_over_time(model):
             return "some of its layers go through a row token by token"
         if execution.bits is not None:
-            nn.quantize(model, execution.group_size, execution.bits)
+            stored = StoredQuantization.of(settings)
+            if stored.base is None:
+                stored = StoredQuantization(Quantization(execution.bits, execution.group_size), {})
+            nn.quantize(model, class_predicate=stored.predicate)
         dtype = _DTYPES[execution.dtype]
         model.update(tree_map(lambda x: x.astype(dtype) if x.dtype in _DTYPES.values() else x, model.parameters()))
         adapt(model, AdapterConfig(**json.loads(adapter)), seed=0, evaluated=False)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import asyncssh
 
-from macft.errors import LaunchError
+from macft.errors import LaunchError, MacftError
 from macft.topology.settings import split_destination
 
 _CONNECT_SECONDS = 10.0
@@ -61,3 +62,13 @@ async def connect(destination: str) -> asyncssh.SSHClientConnection:
 def python_command(python: str) -> str:
     """The path quoted for the remote shell, with ``~`` left unquoted."""
     return "~/" + shlex.quote(python[2:]) if python.startswith("~/") else shlex.quote(python)
+
+
+def raise_all(results: Sequence[object]) -> None:
+    """Raises the errors among ``results`` as one, with a line for each host."""
+    errors = [result for result in results if isinstance(result, BaseException)]
+    for error in errors:
+        if not isinstance(error, MacftError):
+            raise error
+    if errors:
+        raise LaunchError("\n".join(str(error) for error in errors))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,17 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from macft.cli.shell import command
+from macft.report.console_text import (
+    Row,
+    base_model,
+    millions,
+    one_line,
+    printable,
+    result_rows,
+    sample_rows,
+    short_path,
+    with_broken_path,
+)
 from macft.report.durations import duration
 from macft.report.events import (
     BlocksMoved,
@@ -26,7 +36,6 @@ from macft.report.events import (
     PhaseProgress,
     RunEnded,
     RunStarted,
-    Sample,
     SamplesShown,
     StepDone,
 )
@@ -36,9 +45,14 @@ from macft.report.run_folder import RunFolder
 
 _PLAIN_WIDTH = 100
 _NARROWEST_PANEL = 40
+_BAR_COLUMNS = 8
+"""The least that a bar takes of a line."""
+_PHASE_COLUMNS = len("answering, before") + 3
+"""The longest name in front of a bar, and a space between each two columns of the line."""
+_PANEL_EDGES = 4
+"""Columns of a panel that its frame and the space beside it take."""
 # Weight of the newest step in the running speed: about the last twenty steps count.
 _SMOOTHING = 0.1
-_LONGEST_TEXT = 480
 _LONGEST_SILENCE = 30.0
 """Seconds of training after which a step is printed even if it is none of every ``every`` steps."""
 _NOTE_STYLES = {"warning": "yellow", "error": "red"}
@@ -48,9 +62,6 @@ _TITLES = {
     "interrupted": ("Interrupted", "yellow"),
     "failed": ("Failed", "red"),
 }
-
-Row = tuple[str, str, str]
-"""A label, its text and the text's style."""
 
 
 class ConsoleReporter:
@@ -96,7 +107,7 @@ class ConsoleReporter:
                 self._show_change(event)
             case BlocksMoved():
                 self._end_phase()
-                self._line(f"{self._position(event.step)}  {_printable(event.line)}", "yellow")
+                self._text(f"{self._position(event.step)}  {printable(event.line)}", "yellow")
             case Noted():
                 self._show_note(event.text, event.level)
             case PhaseProgress():
@@ -123,7 +134,7 @@ class ConsoleReporter:
         rows = [
             ("model", event.model, "bold"),
             ("adapter", event.adapter, ""),
-            ("trains", f"{_millions(event.trainable_parameters)} of {_millions(event.total_parameters)} M "
+            ("trains", f"{millions(event.trainable_parameters)} of {millions(event.total_parameters)} M "
                        f"parameters ({share:.2%})", ""),
             ("data", f"{event.train_rows:,} rows to train, {event.valid_rows:,} to validate, "
                      f"{event.test_rows:,} to test", ""),
@@ -131,7 +142,7 @@ class ConsoleReporter:
             ("nodes", nodes, ""),
             ("device", event.device, ""),
             *([("weights", event.layout, "")] if event.layout else []),
-            ("folder", str(_short(event.run_folder)), ""),
+            ("folder", str(short_path(event.run_folder)), ""),
         ]  # fmt: skip
         self._block("macft", rows, "blue")
         for note in event.notes:
@@ -149,48 +160,51 @@ class ConsoleReporter:
         left = duration(self._speed.seconds_per_step * (event.total_steps - event.step))
         rate = f"{self._speed.tokens_per_second:,.0f} tokens/s"
         if self._progress is not None and self._training is not None:
-            detail = f"loss {event.loss:.3f}  left {left}  {rate}  lr {event.learning_rate:.1e}"
-            self._progress.update(self._training, completed=event.step, detail=detail)
+            details = [f"loss {event.loss:.3f}", f"left {left}", rate, f"lr {event.learning_rate:.1e}"]
+            self._progress.update(self._training, completed=event.step, detail=self._beside_bar(details))
         is_first, self._has_stepped = not self._has_stepped, True
         self._untold_seconds += event.seconds
         is_long = self._untold_seconds >= _LONGEST_SILENCE
         if is_first or is_long or event.step % self._every == 0 or event.step == event.total_steps:
             self._untold_seconds = 0.0
-            self._line(
-                f"{self._position(event.step)}  loss {event.loss:6.3f}  lr {event.learning_rate:.2e}  "
-                f"grad {event.grad_norm:6.2f}  {rate:>14}  {self._speed.seconds_per_step:5.2f} s/step  "
-                f"left {left}"
+            self._fields(
+                self._position(event.step),
+                f"loss {event.loss:6.3f}",
+                f"lr {event.learning_rate:.2e}",
+                f"grad {event.grad_norm:6.2f}",
+                f"{rate:>14}",
+                f"{self._speed.seconds_per_step:5.2f} s/step",
+                f"left {left}",
             )
 
     def _show_validation(self, event: Evaluated) -> None:
         self._end_phase()
-        remark = "" if event.step else "  before training"
-        if event.is_best and event.step:
-            remark = "  best so far"
-        self._line(f"{self._position(event.step)}  validation loss {event.loss:.3f}{remark}", "cyan")
+        fields = [self._position(event.step), f"validation loss {event.loss:.3f}"]
+        if not event.step:
+            fields.append("before training")
+        elif event.is_best:
+            fields.append("best so far")
+        self._fields(*fields, style="cyan")
 
     def _show_metric(self, event: MetricScored) -> None:
         self._end_phase()
         split = "validation" if event.split == "valid" else event.split
-        self._line(
-            f"{self._position(event.step)}  {result_name(event.name)} {result_text(event.name, event.value)} of "
-            f"{event.count} {split} rows  {event.when} training",
-            "cyan",
-        )
+        score = f"{result_name(event.name)} {result_text(event.name, event.value)} of {event.count} {split} rows"
+        self._fields(self._position(event.step), score, f"{event.when} training", style="cyan")
 
     def _show_samples(self, event: SamplesShown) -> None:
         self._end_phase()
         for number, sample in enumerate(event.samples, 1):
-            self._block(f"sample {number} of {len(event.samples)}", _sample_rows(sample), "dim")
+            self._block(f"sample {number} of {len(event.samples)}", sample_rows(sample), "dim")
 
     def _show_change(self, event: NodesChanged) -> None:
         self._end_phase()
         self._changes.append(event)
-        self._line(f"{self._position(event.step)}  {_printable(event.line)}", "yellow")
+        self._text(f"{self._position(event.step)}  {printable(event.line)}", "yellow")
 
     def _show_note(self, text: str, level: str) -> None:
         mark = f"{level}: " if level in _NOTE_STYLES else "· "
-        self._line(mark + _printable(text), _NOTE_STYLES.get(level, "dim"))
+        self._text(mark + printable(text), _NOTE_STYLES.get(level, "dim"))
 
     def _show_progress(self, event: PhaseProgress) -> None:
         if self._progress is None:
@@ -213,7 +227,7 @@ class ConsoleReporter:
         # The commands come below the panel and unbroken, so that they can be copied.
         title, colour = _TITLES.get(event.reason, (event.reason, ""))
         rows = [
-            *_result_rows(event),
+            *result_rows(event),
             ("time", f"{event.steps:,} step{'' if event.steps == 1 else 's'}, {duration(event.seconds)}", ""),
         ]
         if self._speed.total_seconds:
@@ -225,17 +239,17 @@ class ConsoleReporter:
         if event.energy is not None:
             rows.append(("energy", event.energy.line, ""))
         if event.adapter_folder is not None:
-            rows.append(("adapter", str(_short(event.adapter_folder)), ""))
+            rows.append(("adapter", str(short_path(event.adapter_folder)), ""))
         self._block(title, rows, colour)
         for warning in event.warnings:
             self._show_note(warning, "warning")
         if event.detail and event.reason != "failed":  # of an error the command prints one line itself
-            self._line(_one_line(event.detail), colour)
+            self._line(one_line(event.detail), colour)
         if event.adapter_folder is not None:
-            self._line(f"try it: {command('python', '-m', 'macft.generate', _short(self._folder.path))}")
+            self._line(f"try it: {command('python', '-m', 'macft.generate', short_path(self._folder.path))}")
             self._line(f"with mlx-lm: {self._generate(event.adapter_folder)}")
         if self._folder.curves:
-            self._line(f"curves: {command('tensorboard', '--logdir', _short(self._folder.logdir))}")
+            self._line(f"curves: {command('tensorboard', '--logdir', short_path(self._folder.logdir))}")
 
     def _position(self, step: int) -> str:
         width = len(str(self._total_steps))
@@ -243,31 +257,69 @@ class ConsoleReporter:
 
     def _generate(self, adapter_folder: Path) -> str:
         if self._folder.model.is_dir():
-            words: list[str | Path] = ["mlx_lm.generate", "--model", _short(self._folder.model)]
+            words: list[str | Path] = ["mlx_lm.generate", "--model", short_path(self._folder.model)]
         else:
-            model = _base_model(adapter_folder) or self._model
-            words = ["mlx_lm.generate", "--model", _short(Path(model)), "--adapter-path", _short(adapter_folder)]
+            model = base_model(adapter_folder) or self._model
+            words = [
+                "mlx_lm.generate",
+                "--model",
+                short_path(Path(model)),
+                "--adapter-path",
+                short_path(adapter_folder),
+            ]
         return f'{command(*words)} --prompt "..."'
 
+    def _beside_bar(self, details: list[str]) -> str:
+        """As many of ``details`` as leave room for the bar, its count and the longest name of a phase."""
+        room = self._console.width - _PHASE_COLUMNS - _BAR_COLUMNS - 2 * len(str(self._total_steps)) - 1
+        while details and len("  ".join(details)) > room:
+            details = details[:-1]
+        return "  ".join(details)
+
     def _line(self, text: str, style: str = "") -> None:
+        """Unbroken: the terminal breaks it where it is full, and a command in it is copied as one."""
         self._console.print(Text(text, style=style), soft_wrap=True)
+
+    def _fields(self, *fields: str, style: str = "") -> None:
+        """Two spaces between each two of them; at a terminal as many in a line as fit."""
+        line = fields[0]
+        for field in fields[1:]:
+            if self._is_live and len(line) + 2 + len(field) > self._console.width:
+                self._line(line, style)
+                line = f"  {field.lstrip()}"
+            else:
+                line += f"  {field}"
+        self._line(line, style)
+
+    def _text(self, text: str, style: str = "") -> None:
+        """At a terminal broken between words, unless it has a command to copy."""
+        if not self._is_live or "`" in text:
+            self._line(text, style)
+            return
+        indent = "  " if self._console.width >= _NARROWEST_PANEL else ""
+        lines = textwrap.wrap(
+            text, self._console.width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+        for line in lines:
+            self._line(line, style)
 
     def _block(self, title: str, rows: list[Row], colour: str) -> None:
         if self._is_live and self._console.width >= _NARROWEST_PANEL:
-            panel = Panel(_grid(rows), title=title, title_align="left", border_style=colour, box=box.ROUNDED)
+            grid = _grid(rows, self._console.width - _PANEL_EDGES)
+            panel = Panel(grid, title=title, title_align="left", border_style=colour, box=box.ROUNDED)
             self._console.print(panel)
             return
         self._line(title)
         if self._is_live:  # too narrow for two columns: a panel would leave the texts out
             for label, text, _ in rows:
                 self._line(f"  {label}")
-                for line in textwrap.wrap(_printable(text) or "-", max(8, self._console.width - 4)):
+                for line in textwrap.wrap(printable(text) or "-", max(8, self._console.width - 4)):
                     self._line(f"    {line}")
             return
         width = max(len(label) for label, _, _ in rows)
         for label, text, _ in rows:
             lines = textwrap.fill(
-                _printable(text) or "-",
+                printable(text) or "-",
                 _PLAIN_WIDTH,
                 initial_indent=f"  {label:<{width}}  ",
                 subsequent_indent=" " * (width + 4),
@@ -318,7 +370,7 @@ class _Speed:
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=8)),
+        BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=_BAR_COLUMNS)),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TextColumn("{task.fields[detail]}", markup=False),
         console=console,
@@ -328,73 +380,11 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _grid(rows: list[Row]) -> Table:
+def _grid(rows: list[Row], width: int) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
+    width -= 2 + max(len(label) for label, _, _ in rows)
     for label, text, style in rows:
-        grid.add_row(label, Text(_printable(text), style=style))
+        grid.add_row(label, Text(with_broken_path(printable(text), width), style=style))
     return grid
-
-
-def _sample_rows(sample: Sample) -> list[Row]:
-    rows = [("question", _shortened(sample.prompt), "bold"), ("expected", _shortened(sample.expected), "")]
-    for label, answer, correct in (
-        ("before", sample.before, sample.before_correct),
-        ("after", sample.after, sample.after_correct),
-    ):
-        if answer is not None:
-            mark, style = {True: ("✓ ", "green"), False: ("✗ ", "red"), None: ("", "")}[correct]
-            rows.append((label, mark + (_shortened(answer) or "(nothing)"), style))
-    return rows
-
-
-def _result_rows(event: RunEnded) -> list[Row]:
-    rows = []
-    for name, value in event.final.items():
-        if name.endswith("_before") and name.removesuffix("_before") in event.final:
-            continue  # shown in the row of its name
-        shown = result_text(name, value)
-        if (before := event.final.get(f"{name}_before")) is not None:
-            shown = f"{result_text(name, before)} → {shown}"
-        rows.append((result_name(name), shown, "bold"))
-    return rows
-
-
-def _short(path: Path) -> Path:
-    """A path as one would type it here: below the working folder or the home folder without what leads there."""
-    for base, prefix in ((Path.cwd(), Path()), (Path.home(), Path("~"))):
-        if path.is_absolute() and path.is_relative_to(base) and path != base:
-            short = prefix / path.relative_to(base)
-            return path if str(short).startswith("~") and prefix == Path() else short
-    return path
-
-
-def _base_model(adapter_folder: Path) -> str | None:
-    """What the adapter belongs to, as its own file says: a bundled model's name means nothing to mlx-lm."""
-    try:
-        name = json.loads((adapter_folder / "adapter_config.json").read_text(encoding="utf-8")).get("model")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return name if isinstance(name, str) else None
-
-
-def _printable(text: str) -> str:
-    """One line without control characters: an untrained model's answer may hold any."""
-    return "".join(letter if letter.isprintable() else "�" for letter in " ".join(text.split()))
-
-
-def _one_line(text: str) -> str:
-    """The same, with each space of the commands in it: the names of folders hold any."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
-def _shortened(text: str) -> str:
-    """Without its middle if it is very long: a schema comes first and the question last."""
-    line = _printable(text)
-    half = _LONGEST_TEXT // 2
-    return line if len(line) <= _LONGEST_TEXT else f"{line[:half]} ... {line[-half:]}"
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:,.2f}"

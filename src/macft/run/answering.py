@@ -35,7 +35,7 @@ from macft.generation.pipeline import PURPOSE, channel_pairs, follow
 from macft.generation.stage import AnsweringStage
 from macft.model.attach import attach
 from macft.model.backends.choose import make_backend
-from macft.model.ends import ends_of
+from macft.model.ends import AFTER, ends_of
 from macft.model.load import LoadedModel, load, load_tokenizer
 from macft.model.local import find_local
 from macft.model.resolve import resolve
@@ -217,7 +217,7 @@ class AnsweringRank:
             shape = read_shape(folder)
             execution = inference_execution(spread.model, folder)
             budget = self._budget(spread, folder)
-            weights, chip = shape.weight_bytes(execution.weight_format), own_chip()
+            weights, chip = execution.weight_format, own_chip()
             return _Facts(
                 self._name,
                 machine=f"{platform.node()}, {chip.chip if chip is not None else platform.machine()}",
@@ -225,8 +225,8 @@ class AnsweringRank:
                 room=tuple(blocks_with_room(shape, execution, budget, ends) for ends in _KINDS),
                 bandwidth=self._memory_speed,
                 disk=disk_speed().bytes_per_second,
-                block=weights * shape.block_share / shape.blocks,
-                head=weights * shape.embedding_parameters / shape.parameters,
+                block=sum(shape.block_bytes(weights)) / shape.blocks,
+                head=shape.outside_bytes(weights, (AFTER,)),
                 budget=budget,
                 digest=_digest(folder),
             )

@@ -18,19 +18,7 @@ from macft.config.execution import with_execution
 from macft.config.schema import TrainConfig
 from macft.config.validate import to_plain
 from macft.config.yaml import to_yaml
-from macft.data.checks import check_rows
-from macft.data.load import (
-    LoadedData,
-    fraction_notes,
-    read,
-    rows_to_tokenize,
-    sample_rows,
-    tokenize_all,
-    with_few_test_rows,
-)
-from macft.data.order import RowOrder
-from macft.data.settings import DatasetConfig
-from macft.data.template_clock import fix_clock
+from macft.data.load import LoadedData, sample_rows
 from macft.device.mlx_device import prepare_device
 from macft.errors import CheckpointError
 from macft.model.adapt import Adaptation, adapt
@@ -38,11 +26,7 @@ from macft.model.adapter_files import load_adapter_weights
 from macft.model.backends.base import Backend
 from macft.model.backends.choose import make_backend
 from macft.model.confirm import confirm
-from macft.model.learned_positions import check_lengths
-from macft.model.load import LoadedModel, load, load_tokenizer
-from macft.model.resolve import resolve
-from macft.model.vocabulary import vocabulary_of
-from macft.model.weight_files import check_weight_files
+from macft.model.load import LoadedModel, load
 from macft.parallel.balance import ShareBalancer
 from macft.parallel.stage_balance import StageBalancer
 from macft.parallel.stage_places import StagePlaces
@@ -53,9 +37,10 @@ from macft.report.events import Reporter
 from macft.report.phase_lines import PhaseLines
 from macft.report.run_folder import RunFolder
 from macft.report.trackers.registry import require_installed
-from macft.run.contents import agree_on_contents, contents_of, store_contents, told_to_others
-from macft.run.held_out import HeldOut, choose_held_out, test_rows_needed
+from macft.run.contents import agree_on_contents, store_contents, told_to_others
+from macft.run.held_out import HeldOut
 from macft.run.local_paths import with_absolute_paths
+from macft.run.prepare_data import begin_phase, prepare_data
 from macft.run.resume import check_resume, check_steps, no_checkpoint, notes_of_changes, previous_config
 from macft.thermal.throttle import ThermalThrottle
 from macft.training.build_trainer import build_trainer
@@ -137,39 +122,13 @@ def prepare(
     with told_to_others(collective, host):
         if collective.rank == 0:
             require_installed(config.report.trackers)
-        _begin_phase(phases, f"reading the dataset {_named(config.dataset)}")
-        raw = read(config.dataset, seed=config.seed)
-        split_notes = fraction_notes(raw, config.dataset)
-
-        _begin_phase(phases, f"finding the model {config.model.path}", once=True)  # a download shows a bar
-        model_folder = resolve(config.model)
-        check_weight_files(model_folder)
-        tokenizer = load_tokenizer(config.model, model_folder)
-        clock_notes = fix_clock(tokenizer, config.dataset.template_time)
-
-        raw = with_few_test_rows(raw, test_rows_needed(config), config.seed)
-        total = rows_to_tokenize(raw, need_test=True)
-        _begin_phase(phases, "tokenizing", total, unit="rows")
-        data = tokenize_all(raw, config.dataset, tokenizer, need_test=True, progress=phases.advance)
-        _begin_phase(phases, "checking the rows")
-        data.notes = split_notes + data.notes
-        data.notes += check_rows(
-            {"train": data.train, "valid": data.valid, "test": data.test},
-            tokenizer,
-            vocabulary=vocabulary_of(model_folder),
-            max_seq_length=config.dataset.max_seq_length,
-        )
-        check_lengths(model_folder, [data.train, data.valid, data.test])
-        held_out, held_out_notes = choose_held_out(config, data, tokenizer)
-        order = RowOrder(
-            data.train.source_sizes, data.train.source_weights, batch_size=config.training.batch_size, seed=config.seed
-        )
-        contents = contents_of(config, data, order, model_folder, tokenizer)
-    _begin_phase(phases, "comparing the rows and the model with the other nodes'")
-    contents_notes = agree_on_contents(collective, host, contents, data.train, folder, resume=resume)
+        prepared = prepare_data(config, phases)
+    data, order, model_folder = prepared.data, prepared.order, prepared.model_folder
+    begin_phase(phases, "comparing the rows and the model with the other nodes'")
+    contents_notes = agree_on_contents(collective, host, prepared.contents, data.train, folder, resume=resume)
 
     device = prepare_device()
-    _begin_phase(phases, "planning memory")
+    begin_phase(phases, "planning memory")
     decision = preflight(
         config, model_folder, data.train.rows, order, collective, world_size=planned_world_size(collective)
     )
@@ -179,15 +138,15 @@ def prepare(
     config = with_execution(decision.config, execution)
     training = config.training
 
-    _begin_phase(phases, f"loading the model {config.model.path}")
+    begin_phase(phases, f"loading the model {config.model.path}")
     log.info("from %s, on %s", model_folder, device)
-    loaded = load(config.model, model_folder, execution, tokenizer)
+    loaded = load(config.model, model_folder, execution, prepared.tokenizer)
     execution, revisions = confirm(execution, loaded)
     adaptation = adapt(loaded.model, config.adapter, seed=config.seed, streamed=loaded.streamed)
     if config.adapter.init_from is not None and collective.rank == 0:
         load_adapter_weights(Path(config.adapter.init_from).expanduser(), loaded.model)
 
-    _begin_phase(phases, "sharing the state")
+    begin_phase(phases, "sharing the state")
     reducer = GradientReducer(collective, config.collective.codec, config.collective.powersgd_rank)
     state = TrainState(loaded.model, optimizer, Progress(), reducer, _outer_optimizer(config, loaded))
     store = CheckpointStore(folder.checkpoints, keep_last=training.keep_last)
@@ -231,7 +190,7 @@ def prepare(
     balancer = ShareBalancer(_shares(config, world_size), world_size, every=config.topology.rebalance_every)
     if has_own_folder or is_newcomer:  # all who prepare after the loss of rank 0 are newcomers; one of them will lead
         _begin(folder, given)
-        store_contents(folder, contents)
+        store_contents(folder, prepared.contents)
     reporter = fan_out.build(
         config.report,
         folder,
@@ -272,33 +231,13 @@ def prepare(
         reporter=reporter,
         trainer=trainer,
         compute=compute,
-        held_out=held_out,
+        held_out=prepared.held_out,
         stop=stop,
         backend=backend,
         installed=installed,
         layout=decision.layout,
-        notes=[
-            *loaded.notes,
-            *decision.notes,
-            *revisions,
-            *clock_notes,
-            *contents_notes,
-            *data.notes,
-            *held_out_notes,
-            *state_notes,
-        ],
+        notes=[*loaded.notes, *decision.notes, *revisions, *contents_notes, *prepared.notes, *state_notes],
     )
-
-
-def _begin_phase(
-    phases: PhaseLines, name: str, total: int | None = None, *, unit: str = "", once: bool = False
-) -> None:
-    log.info("%s%s", name, "" if total is None else f": {total} {unit}")
-    phases.begin(name, total, unit=unit, once=once)
-
-
-def _named(dataset: DatasetConfig) -> str:
-    return ", ".join(source.path for source in dataset.all_sources())
 
 
 def _begin(folder: RunFolder, config: TrainConfig) -> None:

@@ -36,12 +36,14 @@ class Provider(ModelProvider):
     def __init__(self, config: ServerConfig):
         super().__init__(_mlx_lm_arguments(config))
         self.max_positions: int | None = None
+        self.vocabulary = 0
 
     def hold(self, loaded: LoadedModel) -> None:
         """Has requests answered by ``loaded``."""
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.model_key = (str(loaded.path), None, None)
         self.max_positions = _max_positions(loaded.config)
+        self.vocabulary = _vocabulary(loaded)
 
     def load(self, *_: Any) -> tuple[Any, Any]:
         """The model and its tokenizer."""
@@ -166,6 +168,13 @@ def status_of(error: Exception) -> int:
 def _max_positions(config: dict[str, Any]) -> int | None:
     value = config.get("max_position_embeddings")
     return value if isinstance(value, int) and value > 0 else None
+
+
+def _vocabulary(loaded: LoadedModel) -> int:
+    """How many tokens the model has logits for."""
+    text = loaded.config.get("text_config")
+    value = (text if isinstance(text, dict) else loaded.config).get("vocab_size", loaded.config.get("vocab_size"))
+    return value if isinstance(value, int) and value > 0 else len(loaded.tokenizer)
 
 
 def _mlx_lm_arguments(config: ServerConfig) -> Namespace:

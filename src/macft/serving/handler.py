@@ -23,6 +23,7 @@ from macft.errors import DataError
 from macft.network.http_server import is_key, is_loopback, name_in
 from macft.serving.engine import Engine, status_of
 from macft.serving.options import MAX_BODY_BYTES, ServerConfig
+from macft.serving.parameters import settle
 
 _COMPLETIONS = ("/v1/chat/completions", "/chat/completions", "/v1/completions")
 _MODELS = "/v1/models"
@@ -87,8 +88,11 @@ class Handler(APIHandler):
         """Raises RequestRefused for a parameter that can't be used."""
         try:
             super().validate_model_parameters()
-        except ValueError as error:
-            raise RequestRefused(HTTPStatus.BAD_REQUEST, str(error)) from None
+            problem = settle(self, self.response_generator.model_provider.vocabulary)
+        except (ValueError, TypeError, OverflowError) as error:
+            problem = str(error)
+        if problem:
+            raise RequestRefused(HTTPStatus.BAD_REQUEST, problem)
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Logs a request."""
@@ -191,6 +195,9 @@ class Handler(APIHandler):
             raise ConnectionResetError("the client went away within its request")
         try:
             body = json.loads(data)
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # half of a pair of surrogates, which no tokenizer takes
+            raise RequestRefused(HTTPStatus.BAD_REQUEST, "the request has text that is not Unicode") from None
         except (ValueError, RecursionError) as error:
             raise RequestRefused(HTTPStatus.BAD_REQUEST, f"the request is not JSON: {error}") from None
         if not isinstance(body, dict):

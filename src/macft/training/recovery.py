@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -148,6 +149,7 @@ class Recovery:
                 continue
             self._reporter.lead(is_main=self.elastic.rank == 0, step=self._state.progress.step)
             self._reporter.handle(replace(change, seconds=time.monotonic() - started))
+            gc.collect()  # the ring and the stages that were left have cycles, and their buffers are large
             return True
         return False
 

@@ -44,8 +44,8 @@ def reasons(results: Sequence[CaseResult]) -> list[str]:
     """A line for each case, or side of one, that has no figures."""
     lines = []
     for found in results:
-        whys = [found.why_not] if found.why_not else list(found.failures.values())
-        lines += [f"{found.case.name}: {why}" for why in whys]
+        reasons = [found.why_not] if found.why_not else list(found.failures.values())
+        lines += [f"{found.case.name}: {reason}" for reason in reasons]
     return lines
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import plistlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +12,6 @@ from macft.thermal.sensors.base import SensorError, now, output_of
 
 _ARGUMENTS = ["-n", "powermetrics", "-s", "thermal,cpu_power,gpu_power", "-i", "500", "-n1", "-f", "plist"]
 _MOST_BYTES = 1 << 20
-_LEVEL = re.compile(r"^Current pressure level:\s*(\w{1,20})\s*$", re.MULTILINE)
-_COMBINED = re.compile(r"^Combined Power \(CPU \+ GPU \+ ANE\):\s*(\d{1,9})\s*mW\s*$", re.MULTILINE)
 
 
 class Powermetrics:
@@ -48,18 +45,6 @@ def parse_plist(output: bytes, source: str) -> list[Reading]:
     return [
         *reading("state", level, time, source),
         *reading("watts", _watts(values), time, source),
-    ]
-
-
-def parse_text(output: bytes, source: str) -> list[Reading]:
-    """The same from powermetrics' text output, such as a saved file; raises SensorError for any other text."""
-    text, time = output.decode("utf-8", "replace"), now()
-    level, power = _LEVEL.search(text), _COMBINED.search(text)
-    if level is None and power is None:
-        raise SensorError("this is not powermetrics' text")
-    return [
-        *reading("state", state_level(level[1]) if level else None, time, source),
-        *reading("watts", int(power[1]) / 1000.0 if power else None, time, source),
     ]
 
 
