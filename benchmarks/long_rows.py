@@ -14,7 +14,6 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 from gpu_path import HEAD_DIM, SIDES, SIZES, make_model, side_of
 from macft.model.adapter_settings import AdapterConfig
@@ -61,8 +60,9 @@ def predicted(side: str, form: WeightFormat, tokens: int, vocabulary: int) -> fl
         "tie_word_embeddings": True,
         "torch_dtype": form.dtype,
         **SIZES["small"],
+        **({"quantization": {"bits": form.bits, "group_size": 64}} if form.bits else {}),
     }
-    shape = replace(shape_of(config, "small"), checkpoint=form)
+    shape = shape_of(config, "small")
     adapter = AdapterConfig(num_layers=BLOCKS)
     execution = Execution(device="cpu", kernels="mlx", dtype=form.dtype, bits=form.bits, max_logits=2**21)
     if side == "mlx_lm":
