@@ -9,6 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.activations import swiglu
 
+from harness.launches import like_a_gpu
 from helpers.computing import gradient_computer, randomize_adapter
 from macft.data.batch import Batch, micro_batches
 from macft.data.formats import Row
@@ -17,7 +18,7 @@ from macft.model.adapter_settings import AdapterConfig
 from macft.model.backends.mlx.layers import rms_norm, short_swiglu
 from macft.model.execution import Execution
 from macft.model.joined_parameters import JoinedParameters
-from step_launches import count_macft, count_mlx_lm, like_a_gpu, small_model
+from step_launches import count_macft, count_mlx_lm, small_model
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 3, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "head_dim": 64}
 

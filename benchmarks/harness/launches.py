@@ -16,6 +16,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -38,13 +39,13 @@ def launches(*arrays: mx.array) -> Counter[str]:
     made_by: dict[str, str] = {}
     outputs: dict[str, list[str]] = defaultdict(list)
     for line in text.getvalue().splitlines():
-        if node := re.match(r'\{ (\d+) \[label ="(\w+)', line):
-            kinds[node[1]] = node[2]
-        elif given := re.match(r'"(\w+)" -> (\d+)', line):
-            inputs[given[2]].append(given[1])
-        elif made := re.match(r'(\d+) -> "(\w+)"', line):
-            made_by[made[2]] = made[1]
-            outputs[made[1]].append(made[2])
+        if label := re.match(r'\{ (\d+) \[label ="(\w+)', line):
+            kinds[label[1]] = label[2]
+        elif edge := re.match(r'"(\w+)" -> (\d+)', line):
+            inputs[edge[2]].append(edge[1])
+        elif edge := re.match(r'(\d+) -> "(\w+)"', line):
+            made_by[edge[2]] = edge[1]
+            outputs[edge[1]].append(edge[2])
 
     def is_transposed(array: str) -> bool:
         maker = made_by.get(array)
@@ -82,12 +83,13 @@ def like_a_gpu(kind: str) -> Iterator[None]:
         yield
         return
     plain = mx.fast.scaled_dot_product_attention
-    names = ("rms_norm", "rope", "scaled_dot_product_attention")
-    before = {name: getattr(mx.fast, name) for name in names}
-    mx.fast.rms_norm, mx.fast.rope = _norm, _rope
+    before = {name: getattr(mx.fast, name) for name in ("rms_norm", "rope", "scaled_dot_product_attention")}
+    instead: dict[str, Any] = {"rms_norm": _norm, "rope": _rope}
     if kind == "cuda":
-        mx.fast.scaled_dot_product_attention = lambda *arrays, **named: _attention(plain, *arrays, **named)
+        instead["scaled_dot_product_attention"] = partial(_attention, plain)
     try:
+        for name, function in instead.items():
+            setattr(mx.fast, name, function)
         yield
     finally:
         for name, function in before.items():
@@ -100,7 +102,7 @@ def _one_kernel(*arrays: mx.array) -> mx.array:
     return mx.cumsum(mx.depends([first], others)[0] if others else first, axis=-1)
 
 
-def _norm(x: mx.array, weight: mx.array | None, _eps: float, **_named: Any) -> mx.array:
+def _norm(x: mx.array, weight: mx.array | None, _eps: float, **_named: Any) -> Any:
     """``mx.fast.rms_norm``, whose gradient takes a second kernel where there is a weight, trained or not."""
     if weight is None:
         norm = mx.custom_function(lambda x: _one_kernel(x))
@@ -116,7 +118,7 @@ def _norm(x: mx.array, weight: mx.array | None, _eps: float, **_named: Any) -> m
     return weighted(x, weight)
 
 
-def _rope(x: mx.array, *_arguments: Any, **_named: Any) -> mx.array:
+def _rope(x: mx.array, *_arguments: Any, **_named: Any) -> Any:
     rope = mx.custom_function(lambda x: _one_kernel(x))
     rope.vjp(lambda _x, grad, _output: _one_kernel(grad))
     return rope(x)
@@ -124,7 +126,7 @@ def _rope(x: mx.array, *_arguments: Any, **_named: Any) -> mx.array:
 
 def _attention(
     plain: Any, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, **named: Any
-) -> mx.array:
+) -> Any:
     is_fused = q.dtype in (mx.bfloat16, mx.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
     if not is_fused:
         return plain(q, k, v, scale=scale, mask=mask, **named)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from itertools import accumulate
+from weakref import WeakValueDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,7 +29,7 @@ class JoinedParameters:
     """
 
     def __init__(self, model: nn.Module):
-        self._refs = ParameterRefs(model)
+        self._model, self._refs = model, ParameterRefs(model)
         arrays = dict(zip(self._refs.names, self._refs.get(), strict=True))
         self._shapes = {name: value.shape for name, value in arrays.items()}
         self.groups = _groups(arrays)
@@ -38,9 +39,9 @@ class JoinedParameters:
     @classmethod
     def of(cls, model: nn.Module) -> JoinedParameters:
         """The same object for all who ask for those of ``model``, as long as it trains the same parameters."""
-        found: JoinedParameters | None = getattr(model, "_macft_joined_parameters", None)
+        found = _known.get(id(model))
         if found is None or found._refs.names != ParameterRefs(model).names:
-            found = model._macft_joined_parameters = cls(model)
+            found = _known[id(model)] = cls(model)
         return found
 
     def get(self) -> dict[str, mx.array]:
@@ -83,6 +84,10 @@ class JoinedParameters:
     def holding(self, arrays: Mapping[str, mx.array]) -> AbstractContextManager[None]:
         """Inside, the model's parameters are ``arrays``, by name."""
         return self._refs.holding([arrays[name] for name in self._refs.names])
+
+
+# Those in use, by the id of their model, which they hold.
+_known: WeakValueDictionary[int, JoinedParameters] = WeakValueDictionary()
 
 
 def _groups(parameters: Mapping[str, mx.array]) -> dict[str, list[str]]:

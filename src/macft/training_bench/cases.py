@@ -15,6 +15,7 @@ from macft.device.memory import usable_bytes
 from macft.model.execution import Execution
 from macft.model.settings import ModelConfig
 from macft.model.shape import ModelShape, shape_of
+from macft.planner.mlx_lm_memory import predict_mlx_lm
 from macft.planner.node_part import placer_for, planner_for
 from macft.planner.packing import choose_packing
 from macft.planner.speed import own_speed, step_cost
@@ -23,8 +24,6 @@ from macft.topology.settings import parse_budget
 from macft.training_bench.random_weights import config_of
 from macft.training_bench.rows import records_of
 from macft.training_bench.sides import ADAPTER, OPTIMIZER, Training, row_order, tokenized
-
-_ALL_LOGITS = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class CasePlan:
-    """How macft would compute a case here. Memory in bytes; ``mlx_lm_peak`` is what the same planner says of mlx-lm.
+    """How macft would compute a case here. Memory in bytes; ``mlx_lm_peak`` is what the planner says of mlx-lm.
 
     ``operations`` are those of the average step that is timed, ``seconds`` an estimate of a step.
     """
@@ -112,9 +111,7 @@ def plan_training(
     budget = parse_budget(config.topology.memory_budget, usable_bytes())
     placer = placer_for(config, planner, budget)
     execution, refusal = placer.choice()
-    whole = replace(
-        execution.padded().with_batch(None, "none"), kernels="mlx", lanes=1, loss_chunk=None, max_logits=_ALL_LOGITS
-    )
+    longest = max(int(step.lengths.max()) for step in steps)
     timed = step_cost(replace(planner, steps=steps[training.warm_up :]), execution)
     tokens = timed.tokens
     speed = own_speed(shape.parameters * tokens, execution)
@@ -123,7 +120,7 @@ def plan_training(
         execution=execution,
         budget=budget,
         peak=placer.parts(execution).peak,
-        mlx_lm_peak=replace(planner, execution=whole).parts().peak,
+        mlx_lm_peak=predict_mlx_lm(shape, execution, ADAPTER, longest, rows=training.batch_size),
         refusal=refusal,
         operations=timed.operations,
         tokens=tokens,

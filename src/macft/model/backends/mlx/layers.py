@@ -43,9 +43,9 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """``mx.fast.rms_norm``; the gradient reaches ``x`` only."""
 
     def backward(inputs: Sequence[mx.array], grad: mx.array, _output: mx.array) -> list[mx.array]:
-        without = mx.vjp(lambda x: mx.fast.rms_norm(x, None, eps), after(inputs, [grad]), [grad * weight])
-        gradients: list[mx.array] = without[1]
-        return gradients
+        scaled = grad * weight
+        without: list[mx.array] = mx.vjp(lambda x: mx.fast.rms_norm(x, None, eps), after(inputs, [scaled]), [scaled])[1]
+        return without
 
     return operation(lambda x: mx.fast.rms_norm(x, weight, eps), backward)(x)
 
