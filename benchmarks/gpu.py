@@ -111,7 +111,8 @@ class Measurements:
     """What was measured, by key: kept in a file, and shown as tables in another one."""
 
     def __init__(self, options: argparse.Namespace):
-        self._options, self._end = options, time.monotonic() + 60 * options.minutes
+        self._options = options
+        self._end: float = time.monotonic() + 60 * options.minutes
         kept = options.results.exists() and not options.again
         self.found: Found = json.loads(options.results.read_text()) if kept else {}
 
