@@ -99,7 +99,7 @@ def test_memory_and_disk_choose_each_placement(folder: Path) -> None:
     assert pipeline.placement == "pipeline"
     assert resident(pipeline) == [(6, 6), (6, 6)]
     # The hidden states of all rows at all borders don't fit either, those of the micro-batches in flight do.
-    both = chosen(folder, [100, 100], FAST)
+    both = chosen(folder, [80, 80], FAST)
     assert both.placement == "pipeline"
     assert all(held < size for held, size in resident(both))
     assert both.lines[0].startswith("topology.placement=auto chose pipeline, of nodes that read blocks from disk: ")
