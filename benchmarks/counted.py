@@ -9,8 +9,6 @@ and both as parts of mlx_lm's. As on Metal, where attention is not fused while a
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from macft.device.kind import METAL
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.execution import WeightFormat, resolve
@@ -27,9 +25,9 @@ SIDES = ("mlx_lm", "none", "cheap", "blocks")
 
 def peaks(bits: int | None, adapted: int, rows: int, length: int) -> tuple[float, dict[str, float]]:
     """Bytes of the weights, and of the whole step by side."""
-    shape = shape_of(config_of(MODEL), MODEL)
+    config = config_of(MODEL) | {"torch_dtype": "bfloat16"}
+    shape = shape_of(config | ({"quantization": {"bits": bits, "group_size": 64}} if bits else {}), MODEL)
     weights = WeightFormat("bfloat16", bits)
-    shape = replace(shape, checkpoint=weights)
     adapter = AdapterConfig(num_layers=adapted)
     execution = resolve(ModelConfig(), weights, METAL, packing="false")
     work = ComputeShape(rows, length, rows * length, rows * length)

@@ -1,12 +1,12 @@
-"""All that a GPU has to show, in one command of under ten minutes: a step's memory by part, and six cases beside mlx_lm.
+"""All that a GPU has to show, in under ten minutes: a step's memory by part, and six cases beside mlx_lm.
 
     python benchmarks/gpu.py [--minutes 9.5] [--results FILE] [--markdown FILE] [--only WORD ...] [--small]
 
 For CUDA and for Metal. Nothing is downloaded: weights are random, and rows are random tokens of the benchmark's
 lengths. Each measurement is a process of its own with a limit of time. One that fails, by lack of memory say, is a line
 of the report, and a case that does not fit the machine by the plan is left out. After each measurement the results are
-written, to ``--results`` and as tables to ``--markdown`` (by default benchmarks/training.md, between two marks), so that
-nothing is lost if this is stopped. Run it again and it goes on with what is missing; ``--again`` begins anew.
+written, to ``--results`` and as tables to ``--markdown`` (by default benchmarks/training.md, between two marks), so
+that nothing is lost if this is stopped. Run it again and it goes on with what is missing; ``--again`` begins anew.
 
 1. Kernels are built by whoever needs them first, which takes minutes: models with a quarter of the width make the same
    kernels, several processes at once. Their results are not looked at.
@@ -17,7 +17,7 @@ nothing is lost if this is stopped. Run it again and it goes on with what is mis
    time is from idle to idle, and holds all steps behind the warm-up.
 4. While there is time left, the sides of each case once more, in the other order. Medians are shown.
 
-``--small`` does all of it with models of 2 MB, in a minute or two on a CPU, to show that this script works.
+``--small`` does all of it with models of a few MB, in some minutes on a CPU, to show that this script works.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def config_for(model: str, width: str) -> dict[str, Any]:
 
     config = config_of(MODELS[model])
     if width == "small":
-        return {**config, **SMALL, "head_dim": 16, "num_hidden_layers": 3, "vocab_size": 4096}
+        return {**config, **SMALL, "head_dim": 16, "num_hidden_layers": 16, "vocab_size": 4096}
     if width == "quarter":
         names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
@@ -111,7 +111,8 @@ class Measurements:
     """What was measured, by key: kept in a file, and shown as tables in another one."""
 
     def __init__(self, options: argparse.Namespace):
-        self._options, self._end = options, time.monotonic() + 60 * options.minutes
+        self._options = options
+        self._end: float = time.monotonic() + 60 * options.minutes
         kept = options.results.exists() and not options.again
         self.found: Found = json.loads(options.results.read_text()) if kept else {}
 
@@ -169,6 +170,7 @@ def case_command(case: str, side: str, steps: tuple[int, int], width: str) -> li
 def parts_command(shape: str, side: str, tokens: int) -> list[str]:
     """A process for the memory by part."""
     words = ["--shapes", shape, "--worker", side, "--tokens", str(tokens), "--by-part"]
+    words += ["--vocabulary", "4096"] if shape.startswith("small") else []
     return [sys.executable, str(HERE / "gpu_path.py"), *words]
 
 
@@ -204,7 +206,7 @@ def tables(found: Found, small: bool) -> list[str]:
     """The report in Markdown."""
     devices = [values["device"] for values in found.values() if "device" in values]
     lines = [f"`python benchmarks/gpu.py`, {time.strftime('%Y-%m-%d')}; {_versions()}; {devices[0] if devices else ''}"]
-    lines += ["", "**Models of 2 MB: this shows that the script works, and nothing else.**"] * small
+    lines += ["", "**Models of a few MB: this shows that the script works, and nothing else.**"] * small
     lines += ["", "Memory of a step that is not compiled, two rows: held after each part / most during it, GB beside"]
     lines += ["the weights.", "", "| model | side | forward | loss | first block | other blocks | update |"]
     lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
@@ -254,7 +256,7 @@ def _case_cells(
     ways = [first.get("recompute", ""), "packs" if first.get("packing") else "padded"] if side == "macft" else []
     speed, peak = own["target_tokens_per_second"], own["peak_mlx_gb"]
     return [
-        f"{SIDES[side]}{f' ({", ".join(ways)})' if ways else ''}",
+        f"{SIDES[side]} ({', '.join(ways)})" if ways else SIDES[side],
         str(len(measured)),
         f"{speed:,.0f}",
         f"{speed / base['target_tokens_per_second']:.2f}" if base else "",
@@ -297,7 +299,7 @@ def main() -> int:
 
     for shape, name in PARTS.items():
         for side in PART_SIDES:
-            small = parts_command(f"smallx2{shape[2:]}", side, 64)
+            small = parts_command(f"smallx2{shape[2:]}", side, 32)
             take(f"parts / {name} / {side}", small if options.small else parts_command(shape, side, 1010))
     for number in (1,) if options.small else (1, 2, 3):
         for case in CASES:

@@ -1,11 +1,12 @@
 """Rows of thousands of tokens: measured against predicted peak memory, macft's MLX operations beside mlx_lm.
 
     python benchmarks/long_rows.py [--tokens 4096 8192] [--forms bfloat16 4 32] [--sides mlx_lm cheap blocks]
+        [--hidden 512]
 
-A model of the 8B's proportions in an eighth of its width (hidden 512, 4 heads of 128, feed-forward 1,792), of two
-adapted blocks, one row, one step that is not compiled, each in a process of its own. Peak MLX memory of the step, the
-weights included, in GB. This is what `macft plan --longest-row` rests on. MLX multiplies 16-bit values slowly on a CPU:
-a row of 8,192 tokens takes minutes there.
+A model of the 8B's proportions in an eighth of its width (hidden 512, 4 heads of 128, feed-forward 1,792) or another
+one, of two adapted blocks, one row, one step that is not compiled, each in a process of its own. Peak MLX memory of the
+step, the weights included, in GB. This is what `macft plan --longest-row` rests on. MLX multiplies 16-bit values slowly
+on a CPU: a row of 8,192 tokens takes minutes there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 from gpu_path import HEAD_DIM, SIDES, SIZES, make_model, side_of
 from macft.model.adapter_settings import AdapterConfig
@@ -25,6 +25,12 @@ from macft.planner.mlx_lm_memory import predict_mlx_lm
 
 BLOCKS = 2
 FORMS = {"bfloat16": WeightFormat("bfloat16"), "4": WeightFormat("bfloat16", 4), "32": WeightFormat("float32")}
+
+
+def set_width(hidden: int) -> None:
+    """Makes gpu_path's small model so wide, in the 8B's proportions."""
+    SIZES["small"] |= {"hidden_size": hidden, "intermediate_size": hidden * 7 // 2}
+    HEAD_DIM["small"] = hidden // SIZES["small"]["num_attention_heads"]
 
 
 def work(options: argparse.Namespace) -> int:
@@ -61,8 +67,9 @@ def predicted(side: str, form: WeightFormat, tokens: int, vocabulary: int) -> fl
         "tie_word_embeddings": True,
         "torch_dtype": form.dtype,
         **SIZES["small"],
+        **({"quantization": {"bits": form.bits, "group_size": 64}} if form.bits else {}),
     }
-    shape = replace(shape_of(config, "small"), checkpoint=form)
+    shape = shape_of(config, "small")
     adapter = AdapterConfig(num_layers=BLOCKS)
     execution = Execution(device="cpu", kernels="mlx", dtype=form.dtype, bits=form.bits, max_logits=2**21)
     if side == "mlx_lm":
@@ -77,8 +84,10 @@ def main() -> None:
     parser.add_argument("--forms", choices=FORMS, nargs="+", default=["bfloat16", "4"])
     parser.add_argument("--sides", choices=SIDES, nargs="+", default=["mlx_lm", "cheap", "blocks"])
     parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--hidden", type=int, default=512, help="a multiple of 128")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    set_width(options.hidden)
     if options.worker:
         print(json.dumps(work(options)))
         return
@@ -89,6 +98,7 @@ def main() -> None:
         for form in options.forms:
             for side in options.sides:
                 words = ["--worker", side, form, str(tokens), "--vocabulary", str(options.vocabulary)]
+                words += ["--hidden", str(options.hidden)]
                 done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
                 if done.returncode:
                     sys.exit(done.stderr)

@@ -165,7 +165,7 @@ def test_a_process_that_ends_right_after_reading_a_checkpoint_ends_with_its_own_
             subprocess.Popen([sys.executable, "-c", READS_A_CHECKPOINT_AND_IS_REFUSED], stderr=subprocess.PIPE)
             for _ in range(8)
         ]
-        assert [(process.communicate(timeout=120)[1], process.returncode) for process in processes] == [(b"", 1)] * 8
+        assert [(process.communicate(timeout=240)[1], process.returncode) for process in processes] == [(b"", 1)] * 8
 
 
 @pytest.mark.slow

@@ -597,7 +597,7 @@ def test_hosts_at_which_the_command_is_given_answer_together(
                 text=True,
             )
         )
-    (said, layout), (nothing, line) = [command.communicate(timeout=120) for command in commands]
+    (said, layout), (nothing, line) = [command.communicate(timeout=240) for command in commands]
     assert [command.returncode for command in commands] == [0, 0], layout + line
     assert said == expected(QUESTIONS[0], Sampling(max_tokens=12)) + "\n"
     assert "rank 0: blocks 0-3 > rank 1: blocks 4-4\n" in layout

@@ -68,7 +68,7 @@ def assert_as_if_undisturbed(folder: Path, undisturbed: Path) -> dict[str, Any]:
 
 
 def finish(process: subprocess.Popen[str], nodes: list[psutil.Process]) -> None:
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert not psutil.wait_procs(nodes, timeout=60)[1]
 
@@ -148,7 +148,7 @@ def test_a_node_that_sleeps_through_the_end_does_not_wait_for_ever(
     wait_for_events(process, tmp_path, "run_ended", 1)
     assert not psutil.wait_procs([nodes[1], nodes[2]], timeout=60)[1]
     nodes[0].send_signal(signal.SIGCONT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert "all other nodes have ended; the run has finished" in errors
     # It was the leader, and what it had to say no longer counts.
@@ -170,7 +170,7 @@ def test_a_killed_node_is_started_again_and_another_one_joins(
     ranks(process)[0].kill()
     wait_for_events(process, folder, "nodes_changed", 3)
     finish(process, [])
-    _, errors = newcomer.communicate(timeout=120)
+    _, errors = newcomer.communicate(timeout=240)
     assert newcomer.returncode == 0, errors
     clock, guests_clock = (read(path / "config.yaml").dataset.template_time for path in (folder, guest))
     assert clock == guests_clock
@@ -189,7 +189,7 @@ def test_a_newcomer_with_another_configuration_is_told_so(tmp_path: Path, basics
     assert newcomer.status == 1
     assert "refuses this node: its settings or versions differ from the run's: seed: 5 instead of 0;" in newcomer.errors
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
+    process.communicate(timeout=240)
     assert process.returncode == 130
     nobody = train(*basics, "topology.join=127.0.0.1:9", "topology.start_timeout=1", cwd=tmp_path)
     assert nobody.status == 1

@@ -243,7 +243,7 @@ def test_a_refused_command_changes_nothing(tmp_path: Path, basics: list[str], fi
 def test_four_runs_at_once_and_a_named_one_twice(tmp_path: Path, basics: list[str]) -> None:
     processes = [start(*basics, f"seed={seed}", cwd=tmp_path) for seed in range(3)]
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
     runs = sorted((tmp_path / "runs" / "run").iterdir())
     assert sorted(read(run / "config.yaml").seed for run in runs) == [0, 1, 2]
@@ -286,7 +286,7 @@ def test_an_interrupted_run_tells_only_of_checkpoints_there_are(tmp_path: Path, 
     for number in (signal.SIGINT, signal.SIGTERM):
         process.send_signal(number)
     process.send_signal(signal.SIGCONT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "interrupted; no checkpoint had been saved"
 

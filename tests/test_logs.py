@@ -68,7 +68,7 @@ for name in ("macft.thermal", "macft.model.bundled", "other"):
 @pytest.mark.parametrize("kind", ["hydra", "plain"])
 def test_the_console_shows_what_it_would_without_a_log(tmp_path: Path, kind: str) -> None:
     command = [sys.executable, "-c", CONSOLE, str(tmp_path), kind]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
     around = ["before", "before", "before"], ["after", "after", "after"]
     if kind == "hydra":  # other libraries as ever; of macft only that a model can't be found or is damaged
         assert [line.split()[-1] for line in done.stdout.splitlines()] == [

@@ -286,7 +286,7 @@ def test_two_processes_fetch_at_once(index: BundledModel, tmp_path: Path) -> Non
     call = f"ensure_bundled({index!r}, cache_dir=Path({str(tmp_path)!r}))"
     script = f"from macft.model.bundled import *\nprint({call})"
     starts = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0].decode().strip() for process in starts]
+    outputs = [process.communicate(timeout=240)[0].decode().strip() for process in starts]
     assert [process.returncode for process in starts] == [0, 0]
     assert outputs == [str(tmp_path / "models" / "tiny")] * 2
     assert ensure_bundled(index, cache_dir=tmp_path, verify=True) == tmp_path / "models" / "tiny"

@@ -129,7 +129,7 @@ def kill_at_random_then_resume(folder: Path, overrides: list[str], seed: int) ->
         psutil.wait_procs(family, timeout=60)
         process.communicate()
         process = start(f"+resume={folder}", cwd=folder)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
 
 
@@ -152,7 +152,7 @@ def test_ctrl_c_saves_and_a_resume_on_other_nodes_goes_on(
     process = start(*basics, *quiet, *on(nodes), f"hydra.run.dir={tmp_path}", cwd=tmp_path)
     wait_for_step(process, tmp_path, 7)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 130, errors
     stopped_at = len(losses(tmp_path))
     assert 7 <= stopped_at < 30
@@ -169,7 +169,7 @@ def test_a_rank_that_dies_is_named_and_nothing_is_left_behind(tmp_path: Path, ba
     wait_for_step(process, tmp_path, 3)
     nodes = ranks(process)
     nodes[2].kill()
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode not in (0, None)
     assert "rank 2" in errors
     assert not psutil.wait_procs(list(nodes.values()), timeout=60)[1]
@@ -180,7 +180,7 @@ def test_ranks_stop_when_their_launcher_is_killed(tmp_path: Path, basics: list[s
     wait_for_step(process, tmp_path, 2)
     nodes = children(process)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=120)
+    process.communicate(timeout=240)
     _, alive = psutil.wait_procs(nodes, timeout=60)
     assert not alive
     # They stopped in order: the newest checkpoint is that of the last step reported.
@@ -203,7 +203,7 @@ def test_hosts_typed_by_hand_on_each_machine(tmp_path: Path, basics: list[str], 
         for rank in (1, 0)
     ]
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
     for rank in (0, 1):  # rank 0's clock is the run's
         assert read(tmp_path / str(rank) / "config.yaml").dataset.template_time == "2000-01-01T00:00:00"
@@ -214,7 +214,7 @@ def test_hosts_typed_by_hand_on_each_machine(tmp_path: Path, basics: list[str], 
 def test_hosts_with_different_settings_refuse_each_other(tmp_path: Path, basics: list[str]) -> None:
     processes = [start(*basics, *own, f"seed={rank}", cwd=tmp_path) for rank, own in enumerate(on_hosts(tmp_path))]
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=240)
         assert process.returncode == 1
         assert "has other settings or versions than the others: seed: 1 instead of 0; make them" in errors
         assert "Traceback" not in errors

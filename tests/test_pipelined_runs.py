@@ -175,7 +175,7 @@ def test_a_node_that_cannot_hold_the_run_alone_waits_for_another_one(tmp_path: P
     first.communicate()
     second = start(*join, f"hydra.run.dir={tmp_path / 'second'}", cwd=tmp_path)
     for each in (process, second):
-        _, errors = each.communicate(timeout=120)
+        _, errors = each.communicate(timeout=240)
         assert each.returncode == 0, errors
     (change,) = [event for event in events(folder, "nodes_changed") if event["joined"] and event["step"] == 2][-1:]
     small, large = (int(end) - int(start) for _, start, end in sorted(STAGE.findall(change["layout"])))
@@ -197,7 +197,7 @@ def test_a_stage_is_killed_and_comes_back(tmp_path: Path, basics: list[str], slo
     wait_for_events(process, tmp_path, "nodes_changed", 2)
     wait_for_step(process, tmp_path, len(losses(tmp_path)) + 3)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 130, errors
     left, joined = [event["layout"] for event in events(tmp_path, "nodes_changed")][:2]
     assert left == ""
@@ -217,7 +217,7 @@ def test_a_host_with_little_memory_gets_fewer_blocks(
     budgets = (first, "topology.memory_budget=24MB"), (second, "topology.memory_budget=4GB")
     processes = [start(*more, *own, budget, cwd=tmp_path, variables=slow_disk) for own, budget in budgets]
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
     (begun,) = events(tmp_path / "0", "run_started")
     sizes = {int(rank): int(end) - int(start) + 1 for rank, start, end in STAGE.findall(begun["layout"])}

@@ -21,7 +21,9 @@ from macft.data.formats import Row
 from macft.device.chips import known_chips
 from macft.model.adapt import Adaptation, adapt
 from macft.model.adapter_settings import AdapterConfig
+from macft.model.backends.mlx.kept import recorded
 from macft.model.backends.mlx.query_blocks import attention_in_blocks
+from macft.model.backends.mlx.recompute import kept_attention
 from macft.model.execution import Execution
 from macft.training.gradient import LocalGradient
 
@@ -199,6 +201,15 @@ def test_what_is_cheap_or_in_blocks_is_not_held() -> None:
     assert kept < cheap < kept + beside
     assert hidden < whole < hidden + beside
     assert cheap < 0.55 * none
+
+
+@pytest.mark.parametrize(("keys", "is_kept"), [(15, False), (16, True)])
+def test_attention_is_kept_where_it_is_costly(keys: int, is_kept: bool) -> None:
+    """Its result has 32 values a token: a product with a square matrix takes as many operations as 16 keys."""
+    queries, values = mx.zeros((1, 4, 4, 8)), mx.zeros((1, 4, keys, 8))
+    with recorded() as made:
+        kept_attention(scaled_dot_product_attention)(queries, values, values, cache=None, scale=1.0, mask=None)
+    assert len(made.arrays) == is_kept
 
 
 def test_low_rank_layers_compute_in_the_type_of_their_base() -> None:

@@ -27,7 +27,7 @@ from macft.parallel.shares import DataShard
 from macft.planner.cluster_model import Node
 from macft.planner.layout_inputs import alone
 from macft.planner.node_part import NodePart
-from macft.planner.preflight import preflight
+from macft.planner.preflight import Preflight, preflight
 from macft.planner.run_placement import Choice, RunPlacement, agree_on_placement, choose
 from macft.planner.run_plan import plan_run
 from macft.planner.workload import unlike_rows
@@ -99,7 +99,7 @@ def test_memory_and_disk_choose_each_placement(folder: Path) -> None:
     assert pipeline.placement == "pipeline"
     assert resident(pipeline) == [(6, 6), (6, 6)]
     # The hidden states of all rows at all borders don't fit either, those of the micro-batches in flight do.
-    both = chosen(folder, [100, 100], FAST)
+    both = chosen(folder, [80, 80], FAST)
     assert both.placement == "pipeline"
     assert all(held < size for held, size in resident(both))
     assert both.lines[0].startswith("topology.placement=auto chose pipeline, of nodes that read blocks from disk: ")
@@ -209,6 +209,27 @@ def test_more_nodes_than_blocks_are_refused_by_a_run_and_its_plan(tmp_path: Path
     assert others == [first] * 2
     with pytest.raises(ConfigError, match=message):
         plan_run(compose(overrides=[f"model={model}", "topology.placement=pipeline", "plan.chips=[3x M2 8GB]"]))
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["adapter.num_layers=3"], ["topology.resident_blocks=1"], ["topology.stages=[4,8]"]]
+)
+def test_a_run_has_the_stages_and_the_memory_of_its_plan(folder: Path, tmp_path: Path, more: list[str]) -> None:
+    """The plan takes all rows to be of the longest length, since the model has no tokenizer here."""
+    (tmp_path / "train.jsonl").write_text('{"text": "some words"}\n' * 16)
+    words = [f"model={folder}", f"dataset={tmp_path / 'train.jsonl'}", "dataset.max_seq_length=64", "topology=local"]
+    words += ["topology.nodes=2", "topology.placement=pipeline", "training.batch_size=8", "training.eval_every=0"]
+    words += ["training.kernels=mlx", "training.packing=false", "topology.memory_budget=300MB", *more]
+    config = compose(overrides=words)
+    plan = plan_run(config)
+    rows = [Row(np.full(64, number, dtype=np.int32), prompt_length=1) for number in range(8)]
+
+    def decision(ring: Ring) -> Preflight:
+        return preflight(config, folder, rows, RowOrder([8], [1.0], batch_size=8, seed=0), ring)
+
+    for rank, found in enumerate(run_ranks(local_listeners(2), decision)):
+        assert found.layout == f"pipeline: {plan.placements['pipeline'].layout}"
+        assert found.notes[0] == f"memory: about {plan.stages[rank].peak / 1e9:.2f} GB of 0.3 GB expected"
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def two_hosts(tmp_path: Path, basics: list[str], model: Path, data: Path, **vari
         start(*basics, *first, cwd=tmp_path),
         start(*basics, *second, f"model={model}", f"dataset={data}", cwd=tmp_path, variables=variables),
     ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
     return [Finished(process.returncode, "", text) for process, text in zip(processes, errors, strict=True)]
 
 
@@ -333,7 +333,7 @@ def test_a_newcomer_with_other_rows_is_refused_and_the_run_goes_on(
     assert_refused([newcomer], "topology.join: this node's contents differ from the run's: training rows: 40 rows (")
     wait_for_step(process, run, len(losses(run)) + 1)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
+    process.communicate(timeout=240)
     assert process.returncode == 130
     assert not events(run, "nodes_changed")
 

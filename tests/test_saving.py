@@ -47,7 +47,7 @@ def run_on_hosts(folder: Path, *overrides: str, resume: bool = False) -> None:
         own = [[*words[:-1], words[-1].replace("hydra.run.dir=", "+resume=")] for words in own]
     processes = [start(*overrides, *words, cwd=folder) for words in own]
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
 
 

@@ -265,7 +265,7 @@ def test_two_machines_train_encrypted_over_hosts(tmp_path: Path, tiny_model_fold
         for rank, own in enumerate(on_hosts(tmp_path / "run"))
     ]
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
     assert len(losses(tmp_path / "run" / "0")) == 3
 

@@ -237,7 +237,7 @@ def test_a_model_that_cannot_be_read_ends_the_command(tmp_path: Path, tiny_model
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=False,
     )
     assert done.returncode == 1

@@ -158,7 +158,7 @@ def test_an_unreachable_hub_fails_fast_with_one_line() -> None:
     )
     variables = {**environment(), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "/nonexistent"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=180, check=True
     )
     assert done.stdout.count("\n") == 1
     assert "org/nothing-here" in done.stdout
@@ -227,7 +227,7 @@ def test_a_hub_dataset_that_was_prepared_before_needs_no_hub(tmp_path: Path) -> 
 
     variables = {**environment(), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", HUB_CACHE_CODE], env=variables, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", HUB_CACHE_CODE], env=variables, capture_output=True, text=True, timeout=180, check=True
     )
     by_name, sliced, wrong = done.stdout.splitlines()
     assert by_name == "train: train-0 to train-9; valid: validation-0 to validation-9; test: test-0 to test-9"

@@ -226,7 +226,7 @@ def test_a_closed_terminal_saves_what_can_be_tried_and_gone_on_with(tmp_path: Pa
     process = start(*basics, f"hydra.run.dir={folder}", cwd=tmp_path)
     wait_for_step(process, folder, 3)
     process.send_signal(signal.SIGHUP)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 130
     assert errors.startswith("stopping: the current step is finished, then the state and the adapter are saved;")
     assert_can_be_tried(folder)
@@ -246,7 +246,7 @@ def test_ctrl_c_twice_is_no_lost_node(tmp_path: Path, basics: list[str]) -> None
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGCONT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 130, errors
     assert "stopping: the nodes save what there is to save; Ctrl-C again quits now" in errors
     assert not any(rank.is_running() for rank in running.values())
@@ -258,7 +258,7 @@ def test_ctrl_c_twice_is_no_lost_node(tmp_path: Path, basics: list[str]) -> None
 def test_ctrl_c_while_ranks_start(tmp_path: Path, basics: list[str], point: str) -> None:
     variables = {"MACFT_FAULT": f"{point}:1:launcher-int"}
     process = start(*basics, "topology=local", f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path, variables=variables)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "interrupted; no checkpoint had been saved"
 
@@ -274,5 +274,5 @@ def test_the_other_hosts_stop_too_if_the_one_that_wants_it_quits(tmp_path: Path,
         assert first.poll() is None
     first.send_signal(signal.SIGINT)
     for process in (first, second):
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=240)
         assert process.returncode == 130, errors

@@ -114,7 +114,7 @@ def test_one_of_two_that_stream_is_killed(tmp_path: Path, basics: list[str]) -> 
     process = start(*basics, *more, *STREAM, "topology.nodes=2", f"hydra.run.dir={folder}", cwd=folder)
     wait_for_step(process, folder, 5)
     ranks(process)[0].kill()
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert len(losses(folder)) == 30
     np.testing.assert_allclose(losses(folder), losses(whole), rtol=2e-4)

@@ -28,6 +28,10 @@ from macft.model.backends.choose import make_backend
 from macft.model.block_weights import BlockWeights
 from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig
+from macft.model.shape import read_shape
+from macft.planner.fit import MemoryPlanner
+from macft.planner.streamed_memory import streamed_parts
+from macft.planner.workload import unlike_rows
 from macft.training.batch_layout import BatchLayout
 from macft.training.gradient import StepGradient
 from macft.training.step_gradient import make_step_gradient
@@ -204,6 +208,24 @@ def test_memory_is_that_of_three_blocks(tmp_path: Path, kernels: str) -> None:
         activations = 24 * 6 * 33 * 256 * 4 + 6 * 33 * 1024 * 4 * 12
         assert mx.get_peak_memory() < outside + 3 * block + activations
         assert trained.streamed.resident == frozenset()
+
+
+def test_the_peak_of_a_streamed_mixture_is_predicted(tmp_path: Path) -> None:
+    """Of its blocks no formula tells what they have inside; it is far more than the hidden states between them."""
+    sizes: dict[str, Any] = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 8, "num_hidden_layers": 4}
+    folder = build("qwen3_moe", tmp_path / "mixture", **sizes)
+    adapter, rows = AdapterConfig(rank=4), unlike_rows(4, 161, 64)
+    execution = execution_with("mlx").streamed(())
+    parts = streamed_parts(MemoryPlanner(read_shape(folder), execution, adapter, "adamw", [rows], 0), execution)
+    before = mx.get_active_memory()
+    with under_training(folder, "mlx", adapter, resident=()) as trained:
+        batches = list(micro_batches(rows.rows, rows.ids, None))
+        mx.reset_peak_memory()
+        mx.eval(trained.compute(0, batches).gradient)
+        measured = mx.get_peak_memory() - before
+    assert parts.unknown is None
+    predicted = parts.weights + parts.adapter + parts.gradients + parts.activations + parts.logits
+    assert predicted == pytest.approx(measured, rel=0.2)
 
 
 def test_a_call_of_the_whole_model_is_supplied(folder: Path, kernels: str) -> None:

@@ -219,7 +219,7 @@ def test_ctrl_c_ends_the_sweep_with_what_is_done_in_the_table(tmp_path: Path, ba
     with process:
         wait_for_step(process, tmp_path / "s" / "1")
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=240)
     assert process.returncode == 130, output
     assert statuses(tmp_path / "s") == ["finished", "interrupted"]
     assert "Sweep: 1 finished, 1 interrupted, 1 not started" in output

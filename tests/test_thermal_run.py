@@ -52,7 +52,7 @@ def monitor(folder: Path) -> subprocess.CompletedProcess[str]:
     """``python -m macft.monitor FOLDER --once``."""
     command = [sys.executable, "-m", "macft.monitor", str(folder), "--once"]
     return subprocess.run(
-        command, env={**environment(), "COLUMNS": "120"}, capture_output=True, text=True, timeout=60, check=False
+        command, env={**environment(), "COLUMNS": "120"}, capture_output=True, text=True, timeout=180, check=False
     )
 
 

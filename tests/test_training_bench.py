@@ -27,6 +27,7 @@ from macft.planner.speed import MAC_EFFICIENCY, chip_speed, own_speed
 from macft.training_bench.cases import CASES, Case, find_cases, plan_case
 from macft.training_bench.command import Wanted, bench_training
 from macft.training_bench.random_weights import config_of
+from macft.training_bench.rows import random_rows
 from macft.training_bench.sides import Training
 from macft.training_bench.turns import RunFailed, run_side
 
@@ -164,6 +165,15 @@ def test_the_cases_are_those_of_real_models(bundled_model: Path) -> None:
     assert [case.name for case in find_cases(["8B-long", "135M-sql"])] == ["135M-sql", "8B-long"]
     assert {len(case.model_config) > 5 for case in CASES} == {True}
     assert config_of("Meta-Llama-3.1-8B")["hidden_size"] == 4096
+
+
+def test_rows_without_a_tokenizer_are_as_long() -> None:
+    sql, mixed = random_rows("sql", 200), random_rows("mixed", 200)
+    assert {row.tokens[:12].tobytes() for row in sql} == {sql[0].tokens[:12].tobytes()}
+    assert len({row.tokens[12:20].tobytes() for row in sql}) == 200
+    assert {37 <= row.prompt_length <= 59 and 9 <= row.target_tokens <= 26 for row in sql} == {True}
+    assert 55 < sum(len(row.tokens) for row in sql) / 200 < 61
+    assert {16 <= len(row.tokens) <= 384 and row.prompt_length == 0 for row in mixed} == {True}
 
 
 def test_a_long_case_needs_more_than_a_short_one(bundled_model: Path) -> None:

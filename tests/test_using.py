@@ -463,7 +463,7 @@ def test_help_needs_no_model(module: str) -> None:
         f"except SystemExit as end: print(end.code, sorted({{'mlx', 'mlx_lm', 'transformers'}} & set(sys.modules)))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=180, check=True
     )
     assert f"usage: python -m macft.{module}" in done.stdout
     assert done.stdout.endswith("0 []\n")

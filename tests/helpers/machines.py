@@ -50,7 +50,7 @@ class Machine:
 
 def ended(process: subprocess.Popen[str], status: int = 0) -> str:
     """What a command has printed by its end."""
-    output, errors = process.communicate(timeout=150)
+    output, errors = process.communicate(timeout=240)
     assert process.returncode == status, output + errors
     return output + errors
 

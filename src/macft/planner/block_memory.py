@@ -27,7 +27,7 @@ class BlockMemory(NamedTuple):
     inside: float
 
 
-class Factors(NamedTuple):
+class _Factors(NamedTuple):
     """Values for each token, as multiples of hidden size, feed-forward size, queries, keys, and scores of a token."""
 
     hidden: float
@@ -37,7 +37,7 @@ class Factors(NamedTuple):
     scores: float
 
     def of(self, shape: ModelShape, scores: float) -> float:
-        """Values for each token, with so many ``scores`` of all heads."""
+        """Values for each token, with so many ``scores``."""
         query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         sizes = (shape.hidden, shape.intermediate, query, key, scores)
         return sum(factor * size for factor, size in zip(self, sizes, strict=True))
@@ -46,9 +46,10 @@ class Factors(NamedTuple):
 # In the feed-forward part, and in attention. Without recomputation the block that is computed has its own values among
 # the kept ones, and has freed those of its feed-forward part when it comes to attention.
 _INSIDE = {
-    "none": (Factors(4.1, 5.2, 0, 0, 0.3), Factors(5, -3, 7, 7, 2.15)),
-    "cheap": (Factors(5, 6.5, 0, 0, 0.8), Factors(4, 0, 7, 7, 3.15)),
-    "blocks": (Factors(5.5, 9.5, 0, 0, 1.2), Factors(7, 0, 8, 8, 3.15)),
+    "mlx_lm": (_Factors(4.1, 5.9, 0, 0, 0.3), _Factors(3, -5, 3, 3, 2.15)),
+    "none": (_Factors(4.1, 5.2, 0, 0, 0.3), _Factors(5, -3, 7, 7, 2.15)),
+    "cheap": (_Factors(5, 6.5, 0, 0, 0.8), _Factors(4, 0, 7, 7, 3.15)),
+    "blocks": (_Factors(5.5, 9.5, 0, 0, 1.2), _Factors(7, 0, 8, 8, 3.15)),
 }
 
 
@@ -60,11 +61,15 @@ def block_memory(
     rows: int,
     length: int,
     tokens: int,
+    of_mlx_lm: bool = False,
 ) -> BlockMemory:
-    """Of ``tokens`` tokens that attend as ``rows`` of up to ``length``; ``projections`` have adapters."""
+    """Of ``tokens`` tokens that attend as ``rows`` of up to ``length``; ``projections`` have adapters.
+
+    ``of_mlx_lm``: as mlx-lm's own code computes it, which recomputes nothing.
+    """
     attention = attention_size(tokens, rows, length, shape.head_dim)
     most = execution.max_scores if execution.recompute != "none" else None
-    feed_forward, attending = _INSIDE[execution.recompute]
+    feed_forward, attending = _INSIDE["mlx_lm" if of_mlx_lm else execution.recompute]
     # Beside the feed-forward part the first block of queries is under way.
     first = min(shape.heads * attention.scores, most or math.inf)
     inside = max(
@@ -73,6 +78,9 @@ def block_memory(
     )
     width = execution.weight_format.float_bytes
     kept = _kept(shape, execution, projections, attention, tokens)
+    if of_mlx_lm:  # of the gate its sigmoid and the product with that; the mask, of a byte each, that all heads share
+        kept += 2 * width * tokens * shape.intermediate
+        kept += attention.keys * min(attention.queries, attention.keys)
     return BlockMemory(kept, width * tokens * inside)
 
 

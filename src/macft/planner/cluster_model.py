@@ -63,6 +63,7 @@ class ModelCost:
     recomputed; ``hidden``: of hidden states. ``loss_operations`` a token, ``loss_bytes`` a token and ``loss_most`` at
     most. ``state``: adapter, optimizer and gradients, which every node holds, ``update``: these during an update, when
     there are no activations. ``exchanged``: size of the gradient.
+    ``trial``: what each node needs while it tries the model's code, both ends and two blocks.
     The first stage holds the embedding and the last one the head; ``tied_bytes`` of these are one and the same, which a
     node with both holds once.
     """
@@ -85,6 +86,7 @@ class ModelCost:
     exchanged: float
     first_trained: int
     tied_bytes: float = 0.0
+    trial: float = 0.0
 
     @property
     def blocks(self) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
+from macft.model.adapter_layers import select_layers
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.execution import Execution, WeightFormat, recomputations
 from macft.model.shape import ModelShape
@@ -50,11 +52,14 @@ class MemoryPlanner:
     def parts(self, execution: Execution | None = None) -> MemoryParts:
         """The prediction for what takes most of all that is computed at once, with the run's own settings or others."""
         execution = execution or self.execution
-        works = self.works(execution)
-        if self.shape.odd_block is not None:  # a graph is built for each
-            sizes = (lambda work: work.tokens, lambda work: work.rows * work.length, lambda work: work.targets)
-            works = {max(works, key=size) for size in sizes}
+        works = self.largest_works(execution)
         return max((self._predict(execution, work) for work in works), key=lambda parts: parts.peak)
+
+    @cached_property
+    def first_trained(self) -> int:
+        """The first block that is trained."""
+        blocks, _ = select_layers(self.adapter, self.shape.adaptable)
+        return min(blocks, default=self.shape.blocks)
 
     def step_batches(self, micro_batch_size: int | None) -> list[list[DeviceBatchShape]]:
         """Of each step, what this node computes one after the other."""
@@ -84,6 +89,14 @@ class MemoryPlanner:
             for batch in batches
         }
         return works or {ComputeShape(1, 1, 1, 1)}
+
+    def largest_works(self, execution: Execution) -> set[ComputeShape]:
+        """Those of :meth:`works` that may take most: a few, where a graph is built for each."""
+        works = self.works(execution)
+        if self.shape.odd_block is None:
+            return works
+        sizes = (lambda work: work.tokens, lambda work: work.rows * work.length, lambda work: work.targets)
+        return {max(works, key=size) for size in sizes}
 
     def _validation(self, batch: DeviceBatchShape, rows: int) -> float:
         """How many times as much as ``batch`` validation computes at once, if its rows are like those of ``batch``."""

@@ -15,12 +15,10 @@ from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import ComputeShape, MemoryParts, predict, trained_part
 from macft.planner.placement import Layout, Placer
 from macft.planner.speed import attention_operations, step_cost
-from macft.planner.streamed_memory import update_bytes
+from macft.planner.streamed_memory import UNKNOWN_INSIDE, held_weights, inside_of_block, update_bytes
 
 # The sums of all blocks, and the gradient of one.
 _GRADIENTS = 1.2
-# Hidden states that a block of an unknown kind has inside, as multiples of its input.
-_UNKNOWN_INSIDE = 16.0
 
 
 def can_pipeline(config: TrainConfig) -> bool:
@@ -66,6 +64,7 @@ def model_cost(planner: MemoryPlanner) -> ModelCost:
         update=resident.adapter + resident.optimizer + update_bytes(trained.parameters),
         exchanged=4.0 * trained.parameters,
         first_trained=first,
+        trial=held_weights(shape, replace(execution, resident_blocks=())) + resident.adapter,
     )
 
 
@@ -108,18 +107,19 @@ def _activations(planner: MemoryPlanner, work: ComputeShape) -> tuple[float, flo
     shape, execution = planner.shape, replace(planner.execution, lanes=1)
     border = float(shape.hidden * execution.weight_format.float_bytes)
 
-    def parts(recompute: str, depth: int) -> MemoryParts:
+    def parts(depth: int) -> MemoryParts:
         last = list(range(shape.blocks))[-depth:]
         adapter = replace(planner.adapter, layers=last, num_layers=-1)
-        return predict(shape, replace(execution, recompute=recompute), adapter, planner.optimizer, work)
+        return predict(shape, replace(execution, recompute="none"), adapter, planner.optimizer, work)
 
+    again = inside_of_block(shape, execution, planner.adapter, planner.optimizer, work).size / work.tokens
+    guess = UNKNOWN_INSIDE * border
     try:
-        one, two, again = parts("none", 1), parts("none", 2), parts("blocks", 1)
+        one, two = parts(1), parts(2)
     except ConfigError:  # the last blocks have none of the layers that are trained
-        return _UNKNOWN_INSIDE * border, _UNKNOWN_INSIDE * border, _UNKNOWN_INSIDE * border, 0.0
+        return guess, guess, again, 0.0
     if one.unknown or two.unknown:
-        return _UNKNOWN_INSIDE * border, _UNKNOWN_INSIDE * border, _UNKNOWN_INSIDE * border, 0.0
+        return guess, guess, again, 0.0
     saved = max(border * work.tokens, two.activations - one.activations)
     inside = max(0.0, one.activations - saved)
-    inside_again = one.activations if again.unknown else max(0.0, again.activations - border * work.tokens)
-    return saved / work.tokens, inside / work.tokens, inside_again / work.tokens, one.logits
+    return saved / work.tokens, inside / work.tokens, again, one.logits

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import accumulate
 
 from macft.errors import ConfigError
-from macft.model.adapter_layers import select_layers
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.ends import BOTH_ENDS
 from macft.model.execution import Execution
@@ -105,12 +103,10 @@ class Placer:
             return self.planner.parts(execution)
         return streamed_parts(self.planner, execution)
 
-    @cached_property
+    @property
     def first_trained(self) -> int:
         """The first block that is trained."""
-        planner = self.planner
-        blocks, _ = select_layers(planner.adapter, planner.shape.adaptable)
-        return min(blocks, default=planner.shape.blocks)
+        return self.planner.first_trained
 
     @property
     def _obstacle(self) -> str | None:

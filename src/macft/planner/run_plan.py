@@ -22,7 +22,7 @@ from macft.device.chips import Mac, find_macs
 from macft.device.disk_speed import disk_speed
 from macft.device.kind import METAL, Device
 from macft.device.memory import usable_bytes
-from macft.errors import DataError, MacftError, ModelError
+from macft.errors import ConfigError, DataError, MacftError, ModelError
 from macft.model.bundled import BUNDLED, ensure_bundled
 from macft.model.execution import Execution
 from macft.model.load import load_tokenizer
@@ -42,7 +42,8 @@ from macft.planner.partition import LayoutDecision, preferred, set_pipelines, wh
 from macft.planner.placement import Layout, Placer, obstacle_to_reading_blocks
 from macft.planner.run_placement import is_roomy, run_pipelines, whole_models
 from macft.planner.speed import chip_speed, own_speed, work_of
-from macft.planner.stages import check_layout, decide_layout
+from macft.planner.stage_memory import stage_memory
+from macft.planner.stages import block_costs, check_layout, decide_layout
 from macft.planner.workload import StepRows, assumed_steps, steps_of
 from macft.topology.settings import parse_budget
 from macft.training.settings import steps_for
@@ -68,6 +69,7 @@ class NodePlan:
 class RunPlan:
     """All nodes, and the best layout of each placement that fits; ``chosen`` is that of the run, None if it can't be.
 
+    ``stages``: by rank, the memory of its stage in the best pipelines, as a run predicts it; of nodes that have one.
     ``tokens`` of all rows in each of ``steps``. ``advice`` says what would help, ``notes`` what the figures rest on.
     ``refusal``: why there is no pipeline, where one was asked for.
     """
@@ -83,6 +85,7 @@ class RunPlan:
     notes: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
     refusal: str | None = None
+    stages: dict[int, MemoryParts] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -152,15 +155,21 @@ def plan_run(config: TrainConfig, *, progress: Progress | None = None) -> RunPla
     kinds = [kind for kind in ("replicate", "stream") if wanted in ("auto", kind)]
     placements = whole_models(nodes, ring, whole, shares, kinds=kinds)
     found = pipelines_of(nodes, ring) if wanted in ("auto", "pipeline") else None
+    refusal: str | None = None
+    stages: dict[int, MemoryParts] = {}
     if found is not None:
-        placements["pipeline"] = found.best
+        layout = found.best.layout
+        try:
+            stages = stage_memory(config, layout, planner_of(len(layout.pipelines)), steps, nodes)
+            placements["pipeline"] = found.best
+        except ConfigError as error:  # a node of the run would refuse its stage
+            found, refusal = None, str(error) if wanted == "pipeline" else None
     is_refused = wanted == "auto" and is_batch_too_large  # a smaller micro-batch is the faster way
     chosen = _preferred(plans, placements) if placements and not is_refused else None
     notes += _link_notes(links, config, speeds)
     if found is not None and (line := order_line(found, [node.name for node in nodes])):
         notes.append(f"pipeline: {line}")
-    refusal: str | None = None
-    if wanted == "pipeline" and found is None:
+    if wanted == "pipeline" and found is None and refusal is None:
         refusal = f"topology.placement: pipeline {obstacle}" if obstacle else why_no_pipeline(nodes, model_cost(whole))
     return RunPlan(
         model=config.model.path,
@@ -182,6 +191,7 @@ def plan_run(config: TrainConfig, *, progress: Progress | None = None) -> RunPla
             is_batch_too_large=is_batch_too_large,
         ),
         refusal=refusal,
+        stages=stages,
     )
 
 
@@ -197,10 +207,14 @@ def _pipelines(
     if topology.placement != "pipeline":
         counts = range(1, config.training.batch_size + 1)
         return run_pipelines(nodes, ring, planner_of, shares, counts=counts)
-    if not isinstance(topology.stages, list) or len(topology.stages) != len(nodes):
+    is_set = isinstance(topology.stages, list) and len(topology.stages) == len(nodes)
+    # Processes of one machine don't measure it: their run takes them as alike.
+    is_alike = topology.kind == "local" and not config.plan.chips
+    if not (is_set or is_alike):
         return run_pipelines(nodes, ring, planner_of, shares, counts=[topology.pipelines])
     planner = planner_of(topology.pipelines)
-    layout = decide_layout(topology, [1.0] * planner.shape.blocks, len(nodes))
+    costs = block_costs(planner.shape, planner.first_trained, keeps=planner.execution.may_keep_activations)
+    layout = decide_layout(topology, costs, len(nodes))
     work = step_work(planner, planner.execution.micro_batch_size, shares)
     decision = set_pipelines(nodes, ring, model_cost(planner), work, layout)
     return None if decision is None else FoundPipelines(decision, decision)

@@ -189,7 +189,9 @@ class StageTables:
 
     @cached_property
     def _is_range(self) -> NDArray[np.bool_]:
-        return np.asarray(np.triu(np.ones_like(self._weights), 1) > 0)
+        """Ranges of blocks; none where the node can't even try the model."""
+        can_try = self._model.trial <= self._node.memory
+        return np.asarray(np.triu(np.ones_like(self._weights), 1) > 0) & can_try
 
     @cached_property
     def _outside(self) -> Table:

@@ -12,8 +12,8 @@ from macft.model.execution import Execution
 from macft.model.shape import ModelShape
 from macft.parallel.stage_layout import Stage, StageLayout, balanced_layout, spread
 from macft.planner.fit import MemoryPlanner
-from macft.planner.memory import ComputeShape, MemoryParts, predict, recomputed_inputs, trained_part
-from macft.planner.streamed_memory import GRADIENTS, held_weights, update_bytes
+from macft.planner.memory import ComputeShape, MemoryParts, predict, trained_part
+from macft.planner.streamed_memory import GRADIENTS, held_weights, inside_of_block, update_bytes
 from macft.topology.settings import TopologyConfig
 from macft.training.pipeline_schedule import holding, in_flight
 
@@ -123,7 +123,7 @@ class StagePlanner:
 
     def parts(self, held: int) -> MemoryParts:
         """The peak by part, with ``held`` blocks in memory."""
-        works = self.planner.works(self.planner.execution)
+        works = self.planner.largest_works(self.planner.execution)
         return max((self._parts(work, held) for work in works), key=lambda parts: parts.peak)
 
     def predicted(self, execution: Execution) -> MemoryParts:
@@ -200,7 +200,8 @@ class StagePlanner:
         planner = self.planner
         inside = replace(planner.execution, placement="replicate", recompute="none")
         found = [
-            predict(planner.shape, inside, planner.adapter, planner.optimizer, work) for work in planner.works(inside)
+            predict(planner.shape, inside, planner.adapter, planner.optimizer, work)
+            for work in planner.largest_works(inside)
         ]
         depth = trained_part(planner.shape, planner.adapter).depth
         return (
@@ -220,12 +221,13 @@ class StagePlanner:
         held = held_weights(shape, resident, self._ends, own)
         border = shape.hidden * planner.execution.weight_format.float_bytes * work.tokens
         borders = in_flight(from_end)[0] * (1 + self._trained) * border
-        one_block = parts.activations - recomputed_inputs(shape, inside, trained.depth, work.tokens)
+        one_block = inside_of_block(shape, planner.execution, planner.adapter, planner.optimizer, work)
         return replace(
             parts,
             weights=held,
             gradients=min(parts.gradients, 4.0 * GRADIENTS * trained.parameters),
-            activations=borders + one_block + 2 * border,
+            activations=borders + one_block.size + 2 * border,
+            unknown=one_block.unknown,
             other_peak=max(
                 parts.other_peak - parts.weights + held,
                 self._tried(parts),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import NamedTuple
 
+from macft.errors import ConfigError
+from macft.model.adapter_settings import AdapterConfig
 from macft.model.ends import BOTH_ENDS
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape
@@ -19,6 +22,40 @@ GRADIENTS = 1.2
 # What an update takes beside the adapter and the optimizer's states, as multiples of the adapter: the gradient, and new
 # values and long arrays of small ones beside the old. Measured in runs with little else in memory.
 _UPDATE = 6.0
+# What a block of an unknown kind has inside, as a multiple of its input.
+UNKNOWN_INSIDE = 16.0
+
+
+class Inside(NamedTuple):
+    """Bytes that exist only while a block is computed again and backward; ``unknown``: why they are a guess."""
+
+    size: float
+    unknown: str | None = None
+
+
+def inside_of_block(
+    shape: ModelShape, execution: Execution, adapter: AdapterConfig, optimizer: str, work: ComputeShape
+) -> Inside:
+    """That of the largest block of ``work``, beside its input.
+
+    Where recomputed blocks aren't predicted it is all that the last block takes, if that one alone is trained and
+    nothing is computed again.
+    """
+    whole = replace(execution, placement="replicate", resident_blocks=(), recompute="blocks")
+    parts = predict(shape, whole, adapter, optimizer, work)
+    if not parts.unknown:
+        depth = trained_part(shape, adapter).depth
+        return Inside(max(0.0, parts.activations - recomputed_inputs(shape, whole, depth, work.tokens)))
+    alone = replace(adapter, layers=[shape.blocks - 1], num_layers=-1)
+    unknown: str | None = parts.unknown
+    try:
+        last = predict(shape, replace(whole, recompute="none"), alone, optimizer, work)
+        if not last.unknown:
+            return Inside(last.activations)
+        unknown = last.unknown
+    except ConfigError:  # the last block has none of the layers that are trained
+        pass
+    return Inside(UNKNOWN_INSIDE * shape.hidden * execution.weight_format.float_bytes * work.tokens, unknown)
 
 
 def streamed_parts(planner: MemoryPlanner, execution: Execution) -> MemoryParts:
@@ -27,7 +64,7 @@ def streamed_parts(planner: MemoryPlanner, execution: Execution) -> MemoryParts:
     if planner.one_by_one:
         together = planner.micro_batches(execution.micro_batch_size)
     tokens = max((sum(batch.tokens for batch in each) for each in together), default=1)
-    works = planner.works(execution)
+    works = planner.largest_works(execution)
     return max((_parts(planner, execution, work, tokens) for work in works), key=lambda parts: parts.peak)
 
 
@@ -37,7 +74,7 @@ def _parts(planner: MemoryPlanner, execution: Execution, work: ComputeShape, ste
     parts = predict(shape, resident, planner.adapter, planner.optimizer, work, by_block=True)
     held = held_weights(shape, execution)
     border = shape.hidden * execution.weight_format.float_bytes
-    inside = parts.activations - recomputed_inputs(shape, resident, trained.depth, work.tokens)
+    inside = inside_of_block(shape, execution, planner.adapter, planner.optimizer, work)
     # In validation all rows of a group are before the same block.
     share = min(1.0, planner.validation_rows / planner.rows)
     validated = min(VALIDATION_TOKENS, step_tokens * share) * 2 * border
@@ -45,7 +82,8 @@ def _parts(planner: MemoryPlanner, execution: Execution, work: ComputeShape, ste
         parts,
         weights=held,
         gradients=min(parts.gradients, 4.0 * GRADIENTS * trained.parameters),
-        activations=(trained.depth + 2) * step_tokens * border + inside,
+        activations=(trained.depth + 2) * step_tokens * border + inside.size,
+        unknown=inside.unknown,
         other_peak=max(
             parts.other_peak - parts.weights + held + validated,
             held + parts.adapter + parts.optimizer + update_bytes(trained.parameters),

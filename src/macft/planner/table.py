@@ -8,9 +8,9 @@ from rich.padding import Padding
 from rich.table import Table
 
 from macft.planner.longest_row import LongestRowPlan
+from macft.planner.memory import MemoryParts
 from macft.planner.partition import LayoutDecision
 from macft.planner.run_plan import NodePlan, RunPlan
-from macft.planner.stage_costs import StageChoice
 from macft.report.durations import duration
 
 
@@ -120,7 +120,7 @@ def _show_pipelines(plan: RunPlan, decision: LayoutDecision, console: Console) -
     table = _table("pipeline: blocks and memory of each node, GB")
     table.add_column("node", overflow="fold", min_width=6)
     table.add_column("blocks", no_wrap=True)
-    _numbers(table, "weights", "trained", "activations", "reserve", "peak", "available", "busy")
+    _numbers(table, "weights", "trained", "activations", "rest", "peak", "available", "busy")
     pairs = zip(decision.layout.pipelines, decision.choices, decision.micro_batches, strict=True)
     for number, (stages, choices, count) in enumerate(pairs):
         for stage, choice in zip(stages, choices, strict=True):
@@ -129,7 +129,7 @@ def _show_pipelines(plan: RunPlan, decision: LayoutDecision, console: Console) -
             table.add_row(
                 node.name,
                 f"{stage.first}-{stage.end - 1}",
-                *_stage_memory(node, choice),
+                *_stage_memory(plan.stages.get(stage.rank, node.parts)),
                 f"{node.budget / 1e9:.1f}",
                 f"{busy:.0%}",
                 end_section=stage is stages[-1] and number + 1 < len(decision.layout.pipelines),
@@ -152,14 +152,14 @@ def _show_pipelines(plan: RunPlan, decision: LayoutDecision, console: Console) -
                 )
 
 
-def _stage_memory(node: NodePlan, choice: StageChoice) -> list[str]:
-    """Weights, trained, activations, reserve and peak."""
-    memory = choice.memory
-    if memory is None:  # a node with the whole model
-        parts = node.parts
-        trained = parts.adapter + parts.optimizer + parts.gradients
-        return [*map(_gb, (parts.weights, trained, parts.activations + parts.logits, parts.overhead, parts.peak))]
-    return [*map(_gb, (memory.weights, memory.state, memory.activations, memory.reserve, memory.peak))]
+def _stage_memory(parts: MemoryParts) -> list[str]:
+    """Weights, trained, activations, rest and peak."""
+    trained = parts.adapter + parts.optimizer + parts.gradients
+    activations = parts.activations + parts.logits
+    known = [*map(_gb, (parts.weights, trained, activations, parts.overhead, parts.peak))]
+    if parts.unknown:
+        known[-1] = f"> {known[-1]}"
+    return known
 
 
 def _show_placements(plan: RunPlan, console: Console) -> None:

@@ -26,9 +26,8 @@ from macft.model.module_classes import Members, replaced_functions, replaced_mem
 from macft.model.weight_sizes import Quantization, StoredQuantization
 from macft.planner.graph import graph_of
 
-# Measured against predicted peaks of random models; see docs/plan.md. The graph is that of mlx-lm's own gradients, which
-# hold more than macft's.
-_MARGIN = 0.9
+# Measured against predicted peaks of random models; see docs/plan.md.
+_SHARE = 0.85
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _ERRORS = (ValueError, TypeError, AttributeError, IndexError, RuntimeError, KeyError, ImportError, MacftError)
 
@@ -93,7 +92,7 @@ def _traced(
             peaks = [graph_of(function, [tokens], parameters).peak() for function in (step, validation)]
     except _ERRORS as error:
         return " ".join(str(error).split())
-    return Traced(*(_MARGIN * (peak - size) + size for peak, size in zip(peaks, loss_sizes, strict=True)))
+    return Traced(*(_SHARE * (peak - size) + size for peak, size in zip(peaks, loss_sizes, strict=True)))
 
 
 @lru_cache(maxsize=4)

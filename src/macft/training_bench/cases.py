@@ -94,7 +94,7 @@ def plan_training(
     model: ModelConfig,
     training: Training,
     rows: Sequence[Row],
-    **keys: str,
+    **keys: Any,
 ) -> CasePlan:
     """The same of a model of any shape; ``model`` says how it is held, ``keys`` are those of ``training``."""
     steps = steps_of(rows, row_order(len(rows), training), training.steps)

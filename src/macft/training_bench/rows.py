@@ -50,9 +50,11 @@ def random_rows(kind: str, count: int) -> list[Row]:
     rows = []
     for _ in range(count):
         if tokens is None:
-            prompt, answer = (int(np.clip(generator.gamma(a, b), *ends)) for a, b, *ends in _SQL_LENGTHS)
+            prompt, answer = (
+                int(min(max(generator.gamma(form, scale), least), most)) for form, scale, least, most in _SQL_LENGTHS
+            )
         else:
-            prompt, answer = 0, round(math.exp(generator.uniform(*map(math.log, tokens))))
+            prompt, answer = 0, round(math.exp(generator.uniform(math.log(tokens[0]), math.log(tokens[1]))))
         own = generator.integers(1, 4096, prompt + answer - len(start))
         rows.append(Row(np.concatenate([start, own]).astype(np.int32), prompt))
     return rows

@@ -18,7 +18,7 @@ from macft.model.backends.operation import operation
 Exponentials = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 """Logits (n, V) float32 and their maxima (n, 1) to exp(logits - maxima) (n, V) and the sums of those (n, 1)."""
 LossAndGradient = Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
-"""Logits (n, V), targets and weights (n,) to the summed loss, float32, and the gradient of each position's loss, without
+"""Logits (n, V), targets and weights (n,) to the summed loss, float32, and the gradient of each position's loss without
 its weight, in the logits' type."""
 
 

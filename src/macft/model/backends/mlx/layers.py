@@ -54,9 +54,9 @@ def short_swiglu(original: ModuleCall) -> ModuleCall:
     """Takes the place of ``mlx_lm.models.activations.swiglu``, ``original``."""
 
     def backward(inputs: Sequence[mx.array], grad: mx.array, _output: mx.array) -> list[mx.array]:
-        gate, x = inputs
-        # MLX would unite equal sigmoids, forward and backward, and make a kernel of what several others need.
-        sigmoid, other = mx.sigmoid(gate * 1), mx.sigmoid(gate + 0)
-        return [grad * x * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * other]
+        # Two of each: MLX would unite equal sigmoids, forward and backward, and make a kernel of what others share.
+        (gate, x), (other, _) = after(inputs, [grad]), after(inputs, [grad])
+        sigmoid = mx.sigmoid(gate)
+        return [grad * x * (sigmoid + gate * sigmoid * (1 - sigmoid)), grad * (other * mx.sigmoid(other))]
 
     return operation(original, backward)

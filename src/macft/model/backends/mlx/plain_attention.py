@@ -17,8 +17,8 @@ from macft.model.backends.mlx.query_blocks import is_fused, takes_fused
 from macft.model.backends.operation import after, operation
 from macft.model.module_classes import ModuleCall
 
-_LONGEST_MASK = 4096
-"""Queries and keys of causal masks that are kept; longer ones are made where they are used."""
+_LONGEST_MASK = 1024
+"""Queries and keys of causal masks that are kept, 2 to 4 MB each; longer ones are made where they are used."""
 
 
 def plain_attention(original: ModuleCall, is_training: Callable[[], bool], device: str) -> ModuleCall:

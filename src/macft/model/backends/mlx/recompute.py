@@ -122,7 +122,7 @@ def kept_products(model: nn.Module) -> Iterator[None]:
 
         def layer_call(layer: nn.Module, *arguments: Any, **named: Any) -> Any:
             if isinstance(layer, LoRALinear) and layer.dropout(*arguments) is arguments[0]:
-                return lora(layer, *arguments, kept=_kept)
+                return lora(layer, arguments[0], kept=_kept)
             return _kept_call(call, layer, trained[id(layer)], arguments, named)
 
         return {"__call__": layer_call}
