@@ -618,6 +618,17 @@ def test_blocks_of_other_kinds_are_predicted_within_15_percent(kind: str) -> Non
     assert parts.activations + parts.logits == pytest.approx(measured, rel=0.15)
 
 
+def test_a_large_mixture_is_predicted_without_its_weights() -> None:
+    """Of 3 GB; its graph is built, and no array gets values."""
+    sizes = {"hidden_size": 1024, "moe_intermediate_size": 1024, "num_experts": 128, "n_routed_experts": 128}
+    shape = shape_of(KINDS["mixture"] | sizes, "config.json")
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    predict(shape, padded_execution(), AdapterConfig(rank=4), "adamw", ComputeShape(1, 32, 32, 32))
+    assert shape.weight_bytes(shape.checkpoint) > 2e9
+    assert mx.get_peak_memory() - before < 1e8
+
+
 def test_the_longest_row_is_the_longest_that_fits() -> None:
     config = prepare([f"model={LLAMA_8B}", "plan.chips=[M4 16GB,M4 Max 64GB]", "adapter.num_layers=16"]).job
     assert config is not None

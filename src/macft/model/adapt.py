@@ -66,7 +66,7 @@ def adapt(
     if evaluated:
         mx.eval(model.parameters())
     with streamed.left_out() if streamed is not None else nullcontext():
-        _check_gradient(model, keys)
+        _check_gradient(model, keys, evaluated=evaluated)
     trainable = sum(int(value.size) for _, value in tree_flatten(model.trainable_parameters()))
     return Adaptation(settings, keys, trainable, total, _describe(config, chosen, available))
 
@@ -129,9 +129,10 @@ def _unfreeze(model: nn.Module, chosen: AdapterLayers, config: AdapterConfig) ->
     return {"fine_tune_type": "full", "num_layers": len(chosen.blocks), "lora_parameters": None}
 
 
-def _check_gradient(model: nn.Module, keys: DropoutKeys) -> None:
+def _check_gradient(model: nn.Module, keys: DropoutKeys, *, evaluated: bool) -> None:
     """Raises ModelError where the adapted ``model`` fails on a few tokens, or has no gradient; none is computed.
 
+    Unless ``evaluated`` its result isn't either, for which a model without values would be made whole.
     ConfigError where its dropout can't be told by the tokens' rows.
     """
     tokens = mx.arange(1, 9)[None]
@@ -140,7 +141,8 @@ def _check_gradient(model: nn.Module, keys: DropoutKeys) -> None:
     try:
         with keys.using(mx.zeros((1,), mx.uint32), tokens.size):
             value, _ = nn.value_and_grad(model, lambda tokens: model(tokens).sum())(tokens)
-            mx.eval(value)
+            if evaluated:
+                mx.eval(value)
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, KeyError, NotImplementedError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"this model can't be trained on this device with mlx-lm's code: {reason}") from error
