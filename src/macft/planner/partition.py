@@ -16,7 +16,7 @@ from macft.planner.pipeline_search import Pipeline, PipelineSearch, alone_pipeli
 from macft.planner.stage_costs import StageChoice
 
 # Of the time that a step takes with whole models, what it may take at most with a pipeline for that to be chosen.
-_INSTEAD_OF = {"replicate": 0.8, "stream": 0.95}
+_INSTEAD_OF = {"replicate": 0.9, "stream": 0.95}
 # The same for another order of the stages, or fewer nodes: the ring's order follows the links.
 _ANOTHER_ORDER = 0.95
 
