@@ -20,9 +20,11 @@ from macft.model.bundled import ensure_bundled
 from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig
 
-# Where this process was started in the background of a shell script, Ctrl-C is ignored, and in all that it starts.
-if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A background job of a shell script ignores Ctrl-C, one under nohup a closed terminal; so does what they start.
+if threading.current_thread() is threading.main_thread():
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 # No test asserts a timing: on a busy machine an example may take long.
 settings.register_profile("macft", deadline=None)
