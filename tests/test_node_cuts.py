@@ -105,7 +105,8 @@ def test_nodes_keep_their_order_unless_another_one_or_fewer_are_clearly_faster(
     assert len(found.best.layout.pipelines) == len(found.in_order.layout.pipelines)
     assert found.best.layout.blocks == BLOCKS
     assert found.best is found.in_order or found.best.seconds <= 0.95 * found.in_order.seconds
-    assert bool(order_line(found, ranks(len(speeds)))) == (found.best is not found.in_order)
+    order = [stage.rank for stages in found.best.layout.pipelines for stage in stages]
+    assert bool(order_line(found, ranks(len(speeds)))) == (order != in_order)
 
 
 def test_stages_may_have_another_order_than_ranks_and_nodes_may_have_none() -> None:
@@ -119,7 +120,7 @@ def test_stages_may_have_another_order_than_ranks_and_nodes_may_have_none() -> N
         return pipelines.best.layout.described(3), order_line(pipelines, ranks(3))
 
     # The last stage holds the fewest micro-batches.
-    layout, line = found([1, 1, 1], [0.8, 99, 99])
+    layout, line = found([1, 1, 1], [0.75, 99, 99])
     assert layout == "rank 1: blocks 0-4 > rank 2: blocks 5-8 > rank 0: blocks 9-11"
     assert line.startswith("stages in another order than the nodes; ")
     assert line.endswith(" s with all nodes in their order")

@@ -189,7 +189,7 @@ def test_a_node_that_cannot_hold_the_run_alone_waits_for_another_one(tmp_path: P
 def test_a_stage_is_killed_and_comes_back(tmp_path: Path, basics: list[str], slow_disk: dict[str, str]) -> None:
     """Under topology.placement=auto: the process that is started anew takes over what the run chose."""
     more = [*basics, "training.steps=5000", "training.eval_every=0", "training.save_every=0", "adapter.rank=1"]
-    more += [f"model={wide_model(tmp_path / 'model')}", "topology=local", "topology.memory_budget=26MB"]
+    more += [f"model={wide_model(tmp_path / 'model')}", "topology=local", "topology.memory_budget=24MB"]
     local = ["topology.nodes=2", "topology.restart=true", f"hydra.run.dir={tmp_path}"]
     process = start(*more, *local, cwd=tmp_path, variables=slow_disk)
     wait_for_step(process, tmp_path, 5)

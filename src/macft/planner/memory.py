@@ -26,7 +26,7 @@ from macft.training.optimizer_table import OPTIMIZERS
 
 # Bytes per logit while the loss is computed. In chunks several are under way, with a float32 copy where the logits are
 # of 16 bits.
-_BYTES_PER_LOGIT, _BYTES_PER_CHUNKED_LOGIT = {2: 12.0, 4: 16.0}, {2: 21.0, 4: 32.0}
+_BYTES_PER_LOGIT, _BYTES_PER_CHUNKED_LOGIT = {2: 9.0, 4: 16.0}, {2: 21.0, 4: 32.0}
 _VALIDATION_BYTES_PER_LOGIT, _VALIDATION_BYTES_PER_CHUNKED_LOGIT = 13.8, 44.0
 # In validation, values for each token (factors of hidden and feed-forward size) and for each score.
 _VALIDATION_OF_BLOCK, _VALIDATION_SCORES = (2.4, 3.65), 2.0

@@ -22,6 +22,9 @@ GRADIENTS = 1.2
 # What an update takes beside the adapter and the optimizer's states, as multiples of the adapter: the gradient, and new
 # values and long arrays of small ones beside the old. Measured in runs with little else in memory.
 _UPDATE = 6.0
+# What is inside a block that is read or a stage's, against one of those that are all held: measured on a mixture
+# (tests/test_streaming.py), for kinds of blocks whose memory is taken from a graph.
+_READ_BLOCK = 1.3
 # What a block of an unknown kind has inside, as a multiple of its input.
 UNKNOWN_INSIDE = 16.0
 
@@ -51,7 +54,7 @@ def inside_of_block(
     try:
         last = predict(shape, replace(whole, recompute="none"), alone, optimizer, work)
         if not last.unknown:
-            return Inside(last.activations)
+            return Inside(_READ_BLOCK * last.activations)
         unknown = last.unknown
     except ConfigError:  # the last block has none of the layers that are trained
         pass
