@@ -64,10 +64,10 @@ class JoinedParameters:
 
     def join(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Arrays by name, of the parameters' shapes, as long ones: a kernel for each that is not by itself."""
-        return {key: self._join([arrays[name] for name in names], key, names) for key, names in self.groups.items()}
-
-    def _join(self, arrays: list[mx.array], key: str, names: list[str]) -> mx.array:
-        return arrays[0] if names == [key] else mx.concatenate([array.reshape(-1) for array in arrays])
+        return {
+            key: arrays[key] if names == [key] else mx.concatenate([arrays[name].reshape(-1) for name in names])
+            for key, names in self.groups.items()
+        }
 
     def split(self, joined: Joined) -> dict[str, mx.array]:
         """The inverse: views by name."""

@@ -18,6 +18,7 @@ from macft.data.tokenize import text_tokens
 from macft.errors import DataError, MacftError, ModelError
 from macft.evaluation.batched import takes_batches
 from macft.model.load import LoadedModel
+from macft.model.vocabulary import vocabulary_of
 from macft.serving.options import ServerConfig
 
 _STOP_SECONDS = 1.0
@@ -43,7 +44,7 @@ class Provider(ModelProvider):
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.model_key = (str(loaded.path), None, None)
         self.max_positions = _max_positions(loaded.config)
-        self.vocabulary = _vocabulary(loaded)
+        self.vocabulary = vocabulary_of(loaded.path) or len(loaded.tokenizer)
 
     def load(self, *_: Any) -> tuple[Any, Any]:
         """The model and its tokenizer."""
@@ -168,13 +169,6 @@ def status_of(error: Exception) -> int:
 def _max_positions(config: dict[str, Any]) -> int | None:
     value = config.get("max_position_embeddings")
     return value if isinstance(value, int) and value > 0 else None
-
-
-def _vocabulary(loaded: LoadedModel) -> int:
-    """How many tokens the model has logits for."""
-    text = loaded.config.get("text_config")
-    value = (text if isinstance(text, dict) else loaded.config).get("vocab_size", loaded.config.get("vocab_size"))
-    return value if isinstance(value, int) and value > 0 else len(loaded.tokenizer)
 
 
 def _mlx_lm_arguments(config: ServerConfig) -> Namespace:

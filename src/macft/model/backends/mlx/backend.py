@@ -13,7 +13,12 @@ from mlx.utils import tree_flatten
 from macft.model.backends.base import CrossEntropy, Function, Lanes, Loss, LossAndGradient
 from macft.model.backends.lanes import OneLane
 from macft.model.backends.mlx.attention import row_attention
-from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy, loss_in_chunks, whole_cross_entropy
+from macft.model.backends.mlx.cross_entropy import (
+    chunked_cross_entropy,
+    logits_of,
+    loss_in_chunks,
+    whole_cross_entropy,
+)
 from macft.model.backends.mlx.layers import frozen_norms, short_swiglu
 from macft.model.backends.mlx.long_products import products_in_parts
 from macft.model.backends.mlx.low_rank import in_base_type, types_in_products
@@ -96,7 +101,7 @@ class MlxBackend:
             if head is None:
                 return whole_cross_entropy(hidden, targets, weights)
             if with_gradient and not is_frozen:
-                return whole_cross_entropy(head(hidden[None]).squeeze(0), targets, weights)
+                return whole_cross_entropy(logits_of(head, hidden), targets, weights)
             vocabulary = head(hidden[:1][None]).shape[-1]
             chunk = execution.loss_chunk_for(vocabulary)
             if not with_gradient:

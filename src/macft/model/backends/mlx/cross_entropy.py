@@ -36,7 +36,7 @@ def loss_in_chunks(
     for start in range(0, hidden.shape[0], chunk):
         end = start + chunk
         part = mx.depends([hidden[start:end]], [loss])[0]
-        loss = loss + whole_cross_entropy(_logits(head, part), targets[start:end], weights[start:end])
+        loss = loss + whole_cross_entropy(logits_of(head, part), targets[start:end], weights[start:end])
     return loss
 
 
@@ -51,7 +51,7 @@ def lean_loss_and_gradient(logits: mx.array, targets: mx.array, weights: mx.arra
     return loss, mx.put_along_axis(shares, words, (mx.exp(log_shares) - 1).astype(logits.dtype), axis=-1)
 
 
-def _logits(head: Callable[[mx.array], mx.array], hidden: mx.array) -> mx.array:
+def logits_of(head: Callable[[mx.array], mx.array], hidden: mx.array) -> mx.array:
     """(n, V) of ``hidden`` (n, D). Not by an index, which would copy them, and the gradient with them."""
     return head(hidden[None]).squeeze(0)
 
@@ -87,9 +87,9 @@ def chunked_cross_entropy(
             if grad_parts:  # one chunk after the other, its loss included, so that only one's logits exist
                 part = mx.depends([part], [grad_parts[-1], value])[0]
             end = start + chunk
-            logits = _logits(head, part)
+            logits = logits_of(head, part)
             value, grad_logits = loss_and_gradient(logits, targets[start:end], weights[start:end])
-            grad = mx.vjp(lambda part: _logits(head, part), [part], [grad_logits])[1][0]
+            grad = mx.vjp(lambda part: logits_of(head, part), [part], [grad_logits])[1][0]
             # A position's weight is the same for all words, so that it can be left to the smaller array.
             grad_parts.append(detached((grad * weights[start:end, None]).astype(grad.dtype)))
             value = detached(value)
