@@ -35,7 +35,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from harness.step_sides import SIDES, StepSide, step_side
+from macft.data.batch import Batch, collate
+from macft.data.formats import Row
+from macft.model.adapter_settings import AdapterConfig
 from macft.training_bench.random_weights import held_as
+
+# isort: split
+import numpy as np
 
 SIZES: dict[str, dict[str, Any]] = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
@@ -45,7 +52,6 @@ SIZES: dict[str, dict[str, Any]] = {
 BLOCKS = {"8B": 32, "1B": 16, "small": 8}
 HEAD_DIM = {"8B": 128, "1B": 64, "small": 128}
 VOCABULARY = {"8B": 128256, "1B": 128256, "small": 49152}
-SIDES = ("mlx_lm", "none", "cheap", "blocks")
 RANK, SCALE = 8, 20.0
 
 
@@ -78,13 +84,8 @@ def make_model(shape: str, vocabulary: int | None) -> Any:
     return held_as(Model(ModelArgs.from_dict(config | SIZES[name])), bits)
 
 
-def make_batch(options: argparse.Namespace, seed: int = 0) -> Any:
+def make_batch(options: argparse.Namespace, seed: int = 0) -> Batch:
     """Rows without a prompt, of a few tokens less than asked for, or with ``--traces`` of 16 to that many."""
-    import numpy as np
-
-    from macft.data.batch import collate
-    from macft.data.formats import Row
-
     generator = np.random.default_rng(seed)
     least = 16 if options.traces else options.tokens - options.tokens // 100
     lengths = generator.integers(least, options.tokens, options.rows, endpoint=True)
@@ -92,151 +93,15 @@ def make_batch(options: argparse.Namespace, seed: int = 0) -> Any:
     return collate([Row(each, 0) for each in tokens], np.arange(options.rows))
 
 
-class Side:
-    """A way to train ``model``, which has its adapter."""
-
-    def __init__(self, model: Any, options: argparse.Namespace):
-        import mlx.optimizers as optim
-
-        self.model, self.options, self.traces = model, options, 0
-        self.optimizer = optim.Adam(1e-4, bias_correction=True)
-
-    def lazy(self) -> tuple[Any, dict[str, Any]]:
-        """Loss and gradient of a step, not computed yet; the last one's update is."""
-        raise NotImplementedError
-
-    def step(self, seed: int = 0) -> None:
-        """A step as it is trained; the device is idle afterwards."""
-        raise NotImplementedError
-
-    def update(self, gradient: dict[str, Any]) -> None:
-        """The update by ``gradient``."""
-        import mlx.core as mx
-        from mlx.utils import tree_unflatten
-
-        self.optimizer.update(self.model, tree_unflatten(list(gradient.items())))
-        mx.eval(self.model.trainable_parameters(), self.optimizer.state)
-
-
-class MlxLm(Side):
-    """The step of ``mlx_lm.tuner.trainer.train``."""
-
-    def __init__(self, model: Any, options: argparse.Namespace):
-        import mlx.core as mx
-        import mlx.nn as nn
-        from mlx_lm.tuner.trainer import default_loss
-
-        super().__init__(model, options)
-        value_and_grad = nn.value_and_grad(model, default_loss)
-        state = [model.state, self.optimizer.state, mx.random.state]
-
-        def step(tokens: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
-            self.traces += 1
-            (loss, count), gradient = value_and_grad(model, tokens, lengths)
-            self.optimizer.update(model, gradient)
-            return loss, count
-
-        self.optimizer.init(model.trainable_parameters())
-        self._state, self._value_and_grad = state, value_and_grad
-        self._step = mx.compile(step, inputs=state, outputs=state) if options.compiled else step
-
-    def _batch(self, seed: int) -> tuple[Any, Any]:
-        """Padded to one more than a multiple of 32 tokens, as mlx_lm's are."""
-        import mlx.core as mx
-        import numpy as np
-
-        batch = make_batch(self.options, seed)
-        rows, width = batch.tokens.shape
-        tokens = np.zeros((rows, 1 + -(-width // 32) * 32), np.int32)
-        tokens[:, :width] = batch.tokens
-        return mx.array(tokens), mx.array(np.stack([np.zeros_like(batch.lengths), batch.lengths], axis=1))
-
-    def lazy(self) -> tuple[Any, dict[str, Any]]:
-        from mlx.utils import tree_flatten
-
-        (loss, _), gradient = self._value_and_grad(self.model, *self._batch(0))
-        return loss, dict(tree_flatten(gradient))
-
-    def step(self, seed: int = 0) -> None:
-        import mlx.core as mx
-
-        mx.eval(self._step(*self._batch(seed)), self._state)
-        mx.synchronize()
-
-
-class Macft(Side):
-    """macft's gradient and update, with the model installed in its backend."""
-
-    def __init__(self, model: Any, options: argparse.Namespace, keys: Any, execution: Any, backend: Any):
-        from macft.training.gradient import GradientComputer
-        from macft.training.optimizer import OptimizerStep
-
-        super().__init__(model, options)
-        self._compute = compute = GradientComputer(model, backend, execution, keys, seed=0)
-        self._update = OptimizerStep(model, self.optimizer, compiled=execution.compiled)
-        loss = compute.loss
-
-        def counted(*inputs: Any, **named: Any) -> Any:
-            self.traces += 1
-            return loss(*inputs, **named)
-
-        compute.loss = counted  # type: ignore[assignment]
-
-    def lazy(self) -> tuple[Any, dict[str, Any]]:
-        compute = self._compute
-        (part,) = compute._layout.parts(make_batch(self.options))
-        inputs, layout, keys = compute._arrays(0, part)
-        return compute._gradient(0, layout, keys, *inputs, lengths=part.lengths)
-
-    def step(self, seed: int = 0) -> None:
-        import mlx.core as mx
-
-        local = self._compute(0, [make_batch(self.options, seed)], joined=True)
-        total = sum(local.losses, mx.array(0.0))
-        mx.eval(self._update.queue(local.gradient, 1e-4, total, local.target_tokens, 1.0))
-        mx.synchronize()
-
-
 @contextmanager
-def side_of(name: str, model: Any, options: argparse.Namespace) -> Iterator[Side]:
+def side_of(name: str, model: Any, options: argparse.Namespace) -> Iterator[StepSide]:
     """The side ``name``, with an adapter on the last blocks of ``model``."""
-    import mlx.core as mx
-
-    adapted = parse(options.shape)[3]
-    if name == "mlx_lm":
-        from mlx_lm.tuner.utils import linear_to_lora_layers
-
-        linear_to_lora_layers(model, adapted, {"rank": RANK, "scale": SCALE, "dropout": 0.0})
-        mx.eval(model.parameters())
-        yield MlxLm(model, options)
-        return
-    from dataclasses import replace
-
-    from macft.device.kind import Device
-    from macft.model.adapt import adapt
-    from macft.model.adapter_settings import AdapterConfig
-    from macft.model.backends.choose import make_backend
-    from macft.model.execution import resolve
-    from macft.model.load import weight_format_of
-    from macft.model.settings import ModelConfig
-
-    adaptation = adapt(model, AdapterConfig(rank=RANK, scale=SCALE, num_layers=adapted), seed=0)
-    config = ModelConfig(precision="checkpoint", quantization="keep")
-    execution = resolve(
-        config,
-        weight_format_of(model),
-        Device.default(),
-        packing="true" if options.packed else "false",
-        compile=str(options.compiled).lower(),
-        kernels="mlx",
-    )
-    execution = replace(execution.with_batch(None, name), pack_tokens=None)
-    backend = make_backend(execution)
-    with backend.installed(model):
-        yield Macft(model, options, adaptation.dropout_keys, execution, backend)
+    adapter = AdapterConfig(rank=RANK, scale=SCALE, num_layers=parse(options.shape)[3])
+    with step_side(name, model, adapter, compiled=options.compiled, packed=options.packed) as side:
+        yield side
 
 
-def by_part(side: Side) -> dict[str, Any]:
+def by_part(side: StepSide, batch: Batch) -> dict[str, Any]:
     """Peak and active memory of each part of a step that is not compiled, in bytes, without weights."""
     import mlx.core as mx
 
@@ -255,7 +120,7 @@ def by_part(side: Side) -> dict[str, Any]:
         return {"__call__": call}
 
     with replaced_members([last], noting):
-        loss, gradient = side.lazy()
+        loss, gradient = side.lazy(batch)
     names = [f"layers.{number}." for number in range(len(side.model.layers))]
     blocks = [[value for key, value in gradient.items() if name in key] for name in names]
     parts: dict[str, list[mx.array]] = {"forward": seen[:1], "loss": [loss]}
@@ -279,21 +144,22 @@ def by_part(side: Side) -> dict[str, Any]:
     return {"parts": found, "operations": operations}
 
 
-def whole(side: Side, options: argparse.Namespace) -> dict[str, Any]:
+def whole(side: StepSide, options: argparse.Namespace) -> dict[str, Any]:
     """Peak of a step as it is trained, milliseconds of the fastest, and traces."""
     import mlx.core as mx
 
     if options.traces:
         for seed in range(16):
-            side.step(seed)
+            side.step(make_batch(options, seed))
         return {"traces": side.traces}
+    batch = make_batch(options)
     weights = mx.get_active_memory()
-    side.step()
+    side.step(batch)
     mx.reset_peak_memory()
     times = []
     for _ in range(options.steps):
         started = time.perf_counter()
-        side.step()
+        side.step(batch)
         times.append(time.perf_counter() - started)
     return {"peak": mx.get_peak_memory() - weights, "milliseconds": 1000 * min(times)}
 
@@ -309,7 +175,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     model = make_model(options.shape, options.vocabulary)
     weights = mx.get_active_memory()
     with side_of(options.worker, model, options) as side:
-        found = by_part(side) if options.by_part else whole(side, options)
+        found = by_part(side, make_batch(options)) if options.by_part else whole(side, options)
     return {"device": device, "weights": weights, **found}
 
 

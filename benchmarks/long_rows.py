@@ -16,7 +16,8 @@ import json
 import subprocess
 import sys
 
-from gpu_path import HEAD_DIM, SIDES, SIZES, make_model, side_of
+from gpu_path import HEAD_DIM, SIZES, make_batch, make_model, side_of
+from harness.step_sides import SIDES
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.execution import Execution, WeightFormat
 from macft.model.shape import shape_of
@@ -52,7 +53,7 @@ def work(options: argparse.Namespace) -> int:
         mx.eval(model.parameters())
     with side_of(options.worker[0], model, options) as side:
         mx.reset_peak_memory()
-        side.step()
+        side.step(make_batch(options))
     return int(mx.get_peak_memory())
 
 

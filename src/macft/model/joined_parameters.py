@@ -6,9 +6,10 @@ A thousand small arrays are a thousand kernels for each thing that is done with 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import mlx.core as mx
@@ -17,9 +18,19 @@ import mlx.nn as nn
 from macft.model.parameter_refs import ParameterRefs
 
 _LARGE = 1 << 18
+_LEAST_PART, _PARTS = 1 << 14, 32
 
 Joined = Mapping[str, mx.array]
 """Long arrays (n,) by the name of a kind of parameters, and large parameters by their own names."""
+
+
+class Part(NamedTuple):
+    """The values ``start`` to ``end`` of a joined array: those of parameters that follow one another."""
+
+    key: str
+    start: int
+    end: int
+    names: list[str]
 
 
 class JoinedParameters:
@@ -51,6 +62,28 @@ class JoinedParameters:
             self._views, self._joined = arrays, self.join(dict(zip(self._refs.names, arrays, strict=True)))
         return dict(self._joined)
 
+    def take(self) -> dict[str, mx.array]:
+        """The parameters, which nobody else holds: until :meth:`put` the model has none, and is of no use."""
+        joined = self.get()
+        self._views, self._joined = [], {}
+        self._refs.put([mx.zeros(())] * len(self._refs.names))
+        return joined
+
+    def parts(self) -> list[Part]:
+        """All of them in about 32 parts, each of 2^14 values or more; a parameter that is by itself is one."""
+        least = max(_LEAST_PART, sum(map(math.prod, self._shapes.values())) // _PARTS)
+        found: list[Part] = []
+        for key, names in self.groups.items():
+            end = 0
+            for name in names:
+                size, start = math.prod(self._shapes[name]), end
+                end += size
+                if start and found[-1].end - found[-1].start < least:
+                    found[-1] = Part(key, found[-1].start, end, [*found[-1].names, name])
+                else:
+                    found.append(Part(key, start, end, [name]))
+        return found
+
     def put(self, joined: Joined) -> list[mx.array]:
         """Sets all of them; returns them one by one."""
         views = self.split(joined)
@@ -58,9 +91,14 @@ class JoinedParameters:
         self._refs.put(self._views)
         return self._views
 
-    def put_back(self) -> None:
-        """Sets those of the last :meth:`get` or :meth:`put`: tracing leaves a model with copies of its arrays."""
-        self._refs.put(self._views)
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """The model has the same arrays afterwards: differentiating leaves it with copies, which :meth:`get` joins."""
+        arrays = self._refs.get()
+        try:
+            yield
+        finally:
+            self._refs.put(arrays)
 
     def join(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Arrays by name, of the parameters' shapes, as long ones: a kernel for each that is not by itself."""

@@ -112,10 +112,14 @@ FEWEST_QUERIES = 32
 
 
 class AttentionSize(NamedTuple):
-    """``queries`` of all rows or of a pack, and the ``keys`` with which each is multiplied, for each head."""
+    """``queries`` of all rows or of a pack, and the ``keys`` with which each is multiplied, for each head.
+
+    ``is_causal``: a block of queries is multiplied with the keys up to its own end only, not with all of them.
+    """
 
     queries: int
     keys: int
+    is_causal: bool = True
 
     @property
     def scores(self) -> int:
@@ -126,7 +130,7 @@ class AttentionSize(NamedTuple):
 def attention_size(tokens: int, rows: int, longest: int, head_dim: int) -> AttentionSize:
     """What MLX's operations compute at once of a pack, or of padded rows, which have rows * longest tokens."""
     if tokens != rows * longest and attends_under_mask(tokens, rows, longest, head_dim):
-        return AttentionSize(tokens, tokens)
+        return AttentionSize(tokens, tokens, is_causal=False)
     return AttentionSize(rows * longest, longest)
 
 

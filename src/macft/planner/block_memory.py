@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from macft.model.execution import Execution
-from macft.model.packing import FEWEST_QUERIES, AttentionSize, attention_size, is_cheap_attention
+from macft.model.packing import AttentionSize, attention_size, is_cheap_attention, queries_at_once
 from macft.model.shape import ModelShape
 
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -43,14 +45,70 @@ class _Factors(NamedTuple):
         return sum(factor * size for factor, size in zip(self, sizes, strict=True))
 
 
-# In the feed-forward part, and in attention. Without recomputation the block that is computed has its own values among
-# the kept ones, and has freed those of its feed-forward part when it comes to attention.
-_INSIDE = {
-    "mlx_lm": (_Factors(4.1, 5.9, 0, 0, 0.3), _Factors(3, -5, 3, 3, 2.15)),
-    "none": (_Factors(4.1, 5.2, 0, 0, 0.3), _Factors(5, -3, 7, 7, 2.15)),
-    "cheap": (_Factors(5, 6.5, 0, 0, 0.8), _Factors(4, 0, 7, 7, 3.15)),
-    "blocks": (_Factors(5.5, 9.5, 0, 0, 1.2), _Factors(7, 0, 8, 8, 3.15)),
+# Blocks of queries whose scores exist at once, for up to so many blocks and for more: measured with 1 to 24 of them.
+_FEW_BLOCKS, _FEW_UNDER_WAY, _MANY_UNDER_WAY = 8, 2, 3
+
+
+_NOTHING = _Factors(0, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """How a step holds blocks: what is inside the one that is computed, and what each keeps for its backward pass.
+
+    Inside, in the ``feed_forward`` part and ``attending``. Without recomputation the block that is computed has its own
+    values among the kept ones, and has freed those of its feed-forward part when it comes to attention. ``keeps`` is
+    for each token, ``keeps_to_attend`` for each query, with the scores of one. ``inputs``: how often the inputs of
+    adapters are kept; ``attended``: attention's result, where it is costly; ``mask``: the mask of a block, of a byte
+    for each query and key, that all heads share. ``in_blocks``: attention goes through blocks of queries.
+    """
+
+    feed_forward: _Factors
+    attending: _Factors
+    keeps: _Factors
+    keeps_to_attend: _Factors = _NOTHING
+    inputs: int = 0
+    attended: int = 0
+    mask: int = 0
+    in_blocks: bool = False
+
+
+# Queries, keys and values, and scores.
+_TO_ATTEND = _Factors(0, 0, 1, 2, 1)
+STEPS = {
+    # Inputs of both norms; gate and up, of the gate also its sigmoid and the product with that.
+    "mlx_lm": StepKind(
+        feed_forward=_Factors(4.1, 5.9, 0, 0, 0.3),
+        attending=_Factors(3, -5, 3, 3, 2.15),
+        keeps=_Factors(2, 4, 0, 0, 0),
+        keeps_to_attend=_TO_ATTEND,
+        inputs=1,
+        mask=1,
+    ),
+    "none": StepKind(
+        feed_forward=_Factors(4.1, 5.2, 0, 0, 0.3),
+        attending=_Factors(5, -3, 7, 7, 2.15),
+        keeps=_Factors(2, 2, 0, 0, 0),
+        keeps_to_attend=_TO_ATTEND,
+        inputs=1,
+    ),
+    # Its input, and the results of matrix products.
+    "cheap": StepKind(
+        feed_forward=_Factors(5, 6.5, 0, 0, 0.8),
+        attending=_Factors(4, 0, 7, 7, 3.15),
+        keeps=_Factors(2, 2, 1, 2, 0),
+        attended=1,
+        in_blocks=True,
+    ),
+    # Its input.
+    "blocks": StepKind(
+        feed_forward=_Factors(5.5, 9.5, 0, 0, 1.2),
+        attending=_Factors(7, 0, 8, 8, 3.15),
+        keeps=_Factors(1, 0, 0, 0, 0),
+        in_blocks=True,
+    ),
 }
+"""mlx-lm's step, and macft's with each ``training.recompute``."""
 
 
 def block_memory(
@@ -61,54 +119,57 @@ def block_memory(
     rows: int,
     length: int,
     tokens: int,
-    of_mlx_lm: bool = False,
+    step: str | None = None,
 ) -> BlockMemory:
     """Of ``tokens`` tokens that attend as ``rows`` of up to ``length``; ``projections`` have adapters.
 
-    ``of_mlx_lm``: as mlx-lm's own code computes it, which recomputes nothing.
+    ``step``: another of STEPS than ``execution.recompute``.
     """
+    kind = STEPS[step or execution.recompute]
     attention = attention_size(tokens, rows, length, shape.head_dim)
-    most = execution.max_scores if execution.recompute != "none" else None
-    feed_forward, attending = _INSIDE["mlx_lm" if of_mlx_lm else execution.recompute]
+    most = execution.max_scores if kind.in_blocks else None
     # Beside the feed-forward part the first block of queries is under way.
     first = min(shape.heads * attention.scores, most or math.inf)
     inside = max(
-        feed_forward.of(shape, first / tokens),
-        attending.of(shape, scores_at_once(shape, attention, most) / tokens),
+        kind.feed_forward.of(shape, first / tokens),
+        kind.attending.of(shape, scores_at_once(shape, attention, most) / tokens),
     )
     width = execution.weight_format.float_bytes
-    kept = _kept(shape, execution, projections, attention, tokens)
-    if of_mlx_lm:  # of the gate its sigmoid and the product with that; the mask, of a byte each, that all heads share
-        kept += 2 * width * tokens * shape.intermediate
-        kept += attention.keys * min(attention.queries, attention.keys)
-    return BlockMemory(kept, width * tokens * inside)
+    return BlockMemory(_kept(kind, shape, projections, attention, tokens, width), width * tokens * inside)
 
 
 def scores_at_once(shape: ModelShape, attention: AttentionSize, most: int | None) -> int:
     """Scores of all heads that exist at once, where a block of queries has ``most``; None: all of them do.
 
-    Those of two blocks do, as MLX hands over one while it computes the other. A block has 32 queries at least.
+    Those of the largest blocks, which have all keys: MLX hands over one or two while it computes another.
     """
     scores = shape.heads * attention.scores
-    return scores if most is None else min(scores, 2 * max(most, shape.heads * attention.queries * FEWEST_QUERIES))
+    if most is None or not scores:
+        return scores
+    rows = max(1, attention.queries // attention.keys)
+    length = attention.queries // rows
+    size = queries_at_once(rows, shape.heads, attention.keys, most)
+    borders = [*range(0, length, size), length]
+    blocks = [(end - start) * (end if attention.is_causal else attention.keys) for start, end in pairwise(borders)]
+    under_way = _FEW_UNDER_WAY if len(blocks) <= _FEW_BLOCKS else _MANY_UNDER_WAY
+    return rows * shape.heads * sum(sorted(blocks, reverse=True)[:under_way])
 
 
 def _kept(
-    shape: ModelShape, execution: Execution, projections: Collection[str], attention: AttentionSize, tokens: int
+    kind: StepKind,
+    shape: ModelShape,
+    projections: Collection[str],
+    attention: AttentionSize,
+    tokens: int,
+    width: int,
 ) -> float:
     """Bytes that a block keeps for its backward pass."""
-    width = execution.weight_format.float_bytes
-    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    if execution.recompute == "blocks":  # its input
-        return float(tokens * shape.hidden * width)
-    if execution.recompute == "cheap":  # its input, and the results of matrix products and of costly attention
-        attended = 0 if is_cheap_attention(query, attention.keys) else query
-        return float(tokens * width * (2 * shape.hidden + query + attended + 2 * key + 2 * shape.intermediate))
-    # Inputs of both norms; gate and up; the inputs of adapters.
-    values = 2 * shape.hidden + 2 * shape.intermediate + adapter_inputs(shape, projections)
-    # Queries, keys and values as they attend, and scores.
-    attending = attention.queries * (query + 2 * key) + shape.heads * attention.scores
-    return float(width * (tokens * values + attending))
+    query = shape.heads * shape.head_dim
+    values = kind.keeps.of(shape, 0) + kind.inputs * adapter_inputs(shape, projections)
+    values += kind.attended * query * (not is_cheap_attention(query, attention.keys))
+    to_attend = kind.keeps_to_attend.of(shape, shape.heads * attention.keys)
+    mask = attention.keys * min(attention.queries, attention.keys)
+    return width * (tokens * values + attention.queries * to_attend) + kind.mask * mask
 
 
 def adapter_inputs(shape: ModelShape, projections: Collection[str]) -> int:

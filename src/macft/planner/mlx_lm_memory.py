@@ -37,7 +37,7 @@ def predict_mlx_lm(
     trained = trained_part(shape, adapter)
     width, tokens = execution.weight_format.float_bytes, rows * length
     plain = execution.padded().with_batch(rows, "none")
-    block = block_memory(shape, plain, trained.projections, rows=rows, length=length, tokens=tokens, of_mlx_lm=True)
+    block = block_memory(shape, plain, trained.projections, rows=rows, length=length, tokens=tokens, step="mlx_lm")
     copies = tokens * (4 - width) * adapter_inputs(shape, trained.projections)
     kept = block.kept + copies
     border = tokens * shape.hidden * width

@@ -164,10 +164,15 @@ class GradientComputer:
         one long array for each kind of parameters. Lanes compute their parts of a micro-batch at the same time; the
         sums are made in the order of the parts.
         """
-        started = time.perf_counter()
         if not self._model.training:
             self._model.train()
-        joined = joined and not self._backend.is_eager
+        with self._parameters.unchanged():
+            return self._summed(step, batches, before_micro_batch, joined=joined and not self._backend.is_eager)
+
+    def _summed(
+        self, step: int, batches: Sequence[Batch], before_micro_batch: Callable[[], None], *, joined: bool
+    ) -> LocalGradient:
+        started = time.perf_counter()
         parameters = self._parameters.get() if joined else {}
         total: Gradient = {}
         losses: list[mx.array] = []
@@ -269,11 +274,8 @@ class GradientComputer:
         inputs, layout, keys = self._arrays(step, part)
         if self.execution.compiled:
             # Nobody else holds the sums so far, so that MLX adds in their memory.
-            traces = self._traces
-            loss, added = self._compiled(total, parameters, layout, keys, *inputs)
-            if parameters and self._traces > traces:
-                self._parameters.put_back()
-            return loss, added
+            added: tuple[mx.array, Gradient] = self._compiled(total, parameters, layout, keys, *inputs)
+            return added
         return self._sum(total, parameters, layout, keys, *inputs, lengths=part.lengths)
 
     def _sum(

@@ -126,13 +126,25 @@ def dora(layer: Any, x: mx.array, product: Callable[[Product], Product] = matric
 
     def adapted(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
         low: mx.array = (layer.dropout(x) @ a.astype(x.dtype)) @ b.astype(x.dtype)
-        result: mx.array = x @ layer._dequantized_weight().T + (layer.scale * low).astype(x.dtype)
+        result: mx.array = x @ _weight_after(layer, x).T + (layer.scale * low).astype(x.dtype)
         return result
 
     output: mx.array = product(adapted)(x, layer.lora_a, layer.lora_b)
-    weight = layer._dequantized_weight() + (layer.scale * layer.lora_b.T) @ layer.lora_a.T
+    a, b = after([layer.lora_a, layer.lora_b], [output])
+    weight = _weight_after(layer, output) + (layer.scale * b.T) @ a.T
     length = mx.stop_gradient(mx.linalg.norm(weight, axis=1))
     output = (layer.m / length).astype(x.dtype) * output
     if "bias" in layer.linear:
         output = output + layer.linear.bias
     return output
+
+
+def _weight_after(layer: Any, x: mx.array) -> mx.array:
+    """The weights of a DoRA layer's base, dequantised when ``x`` is there: else MLX makes those of all layers first."""
+    stored = layer.linear.weight
+    try:
+        (layer.linear.weight,) = after([stored], [x])
+        weight: mx.array = layer._dequantized_weight()
+        return weight
+    finally:
+        layer.linear.weight = stored
