@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_unflatten
 
+from helpers.computing import settled_memory
 from macft.errors import ConfigError
+from macft.model.joined_parameters import JoinedParameters
 from macft.training.clipping import clip_by_global_norm
 from macft.training.optimizer import OptimizerStep, learning_rate, make_optimizer
 from macft.training.optimizer_table import OPTIMIZERS
@@ -153,3 +155,24 @@ def test_parameters_are_found_wherever_a_model_keeps_them() -> None:
     )
     for name, value in tree_flatten(model.parameters()):
         np.testing.assert_array_equal(np.array(value), np.array(before[name] - (0.5 if name in trained else 0.0)))
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_an_update_holds_little_beside_parameters_state_and_gradient(queued: bool) -> None:
+    """Of many small parameters, in MLX's memory; a queued one squares the gradient for its norm."""
+    model = nn.Sequential(*[nn.Linear(64, 256, bias=False) for _ in range(64)])
+    update = OptimizerStep(model, make_optimizer(OptimizerConfig()), compiled=queued)
+    size = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+    for _ in range(2):
+        gradient = {name: mx.ones(value.shape) for name, value in tree_flatten(model.parameters())}
+        if queued:
+            gradient = JoinedParameters.of(model).join(gradient)
+        mx.eval(gradient)
+        before = settled_memory()
+        if queued:
+            mx.eval(update.queue(gradient, 1e-3, mx.array(1.0), 1, 1.0))
+        else:
+            update(gradient, 1e-3)
+        mx.synchronize()
+        beside = mx.get_peak_memory() - before
+    assert beside < 1.1 * size

@@ -14,6 +14,7 @@ from mlx_lm.models.base import create_causal_mask, scaled_dot_product_attention
 from mlx_lm.tuner.trainer import default_loss
 
 from harness.families import configuration, new_model
+from harness.step_peaks import StepCase, step_peaks
 from helpers.computing import gradient_computer, randomize_adapter, settled_memory
 from helpers.models import SMALL, assert_same_gradient, make_from, make_model
 from macft.data.batch import collate
@@ -223,3 +224,19 @@ def test_low_rank_layers_compute_in_the_type_of_their_base() -> None:
             for values in ([one - other for one, other in zip(found, exact, strict=True)], exact)
         )
         assert error < 0.1**2 * size
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        StepCase(),
+        StepCase("narrow", form="float32", rows=1, tokens=64),
+        StepCase("wide", adapter="DoRA", rows=1, tokens=16, compiled=True),
+        StepCase("one block", form="4 bits", adapter="DoRA", rows=1, tokens=16, targets="few"),
+    ],
+    ids=["2 x 200", "short float32", "compiled DoRA", "quantised DoRA"],
+)
+def test_a_step_takes_no_more_memory_than_mlx_lm_s(case: StepCase) -> None:
+    """The closest of the cases of benchmarks/never_above.py, the update included, beside the weights."""
+    peaks = step_peaks(case)
+    assert max(peaks.values()) == peaks["mlx_lm"], peaks

@@ -12,11 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 from macft.model.execution import Execution
-from macft.model.packing import AttentionSize, attention_size, is_cheap_attention, queries_at_once
+from macft.model.packing import FEWEST_QUERIES, AttentionSize, attention_size, is_cheap_attention
 from macft.model.shape import ModelShape
 
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -141,18 +140,20 @@ def block_memory(
 def scores_at_once(shape: ModelShape, attention: AttentionSize, most: int | None) -> int:
     """Scores of all heads that exist at once, where a block of queries has ``most``; None: all of them do.
 
-    Those of the largest blocks, which have all keys: MLX hands over one or two while it computes another.
+    Those of the last blocks, which see most keys: MLX hands over one or two while it computes another. Blocks are not
+    rounded here as :func:`~macft.model.packing.queries_at_once` does, so that more tokens never seem to need less.
     """
     scores = shape.heads * attention.scores
     if most is None or not scores:
         return scores
-    rows = max(1, attention.queries // attention.keys)
-    length = attention.queries // rows
-    size = queries_at_once(rows, shape.heads, attention.keys, most)
-    borders = [*range(0, length, size), length]
-    blocks = [(end - start) * (end if attention.is_causal else attention.keys) for start, end in pairwise(borders)]
-    under_way = _FEW_UNDER_WAY if len(blocks) <= _FEW_BLOCKS else _MANY_UNDER_WAY
-    return rows * shape.heads * sum(sorted(blocks, reverse=True)[:under_way])
+    block = max(most, shape.heads * attention.queries * FEWEST_QUERIES)
+    count = scores / block
+    under_way = _FEW_UNDER_WAY if count <= _FEW_BLOCKS else _MANY_UNDER_WAY
+    if not attention.is_causal or count <= 1:
+        return int(block * min(count, under_way))
+    if count < under_way:  # two: the first sees its own keys only, and the second is what is left
+        return int(block * (1 / count + count - 1))
+    return int(block * (under_way - under_way * (under_way - 1) / 2 / count))
 
 
 def _kept(
