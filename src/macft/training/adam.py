@@ -24,12 +24,13 @@ def new_parameter(optimizer: Any, parameter: mx.array, m: mx.array, v: mx.array)
 
     The optimizer's state holds the step, already counted, and the learning rate.
     """
-    rate = optimizer.learning_rate.astype(parameter.dtype)
+    rate: mx.array = optimizer.learning_rate.astype(parameter.dtype)
     if isinstance(optimizer, optim.AdamW):
         parameter = parameter * (1 - rate * optimizer.weight_decay)
-    if not optimizer.bias_correction:
-        return parameter - rate * m / (mx.sqrt(v) + optimizer.eps)
-    first, second = optimizer.betas
-    of_mean = (rate / (1 - first**optimizer.step)).astype(parameter.dtype)
-    of_square = mx.rsqrt(1 - second**optimizer.step).astype(parameter.dtype)
-    return parameter - of_mean * m / (mx.sqrt(v) * of_square + optimizer.eps)
+    rate_of_mean, root = rate, mx.sqrt(v)
+    if optimizer.bias_correction:
+        first, second = optimizer.betas
+        rate_of_mean = (rate / (1 - first**optimizer.step)).astype(parameter.dtype)
+        root = root * mx.rsqrt(1 - second**optimizer.step).astype(parameter.dtype)
+    updated: mx.array = parameter - rate_of_mean * m / (root + optimizer.eps)
+    return updated
