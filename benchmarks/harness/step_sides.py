@@ -98,6 +98,7 @@ class MacftStep(StepSide):
 
     def __init__(self, model: nn.Module, execution: Execution, backend: Any, keys: DropoutKeys):
         super().__init__(model)
+        self._is_queued = execution.compiled  # as macft.training.stepper chooses for one node
         self._compute = compute = GradientComputer(model, backend, execution, keys, seed=0)
         self._update = OptimizerStep(model, self.optimizer, compiled=execution.compiled)
         loss = compute.loss
@@ -115,9 +116,12 @@ class MacftStep(StepSide):
         return compute._gradient(0, layout, keys, *inputs, lengths=part.lengths)
 
     def step(self, batch: Batch) -> None:
-        local = self._compute(0, [batch], joined=True)
-        total = sum(local.losses, mx.array(0.0))
-        mx.eval(self._update.queue(local.gradient, 1e-4, total, local.target_tokens, 1.0))
+        local = self._compute(0, [batch], joined=self._is_queued)
+        if self._is_queued:
+            total = sum(local.losses, mx.array(0.0))
+            mx.eval(self._update.queue(local.gradient, 1e-4, total, local.target_tokens, 1.0))
+        else:
+            self._update(local.gradient, 1e-4, 1.0 / local.target_tokens)
         mx.synchronize()
 
 

@@ -28,7 +28,7 @@ _IN_FLIGHT = 2
 GRADIENTS = 1.2
 # What is inside a block that is read or a stage's, against one of those that are all held: measured on a mixture
 # (tests/test_streaming.py), for kinds of blocks whose memory is taken from a graph.
-_READ_BLOCK = 1.3
+_READ_BLOCK = 1.2
 # What a block of an unknown kind has inside, as a multiple of its input.
 UNKNOWN_INSIDE = 16.0
 
