@@ -146,7 +146,7 @@ def prepare(
     if config.adapter.init_from is not None and collective.rank == 0:
         load_adapter_weights(Path(config.adapter.init_from).expanduser(), loaded.model)
 
-    begin_phase(phases, "sharing the state")
+    begin_phase(phases, "sharing the state" if collective.world_size > 1 else "preparing the first step")
     reducer = GradientReducer(collective, config.collective.codec, config.collective.powersgd_rank)
     state = TrainState(loaded.model, optimizer, Progress(), reducer, _outer_optimizer(config, loaded))
     store = CheckpointStore(folder.checkpoints, keep_last=training.keep_last)
