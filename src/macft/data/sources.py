@@ -156,5 +156,5 @@ def _hub_problem(name: str) -> str | None:
             f"dataset.path: the Hugging Face Hub has no dataset {name}; check the id, or give a local folder or file"
         ) from error
     except Exception as error:  # the Hub client's HTTP library has changed over time, and so have its errors
-        return type(error).__name__
+        return one_line(error)
     return None
