@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from macft.errors import ConfigError, DataError, MacftError, ModelError
 from macft.evaluation.chat import Chat, ModelAnswers, Sampling
 from macft.model.adapter_files import read_tensors
 from macft.model.adapter_settings import AdapterConfig
-from macft.model.attach import attach
+from macft.model.attach import attach, read_adapter_config
 from macft.model.peft import export_peft, import_peft
 
 pytestmark = pytest.mark.slow
@@ -447,6 +448,31 @@ def test_a_mistake_is_one_line_before_a_model_loads(
         main([word.format(run=run) for word in words])
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"num_layers": None}, "num_layers"),
+        ({"lora_parameters": {"rank": 8, "scale": "20"}}, "lora_parameters.scale"),
+        ({"lora_parameters": None}, "lora_parameters.rank"),
+    ],
+)
+def test_settings_of_an_adapter_that_are_no_numbers_are_named(
+    tmp_path: Path, change: dict[str, Any], name: str
+) -> None:
+    settings = {"num_layers": 2, "lora_parameters": {"rank": 8, "scale": 20.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | change))
+    (tmp_path / "adapters.safetensors").touch()
+    with pytest.raises(ModelError, match=rf"adapter_config\.json: {re.escape(name)} must be a number"):
+        read_adapter_config(tmp_path)
+
+
+def test_an_adapter_of_another_kind_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "loha"}')
+    (tmp_path / "adapters.safetensors").touch()
+    with pytest.raises(ModelError, match=r"fine_tune_type must be one of lora, dora, full, not 'loha'$"):
+        read_adapter_config(tmp_path)
 
 
 def test_an_unfinished_run_says_how_to_end_it(run: Path, tmp_path: Path) -> None:
