@@ -468,6 +468,14 @@ def test_settings_of_an_adapter_that_are_no_numbers_are_named(
         read_adapter_config(tmp_path)
 
 
+def test_an_adapter_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    settings = {"num_layers": 2, "lora_parameters": {"rank": 8, "scale": 20.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), {"a": mx.ones(2), "b": mx.array([1.0, mx.nan])})
+    with pytest.raises(ModelError, match=r"b has values that are not finite; its training diverged, or it is damaged$"):
+        attach(nn.Linear(2, 2), tmp_path)
+
+
 def test_an_adapter_of_another_kind_is_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "loha"}')
     (tmp_path / "adapters.safetensors").touch()

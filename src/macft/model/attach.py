@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from macft.cli.shell import command
 from macft.errors import ModelError
-from macft.model.adapter_files import read_tensors
+from macft.model.adapter_files import check_finite, read_tensors
 from macft.model.adapter_settings import KINDS
 from macft.model.mlx_lm_tuner import linear_to_lora_layers, load_adapters
 
@@ -62,6 +62,8 @@ def attach(model: nn.Module, folder: Path) -> None:
     """
     config = read_adapter_config(folder)
     tensors = read_tensors(folder / "adapters.safetensors")
+    if config.get("fine_tune_type", "lora") != "full":  # which may be many gigabytes
+        check_finite(folder, tensors)
     try:
         if config.get("fine_tune_type", "lora") == "full":
             load_adapters(model, str(folder))
