@@ -19,9 +19,9 @@ from macft.training.stepper import Stepper, StepResult
 from macft.training.stop_request import Stopped
 from macft.training.validation_policy import ValidationPolicy
 
-_IF_DIVERGED = "A lower optimizer.learning_rate or a smaller adapter.scale usually helps"
+_IF_DIVERGED = ". A lower optimizer.learning_rate or a smaller adapter.scale usually helps"
 _IF_NEVER_FINITE = (
-    "No step was before it: the model's weights, or those of adapter.init_from, may be damaged, or need "
+    ". No step was before it: the model's weights, or those of adapter.init_from, may be damaged, or need "
     "model.precision=float32"
 )
 
@@ -180,4 +180,4 @@ class Trainer:
         except NonFiniteLoss as error:
             self.state.progress.step = error.updates
             advice = _IF_DIVERGED if error.updates else _IF_NEVER_FINITE
-            raise NonFiniteLoss(f"{error} and {self.checkpoints.last()}. {advice}", error.updates) from error
+            raise NonFiniteLoss(f"{error} and {self.checkpoints.last()}{advice}", error.updates) from error
