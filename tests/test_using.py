@@ -21,6 +21,7 @@ from mlx_lm import generate as mlx_lm_generate
 from mlx_lm import load as mlx_lm_load
 
 import macft
+import macft.doctor
 import macft.evaluate
 import macft.fuse
 import macft.generate
@@ -434,6 +435,8 @@ def test_full_fine_tuning_has_no_peft_form(tmp_path: Path, tiny_model_folder: Pa
         (macft.generate.main, ["--adapter-path", "{run}"], ModelError, "it has no adapter_config.json"),
         (macft.evaluate.main, ["{run}", "--rows", "0"], ConfigError, "--rows: 0 must be 1 or more"),
         (macft.evaluate.main, ["{run}", "--json", "/no/e.json"], ConfigError, "--json: the folder /no does not exist"),
+        (macft.evaluate.main, ["{run}", "--json", "/"], ConfigError, "--json: / is a folder; name a file"),
+        (macft.doctor.main, ["--report", "/"], ConfigError, "--report: / is a folder; name a file"),
         (macft.evaluate.main, ["{run}", "--dataset", "/no.jsonl"], DataError, "/no.jsonl does not exist"),
         (macft.evaluate.main, ["--model", "x"], ConfigError, "nothing to compare"),
         (macft.fuse.main, ["{run}", "--gguf-path", "../x"], ConfigError, "--gguf-path: ../x must be a file name"),

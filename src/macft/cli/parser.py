@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -61,6 +62,18 @@ def add_column_argument(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=COLUMN",
         help="the column that a field is read from, as dataset.columns: --column prompt=question",
     )
+
+
+def check_output(option: str, path: Path | None) -> None:
+    """Raises ConfigError unless the file ``path`` of ``option`` can be written: told before the work that fills it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigError(f"{option}: {path} is a folder; name a file")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option}: the folder {path.parent} does not exist")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise ConfigError(f"{option}: the folder {path.parent} can't be written to; name another")
 
 
 @contextmanager
