@@ -32,11 +32,13 @@ from harness.tiny_model import TINY_CONFIG, make_tiny_model
 from helpers.models import random_adapter
 from macft import adapter as adapter_command
 from macft.errors import ConfigError, DataError, MacftError, ModelError
-from macft.evaluation.chat import Chat, ModelAnswers, Sampling
+from macft.evaluation.chat import Chat, ModelAnswers, Sampling, add_stop_tokens
 from macft.model.adapter_files import read_tensors
 from macft.model.adapter_settings import AdapterConfig
 from macft.model.attach import attach, read_adapter_config
+from macft.model.load import load_tokenizer
 from macft.model.peft import export_peft, import_peft
+from macft.model.settings import ModelConfig
 
 pytestmark = pytest.mark.slow
 
@@ -513,6 +515,14 @@ def test_an_adapter_of_another_kind_is_named(tmp_path: Path) -> None:
     (tmp_path / "adapters.safetensors").touch()
     with pytest.raises(ModelError, match=r"fine_tune_type must be one of lora, dora, full, not 'loha'$"):
         read_adapter_config(tmp_path)
+
+
+def test_a_stop_token_that_the_model_lacks_is_told(tiny_model_folder: Path) -> None:
+    tokenizer = load_tokenizer(ModelConfig(), tiny_model_folder)
+    add_stop_tokens(tokenizer, ["<|im_start|>", "7"])
+    assert {7, tokenizer.convert_tokens_to_ids("<|im_start|>")} <= tokenizer.eos_token_ids
+    with pytest.raises(ConfigError, match=r"--extra-eos-token: 'nope!' is no token of this model; give one such as"):
+        add_stop_tokens(tokenizer, ["nope!"])
 
 
 def test_an_unfinished_run_says_how_to_end_it(run: Path, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def _spread(
 ) -> Iterator[Chat]:
     """A conversation with the model on the machines of ``topology``."""
     from macft.device.mlx_device import prepare_device
-    from macft.evaluation.chat import Chat
+    from macft.evaluation.chat import Chat, add_stop_tokens
     from macft.run.cluster_answers import ClusterAnswers, ClusterConversation
 
     def tell(line: str) -> None:
@@ -92,8 +92,7 @@ def _spread(
     with leading_rank(topology, tuned) as rank:
         spread = spread_model(tuned, is_tuned=not arguments.base)
         answers = ClusterAnswers(rank, spread, together=1, remembered=1, tell=tell)
-        for token in arguments.extra_eos_token:
-            answers.tokenizer.add_eos_token(token)
+        add_stop_tokens(answers.tokenizer, arguments.extra_eos_token)
         source = ClusterConversation(answers, sampling, arguments.seed)
         yield Chat(
             source,
