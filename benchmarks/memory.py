@@ -28,7 +28,7 @@ from macft.config.command_line import prepare
 from macft.config.paths import config_folder
 from macft.config.validate import to_typed
 from macft.model.bundled import ensure_bundled
-from macft.planner.run_plan import plan_run
+from macft.planner.plan.run_plan import plan_run
 
 # isort: split
 import mlx.core as mx

@@ -36,15 +36,15 @@ from macft.model.shape import read_shape, shape_of
 from macft.network.link_kinds import find_links
 from macft.parallel.shares import DataShard
 from macft.parallel.stage_layout import Stage, StageLayout
-from macft.planner.cluster_model import ModelCost, Node, NodeLink, RingLinks, StageCost, StepWork
 from macft.planner.fit import MemoryPlanner
-from macft.planner.layout_inputs import alone, model_cost, step_work
-from macft.planner.partition import LayoutDecision, compare
-from macft.planner.pipeline_simulator import simulate
-from macft.planner.placement import Placer
-from macft.planner.run_plan import known_models
+from macft.planner.placement.cluster_model import ModelCost, Node, NodeLink, RingLinks, StageCost, StepWork
+from macft.planner.placement.compare import LayoutDecision, compare
+from macft.planner.placement.inputs import alone, model_cost, step_work
+from macft.planner.placement.pipeline_simulator import simulate
+from macft.planner.placement.stage_costs import StageTables
+from macft.planner.plan.run_plan import known_models
 from macft.planner.speed import MAC_EFFICIENCY
-from macft.planner.stage_costs import StageTables
+from macft.planner.whole_model import Placer
 from macft.planner.workload import unlike_rows
 from ranks import hear, start
 

@@ -16,12 +16,12 @@ from macft.parallel.shares import DataShard
 from macft.parallel.stage_balance import StageBalancer, StageSpeeds
 from macft.parallel.stage_layout import Stage, StageLayout, even_layout
 from macft.parallel.stage_places import Improvement, StagePlaces
-from macft.planner.cluster_model import Node
 from macft.planner.fit import MemoryPlanner
-from macft.planner.hand_over import LEAST_GAIN, HandOver
-from macft.planner.node_cuts import NodeCuts
-from macft.planner.node_report import to_payload
-from macft.planner.refit import StageRefit, WholeModelRefit
+from macft.planner.placement.cluster_model import Node
+from macft.planner.preflight.hand_over import LEAST_GAIN, HandOver
+from macft.planner.preflight.member_layouts import NodeCuts
+from macft.planner.preflight.node_report import to_payload
+from macft.planner.preflight.refit import StageRefit, WholeModelRefit
 from macft.planner.streamed_memory import streamed_parts
 from test_node_cuts import BLOCKS, counts, nodes_of, planner_of
 

@@ -23,8 +23,8 @@ from macft.model.execution import resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import shape_of
 from macft.planner.fit import MemoryPlanner
-from macft.planner.placement import Placer
 from macft.planner.streamed_memory import streamed_parts
+from macft.planner.whole_model import Placer
 from macft.planner.workload import unlike_rows
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of processes are read on Linux")

@@ -18,10 +18,10 @@ from macft.model.execution import resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import shape_of
 from macft.parallel.stage_layout import StageLayout
-from macft.planner.cluster_model import Alone, Node, NodeLink
 from macft.planner.fit import MemoryPlanner
-from macft.planner.node_cuts import NodeCuts, agree, order_line, ranks
-from macft.planner.node_report import alike, gather_reports, own_node
+from macft.planner.placement.cluster_model import Alone, Node, NodeLink
+from macft.planner.preflight.member_layouts import NodeCuts, agree, order_line, ranks
+from macft.planner.preflight.node_report import alike, gather_reports, own_node
 from macft.planner.workload import unlike_rows
 
 BLOCKS = 12

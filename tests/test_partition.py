@@ -19,15 +19,24 @@ from macft.model.adapter_settings import AdapterConfig
 from macft.model.execution import Execution
 from macft.model.shape import read_shape
 from macft.parallel.stage_layout import StageLayout, even_layout
-from macft.planner.cluster_model import Alone, ModelCost, Node, NodeLink, RingLinks, StageCost, StepWork, clock_of
 from macft.planner.fit import MemoryPlanner
-from macft.planner.node_report import from_payload, gather_reports, own_report, ring_of, to_payload
-from macft.planner.partition import LayoutDecision, compare, preferred, set_pipelines, why_no_pipeline
-from macft.planner.pipeline_search import PipelineSearch
-from macft.planner.pipeline_simulator import simulate
-from macft.planner.placement import Placer
-from macft.planner.run_placement import run_placements
-from macft.planner.stage_costs import StageTables
+from macft.planner.placement.cluster_model import (
+    Alone,
+    ModelCost,
+    Node,
+    NodeLink,
+    RingLinks,
+    StageCost,
+    StepWork,
+    clock_of,
+)
+from macft.planner.placement.compare import LayoutDecision, compare, preferred, set_pipelines, why_no_pipeline
+from macft.planner.placement.pipeline_search import PipelineSearch
+from macft.planner.placement.pipeline_simulator import simulate
+from macft.planner.placement.stage_costs import StageTables
+from macft.planner.preflight.agreement import run_placements
+from macft.planner.preflight.node_report import from_payload, gather_reports, own_report, ring_of, to_payload
+from macft.planner.whole_model import Placer
 from macft.planner.workload import unlike_rows
 from placement import LLAMA_70B, UNEQUAL, cuts, inputs
 from stage_times import measured_parts

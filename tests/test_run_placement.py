@@ -24,12 +24,12 @@ from macft.model.confirm import obstacle_to_cutting
 from macft.model.execution import Execution
 from macft.model.settings import ModelConfig
 from macft.parallel.shares import DataShard
-from macft.planner.cluster_model import Node
-from macft.planner.layout_inputs import alone
 from macft.planner.node_part import NodePart
-from macft.planner.preflight import Preflight, preflight
-from macft.planner.run_placement import Choice, RunPlacement, agree_on_placement, choose
-from macft.planner.run_plan import plan_run
+from macft.planner.placement.cluster_model import Node
+from macft.planner.placement.inputs import alone
+from macft.planner.plan.run_plan import plan_run
+from macft.planner.preflight.agreement import Choice, RunPlacement, agree_on_placement, choose
+from macft.planner.preflight.decision import Preflight, preflight
 from macft.planner.workload import unlike_rows
 from macft.topology.settings import TopologyConfig
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from macft.api.loaded_model import load
     from macft.api.training_run import open_run
     from macft.errors import MacftError
-    from macft.planner.run_plan import plan_run
+    from macft.planner.plan.run_plan import plan_run
     from macft.report.callbacks import StopTraining
 
 __version__ = "0.1.0"
@@ -38,7 +38,7 @@ _WHERE = {
     "resume": "macft.api.fitting",
     "load": "macft.api.loaded_model",
     "open_run": "macft.api.training_run",
-    "plan_run": "macft.planner.run_plan",
+    "plan_run": "macft.planner.plan.run_plan",
     "MacftError": "macft.errors",
     "StopTraining": "macft.report.callbacks",
 }

@@ -17,7 +17,7 @@ from macft.model.shape import ModelShape, read_shape
 from macft.parallel.shares import DataShard
 from macft.planner.fit import MemoryPlanner
 from macft.planner.packing import choose_packing
-from macft.planner.placement import Placer
+from macft.planner.whole_model import Placer
 from macft.planner.workload import StepRows
 from macft.topology.settings import TopologyConfig, parse_budget
 from macft.training.settings import TrainingConfig

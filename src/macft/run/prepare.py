@@ -30,7 +30,7 @@ from macft.model.load import LoadedModel, load
 from macft.parallel.balance import ShareBalancer
 from macft.parallel.stage_balance import StageBalancer
 from macft.parallel.stage_places import StagePlaces
-from macft.planner.preflight import Preflight, preflight
+from macft.planner.preflight.decision import Preflight, preflight
 from macft.report import fan_out
 from macft.report.callbacks import Callbacks
 from macft.report.events import Reporter

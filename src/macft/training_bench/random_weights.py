@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from macft.model.bundled import ensure_bundled
-from macft.planner.run_plan import known_models
+from macft.planner.plan.run_plan import known_models
 
 
 def config_of(name: str) -> dict[str, Any]:

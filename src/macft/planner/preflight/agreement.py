@@ -15,11 +15,13 @@ from macft.errors import ConfigError, ModelError
 from macft.model.confirm import obstacle_to_cutting
 from macft.model.execution import Execution
 from macft.parallel.stage_layout import StageLayout
-from macft.planner.cluster_model import Node, RingLinks
 from macft.planner.fit import MemoryPlanner
-from macft.planner.hand_over import HandOver
-from macft.planner.layout_inputs import can_pipeline, model_cost, step_work
-from macft.planner.node_cuts import (
+from macft.planner.node_part import NodePart
+from macft.planner.placement.cluster_model import Node, RingLinks
+from macft.planner.placement.compare import LayoutDecision, compare, preferred
+from macft.planner.placement.inputs import can_pipeline, model_cost, step_work
+from macft.planner.preflight.hand_over import HandOver
+from macft.planner.preflight.member_layouts import (
     Cut,
     FoundPipelines,
     NodeCuts,
@@ -30,10 +32,8 @@ from macft.planner.node_cuts import (
     order_line,
     ranks,
 )
-from macft.planner.node_part import NodePart
-from macft.planner.node_report import alike, gather_reports, one_of_many_here, own_node, own_report, ring_of
-from macft.planner.partition import LayoutDecision, compare, preferred
-from macft.planner.placement import obstacle_to_reading_blocks
+from macft.planner.preflight.node_report import alike, gather_reports, one_of_many_here, own_node, own_report, ring_of
+from macft.planner.whole_model import obstacle_to_reading_blocks
 from macft.topology.settings import host_paths
 
 PLACEMENT, PIPELINES = "topology.placement", "topology.pipelines"

@@ -2,7 +2,7 @@
 
 Every placement is a set of pipelines, and a pipeline of one stage is a node by itself. So all are compared by one
 clock: the time of the whole step, with the filling and draining of pipelines, reading, and the exchange of gradients.
-How pipelines are found is in :mod:`macft.planner.pipeline_search`.
+How pipelines are found is in :mod:`macft.planner.placement.pipeline_search`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from macft.parallel.stage_layout import StageLayout
-from macft.planner.cluster_model import CHOICES, Alone, ModelCost, Node, RingLinks, StepWork
-from macft.planner.pipeline_search import Pipeline, PipelineSearch, alone_pipeline, deal
-from macft.planner.stage_costs import StageChoice
+from macft.planner.placement.cluster_model import CHOICES, Alone, ModelCost, Node, RingLinks, StepWork
+from macft.planner.placement.pipeline_search import Pipeline, PipelineSearch, alone_pipeline, deal
+from macft.planner.placement.stage_costs import StageChoice
 
 # Of the time that a step takes with whole models, what it may take at most with a pipeline for that to be chosen.
 _INSTEAD_OF = {"replicate": 0.9, "stream": 0.95}

@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from macft.planner.longest_row import LongestRowPlan
 from macft.planner.memory import MemoryParts
-from macft.planner.partition import LayoutDecision
-from macft.planner.run_plan import NodePlan, RunPlan
+from macft.planner.placement.compare import LayoutDecision
+from macft.planner.plan.longest_row import LongestRowPlan
+from macft.planner.plan.run_plan import NodePlan, RunPlan
 from macft.report.durations import duration
 
 

@@ -15,13 +15,13 @@ from macft.collective.base import Collective
 from macft.parallel.stage_balance import StageSpeeds
 from macft.parallel.stage_layout import Stage, StageLayout
 from macft.parallel.stage_places import Improvement, LayoutChanges
-from macft.planner.cluster_model import ModelCost, Node, StepWork
-from macft.planner.layout_inputs import model_cost, step_work
-from macft.planner.node_cuts import Cut, NodeCuts, members_of
-from macft.planner.node_report import alike, from_payload, ring_of, to_payload
-from macft.planner.partition import compare
-from macft.planner.pipeline_search import PipelineSearch
-from macft.planner.stage_costs import StageChoice
+from macft.planner.placement.cluster_model import ModelCost, Node, StepWork
+from macft.planner.placement.compare import compare
+from macft.planner.placement.inputs import model_cost, step_work
+from macft.planner.placement.pipeline_search import PipelineSearch
+from macft.planner.placement.stage_costs import StageChoice
+from macft.planner.preflight.member_layouts import Cut, NodeCuts, members_of
+from macft.planner.preflight.node_report import alike, from_payload, ring_of, to_payload
 
 LEAST_GAIN = 0.10
 """The part of a step's time that another layout has to save, for blocks to be handed over."""

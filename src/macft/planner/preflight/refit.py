@@ -14,8 +14,8 @@ from macft.model.execution import Execution
 from macft.parallel.shares import DataShard
 from macft.parallel.stage_layout import StageLayout
 from macft.planner.fit import MemoryPlanner
-from macft.planner.placement import Placer
-from macft.planner.stages import StagePlanner
+from macft.planner.stage import StagePlanner
+from macft.planner.whole_model import Placer
 from macft.planner.workload import StepRows
 from macft.training.node_fit import Fitted
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from macft.planner.stage_costs import Table
+from macft.planner.placement.stage_costs import Table
 
 Group: TypeAlias = tuple[int, ...]
 """The kinds of the nodes of a pipeline: in the order of the stages, or sorted where every order is possible."""

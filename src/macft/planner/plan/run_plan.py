@@ -30,20 +30,20 @@ from macft.model.resolve import fetch_config, is_hub_id
 from macft.model.shape import ModelShape, read_shape, shape_of
 from macft.network.link_kinds import LinkKind, find_links
 from macft.parallel.shares import DataShard
-from macft.planner.advice import advice
-from macft.planner.cluster_model import Node, NodeLink, RingLinks
 from macft.planner.fit import MemoryPlanner
-from macft.planner.layout_inputs import alone, can_pipeline, model_cost, step_work
 from macft.planner.memory import MemoryParts, trained_part
-from macft.planner.node_cuts import FoundPipelines, order_line
 from macft.planner.node_part import placer_for, planner_for, steps_of_shard
 from macft.planner.packing import choose_packing
-from macft.planner.partition import LayoutDecision, preferred, set_pipelines, why_no_pipeline
-from macft.planner.placement import Layout, Placer, obstacle_to_reading_blocks
-from macft.planner.run_placement import is_roomy, run_pipelines, whole_models
+from macft.planner.placement.cluster_model import Node, NodeLink, RingLinks
+from macft.planner.placement.compare import LayoutDecision, preferred, set_pipelines, why_no_pipeline
+from macft.planner.placement.inputs import alone, can_pipeline, model_cost, step_work
+from macft.planner.plan.advice import advice
+from macft.planner.plan.stage_memory import stage_memory
+from macft.planner.preflight.agreement import is_roomy, run_pipelines, whole_models
+from macft.planner.preflight.member_layouts import FoundPipelines, order_line
 from macft.planner.speed import chip_speed, own_speed, work_of
-from macft.planner.stage_memory import stage_memory
-from macft.planner.stages import block_costs, check_layout, decide_layout
+from macft.planner.stage import block_costs, check_layout, decide_layout
+from macft.planner.whole_model import Layout, Placer, obstacle_to_reading_blocks
 from macft.planner.workload import StepRows, assumed_steps, steps_of
 from macft.topology.settings import parse_budget
 from macft.training.settings import steps_for

@@ -1,9 +1,9 @@
 """Searches the fastest pipelines of several stages, and the best division of the nodes into pipelines.
 
 Cuts are made for several longest times of a stage, from the smallest that can be upwards: a layout with a slower stage
-and fewer stages has less to fill and drain (:mod:`macft.planner.pipeline_cuts`). Nodes may be left out. Then the nodes
-are divided into pipelines in all ways, and micro-batches are dealt to these by speed. The best few by the closed
-formula are simulated, and the borders of the best are moved as long as that helps.
+and fewer stages has less to fill and drain (:mod:`macft.planner.placement.pipeline_cuts`). Nodes may be left out. Then
+the nodes are divided into pipelines in all ways, and micro-batches are dealt to these by speed. The best few by the
+closed formula are simulated, and the borders of the best are moved as long as that helps.
 """
 
 from __future__ import annotations
@@ -17,11 +17,20 @@ from functools import cached_property
 import numpy as np
 
 from macft.parallel.stage_layout import Stage
-from macft.planner.cluster_model import Alone, ModelCost, Node, PipelineClock, RingLinks, StageCost, StepWork, clock_of
-from macft.planner.pipeline_cuts import Cuts, Group, KindStage
-from macft.planner.pipeline_simulator import simulate
-from macft.planner.stage_costs import StageChoice, StageTables
-from macft.planner.stages import pipeline_sizes
+from macft.planner.placement.cluster_model import (
+    Alone,
+    ModelCost,
+    Node,
+    PipelineClock,
+    RingLinks,
+    StageCost,
+    StepWork,
+    clock_of,
+)
+from macft.planner.placement.pipeline_cuts import Cuts, Group, KindStage
+from macft.planner.placement.pipeline_simulator import simulate
+from macft.planner.placement.stage_costs import StageChoice, StageTables
+from macft.planner.stage import pipeline_sizes
 from macft.training.pipeline_schedule import in_flight
 
 MOST_NODES = 8
@@ -74,7 +83,7 @@ def deal(clocks: Sequence[PipelineClock], count: int, shares: Sequence[float] | 
 class PipelineSearch:
     """Layouts with a pipeline of several stages, for a step of ``count`` micro-batches.
 
-    For ``order`` and ``pipelines`` see :func:`~macft.planner.partition.compare`.
+    For ``order`` and ``pipelines`` see :func:`~macft.planner.placement.compare.compare`.
     """
 
     def __init__(

@@ -10,12 +10,12 @@ from macft.config.schema import TrainConfig
 from macft.errors import ConfigError
 from macft.model.ends import AFTER, BEFORE, BOTH_ENDS
 from macft.model.execution import Execution
-from macft.planner.cluster_model import Alone, ModelCost, StepWork
 from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import ComputeShape, MemoryParts, predict, trained_part
-from macft.planner.placement import Layout, Placer
+from macft.planner.placement.cluster_model import Alone, ModelCost, StepWork
 from macft.planner.speed import attention_operations, step_cost
 from macft.planner.streamed_memory import UNKNOWN_INSIDE, held_weights, inside_of_block, update_bytes
+from macft.planner.whole_model import Layout, Placer
 
 # The sums of all blocks, and the gradient of one.
 _GRADIENTS = 1.2

@@ -12,12 +12,12 @@ from macft.collective.base import Collective
 from macft.collective.elastic import ElasticCollective
 from macft.errors import ConfigError, ModelError
 from macft.parallel.stage_layout import StageLayout
-from macft.planner.cluster_model import Node, RingLinks
 from macft.planner.fit import MemoryPlanner
-from macft.planner.layout_inputs import model_cost, step_work
-from macft.planner.node_report import ring_of
-from macft.planner.partition import LayoutDecision, best_pipelines
-from macft.planner.stages import pipeline_sizes
+from macft.planner.placement.cluster_model import Node, RingLinks
+from macft.planner.placement.compare import LayoutDecision, best_pipelines
+from macft.planner.placement.inputs import model_cost, step_work
+from macft.planner.preflight.node_report import ring_of
+from macft.planner.stage import pipeline_sizes
 
 Cut: TypeAlias = Callable[[int], StageLayout | None]
 """The layout of a number of ranks; None if nodes are to be taken as alike."""

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.planner.cluster_model import ModelCost, Node, StageCost
+from macft.planner.placement.cluster_model import ModelCost, Node, StageCost
 
 Table = NDArray[np.float64]
 """A value for each range of blocks: [first, end], (blocks + 1, blocks + 1)."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from macft.training.pipeline_schedule import in_flight
 
 CHOICES = ("replicate", "stream", "pipeline")
-"""Placements that :func:`~macft.planner.partition.compare` can return."""
+"""Placements that :func:`~macft.planner.placement.compare.compare` can return."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def clock_of(stages: Sequence[StageCost]) -> PipelineClock:
     Stage s of p has at most 2(p - s) - 1 micro-batches in flight. So a micro-batch is begun no faster than the slowest
     stage works, and no faster than so many come back from the stages behind, the links there and back included. With
     equal stages and no links m micro-batches take (m + p - 1) times a stage's time. See
-    :mod:`macft.planner.pipeline_simulator` for how good this is with unequal ones.
+    :mod:`macft.planner.placement.pipeline_simulator` for how good this is with unequal ones.
     """
     count = len(stages)
     fill = sum(stage.busy + stage.wire * (2 if stage.bound else 1) for stage in stages)

@@ -23,12 +23,12 @@ from macft.parallel.stage_layout import StageLayout
 from macft.parallel.stage_places import Decide, LayoutChanges, whole_models
 from macft.planner.fit import batch_overrides
 from macft.planner.memory import MemoryParts
-from macft.planner.node_cuts import Cut
 from macft.planner.node_part import NodePart
-from macft.planner.placement import Layout, obstacle_to_reading_blocks
-from macft.planner.refit import StageRefit, WholeModelRefit, heaviest
-from macft.planner.run_placement import agree_on_placement, hand_over
-from macft.planner.stages import block_costs, check_layout, decide_layout
+from macft.planner.preflight.agreement import agree_on_placement, hand_over
+from macft.planner.preflight.member_layouts import Cut
+from macft.planner.preflight.refit import StageRefit, WholeModelRefit, heaviest
+from macft.planner.stage import block_costs, check_layout, decide_layout
+from macft.planner.whole_model import Layout, obstacle_to_reading_blocks
 from macft.planner.workload import steps_of
 from macft.training.node_fit import Refit
 from macft.training.settings import steps_for

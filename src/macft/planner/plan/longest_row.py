@@ -16,7 +16,7 @@ from macft.model.execution import Execution, recomputations
 from macft.model.shape import ModelShape
 from macft.planner.memory import ComputeShape, MemoryParts, predict, trained_part
 from macft.planner.mlx_lm_memory import predict_mlx_lm
-from macft.planner.run_plan import Progress, find_shape
+from macft.planner.plan.run_plan import Progress, find_shape
 from macft.topology.settings import parse_budget
 
 _STEP = 32

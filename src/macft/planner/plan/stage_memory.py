@@ -8,11 +8,11 @@ from macft.config.schema import TrainConfig
 from macft.errors import ConfigError
 from macft.parallel.shares import DataShard
 from macft.parallel.stage_layout import StageLayout
-from macft.planner.cluster_model import Node
 from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import MemoryParts
 from macft.planner.node_part import planner_for, steps_of_shard
-from macft.planner.stages import StagePlanner
+from macft.planner.placement.cluster_model import Node
+from macft.planner.stage import StagePlanner
 from macft.planner.workload import StepRows
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from macft.planner.cluster_model import Node, RingLinks
-from macft.planner.partition import LayoutDecision
+from macft.planner.placement.cluster_model import Node, RingLinks
+from macft.planner.placement.compare import LayoutDecision
 
 PipelinesOf: TypeAlias = Callable[[Sequence[Node], RingLinks], LayoutDecision | None]
 """The pipelines that a run on these nodes would have; None if none fit, or no pipeline is for its settings."""
