@@ -42,7 +42,7 @@ def main() -> None:
 
     from macft.collective.settings import CollectiveConfig
     from macft.launch.answering import answering_cluster
-    from macft.model.bundled import ensure_bundled
+    from macft.model.fetch.bundled import ensure_bundled
     from macft.model.settings import ModelConfig
     from macft.run.answering import AnsweringRank, SpreadModel
     from macft.run.cluster_answers import ClusterAnswers, dismiss
@@ -82,8 +82,8 @@ def alone_in_this_process(model: ModelConfig, tokens: int) -> Answerer:
 
     from macft.config.execution import inference_execution
     from macft.model.backends.choose import make_backend
+    from macft.model.fetch.resolve import resolve
     from macft.model.load import load
-    from macft.model.resolve import resolve
 
     folder = resolve(model)
     execution = inference_execution(model, folder)

@@ -36,7 +36,7 @@ from macft.collective.security import KeyPair
 from macft.collective.settings import CollectiveConfig
 from macft.config.yaml import package_versions
 from macft.launch.answering_worker import WorkerRequest
-from macft.model.bundled import ensure_bundled
+from macft.model.fetch.bundled import ensure_bundled
 from macft.topology.settings import parse_budget
 
 HERE = Path(__file__).parent

@@ -36,8 +36,8 @@ from macft.collective.solo import Solo
 from macft.data.batch import micro_batches
 from macft.data.formats import Row
 from macft.device.kind import Device
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.execution import resolve
 from macft.model.load import load

@@ -28,9 +28,9 @@ import stage_times
 from big_models import float32_copy
 from macft.device.chips import find_macs
 from macft.device.kind import METAL, Device
-from macft.model.adapter_settings import AdapterConfig
-from macft.model.bundled import ensure_bundled
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import resolve
+from macft.model.fetch.bundled import ensure_bundled
 from macft.model.settings import ModelConfig
 from macft.model.shape import read_shape, shape_of
 from macft.network.link_kinds import find_links

@@ -44,12 +44,12 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
     from macft.data.sources import read_source
     from macft.data.tokenize import tokenize
     from macft.device.kind import Device
-    from macft.model.adapt import adapt
-    from macft.model.adapter_settings import AdapterConfig
+    from macft.model.adapters.adapt import adapt
+    from macft.model.adapters.settings import AdapterConfig
     from macft.model.backends.choose import make_backend
     from macft.model.execution import resolve as resolve_execution
+    from macft.model.fetch.resolve import resolve
     from macft.model.load import load, weight_format_of
-    from macft.model.resolve import resolve
     from macft.model.settings import ModelConfig
     from macft.report.events import Event, NullReporter, StepDone
     from macft.training.build_trainer import build_trainer

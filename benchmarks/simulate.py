@@ -27,7 +27,7 @@ import numpy as np
 
 from macft.device.chips import find_mac
 from macft.device.kind import METAL
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import ModelShape, shape_of

@@ -47,7 +47,7 @@ from macft.generation.tasks import (
     unpack_outcome,
     unpack_task,
 )
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig

@@ -22,8 +22,8 @@ from helpers.models import assert_same_gradient, make_model, random_rows
 from helpers.rings import local_listeners, run_ranks
 from macft.collective.ring import Ring
 from macft.data.batch import micro_batches
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.training.exact_sums import ExactParameters, ExactStepGradient, from_grid, to_grid
 from macft.training.gradient_reducer import GradientReducer
 

@@ -18,7 +18,7 @@ from harness.runs import environment, events, write_jsonl
 from harness.tiny_model import TINY_CONFIG
 from macft.device.kind import METAL, Device
 from macft.device.memory import cgroup_limit, usable_bytes
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import shape_of

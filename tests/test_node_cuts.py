@@ -13,7 +13,7 @@ from harness.families import configuration
 from helpers.rings import local_listeners, run_ranks
 from macft.collective.ring import Ring
 from macft.device.kind import METAL
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import shape_of

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from helpers.rings import local_listeners, run_ranks
 from macft.collective.ring import Ring
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import Execution
 from macft.model.shape import read_shape
 from macft.parallel.stage_layout import StageLayout, even_layout

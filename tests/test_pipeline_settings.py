@@ -15,7 +15,7 @@ from macft.config.schema import TrainConfig
 from macft.config.validate import problems
 from macft.device.kind import METAL, Device
 from macft.errors import ConfigError
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import WeightFormat, resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import shape_of

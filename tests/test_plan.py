@@ -38,8 +38,8 @@ from macft.data.order import RowOrder
 from macft.device.chips import chip_of_brand, find_mac, find_macs, known_chips
 from macft.device.kind import METAL, Device
 from macft.errors import ConfigError, ModelError
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import can_pack
 from macft.model.execution import Execution, WeightFormat, resolve
 from macft.model.load import load

@@ -22,8 +22,8 @@ from macft.collective.solo import Solo
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.errors import NonFiniteLoss
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.joined_parameters import JoinedParameters
 from macft.parallel.shares import DataShard

@@ -11,8 +11,8 @@ from mlx.utils import tree_flatten
 
 from harness.families import configuration
 from macft.device.kind import Device
-from macft.model.adapter_settings import AdapterConfig
-from macft.model.ends import BEFORE
+from macft.model.adapters.settings import AdapterConfig
+from macft.model.blocks.ends import BEFORE
 from macft.model.execution import WeightFormat, resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import ModelShape, shape_of

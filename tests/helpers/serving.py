@@ -20,7 +20,7 @@ import pytest
 
 from harness.runs import environment, read_line
 from macft.evaluation.chat import Chat, ModelAnswers, Sampling
-from macft.model.attach import attach
+from macft.model.adapters.attach import attach
 from macft.model.backends.choose import make_backend
 from macft.model.load import load
 from macft.model.settings import ModelConfig

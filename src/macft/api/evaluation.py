@@ -128,9 +128,9 @@ def evaluate_found(
     from macft.device.mlx_device import prepare_device
     from macft.evaluation.compare import Asked
     from macft.evaluation.trial import asked_of
+    from macft.model.fetch.resolve import resolve
+    from macft.model.files.vocabulary import vocabulary_of
     from macft.model.load import load_tokenizer
-    from macft.model.resolve import resolve
-    from macft.model.vocabulary import vocabulary_of
 
     judges = answer_metrics(wanted)
     folder = resolve(found.model)
@@ -163,7 +163,7 @@ def evaluate_found(
 def compare_here(found: TunedModel, tokenizer: TokenizerWrapper, asked: Asked, progress: Progress) -> Results:
     """The results of the base model and of the tuned one, in this process."""
     from macft.evaluation.compare import evaluate
-    from macft.model.attach import attach
+    from macft.model.adapters.attach import attach
 
     progress(f"loading the model {found.model.path}", 0, 0)
     loaded = found.load(tuned=False, tokenizer=tokenizer)

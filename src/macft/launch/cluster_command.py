@@ -109,7 +109,7 @@ def leading_rank(
 
 def _check_processes(count: int, tuned: TunedModel) -> None:
     """Each process needs a block; found before they are started."""
-    from macft.model.resolve import resolve
+    from macft.model.fetch.resolve import resolve
     from macft.model.shape import read_shape
 
     blocks = read_shape(tuned.whole or resolve(tuned.model)).blocks

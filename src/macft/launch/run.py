@@ -133,7 +133,7 @@ def _run_local(
     callbacks: Callbacks | None,
 ) -> str:
     from macft.launch.local import RankFailed, launch_local
-    from macft.model.resolve import resolve
+    from macft.model.fetch.resolve import resolve
     from macft.rendezvous.keystore import keyring_for
 
     require_installed(config.report.trackers)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from macft.errors import ConfigError
-from macft.model.ends import ends_of
+from macft.model.blocks.ends import ends_of
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape
 from macft.parallel.stage_layout import Stage, StageLayout, balanced_layout, spread

@@ -33,15 +33,15 @@ from macft.errors import ConfigError, MacftError, MembershipChanged, ModelError,
 from macft.generation.layout import AnsweringNode, answering_layout, blocks_in_memory
 from macft.generation.pipeline import PURPOSE, channel_pairs, follow
 from macft.generation.stage import AnsweringStage
-from macft.model.attach import attach
+from macft.model.adapters.attach import attach
 from macft.model.backends.choose import make_backend
-from macft.model.ends import AFTER, ends_of
+from macft.model.blocks.ends import AFTER, ends_of
+from macft.model.fetch.local import find_local
+from macft.model.fetch.resolve import resolve
+from macft.model.files.weight_files import check_weight_files
 from macft.model.load import LoadedModel, load, load_tokenizer
-from macft.model.local import find_local
-from macft.model.resolve import resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import read_shape
-from macft.model.weight_files import check_weight_files
 from macft.parallel.stage_layout import StageLayout
 from macft.parallel.stage_places import StagePlace
 from macft.planner.placement.cluster_model import Node

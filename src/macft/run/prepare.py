@@ -21,12 +21,12 @@ from macft.config.yaml import to_yaml
 from macft.data.load import LoadedData, sample_rows
 from macft.device.mlx_device import prepare_device
 from macft.errors import CheckpointError
-from macft.model.adapt import Adaptation, adapt
-from macft.model.adapter_files import load_adapter_weights
+from macft.model.adapters.adapt import Adaptation, adapt
+from macft.model.adapters.files import load_adapter_weights
 from macft.model.backends.base import Backend
 from macft.model.backends.choose import make_backend
-from macft.model.confirm import confirm
 from macft.model.load import LoadedModel, load
+from macft.model.trials.confirm import confirm
 from macft.parallel.balance import ShareBalancer
 from macft.parallel.stage_balance import StageBalancer
 from macft.parallel.stage_places import StagePlaces

@@ -11,7 +11,7 @@ from macft.collective.newest import find_newest
 from macft.config.overrides import resume_command
 from macft.device.durable import sync_all
 from macft.errors import CheckpointError, ModelError
-from macft.model.adapter_files import save_adapter, save_model
+from macft.model.adapters.files import save_adapter, save_model
 from macft.report.events import Noted
 from macft.run.prepare import Run
 from macft.run.scoring import score_after

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from macft.model.bundled import ensure_bundled
+from macft.model.fetch.bundled import ensure_bundled
 from macft.planner.plan.run_plan import known_models
 
 

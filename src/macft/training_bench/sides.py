@@ -25,8 +25,8 @@ from macft.collective.solo import Solo
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.data.tokenize import tokenize
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.execution import Execution
 from macft.report.events import Event, NullReporter, StepDone

@@ -8,7 +8,7 @@ from itertools import chain
 from macft.config.execution import insists_on_compiling
 from macft.config.schema import TrainConfig
 from macft.errors import ConfigError
-from macft.model.ends import AFTER, BEFORE, BOTH_ENDS
+from macft.model.blocks.ends import AFTER, BEFORE, BOTH_ENDS
 from macft.model.execution import Execution
 from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import ComputeShape, MemoryParts, predict, trained_part

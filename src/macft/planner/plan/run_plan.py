@@ -23,10 +23,10 @@ from macft.device.disk_speed import disk_speed
 from macft.device.kind import METAL, Device
 from macft.device.memory import usable_bytes
 from macft.errors import ConfigError, DataError, MacftError, ModelError
-from macft.model.bundled import BUNDLED, ensure_bundled
 from macft.model.execution import Execution
+from macft.model.fetch.bundled import BUNDLED, ensure_bundled
+from macft.model.fetch.resolve import fetch_config, is_hub_id
 from macft.model.load import load_tokenizer
-from macft.model.resolve import fetch_config, is_hub_id
 from macft.model.shape import ModelShape, read_shape, shape_of
 from macft.network.link_kinds import LinkKind, find_links
 from macft.parallel.shares import DataShard

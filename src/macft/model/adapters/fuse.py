@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from macft.errors import ModelError
-from macft.model.adapter_files import save_model
+from macft.model.adapters.files import save_model
 from macft.model.load import LoadedModel
 from macft.model.settings import ModelConfig
 

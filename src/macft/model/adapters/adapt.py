@@ -13,11 +13,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters
 
 from macft.errors import ConfigError, ModelError
-from macft.model.adaptable import AdaptableBlock, adaptable_blocks
-from macft.model.adapter_layers import AdapterLayers, chosen_layers, select_layers
-from macft.model.adapter_settings import AdapterConfig
-from macft.model.block_weights import BlockWeights
-from macft.model.dropout import DropoutKeys, make_dropout_reproducible
+from macft.model.adapters.adaptable import AdaptableBlock, adaptable_blocks
+from macft.model.adapters.dropout import DropoutKeys, make_dropout_reproducible
+from macft.model.adapters.layers import AdapterLayers, chosen_layers, select_layers
+from macft.model.adapters.settings import AdapterConfig
+from macft.model.blocks.block_weights import BlockWeights
 from macft.model.mlx_lm_tuner import linear_to_lora_layers
 
 

@@ -1,4 +1,4 @@
-"""Downloads a model from the Hugging Face Hub in a process of its own, ``python -m macft.model.hub_download``.
+"""Downloads a model from the Hugging Face Hub in a process of its own, ``python -m macft.model.fetch.hub_download``.
 
 The hub's client downloads in threads, and Python waits for these before it ends: minutes after Ctrl-C. A process can be
 ended at any time. What it has fetched by then stays in the cache, and the next download goes on from there.
@@ -26,7 +26,7 @@ def download(name: str, revision: str | None) -> Path:
     """
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-    command = [sys.executable, "-m", "macft.model.hub_download", name, revision or "", *DEFAULT_ALLOW_PATTERNS]
+    command = [sys.executable, "-m", "macft.model.fetch.hub_download", name, revision or "", *DEFAULT_ALLOW_PATTERNS]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         # It ends with its standard input, so that one without a parent does not go on.

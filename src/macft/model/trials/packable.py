@@ -22,7 +22,7 @@ from macft.model.packing import (
     prepared_for_packs,
     replaced_ropes,
 )
-from macft.model.traceable import can_trace
+from macft.model.trials.traceable import can_trace
 
 _ROWS = (8, 1 << 16)
 """Tokens of the rows with which a model is traced. A mask that looks causal at the longer has no window below it; the

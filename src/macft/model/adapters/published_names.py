@@ -24,7 +24,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from macft.errors import ConfigError, ModelError
-from macft.model.weight_files import read_header
+from macft.model.files.weight_files import read_header
 
 _ROWS = 2**32
 _HINT = "merge it instead (python -m macft.fuse)"

@@ -15,8 +15,8 @@ from mlx_lm.utils import save
 
 from macft.device.durable import write_atomically
 from macft.errors import ModelError
+from macft.model.files.plain_path import plain_path
 from macft.model.load import LoadedModel
-from macft.model.plain_path import plain_path
 
 
 def save_adapter(folder: Path, model: nn.Module, settings: Mapping[str, Any], *, model_name: str) -> None:

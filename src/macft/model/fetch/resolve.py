@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from macft.errors import ModelError
-from macft.model.bundled import BUNDLED, ensure_bundled
-from macft.model.hub_download import download, hub_reason
+from macft.model.fetch.bundled import BUNDLED, ensure_bundled
+from macft.model.fetch.hub_download import download, hub_reason
 from macft.model.settings import ModelConfig
 
 # Seconds for the Hub to answer before a download, which may be gigabytes, starts.

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from macft.cli.shell import command
 from macft.errors import ModelError
-from macft.model.adapter_files import read_tensors
+from macft.model.adapters.files import read_tensors
 from macft.model.mlx_lm_tuner import linear_to_lora_layers, load_adapters
 
 

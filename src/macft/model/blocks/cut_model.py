@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from macft.model.ends import AFTER, BEFORE, BOTH_ENDS
+from macft.model.blocks.ends import AFTER, BEFORE, BOTH_ENDS
 from macft.model.module_classes import Members, ModuleCall, replaced_members
 
 Answer = Callable[[int, ModuleCall, mx.array, "Arguments"], Any]

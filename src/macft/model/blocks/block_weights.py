@@ -21,10 +21,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from macft.errors import ModelError
-from macft.model.ends import BOTH_ENDS, EndArrays, find_ends
+from macft.model.blocks.ends import BOTH_ENDS, EndArrays, find_ends
+from macft.model.blocks.reading_thread import in_reading_thread
+from macft.model.blocks.stand_ins import placeholder, product, shifted
 from macft.model.module_classes import Members, replaced_members
-from macft.model.reading_thread import in_reading_thread
-from macft.model.stand_ins import placeholder, product, shifted
 
 Arrays = list[mx.array]
 BlockReader = Callable[[int], Arrays]
@@ -100,7 +100,7 @@ class BlockWeights:
 
     @property
     def ends(self) -> frozenset[str]:
-        """The ends of the model (:mod:`~macft.model.ends`) that are in memory; setting it reads and drops.
+        """The ends of the model (:mod:`~macft.model.blocks.ends`) that are in memory; setting it reads and drops.
 
         Raises:
             ModelError: they can't be read.

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from macft.model.ends import BOTH_ENDS, find_ends
+from macft.model.blocks.ends import BOTH_ENDS, find_ends
 from macft.model.execution import WeightFormat
 
 # What formats are whose settings give their names only, as mlx-lm reads them: bits, group size, mode.
@@ -125,7 +125,7 @@ class WeightSize:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Of each of ``blocks``; of what only the ends named (:mod:`~macft.model.ends`) use; and of the ``rest``."""
+    """Of each of ``blocks``; of what only the ends named (:mod:`~macft.model.blocks.ends`) use; and of the ``rest``."""
 
     blocks: tuple[WeightSize, ...]
     ends: tuple[tuple[frozenset[str], WeightSize], ...]

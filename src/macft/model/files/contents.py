@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from macft.errors import ModelError
-from macft.model.bundled import source_of
-from macft.model.file_digests import file_digests
+from macft.model.fetch.bundled import source_of
+from macft.model.files.digests import file_digests
 
 _WEIGHTS = "model*.safetensors"
 _CONFIGURATION = ("config.json", "generation_config.json", "hf_quant_config.json", "*.py")

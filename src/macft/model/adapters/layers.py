@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from macft.errors import ConfigError
-from macft.model.adaptable import AdaptableBlock, AdaptableLayer, names_of
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adaptable import AdaptableBlock, AdaptableLayer, names_of
+from macft.model.adapters.settings import AdapterConfig
 
 
 class AdapterLayers(NamedTuple):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import platformdirs
 
-from macft.model.bundled import BUNDLED
+from macft.model.fetch.bundled import BUNDLED
 
 
 def find_local(name: str) -> Path | None:

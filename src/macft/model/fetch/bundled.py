@@ -21,7 +21,7 @@ import platformdirs
 
 from macft.errors import ModelError
 from macft.logs.run_log import console_logger
-from macft.model import gguf, wheel
+from macft.model.fetch import gguf, wheel
 
 log = console_logger("macft.model")
 

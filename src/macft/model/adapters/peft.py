@@ -18,9 +18,9 @@ from typing import Any
 import mlx.core as mx
 
 from macft.errors import ConfigError, ModelError
-from macft.model.adapter_files import read_tensors
-from macft.model.attach import read_adapter_config
-from macft.model.published_names import published_names
+from macft.model.adapters.attach import read_adapter_config
+from macft.model.adapters.files import read_tensors
+from macft.model.adapters.published_names import published_names
 
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
