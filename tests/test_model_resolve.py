@@ -23,7 +23,7 @@ from macft.errors import ModelError
 from macft.model.fetch.hub_download import download
 from macft.model.fetch.resolve import fetch_config, resolve
 from macft.model.settings import ModelConfig
-from macft.planner.plan.run_plan import find_shape
+from macft.planner.known_models import find_shape
 
 
 def test_a_local_folder_is_itself(tiny_model_folder: Path) -> None:

@@ -20,6 +20,7 @@ from macft.model.execution import Execution
 from macft.model.shape import read_shape
 from macft.parallel.stage_layout import StageLayout, even_layout
 from macft.planner.fit import MemoryPlanner
+from macft.planner.placement.candidates import run_placements
 from macft.planner.placement.cluster_model import (
     Alone,
     ModelCost,
@@ -34,9 +35,8 @@ from macft.planner.placement.compare import LayoutDecision, compare, preferred, 
 from macft.planner.placement.pipeline_search import PipelineSearch
 from macft.planner.placement.pipeline_simulator import simulate
 from macft.planner.placement.stage_costs import StageTables
-from macft.planner.preflight.agreement import run_placements
 from macft.planner.preflight.node_report import from_payload, gather_reports, own_report, ring_of, to_payload
-from macft.planner.whole_model import Placer
+from macft.planner.whole_model import WholeModelPlanner
 from macft.planner.workload import unlike_rows
 from placement import LLAMA_70B, UNEQUAL, cuts, inputs
 from stage_times import measured_parts
@@ -336,8 +336,8 @@ def test_a_runs_layout_follows_from_reports_and_the_memory_planner(bundled_model
     shape = read_shape(bundled_model)
     execution = Execution(device="cpu", kernels="mlx", dtype="float32", max_logits=2**21)
     planner = MemoryPlanner(shape, execution, AdapterConfig(), "adamw", [unlike_rows(8, 257, 64)], validation_rows=0)
-    placer = Placer(planner, 0.4e9, "replicate", "auto", auto=False)
-    node = own_report(placer, name="this", processes=2, address="127.0.0.1")
+    whole_model = WholeModelPlanner(planner, 0.4e9, "replicate", "auto", auto=False)
+    node = own_report(whole_model, name="this", processes=2, address="127.0.0.1")
     assert node.alone == ()  # the weights alone are 0.54 GB
     assert node.speed > 0
     assert from_payload(to_payload(node)) == node
@@ -355,7 +355,7 @@ def test_a_runs_layout_follows_from_reports_and_the_memory_planner(bundled_model
         assert choice.recompute
         assert choice.memory is not None
         assert choice.memory.peak <= 0.4e9
-    whole = own_report(replace(placer, budget=64e9), name="this")
+    whole = own_report(replace(whole_model, budget=64e9), name="this")
     (way,) = whole.alone
     assert not way.streams
     assert from_payload(to_payload(whole)) == whole

@@ -18,8 +18,9 @@ from macft.model.settings import ModelConfig
 from macft.model.shape import ModelShape, shape_of
 from macft.parallel.stage_layout import even_layout
 from macft.planner.fit import MemoryPlanner
-from macft.planner.stage import StagePlanner, block_costs
-from macft.planner.whole_model import blocks_with_room
+from macft.planner.inference import blocks_with_room
+from macft.planner.placement.configured_layout import block_costs
+from macft.planner.stage import StagePlanner
 from macft.planner.workload import assumed_steps
 
 FORMATS: dict[str, dict[str, Any]] = {

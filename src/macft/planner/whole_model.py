@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 from macft.errors import ConfigError
 from macft.model.adapters.settings import AdapterConfig
-from macft.model.blocks.ends import BOTH_ENDS
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape
 from macft.parallel.stage_layout import spread
@@ -18,13 +15,11 @@ from macft.planner.memory import MemoryParts
 from macft.planner.streamed_memory import streamed_parts
 from macft.planner.workload import StepRows, assumed_steps
 
-WEIGHTS_ONLY = 0.8
-"""Of a machine's memory, what the weights of a model that only answers may take."""
 _SHORTEST_HINT = 32
 
 
 @dataclass(frozen=True)
-class Layout:
+class WeightPlacement:
     """Which blocks a node reads in a step: ``forward`` once more than ``backward`` reaches; bytes as in the files."""
 
     placement: str
@@ -33,7 +28,7 @@ class Layout:
     read_bytes: float
 
     @classmethod
-    def of(cls, shape: ModelShape, execution: Execution, first_trained: int) -> Layout:
+    def of(cls, shape: ModelShape, execution: Execution, first_trained: int) -> WeightPlacement:
         """The layout of ``execution``; the backward pass reaches block ``first_trained``."""
         if execution.placement != "stream":
             return cls(execution.placement, shape.blocks, shape.blocks, 0.0)
@@ -57,7 +52,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Placer:
+class WholeModelPlanner:
     """Decides a node's placement: ``wanted`` is ``topology.placement``, ``resident`` ``topology.resident_blocks``.
 
     ``auto``: the node may choose its batch settings. ``budget``: bytes it may take.
@@ -209,41 +204,6 @@ def resident_blocks(blocks: int, first_trained: int, count: int) -> tuple[int, .
     twice, once = range(first_trained, blocks), range(first_trained)
     chosen = spread(twice, count) + spread(once, max(0, count - len(twice)))
     return tuple(sorted(chosen))
-
-
-def inference_placement(
-    execution: Execution, shape: ModelShape | None, budget: float, wanted: str, resident: int | str
-) -> Execution:
-    """How a machine that may take ``budget`` bytes holds a model that only answers or is evaluated."""
-    if shape is None:
-        return execution.streamed(()) if wanted == "stream" else execution
-    if wanted == "replicate" or (wanted == "auto" and shape.weight_bytes(execution.weight_format) <= budget):
-        return execution
-    room = blocks_with_room(shape, execution, budget)
-    count = shape.blocks if room >= shape.blocks else max(0, room - 2)
-    if not isinstance(resident, str):
-        count = resident
-    return execution.streamed(resident_blocks(shape.blocks, shape.blocks, min(count, shape.blocks)))
-
-
-def blocks_with_room(shape: ModelShape, execution: Execution, budget: float, ends: Collection[str] = BOTH_ENDS) -> int:
-    """Of a model that only answers, the blocks that fit ``budget`` bytes beside ``ends`` of it.
-
-    There may be more than the model has; below 0, not even what is around them fits. A fifth is left for activations
-    and a cache of keys and values.
-    """
-    weights = execution.weight_format
-    free, sizes = WEIGHTS_ONLY * budget - shape.outside_bytes(weights, ends), shape.block_bytes(weights)
-    if free < 0 or free >= sum(sizes):
-        return math.floor(free / (sum(sizes) / len(sizes)))
-    # Blocks that follow each other, wherever they begin.
-    before = [0.0, *accumulate(sizes)]
-    fitting = (
-        count
-        for count in range(len(sizes), 0, -1)
-        if all(end - start <= free for start, end in zip(before, before[count:], strict=False))
-    )
-    return next(fitting, 0)
 
 
 def _with_key(refusal: str | None) -> str | None:

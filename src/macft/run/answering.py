@@ -44,9 +44,10 @@ from macft.model.settings import ModelConfig
 from macft.model.shape import read_shape
 from macft.parallel.stage_layout import StageLayout
 from macft.parallel.stage_places import StagePlace
+from macft.planner.inference import WEIGHTS_ONLY, blocks_with_room
 from macft.planner.placement.cluster_model import Node
 from macft.planner.preflight.node_report import alike
-from macft.planner.whole_model import WEIGHTS_ONLY, blocks_with_room, resident_blocks
+from macft.planner.whole_model import resident_blocks
 from macft.topology.settings import parse_budget
 
 _PATIENT_SECONDS = 3.0

@@ -133,7 +133,7 @@ class TunedModel:
         from macft.device import heap
         from macft.device.memory import usable_bytes
         from macft.model.shape import read_shape
-        from macft.planner.whole_model import inference_placement
+        from macft.planner.inference import inference_placement
 
         topology = self.run.topology if self.run else TopologyConfig()
         try:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from macft.model.fetch.bundled import ensure_bundled
-from macft.planner.plan.run_plan import known_models
+from macft.planner.known_models import known_models
 
 
 def config_of(name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from macft.planner.memory import ComputeShape, MemoryParts, predict, trained_par
 from macft.planner.placement.cluster_model import Alone, ModelCost, StepWork
 from macft.planner.speed import attention_operations, step_cost
 from macft.planner.streamed_memory import UNKNOWN_INSIDE, held_weights, inside_of_block, update_bytes
-from macft.planner.whole_model import Layout, Placer
+from macft.planner.whole_model import WeightPlacement, WholeModelPlanner
 
 # The sums of all blocks, and the gradient of one.
 _GRADIENTS = 1.2
@@ -86,16 +86,16 @@ def step_work(
     )
 
 
-def alone(placer: Placer, execution: Execution, *, speed: float, disk: float) -> Alone:
-    """How the node of ``placer`` computes with the whole model, as ``execution`` says.
+def alone(whole_model: WholeModelPlanner, execution: Execution, *, speed: float, disk: float) -> Alone:
+    """How the node of ``whole_model`` computes with the whole model, as ``execution`` says.
 
-    ``placer`` has the rows that the node would get; ``speed`` in operations a second, ``disk`` in bytes a second.
+    ``whole_model`` has the rows that the node would get; ``speed`` in operations a second, ``disk`` in bytes a second.
     """
-    planner = placer.planner
+    planner = whole_model.planner
     steps = max(1, len(planner.steps))
     tokens = sum(batch.tokens for batch in chain.from_iterable(planner.step_batches(1))) / steps
     seconds = step_cost(planner, execution).operations / speed
-    read = Layout.of(planner.shape, execution, placer.first_trained).read_bytes
+    read = WeightPlacement.of(planner.shape, execution, whole_model.first_trained).read_bytes
     return Alone(seconds / max(1.0, tokens), read / disk, execution.placement == "stream")
 
 

@@ -27,10 +27,10 @@ from macft.planner.placement.cluster_model import (
     StepWork,
     clock_of,
 )
+from macft.planner.placement.configured_layout import pipeline_sizes
 from macft.planner.placement.pipeline_cuts import Cuts, Group, KindStage
 from macft.planner.placement.pipeline_simulator import simulate
 from macft.planner.placement.stage_costs import StageChoice, StageTables
-from macft.planner.stage import pipeline_sizes
 from macft.training.pipeline_schedule import in_flight
 
 MOST_NODES = 8

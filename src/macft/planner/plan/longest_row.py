@@ -14,9 +14,10 @@ from macft.device.kind import METAL, Device
 from macft.device.memory import usable_bytes
 from macft.model.execution import Execution, recomputations
 from macft.model.shape import ModelShape
+from macft.planner.known_models import find_shape
 from macft.planner.memory import ComputeShape, MemoryParts, predict, trained_part
 from macft.planner.mlx_lm_memory import predict_mlx_lm
-from macft.planner.plan.run_plan import Progress, find_shape
+from macft.planner.plan.run_plan import Progress
 from macft.topology.settings import parse_budget
 
 _STEP = 32

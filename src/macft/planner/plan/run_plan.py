@@ -6,11 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from macft.config.execution import execution_for
 from macft.config.schema import TrainConfig
@@ -24,26 +20,25 @@ from macft.device.kind import METAL, Device
 from macft.device.memory import usable_bytes
 from macft.errors import ConfigError, DataError, MacftError, ModelError
 from macft.model.execution import Execution
-from macft.model.fetch.bundled import BUNDLED, ensure_bundled
-from macft.model.fetch.resolve import fetch_config, is_hub_id
+from macft.model.fetch.bundled import ensure_bundled
 from macft.model.load import load_tokenizer
-from macft.model.shape import ModelShape, read_shape, shape_of
+from macft.model.shape import ModelShape
 from macft.network.link_kinds import LinkKind, find_links
 from macft.parallel.shares import DataShard
 from macft.planner.fit import MemoryPlanner
+from macft.planner.known_models import find_shape
 from macft.planner.memory import MemoryParts, trained_part
-from macft.planner.node_part import placer_for, planner_for, steps_of_shard
+from macft.planner.node_part import planner_for, steps_of_shard, whole_model_planner
 from macft.planner.packing import choose_packing
+from macft.planner.placement.candidates import FoundPipelines, is_roomy, order_line, run_pipelines, whole_models
 from macft.planner.placement.cluster_model import Node, NodeLink, RingLinks
 from macft.planner.placement.compare import LayoutDecision, preferred, set_pipelines, why_no_pipeline
+from macft.planner.placement.configured_layout import block_costs, check_layout, decide_layout
 from macft.planner.placement.inputs import alone, can_pipeline, model_cost, step_work
 from macft.planner.plan.advice import advice
 from macft.planner.plan.stage_memory import stage_memory
-from macft.planner.preflight.agreement import is_roomy, run_pipelines, whole_models
-from macft.planner.preflight.member_layouts import FoundPipelines, order_line
 from macft.planner.speed import chip_speed, own_speed, work_of
-from macft.planner.stage import block_costs, check_layout, decide_layout
-from macft.planner.whole_model import Layout, Placer, obstacle_to_reading_blocks
+from macft.planner.whole_model import WeightPlacement, WholeModelPlanner, obstacle_to_reading_blocks
 from macft.planner.workload import StepRows, assumed_steps, steps_of
 from macft.topology.settings import parse_budget
 from macft.training.settings import steps_for
@@ -59,7 +54,7 @@ class NodePlan:
     budget: float
     rows: int
     execution: Execution
-    layout: Layout
+    layout: WeightPlacement
     parts: MemoryParts
     refusal: str | None
     watts: float | None
@@ -125,13 +120,15 @@ def plan_run(config: TrainConfig, *, progress: Progress | None = None) -> RunPla
     shares = tuple(map(float, config.topology.shares)) if isinstance(config.topology.shares, list) else None
     plans, nodes, wanted, is_batch_too_large = [], [], config.topology.placement, False
     for rank, (speed, disk) in enumerate(zip(speeds, disks, strict=True)):
-        placer = _placer(config, shape, execution, steps, DataShard(rank, count, shares or tuple(speeds)), macs)
-        plan = _plan_node(_name(macs, rank, count), placer, macs[rank] if macs else None)
-        ways = () if plan.refusal is not None else (alone(placer, plan.execution, speed=speed, disk=disk),)
-        is_batch_too_large |= plan.refusal is not None and placer.planner.best(placer.budget) is not None
+        whole_model = _whole_model(
+            config, shape, execution, steps, DataShard(rank, count, shares or tuple(speeds)), macs
+        )
+        plan = _plan_node(_name(macs, rank, count), whole_model, macs[rank] if macs else None)
+        ways = () if plan.refusal is not None else (alone(whole_model, plan.execution, speed=speed, disk=disk),)
+        is_batch_too_large |= plan.refusal is not None and whole_model.planner.best(whole_model.budget) is not None
         plans.append(plan)
         nodes.append(Node(plan.name, speed, plan.budget, disk, ways))
-    whole = _placer(config, shape, execution, steps, DataShard(0, 1), macs).planner
+    whole = _whole_model(config, shape, execution, steps, DataShard(0, 1), macs).planner
     links = find_links(config.plan.link)
     ring = _ring(links, count)
 
@@ -140,7 +137,7 @@ def plan_run(config: TrainConfig, *, progress: Progress | None = None) -> RunPla
         topology = replace(config.topology, placement="pipeline", pipelines=pipelines)
         asked = execution_for(replace(config, topology=topology), shape, shape.checkpoint, device)
         chosen, _ = choose_packing(planner_for(config, shape, asked, steps))
-        return _placer(config, shape, replace(chosen, lanes=1), steps, DataShard(0, 1), macs).planner
+        return _whole_model(config, shape, replace(chosen, lanes=1), steps, DataShard(0, 1), macs).planner
 
     obstacle = obstacle_to_reading_blocks(execution, shape, config.adapter)
     can_be_cut = can_pipeline(config) and obstacle is None
@@ -232,32 +229,32 @@ def _nodes_here(config: TrainConfig, macs: Sequence[Mac]) -> int:
     return config.topology.nodes if not macs and config.topology.kind == "local" else 1
 
 
-def _placer(
+def _whole_model(
     config: TrainConfig,
     shape: ModelShape,
     execution: Execution,
     steps: Sequence[StepRows],
     shard: DataShard,
     macs: Sequence[Mac],
-) -> Placer:
+) -> WholeModelPlanner:
     """What decides how the node at ``shard`` computes."""
     mac, nodes_here = macs[shard.rank] if macs else None, _nodes_here(config, macs)
     own = steps_of_shard(config, steps, shard, execution)
     # A node far slower than the others may be left without a row; it still holds the model.
     own = [step for step in own if step.rows] or [StepRows(steps[0].rows[:1], steps[0].ids[:1])]
     budget = parse_budget(config.topology.memory_budget, mac.usable_bytes if mac else usable_bytes(1 / nodes_here))
-    return placer_for(config, planner_for(config, shape, execution, own), budget)
+    return whole_model_planner(config, planner_for(config, shape, execution, own), budget)
 
 
-def _plan_node(name: str, placer: Placer, mac: Mac | None) -> NodePlan:
-    chosen, refusal = placer.choice()
+def _plan_node(name: str, whole_model: WholeModelPlanner, mac: Mac | None) -> NodePlan:
+    chosen, refusal = whole_model.choice()
     return NodePlan(
         name=name,
-        budget=placer.budget,
-        rows=placer.planner.rows,
+        budget=whole_model.budget,
+        rows=whole_model.planner.rows,
         execution=chosen,
-        layout=Layout.of(placer.planner.shape, chosen, placer.first_trained),
-        parts=placer.parts(chosen),
+        layout=WeightPlacement.of(whole_model.planner.shape, chosen, whole_model.first_trained),
+        parts=whole_model.parts(chosen),
         refusal=refusal,
         watts=mac.chip.watts if mac else None,
     )
@@ -307,32 +304,6 @@ def _own_disks(count: int, notes: list[str]) -> list[float]:
     }
     notes.append(f"the disk reads {disk.bytes_per_second / 1e9:.1f} GB/s, {origin[disk.source]}")
     return [disk.bytes_per_second] * count
-
-
-def find_shape(config: TrainConfig, notes: list[str]) -> tuple[ModelShape, Path | None]:
-    """The model's shape, and its folder where that is on this machine; otherwise config.json alone is fetched."""
-    name = config.model.path
-    folder = Path(name).expanduser()
-    if name in BUNDLED:
-        folder = ensure_bundled(BUNDLED[name])
-    if folder.is_dir():
-        return read_shape(folder), folder
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, "config.json", revision=config.model.revision) if is_hub_id(name) else None
-    if isinstance(cached, str):
-        return read_shape(Path(cached).parent), Path(cached).parent
-    if (known := known_models().get(name)) is not None:
-        notes.append(f"{name}: sizes from macft's own table, the model is not on this machine")
-        return shape_of(known, name), None
-    fetched = fetch_config(config.model)
-    return read_shape(fetched), fetched
-
-
-def known_models() -> dict[str, dict[str, Any]]:
-    """config.json of the models in models.yaml, by the path a run names them with."""
-    text = files("macft.planner").joinpath("models.yaml").read_text(encoding="utf-8")
-    return {row.pop("path"): row for row in yaml.safe_load(text)}
 
 
 def _steps(config: TrainConfig, folder: Path | None, notes: list[str], tell: Progress) -> tuple[list[StepRows], int]:

@@ -12,26 +12,22 @@ from macft.collective.elastic import ElasticCollective
 from macft.collective.matching import Texts
 from macft.config.schema import TrainConfig
 from macft.errors import ConfigError, ModelError
-from macft.model.execution import Execution
 from macft.model.trials.confirm import obstacle_to_cutting
 from macft.parallel.stage_layout import StageLayout
-from macft.planner.fit import MemoryPlanner
 from macft.planner.node_part import NodePart
-from macft.planner.placement.cluster_model import Node, RingLinks
-from macft.planner.placement.compare import LayoutDecision, compare, preferred
-from macft.planner.placement.inputs import can_pipeline, model_cost, step_work
-from macft.planner.preflight.hand_over import HandOver
-from macft.planner.preflight.member_layouts import (
-    Cut,
+from macft.planner.placement.candidates import (
     FoundPipelines,
-    NodeCuts,
-    agree,
-    find_pipelines,
-    followed,
-    members_of,
+    is_roomy,
     order_line,
-    ranks,
+    rank_names,
+    run_placements,
+    shares_of,
 )
+from macft.planner.placement.cluster_model import Node
+from macft.planner.placement.compare import LayoutDecision, preferred
+from macft.planner.placement.inputs import can_pipeline
+from macft.planner.preflight.hand_over import HandOver
+from macft.planner.preflight.member_layouts import LayoutOf, MemberLayouts, agree, followed, members_of
 from macft.planner.preflight.node_report import alike, gather_reports, one_of_many_here, own_node, own_report, ring_of
 from macft.planner.whole_model import obstacle_to_reading_blocks
 from macft.topology.settings import host_paths
@@ -39,11 +35,11 @@ from macft.topology.settings import host_paths
 PLACEMENT, PIPELINES = "topology.placement", "topology.pipelines"
 _OF_PIPELINE, _OF_EACH_NODE = "pipeline", "each node has the whole model"
 # What a node tells before anything is measured.
-_NOTHING, _CUT, _ROOMY, _TIGHT = b"", b"cut", b"roomy", b"tight"
+_NOTHING, _PIPELINE, _ROOMY, _TIGHT = b"", b"pipeline", b"roomy", b"tight"
 
 
 def _unknown(_: int) -> StageLayout | None:
-    """The cut of nodes of which nothing is known."""
+    """The layout of nodes of which nothing is known."""
     return None
 
 
@@ -51,16 +47,16 @@ def _unknown(_: int) -> StageLayout | None:
 class RunPlacement:
     """What a run's nodes have agreed on.
 
-    ``config`` is the configuration with it, ``settings`` the same for those who join later, ``cut`` makes the layout of
-    pipelines, ``lines`` say what was chosen and why. ``cuts`` and ``own``: what the nodes, and this one, have told for
-    that; None where nothing was asked.
+    ``config`` is the configuration with it, ``settings`` the same for those who join later. ``layout_of`` makes the
+    layout of pipelines. ``lines`` say what was chosen and why. ``layouts`` and ``own``: what the nodes, and this one,
+    have told for that; None where nothing was asked.
     """
 
     config: TrainConfig
     settings: Texts
-    cut: Cut = _unknown
+    layout_of: LayoutOf = _unknown
     lines: list[str] = field(default_factory=list)
-    cuts: NodeCuts | None = None
+    layouts: MemberLayouts | None = None
     own: Node | None = None
 
 
@@ -72,13 +68,13 @@ def hand_over(part: NodePart, collective: Collective, agreed: RunPlacement) -> H
     topology = part.config.topology
     if topology.placement != "pipeline" or topology.stages != "auto":
         return None
-    own, cuts = agreed.own or _own_node(part), agreed.cuts
+    own, layouts = agreed.own or _own_node(part), agreed.layouts
     if own is None:
         return None
-    if cuts is None:
+    if layouts is None:
         is_newcomer = part.shard.world_size != collective.world_size
-        cuts = _cuts(part, collective, [] if is_newcomer else [own] * collective.world_size)
-    return HandOver(collective, cuts, own, agreed.cut)
+        layouts = _member_layouts(part, collective, [] if is_newcomer else [own] * collective.world_size)
+    return HandOver(collective, layouts, own, agreed.layout_of)
 
 
 def _own_node(part: NodePart) -> Node | None:
@@ -86,7 +82,7 @@ def _own_node(part: NodePart) -> Node | None:
     if part.config.topology.kind == "local":
         return one_of_many_here(part.budget)
     try:
-        return own_node(part.placer.planner, part.budget, address=_address(part))
+        return own_node(part.whole_model.planner, part.budget, address=_address(part))
     except (ConfigError, ModelError):
         return None
 
@@ -105,9 +101,9 @@ def agree_on_placement(part: NodePart, collective: Collective) -> RunPlacement:
     if told is not None:
         return _taken_over(config, told)
     views = collective.all_gather(_view(part, collective))
-    if all(view == _CUT for view in views):
-        return _agree_on_cut(part, collective)
-    if any(view in (_NOTHING, _CUT) for view in views):
+    if all(view == _PIPELINE for view in views):
+        return _agree_on_pipelines(part, collective)
+    if any(view in (_NOTHING, _PIPELINE) for view in views):
         return _settled(config)
     if all(view == _ROOMY for view in views):
         return _settled(config, line="topology.placement=auto chose replicate: the run fits the memory of each node")
@@ -120,43 +116,38 @@ def _view(part: NodePart, collective: Collective) -> bytes:
     if part.shard.world_size != collective.world_size or collective.world_size < 2:
         return _NOTHING
     if topology.placement == "pipeline":
-        return _CUT if topology.stages == "auto" and topology.kind != "local" else _NOTHING
+        return _PIPELINE if topology.stages == "auto" and topology.kind != "local" else _NOTHING
     if topology.placement != "auto" or not can_pipeline(config):
         return _NOTHING
     try:
-        placer, shape = part.placer, part.shape
-        execution, refusal = placer.choice()
+        whole_model, shape = part.whole_model, part.shape
+        execution, refusal = whole_model.choice()
     except (ConfigError, ModelError):  # raised once more by the node's own decision
         return _NOTHING
     if refusal is None and is_roomy(execution):
         return _ROOMY
-    smaller_fits = refusal is not None and placer.planner.best(placer.budget) is not None
+    smaller_fits = refusal is not None and whole_model.planner.best(whole_model.budget) is not None
     if smaller_fits or obstacle_to_reading_blocks(part.execution, shape, config.adapter) is not None:
         return _NOTHING
     return _TIGHT
 
 
-def is_roomy(execution: Execution) -> bool:
-    """Whether a node that computes the whole model so has room for it, so that no other placement is looked for."""
-    return execution.placement == "replicate" and execution.recompute != "blocks"
-
-
-def _agree_on_cut(part: NodePart, collective: Collective) -> RunPlacement:
-    """The cut of the pipelines that the configuration asks for."""
+def _agree_on_pipelines(part: NodePart, collective: Collective) -> RunPlacement:
+    """The layout of the pipelines that the configuration asks for."""
     own = _own_node(part)
     nodes = gather_reports(collective, own)
     if not nodes:
         return _settled(part.config)
-    cuts = _cuts(part, collective, alike(nodes))
-    cut, line = agree(collective, cuts)
-    return replace(_settled(part.config, cut, line), cuts=cuts, own=own)
+    layouts = _member_layouts(part, collective, alike(nodes))
+    layout_of, line = agree(collective, layouts)
+    return replace(_settled(part.config, layout_of, line), layouts=layouts, own=own)
 
 
 def _chosen_together(part: NodePart, collective: Collective) -> RunPlacement:
     """What rank 0 chooses among all placements."""
     topology = part.config.topology
     here = topology.nodes if topology.kind == "local" else 1
-    own = own_report(part.placer, processes=here, address=_address(part))
+    own = own_report(part.whole_model, processes=here, address=_address(part))
     nodes = alike(gather_reports(collective, own))
     choice = _NO_CHOICE
     if collective.rank == 0:
@@ -169,8 +160,8 @@ def _chosen_together(part: NodePart, collective: Collective) -> RunPlacement:
         return _settled(part.config, lines=lines)
     layout = StageLayout.from_data(data)
     part = replace(part, config=_as_pipelines(part.config, len(layout.pipelines)))
-    cuts = _cuts(part, collective, nodes)
-    return replace(_settled(part.config, followed(collective, cuts, layout), lines=lines), cuts=cuts, own=own)
+    layouts = _member_layouts(part, collective, nodes)
+    return replace(_settled(part.config, followed(collective, layouts, layout), lines=lines), layouts=layouts, own=own)
 
 
 @dataclass(frozen=True)
@@ -199,61 +190,8 @@ def choose(part: NodePart, nodes: Sequence[Node], obstacle: Callable[[], str | N
     lines = [f"topology.placement=auto chose {_reasons(found, chosen, nodes)}{remark}"]
     if chosen != "pipeline" or several is None:
         return Choice(chosen, None, lines)
-    line = order_line(several, ranks(len(nodes)))
+    line = order_line(several, rank_names(len(nodes)))
     return Choice(chosen, several, [*lines, *([line] if line else [])])
-
-
-def run_placements(
-    nodes: Sequence[Node],
-    ring: RingLinks,
-    planner_of: Callable[[int], MemoryPlanner],
-    shares: tuple[float, ...] | None,
-    *,
-    counts: Sequence[int],
-) -> tuple[dict[str, LayoutDecision], FoundPipelines | None]:
-    """The best layout of each placement that fits, as a run would have it, and the pipelines among them.
-
-    For the arguments see :func:`run_pipelines`.
-    """
-    found = whole_models(nodes, ring, planner_of(1), shares)
-    best = run_pipelines(nodes, ring, planner_of, shares, counts=counts)
-    if best is not None:
-        found["pipeline"] = best.best
-    return found, best
-
-
-def whole_models(
-    nodes: Sequence[Node],
-    ring: RingLinks,
-    planner: MemoryPlanner,
-    shares: tuple[float, ...] | None,
-    *,
-    kinds: Sequence[str] = ("replicate", "stream"),
-) -> dict[str, LayoutDecision]:
-    """Those of ``kinds`` that fit; ``planner`` is the prediction for all rows."""
-    return compare(nodes, ring, model_cost(planner), step_work(planner, None, shares), kinds=kinds)
-
-
-def run_pipelines(
-    nodes: Sequence[Node],
-    ring: RingLinks,
-    planner_of: Callable[[int], MemoryPlanner],
-    shares: tuple[float, ...] | None,
-    *,
-    counts: Sequence[int],
-) -> FoundPipelines | None:
-    """The fastest pipelines of a run, None if none fit.
-
-    ``planner_of``: the prediction for all rows, in the micro-batches of a run with so many pipelines. ``counts``: how
-    many pipelines there may be.
-    """
-    best: FoundPipelines | None = None
-    for count in counts:
-        if count <= max(1, len(nodes) // 2):
-            other = find_pipelines(nodes, ring, planner_of(count), count, shares)
-            if other is not None and (best is None or other.best.seconds < best.best.seconds):
-                best = other
-    return best
 
 
 def _reasons(found: Mapping[str, LayoutDecision], chosen: str, nodes: Sequence[Node]) -> str:
@@ -276,21 +214,13 @@ def _reasons(found: Mapping[str, LayoutDecision], chosen: str, nodes: Sequence[N
     return line
 
 
-def _cuts(part: NodePart, collective: Collective, nodes: Sequence[Node]) -> NodeCuts:
+def _member_layouts(part: NodePart, collective: Collective, nodes: Sequence[Node]) -> MemberLayouts:
     """Cuts by what ``nodes``, the members by rank, have told; of a newcomer there are none yet."""
     members = members_of(collective)[: len(nodes)]
     shares = shares_of(part.config, len(nodes))
     by_member = None if shares is None else dict(zip(members, shares, strict=False))
     told = dict(zip(members, nodes, strict=True))
-    return NodeCuts(told, part.config.topology.pipelines, part.of_pipelines, by_member)
-
-
-def shares_of(config: TrainConfig, count: int) -> tuple[float, ...] | None:
-    """How rows are dealt at the start, by rank; None: by speed."""
-    shares = config.topology.shares
-    if isinstance(shares, list):
-        return tuple(map(float, shares))
-    return None if shares == "auto" else (1.0,) * count
+    return MemberLayouts(told, part.config.topology.pipelines, part.of_pipelines, by_member)
 
 
 def _address(part: NodePart) -> str | None:
@@ -302,12 +232,14 @@ def _address(part: NodePart) -> str | None:
     return host_paths(hosts[rank], part.config.topology.port)[0][0] if rank < len(hosts) else None
 
 
-def _settled(config: TrainConfig, cut: Cut = _unknown, line: str = "", *, lines: Sequence[str] = ()) -> RunPlacement:
+def _settled(
+    config: TrainConfig, layout_of: LayoutOf = _unknown, line: str = "", *, lines: Sequence[str] = ()
+) -> RunPlacement:
     topology = config.topology
     settings = {PLACEMENT: _OF_EACH_NODE}
     if topology.placement == "pipeline":
         settings = {PLACEMENT: _OF_PIPELINE, PIPELINES: str(topology.pipelines)}
-    return RunPlacement(config, settings, cut, [*lines, *([line] if line else [])])
+    return RunPlacement(config, settings, layout_of, [*lines, *([line] if line else [])])
 
 
 def _told(collective: Collective) -> Texts | None:

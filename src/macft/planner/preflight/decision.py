@@ -24,11 +24,11 @@ from macft.parallel.stage_places import Decide, LayoutChanges, whole_models
 from macft.planner.fit import batch_overrides
 from macft.planner.memory import MemoryParts
 from macft.planner.node_part import NodePart
+from macft.planner.placement.configured_layout import block_costs, check_layout, decide_layout
 from macft.planner.preflight.agreement import agree_on_placement, hand_over
-from macft.planner.preflight.member_layouts import Cut
+from macft.planner.preflight.member_layouts import LayoutOf
 from macft.planner.preflight.refit import StageRefit, WholeModelRefit, heaviest
-from macft.planner.stage import block_costs, check_layout, decide_layout
-from macft.planner.whole_model import Layout, obstacle_to_reading_blocks
+from macft.planner.whole_model import WeightPlacement, obstacle_to_reading_blocks
 from macft.planner.workload import steps_of
 from macft.training.node_fit import Refit
 from macft.training.settings import steps_for
@@ -88,7 +88,7 @@ def preflight(
         changes = hand_over(part, collective, agreed)
         # A pipeline that the nodes have chosen themselves leaves out those for which there is no block.
         is_wanted = config.topology.placement == "pipeline"
-        decision = _decide(part, agreed.cut if changes is None else changes.cut, is_wanted=is_wanted)
+        decision = _decide(part, agreed.layout_of if changes is None else changes.layout_of, is_wanted=is_wanted)
         decision = decision._replace(notes=[*agreed.lines, *decision.notes], changes=changes)
     except ConfigError as error:
         refusal = str(error)
@@ -103,7 +103,7 @@ def preflight(
     return decision
 
 
-def _decide(part: NodePart, cut: Cut, *, is_wanted: bool) -> Preflight:
+def _decide(part: NodePart, layout_of: LayoutOf, *, is_wanted: bool) -> Preflight:
     """What this node decides; ``is_wanted``: the configuration asks for a pipeline.
 
     Raises ConfigError as :func:`preflight` does.
@@ -119,12 +119,12 @@ def _decide(part: NodePart, cut: Cut, *, is_wanted: bool) -> Preflight:
         execution = execution.streamed(()) if topology.placement == "stream" else execution.unplanned()
         return Preflight(config, execution, execution.placement, [f"no memory plan: {error}"])
     if topology.placement == "pipeline":
-        decision = _decide_stage(part, cut, is_wanted=is_wanted)
+        decision = _decide_stage(part, layout_of, is_wanted=is_wanted)
         return decision._replace(notes=[*decision.notes, *part.packing_notes])
-    placer = part.placer
-    chosen = placer.decide()
-    note = _limited(placer.parts(chosen), part.budget)
-    if placer.auto:
+    whole_model = part.whole_model
+    chosen = whole_model.decide()
+    note = _limited(whole_model.parts(chosen), part.budget)
+    if whole_model.auto:
         note += f"; topology.batch=auto chose {batch_overrides(chosen)}"
     elif chosen.recompute != part.execution.recompute:
         note += f"; training.recompute=auto chose {chosen.recompute}"
@@ -137,23 +137,25 @@ def _decide(part: NodePart, cut: Cut, *, is_wanted: bool) -> Preflight:
         fixed=config.training.deterministic,
     )
     notes = [note, *part.packing_notes]
-    return Preflight(config, chosen, Layout.of(shape, chosen, placer.first_trained).line, notes, refit=refit)
+    return Preflight(
+        config, chosen, WeightPlacement.of(shape, chosen, whole_model.first_trained).line, notes, refit=refit
+    )
 
 
-def _decide_stage(part: NodePart, cut: Cut, *, is_wanted: bool) -> Preflight:
+def _decide_stage(part: NodePart, layout_of: LayoutOf, *, is_wanted: bool) -> Preflight:
     """What a node of a pipeline decides."""
     config, topology, shape, execution = part.config, part.config.topology, part.shape, part.execution
     world_size = part.shard.world_size
     obstacle = obstacle_to_reading_blocks(execution, shape, config.adapter)
     if obstacle is not None:
         raise ConfigError(f"topology.placement: pipeline {obstacle}")
-    if is_wanted or cut(world_size) is None:
+    if is_wanted or layout_of(world_size) is None:
         check_layout(topology, shape.blocks, world_size)
-    may_keep, first_trained = execution.may_keep_activations, part.placer.first_trained
+    may_keep, first_trained = execution.may_keep_activations, part.whole_model.first_trained
     costs = block_costs(shape, first_trained, keeps=may_keep)
 
     def decide(world_size: int) -> StageLayout:
-        return cut(world_size) or decide_layout(topology, costs, world_size)
+        return layout_of(world_size) or decide_layout(topology, costs, world_size)
 
     layout, budget, execution = decide(world_size), part.budget, execution.pipelined(0)
     rank = part.shard.rank

@@ -20,7 +20,7 @@ from macft.planner.placement.compare import compare
 from macft.planner.placement.inputs import model_cost, step_work
 from macft.planner.placement.pipeline_search import PipelineSearch
 from macft.planner.placement.stage_costs import StageChoice
-from macft.planner.preflight.member_layouts import Cut, NodeCuts, members_of
+from macft.planner.preflight.member_layouts import LayoutOf, MemberLayouts, members_of
 from macft.planner.preflight.node_report import alike, from_payload, ring_of, to_payload
 
 LEAST_GAIN = 0.10
@@ -37,25 +37,25 @@ class HandOver(LayoutChanges):
 
     Args:
         collective: The members.
-        cuts: Makes layouts for what members have told; it gets what is measured, too.
+        layouts: Makes layouts for what members have told; it gets what is measured, too.
         own: What this node tells.
         first: The layout of the first members, and of others of which too little is known.
     """
 
-    def __init__(self, collective: Collective, cuts: NodeCuts, own: Node, first: Cut):
+    def __init__(self, collective: Collective, layouts: MemberLayouts, own: Node, first: LayoutOf):
         self._collective, self._own, self._first = collective, own, first
         self._first_members = members_of(collective)
-        self._told = dict(cuts.nodes)
-        self._nodes: dict[str, Node] = dict(cuts.nodes)
-        self._cuts = replace(cuts, nodes=self._nodes, planner_of=functools.cache(cuts.planner_of))
+        self._told = dict(layouts.nodes)
+        self._nodes: dict[str, Node] = dict(layouts.nodes)
+        self._layouts = replace(layouts, nodes=self._nodes, planner_of=functools.cache(layouts.planner_of))
         # By member, its measured speed as a multiple of what it told.
         self._paces: dict[str, float] = {}
 
-    def cut(self, world_size: int) -> StageLayout | None:
+    def layout_of(self, world_size: int) -> StageLayout | None:
         """The layout of the members of now; None if nodes are to be taken as alike."""
         members, found = members_of(self._collective), None
         if len(members) == world_size and (self._paces or members != self._first_members):
-            found = self._cuts.layout(members)
+            found = self._layouts.layout(members)
         return found or self._first(world_size)
 
     @property
@@ -133,7 +133,7 @@ class HandOver(LayoutChanges):
 
     @functools.cached_property
     def _costs(self) -> tuple[ModelCost, StepWork]:
-        planner = self._cuts.planner_of(self._cuts.pipelines)
+        planner = self._layouts.planner_of(self._layouts.pipelines)
         return model_cost(planner), step_work(planner, planner.execution.micro_batch_size)
 
 

@@ -18,7 +18,7 @@ from macft.planner.fit import MemoryPlanner
 from macft.planner.placement.cluster_model import Alone, Node, NodeLink, RingLinks
 from macft.planner.placement.inputs import alone
 from macft.planner.speed import expected_speed, measured_speed, work_of
-from macft.planner.whole_model import Placer
+from macft.planner.whole_model import WholeModelPlanner
 
 _LONGEST_REPORT = 4096
 _LONGEST_NAME = 255
@@ -61,11 +61,13 @@ def one_of_many_here(memory: float) -> Node:
     return Node(platform.node(), _UNMEASURED, memory, UNKNOWN_DISK, link=_INSIDE)
 
 
-def own_report(placer: Placer, *, name: str | None = None, processes: int = 1, address: str | None = None) -> Node:
-    """That of :func:`own_node`, with how it computes alone; ``placer`` has the rows that it would get."""
-    node = own_node(placer.planner, placer.budget, name=name, processes=processes, address=address)
-    execution, refusal = placer.choice()
-    ways = () if refusal is not None else (alone(placer, execution, speed=node.speed, disk=node.disk),)
+def own_report(
+    whole_model: WholeModelPlanner, *, name: str | None = None, processes: int = 1, address: str | None = None
+) -> Node:
+    """That of :func:`own_node`, with how it computes alone; ``whole_model`` has the rows that it would get."""
+    node = own_node(whole_model.planner, whole_model.budget, name=name, processes=processes, address=address)
+    execution, refusal = whole_model.choice()
+    ways = () if refusal is not None else (alone(whole_model, execution, speed=node.speed, disk=node.disk),)
     return replace(node, alone=ways)
 
 

@@ -15,7 +15,7 @@ from macft.parallel.shares import DataShard
 from macft.parallel.stage_layout import StageLayout
 from macft.planner.fit import MemoryPlanner
 from macft.planner.stage import StagePlanner
-from macft.planner.whole_model import Placer
+from macft.planner.whole_model import WholeModelPlanner
 from macft.planner.workload import StepRows
 from macft.training.node_fit import Fitted
 
@@ -50,9 +50,9 @@ class WholeModelRefit:
         """How ``rank`` of so many computes; raises ConfigError where that doesn't fit."""
         planner = self.planner_of(DataShard(rank, world_size), self.execution, self.steps)
         if self.execution.placement == "stream":
-            placer = Placer(planner, self.budget, "stream", self.resident, auto=not self.fixed)
-            streamed = placer.decide()
-            return Fitted(streamed, placer.parts(streamed).peak, self.budget)
+            whole_model = WholeModelPlanner(planner, self.budget, "stream", self.resident, auto=not self.fixed)
+            streamed = whole_model.decide()
+            return Fitted(streamed, whole_model.parts(streamed).peak, self.budget)
         parts = planner.parts(self.execution)
         if parts.unknown or parts.peak <= self.budget:
             return Fitted(self.execution, self.budget if parts.unknown else parts.peak, self.budget)
@@ -101,15 +101,15 @@ class StageRefit:
             return Fitted(chosen, stages.predicted(chosen).peak, self.budget)
         # A pipeline of one stage computes block by block, all of its rows before the next block.
         # Other micro-batches would add up gradients in another order, so they come second.
-        placer = Placer(planner, self.budget, "stream", self.resident, auto=False)
-        alone, obstacle = placer.choice()
+        whole_model = WholeModelPlanner(planner, self.budget, "stream", self.resident, auto=False)
+        alone, obstacle = whole_model.choice()
         if obstacle is not None and self.fixed:
             raise ConfigError(obstacle)
         if obstacle is not None:
-            alone = replace(placer, auto=True).decide()
+            alone = replace(whole_model, auto=True).decide()
         held = self.execution.pipelined(len(alone.resident_blocks), alone.resident_blocks)
         held = held.with_batch(alone.micro_batch_size, held.recompute)
-        return Fitted(held, placer.parts(alone).peak, self.budget)
+        return Fitted(held, whole_model.parts(alone).peak, self.budget)
 
     def planned(self, planner: MemoryPlanner, layout: StageLayout, rank: int) -> StagePlanner:
         """The memory of ``rank``'s stage, which has the rows of ``planner``."""

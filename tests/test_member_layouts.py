@@ -19,8 +19,9 @@ from macft.model.settings import ModelConfig
 from macft.model.shape import shape_of
 from macft.parallel.stage_layout import StageLayout
 from macft.planner.fit import MemoryPlanner
+from macft.planner.placement.candidates import order_line, rank_names
 from macft.planner.placement.cluster_model import Alone, Node, NodeLink
-from macft.planner.preflight.member_layouts import NodeCuts, agree, order_line, ranks
+from macft.planner.preflight.member_layouts import MemberLayouts, agree
 from macft.planner.preflight.node_report import alike, gather_reports, own_node
 from macft.planner.workload import unlike_rows
 
@@ -44,8 +45,8 @@ def nodes_of(speeds: Sequence[float], memories: Sequence[float] = ()) -> list[No
     ]
 
 
-def cuts_of(nodes: Sequence[Node], pipelines: int = 1) -> NodeCuts:
-    return NodeCuts({str(number): node for number, node in enumerate(alike(nodes))}, pipelines, planner_of)
+def layouts_of(nodes: Sequence[Node], pipelines: int = 1) -> MemberLayouts:
+    return MemberLayouts({str(number): node for number, node in enumerate(alike(nodes))}, pipelines, planner_of)
 
 
 def counts(layout: StageLayout | None) -> list[list[int]]:
@@ -54,8 +55,8 @@ def counts(layout: StageLayout | None) -> list[list[int]]:
 
 
 def cut(speeds: Sequence[float], memories: Sequence[float] = (), pipelines: int = 1) -> list[list[int]]:
-    cuts = cuts_of(nodes_of(speeds, memories), pipelines)
-    return counts(cuts.layout([str(number) for number in range(len(speeds))]))
+    layouts = layouts_of(nodes_of(speeds, memories), pipelines)
+    return counts(layouts.layout([str(number) for number in range(len(speeds))]))
 
 
 def test_equal_nodes_get_equally_many_blocks() -> None:
@@ -85,7 +86,7 @@ def test_a_small_node_gets_the_blocks_that_fit() -> None:
     planner = planner_of(1)
     weights = planner.shape.weight_bytes(planner.execution.weight_format)
     assert cut([1, 1], [1e12, 0.8 * weights]) == [[8, 4]]
-    nobody = cuts_of(nodes_of([1, 1], [1.0, 1.0]))
+    nobody = layouts_of(nodes_of([1, 1], [1.0, 1.0]))
     assert nobody.layout(["0", "1"]) is None  # every node's own plan refuses, and names what it lacks
 
 
@@ -94,8 +95,8 @@ def test_a_small_node_gets_the_blocks_that_fit() -> None:
 def test_nodes_keep_their_order_unless_another_one_or_fewer_are_clearly_faster(
     speeds: list[float], pipelines: int
 ) -> None:
-    cuts = cuts_of(nodes_of(speeds), pipelines)
-    found = cuts.found([str(number) for number in range(len(speeds))])
+    layouts = layouts_of(nodes_of(speeds), pipelines)
+    found = layouts.found([str(number) for number in range(len(speeds))])
     assert found is not None
     if found.in_order is None:  # a pipeline of neighbours may be too slow for a single row
         assert pipelines > 1
@@ -106,7 +107,7 @@ def test_nodes_keep_their_order_unless_another_one_or_fewer_are_clearly_faster(
     assert found.best.layout.blocks == BLOCKS
     assert found.best is found.in_order or found.best.seconds <= 0.95 * found.in_order.seconds
     order = [stage.rank for stages in found.best.layout.pipelines for stage in stages]
-    assert bool(order_line(found, ranks(len(speeds)))) == (order != in_order)
+    assert bool(order_line(found, rank_names(len(speeds)))) == (order != in_order)
 
 
 def test_stages_may_have_another_order_than_ranks_and_nodes_may_have_none() -> None:
@@ -115,9 +116,9 @@ def test_stages_may_have_another_order_than_ranks_and_nodes_may_have_none() -> N
 
     def found(speeds: list[float], memories: list[float]) -> tuple[str, str]:
         nodes = nodes_of(speeds, [weights * memory for memory in memories])
-        pipelines = cuts_of(nodes).found(["0", "1", "2"])
+        pipelines = layouts_of(nodes).found(["0", "1", "2"])
         assert pipelines is not None
-        return pipelines.best.layout.described(3), order_line(pipelines, ranks(3))
+        return pipelines.best.layout.described(3), order_line(pipelines, rank_names(3))
 
     # The last stage holds the fewest micro-batches.
     layout, line = found([1, 1, 1], [0.75, 99, 99])
@@ -133,12 +134,12 @@ def test_stages_may_have_another_order_than_ranks_and_nodes_may_have_none() -> N
 
 def test_the_layout_follows_the_members() -> None:
     """After the loss of a node its neighbours keep their own speeds, under new ranks."""
-    cuts = cuts_of(nodes_of([2, 1, 1, 4]))
-    assert counts(cuts.layout(["0", "2"])) == [[8, 4]]
-    assert counts(cuts.layout(["2", "0"])) == [[4, 8]]
-    assert cuts.layout(["3"]) is None
-    assert cuts.layout(["0", "one that joined"]) is None
-    many = cuts_of(nodes_of([1] * (BLOCKS + 2)))
+    layouts = layouts_of(nodes_of([2, 1, 1, 4]))
+    assert counts(layouts.layout(["0", "2"])) == [[8, 4]]
+    assert counts(layouts.layout(["2", "0"])) == [[4, 8]]
+    assert layouts.layout(["3"]) is None
+    assert layouts.layout(["0", "one that joined"]) is None
+    many = layouts_of(nodes_of([1] * (BLOCKS + 2)))
     assert counts(many.layout([str(number) for number in range(BLOCKS + 2)])) == [[1] * BLOCKS]
 
 
@@ -146,8 +147,8 @@ def test_a_node_that_joined_gets_rows_as_the_others() -> None:
     """With equal shares, which those who began the run have."""
     four = nodes_of([1] * 4)
     told = dict(zip(["0", "1", "2", "joined"], four, strict=True))
-    cuts = NodeCuts(told, 2, planner_of, dict.fromkeys("0123", 1.0))
-    assert counts(cuts.layout(list(told))) == [[6, 6], [6, 6]]
+    layouts = MemberLayouts(told, 2, planner_of, dict.fromkeys("0123", 1.0))
+    assert counts(layouts.layout(list(told))) == [[6, 6], [6, 6]]
 
 
 def test_measured_speeds_count_where_all_nodes_have_them() -> None:
@@ -166,7 +167,7 @@ def test_all_ranks_take_the_layout_of_rank_0() -> None:
     def decide(ring: Ring) -> tuple[list[Node], list[list[int]], StageLayout | None]:
         nodes = gather_reports(ring, told[ring.rank])
         seen = nodes if ring.rank == 0 else [replace(node, speed=1e12) for node in nodes]
-        chosen, _ = agree(ring, cuts_of(seen))
+        chosen, _ = agree(ring, layouts_of(seen))
         return nodes, counts(chosen(2)), chosen(1)
 
     first, second = run_ranks(local_listeners(2), decide)
