@@ -17,7 +17,7 @@ from macft.model.shape import ModelShape
 from macft.planner.known_models import find_shape
 from macft.planner.memory import ComputeShape, MemoryParts, predict, trained_part
 from macft.planner.mlx_lm_memory import predict_mlx_lm
-from macft.planner.plan.run_plan import Progress
+from macft.planner.plan.expected_steps import Progress
 from macft.topology.settings import parse_budget
 
 _STEP = 32

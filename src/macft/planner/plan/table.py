@@ -10,7 +10,8 @@ from rich.table import Table
 from macft.planner.memory import MemoryParts
 from macft.planner.placement.compare import LayoutDecision
 from macft.planner.plan.longest_row import LongestRowPlan
-from macft.planner.plan.run_plan import NodePlan, RunPlan
+from macft.planner.plan.node_plans import NodePlan
+from macft.planner.plan.run_plan import RunPlan
 from macft.report.durations import duration
 
 
