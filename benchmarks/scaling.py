@@ -52,7 +52,7 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
     from macft.model.load import load, weight_format_of
     from macft.model.settings import ModelConfig
     from macft.report.events import Event, NullReporter, StepDone
-    from macft.training.build_trainer import build_trainer
+    from macft.training.build_trainer import TrainingRows, build_trainer
     from macft.training.gradient import GradientComputer
     from macft.training.gradient_reducer import GradientReducer
     from macft.training.optimizer import make_optimizer
@@ -83,8 +83,7 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
             optimizer,
             TrainState(loaded.model, make_optimizer(optimizer), Progress(), GradientReducer(collective)),
             GradientComputer(loaded.model, backend, execution, adaptation.dropout_keys, seed=0),
-            rows,
-            RowOrder([len(rows)], [1.0], batch_size=batch_size, seed=0),
+            TrainingRows(rows, RowOrder([len(rows)], [1.0], batch_size=batch_size, seed=0)),
             CheckpointSaver(CheckpointStore(Path(folder), keep_last=1)),
             Clock(),
         ).train()

@@ -55,7 +55,7 @@ def choose_final_adapter(run: Run) -> float | None:
             Noted(f"the best adapter, of step {progress.best_step}, was not saved; the last one is kept")
         )
         return progress.valid_loss
-    restore_adapter(Snapshot.unpack(newest.share(lambda: stored)), run.loaded.model)
+    restore_adapter(Snapshot.unpack(newest.share(lambda: stored)), run.model.loaded.model)
     run.state.has_final_adapter = True
     return progress.best_valid_loss
 
@@ -80,9 +80,9 @@ def save_adapter_folder(run: Run) -> Path:
     Raises:
         ModelError: it can't be written.
     """
-    loaded, folder = run.loaded, run.folder.adapters
+    loaded, folder = run.model.loaded, run.folder.adapters
     try:
-        save_adapter(folder, loaded.model, run.adaptation.mlx_lm_config, model_name=str(loaded.path.absolute()))
+        save_adapter(folder, loaded.model, run.model.adaptation.mlx_lm_config, model_name=str(loaded.path.absolute()))
         sync_all(folder)
         if run.config.adapter.type == "full" and loaded.was_quantized:
             # The tuned weights don't fit the quantised checkpoint they came from, so the whole model goes along.

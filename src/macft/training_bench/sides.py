@@ -30,7 +30,7 @@ from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.execution import Execution
 from macft.report.events import Event, NullReporter, StepDone
-from macft.training.build_trainer import build_trainer
+from macft.training.build_trainer import TrainingRows, build_trainer
 from macft.training.gradient import GradientComputer, LocalGradient
 from macft.training.gradient_reducer import GradientReducer
 from macft.training.optimizer import make_optimizer
@@ -110,8 +110,7 @@ def train_macft(model: Any, rows: Sequence[Row], training: Training, execution: 
             OPTIMIZER,
             TrainState(model, make_optimizer(OPTIMIZER), Progress(), GradientReducer(Solo())),
             compute,
-            rows,
-            row_order(len(rows), training),
+            TrainingRows(rows, row_order(len(rows), training)),
             CheckpointSaver(CheckpointStore(Path(folder), keep_last=1)),
             Steps(),
         ).train()
