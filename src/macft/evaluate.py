@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from macft.api.evaluation import Evaluation, Progress, Results, evaluate_found
+from macft.api.evaluation import Evaluation, EvaluationOptions, Progress, Results, evaluate_found
 from macft.cli.parser import Parser, add_column_argument, columns_are_options, command_parser
 from macft.cli.run_command import run_command
 from macft.data.sources import SPLITS
@@ -58,13 +58,15 @@ def main(argv: Sequence[str]) -> None:
     with columns_are_options(), ShownPhases() as phases:
         evaluation = evaluate_found(
             tuned,
-            dataset=arguments.dataset,
-            columns=dict(arguments.column),
-            split=arguments.split,
-            rows=arguments.rows,
-            metric=_metric(arguments.metric),
-            max_tokens=arguments.max_tokens,
-            mask_prompt=arguments.mask_prompt,
+            EvaluationOptions(
+                dataset=arguments.dataset,
+                columns=dict(arguments.column),
+                split=arguments.split,
+                rows=arguments.rows,
+                metric=_metric(arguments.metric),
+                max_tokens=arguments.max_tokens,
+                mask_prompt=arguments.mask_prompt,
+            ),
             progress=phases,
             compare=None if topology is None else partial(_compare_spread, topology),
         )

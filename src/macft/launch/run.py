@@ -132,7 +132,7 @@ def _run_local(
     farewell: Callable[[], str],
     callbacks: Callbacks | None,
 ) -> str:
-    from macft.launch.local import RankFailed, launch_local
+    from macft.launch.local import LocalRun, RankFailed, launch_local
     from macft.model.fetch.resolve import resolve
     from macft.rendezvous.keystore import keyring_for
 
@@ -152,16 +152,18 @@ def _run_local(
 
     try:
         status = launch_local(
-            config.topology.nodes,
-            folder,
-            run_id=folder.name,
-            must_match=must_match(config),
-            start_timeout=config.topology.start_timeout,
-            phases=phases,
-            resume=resume,
-            keyring=keyring,
-            elastic=is_elastic(config),
-            restart=config.topology.restart,
+            LocalRun(
+                world_size=config.topology.nodes,
+                folder=folder,
+                run_id=folder.name,
+                must_match=must_match(config),
+                start_timeout=config.topology.start_timeout,
+                resume=resume,
+                keyring=keyring,
+                elastic=is_elastic(config),
+                restart=config.topology.restart,
+            ),
+            phases,
             watch=None if callbacks is None else _follow(folder, callbacks),
         )
     except RankFailed:
