@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from helpers.rings import local_listeners, run_ranks
+from helpers.unequal_nodes import BLOCKS, counts, nodes_of, planner_of
 from macft.collective.ring import Ring
 from macft.collective.solo import Solo
 from macft.errors import ConfigError
@@ -23,7 +24,6 @@ from macft.planner.preflight.member_layouts import MemberLayouts
 from macft.planner.preflight.node_report import to_payload
 from macft.planner.preflight.refit import StageRefit, WholeModelRefit
 from macft.planner.streamed_memory import streamed_parts
-from test_member_layouts import BLOCKS, counts, nodes_of, planner_of
 
 
 def layout_of(*sizes: int) -> StageLayout:
