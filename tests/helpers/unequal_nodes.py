@@ -28,7 +28,7 @@ def planner_of(_pipelines: int) -> MemoryPlanner:
 
 
 def nodes_of(speeds: Sequence[float], memories: Sequence[float] = ()) -> list[Node]:
-    """Nodes of ``speeds`` in TFLOPS, with links that cost nothing; without ``memories``, in bytes, there is no limit."""
+    """Nodes of ``speeds`` in TFLOPS and ``memories`` in bytes, more than enough if there are none; links are free."""
     sizes = memories or [1e12] * len(speeds)
     return [
         Node(f"rank {rank}", 1e12 * speed, memory, 3e9, link=NodeLink(1e15, 0.0))
