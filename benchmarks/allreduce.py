@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from macft.collective_bench.lane import Lane, LaneFailed
+from macft.collective_bench.measured_group import Lane, LaneFailed
 from macft.collective_bench.ports import free_addresses
 from macft.collective_bench.sizes import read_size, read_speed, size_text
 from macft.collective_bench.turns import Measured, measure

@@ -14,7 +14,7 @@ import argparse
 import sys
 import time
 
-from macft.collective_bench.lane import Lane, LaneFailed
+from macft.collective_bench.measured_group import Lane, LaneFailed
 from macft.collective_bench.ports import free_addresses
 
 RANK, BLOCKS, WIDTH, KEYS, HIDDEN = 8, 30, 576, 192, 1536

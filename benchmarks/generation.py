@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from macft.model.settings import ModelConfig
-    from macft.run.cluster_answers import ClusterAnswers
+    from macft.run.generation.leader import ClusterAnswers
 
 GOAL = 0.9
 
@@ -41,11 +41,11 @@ def main() -> None:
     import numpy as np
 
     from macft.collective.settings import CollectiveConfig
-    from macft.launch.answering import answering_cluster
+    from macft.launch.generation.cluster import answering_cluster
     from macft.model.fetch.bundled import ensure_bundled
     from macft.model.settings import ModelConfig
-    from macft.run.answering import AnsweringRank, SpreadModel
-    from macft.run.cluster_answers import ClusterAnswers, dismiss
+    from macft.run.generation.leader import ClusterAnswers, dismiss
+    from macft.run.generation.rank import AnsweringRank, SpreadModel
     from macft.topology.settings import TopologyConfig
 
     model = ModelConfig(path=str(arguments.model or ensure_bundled()))

@@ -41,12 +41,12 @@ def lead(task: dict[str, Any]) -> dict[str, Any]:
     """Rank 0 of a cluster; the others are started by who started this process, with the same requests."""
     from macft.device.mlx_device import prepare_device
     from macft.generation.tasks import Options
-    from macft.launch.answering_worker import WorkerRequest, elastic_ring
+    from macft.launch.generation.worker import WorkerRequest, elastic_ring
     from macft.model.settings import ModelConfig
     from macft.rendezvous.keystore import run_keyring
     from macft.rendezvous.server import RendezvousServer
-    from macft.run.answering import AnsweringRank, SpreadModel
-    from macft.run.cluster_answers import ClusterAnswers, dismiss
+    from macft.run.generation.leader import ClusterAnswers, dismiss
+    from macft.run.generation.rank import AnsweringRank, SpreadModel
 
     request = WorkerRequest(**task["request"])
     with ExitStack() as stack:

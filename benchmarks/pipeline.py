@@ -29,8 +29,8 @@ import numpy as np
 
 from big_models import FLOAT32, float32_copy
 from macft.collective.base import Collective
-from macft.collective.listener import Listener
-from macft.collective.ring import Ring
+from macft.collective.ring.listener import Listener
+from macft.collective.ring.ring import Ring
 from macft.collective.settings import CollectiveConfig
 from macft.collective.solo import Solo
 from macft.data.batch import micro_batches

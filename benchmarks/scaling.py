@@ -36,7 +36,7 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
     from macft.checkpoint.saver import CheckpointSaver
     from macft.checkpoint.snapshot import Progress
     from macft.checkpoint.store import CheckpointStore
-    from macft.collective.ring import Ring
+    from macft.collective.ring.ring import Ring
     from macft.collective.solo import Solo
     from macft.data.formats import Row
     from macft.data.order import RowOrder

@@ -254,7 +254,7 @@ def measure() -> list[dict[str, Any]]:
 
 def ring_rank(rank: int, addresses: list[str]) -> None:
     """One rank of the measurement."""
-    from macft.collective.ring import Ring
+    from macft.collective.ring.ring import Ring
 
     found = []
     with Ring(rank, len(addresses), addresses) as ring:

@@ -19,8 +19,8 @@ from helpers.names import NASTY
 from macft.bench import main
 from macft.cli.run_command import run_command
 from macft.collective_bench import ports
-from macft.collective_bench.lane import Lane, LaneFailed
 from macft.collective_bench.limits import link_speed, memory_copy
+from macft.collective_bench.measured_group import Lane, LaneFailed
 from macft.collective_bench.ports import free_addresses
 from macft.collective_bench.sizes import read_size, read_speed, size_text, time_text
 from macft.collective_bench.turns import Measured, measure

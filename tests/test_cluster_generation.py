@@ -28,7 +28,7 @@ from helpers.hosts import cluster
 from helpers.models import random_adapter
 from helpers.rings import local_listeners, run_ranks
 from helpers.serving import CHAT, JSON, Served, answers_of_one_process, events, served
-from macft.collective.ring import Ring
+from macft.collective.ring.ring import Ring
 from macft.collective.solo import Solo
 from macft.config.execution import inference_execution
 from macft.errors import ConfigError, MacftError, ModelError, ProtocolError
@@ -53,7 +53,7 @@ from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig
 from macft.parallel.stage_layout import Stage, even_layout
 from macft.parallel.stage_places import StagePlace, StagePlaces
-from macft.run.answering import AnsweringRank, SpreadModel
+from macft.run.generation.rank import AnsweringRank, SpreadModel
 from macft.run.stage_answers import StageAnswers
 
 QUESTIONS = ("Repeat: red", "seven lamps", "what is north? " * 9, "quiet", "river stone paper")

@@ -9,7 +9,7 @@ import pytest
 
 from helpers.rings import local_listeners, run_ranks
 from helpers.unequal_nodes import BLOCKS, counts, nodes_of, planner_of
-from macft.collective.ring import Ring
+from macft.collective.ring.ring import Ring
 from macft.collective.solo import Solo
 from macft.errors import ConfigError
 from macft.parallel.node_status import NodeStatus

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from helpers.rings import local_listeners, run_ranks
 from helpers.unequal_nodes import BLOCKS, counts, nodes_of, planner_of
-from macft.collective.ring import Ring
+from macft.collective.ring.ring import Ring
 from macft.parallel.stage_layout import StageLayout
 from macft.planner.placement.candidates import order_line, rank_names
 from macft.planner.placement.cluster_model import Alone, Node

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.rings import local_listeners, run_ranks
-from macft.collective.ring import Ring
+from macft.collective.ring.ring import Ring
 from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import Execution
 from macft.model.shape import read_shape

@@ -14,7 +14,7 @@ from harness.families import build, configuration
 from helpers.members import Node as Member
 from helpers.rings import local_listeners, run_ranks
 from macft.api.configuration import compose
-from macft.collective.ring import Ring
+from macft.collective.ring.ring import Ring
 from macft.config.schema import TrainConfig
 from macft.data.formats import Row
 from macft.data.order import RowOrder

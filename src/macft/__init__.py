@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from macft.api.training_run import open_run
     from macft.errors import MacftError
     from macft.planner.plan.run_plan import plan_run
-    from macft.report.callbacks import StopTraining
+    from macft.report.sinks.callbacks import StopTraining
 
 __version__ = "0.1.0"
 __all__ = ["MacftError", "StopTraining", "compose", "fit", "load", "open_run", "plan_run", "resume"]
@@ -40,7 +40,7 @@ _WHERE = {
     "open_run": "macft.api.training_run",
     "plan_run": "macft.planner.plan.run_plan",
     "MacftError": "macft.errors",
-    "StopTraining": "macft.report.callbacks",
+    "StopTraining": "macft.report.sinks.callbacks",
 }
 """What is imported when it is first used, so that ``import macft`` costs little. No module has one of these names."""
 

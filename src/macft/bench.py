@@ -30,8 +30,8 @@ from rich.console import Console
 from macft.cli.parser import Parser, program_name
 from macft.cli.run_command import run_command
 from macft.collective_bench.here import measure_here
-from macft.collective_bench.lane import Lane, LaneFailed
 from macft.collective_bench.limits import link_speed, memory_copy
+from macft.collective_bench.measured_group import Lane, LaneFailed
 from macft.collective_bench.ports import free_addresses
 from macft.collective_bench.sides import Joined, Side
 from macft.collective_bench.sizes import read_size, read_speed, size_text, speed_text, time_text

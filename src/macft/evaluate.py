@@ -20,7 +20,7 @@ from macft.data.sources import SPLITS
 from macft.device.durable import write_atomically
 from macft.errors import ConfigError
 from macft.evaluation.metrics import METRICS, PERPLEXITY
-from macft.launch.cluster_command import (
+from macft.launch.generation.arguments import (
     add_cluster_arguments,
     follow_first_host,
     leading_rank,
@@ -79,7 +79,7 @@ def _compare_spread(
     topology: TopologyConfig, tuned: TunedModel, tokenizer: TokenizerWrapper, asked: Asked, progress: Progress
 ) -> Results:
     """The results of both models on the machines of ``topology``."""
-    from macft.run.cluster_answers import ClusterAnswers, evaluate_spread
+    from macft.run.generation.leader import ClusterAnswers, evaluate_spread
 
     def measure(which: str, *, is_tuned: bool) -> Result:
         spread = spread_model(tuned, is_tuned=is_tuned)

@@ -13,7 +13,7 @@ from macft.api.loaded_model import load_found
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.errors import ConfigError
-from macft.launch.cluster_command import (
+from macft.launch.generation.arguments import (
     add_cluster_arguments,
     follow_first_host,
     leading_rank,
@@ -82,7 +82,7 @@ def _spread(
     """A conversation with the model on the machines of ``topology``."""
     from macft.device.mlx_device import prepare_device
     from macft.evaluation.chat import Chat
-    from macft.run.cluster_answers import ClusterAnswers, ClusterConversation
+    from macft.run.generation.leader import ClusterAnswers, ClusterConversation
 
     def tell(line: str) -> None:
         if arguments.verbose:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.errors import ConfigError, MacftError
-from macft.launch.cluster_command import (
+from macft.launch.generation.arguments import (
     add_cluster_arguments,
     follow_first_host,
     leading_rank,
@@ -24,7 +24,7 @@ from macft.topology.settings import TopologyConfig
 
 if TYPE_CHECKING:
     from macft.model.load import LoadedModel
-    from macft.run.cluster_answers import ClusterAnswers
+    from macft.run.generation.leader import ClusterAnswers
     from macft.serving.engine import Engine
     from macft.serving.http_server import Server
     from macft.serving.options import ServerConfig
@@ -102,7 +102,7 @@ def _opened(tuned: TunedModel, *, is_tuned: bool) -> Iterator[LoadedModel]:
 def _spread(
     tuned: TunedModel, config: ServerConfig, topology: TopologyConfig, *, is_tuned: bool
 ) -> Iterator[ClusterAnswers]:
-    from macft.run.cluster_answers import ClusterAnswers
+    from macft.run.generation.leader import ClusterAnswers
 
     spread = spread_model(tuned, is_tuned=is_tuned)
     with leading_rank(topology, tuned) as rank:

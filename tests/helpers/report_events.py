@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from macft.report import fan_out
+from macft.report.sinks import fan_out
 from macft.report.events import (
     CheckpointSaved,
     Evaluated,

@@ -70,7 +70,7 @@ class Served:
         found = []
         for child in psutil.Process(self.process.pid).children():
             with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):  # it was killed
-                if "macft.launch.answering_worker" in child.cmdline():
+                if "macft.launch.generation.worker" in child.cmdline():
                     found.append(child)
         return found
 

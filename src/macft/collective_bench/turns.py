@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from macft.collective_bench.lane import Lane, LaneFailed
+from macft.collective_bench.measured_group import Lane, LaneFailed
 
 _TURN_SECONDS = 0.03
 _MAX_CALLS = 40

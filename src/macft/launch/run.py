@@ -18,9 +18,9 @@ from macft.device.durable import identity, write_atomically
 from macft.errors import LaunchError
 from macft.launch.run_clock import started, started_together
 from macft.logs.run_log import last_error, start_log
-from macft.report.callbacks import Callbacks
 from macft.report.phase_lines import PhaseLines, printed_phases
 from macft.report.run_folder import RunFolder
+from macft.report.sinks.callbacks import Callbacks
 from macft.report.trackers.registry import require_installed
 from macft.run.resume import check_resume
 from macft.topology.hosts import own_rank

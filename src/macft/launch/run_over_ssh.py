@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import macft
-from macft.collective.security import KeyPair
+from macft.collective.ring.security import KeyPair
 from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic

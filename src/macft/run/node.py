@@ -14,10 +14,10 @@ from macft.config.yaml import to_yaml
 from macft.device import fault_points
 from macft.device.durable import write_atomically
 from macft.errors import CollectiveError, MacftError, MembershipChanged, PeerStopped
-from macft.report.callbacks import Callbacks
 from macft.report.events import RunStarted
 from macft.report.phase_lines import PhaseLines
 from macft.report.run_folder import RunFolder
+from macft.report.sinks.callbacks import Callbacks
 from macft.run.agreed_end import AgreedEnd
 from macft.run.node_descriptions import describe_nodes
 from macft.run.prepare import Run, prepare

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from macft.collective.path import RecvPath, SendPath
+from macft.collective.ring.path import RecvPath, SendPath
 from macft.collective.wire import LINGER_SECONDS, Header, Kind, pack, unpack
 from macft.errors import ProtocolError
 

@@ -1,4 +1,4 @@
-"""A rank's process of a cluster that answers, started by :mod:`macft.launch.answering`.
+"""A rank's process of a cluster that answers, started by :mod:`macft.launch.generation.cluster`.
 
 Its first line of standard input is a :class:`WorkerRequest` as JSON. When standard input ends, because the process that
 started it or the connection is gone, it ends at once: it has nothing to save.
@@ -107,7 +107,7 @@ def main(_argv: Sequence[str]) -> None:
     threading.Thread(target=_end_with_launcher, name="launcher-watch", daemon=True).start()
 
     from macft.device.mlx_device import prepare_device
-    from macft.run.answering import AnsweringRank, follow_leader
+    from macft.run.generation.rank import AnsweringRank, follow_leader
 
     with ExitStack() as stack:
         ring = elastic_ring(request, stack)

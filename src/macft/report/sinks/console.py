@@ -14,17 +14,6 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from macft.cli.shell import command
-from macft.report.console_text import (
-    Row,
-    base_model,
-    millions,
-    one_line,
-    printable,
-    result_rows,
-    sample_rows,
-    short_path,
-    with_broken_path,
-)
 from macft.report.durations import duration
 from macft.report.events import (
     BlocksMoved,
@@ -42,6 +31,17 @@ from macft.report.events import (
 from macft.report.phase_lines import PhaseLines
 from macft.report.result_text import result_name, result_text
 from macft.report.run_folder import RunFolder
+from macft.report.sinks.console_text import (
+    Row,
+    base_model,
+    millions,
+    one_line,
+    printable,
+    result_rows,
+    sample_rows,
+    short_path,
+    with_broken_path,
+)
 
 _PLAIN_WIDTH = 100
 _NARROWEST_PANEL = 40

@@ -1,7 +1,7 @@
 """One cable between two neighbours: the sending end, the receiving end, and its measured speed.
 
 Each end has a ZeroMQ connection. Data goes over a stream beside it if there is one
-(:mod:`~macft.collective.stream`), otherwise over that connection too.
+(:mod:`~macft.collective.ring.stream`), otherwise over that connection too.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import NamedTuple
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from macft.collective.listener import COPY_BELOW, Listener
-from macft.collective.stream import StreamIn, StreamOut, StreamPort
+from macft.collective.ring.listener import COPY_BELOW, Listener
+from macft.collective.ring.stream import StreamIn, StreamOut, StreamPort
 from macft.collective.wire import Frame, Header, Kind, pack, split_address
 
 WINDOW = 32

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import zmq
 
-from macft.collective.security import RingSecurity
+from macft.collective.ring.security import RingSecurity
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import MAX_HEADER_BYTES, bind
 

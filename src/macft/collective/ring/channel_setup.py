@@ -10,12 +10,12 @@ from typing import NoReturn
 
 import msgpack
 
-from macft.collective.channels import RingWatch, StreamChannels
-from macft.collective.ending import Failure
-from macft.collective.handshake import RingIdentity
-from macft.collective.link import Links
-from macft.collective.listener import Listener
-from macft.collective.stream import SECRET_BYTES, StreamIn, StreamOut, StreamPort
+from macft.collective.ring.channels import RingWatch, StreamChannels
+from macft.collective.ring.ending import Failure
+from macft.collective.ring.handshake import RingIdentity
+from macft.collective.ring.link import Links
+from macft.collective.ring.listener import Listener
+from macft.collective.ring.stream import SECRET_BYTES, StreamIn, StreamOut, StreamPort
 from macft.collective.wire import MAX_PATHS, Header, Kind, split_address, split_paths
 from macft.errors import CollectiveError, PeerLost, PeerTimeout, ProtocolError
 
@@ -116,7 +116,7 @@ class LinksWatch(RingWatch):
         self._links, self._identity = links, identity
 
     def name(self, rank: int) -> str:
-        """See :class:`~macft.collective.handshake.RingIdentity`."""
+        """See :class:`~macft.collective.ring.handshake.RingIdentity`."""
         return self._identity.name(rank)
 
     def watch(self, call: str) -> None:

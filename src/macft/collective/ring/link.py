@@ -20,14 +20,14 @@ from typing import TypeAlias
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from macft.collective.departure import Departure
-from macft.collective.ending import Ending
-from macft.collective.handshake import Handshake, RingIdentity, stream_secret
-from macft.collective.incoming import Incoming, Ready
-from macft.collective.listener import Listener
-from macft.collective.multipath import MultipathSender
-from macft.collective.path import WINDOW, RecvPath, SendPath
-from macft.collective.stream import WAIT_MS, BufferFor, new_buffer
+from macft.collective.ring.departure import Departure
+from macft.collective.ring.ending import Ending
+from macft.collective.ring.handshake import Handshake, RingIdentity, stream_secret
+from macft.collective.ring.incoming import Incoming, Ready
+from macft.collective.ring.listener import Listener
+from macft.collective.ring.multipath import MultipathSender
+from macft.collective.ring.path import WINDOW, RecvPath, SendPath
+from macft.collective.ring.stream import WAIT_MS, BufferFor, new_buffer
 from macft.collective.wire import LINGER_SECONDS, Cause, Frame, Header, Kind, split_paths
 from macft.errors import PeerLost, PeerTimeout, ProtocolError
 

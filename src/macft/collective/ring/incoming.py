@@ -7,11 +7,11 @@ from typing import TypeAlias
 
 import zmq
 
-from macft.collective.departure import Departure
-from macft.collective.ending import Ending
-from macft.collective.handshake import Handshake, RingIdentity
-from macft.collective.path import WINDOW, RecvPath
-from macft.collective.stream import BufferFor
+from macft.collective.ring.departure import Departure
+from macft.collective.ring.ending import Ending
+from macft.collective.ring.handshake import Handshake, RingIdentity
+from macft.collective.ring.path import WINDOW, RecvPath
+from macft.collective.ring.stream import BufferFor
 from macft.collective.wire import CALL_NAMES, Cause, Frame, Header, Kind
 from macft.errors import ProtocolError
 

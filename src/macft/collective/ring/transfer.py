@@ -15,11 +15,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from macft.collective.buffers import Buffer, chunk_of, layout_of, pieces_of, slices_of
 from macft.collective.codecs.error_feedback import encode_with_feedback
 from macft.collective.codecs.quantization import WireCodec
 from macft.collective.dtypes import add
-from macft.collective.stream import new_buffer
+from macft.collective.ring.buffers import Buffer, chunk_of, layout_of, pieces_of, slices_of
+from macft.collective.ring.stream import new_buffer
 from macft.collective.wire import MAX_BLOB_BYTES, Body, Frame, Header
 from macft.errors import ProtocolError
 

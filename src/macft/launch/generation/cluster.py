@@ -19,13 +19,13 @@ from dataclasses import asdict
 from typing import IO, Protocol
 
 from macft.collective.base import Collective
-from macft.collective.security import KeyPair
+from macft.collective.ring.security import KeyPair
 from macft.collective.settings import CollectiveConfig
 from macft.config.yaml import package_versions
 from macft.device.blas import available_cores
 from macft.errors import ConfigError
-from macft.launch.answering_worker import WorkerRequest, elastic_ring
-from macft.launch.ssh_workers import SshWorkers
+from macft.launch.generation.ssh_workers import SshWorkers
+from macft.launch.generation.worker import WorkerRequest, elastic_ring
 from macft.membership.join import MEMBERSHIP_PORT, MemberConfig, form_elastic_ring, local_address_towards
 from macft.rendezvous.hosts import bind_addresses, connect_hosts
 from macft.rendezvous.keystore import keyring_for, needs_keys, run_keyring
@@ -205,7 +205,7 @@ class _LocalWorkers:
             self._logs.append(tempfile.TemporaryFile())
             threads = max(1, available_cores() // request.world_size)
             worker = subprocess.Popen(
-                [sys.executable, "-m", "macft.launch.answering_worker"],
+                [sys.executable, "-m", "macft.launch.generation.worker"],
                 env={**os.environ, "OPENBLAS_NUM_THREADS": str(threads)},
                 stdin=subprocess.PIPE,
                 stdout=self._logs[-1],

@@ -1,7 +1,7 @@
 """The collective of two or more ranks: a ring over ZeroMQ, with TCP streams beside it.
 
-This module runs the calls. The algorithms are in :mod:`~macft.collective.transfer`, the sockets in
-:mod:`~macft.collective.link`. A ring may be used only by the thread that made it.
+This module runs the calls. The algorithms are in :mod:`~macft.collective.ring.transfer`, the sockets in
+:mod:`~macft.collective.ring.link`. A ring may be used only by the thread that made it.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from macft.collective.base import ReducibleArray, RingSpeed
-from macft.collective.buffers import fuse, unfuse
-from macft.collective.channel_setup import open_channels
-from macft.collective.channels import StreamChannels
 from macft.collective.codecs.quantization import WireCodec
-from macft.collective.handshake import RingIdentity
-from macft.collective.link import Links
-from macft.collective.listener import COPY_BELOW, Listener
-from macft.collective.path import WINDOW
+from macft.collective.ring.buffers import fuse, unfuse
+from macft.collective.ring.channel_setup import open_channels
+from macft.collective.ring.channels import StreamChannels
+from macft.collective.ring.handshake import RingIdentity
+from macft.collective.ring.link import Links
+from macft.collective.ring.listener import COPY_BELOW, Listener
+from macft.collective.ring.path import WINDOW
+from macft.collective.ring.stream import new_buffer
+from macft.collective.ring.transfer import BlobTransfer, CodedReduction, GatherReduce, Reduction, Transfer
 from macft.collective.settings import CollectiveConfig
-from macft.collective.stream import new_buffer
-from macft.collective.transfer import BlobTransfer, CodedReduction, GatherReduce, Reduction, Transfer
 from macft.collective.wire import (
     CALL_NAMES,
     MAX_BLOB_BYTES,
@@ -133,8 +133,8 @@ class Ring:
     def all_reduce(self, arrays: Sequence[ReducibleArray]) -> None:
         """Sums each array over all ranks, in place. Every rank gets the same bits.
 
-        Few bytes are summed by :class:`~macft.collective.transfer.GatherReduce`, many by
-        :class:`~macft.collective.transfer.Reduction`; their docstrings show the communication pattern.
+        Few bytes are summed by :class:`~macft.collective.ring.transfer.GatherReduce`, many by
+        :class:`~macft.collective.ring.transfer.Reduction`; their docstrings show the communication pattern.
 
         Args:
             arrays: C-contiguous, writable NumPy or evaluated MLX arrays of any shape; float16, bfloat16 (MLX only),

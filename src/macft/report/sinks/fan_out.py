@@ -8,16 +8,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from macft.report.console import ConsoleReporter
-from macft.report.event_log import EventLog
 from macft.report.events import Event, Reporter, Sink
-from macft.report.failover import FailoverReporter
-from macft.report.follower import FollowerConsole
-from macft.report.metrics_file import MetricsFile, last_recorded_step, recorded_changes
 from macft.report.run_folder import RunFolder
 from macft.report.settings import ReportConfig
-from macft.report.summary import SummaryWriter
-from macft.report.tensorboard import TensorBoard
+from macft.report.sinks.console import ConsoleReporter
+from macft.report.sinks.event_log import EventLog
+from macft.report.sinks.failover import FailoverReporter
+from macft.report.sinks.follower import FollowerConsole
+from macft.report.sinks.metrics_file import MetricsFile, last_recorded_step, recorded_changes
+from macft.report.sinks.summary import SummaryWriter
+from macft.report.sinks.tensorboard import TensorBoard
 from macft.report.trackers.registry import tracker_sink
 
 log = logging.getLogger("macft.report")

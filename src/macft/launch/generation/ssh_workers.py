@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import asyncssh
 
-from macft.launch.answering_worker import WorkerRequest
+from macft.launch.generation.worker import WorkerRequest
 from macft.remote.connection import connect, python_command, raise_all
 from macft.topology.settings import TopologyConfig
 
@@ -75,7 +75,7 @@ class SshWorkers:
         connection = await connect(self._topology.ssh_of(rank))
         folder, python = shlex.quote(self._topology.folder), python_command(self._topology.python_of(rank))
         # Commands that work in every login shell.
-        command = f"mkdir -p {folder} && cd {folder} && exec {python} -u -m macft.launch.answering_worker"
+        command = f"mkdir -p {folder} && cd {folder} && exec {python} -u -m macft.launch.generation.worker"
         process = await connection.create_process(command, stderr=asyncssh.STDOUT, errors="replace")
         process.stdin.write(request.to_line().decode())
         remote = _Remote(request.name, connection, process)

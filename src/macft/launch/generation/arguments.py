@@ -19,7 +19,7 @@ from macft.topology.topology_file import load_topology
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from macft.run.answering import AnsweringRank, SpreadModel
+    from macft.run.generation.rank import AnsweringRank, SpreadModel
 
 _LOCAL = "local"
 
@@ -68,7 +68,7 @@ def topology_of(arguments: argparse.Namespace) -> TopologyConfig | None:
 
 def spread_model(tuned: TunedModel, *, is_tuned: bool) -> SpreadModel:
     """What the ranks load of ``tuned``; without its tuning if not ``is_tuned``."""
-    from macft.run.answering import SpreadModel
+    from macft.run.generation.rank import SpreadModel
 
     topology = tuned.run.topology if tuned.run else TopologyConfig()
     if is_tuned and tuned.whole is not None:
@@ -96,9 +96,9 @@ def leading_rank(
     """
     if topology.kind == "local":
         _check_processes(topology.nodes, tuned)
-    from macft.launch.answering import answering_cluster
-    from macft.run.answering import AnsweringRank
-    from macft.run.cluster_answers import dismiss
+    from macft.launch.generation.cluster import answering_cluster
+    from macft.run.generation.leader import dismiss
+    from macft.run.generation.rank import AnsweringRank
 
     share = 1 / topology.nodes if topology.kind == "local" else 1.0
     with answering_cluster(topology, CollectiveConfig()) as collective:
@@ -130,8 +130,8 @@ def follow_first_host(topology: TopologyConfig | None) -> bool:
     if topology is None or topology.kind != "hosts" or (rank := own_rank(topology)) == 0:
         return False
     from macft.device.mlx_device import prepare_device
-    from macft.launch.answering import answering_cluster
-    from macft.run.answering import AnsweringRank, follow_leader
+    from macft.launch.generation.cluster import answering_cluster
+    from macft.run.generation.rank import AnsweringRank, follow_leader
 
     print(f"rank {rank}: the answers are on {topology.hosts[0]}, which leads", file=sys.stderr, flush=True)
     prepare_device()

@@ -1,8 +1,8 @@
 """Messages from one rank to another: hidden states between the stages of a pipeline, for instance.
 
-A channel is a stream of its own (:mod:`~macft.collective.stream`) for each direction of two ranks, which need not be
-neighbours in the ring. Ports and secrets are exchanged over the ring. Each channel has a thread, so that messages move
-while their ranks compute. The ring goes on to watch its ranks: who waits for a message learns from it who is gone.
+A channel is a stream of its own (:mod:`~macft.collective.ring.stream`) for each direction of two ranks, which need not
+be neighbours in the ring. Ports and secrets are exchanged over the ring. Each channel has a thread, so that messages
+move while their ranks compute. The ring goes on to watch its ranks: who waits for a message learns from it who is gone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NoReturn, Protocol
 import numpy as np
 
 from macft.collective.base import Channels
-from macft.collective.stream import StreamIn, StreamOut
+from macft.collective.ring.stream import StreamIn, StreamOut
 from macft.collective.wire import LINGER_SECONDS, MAX_MESSAGE_BYTES, Header, Kind, pack, unpack
 from macft.errors import PeerTimeout, ProtocolError
 

@@ -8,8 +8,8 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from macft.collective.listener import Listener
-from macft.collective.path import SendPath
+from macft.collective.ring.listener import Listener
+from macft.collective.ring.path import SendPath
 from macft.collective.wire import Frame
 
 _STALL_SECONDS = 1.0

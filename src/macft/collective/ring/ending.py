@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import NoReturn, TypeAlias
 
-from macft.collective.departure import Departure
-from macft.collective.handshake import PROBE_SECONDS, RingIdentity
+from macft.collective.ring.departure import Departure
+from macft.collective.ring.handshake import PROBE_SECONDS, RingIdentity
 from macft.collective.wire import MAX_TEXT, Cause, Header, Kind, probe, split_paths, unpack
 from macft.errors import CollectiveError, PeerLost, PeerStopped, PeerTimeout, ProtocolError
 

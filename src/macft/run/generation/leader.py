@@ -21,7 +21,7 @@ from macft.generation.choice import after_another_draw
 from macft.generation.pipeline import AnswerPipeline, NewToken
 from macft.generation.tasks import LossRows, Options
 from macft.model.load import LoadedModel
-from macft.run.answering import AnsweringRank, SpreadModel, regroup
+from macft.run.generation.rank import AnsweringRank, SpreadModel, regroup
 
 _log = logging.getLogger("macft.generation")
 

@@ -20,8 +20,8 @@ from functools import cached_property
 
 import zmq
 
-from macft.collective.path import RecvPath, SendPath
-from macft.collective.stream import SECRET_BYTES
+from macft.collective.ring.path import RecvPath, SendPath
+from macft.collective.ring.stream import SECRET_BYTES
 from macft.collective.wire import MAX_TEXT, Cause, Header, Kind, pack, probe, set_endpoint, unpack
 from macft.errors import ProtocolError
 

@@ -22,10 +22,10 @@ from macft.report.events import (
     SamplesShown,
     StepDone,
 )
-from macft.report.metrics_file import plain
 from macft.report.result_text import result_name, result_text
 from macft.report.run_folder import RunFolder
 from macft.report.sample_table import markdown_table
+from macft.report.sinks.metrics_file import plain
 
 _PACKAGES = ("mlx", "mlx-lm", "pyzmq", "numpy")
 
