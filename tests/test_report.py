@@ -29,7 +29,6 @@ from rich.console import Console
 from helpers.report_events import FINAL, HPARAMS, PARTS, SAMPLE, TOTAL, build, ended, started, step, tell
 from macft.config.paths import config_folder
 from macft.parallel.node_status import NodeStatus
-from macft.report.sinks import fan_out
 from macft.report.event_bytes import pack_events, unpack_events
 from macft.report.events import (
     NOT_RECORDED,
@@ -46,6 +45,7 @@ from macft.report.events import (
 from macft.report.run_folder import RunFolder, write_atomically
 from macft.report.scalars import Scalars
 from macft.report.settings import ReportConfig, problems
+from macft.report.sinks import fan_out
 from macft.report.sinks.console import ConsoleReporter
 from macft.report.sinks.metrics_file import MetricsFile, plain
 from macft.report.sinks.summary import SummaryWriter

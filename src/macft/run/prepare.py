@@ -19,10 +19,10 @@ from macft.parallel.balance import ShareBalancer
 from macft.parallel.stage_balance import StageBalancer
 from macft.parallel.stage_places import StagePlaces
 from macft.planner.preflight.decision import Preflight, preflight
-from macft.report.sinks import fan_out
 from macft.report.events import Reporter
 from macft.report.phase_lines import PhaseLines
 from macft.report.run_folder import RunFolder
+from macft.report.sinks import fan_out
 from macft.report.sinks.callbacks import Callbacks
 from macft.report.trackers.registry import require_installed
 from macft.run.contents import agree_on_contents, store_contents, told_to_others
