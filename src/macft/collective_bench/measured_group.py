@@ -25,7 +25,7 @@ _MPI = "--allow-run-as-root --oversubscribe --bind-to none --mca pml ob1 --mca b
 _MAX_ANSWER_BYTES = 16 * 1024 * 1024
 
 
-class LaneFailed(MacftError):
+class GroupFailed(MacftError):
     """An implementation could not be started, hung or failed; says which and how."""
 
 
@@ -41,7 +41,7 @@ class Answer(TypedDict):
     error: NotRequired[str]
 
 
-class Lane:
+class MeasuredGroup:
     """All ranks of implementation ``name``. While they wait for orders, they use no processor time.
 
     Args:
@@ -55,7 +55,7 @@ class Lane:
         limit: Seconds that an order may take; after that the implementation counts as hung.
 
     Raises:
-        LaneFailed: the group did not form within ``limit``.
+        GroupFailed: the group did not form within ``limit``.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Lane:
         """Sends an order to all ranks; returns their answers, by rank.
 
         Raises:
-            LaneFailed: the lane is then closed.
+            GroupFailed: the group is then closed.
         """
         line = (json.dumps(order) + "\n").encode()
         try:
@@ -143,7 +143,7 @@ class Lane:
             prefixes = prefixes or [[]] * self.ranks
             return [[*prefixes[rank], *worker, self.name, str(rank), specification] for rank in range(self.ranks)]
         if shutil.which("mpirun") is None:
-            raise LaneFailed("mpi: mpirun is not installed")
+            raise GroupFailed("mpi: mpirun is not installed")
         only = ["--mca", "btl_tcp_if_include", interface] if interface else []
         inside = []
         if prefixes:
@@ -177,7 +177,7 @@ class Lane:
             except TimeoutError:
                 if time.monotonic() > deadline or any(process.poll() for process in self._processes):
                     self._raise_reported_error(by_rank)
-                    raise LaneFailed(f"{self.name}: did not start{self._last_log_line()}") from None
+                    raise GroupFailed(f"{self.name}: did not start{self._last_log_line()}") from None
                 continue
             self._controls.append(control)
             control.settimeout(self._limit)
@@ -191,13 +191,13 @@ class Lane:
             if select.select([control], [], [], 0)[0]:
                 answer = self._line(self._controls.index(control))
                 if "error" in answer:
-                    raise LaneFailed(f"{self.name}: rank {rank}: {answer['error']}")
+                    raise GroupFailed(f"{self.name}: rank {rank}: {answer['error']}")
 
     def _answers(self) -> list[Answer]:
         answers = [self._line(index) for index in range(len(self._controls))]
         for rank, answer in enumerate(answers):
             if "error" in answer:
-                raise LaneFailed(f"{self.name}: rank {rank}: {answer['error']}")
+                raise GroupFailed(f"{self.name}: rank {rank}: {answer['error']}")
         return answers
 
     def _line(self, index: int) -> Answer:
@@ -206,9 +206,9 @@ class Lane:
             try:
                 data = self._controls[index].recv(65_536)
             except TimeoutError:
-                raise LaneFailed(f"{self.name}: hung for {self._limit:g} s") from None
+                raise GroupFailed(f"{self.name}: hung for {self._limit:g} s") from None
             if not data or len(self._buffers[index]) > _MAX_ANSWER_BYTES:
-                raise LaneFailed(f"{self.name}: a rank ended{self._last_log_line()}")
+                raise GroupFailed(f"{self.name}: a rank ended{self._last_log_line()}")
             self._buffers[index] += data
         line, _, self._buffers[index] = self._buffers[index].partition(b"\n")
         answer: Answer = json.loads(line)

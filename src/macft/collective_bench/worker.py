@@ -1,7 +1,7 @@
 """One rank of a measured implementation: ``python -m macft.collective_bench.worker SOCKET NAME RANK SPECIFICATION``.
 
-It reads orders, each a line of JSON, from the Unix socket of :class:`~macft.collective_bench.measured_group.Lane`, and
-answers each one.
+It reads orders, each a line of JSON, from the Unix socket of
+:class:`~macft.collective_bench.measured_group.MeasuredGroup`, and answers each one.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from macft.topology.topology_file import load_topology
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from macft.run.generation.rank import AnsweringRank, SpreadModel
+    from macft.run.generation.rank import DistributedModel, GenerationRank
 
 _LOCAL = "local"
 
@@ -66,14 +66,14 @@ def topology_of(arguments: argparse.Namespace) -> TopologyConfig | None:
     return replace(topology, kind="hosts") if arguments.by_hand else topology
 
 
-def spread_model(tuned: TunedModel, *, is_tuned: bool) -> SpreadModel:
+def distributed_model(tuned: TunedModel, *, is_tuned: bool) -> DistributedModel:
     """What the ranks load of ``tuned``; without its tuning if not ``is_tuned``."""
-    from macft.run.generation.rank import SpreadModel
+    from macft.run.generation.rank import DistributedModel
 
     topology = tuned.run.topology if tuned.run else TopologyConfig()
     if is_tuned and tuned.whole is not None:
-        return SpreadModel.of(replace(tuned.model, path=str(tuned.whole)), None, topology.memory_budget)
-    return SpreadModel.of(
+        return DistributedModel.of(replace(tuned.model, path=str(tuned.whole)), None, topology.memory_budget)
+    return DistributedModel.of(
         tuned.model,
         tuned.adapter if is_tuned else None,
         topology.memory_budget,
@@ -84,7 +84,7 @@ def spread_model(tuned: TunedModel, *, is_tuned: bool) -> SpreadModel:
 @contextmanager
 def leading_rank(
     topology: TopologyConfig, tuned: TunedModel, tokenizer: TokenizerWrapper | None = None
-) -> Iterator[AnsweringRank]:
+) -> Iterator[GenerationRank]:
     """The rank of this process, which leads, of the cluster ``topology``; the others end with it.
 
     They are started, but for ``kind: hosts``; see :func:`follow_first_host`. ``tokenizer`` is that of ``tuned``, if it
@@ -96,13 +96,13 @@ def leading_rank(
     """
     if topology.kind == "local":
         _check_processes(topology.nodes, tuned)
-    from macft.launch.generation.cluster import answering_cluster
+    from macft.launch.generation.cluster import generation_cluster
     from macft.run.generation.leader import dismiss
-    from macft.run.generation.rank import AnsweringRank
+    from macft.run.generation.rank import GenerationRank
 
     share = 1 / topology.nodes if topology.kind == "local" else 1.0
-    with answering_cluster(topology, CollectiveConfig()) as collective:
-        rank = AnsweringRank(collective, name="this machine", machine_share=share, tokenizer=tokenizer)
+    with generation_cluster(topology, CollectiveConfig()) as collective:
+        rank = GenerationRank(collective, name="this machine", machine_share=share, tokenizer=tokenizer)
         yield rank
         dismiss(rank)
 
@@ -130,11 +130,11 @@ def follow_first_host(topology: TopologyConfig | None) -> bool:
     if topology is None or topology.kind != "hosts" or (rank := own_rank(topology)) == 0:
         return False
     from macft.device.mlx_device import prepare_device
-    from macft.launch.generation.cluster import answering_cluster
-    from macft.run.generation.rank import AnsweringRank, follow_leader
+    from macft.launch.generation.cluster import generation_cluster
+    from macft.run.generation.rank import GenerationRank, follow_leader
 
     print(f"rank {rank}: the answers are on {topology.hosts[0]}, which leads", file=sys.stderr, flush=True)
     prepare_device()
-    with answering_cluster(topology, CollectiveConfig()) as collective:
-        follow_leader(AnsweringRank(collective, name=topology.hosts[rank]))
+    with generation_cluster(topology, CollectiveConfig()) as collective:
+        follow_leader(GenerationRank(collective, name=topology.hosts[rank]))
     return True

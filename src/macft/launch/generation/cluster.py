@@ -52,7 +52,7 @@ class _Workers(Protocol):
 
 
 @contextmanager
-def answering_cluster(topology: TopologyConfig, settings: CollectiveConfig) -> Iterator[Collective]:
+def generation_cluster(topology: TopologyConfig, settings: CollectiveConfig) -> Iterator[Collective]:
     """All ranks of ``topology``, of which this process is rank 0, or with ``kind: hosts`` that of its host.
 
     Raises:

@@ -107,12 +107,12 @@ def main(_argv: Sequence[str]) -> None:
     threading.Thread(target=_end_with_launcher, name="launcher-watch", daemon=True).start()
 
     from macft.device.mlx_device import prepare_device
-    from macft.run.generation.rank import AnsweringRank, follow_leader
+    from macft.run.generation.rank import GenerationRank, follow_leader
 
     with ExitStack() as stack:
         ring = elastic_ring(request, stack)
         prepare_device()
-        follow_leader(AnsweringRank(ring, name=request.name, machine_share=request.machine_share))
+        follow_leader(GenerationRank(ring, name=request.name, machine_share=request.machine_share))
 
 
 def _end_with_launcher() -> None:

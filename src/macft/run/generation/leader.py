@@ -21,12 +21,12 @@ from macft.generation.choice import after_another_draw
 from macft.generation.pipeline import AnswerPipeline, NewToken
 from macft.generation.tasks import LossRows, Options
 from macft.model.load import LoadedModel
-from macft.run.generation.rank import AnsweringRank, SpreadModel, regroup
+from macft.run.generation.rank import DistributedModel, GenerationRank, regroup
 
 _log = logging.getLogger("macft.generation")
 
 
-class ClusterAnswers:
+class GenerationLeader:
     """The leader's side: answers of a model that is spread over all ranks. Used by one thread.
 
     It goes on without a rank that is lost: the others take over its blocks, and answers under way are computed again
@@ -34,7 +34,7 @@ class ClusterAnswers:
 
     Args:
         rank: This process's.
-        spread: The model.
+        wanted: The model that answers.
         together: Most answers that are computed at the same time.
         remembered: See :class:`~macft.generation.pipeline.AnswerPipeline`.
         tell: Called with a line for the user.
@@ -42,14 +42,14 @@ class ClusterAnswers:
 
     def __init__(
         self,
-        rank: AnsweringRank,
-        spread: SpreadModel,
+        rank: GenerationRank,
+        wanted: DistributedModel,
         *,
         together: int,
         remembered: int = 0,
         tell: Callable[[str], None],
     ):
-        self._rank, self._spread, self._tell = rank, replace(spread, together=together), tell
+        self._rank, self._wanted, self._tell = rank, replace(wanted, together=together), tell
         self._together, self._remembered = together, remembered
         self._stack = ExitStack()
         self._pipeline: AnswerPipeline | None = None
@@ -100,9 +100,9 @@ class ClusterAnswers:
 
     def _open(self) -> None:
         self._stack.close()
-        spread, leader = self._rank.agree(self._spread, leads=True)
-        assert spread is not None
-        opened = self._stack.enter_context(self._rank.open_stage(spread, leader))
+        wanted, leader = self._rank.agree(self._wanted, leads=True)
+        assert wanted is not None
+        opened = self._stack.enter_context(self._rank.open_stage(wanted, leader))
         if self._pipeline is None:
             self._pipeline = AnswerPipeline(
                 opened.stage, opened.place, opened.channels, together=self._together, remembered=self._remembered
@@ -128,7 +128,7 @@ class ClusterAnswers:
                 regroup(self._rank.collective, self._tell)
 
 
-def dismiss(rank: AnsweringRank) -> None:
+def dismiss(rank: GenerationRank) -> None:
     """Tells all ranks that nothing more is wanted."""
     try:
         rank.agree(None, leads=True)
@@ -212,7 +212,7 @@ class ClusterConversation:
         seed: Of the first answer's sampling; None: a random one.
     """
 
-    def __init__(self, answers: ClusterAnswers, sampling: Sampling, seed: int | None):
+    def __init__(self, answers: GenerationLeader, sampling: Sampling, seed: int | None):
         self._answers, self._sampling = answers, sampling
         self._key = secrets.randbits(64) if seed is None else seed
         self.speed: Speed | None = None
@@ -258,7 +258,7 @@ class ClusterConversation:
 class ClusterLosses:
     """The losses of rows by the stages of ``answers``; see :class:`~macft.training.validation.Losses`."""
 
-    def __init__(self, answers: ClusterAnswers):
+    def __init__(self, answers: GenerationLeader):
         self._answers = answers
 
     def of_batches(
@@ -291,7 +291,7 @@ class ClusterLosses:
         return [found[number] for number in range(sizes.pop(0))]
 
 
-def evaluate_spread(answers: ClusterAnswers, asked: Asked, progress: Progress) -> Result:
+def evaluate_distributed(answers: GenerationLeader, asked: Asked, progress: Progress) -> Result:
     """The results of the model that is spread over all ranks; see :func:`~macft.evaluation.compare.evaluate`.
 
     Each row is a task of its own, so that all stages compute.

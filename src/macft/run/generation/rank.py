@@ -57,7 +57,7 @@ _log = logging.getLogger("macft.generation")
 
 
 @dataclass(frozen=True)
-class SpreadModel:
+class DistributedModel:
     """A model that all ranks load in parts.
 
     Attributes:
@@ -77,12 +77,12 @@ class SpreadModel:
     @classmethod
     def of(
         cls, model: ModelConfig, adapter: Path | None, memory_budget: str, *, path_on_hosts: str = ""
-    ) -> SpreadModel:
+    ) -> DistributedModel:
         """The model with the adapter in the folder ``adapter``."""
         files = {} if adapter is None else {name: (adapter / name).read_bytes() for name in _ADAPTER_FILES}
         return cls(model, files, memory_budget, path_on_hosts=path_on_hosts)
 
-    def found_here(self) -> SpreadModel:
+    def found_here(self) -> DistributedModel:
         """With the path of this machine."""
         if not self.path_on_hosts or find_local(self.model.path) is not None:
             return self
@@ -95,7 +95,7 @@ class SpreadModel:
         return packed
 
     @classmethod
-    def unpack(cls, message: bytes) -> SpreadModel:
+    def unpack(cls, message: bytes) -> DistributedModel:
         """The inverse of :meth:`pack`. Raises ProtocolError for anything else."""
         try:
             model, adapter, budget, together, path = msgpack.unpackb(message)
@@ -140,7 +140,7 @@ class OpenStage:
     """A line for each rank that reads blocks from disk for every token."""
 
 
-class AnsweringRank:
+class GenerationRank:
     """This process's rank of a cluster that answers.
 
     Args:
@@ -163,7 +163,7 @@ class AnsweringRank:
         self.collective = collective
         self._name, self._machine_share, self._tokenizer = name, machine_share, tokenizer
         self._loaded: LoadedModel | None = None
-        self._holds: SpreadModel | None = None
+        self._holds: DistributedModel | None = None
         self._usable = usable
 
     @property
@@ -172,29 +172,29 @@ class AnsweringRank:
         assert self._loaded is not None
         return self._loaded
 
-    def agree(self, spread: SpreadModel | None, *, leads: bool) -> tuple[SpreadModel | None, int]:
+    def agree(self, wanted: DistributedModel | None, *, leads: bool) -> tuple[DistributedModel | None, int]:
         """What the leader wants all to load, None for nothing more, and its rank. A call of all ranks.
 
         Raises:
             PeerLost: the leader is gone.
         """
-        own = b"" if not leads else b"\0" + (b"" if spread is None else spread.pack())
+        own = b"" if not leads else b"\0" + (b"" if wanted is None else wanted.pack())
         said = self.collective.all_gather(own)
         leaders = [rank for rank, message in enumerate(said) if message]
         if not leaders:
             raise PeerLost("the machine at whose terminal the command was given is gone")
         message = said[leaders[0]][1:]
-        return (SpreadModel.unpack(message).found_here() if message else None), leaders[0]
+        return (DistributedModel.unpack(message).found_here() if message else None), leaders[0]
 
     @contextmanager
-    def open_stage(self, spread: SpreadModel, leader: int) -> Iterator[OpenStage]:
-        """This rank's part of ``spread``, as all ranks have agreed on it. A call of all ranks.
+    def open_stage(self, wanted: DistributedModel, leader: int) -> Iterator[OpenStage]:
+        """This rank's part of ``wanted``, as all ranks have agreed on it. A call of all ranks.
 
         Raises:
             MacftError: a rank can't load its part; all ranks raise it, and it names that rank.
         """
-        facts = self._gather(self._facts(spread))
-        layout = _layout(facts, leader, spread.together)
+        facts = self._gather(self._facts(wanted))
+        layout = _layout(facts, leader, wanted.together)
         stages = layout.pipelines[0]
         number = next(number for number, stage in enumerate(stages) if stage.rank == self.collective.rank)
         place = StagePlace(number, stages)
@@ -202,7 +202,7 @@ class AnsweringRank:
             stage: AnsweringStage | None = None
             error = ""
             try:
-                stage = stack.enter_context(self._stage(spread, place.stage.blocks))
+                stage = stack.enter_context(self._stage(wanted, place.stage.blocks))
             except MacftError as problem:
                 error = str(problem)
             self._gather(_Facts(self._name, error=error))
@@ -211,13 +211,13 @@ class AnsweringRank:
             _log.info("%s", layout)
             yield OpenStage(stage, place, channels, layout, _from_disk(facts, layout))
 
-    def _facts(self, spread: SpreadModel) -> _Facts:
+    def _facts(self, wanted: DistributedModel) -> _Facts:
         try:
-            folder = resolve(spread.model)
+            folder = resolve(wanted.model)
             check_weight_files(folder)
             shape = read_shape(folder)
-            execution = inference_execution(spread.model, folder)
-            budget = self._budget(spread, folder)
+            execution = inference_execution(wanted.model, folder)
+            budget = self._budget(wanted, folder)
             weights, chip = execution.weight_format, own_chip()
             return _Facts(
                 self._name,
@@ -234,12 +234,12 @@ class AnsweringRank:
         except MacftError as error:
             return _Facts(self._name, error=str(error))
 
-    def _budget(self, spread: SpreadModel, folder: Path) -> float:
+    def _budget(self, wanted: DistributedModel, folder: Path) -> float:
         """Bytes that this rank may take for a model; what there is for all is looked up once, before one is loaded."""
         if self._usable is None:
-            self._tokenizer = self._tokenizer or load_tokenizer(spread.model, folder)  # takes memory of its own
+            self._tokenizer = self._tokenizer or load_tokenizer(wanted.model, folder)  # takes memory of its own
             self._usable = usable_bytes(self._machine_share)
-        return parse_budget(spread.memory_budget, self._usable)
+        return parse_budget(wanted.memory_budget, self._usable)
 
     @cached_property
     def _memory_speed(self) -> float:
@@ -256,40 +256,40 @@ class AnsweringRank:
         return found
 
     @contextmanager
-    def _stage(self, spread: SpreadModel, blocks: range) -> Iterator[AnsweringStage]:
-        loaded = self._load(spread, blocks)
+    def _stage(self, wanted: DistributedModel, blocks: range) -> Iterator[AnsweringStage]:
+        loaded = self._load(wanted, blocks)
         backend = make_backend(loaded.execution)
         with backend.installed(loaded.model):
             yield AnsweringStage(loaded, backend, blocks)
 
-    def _load(self, spread: SpreadModel, blocks: range) -> LoadedModel:
-        folder = resolve(spread.model)
-        execution = inference_execution(spread.model, folder)
-        shape, budget = read_shape(folder), self._budget(spread, folder)
+    def _load(self, wanted: DistributedModel, blocks: range) -> LoadedModel:
+        folder = resolve(wanted.model)
+        execution = inference_execution(wanted.model, folder)
+        shape, budget = read_shape(folder), self._budget(wanted, folder)
         ends = ends_of(is_first=blocks.start == 0, is_last=blocks.stop == shape.blocks)
         count = blocks_in_memory(len(blocks), blocks_with_room(shape, execution, budget, ends))
         if count < len(blocks):
             heap.return_large_arrays()
         resident = tuple(blocks.start + number for number in resident_blocks(len(blocks), len(blocks), count))
         held, loaded = self._holds, self._loaded
-        can_go_on = held is not None and held.model == spread.model and held.adapter in ({}, spread.adapter)
+        can_go_on = held is not None and held.model == wanted.model and held.adapter in ({}, wanted.adapter)
         if loaded is None or loaded.streamed is None or not can_go_on:
             self._loaded = None  # its memory is needed
-            loaded = load(spread.model, folder, execution.streamed(resident, reads_ends=True).padded(), self._tokenizer)
+            loaded = load(wanted.model, folder, execution.streamed(resident, reads_ends=True).padded(), self._tokenizer)
             held = None
         assert loaded.streamed is not None
         loaded.streamed.resident = resident
-        if spread.adapter and (held is None or not held.adapter):
+        if wanted.adapter and (held is None or not held.adapter):
             with tempfile.TemporaryDirectory(prefix="macft-") as place:
-                for name, content in spread.adapter.items():
+                for name, content in wanted.adapter.items():
                     (Path(place) / name).write_bytes(content)
                 attach(loaded.model, Path(place))
         loaded.model.eval()
-        self._loaded, self._holds = loaded, spread
+        self._loaded, self._holds = loaded, wanted
         return loaded
 
 
-def follow_leader(rank: AnsweringRank) -> None:
+def follow_leader(rank: GenerationRank) -> None:
     """Computes what the leader asks for until it wants nothing more.
 
     Raises:
@@ -297,12 +297,12 @@ def follow_leader(rank: AnsweringRank) -> None:
     """
     while True:
         try:
-            spread, leader = rank.agree(None, leads=False)
-            if spread is None:
+            wanted, leader = rank.agree(None, leads=False)
+            if wanted is None:
                 return
             with ExitStack() as stack:
                 try:
-                    opened = stack.enter_context(rank.open_stage(spread, leader))
+                    opened = stack.enter_context(rank.open_stage(wanted, leader))
                 except (ModelError, ConfigError) as error:  # on all ranks: the leader decides what follows
                     _log.warning("%s", error)
                     continue
