@@ -20,10 +20,10 @@ from harness.runs import adapter, events, losses, same_bits, train_to_end
 from helpers.computing import gradient_computer, randomize_adapter
 from helpers.models import assert_same_gradient, make_model, random_rows
 from helpers.rings import local_listeners, run_ranks
-from macft.collective.ring import Ring
+from macft.collective.ring.ring import Ring
 from macft.data.batch import micro_batches
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.training.exact_sums import ExactParameters, ExactStepGradient, from_grid, to_grid
 from macft.training.gradient_reducer import GradientReducer
 

@@ -20,9 +20,9 @@ from macft.config.command_line import prepare
 from macft.errors import ConfigError
 from macft.launch.run import run
 from macft.report.events import Sample
-from macft.report.fan_out import FanOut
 from macft.report.run_folder import RunFolder
 from macft.report.settings import TRACKERS, ReportConfig, problems
+from macft.report.sinks.fan_out import FanOut
 from macft.report.trackers import registry
 from macft.report.trackers.sink import TrackerSink
 from macft.report.trackers.tracker import TrackedRun
@@ -31,7 +31,7 @@ RUN = """
 import sys
 from pathlib import Path
 from helpers.report_events import HPARAMS, TOTAL, tell
-from macft.report import fan_out
+from macft.report.sinks import fan_out
 from macft.report.run_folder import RunFolder
 from macft.report.settings import ReportConfig
 folder, tracker, first, until = RunFolder(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])

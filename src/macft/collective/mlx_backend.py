@@ -117,7 +117,7 @@ class MlxCollective:
     world_size: int = 1
 
     def all_reduce(self, arrays: Sequence[ReducibleArray]) -> None:
-        """Sums each array over all ranks, in place; arrays and errors as :meth:`macft.collective.ring.Ring.all_reduce`.
+        """Sums each array over all ranks, in place; see :meth:`~macft.collective.ring.ring.Ring.all_reduce`.
 
         Different sizes on different ranks are not detected: MLX then returns wrong sums, or hangs.
         """

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -44,38 +45,44 @@ class RankFailed(MacftError):
         self.exit_code = exit_code
 
 
-def launch_local(
-    world_size: int,
-    folder: Path,
-    *,
-    run_id: str,
-    must_match: Texts,
-    start_timeout: float,
-    phases: PhaseLines,
-    resume: bool,
-    keyring: Keyring | None = None,
-    elastic: bool = False,
-    restart: bool = False,
-    watch: Callable[[Callable[[], None]], None] | None = None,
-) -> int:
-    """Runs ``world_size`` ranks of the run in ``folder`` and waits for them; returns the run's exit status.
+@dataclass(frozen=True)
+class LocalRun:
+    """A run whose ranks are processes on this machine.
 
-    Rank 0 uses this terminal; the others write to ``folder/logs/rank-N.log``. SIGINT, SIGTERM and SIGHUP ask all ranks
-    to stop cleanly; a second SIGINT or SIGTERM ends them. The ranks watch their standard input: if this process ends,
-    they stop.
-
-    Args:
+    Attributes:
         world_size: The number of ranks.
         folder: The run's folder, with the configuration that is proposed.
         run_id: Of the run; see :class:`~macft.rendezvous.connect.RankConfig`.
         must_match: Settings and versions that must be the same on all ranks, by name.
         start_timeout: Seconds within which all ranks must meet.
-        phases: Say what the launch waits for.
         resume: Whether the ranks continue from the last checkpoint.
         keyring: This machine's keys. None: no encryption.
         elastic: Whether the other ranks continue without a rank that ends. If rank 0 ends, the output of the next rank
             is shown here, and that rank gets the signals.
         restart: Whether a rank that was killed is started again and joins.
+    """
+
+    world_size: int
+    folder: Path
+    run_id: str
+    must_match: Texts
+    start_timeout: float
+    resume: bool
+    keyring: Keyring | None = None
+    elastic: bool = False
+    restart: bool = False
+
+
+def launch_local(run: LocalRun, phases: PhaseLines, watch: Callable[[Callable[[], None]], None] | None = None) -> int:
+    """Runs the ranks of ``run`` and waits for them; returns the run's exit status.
+
+    Rank 0 uses this terminal; the others write to ``logs/rank-N.log`` in the run's folder. SIGINT, SIGTERM and SIGHUP
+    ask all ranks to stop cleanly; a second SIGINT or SIGTERM ends them. The ranks watch their standard input: if this
+    process ends, they stop.
+
+    Args:
+        run: Which ranks there are, and how they meet.
+        phases: Say what the launch waits for.
         watch: Called again and again while the ranks run, and once after their end, with what stops the run in order.
 
     Raises:
@@ -83,16 +90,16 @@ def launch_local(
             ranks had met.
         KeyboardInterrupt: the user wants to stop before the ranks have met, or twice.
     """
-    logs = folder / "logs"
+    logs = run.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    threads = max(1, available_cores() // world_size)
+    threads = max(1, available_cores() // run.world_size)
     server = RendezvousServer(
         "127.0.0.1:0",
-        world_size=world_size,
-        run_id=run_id,
-        must_match=must_match,
-        timeout=start_timeout,
-        keyring=keyring,
+        world_size=run.world_size,
+        run_id=run.run_id,
+        must_match=run.must_match,
+        timeout=run.start_timeout,
+        keyring=run.keyring,
     )
     processes: list[subprocess.Popen[bytes]] = []
     wish = _Wish(processes, server, watch)
@@ -101,14 +108,15 @@ def launch_local(
     previous = {number: signal.signal(number, wish) for number in signals if not _is_ignored(number)}
     try:
         server.start()
-        for rank in range(world_size):
-            command = [sys.executable, "-m", "macft.launch.worker", str(folder), str(rank), server.address, run_id]
-            processes.append(_start([*command, *(["--resume"] if resume else [])], rank, logs, threads))
+        for rank in range(run.world_size):
+            command = [sys.executable, "-m", "macft.launch.worker", str(run.folder), str(rank)]
+            command += [server.address, run.run_id, *(["--resume"] if run.resume else [])]
+            processes.append(_start(command, rank, logs, threads))
         if (status := _wait_until_met(server, processes, logs, wish, phases)) is not None:
             return status
         phases.close()
-        restarter = _Restarter(folder, logs, threads) if restart else None
-        return _wait_elastic(processes, logs, restarter, wish) if elastic else _wait(processes, logs, wish)
+        restarter = _Restarter(run.folder, logs, threads) if run.restart else None
+        return _wait_elastic(processes, logs, restarter, wish) if run.elastic else _wait(processes, logs, wish)
     finally:
         for process in processes:
             _end(process)

@@ -220,7 +220,7 @@ def prepared_for_packs(model: nn.Module, attention: Callable[[ModuleCall], Modul
     """Inside, ``model`` computes packs: rotary embeddings know the positions of tokens, masks are those of rows.
 
     ``attention`` makes what attends row by row in a pack out of mlx-lm's ``scaled_dot_product_attention``. Whether
-    the results are right is another question: see :mod:`macft.model.packable`.
+    the results are right is another question: see :mod:`macft.model.trials.packable`.
 
     Raises:
         ConfigError: this model's attention is not mlx-lm's function.

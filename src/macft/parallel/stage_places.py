@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Protocol
 
 from macft.collective.base import Channels, Collective
-from macft.model.ends import ends_of
+from macft.model.blocks.ends import ends_of
 from macft.parallel.shares import DataShard
 from macft.parallel.stage_balance import StageSpeeds
 from macft.parallel.stage_layout import Stage, StageLayout, even_layout

@@ -17,7 +17,7 @@ from macft.model.shape import ModelShape, read_shape
 from macft.parallel.shares import DataShard
 from macft.planner.fit import MemoryPlanner
 from macft.planner.packing import choose_packing
-from macft.planner.placement import Placer
+from macft.planner.whole_model import WholeModelPlanner
 from macft.planner.workload import StepRows
 from macft.topology.settings import TopologyConfig, parse_budget
 from macft.training.settings import TrainingConfig
@@ -66,9 +66,9 @@ class NodePart:
         return budget_of(self.config.topology)
 
     @cached_property
-    def placer(self) -> Placer:
+    def whole_model(self) -> WholeModelPlanner:
         """What decides where its weights are, if it has the whole model."""
-        return placer_for(self.config, self.planner(self.shard, self.execution, self.steps), self.budget)
+        return whole_model_planner(self.config, self.planner(self.shard, self.execution, self.steps), self.budget)
 
     def planner(self, shard: DataShard, execution: Execution, steps: Sequence[StepRows]) -> MemoryPlanner:
         """The prediction for the rows of ``steps`` that ``shard`` gets."""
@@ -89,10 +89,10 @@ def budget_of(topology: TopologyConfig) -> float:
     return parse_budget(topology.memory_budget, usable_bytes(1 / nodes_here))
 
 
-def placer_for(config: TrainConfig, planner: MemoryPlanner, budget: float) -> Placer:
+def whole_model_planner(config: TrainConfig, planner: MemoryPlanner, budget: float) -> WholeModelPlanner:
     """What decides the placement of a node of ``config`` that may take ``budget`` bytes."""
     topology = config.topology
-    return Placer(planner, budget, topology.placement, topology.resident_blocks, topology.batch == "auto")
+    return WholeModelPlanner(planner, budget, topology.placement, topology.resident_blocks, topology.batch == "auto")
 
 
 def steps_of_shard(

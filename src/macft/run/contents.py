@@ -26,7 +26,7 @@ from macft.data.order import RowOrder
 from macft.data.template_clock import shows_time
 from macft.device.durable import write_atomically
 from macft.errors import CheckpointError, CollectiveError, MacftError, RendezvousError
-from macft.model.contents import model_contents, template_contents
+from macft.model.files.contents import model_contents, template_contents
 from macft.report.run_folder import RunFolder
 
 if TYPE_CHECKING:

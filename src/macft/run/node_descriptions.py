@@ -6,7 +6,8 @@ import msgpack
 
 from macft.device.memory import usable_bytes
 from macft.report.events import NodeDescription, RingFormed
-from macft.run.prepare import Run, host_name
+from macft.run.prepare import Run
+from macft.run.role import host_name
 
 _LONGEST_TEXT = 200
 

@@ -23,9 +23,9 @@ from macft.collective.array_bytes import array_bytes, array_of
 from macft.collective.base import Channels
 from macft.data.batch import Batch
 from macft.device import fault_points
+from macft.model.adapters.dropout import DropoutKeys
 from macft.model.backends.base import Backend
-from macft.model.block_weights import BlockWeights
-from macft.model.dropout import DropoutKeys
+from macft.model.blocks.block_weights import BlockWeights
 from macft.model.execution import Execution
 from macft.parallel.stage_layout import spread
 from macft.parallel.stage_places import StagePlace, StagePlaces

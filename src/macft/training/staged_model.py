@@ -11,12 +11,12 @@ import numpy as np
 
 from macft.collective.array_bytes import overwrite
 from macft.model.backends.base import Backend, CrossEntropy
-from macft.model.block_weights import BlockWeights
-from macft.model.ends import AFTER
+from macft.model.blocks.block_weights import BlockWeights
+from macft.model.blocks.cut_model import CutModel, Entry
+from macft.model.blocks.ends import AFTER
 from macft.model.head import split_head
 from macft.model.packing import PackLayout, packed
 from macft.model.parameter_refs import ParameterRefs
-from macft.model.stages import CutModel, Entry
 from macft.training.batch_layout import DeviceBatch
 from macft.training.gradient import Gradient
 
