@@ -328,7 +328,7 @@ def test_an_id_is_the_same_on_each_node_and_after_a_resume(tmp_path: Path) -> No
     config = {**HPARAMS, "dataset": {"template_time": "2026-01-31T12:00:00"}}
     for node in "ab":
         RunFolder(tmp_path / node).trackers.mkdir(parents=True)
-    first = registry._run_id(RunFolder(tmp_path / "a"), config)
-    assert registry._run_id(RunFolder(tmp_path / "b"), config) == first
+    first = registry.run_id(RunFolder(tmp_path / "a"), config)
+    assert registry.run_id(RunFolder(tmp_path / "b"), config) == first
     resumed = {**config, "training": {"steps": 99}}
-    assert registry._run_id(RunFolder(tmp_path / "a"), resumed) == first
+    assert registry.run_id(RunFolder(tmp_path / "a"), resumed) == first

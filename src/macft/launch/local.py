@@ -102,7 +102,7 @@ def launch_local(run: LocalRun, phases: PhaseLines, watch: Callable[[Callable[[]
         keyring=run.keyring,
     )
     processes: list[subprocess.Popen[bytes]] = []
-    wish = _Wish(processes, server, watch)
+    wish = StopWish(processes, server, watch)
     # In another thread than the main one, as in a program of its own, there are no signals to handle.
     signals = _SIGNALS if threading.current_thread() is threading.main_thread() else ()
     previous = {number: signal.signal(number, wish) for number in signals if not _is_ignored(number)}
@@ -147,7 +147,7 @@ def _is_ignored(number: int) -> bool:
     return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
-class _Wish:
+class StopWish:
     """What the user wants of the ranks in ``processes``: a signal handler, and what follows from it."""
 
     def __init__(
@@ -199,7 +199,7 @@ class _Wish:
 
 
 def _wait_until_met(
-    server: RendezvousServer, processes: list[subprocess.Popen[bytes]], logs: Path, wish: _Wish, phases: PhaseLines
+    server: RendezvousServer, processes: list[subprocess.Popen[bytes]], logs: Path, wish: StopWish, phases: PhaseLines
 ) -> int | None:
     """Waits until all ranks have met. If one ends before, the others would wait for it: returns the exit status."""
     deadline = float("inf")
@@ -229,19 +229,19 @@ def _wait_until_met(
     return None
 
 
-def _code(process: subprocess.Popen[bytes], wish: _Wish) -> int | None:
+def rank_status(process: subprocess.Popen[bytes], wish: StopWish) -> int | None:
     """How the rank's process ended; None: it runs. The signal that tells it to stop may end one that is ending."""
     code = process.poll()
     return INTERRUPTED if code == -signal.SIGTERM and wish.is_passed_on else code
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], logs: Path, wish: _Wish) -> int:
+def _wait(processes: list[subprocess.Popen[bytes]], logs: Path, wish: StopWish) -> int:
     """Waits for all ranks. After one has failed, the others have ``_GRACE_SECONDS`` to report it and end."""
     failed: int | None = None
     deadline = float("inf")
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         for rank, process in enumerate(processes):
-            if failed is None and _code(process, wish) not in (None, 0, INTERRUPTED):
+            if failed is None and rank_status(process, wish) not in (None, 0, INTERRUPTED):
                 failed, deadline = rank, time.monotonic() + _GRACE_SECONDS
                 _log.warning("rank %d ended with status %d; the others have %g s", rank, process.poll(), _GRACE_SECONDS)
                 if process.returncode < 0:  # else it has said why
@@ -251,7 +251,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path, wish: _Wish) -> 
     for rank, process in enumerate(processes):
         _end(process)
         _log.info("rank %d ended with status %d", rank, process.returncode)
-    first = _code(processes[0], wish) or 0
+    first = rank_status(processes[0], wish) or 0
     if failed is None or failed == 0:
         return first if first >= 0 else 128 - first
     how = how_it_ended(processes[failed].returncode)
@@ -270,14 +270,14 @@ class _Restarter:
 
 
 def _wait_elastic(
-    processes: list[subprocess.Popen[bytes]], logs: Path, restarter: _Restarter | None, wish: _Wish
+    processes: list[subprocess.Popen[bytes]], logs: Path, restarter: _Restarter | None, wish: StopWish
 ) -> int:
     """Waits for all ranks, and shows the log of the next rank if rank 0 ends; returns the run's exit status."""
     shown: dict[int, int] = {}
     ended: dict[int, int] = {}
     while any(process.poll() is None for process in processes):
         for rank, process in enumerate(processes):
-            if rank in ended or (code := _code(process, wish)) is None:
+            if rank in ended or (code := rank_status(process, wish)) is None:
                 continue
             is_running = 0 not in ended.values() and any(other.poll() is None for other in processes)
             if code < 0 and wish.count < 2:  # else it has said why
@@ -292,7 +292,7 @@ def _wait_elastic(
         _show(logs, leader, shown)
         wish.pass_on()
         time.sleep(0.05)
-    codes = [_code(process, wish) or 0 for process in processes]
+    codes = [rank_status(process, wish) or 0 for process in processes]
     for rank, code in enumerate(codes):
         if rank not in ended:
             _log.info("rank %d ended with status %d", rank, code)

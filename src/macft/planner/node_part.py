@@ -47,8 +47,7 @@ class NodePart:
 
     @cached_property
     def _packed_or_padded(self) -> tuple[Execution, list[str]]:
-        asked = execution_for(self.config, self.shape, self.shape.checkpoint, Device.default())
-        return choose_packing(planner_for(self.config, self.shape, asked, self.steps))
+        return packed_or_padded(self.config, self.shape, self.steps, Device.default())
 
     @property
     def execution(self) -> Execution:
@@ -76,17 +75,33 @@ class NodePart:
 
     def of_pipelines(self, count: int) -> MemoryPlanner:
         """The prediction for all rows, in the micro-batches of a run with so many pipelines."""
-        topology = replace(self.config.topology, placement="pipeline", pipelines=count)
-        part = replace(self, config=replace(self.config, topology=topology), steps=self.steps[:_STEPS])
-        execution = replace(part.execution, lanes=1)
-        steps = steps_of_shard(part.config, part.steps, DataShard(0, 1), execution)
-        return planner_for(part.config, self.shape, execution, steps)
+        return pipelines_planner(self.config, self.shape, self.steps[:_STEPS], Device.default(), count)
 
 
 def budget_of(topology: TopologyConfig) -> float:
     """Bytes that a node of this machine may take."""
-    nodes_here = topology.nodes if topology.kind == "local" else 1
-    return parse_budget(topology.memory_budget, usable_bytes(1 / nodes_here))
+    return parse_budget(topology.memory_budget, usable_bytes(1 / topology.nodes_here))
+
+
+def packed_or_padded(
+    config: TrainConfig, shape: ModelShape, steps: Sequence[StepRows], device: Device
+) -> tuple[Execution, list[str]]:
+    """How ``device`` computes ``config``, with packs or padded rows, before memory is looked at; lines for the user.
+
+    The same on all nodes of a kind: ``steps`` have all rows.
+    """
+    asked = execution_for(config, shape, shape.checkpoint, device)
+    return choose_packing(planner_for(config, shape, asked, steps))
+
+
+def pipelines_planner(
+    config: TrainConfig, shape: ModelShape, steps: Sequence[StepRows], device: Device, pipelines: int
+) -> MemoryPlanner:
+    """The prediction for all rows of ``steps``, in the micro-batches of a run with so many ``pipelines``."""
+    topology = replace(config.topology, placement="pipeline", pipelines=pipelines)
+    config = replace(config, topology=topology)
+    execution = replace(packed_or_padded(config, shape, steps, device)[0], lanes=1)
+    return planner_for(config, shape, execution, steps_of_shard(config, steps, DataShard(0, 1), execution))
 
 
 def whole_model_planner(config: TrainConfig, planner: MemoryPlanner, budget: float) -> WholeModelPlanner:

@@ -100,7 +100,7 @@ def leading_rank(
     from macft.run.generation.leader import dismiss
     from macft.run.generation.rank import GenerationRank
 
-    share = 1 / topology.nodes if topology.kind == "local" else 1.0
+    share = 1 / topology.nodes_here
     with generation_cluster(topology, CollectiveConfig()) as collective:
         rank = GenerationRank(collective, name="this machine", machine_share=share, tokenizer=tokenizer)
         yield rank

@@ -77,14 +77,14 @@ def run_placements(
 
     For the arguments see :func:`run_pipelines`.
     """
-    found = whole_models(nodes, ring, planner_of(1), shares)
+    found = whole_model_placements(nodes, ring, planner_of(1), shares)
     best = run_pipelines(nodes, ring, planner_of, shares, counts=counts)
     if best is not None:
         found["pipeline"] = best.best
     return found, best
 
 
-def whole_models(
+def whole_model_placements(
     nodes: Sequence[Node],
     ring: RingLinks,
     planner: MemoryPlanner,

@@ -35,7 +35,7 @@ class Machines:
     @property
     def nodes_here(self) -> int:
         """Nodes that share a machine."""
-        return self.config.topology.nodes if not self.macs and self.config.topology.kind == "local" else 1
+        return 1 if self.macs else self.config.topology.nodes_here
 
     @property
     def device(self) -> Device:

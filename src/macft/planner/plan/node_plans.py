@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from macft.config.execution import execution_for
 from macft.config.schema import TrainConfig
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape
 from macft.parallel.shares import DataShard
 from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import MemoryParts
-from macft.planner.node_part import planner_for, steps_of_shard, whole_model_planner
-from macft.planner.packing import choose_packing
+from macft.planner.node_part import (
+    packed_or_padded,
+    pipelines_planner,
+    planner_for,
+    steps_of_shard,
+    whole_model_planner,
+)
 from macft.planner.placement.cluster_model import Node
 from macft.planner.placement.inputs import alone
 from macft.planner.plan.machines import Machines
@@ -62,7 +66,7 @@ class PlannedWork:
 
     def execution(self) -> tuple[Execution, list[str]]:
         """How nodes of this kind compute before memory is looked at, and lines for the user."""
-        return self._packed(self.config)
+        return packed_or_padded(self.config, self.shape, self.steps, self.machines.device)
 
     def whole(self, execution: Execution) -> MemoryPlanner:
         """The prediction for all rows."""
@@ -70,9 +74,7 @@ class PlannedWork:
 
     def in_pipelines(self, pipelines: int) -> MemoryPlanner:
         """The prediction for all rows, in the micro-batches of a run with so many pipelines."""
-        topology = replace(self.config.topology, placement="pipeline", pipelines=pipelines)
-        execution, _ = self._packed(replace(self.config, topology=topology))
-        return self._planner(_ALL_ROWS, replace(execution, lanes=1))
+        return pipelines_planner(self.config, self.shape, self.steps, self.machines.device, pipelines)
 
     def node_plan(self, shard: DataShard, execution: Execution, *, speed: float, disk: float) -> NodePlan:
         """The plan of the node at ``shard``; ``speed`` in operations a second, ``disk`` in bytes a second."""
@@ -91,10 +93,6 @@ class PlannedWork:
             smaller_batch_fits=refusal is not None and whole_model.planner.best(budget) is not None,
             watts=machines.watts(shard.rank),
         )
-
-    def _packed(self, config: TrainConfig) -> tuple[Execution, list[str]]:
-        asked = execution_for(config, self.shape, self.shape.checkpoint, self.machines.device)
-        return choose_packing(planner_for(config, self.shape, asked, self.steps))
 
     def _planner(self, shard: DataShard, execution: Execution) -> MemoryPlanner:
         steps = self.steps

@@ -9,7 +9,7 @@ from functools import cache
 from macft.errors import ConfigError
 from macft.model.execution import Execution
 from macft.planner.memory import MemoryParts
-from macft.planner.placement.candidates import FoundPipelines, is_roomy, run_pipelines, whole_models
+from macft.planner.placement.candidates import FoundPipelines, is_roomy, run_pipelines, whole_model_placements
 from macft.planner.placement.cluster_model import Node, RingLinks
 from macft.planner.placement.compare import LayoutDecision, preferred, set_pipelines, why_no_pipeline
 from macft.planner.placement.configured_layout import block_costs, decide_layout
@@ -48,7 +48,7 @@ class PlacementPlanner:
         """Those that the configuration allows on ``nodes``, by rank."""
         wanted = self._topology.placement
         kinds = [kind for kind in ("replicate", "stream") if wanted in ("auto", kind)]
-        decisions = whole_models(nodes, ring, self._whole, self._shares, kinds=kinds)
+        decisions = whole_model_placements(nodes, ring, self._whole, self._shares, kinds=kinds)
         if wanted not in ("auto", "pipeline"):
             return PlannedPlacements(decisions)
         found = self.pipelines(nodes, ring)

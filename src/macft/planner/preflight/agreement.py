@@ -146,8 +146,7 @@ def _agree_on_pipelines(part: NodePart, collective: Collective) -> RunPlacement:
 def _chosen_together(part: NodePart, collective: Collective) -> RunPlacement:
     """What rank 0 chooses among all placements."""
     topology = part.config.topology
-    here = topology.nodes if topology.kind == "local" else 1
-    own = own_report(part.whole_model, processes=here, address=_address(part))
+    own = own_report(part.whole_model, processes=topology.nodes_here, address=_address(part))
     nodes = alike(gather_reports(collective, own))
     choice = _NO_CHOICE
     if collective.rank == 0:
