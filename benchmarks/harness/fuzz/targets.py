@@ -23,7 +23,7 @@ from harness.fuzz.channel_target import ChannelTarget, accepted
 from harness.fuzz.monitor_target import MonitorTarget
 from harness.fuzz.pairing_targets import AnnouncementTarget, GuestTarget, PairingTarget
 from macft.collective.base import Collective
-from macft.collective.health import Health, HealthServer, ask
+from macft.collective.mlx.health import Health, HealthServer, ask
 from macft.collective.ring.listener import Listener
 from macft.collective.ring.ring import Ring
 from macft.collective.ring.security import KeyPair

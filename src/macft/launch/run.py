@@ -96,7 +96,7 @@ def _run(
         from macft.run.node import run_node
 
         if config.collective.backend == "mlx":
-            from macft.collective.mlx_group import is_launched, join_launched
+            from macft.collective.mlx.group import is_launched, join_launched
 
             if is_launched():
                 with (

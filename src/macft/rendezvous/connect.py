@@ -12,7 +12,7 @@ import zmq
 
 from macft.collective.base import Collective
 from macft.collective.matching import Texts
-from macft.collective.mlx_group import MlxListener
+from macft.collective.mlx.group import MlxListener
 from macft.collective.ring.listener import Listener
 from macft.collective.ring.ring import Ring
 from macft.collective.settings import CollectiveConfig

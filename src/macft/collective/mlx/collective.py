@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from macft.collective.base import Channels, ReducibleArray, RingSpeed
 from macft.collective.codecs.quantization import WireCodec
 from macft.collective.dtypes import BFLOAT16, FlatArray, flat_view
-from macft.collective.health import Health, HealthServer, ask
+from macft.collective.mlx.health import Health, HealthServer, ask
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import MAX_BLOB_BYTES
 from macft.errors import CollectiveError, PeerLost, PeerStopped, PeerTimeout, ProtocolError

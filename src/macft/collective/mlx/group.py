@@ -13,8 +13,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from macft.collective.health import Health, HealthServer
-from macft.collective.mlx_backend import MlxCollective
+from macft.collective.mlx.collective import MlxCollective
+from macft.collective.mlx.health import Health, HealthServer
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import split_address
 from macft.errors import CollectiveError
