@@ -26,22 +26,17 @@ from numpy.typing import NDArray
 from macft.collective.base import Channels, ReducibleArray, RingSpeed
 from macft.collective.codecs.quantization import WireCodec
 from macft.collective.dtypes import BFLOAT16, FlatArray, flat_view
-from macft.collective.mlx.health import Health, HealthServer, ask
+from macft.collective.mlx.group_watch import GroupFailure, GroupWatch
+from macft.collective.mlx.health import Health, HealthServer
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import MAX_BLOB_BYTES
-from macft.errors import CollectiveError, PeerLost, PeerStopped, PeerTimeout, ProtocolError
+from macft.errors import CollectiveError, PeerLost, PeerStopped
 
 BLOCK_BYTES = 16 * 1024 * 1024
 """Most bytes of one MLX operation, so that one which takes ``collective.timeout`` is known to hang."""
 _POLL_SECONDS = 0.5
 _LINGER_SECONDS = 3.0
 """How long a rank that gives up keeps reporting the reason to the others."""
-_FAILURES: dict[str, type[CollectiveError]] = {
-    "lost": PeerLost,
-    "timeout": PeerTimeout,
-    "protocol": ProtocolError,
-    "stopped": PeerStopped,
-}
 _log = logging.getLogger("macft.ring")
 _T = TypeVar("_T")
 
@@ -88,15 +83,12 @@ class MlxCollective:
         names: Sequence[str] = (),
         secret: str = "",
     ):
-        self._settings, self._names, self._secret = settings, names, secret
         self._health, self._server = health, server
+        self._watch = GroupWatch(health, health_addresses or [], settings, names, secret)
         self._began = time.monotonic()
         self._calls = self._bytes_sent = 0
         self._failure: CollectiveError | None = None
         self._closed = False
-        self._addresses = list(health_addresses or [])
-        # By rank: why it reports no health, and since when.
-        self._unhealthy: dict[int, tuple[str, float]] = {}
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._group: mx.distributed.Group | None = None
         self._thread = threading.Thread(target=self._work, name="mlx-collective", daemon=True)
@@ -107,7 +99,7 @@ class MlxCollective:
             self.rank, self.world_size = int(group.rank()), int(group.size())
             self._health.rank = self.rank
             if not health_addresses:
-                self._addresses = [blob.decode() for blob in self.all_gather(self._server.address.encode())]
+                self._watch.addresses = [blob.decode() for blob in self.all_gather(self._server.address.encode())]
         except BaseException:
             self.close()
             raise
@@ -200,7 +192,7 @@ class MlxCollective:
     def tell_stopped(self) -> None:
         """See :meth:`~macft.collective.base.Collective.tell_stopped`."""
         if not self._closed and self._failure is None:
-            self._failure = PeerStopped(f"{self._name(self.rank)} was stopped by its user")
+            self._failure = PeerStopped(f"{self._watch.name(self.rank)} was stopped by its user")
             self._health.reason = f"stopped {self._failure}"
 
     def close(self) -> None:
@@ -228,7 +220,7 @@ class MlxCollective:
             self.tell_stopped()
         elif error is not None and not self._closed and self._failure is None:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            self._failure = PeerLost(f"{self._name(self.rank)} stopped with {reason}")
+            self._failure = PeerLost(f"{self._watch.name(self.rank)} stopped with {reason}")
             self._health.reason = f"lost {self._failure}"
         self.close()
 
@@ -287,14 +279,15 @@ class MlxCollective:
         health = self._health
         health.operation += 1
         health.call, self._began = call, time.monotonic()
-        self._unhealthy.clear()
+        self._watch.begin_call()
         outcome: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
         self._requests.put(_Request(function, outcome))
         while True:
             try:
                 value, error = outcome.get(timeout=_POLL_SECONDS)
             except queue.Empty:
-                self._check_ranks(call)
+                if (failure := self._watch.obstacle(call, self.seconds())) is not None:
+                    self._fail(failure)
                 continue
             except KeyboardInterrupt:
                 self.tell_stopped()
@@ -308,76 +301,18 @@ class MlxCollective:
             health.call = ""
             return cast(_T, value)
 
-    def _check_ranks(self, call: str) -> None:
-        """Asks the others for their health; raises once it is known that ``call`` will not complete."""
-        seconds, timeout = self.seconds(), self._settings.timeout
-        if self._health.operation == 1:  # the group has not formed
-            if seconds > timeout:
-                self._fail("timeout", f"MLX's group did not form within {timeout:g} s; do all ranks run?")
-            return
-        healths = self._ask_all()
-        for rank, (state, since) in self._unhealthy.items():
-            # MLX raises when a connection breaks; this is for failures that it does not notice.
-            if (lasted := time.monotonic() - since) > timeout:
-                kind = "lost" if state == "ended" else "timeout"
-                self._fail(kind, f"{self._name(rank)} has been {state} for {lasted:.0f} s while {call} went on")
-        self._raise_reported(healths)
-        for rank, health in healths.items():
-            if health.operation == self._health.operation and health.call and health.call != call:
-                text = f"{self._name(rank)} is at {health.call}, this rank at {call}"
-                self._fail("protocol", f"{text}; do all ranks run the same macft, data and configuration?")
-        behind = {rank: health for rank, health in healths.items() if health.operation < self._health.operation}
-        if behind and seconds > self._settings.patience:
-            rank = min(behind, key=lambda rank: behind[rank].operation)
-            text = f"{self._name(rank)} is alive but did not reach {call} for {seconds:.0f} s"
-            self._fail("timeout", f"{text}; it may still compute: collective.patience sets the limit")
-        all_stuck = all(health.call and health.seconds > timeout for health in healths.values())
-        if not behind and not self._unhealthy and seconds > timeout and all_stuck:
-            text = f"all ranks have been in {call} for {seconds:.0f} s and it does not end"
-            self._fail("timeout", f"{text}: MLX's communication hangs (mlx issue 4475); collective=ring does not")
-        if seconds > self._settings.patience:
-            self._fail("timeout", f"{call} did not end for {seconds:.0f} s; collective.patience sets the limit")
-
-    def _ask_all(self) -> dict[int, Health]:
-        healths = {}
-        for rank, address in enumerate(self._addresses):
-            if rank == self.rank:
-                continue
-            answer = ask(address, self._secret)
-            if isinstance(answer, Health):
-                healths[rank] = answer
-                self._unhealthy.pop(rank, None)
-            elif self._unhealthy.get(rank, ("", 0.0))[0] != answer:
-                self._unhealthy[rank] = (answer, time.monotonic())
-                _log.warning("%s is %s", self._name(rank), answer)
-        return healths
-
-    def _raise_reported(self, healths: dict[int, Health]) -> None:
-        """Raises the failure that another rank reports, if any does."""
-        for health in healths.values():
-            if health.reason:
-                kind, _, reason = health.reason.partition(" ")
-                self._fail(kind if kind in _FAILURES else "lost", reason)
-
     def _raise_mlx_error(self, call: str, error: Exception) -> NoReturn:
-        """Raises MLX's own error, with the name of the rank that is gone if its health shows it."""
         text = " ".join(str(error).split())
         if self._health.operation == 1:
             self._failure = CollectiveError(f"MLX can't form its group: {text}")
             raise self._failure
-        self._raise_reported(self._ask_all())
-        gone = " and ".join(self._name(rank) for rank in self._unhealthy) or "a neighbour"
-        self._fail("lost", f"{gone} left while {call} went on (MLX: {text})")
+        self._fail(self._watch.explain(call, text))
 
-    def _fail(self, kind: str, text: str) -> NoReturn:
-        self._failure = _FAILURES[kind](text)
-        self._health.reason = f"{kind} {text}"
-        _log.warning("group ended (%s): %s", kind, text)
+    def _fail(self, failure: GroupFailure) -> NoReturn:
+        self._failure = failure.error
+        self._health.reason = f"{failure.kind} {failure.text}"
+        _log.warning("group ended (%s): %s", failure.kind, failure.text)
         raise self._failure
-
-    def _name(self, rank: int) -> str:
-        known = [*self._names[rank : rank + 1], *self._addresses[rank : rank + 1]]
-        return f"rank {rank}" + (f" ({', '.join(dict.fromkeys(word for word in known if word))})" if known else "")
 
 
 def _check_blob(payload: bytes) -> None:

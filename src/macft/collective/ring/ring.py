@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import struct
 import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -29,6 +28,7 @@ from macft.collective.ring.listener import COPY_BELOW, Listener
 from macft.collective.ring.path import WINDOW
 from macft.collective.ring.stream import new_buffer
 from macft.collective.ring.transfer import BlobTransfer, CodedReduction, GatherReduce, Reduction, Transfer
+from macft.collective.ring.tuning import PROBE_BYTES, Tuning, measured_ring, report
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import (
     CALL_NAMES,
@@ -45,10 +45,6 @@ from macft.errors import CollectiveError, PeerLost, PeerStopped, PeerTimeout, Pr
 
 _GATHER_REDUCE_BYTES = 768 * 1024
 """All-reduces of up to this over the number of ranks use :class:`GatherReduce`, until :meth:`Ring.tune` lowers it."""
-_TUNE_BYTES = 512 * 1024
-_MIN_PIECE_BYTES = 128 * 1024
-_PIECE_SECONDS = 2e-3
-"""Time to send one piece: long enough that the fixed cost of a frame hardly matters."""
 _POLL_SECONDS = 0.5
 """Longest single wait; connection events and frames end it at once."""
 _log = logging.getLogger("macft.ring")
@@ -99,8 +95,9 @@ class Ring:
         except BaseException:
             self._listener.close()
             raise
-        self._gather_reduce_bytes = min(_GATHER_REDUCE_BYTES // world_size, self._settings.piece_bytes)
-        self._piece_bytes = self._settings.piece_bytes
+        piece_bytes = self._settings.piece_bytes
+        self.tuning = Tuning(min(_GATHER_REDUCE_BYTES // world_size, piece_bytes), piece_bytes)
+        """The same on all ranks."""
         self._early_frames = [*self._links.early_frames]  # frames of later calls
         self._channels: list[StreamChannels] = []
         self._speed: RingSpeed | None = None
@@ -151,14 +148,14 @@ class Ring:
             raise ValueError(f"all_reduce of {total} bytes: {MAX_CALL_BYTES} are the most")
         # The trainer checks the sums for infinity and NaN.
         with np.errstate(over="ignore", invalid="ignore"):
-            if total <= self._gather_reduce_bytes:
+            if total <= self.tuning.gather_reduce_bytes:
                 call = self._next_call(Kind.EXCHANGE)
                 gather_reduce = GatherReduce(call, buffers, self._world_size, lend=self._links.sends_immediately)
                 self._run(gather_reduce)
                 gather_reduce.finish()
             else:
                 call = self._next_call(Kind.PIECE)
-                self._run(Reduction(call, buffers, self._world_size, self._piece_bytes))
+                self._run(Reduction(call, buffers, self._world_size, self.tuning.piece_bytes))
         unfuse(copies)
 
     def all_reduce_coded(self, array: NDArray[np.float32], codec: WireCodec, residual: NDArray[np.float32]) -> None:
@@ -172,7 +169,7 @@ class Ring:
         Raises:
             CollectiveError: as :meth:`all_reduce`.
         """
-        call, piece_bytes = self._next_call(Kind.PIECE), self._piece_bytes
+        call, piece_bytes = self._next_call(Kind.PIECE), self.tuning.piece_bytes
         with np.errstate(over="ignore", invalid="ignore"):
             self._run(CodedReduction(call, array, codec, residual, self._world_size, piece_bytes))
 
@@ -184,42 +181,33 @@ class Ring:
     def tune(self) -> None:
         """Measures the links and chooses algorithm and piece size by them. A collective call: all ranks make it.
 
-        GatherReduce takes n - 1 hops of all bytes, Reduction 2n - 2 hops of an n-th. They are equal at
-        bytes = latency * speed * n / (n - 2). With two ranks both send the same bytes, so GatherReduce is never slower.
-        While a piece is added, the wire may be idle, so pieces are smaller on a slow link.
+        See :mod:`~macft.collective.ring.tuning`.
         """
         ranks = self._world_size
         latency = min(_seconds(self.barrier) for _ in range(4)) / (ranks - 1)
         gathers = [self._timed_gather() for _ in range(2)]
         hop = min(whole for whole, _ in gathers) / (ranks - 1)
         from_left = min(first for _, first in gathers)
-        own = [latency, *(_TUNE_BYTES / max(seconds - latency, 1e-6) for seconds in (hop, from_left))]
-        measured = self.all_gather(struct.pack("<ddd", *own))
-        latencies, speeds, links = zip(*(struct.unpack("<ddd", blob) for blob in measured), strict=True)
-        # What a rank has measured is the link from its left neighbour.
-        self._speed = RingSpeed(sum(latencies) / ranks, (*links[1:], links[0]))
-        if ranks > 2:
-            crossover = min(latencies) * min(speeds) * ranks / (ranks - 2)
-            self._gather_reduce_bytes = int(min(crossover, self._gather_reduce_bytes))
-        piece_bytes = max(_MIN_PIECE_BYTES, int(min(speeds) * _PIECE_SECONDS)) & ~7
-        self._piece_bytes = min(piece_bytes, self._settings.piece_bytes)
+        limits = Tuning(self.tuning.gather_reduce_bytes, self._settings.piece_bytes)
+        self._speed, latency, bandwidth, self.tuning = measured_ring(
+            self.all_gather(report(latency, hop, from_left)), limits
+        )
         _log.info(
             "ring measured: %.0f us a hop, %.0f MB/s; gather-reduce up to %d bytes, pieces of %d bytes",
-            1e6 * min(latencies),
-            min(speeds) / 1e6,
-            self._gather_reduce_bytes,
-            self._piece_bytes,
+            1e6 * latency,
+            bandwidth / 1e6,
+            *self.tuning,
         )
 
     def _timed_gather(self) -> tuple[float, float]:
-        """Seconds of an all-gather of ``_TUNE_BYTES``, and until the left neighbour's own bytes were here.
+        """Seconds of an all-gather of ``PROBE_BYTES``, and until the left neighbour's own bytes were here.
 
         All ranks begin at about the same time, and send their own bytes first.
         """
         self.barrier()
         transfer = BlobTransfer(
             self._next_call(Kind.GATHER),
-            bytes(_TUNE_BYTES),
+            bytes(PROBE_BYTES),
             self._world_size,
             range(self._world_size),
             self._settings.piece_bytes,
