@@ -49,7 +49,7 @@ class AgreedEnd:
         self._kept: RunEnded | None = None
 
     def finish(self, reason: str, before: Mapping[str, Any]) -> str:
-        """Training has come to its end for ``reason``; returns why the run ended. A call of all ranks.
+        """Training has come to its end for ``reason``; returns why the run ended. A collective call.
 
         ``before`` is the score before training.
 
@@ -71,7 +71,7 @@ class AgreedEnd:
     def interrupt(self) -> str:
         """All ranks have agreed to stop, and the state is saved: exports the adapter as it is, to be tried.
 
-        A call of all ranks; returns why the run ended. A disk that can't be written is a warning.
+        A collective call; returns why the run ended. A disk that can't be written is a warning.
         """
         run = self._run
         run.stop.plan = "the adapter is saved"
@@ -115,7 +115,7 @@ class AgreedEnd:
         self._report(self._event("failed", detail=str(error)))
 
     def _keep_adapter(self, first: int) -> _Kept:
-        """Writes the adapter on the first rank, from ``first`` on, that can; all ranks learn which. A call of all."""
+        """Writes the adapter on the first rank, from ``first`` on, that can; all ranks learn which. A collective call."""
         fault_points.reach("export")
         run = self._run
         collective, troubles = run.collective, list[str]()

@@ -13,7 +13,7 @@ _LONGEST_TEXT = 200
 
 
 def describe_nodes(run: Run) -> RingFormed:
-    """The nodes of this ring. A call of all ranks.
+    """The nodes of this ring. A collective call.
 
     Raises:
         CollectiveError: as the collective's calls.

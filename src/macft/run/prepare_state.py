@@ -29,7 +29,7 @@ def share_state(
 ) -> list[str]:
     """Gives all ranks the same state: rank 0's initial one, or with ``resume`` that of the newest checkpoint.
 
-    Any rank may hold the newest checkpoint that can be read. Returns lines for the user. A call of all ranks.
+    Any rank may hold the newest checkpoint that can be read. Returns lines for the user. A collective call.
 
     Raises:
         CheckpointError: the run has checkpoints, and none of them can be read on any node.

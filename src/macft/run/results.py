@@ -33,7 +33,7 @@ def results_of(run: Run, before: Mapping[str, Any], loss: float | None) -> dict[
 def choose_final_adapter(run: Run) -> float | None:
     """Loads the best checkpoint's adapter if ``training.export`` says so; returns the validation loss of the adapter.
 
-    A call of all ranks.
+    A collective call.
     """
     progress, store = run.state.progress, run.saver.store
     if run.state.has_final_adapter:

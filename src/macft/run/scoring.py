@@ -84,7 +84,7 @@ def score_after(run: Run, before: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _measure(run: Run, when: str) -> tuple[dict[str, float], Scored | None]:
-    """The value of each metric, and the answers; a call of all ranks."""
+    """The value of each metric, and the answers; a collective call."""
     asked, values, seconds = run.held_out, dict[str, float](), 0.0
     scored: Scored | None = None
     if asked.questions:

@@ -154,7 +154,7 @@ class NodeCoordinator:
         self._take()
 
     def _obstacles(self, layout: StageLayout) -> list[str]:
-        """What the ranks lack for their parts of ``layout``. A call of all ranks."""
+        """What the ranks lack for their parts of ``layout``. A collective call."""
         collective, own = self.collective, ""
         if self._fit is not None:
             own = self._fit.obstacle(layout, collective.rank, collective.world_size)

@@ -270,7 +270,7 @@ class PipelinedGradient:
         return local if sums is None else sums.result(local)
 
     def _settle(self) -> _StageRun | None:
-        """This rank's stage, with its parts of the model, and not others, kept in memory. A call of all ranks."""
+        """This rank's stage, with its parts of the model, and not others, kept in memory. A collective call."""
         channels, place = self._places.channels(), self._places.own
         ends = frozenset[str]() if place is None else place.ends
         if not (ends == self._whole.staged.ends == self._weights.ends):  # others, which answer, use the weights too

@@ -88,7 +88,7 @@ def _own_node(part: NodePart) -> Node | None:
 
 
 def agree_on_placement(part: NodePart, collective: Collective) -> RunPlacement:
-    """The placement of the run that ``part`` is this node's part of. A call of all ranks.
+    """The placement of the run that ``part`` is this node's part of. A collective call.
 
     Under ``topology.placement=auto`` nodes with room for the whole model keep it, and nothing is measured. Otherwise
     each node tells its speed, memory, disk and link, and how it would compute alone.

@@ -73,7 +73,7 @@ def followed(collective: Collective, layouts: MemberLayouts, agreed: StageLayout
 
 
 def agree(collective: Collective, layouts: MemberLayouts) -> tuple[LayoutOf, str]:
-    """Rank 0's layout for the members of now, that of ``layouts`` for others later, and a line. A call of all ranks.
+    """Rank 0's layout for the members of now, that of ``layouts`` for others later, and a line. A collective call.
 
     The line says why some nodes have no stage, or stages another order than ranks; it is empty where that isn't so.
     """

@@ -72,7 +72,7 @@ def own_report(
 
 
 def gather_reports(collective: Collective, own: Node | None) -> list[Node]:
-    """Every rank's node, by rank; none at all if a rank has None. A call of all ranks.
+    """Every rank's node, by rank; none at all if a rank has None. A collective call.
 
     Raises:
         ConfigError: a rank's report is not valid.

@@ -173,7 +173,7 @@ class GenerationRank:
         return self._loaded
 
     def agree(self, wanted: DistributedModel | None, *, leads: bool) -> tuple[DistributedModel | None, int]:
-        """What the leader wants all to load, None for nothing more, and its rank. A call of all ranks.
+        """What the leader wants all to load, None for nothing more, and its rank. A collective call.
 
         Raises:
             PeerLost: the leader is gone.
@@ -188,7 +188,7 @@ class GenerationRank:
 
     @contextmanager
     def open_stage(self, wanted: DistributedModel, leader: int) -> Iterator[OpenStage]:
-        """This rank's part of ``wanted``, as all ranks have agreed on it. A call of all ranks.
+        """This rank's part of ``wanted``, as all ranks have agreed on it. A collective call.
 
         Raises:
             MacftError: a rank can't load its part; all ranks raise it, and it names that rank.
