@@ -115,7 +115,7 @@ class AgreedEnd:
         self._report(self._event("failed", detail=str(error)))
 
     def _keep_adapter(self, first: int) -> _Kept:
-        """Writes the adapter on the first rank, from ``first`` on, that can; all ranks learn which. A collective call."""
+        """Writes the adapter on the first rank, from ``first`` on, that can; all learn which. A collective call."""
         fault_points.reach("export")
         run = self._run
         collective, troubles = run.collective, list[str]()
