@@ -28,7 +28,7 @@ from macft.evaluation.metrics import is_higher_better
 _GRID = "BasicSweeper"
 _ONE_AFTER_ANOTHER = "BasicLauncher"
 _MOST_JOBS_CHECKED = 50
-"""Composing a job takes a tenth of a second or more. Of a larger sweep values are checked one by one, up to so many."""
+"""Composing a job takes a tenth of a second or more. In a larger sweep each value is checked by itself."""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class NodePart:
         return planner_for(self.config, self.shape, execution, steps_of_shard(self.config, steps, shard, execution))
 
     def of_pipelines(self, count: int) -> MemoryPlanner:
-        """The prediction for all rows, in the micro-batches of a run with so many pipelines."""
+        """The prediction for all rows, in the micro-batches of a run with this many pipelines."""
         return pipelines_planner(self.config, self.shape, self.steps[:_STEPS], Device.default(), count)
 
 
@@ -97,7 +97,7 @@ def packed_or_padded(
 def pipelines_planner(
     config: TrainConfig, shape: ModelShape, steps: Sequence[StepRows], device: Device, pipelines: int
 ) -> MemoryPlanner:
-    """The prediction for all rows of ``steps``, in the micro-batches of a run with so many ``pipelines``."""
+    """The prediction for all rows of ``steps``, in the micro-batches of a run with this many ``pipelines``."""
     topology = replace(config.topology, placement="pipeline", pipelines=pipelines)
     config = replace(config, topology=topology)
     execution = replace(packed_or_padded(config, shape, steps, device)[0], lanes=1)

@@ -71,7 +71,7 @@ class NodeCoordinator:
         return self.elastic is not None and self.elastic.wants_change
 
     def begin_step(self, micro_batches: int) -> None:
-        """Announces a step of so many micro-batches of this rank."""
+        """Announces a step of this many micro-batches of this rank."""
         self._throttle.begin_step(micro_batches)
 
     def before_micro_batch(self) -> None:

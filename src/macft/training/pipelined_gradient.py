@@ -285,7 +285,7 @@ class PipelinedGradient:
         resident = frozenset(spread(blocks, min(len(blocks), capacity)))
         if resident != self._weights.resident:
             self._weights.resident = resident
-        # What else there is room for was found for a stage of so many blocks.
+        # What else there is room for was found for a stage of this many blocks.
         has_room = len(blocks) <= len(self.execution.resident_blocks) and not fewer
         execution = self.execution if has_room else replace(self.execution, activation_capacity=0, border_capacity=0)
         return _StageRun(

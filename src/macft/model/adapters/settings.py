@@ -24,7 +24,7 @@ class AdapterConfig:
     rslora: bool = False
     # Probability with which an input of the low-rank path is dropped while training.
     dropout: float = 0.0
-    # The last so many blocks; -1 means all of them.
+    # How many of the last blocks are trained; -1 means all of them.
     num_layers: int = -1
     # Block numbers, from 0, instead of `num_layers`: [0, 1, 28, 29].
     layers: list[int] = field(default_factory=list)

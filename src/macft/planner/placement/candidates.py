@@ -56,7 +56,7 @@ def order_line(found: FoundPipelines, names: Sequence[str]) -> str:
 
 
 def rank_names(count: int) -> list[str]:
-    """The names of so many ranks."""
+    """``rank 0``, ``rank 1`` and so on, ``count`` of them."""
     return [f"rank {rank}" for rank in range(count)]
 
 
@@ -106,7 +106,7 @@ def run_pipelines(
 ) -> FoundPipelines | None:
     """The fastest pipelines of a run, None if none fit.
 
-    ``planner_of``: the prediction for all rows, in the micro-batches of a run with so many pipelines. ``counts``: how
+    ``planner_of``: the prediction for all rows, in the micro-batches of a run with this many pipelines. ``counts``: how
     many pipelines there may be.
     """
     best: FoundPipelines | None = None

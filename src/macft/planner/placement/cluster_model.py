@@ -185,7 +185,7 @@ class PipelineClock:
     floor: float = 0.0
 
     def seconds(self, micro_batches: int) -> float:
-        """Of a step of so many micro-batches."""
+        """Of a step of this many micro-batches."""
         return max(self.floor, self.fill + (micro_batches - 1) * self.period) if micro_batches else 0.0
 
 

@@ -69,7 +69,7 @@ def preferred(found: Mapping[str, LayoutDecision]) -> str:
 def best_pipelines(
     nodes: Sequence[Node], ring: RingLinks, model: ModelCost, step: StepWork, pipelines: int = 1
 ) -> tuple[LayoutDecision | None, LayoutDecision | None]:
-    """The layout of exactly so many pipelines for a run, and the best one of all nodes in their order; None if none.
+    """The layout of exactly this many pipelines for a run, and the best one of all nodes in their order; None if none.
 
     The first is the second unless another order of the stages, or fewer nodes, are clearly faster.
     """

@@ -73,7 +73,7 @@ class PlannedWork:
         return self._planner(_ALL_ROWS, execution)
 
     def in_pipelines(self, pipelines: int) -> MemoryPlanner:
-        """The prediction for all rows, in the micro-batches of a run with so many pipelines."""
+        """The prediction for all rows, in the micro-batches of a run with this many pipelines."""
         return pipelines_planner(self.config, self.shape, self.steps, self.machines.device, pipelines)
 
     def node_plan(self, shard: DataShard, execution: Execution, *, speed: float, disk: float) -> NodePlan:

@@ -33,7 +33,7 @@ _AGAIN = 4.0 / 3.0
 
 
 class HandOver(LayoutChanges):
-    """The layouts of a run's pipelines for its members of now, better ones included.
+    """The layouts of a run's pipelines for its current members, better ones included.
 
     Args:
         collective: The members.
@@ -52,7 +52,7 @@ class HandOver(LayoutChanges):
         self._paces: dict[str, float] = {}
 
     def layout_of(self, world_size: int) -> StageLayout | None:
-        """The layout of the members of now; None if nodes are to be taken as alike."""
+        """The layout of the current members; None if nodes are to be taken as alike."""
         members, found = members_of(self._collective), None
         if len(members) == world_size and (self._paces or members != self._first_members):
             found = self._layouts.layout(members)
@@ -64,7 +64,7 @@ class HandOver(LayoutChanges):
         return to_payload(self._own)
 
     def learn(self, reports: Sequence[bytes]) -> None:
-        """Takes what the members of now tell: there may be new ones."""
+        """Takes the reports of the current members: there may be new ones."""
         told = [node for report in reports if (node := from_payload(report)) is not None]
         if len(told) == len(reports):
             self._told = dict(zip(members_of(self._collective), alike(told), strict=True))

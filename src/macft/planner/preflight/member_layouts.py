@@ -26,8 +26,8 @@ class MemberLayouts:
     """Cuts by ``nodes``: by member, what it told at the start.
 
     ``pipelines``: how many there are, if there are two nodes for each. ``planner_of``: the prediction for all rows, in
-    the micro-batches of a run with so many pipelines. ``shares``: of the rows, by member; one that joined gets the mean
-    of the others, as :class:`~macft.parallel.balance.ShareBalancer` gives it. None: by speed.
+    the micro-batches of a run with this many pipelines. ``shares``: of the rows, by member; one that joined gets the
+    mean of the others, as :class:`~macft.parallel.balance.ShareBalancer` gives it. None: by speed.
     """
 
     nodes: Mapping[str, Node]
@@ -60,7 +60,7 @@ class MemberLayouts:
 
 
 def followed(collective: Collective, layouts: MemberLayouts, agreed: StageLayout | None) -> LayoutOf:
-    """``agreed`` for the members of now, and the layout of ``layouts`` for others later."""
+    """``agreed`` for the current members, and the layout of ``layouts`` for others later."""
     first = members_of(collective)
 
     def layout_of(world_size: int) -> StageLayout | None:
@@ -73,7 +73,7 @@ def followed(collective: Collective, layouts: MemberLayouts, agreed: StageLayout
 
 
 def agree(collective: Collective, layouts: MemberLayouts) -> tuple[LayoutOf, str]:
-    """Rank 0's layout for the members of now, that of ``layouts`` for others later, and a line. A collective call.
+    """Rank 0's layout for the current members, that of ``layouts`` for others later, and a line. A collective call.
 
     The line says why some nodes have no stage, or stages another order than ranks; it is empty where that isn't so.
     """

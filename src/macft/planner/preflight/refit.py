@@ -47,7 +47,7 @@ class WholeModelRefit:
     fixed: bool = False
 
     def __call__(self, layout: StageLayout, rank: int, world_size: int) -> Fitted:  # noqa: ARG002
-        """How ``rank`` of so many computes; raises ConfigError where that doesn't fit."""
+        """How ``rank`` of ``world_size`` ranks computes; raises ConfigError where that doesn't fit."""
         planner = self.planner_of(DataShard(rank, world_size), self.execution, self.steps)
         if self.execution.placement == "stream":
             whole_model = WholeModelPlanner(planner, self.budget, "stream", self.resident, auto=not self.fixed)
