@@ -127,7 +127,7 @@ class StagedModel:
             return float(np.asarray(cross_entropy(hidden, targets, weights, with_gradient=False)))
 
     def loss_and_gradient(self, lane: int, work: Work) -> tuple[mx.array, mx.array]:
-        """The summed loss, and its gradient by what the last block has computed."""
+        """The summed loss (), in nats, and its gradient by the last block's result (rows, length, d)."""
         inputs, positions, targets, weights = work.arrays
         cut, cross_entropy = self._exits[lane]
 

@@ -36,7 +36,7 @@ class Arguments:
     hidden_name: str = ""
 
     def given_to(self, call: Callable[..., Any], hidden: mx.array) -> Any:
-        """Calls ``call``, a block, with ``hidden`` and these arguments."""
+        """Calls ``call``, a block, with ``hidden`` (rows, length, d) and these arguments."""
         if self.hidden_name:
             return call(*self.positional, **{self.hidden_name: hidden}, **self.named)
         return call(hidden, *self.positional, **self.named)
@@ -108,12 +108,15 @@ class CutModel:
         return Entry(seen[0][1], [arguments for _, _, arguments in seen])
 
     def block(self, number: int, hidden: mx.array, arguments: Arguments) -> mx.array:
-        """What block ``number`` makes of ``hidden``."""
+        """What block ``number`` makes of ``hidden`` (rows, length, d), in the same shape."""
         output: mx.array = arguments.given_to(self.blocks[number], hidden)
         return output
 
     def leave(self, inputs: mx.array, hidden: mx.array) -> mx.array:
-        """What the model makes of ``hidden``, the last block's result for the tokens ``inputs``."""
+        """What the model makes of ``hidden`` (rows, length, d), the last block's result for the tokens ``inputs``.
+
+        ``inputs`` is (rows, length). Logits (rows, length, vocabulary), or of a backbone normed hidden states.
+        """
         last = len(self.blocks) - 1
         with self._answered_by(lambda number, _call, before, _: hidden if number == last else before):
             return self._call(inputs)
