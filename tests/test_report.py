@@ -226,6 +226,23 @@ def test_a_terminal_of_60_columns_shows_whole_words(tmp_path: Path, monkeypatch:
     assert [word for word in words if word.endswith("2026-01-31_12-00-00")]
 
 
+@pytest.mark.parametrize(
+    ("width", "end"), [(100, "0.50 s/step  left 0:10"), (80, "800 tokens/s   0.50 s/step"), (70, "800 tokens/s")]
+)
+def test_a_step_has_one_line_where_the_bar_has_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, end: str
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    file = io.StringIO()
+    console = ConsoleReporter(every=1, console=Console(file=file, width=width, highlight=False, force_terminal=True))
+    console.handle(started(tmp_path))
+    console.handle(step(1))
+    console.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\r", "\n")
+    (line,) = [line for line in text.splitlines() if "grad" in line]
+    assert line.endswith(end)
+
+
 # TensorBoard
 
 

@@ -129,6 +129,13 @@ def test_empty_answers_are_told_where_the_whole_row_is_the_target(tmp_path: Path
     ]
 
 
+def test_texts_of_damaged_files_are_told(tmp_path: Path, tiny_model_folder: Path) -> None:
+    rows = [PAIR, PAIR | {"completion": "4\x002"}, {"text": "caf\ufffd"}, PAIR | {"prompt": "\x00?"}]
+    notes = notes_of(tokenizer_with(tiny_model_folder, CHATML), written(tmp_path, rows), mask_prompt=False)
+    assert notes[0] == "train: 2 of 4 rows have NUL characters; is the file damaged? (first: row 2)"
+    assert "1 of 4 rows have the character U+FFFD" in notes[1]
+
+
 def test_an_answer_that_the_template_leaves_out_is_an_error_if_all_are(tmp_path: Path, tiny_model_folder: Path) -> None:
     tokenizer = tokenizer_with(tiny_model_folder, WITHOUT_CALLS)
     call = chat({"content": None, "tool_calls": [CALL]})

@@ -191,7 +191,7 @@ def _jobs(choices: list[_Choice], *, is_grid: bool) -> Iterator[tuple[int | None
 def _of_job(error: Exception, number: int | None, job: list[str], swept: list[_Choice]) -> ConfigError:
     """The error, with the job that it is of."""
     values = " ".join(text for text in job if any(text in choice.overrides for choice in swept))
-    if number is None and "could not be converted to Integer" in str(explained(error)):
+    if number is None and "is not a whole number" in str(explained(error)):
         values += "; for whole numbers write int(interval(...)) or a range"
     if not values:
         return explained(error)

@@ -118,7 +118,7 @@ def prepare(
     is_first = collective.rank == 0
     model = prepare_model(config, prepared, decision.execution, phases, device=device, reads_adapter=is_first)
 
-    begin_phase(phases, "sharing the state")
+    begin_phase(phases, "sharing the state" if collective.world_size > 1 else "preparing the first step")
     state = new_state(config, model.loaded.model, optimizer, collective)
     store = CheckpointStore(folder.checkpoints, keep_last=training.keep_last)
     if role.has_own_folder and config.report.overwrite and not resume:

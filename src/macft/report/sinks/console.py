@@ -167,7 +167,7 @@ class ConsoleReporter:
         is_long = self._untold_seconds >= _LONGEST_SILENCE
         if is_first or is_long or event.step % self._every == 0 or event.step == event.total_steps:
             self._untold_seconds = 0.0
-            self._fields(
+            fields = [
                 self._position(event.step),
                 f"loss {event.loss:6.3f}",
                 f"lr {event.learning_rate:.2e}",
@@ -175,7 +175,10 @@ class ConsoleReporter:
                 f"{rate:>14}",
                 f"{self._speed.seconds_per_step:5.2f} s/step",
                 f"left {left}",
-            )
+            ]
+            lines = [fields[:count] for count in (7, 6, 5)]  # the bar has the time that is left, and the speed
+            in_one = [line for line in lines if len("  ".join(line)) <= self._console.width]
+            self._fields(*(in_one[0] if self._is_live and in_one else fields))
 
     def _show_validation(self, event: Evaluated) -> None:
         self._end_phase()
