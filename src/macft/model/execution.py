@@ -162,7 +162,7 @@ class Execution:
         return replace(self, packing=False, shared_prefixes=False, requires_packing=False, pack_tokens=None)
 
 
-def resolve(
+def resolve(  # noqa: PLR0913  (one for each key of the configuration)
     model: ModelConfig,
     checkpoint: WeightFormat,
     device: Device,
