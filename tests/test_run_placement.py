@@ -20,9 +20,9 @@ from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.errors import ConfigError
 from macft.membership.paxos import View
+from macft.model.confirm import obstacle_to_cutting
 from macft.model.execution import Execution
 from macft.model.settings import ModelConfig
-from macft.model.trials.confirm import obstacle_to_cutting
 from macft.parallel.shares import DataShard
 from macft.planner.node_part import NodePart
 from macft.planner.placement.cluster_model import Node

@@ -46,7 +46,7 @@ class Execution:
     """How one node computes a run. Loading, gradient, validation, evaluation and planner read it and decide nothing.
 
     :func:`resolve` makes it before the model is loaded. The memory planner (``topology.batch=auto``) and
-    :func:`~macft.model.trials.confirm.confirm` may replace it by a changed copy. ``kernels`` is the backend
+    :func:`~macft.model.confirm.confirm` may replace it by a changed copy. ``kernels`` is the backend
     (:mod:`macft.model.backends`): "mlx", MLX operations only, as on Metal and CUDA, or "cpu", NumPy and OpenBLAS, for
     float32 models on a Linux CPU.
     """

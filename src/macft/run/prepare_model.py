@@ -12,9 +12,9 @@ from macft.model.adapters.adapt import Adaptation, adapt
 from macft.model.adapters.files import load_adapter_weights
 from macft.model.backends.base import Backend
 from macft.model.backends.choose import make_backend
+from macft.model.confirm import confirm
 from macft.model.execution import Execution
 from macft.model.load import LoadedModel, load
-from macft.model.trials.confirm import confirm
 from macft.parallel.stage_places import StagePlaces
 from macft.report.phase_lines import PhaseLines
 from macft.run.prepare_data import PreparedData, begin_phase

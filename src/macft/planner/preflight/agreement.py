@@ -12,7 +12,7 @@ from macft.collective.elastic import ElasticCollective
 from macft.collective.matching import Texts
 from macft.config.schema import TrainConfig
 from macft.errors import ConfigError, ModelError
-from macft.model.trials.confirm import obstacle_to_cutting
+from macft.model.confirm import obstacle_to_cutting
 from macft.parallel.stage_layout import StageLayout
 from macft.planner.node_part import NodePart
 from macft.planner.placement.candidates import (
