@@ -168,7 +168,7 @@ def test_the_ranks_of_hosts_measure_together(tmp_path: Path, backend: str) -> No
         (["--training", "topology=local"], "topology=local: --training takes no overrides"),
         (["--training", "--steps", "0"], "--steps: must be greater than 0"),
         (["--quick"], "--quick: needs --training"),
-        (["--json", "/no/such/folder/x.json"], "--json: the folder of /no/such/folder/x.json does not exist"),
+        (["--json", "/no/such/folder/x.json"], "--json: the folder /no/such/folder does not exist"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

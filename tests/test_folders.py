@@ -316,6 +316,35 @@ def test_letters_that_the_terminal_lacks_are_numbers(monkeypatch: pytest.MonkeyP
     assert shown.getvalue() == b"\\xb7 memory\n"
 
 
+def test_a_folder_that_was_removed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run_command(lambda _: 0, []) == 2
+    assert capsys.readouterr().err == "error: the current folder no longer exists; go to another one with cd\n"
+
+
+def test_a_command_may_have_no_standard_streams(tmp_path: Path) -> None:
+    """A file that is opened would get the number of standard output, and the command's lines."""
+    script = (
+        "from pathlib import Path; from macft.cli.run_command import run_command\n"
+        "def main(_):\n    with Path('rows').open('w') as rows:\n        print('a line', flush=True)\n"
+        "        rows.write('rows')\n"
+        "raise SystemExit(run_command(main, []))"
+    )
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&- >&-', "sh", sys.executable, "-c", script],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "rows").read_text() == "rows"
+
+
 def test_mlx_lm_is_imported_where_few_files_may_be_open() -> None:
     script = (
         "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 2048)); import macft, mlx_lm.utils; "

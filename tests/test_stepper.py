@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from harness.execution import execution_with
 from helpers.models import assert_same_gradient, make_model
@@ -170,6 +170,10 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, installed: Ex
         run.train()
     assert [event.step for event in recorder.steps] == [1]
     assert run.state.progress.step == 1
+    damaged = trainer(installed, tmp_path, Recorder(), compiling="true", eval_every=0)
+    damaged.state.model.update(tree_map(lambda weight: weight * mx.nan, damaged.state.model.trainable_parameters()))
+    with pytest.raises(NonFiniteLoss, match=r"^step 1: the loss is nan .* No step was before it: the model's weights"):
+        damaged.train()
     once = trainer(
         installed, tmp_path, Recorder(), compiling="true", optimizer=explode, eval_every=0, max_grad_norm=0.0, steps=1
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from mlx_lm import generate as mlx_lm_generate
 from mlx_lm import load as mlx_lm_load
 
 import macft
+import macft.doctor
 import macft.evaluate
 import macft.fuse
 import macft.generate
@@ -29,7 +31,7 @@ from helpers.models import random_adapter
 from macft import adapter as adapter_command
 from macft.errors import ConfigError, DataError, MacftError, ModelError
 from macft.evaluation.chat import Chat, ModelAnswers, Sampling
-from macft.model.adapters.attach import attach
+from macft.model.adapters.attach import attach, read_adapter_config
 from macft.model.adapters.files import read_tensors
 from macft.model.adapters.peft import export_peft, import_peft
 from macft.model.adapters.settings import AdapterConfig
@@ -433,6 +435,8 @@ def test_full_fine_tuning_has_no_peft_form(tmp_path: Path, tiny_model_folder: Pa
         (macft.generate.main, ["--adapter-path", "{run}"], ModelError, "it has no adapter_config.json"),
         (macft.evaluate.main, ["{run}", "--rows", "0"], ConfigError, "--rows: 0 must be 1 or more"),
         (macft.evaluate.main, ["{run}", "--json", "/no/e.json"], ConfigError, "--json: the folder /no does not exist"),
+        (macft.evaluate.main, ["{run}", "--json", "/"], ConfigError, "--json: / is a folder; name a file"),
+        (macft.doctor.main, ["--report", "/"], ConfigError, "--report: / is a folder; name a file"),
         (macft.evaluate.main, ["{run}", "--dataset", "/no.jsonl"], DataError, "/no.jsonl does not exist"),
         (macft.evaluate.main, ["--model", "x"], ConfigError, "nothing to compare"),
         (macft.fuse.main, ["{run}", "--gguf-path", "../x"], ConfigError, "--gguf-path: ../x must be a file name"),
@@ -447,6 +451,39 @@ def test_a_mistake_is_one_line_before_a_model_loads(
         main([word.format(run=run) for word in words])
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"num_layers": None}, "num_layers"),
+        ({"lora_parameters": {"rank": 8, "scale": "20"}}, "lora_parameters.scale"),
+        ({"lora_parameters": None}, "lora_parameters.rank"),
+    ],
+)
+def test_settings_of_an_adapter_that_are_no_numbers_are_named(
+    tmp_path: Path, change: dict[str, Any], name: str
+) -> None:
+    settings = {"num_layers": 2, "lora_parameters": {"rank": 8, "scale": 20.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | change))
+    (tmp_path / "adapters.safetensors").touch()
+    with pytest.raises(ModelError, match=rf"adapter_config\.json: {re.escape(name)} must be a number"):
+        read_adapter_config(tmp_path)
+
+
+def test_an_adapter_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    settings = {"num_layers": 2, "lora_parameters": {"rank": 8, "scale": 20.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), {"a": mx.ones(2), "b": mx.array([1.0, mx.nan])})
+    with pytest.raises(ModelError, match=r"b has values that are not finite; its training diverged, or it is damaged$"):
+        attach(nn.Linear(2, 2), tmp_path)
+
+
+def test_an_adapter_of_another_kind_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "loha"}')
+    (tmp_path / "adapters.safetensors").touch()
+    with pytest.raises(ModelError, match=r"fine_tune_type must be one of lora, dora, full, not 'loha'$"):
+        read_adapter_config(tmp_path)
 
 
 def test_an_unfinished_run_says_how_to_end_it(run: Path, tmp_path: Path) -> None:

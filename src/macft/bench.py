@@ -27,7 +27,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from macft.cli.parser import Parser, program_name
+from macft.cli.parser import Parser, check_output, program_name
 from macft.cli.run_command import run_command
 from macft.collective_bench.here import measure_here
 from macft.collective_bench.limits import link_speed, memory_copy
@@ -123,9 +123,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     if options.turns < 1 or not options.limit > 0:
         raise ConfigError("--turns and --limit: must be greater than 0")
     for key in ("json", "plot", "out"):
-        path = getattr(options, key)
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"--{key}: the folder of {path} does not exist")
+        check_output(f"--{key}", getattr(options, key))
     return options
 
 

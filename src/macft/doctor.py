@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypedDict
 
-from macft.cli.parser import Parser, command_parser
+from macft.cli.parser import Parser, check_output, command_parser
 from macft.cli.run_command import run_command
 from macft.config.paths import models_by_name
 from macft.device.durable import write_atomically
@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.report is not None:
         if arguments.topology is not None:
             raise ConfigError("--report: it describes this machine; run it on each host, without --topology")
+        check_output("--report", Path(arguments.report))
         write_report(Path(arguments.report), arguments.port)
         return 0
     if arguments.topology is None:

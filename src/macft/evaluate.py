@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from macft.api.evaluation import Evaluation, EvaluationOptions, Progress, Results, evaluate_found
-from macft.cli.parser import Parser, add_column_argument, columns_are_options, command_parser
+from macft.cli.parser import Parser, add_column_argument, check_output, command_parser, keys_are_options
 from macft.cli.run_command import run_command
 from macft.data.sources import SPLITS
 from macft.device.durable import write_atomically
@@ -51,11 +51,10 @@ def main(argv: Sequence[str]) -> None:
     topology = topology_of(arguments)
     if follow_first_host(topology):
         return
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        raise ConfigError(f"--json: the folder {arguments.json.parent} does not exist")
+    check_output("--json", arguments.json)
     tuned = TunedModel.from_arguments(arguments)
     console = Console(highlight=False)
-    with columns_are_options(), ShownPhases() as phases:
+    with keys_are_options(), ShownPhases() as phases:
         evaluation = evaluate_found(
             tuned,
             EvaluationOptions(

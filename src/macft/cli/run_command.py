@@ -13,8 +13,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from macft.errors import MacftError
+from macft.errors import ConfigError, MacftError
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells report it: 128 + SIGINT."""
@@ -41,9 +42,11 @@ def run_command(
     """
     # Without this, the tokenizers library prints a warning when a process that has used it forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _open_what_is_closed()
     _show_any_text()
     _end_in_order()
     try:
+        _check_folder()
         status = main(sys.argv[1:] if argv is None else argv) or 0
         sys.stdout.flush()
         return status
@@ -98,6 +101,28 @@ def _end_in_order() -> None:
 def _ignore_signals() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _open_what_is_closed() -> None:
+    """Opens the null device for standard streams that were closed, as in ``macft data ROWS >&-``.
+
+    The next file would get the descriptor otherwise, and what is printed would be written into it.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (_STDOUT, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def _check_folder() -> None:
+    """Raises ConfigError if the current folder has been removed, for paths have no beginning then."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the current folder no longer exists; go to another one with cd") from error
 
 
 def _show_any_text() -> None:

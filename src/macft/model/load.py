@@ -73,7 +73,7 @@ def load(
             streamed = _block_weights(model, config, path, execution)
         else:
             mx.eval(model.parameters())
-    with _readable(path, "as a model"):
+    with _readable(path, "a model"):
         model.freeze()
     return LoadedModel(
         model=model,
@@ -116,7 +116,7 @@ def _unread(
         kind, arguments = _get_classes(config)
         return (kind if skeleton is None else lambda _: skeleton), arguments
 
-    with _readable(path, "as a model"), plain_path(path) as plain:
+    with _readable(path, "a model"), plain_path(path) as plain:
         model, settings = load_model(
             plain, lazy=True, trust_remote_code=config.trust_remote_code, get_model_classes=classes
         )
@@ -172,7 +172,7 @@ def load_tokenizer(config: ModelConfig, path: Path) -> TokenizerWrapper:
 
     if not any(any(path.glob(pattern)) for pattern in _TOKENIZER_FILES):
         raise ModelError(f"{path} has no tokenizer: neither tokenizer.json nor tokenizer.model")
-    with _readable(path, "tokenizer"):
+    with _readable(path, "a tokenizer"):
         return load_wrapped(
             path,
             {"trust_remote_code": config.trust_remote_code},
@@ -197,7 +197,7 @@ def _readable(path: Path, what: str) -> Iterator[None]:
             reason = "its code in mlx-lm ends the program; it may need a package that isn't installed"
         if "trust_remote_code" in str(error):
             reason = "it runs Python code of its own; read it, then set model.trust_remote_code=true"
-        raise ModelError(f"{path} can't be read {what}: {reason}") from error
+        raise ModelError(f"{path} can't be read as {what}: {reason}") from error
 
 
 def weight_format_of(model: nn.Module) -> WeightFormat:

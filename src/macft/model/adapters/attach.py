@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from mlx.utils import tree_flatten
 
 from macft.cli.shell import command
 from macft.errors import ModelError
-from macft.model.adapters.files import read_tensors
+from macft.model.adapters.files import check_finite, read_tensors
+from macft.model.adapters.settings import KINDS
 from macft.model.mlx_lm_tuner import linear_to_lora_layers, load_adapters
 
 
@@ -38,6 +40,17 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         )
     if not (folder / "adapters.safetensors").is_file():
         raise ModelError(f"{folder} is not an adapter in mlx-lm's format: it has no adapters.safetensors")
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in KINDS:
+        raise ModelError(f"{file}: fine_tune_type must be one of {', '.join(KINDS)}, not {kind!r}")
+    if kind != "full":
+        parameters = config.get("lora_parameters")
+        values = {"num_layers": config.get("num_layers")}
+        for name in ("rank", "scale"):
+            values[f"lora_parameters.{name}"] = parameters.get(name) if isinstance(parameters, dict) else None
+        for name, value in values.items():
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ModelError(f"{file}: {name} must be a number, as mlx_lm.lora writes it, not {value!r}")
     return config
 
 
@@ -49,6 +62,8 @@ def attach(model: nn.Module, folder: Path) -> None:
     """
     config = read_adapter_config(folder)
     tensors = read_tensors(folder / "adapters.safetensors")
+    if config.get("fine_tune_type", "lora") != "full":  # which may be many gigabytes
+        check_finite(folder, tensors)
     try:
         if config.get("fine_tune_type", "lora") == "full":
             load_adapters(model, str(folder))

@@ -43,7 +43,7 @@ def load_adapter_weights(path: Path, model: nn.Module) -> None:
     """Loads ``adapters.safetensors`` at ``path`` (the file, its folder or that of a run) into an adapted ``model``.
 
     Raises:
-        ModelError: The file is missing or its tensors don't fit the adapter.
+        ModelError: The file is missing, its tensors don't fit the adapter, or a value is not finite.
     """
     in_folders = [path / "adapters.safetensors", path / "adapters" / "adapters.safetensors"]
     file = next((found for found in [path, *in_folders] if found.is_file()), None)
@@ -56,8 +56,19 @@ def load_adapter_weights(path: Path, model: nn.Module) -> None:
             f"adapter {file} doesn't fit: {difference}; "
             "adapter.type, rank, layers and targets must be those it was trained with"
         )
+    check_finite(file, weights)
     model.load_weights(list(weights.items()), strict=False)
     mx.eval(model.parameters())
+
+
+def check_finite(path: Path, tensors: Mapping[str, mx.array]) -> None:
+    """Raises ModelError if a value in ``tensors``, read from ``path``, is infinite or NaN."""
+    finite = {name: mx.isfinite(value).all() for name, value in tensors.items()}
+    mx.eval(finite)
+    if wrong := sorted(name for name, is_finite in finite.items() if not is_finite):
+        raise ModelError(
+            f"adapter {path}: {wrong[0]} has values that are not finite; its training diverged, or it is damaged"
+        )
 
 
 def _difference(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:

@@ -88,6 +88,12 @@ def _incomplete(folder: Path) -> str | None:
     """Which files a model folder lacks, as the rest of a sentence; None if it has all that mlx-lm looks for."""
     if not (folder / "config.json").is_file():
         return "has no config.json"
+    try:
+        is_object = isinstance(json.loads((folder / "config.json").read_text(encoding="utf-8")), dict)
+    except (ValueError, RecursionError):
+        is_object = False
+    if not is_object:
+        return "has a config.json that is no JSON object; fetch or copy it again"
     present = {path.name for path in folder.glob("model*.safetensors")}
     if not present:
         return "has no model*.safetensors"

@@ -10,6 +10,7 @@ from macft.errors import ConfigError
 
 # Safetensors itself allows no longer header.
 _LARGEST_HEADER = 100_000_000
+_POINTER = b"version https://git-lfs"
 
 
 def parse_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
@@ -47,12 +48,25 @@ def check_weight_files(folder: Path) -> None:
             size = path.stat().st_size
             expected = _expected_size(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if _is_pointer(path):
+                raise ConfigError(
+                    f"model.path: {path} is only Git LFS's pointer to the weights; run `git lfs pull` in that folder"
+                ) from error
             reason = error.strerror if isinstance(error, OSError) else "its header is damaged"
             raise ConfigError(f"model.path: {path} can't be read ({reason}); fetch or copy it again") from error
         if size != expected:
             raise ConfigError(
                 f"model.path: {path} has {size:,} bytes and should have {expected:,}; fetch or copy it again"
             )
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether a clone of a repository has left the name of the file's contents in its place."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
 
 
 def _expected_size(path: Path) -> int:
