@@ -18,9 +18,9 @@ from macft.data.checks import check_rows, ignored_columns
 from macft.data.load import read, tokenize_all
 from macft.data.settings import DatasetConfig, SourceConfig
 from macft.errors import DataError
+from macft.model.files.vocabulary import vocabulary_of
 from macft.model.load import load_tokenizer
 from macft.model.settings import ModelConfig
-from macft.model.vocabulary import vocabulary_of
 from macft.report.phase_lines import PhaseLines
 from macft.run.prepare_data import prepare_data
 

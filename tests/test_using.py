@@ -33,11 +33,11 @@ from helpers.models import random_adapter
 from macft import adapter as adapter_command
 from macft.errors import ConfigError, DataError, MacftError, ModelError
 from macft.evaluation.chat import Chat, ModelAnswers, Sampling, add_stop_tokens
-from macft.model.adapter_files import read_tensors
-from macft.model.adapter_settings import AdapterConfig
-from macft.model.attach import attach, read_adapter_config
+from macft.model.adapters.attach import attach, read_adapter_config
+from macft.model.adapters.files import read_tensors
+from macft.model.adapters.peft import export_peft, import_peft
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.load import load_tokenizer
-from macft.model.peft import export_peft, import_peft
 from macft.model.settings import ModelConfig
 
 pytestmark = pytest.mark.slow

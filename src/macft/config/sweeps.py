@@ -28,7 +28,7 @@ from macft.evaluation.metrics import is_higher_better
 _GRID = "BasicSweeper"
 _ONE_AFTER_ANOTHER = "BasicLauncher"
 _MOST_JOBS_CHECKED = 50
-"""Composing a job takes a tenth of a second or more. Of a larger sweep values are checked one by one, up to so many."""
+"""Composing a job takes 0.1 s or more. Of a larger sweep single values are checked, at most this many."""
 
 
 @dataclass(frozen=True)

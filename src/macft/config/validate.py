@@ -12,14 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from macft.collective import settings as collective_settings
-from macft.config import plan_settings as plan_settings
+from macft.config import plan_settings
 from macft.config.nearest import unknown_key
 from macft.config.schema import TrainConfig
 from macft.data import settings as dataset_settings
 from macft.errors import ConfigError
 from macft.evaluation.metrics import check_metrics
-from macft.model import adapter_settings
 from macft.model import settings as model_settings
+from macft.model.adapters import settings as adapter_settings
 from macft.report import settings as report_settings
 from macft.thermal import settings as thermal_settings
 from macft.topology import settings as topology_settings
