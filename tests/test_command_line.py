@@ -53,6 +53,8 @@ MISTAKES = [
     ("training.steps=${oc.env:NO_SUCH_NAME}", "training.steps: Environment variable 'NO_SUCH_NAME' not found"),
     ("name=${nome}", "name: Interpolation key 'nome' not found"),
     ("model=smolm2-135m", "model: no option 'smolm2-135m'; did you mean model=smollm2-135m?"),
+    ("model=gpt2", "smollm3-3b; or a Hugging Face id (org/name), or a path (./name)"),
+    ("dataset=rows", "dataset: no option 'rows'; there are custom, "),
     ("adapter=lorra", "adapter: no option 'lorra'; did you mean adapter=lora?"),
     ("optimizer.name=adamv", "optimizer.name: 'adamv' is not one of adamw"),
     ("optimizer.learning_rate=-1", "optimizer.learning_rate: -1.0 must be greater than 0"),

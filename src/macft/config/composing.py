@@ -68,4 +68,5 @@ def _no_such_option(error: MissingConfigException) -> str:
         return _OPTUNA
     near = difflib.get_close_matches(option, options, 1)
     hint = f"did you mean {group}={near[0]}? There are" if near else "there are"
-    return f"{group}: no option '{option}'; {hint} {', '.join(options)}"
+    others = "; or a Hugging Face id (org/name), or a path (./name)" if group in ("model", "dataset") else ""
+    return f"{group}: no option '{option}'; {hint} {', '.join(options)}{others}"
