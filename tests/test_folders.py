@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -10,13 +11,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from harness.runs import adapter, losses, start, train, train_to_end, wait_for_step
+from harness.runs import adapter, environment, losses, start, train, train_to_end, wait_for_step
 from helpers.disks import small_disk_at
 from macft.cli.run_command import run_command
 from macft.config.command_line import prepare
@@ -314,6 +315,40 @@ def test_letters_that_the_terminal_lacks_are_numbers(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii", errors=errors))
     assert run_command(lambda _: print("· memory"), []) == 0
     assert shown.getvalue() == b"\\xb7 memory\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/data"),
+            "error: /data can't be used: Permission denied; change",
+        ),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "x" * 999),
+            f"error: {'x' * 200}... can't be used: File name too",
+        ),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_one_line(capsys: pytest.CaptureFixture[str], error: OSError, line: str) -> None:
+    def main(_: Sequence[str]) -> None:
+        raise error
+
+    assert run_command(main, []) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(line)
+    assert told.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root may read all files")
+def test_a_dataset_that_may_not_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir(mode=0)
+    without = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    command = [*without, sys.executable, "-m", "macft.data", "rows"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: rows/train.jsonl can't be used: Permission denied")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_folder_that_was_removed_is_told(

@@ -21,6 +21,9 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells report it: 128 + SIGINT."""
 _STDOUT = 1
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE)
+"""What is wrong with a path that the user has named, not with the program."""
+_LONGEST_PATH = 200
 _STATUS = {"finished": 0, "early_stopped": 0, "interrupted": INTERRUPTED}
 
 
@@ -33,9 +36,9 @@ def run_command(
     """Calls ``main(argv)`` and returns the exit status; None from ``main`` means 0.
 
     A :class:`MacftError` is printed on standard error, each line after ``error:``, and gives its own exit status.
-    A disk that is full or can't be written is one line too. After Ctrl-C, SIGTERM or SIGHUP the line that
-    ``interrupted`` returns is printed. A closed pipe, as in ``macft cluster list | head -1``, ends the command without
-    a message, with status 1.
+    A disk that is full or can't be written is one line too, and so is a path that may not be read or is none.
+    After Ctrl-C, SIGTERM or SIGHUP the line that ``interrupted`` returns is printed. A closed pipe, as in
+    ``macft cluster list | head -1``, ends the command without a message, with status 1.
 
     Args:
         argv: The arguments, without the program's name; by default those of the process.
@@ -62,10 +65,27 @@ def run_command(
             raise
         return 1
     except OSError as error:
+        if error.errno in _PATH_ERRORS and error.filename is not None:
+            _complain(f"error: {_shown(error.filename)} can't be used: {error.strerror}{_access(error)}")
+            return 1
         if error.errno not in _DISK_ERRORS:
             raise
         _complain(f"error: {error.filename or 'a file'} can't be written: {error.strerror}")
         return 1
+
+
+def _shown(path: str | bytes | int) -> str:
+    text = str(path)
+    return text if len(text) <= _LONGEST_PATH else f"{text[:_LONGEST_PATH]}..."
+
+
+def _access(error: OSError) -> str:
+    """How to get access, where it is a matter of that."""
+    if not isinstance(error, PermissionError):
+        return ""
+    if sys.platform == "darwin":
+        return "; change its permissions, or allow the terminal in System Settings > Privacy & Security"
+    return "; change its permissions, or give another path"
 
 
 def _complain(line: str) -> None:
