@@ -213,8 +213,8 @@ def side_of(name: str, model: Any, options: argparse.Namespace) -> Iterator[Side
     from dataclasses import replace
 
     from macft.device.kind import Device
-    from macft.model.adapt import adapt
-    from macft.model.adapter_settings import AdapterConfig
+    from macft.model.adapters.adapt import adapt
+    from macft.model.adapters.settings import AdapterConfig
     from macft.model.backends.choose import make_backend
     from macft.model.execution import resolve
     from macft.model.load import weight_format_of

@@ -17,7 +17,7 @@ import subprocess
 import sys
 
 from gpu_path import HEAD_DIM, SIDES, SIZES, make_model, side_of
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import Execution, WeightFormat
 from macft.model.shape import shape_of
 from macft.planner.memory import ComputeShape, predict

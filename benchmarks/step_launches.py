@@ -37,12 +37,12 @@ from macft.data.formats import Row
 from macft.data.tokenize import tokenize
 from macft.device.kind import Device
 from macft.device.mlx_device import prepare_device
-from macft.model.adapt import adapt
+from macft.model.adapters.adapt import adapt
 from macft.model.backends.choose import make_backend
 from macft.model.backends.mlx import attention, backend
 from macft.model.execution import Execution
+from macft.model.fetch.resolve import resolve
 from macft.model.load import load_tokenizer
-from macft.model.resolve import resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import shape_of
 from macft.planner.kernels import COUNTED, StepKernels

@@ -17,7 +17,7 @@ from helpers.rings import local_listeners, run_ranks
 from macft.collective.codecs.choose import choose, make
 from macft.collective.codecs.quantization import BLOCK, Bfloat16, Int8, WireCodec
 from macft.collective.codecs.registry import CODECS
-from macft.collective.ring import Ring
+from macft.collective.ring.ring import Ring
 from macft.collective.settings import CODECS as CODEC_NAMES
 from macft.collective.settings import CollectiveConfig, problems
 from macft.collective.solo import Solo

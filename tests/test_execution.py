@@ -18,13 +18,13 @@ from macft.data.batch import micro_batches
 from macft.data.formats import Row
 from macft.device.kind import METAL, Device
 from macft.errors import ConfigError
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
-from macft.model.confirm import confirm
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import Execution, WeightFormat, resolve
 from macft.model.load import load
 from macft.model.settings import ModelConfig
 from macft.model.shape import read_shape, read_weight_format
+from macft.model.trials.confirm import confirm
 from macft.planner.memory import trained_part
 from macft.planner.node_part import planner_for
 from macft.planner.workload import DeviceBatchShape, StepRows

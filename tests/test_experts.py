@@ -25,13 +25,13 @@ from helpers.runs_here import refused, train_here
 from macft.data.batch import collate
 from macft.data.formats import Row
 from macft.errors import ConfigError, ModelError
-from macft.model.adapt import adapt
-from macft.model.adapter_files import load_adapter_weights, save_adapter
-from macft.model.adapter_settings import AdapterConfig
-from macft.model.attach import attach
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.attach import attach
+from macft.model.adapters.files import load_adapter_weights, save_adapter
+from macft.model.adapters.fuse import fuse
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.mlx.experts import sorted_by_expert
 from macft.model.load import load
-from macft.model.merge import fuse
 from macft.model.settings import ModelConfig
 from macft.training.gradient import LocalGradient
 

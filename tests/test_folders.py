@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import pytest
 
 from harness.runs import adapter, losses, start, train, train_to_end, wait_for_step
 from helpers.disks import small_disk_at
+from macft.cli.run_command import run_command
 from macft.config.command_line import prepare
 from macft.config.schema import TrainConfig
 from macft.config.yaml import read, to_yaml
@@ -304,6 +306,14 @@ def test_a_terminal_without_unicode_shows_the_run(
     assert "\\xb7 memory" in done.output
     assert "step 1/1" in done.output
     assert "stops reporting" not in done.errors
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the latter with LC_ALL=C
+def test_letters_that_the_terminal_lacks_are_numbers(monkeypatch: pytest.MonkeyPatch, errors: str) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii", errors=errors))
+    assert run_command(lambda _: print("· memory"), []) == 0
+    assert shown.getvalue() == b"\\xb7 memory\n"
 
 
 def test_mlx_lm_is_imported_where_few_files_may_be_open() -> None:

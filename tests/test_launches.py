@@ -13,8 +13,8 @@ from harness.launches import like_a_gpu
 from helpers.computing import gradient_computer, randomize_adapter
 from macft.data.batch import Batch, micro_batches
 from macft.data.formats import Row
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.mlx.layers import rms_norm, short_swiglu
 from macft.model.execution import Execution
 from macft.model.joined_parameters import JoinedParameters

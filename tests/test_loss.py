@@ -17,8 +17,8 @@ from helpers.computing import gradient_computer, randomize_adapter, settled_memo
 from helpers.models import FAMILIES, MAMBA, SMALL, assert_same_gradient, make_from, make_model, random_rows
 from macft.data.batch import collate
 from macft.data.formats import Row
-from macft.model.adapt import Adaptation, adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import Adaptation, adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy
 from macft.model.backends.mlx.recurrence import chunked_recurrences, find_recurrences

@@ -20,10 +20,10 @@ from harness.slow_hub import slow_hub
 from helpers.network import closed_port
 from macft.api.configuration import compose
 from macft.errors import ModelError
-from macft.model.hub_download import download
-from macft.model.resolve import fetch_config, resolve
+from macft.model.fetch.hub_download import download
+from macft.model.fetch.resolve import fetch_config, resolve
 from macft.model.settings import ModelConfig
-from macft.planner.run_plan import find_shape
+from macft.planner.known_models import find_shape
 
 
 def test_a_local_folder_is_itself(tiny_model_folder: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_plan_asks_once_for_a_model_that_is_not_here(monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("hub")
 def test_a_silent_hub_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("macft.model.resolve._PROBE_SECONDS", 0.5)
+    monkeypatch.setattr("macft.model.fetch.resolve._PROBE_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         point_to(f"http://127.0.0.1:{silent.getsockname()[1]}", monkeypatch)
         with pytest.raises(ModelError, match=r"can't be fetched .*(no answer|timed out)"):

@@ -38,8 +38,8 @@ from macft.data.order import RowOrder
 from macft.device.chips import chip_of_brand, find_mac, find_macs, known_chips
 from macft.device.kind import METAL, Device
 from macft.errors import ConfigError, ModelError
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import can_pack
 from macft.model.execution import Execution, WeightFormat, resolve
 from macft.model.load import load
@@ -48,12 +48,13 @@ from macft.model.shape import ModelShape, read_shape, shape_of
 from macft.network.link_kinds import LINK_KINDS, find_links
 from macft.parallel.shares import DataShard, rows_of_shard
 from macft.planner.fit import MemoryPlanner, batch_overrides
-from macft.planner.longest_row import find_longest_rows
+from macft.planner.known_models import known_models
 from macft.planner.memory import ComputeShape, predict, trained_part
 from macft.planner.packing import COSTS, choose_packing
-from macft.planner.run_plan import RunPlan, known_models, plan_run
+from macft.planner.plan.longest_row import find_longest_rows
+from macft.planner.plan.run_plan import RunPlan, plan_run
+from macft.planner.plan.table import show, show_longest_rows
 from macft.planner.speed import step_cost
-from macft.planner.table import show, show_longest_rows
 from macft.planner.workload import DeviceBatchShape, StepRows, steps_of, unlike_rows
 from macft.topology.settings import parse_budget
 from macft.training.batch_layout import BatchLayout

@@ -21,8 +21,8 @@ from helpers.models import SMALL, assert_same_gradient, make_from, make_model
 from macft.data.batch import collate
 from macft.data.formats import Row
 from macft.device.chips import known_chips
-from macft.model.adapt import Adaptation, adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import Adaptation, adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.mlx.kept import recorded
 from macft.model.backends.mlx.query_blocks import attention_in_blocks
 from macft.model.backends.mlx.recompute import kept_attention

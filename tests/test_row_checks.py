@@ -17,9 +17,9 @@ from macft.data.checks import check_rows, ignored_columns
 from macft.data.load import read, tokenize_all
 from macft.data.settings import DatasetConfig, SourceConfig
 from macft.errors import DataError
+from macft.model.files.vocabulary import vocabulary_of
 from macft.model.load import load_tokenizer
 from macft.model.settings import ModelConfig
-from macft.model.vocabulary import vocabulary_of
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -127,6 +127,13 @@ def test_empty_answers_are_told_where_the_whole_row_is_the_target(tmp_path: Path
     assert notes_of(tokenizer, source) == [
         "train: 2 of 4 rows have only the end of an answer as their target (first: row 2)"
     ]
+
+
+def test_texts_of_damaged_files_are_told(tmp_path: Path, tiny_model_folder: Path) -> None:
+    rows = [PAIR, PAIR | {"completion": "4\x002"}, {"text": "caf\ufffd"}, PAIR | {"prompt": "\x00?"}]
+    notes = notes_of(tokenizer_with(tiny_model_folder, CHATML), written(tmp_path, rows), mask_prompt=False)
+    assert notes[0] == "train: 2 of 4 rows have NUL characters; is the file damaged? (first: row 2)"
+    assert "1 of 4 rows have the character U+FFFD" in notes[1]
 
 
 def test_an_answer_that_the_template_leaves_out_is_an_error_if_all_are(tmp_path: Path, tiny_model_folder: Path) -> None:

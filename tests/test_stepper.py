@@ -22,14 +22,14 @@ from macft.collective.solo import Solo
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.errors import NonFiniteLoss
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.joined_parameters import JoinedParameters
 from macft.parallel.shares import DataShard
 from macft.report.events import Evaluated, Event, NullReporter, StepDone
 from macft.training.batch_loader import BatchLoader
-from macft.training.build_trainer import build_trainer
+from macft.training.build_trainer import NodeSetup, TrainingRows, build_trainer
 from macft.training.gradient import GradientComputer
 from macft.training.gradient_reducer import GradientReducer
 from macft.training.loop import Trainer
@@ -111,9 +111,8 @@ def trainer(
     order = RowOrder([ROWS], [1.0], batch_size=training.batch_size, seed=0)
     state = TrainState(model, make_optimizer(optimizer), Progress(), GradientReducer(Solo()))
     saver = CheckpointSaver(CheckpointStore(folder, keep_last=2))
-    return build_trainer(
-        training, optimizer, state, compute, data, order, saver, recorder, valid_rows=data[:5], throttle=recorder
-    )
+    kept = TrainingRows(data, order, data[:5])
+    return build_trainer(training, optimizer, state, compute, kept, saver, recorder, NodeSetup(throttle=recorder))
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])

@@ -29,10 +29,10 @@ from helpers.models import random_adapter
 from macft import adapter as adapter_command
 from macft.errors import ConfigError, DataError, MacftError, ModelError
 from macft.evaluation.chat import Chat, ModelAnswers, Sampling
-from macft.model.adapter_files import read_tensors
-from macft.model.adapter_settings import AdapterConfig
-from macft.model.attach import attach
-from macft.model.peft import export_peft, import_peft
+from macft.model.adapters.attach import attach
+from macft.model.adapters.files import read_tensors
+from macft.model.adapters.peft import export_peft, import_peft
+from macft.model.adapters.settings import AdapterConfig
 
 pytestmark = pytest.mark.slow
 

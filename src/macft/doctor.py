@@ -22,9 +22,9 @@ from macft.diagnostics import LEVELS, Finding, machine, network, software
 from macft.diagnostics.hosts import HostsReport, examine_hosts
 from macft.diagnostics.shareable import shareable
 from macft.errors import ConfigError, MacftError
-from macft.model.bundled import BUNDLED
-from macft.model.local import find_local
-from macft.model.resolve import is_hub_id
+from macft.model.fetch.bundled import BUNDLED
+from macft.model.fetch.local import find_local
+from macft.model.fetch.resolve import is_hub_id
 from macft.network import links
 from macft.rendezvous import keystore
 from macft.report.run_folder import RunFolder

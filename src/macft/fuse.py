@@ -81,8 +81,8 @@ def _write(
     with ShownPhases() as phases:
         phases.begin(f"loading the model {tuned.whole or tuned.model.path}")
         from macft.device.mlx_device import prepare_device
-        from macft.model.merge import as_checkpoint, fuse, save_fused
-        from macft.model.resolve import resolve
+        from macft.model.adapters.fuse import as_checkpoint, fuse, save_fused
+        from macft.model.fetch.resolve import resolve
         from macft.publishing.gguf_model import check_gguf, write_gguf
         from macft.publishing.modelfile import modelfile
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from harness.execution import execution_with
-from macft.model.adapt import Adaptation
+from macft.model.adapters.adapt import Adaptation
 from macft.model.backends.base import Backend
 from macft.model.backends.choose import can_pack, make_backend
 from macft.model.execution import Execution

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import codecs
 import contextlib
 import errno
 import io
@@ -102,7 +103,10 @@ def _ignore_signals() -> None:
 def _show_any_text() -> None:
     """Lets a terminal that can't show a letter show its number instead of ending the command."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        # With LC_ALL=C Python lets only undecodable bytes through, and not the letters that ASCII lacks.
+        if stream.errors == "strict" or codecs.lookup(stream.encoding).name != "utf-8":
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -258,7 +258,10 @@ def _take_resume(parsed: list[Override]) -> tuple[Path | None, list[Override]]:
     rest = [item for item in parsed if item.key_or_group != "resume"]
     if not chosen:
         return None, rest
-    folder = followed(Path(_texts(chosen[-1])[-1]).expanduser().absolute())
+    typed_folder = _texts(chosen[-1])[-1]
+    if not typed_folder:
+        raise ConfigError("resume: nothing is given; give a run's folder, such as runs/NAME/TIME or runs/latest")
+    folder = followed(Path(typed_folder).expanduser().absolute())
     if not (folder / "config.yaml").is_file():
         what = "is not a run's folder (it has no config.yaml)" if folder.is_dir() else "does not exist"
         raise ConfigError(f"resume: {folder} {what}; give a run's folder, such as runs/NAME/TIME or runs/latest")
@@ -338,7 +341,10 @@ def _check_keys(parsed: list[Override], folders: list[Path]) -> None:
     for item in parsed:
         key = item.key_or_group
         is_hydra = key == "hydra" or key.startswith(("hydra.", "hydra/"))
-        if is_hydra or _is_group(key.split("@", 1)[0], folders):
+        is_group = _is_group(key.split("@", 1)[0], folders)
+        if is_group and not item.is_delete() and item.value() is None:
+            raise ConfigError(f"{key}: null is none of its options; name one, or leave the override out")
+        if is_hydra or is_group:
             continue
         if key not in known and not _is_free_form(key) and not key.startswith("dataset.sources"):
             raise ConfigError(unknown_key(key, TrainConfig))

@@ -15,9 +15,9 @@ from macft.evaluation.batched import greedy_answers
 from macft.evaluation.metrics import Metric
 from macft.evaluation.question import RowQuestion
 from macft.model.backends.choose import make_backend
-from macft.model.confirm import confirm
 from macft.model.execution import Execution
 from macft.model.load import LoadedModel
+from macft.model.trials.confirm import confirm
 from macft.parallel.shares import DataShard
 from macft.training.step_gradient import make_losses
 from macft.training.validation import Losses, validation_loss

@@ -53,9 +53,9 @@ def _inspect(arguments: argparse.Namespace, dataset: DatasetConfig) -> None:
         phases.begin(f"loading the tokenizer of {arguments.model}")
         from macft.data.checks import check_rows
         from macft.data.template_clock import fix_clock
+        from macft.model.fetch.resolve import resolve
+        from macft.model.files.vocabulary import vocabulary_of
         from macft.model.load import load_tokenizer
-        from macft.model.resolve import resolve
-        from macft.model.vocabulary import vocabulary_of
 
         model = ModelConfig(path=arguments.model, trust_remote_code=arguments.trust_remote_code)
         folder = resolve(model)

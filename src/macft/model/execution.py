@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from macft.device.kind import Device
 from macft.errors import ConfigError
-from macft.model.ends import BOTH_ENDS
+from macft.model.blocks.ends import BOTH_ENDS
 from macft.model.settings import ModelConfig
 
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -46,7 +46,7 @@ class Execution:
     """How one node computes a run. Loading, gradient, validation, evaluation and planner read it and decide nothing.
 
     :func:`resolve` makes it before the model is loaded. The memory planner (``topology.batch=auto``) and
-    :func:`~macft.model.confirm.confirm` may replace it by a changed copy. ``kernels`` is the backend
+    :func:`~macft.model.trials.confirm.confirm` may replace it by a changed copy. ``kernels`` is the backend
     (:mod:`macft.model.backends`): "mlx", MLX operations only, as on Metal and CUDA, or "cpu", NumPy and OpenBLAS, for
     float32 models on a Linux CPU.
     """

@@ -16,10 +16,10 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from macft.device.kind import Device
 from macft.errors import ModelError
-from macft.model.block_weights import BlockWeights
+from macft.model.blocks.block_weights import BlockWeights
 from macft.model.execution import Execution, WeightFormat
 from macft.model.execution import resolve as resolve_execution
-from macft.model.plain_path import plain_path
+from macft.model.files.plain_path import plain_path
 from macft.model.settings import ModelConfig
 from macft.model.shape import read_weight_format
 
@@ -55,7 +55,7 @@ class LoadedModel:
 def load(
     config: ModelConfig, path: Path, execution: Execution | None = None, tokenizer: TokenizerWrapper | None = None
 ) -> LoadedModel:
-    """Loads the model and tokenizer in the folder ``path``, as :func:`~macft.model.resolve.resolve` returns it.
+    """Loads the model and tokenizer in the folder ``path``, as :func:`~macft.model.fetch.resolve.resolve` returns it.
 
     ``execution`` says in which type and quantisation; None: as this device computes it outside of training.
     ``tokenizer`` is one that :func:`load_tokenizer` loaded before, if any.

@@ -80,7 +80,7 @@ class TunedModel:
         elif base_model is None and adapter is None:
             raise ConfigError("RUN_FOLDER: name a run's folder, or a model by --model and an adapter by --adapter-path")
         if adapter is not None:
-            from macft.model.attach import read_adapter_config
+            from macft.model.adapters.attach import read_adapter_config
 
             base = read_adapter_config(adapter).get("model")
             if run is None and base_model is None:
@@ -109,9 +109,9 @@ class TunedModel:
             MacftError: the model can't be found or read, or the adapter doesn't fit it.
         """
         from macft.config.execution import inference_execution
-        from macft.model.attach import attach
+        from macft.model.adapters.attach import attach
+        from macft.model.fetch.resolve import resolve
         from macft.model.load import load, load_tokenizer
-        from macft.model.resolve import resolve
 
         if tuned and self.whole is not None:
             model, folder = replace(self.model, path=str(self.whole)), self.whole
@@ -133,7 +133,7 @@ class TunedModel:
         from macft.device import heap
         from macft.device.memory import usable_bytes
         from macft.model.shape import read_shape
-        from macft.planner.placement import inference_placement
+        from macft.planner.inference import inference_placement
 
         topology = self.run.topology if self.run else TopologyConfig()
         try:

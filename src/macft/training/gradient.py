@@ -15,8 +15,8 @@ from mlx.utils import tree_flatten
 
 from macft.data.batch import Batch
 from macft.device.mlx_device import start
+from macft.model.adapters.dropout import DropoutKeys
 from macft.model.backends.base import Backend
-from macft.model.dropout import DropoutKeys
 from macft.model.execution import Execution
 from macft.model.joined_parameters import Joined, JoinedParameters
 from macft.model.packing import packed, takes_packs

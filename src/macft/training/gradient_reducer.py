@@ -44,7 +44,7 @@ class GradientReducer:
         return math.sqrt(sum(float(np.vdot(error, error)) for error in errors))
 
     def all_reduce(self, names: Sequence[str], arrays: Sequence[mx.array | NDArray[np.float32]]) -> None:
-        """Sums a bucket in place; raises as the collective does."""
+        """Sums ``arrays`` of any shape, a bucket with these ``names``, in place; raises as the collective does."""
         self._codec.all_reduce(self.collective, names, arrays)
 
     def all_reduce_pieces(self, bucket: Sequence[Piece], arrays: Sequence[mx.array]) -> None:

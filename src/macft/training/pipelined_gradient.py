@@ -23,9 +23,9 @@ from macft.collective.array_bytes import array_bytes, array_of
 from macft.collective.base import Channels
 from macft.data.batch import Batch
 from macft.device import fault_points
+from macft.model.adapters.dropout import DropoutKeys
 from macft.model.backends.base import Backend
-from macft.model.block_weights import BlockWeights
-from macft.model.dropout import DropoutKeys
+from macft.model.blocks.block_weights import BlockWeights
 from macft.model.execution import Execution
 from macft.parallel.stage_layout import spread
 from macft.parallel.stage_places import StagePlace, StagePlaces
@@ -271,7 +271,7 @@ class PipelinedGradient:
         return local if sums is None else sums.result(local)
 
     def _settle(self) -> _StageRun | None:
-        """This rank's stage, with its parts of the model, and not others, kept in memory. A call of all ranks."""
+        """This rank's stage, with its parts of the model, and not others, kept in memory. A collective call."""
         channels, place = self._places.channels(), self._places.own
         ends = frozenset[str]() if place is None else place.ends
         if not (ends == self._whole.staged.ends == self._weights.ends):  # others, which answer, use the weights too
@@ -286,7 +286,7 @@ class PipelinedGradient:
         resident = frozenset(spread(blocks, min(len(blocks), capacity)))
         if resident != self._weights.resident:
             self._weights.resident = resident
-        # What else there is room for was found for a stage of so many blocks.
+        # What else there is room for was found for a stage of this many blocks.
         has_room = len(blocks) <= len(self.execution.resident_blocks) and not fewer
         execution = self.execution if has_room else replace(self.execution, activation_capacity=0, border_capacity=0)
         return _StageRun(

@@ -17,9 +17,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from macft.data.batch import Batch
+from macft.model.adapters.dropout import DropoutKeys
 from macft.model.backends.base import Backend
-from macft.model.block_weights import BlockWeights
-from macft.model.dropout import DropoutKeys
+from macft.model.blocks.block_weights import BlockWeights
 from macft.model.execution import Execution
 from macft.model.packing import takes_packs
 from macft.training.batch_layout import BatchLayout, DeviceBatch
