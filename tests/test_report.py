@@ -749,7 +749,7 @@ def test_a_reporter_that_cannot_be_set_up_is_left_out(tmp_path: Path, capsys: py
     tell(build(folder, console=False, tensorboard=False), tmp_path)
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
-    assert errors[0].startswith("MetricsFile stops reporting, training goes on: ")
+    assert errors[0].startswith("metrics.jsonl stops reporting, training goes on: ")
     assert json.loads(folder.summary.read_text())["reason"] == "finished"
 
 
@@ -760,7 +760,7 @@ def test_a_full_disk_drops_the_reporter_and_not_the_run(tmp_path: Path, capsys: 
     console = ConsoleReporter(every=1, console=Console(file=full, width=100))
     tell(fan_out.FanOut([console, MetricsFile(folder.metrics, first_step=0)]), tmp_path)
     errors = capsys.readouterr().err.splitlines()
-    assert errors == ["ConsoleReporter stops reporting, training goes on: [Errno 28] No space left on device"]
+    assert errors == ["the terminal stops reporting, training goes on: [Errno 28] No space left on device"]
     assert len(lines(folder.metrics, "step_done")) == TOTAL
     with pytest.raises(OSError, match="No space left"):
         full.close()
@@ -780,7 +780,7 @@ def test_a_run_goes_on_when_its_output_is_no_longer_read(tmp_path: Path) -> None
         check=False,
     )
     os.close(writing)
-    assert done.stderr.count("ConsoleReporter stops reporting, training goes on") == 1
+    assert done.stderr.count("the terminal stops reporting, training goes on") == 1
     assert len(lines(folder.metrics, "step_done")) == TOTAL
     assert json.loads(folder.summary.read_text())["reason"] == "finished"
 

@@ -21,6 +21,15 @@ from macft.report.sinks.tensorboard import TensorBoard
 from macft.report.trackers.registry import tracker_sink
 
 log = logging.getLogger("macft.report")
+_NAMES = {
+    "ConsoleReporter": "the terminal",
+    "FollowerConsole": "the terminal",
+    "MetricsFile": "metrics.jsonl",
+    "SummaryWriter": "summary.json",
+    "EventLog": "the log",
+    "Callbacks": "a callback",
+}
+"""What a user calls a sink, by its class; trackers have names of their own."""
 
 
 class FanOut:
@@ -115,6 +124,7 @@ def _leader_sinks(
 
 def _complain(name: str, error: Exception) -> None:
     reason = " ".join(str(error).split()) or type(error).__name__
+    name = _NAMES.get(name, name)
     log.warning("%s stops reporting: %s", name, reason)
     with contextlib.suppress(OSError):
         print(f"{name} stops reporting, training goes on: {reason}", file=sys.stderr)
