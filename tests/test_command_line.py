@@ -99,6 +99,7 @@ MISTAKES = [
     ("name=..", "name: '..' is no name for a run's folder"),
     ("name=", "name: '' is no name for a run's folder"),
     ("name=/tmp/x", "name: '/tmp/x' is no name for a run's folder"),
+    ("hydra.run.dir=", "hydra.run.dir: nothing is given; name a folder"),
     ("+resume=", "resume: nothing is given; give a run's folder"),
     ("+resume=/no/such/folder", "resume: /no/such/folder does not exist"),
     ("+recipe=lama-lora", "recipe: no option 'lama-lora'; did you mean recipe=llama-lora?"),

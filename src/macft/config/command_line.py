@@ -182,6 +182,8 @@ def _output(job: DictConfig, *, is_sweep: bool) -> OutputFolder:
         )
     part, key = (job.hydra.sweep, "hydra.sweep.dir") if is_sweep else (job.hydra.run, "hydra.run.dir")
     pattern = str(OmegaConf.to_container(part, resolve=False)["dir"])  # type: ignore[index, call-overload]
+    if not pattern:
+        raise ConfigError(f"{key}: nothing is given; name a folder, or leave the override out")
     try:
         path = Path(str(part.dir)).expanduser()
     except OmegaConfBaseException as error:
