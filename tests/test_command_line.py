@@ -214,6 +214,36 @@ def test_a_users_own_recipe_and_model(tmp_path: Path) -> None:
     assert "steps: 64" in done.output
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("# @package _global_\nname: a\nname: b\n", r"mine\.yaml, line 3: found duplicate key name$"),
+        (
+            "# @package _global_\ntraining:\n\tsteps: 3\n",
+            r"mine\.yaml, line 3: found character '\\t' that cannot start",
+        ),
+        ("training: {steps: 3}\n", r"^recipe/mine: the first line must be: # @package _global_$"),
+        ("# @package _global_\n- a\n", "^recipe/mine: a list, but keys with values belong there$"),
+        (
+            "# @package _global_\ntraining: {stepz: 3}\n",
+            r"^recipe/mine: training\.stepz: no such key; did you mean training\.steps\?$",
+        ),
+        (
+            "# @package _global_\ntraining: {steps: many}\n",
+            "^recipe/mine: training.steps: 'many' is not a whole number",
+        ),
+        ("# @package _global_\nname: caf\udce9\n", "is not UTF-8 text"),
+    ],
+    ids=["twice", "tab", "no package", "list", "typo", "type", "latin-1"],
+)
+def test_a_mistake_in_a_recipe_is_one_line(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ConfigError, match=words) as error:
+        prepare(["--config-dir", str(tmp_path), "+recipe=mine"])
+    assert "\n" not in str(error.value)
+
+
 def test_cfg_job_prints_the_whole_configuration(tmp_path: Path) -> None:
     done = train("+recipe=smoke", "--cfg", "job", cwd=tmp_path)
     assert done.status == 0
