@@ -17,6 +17,7 @@ from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig, register_schema
 from macft.config.validate import to_typed
 from macft.errors import ConfigError
+from macft.topology.topology_file import load_topology
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = "+recipe=llama-lora"
@@ -241,6 +242,21 @@ def test_a_mistake_in_a_recipe_is_one_line(tmp_path: Path, text: str, words: str
     (tmp_path / "recipe" / "mine.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ConfigError, match=words) as error:
         prepare(["--config-dir", str(tmp_path), "+recipe=mine"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "hosts: [10.0.0.1, 10.0.0.2]\n"], ids=["empty", "list", "no kind"])
+def test_a_cluster_file_without_a_cluster_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """An empty one would train on this machine alone."""
+    monkeypatch.setenv("MACFT_CONFIG", str(tmp_path))
+    (tmp_path / "topology").mkdir()
+    (tmp_path / "topology" / "desk.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"desk\.yaml: not a topology; it needs kind: and hosts:$"):
+        load_topology("desk")
+    with pytest.raises(
+        ConfigError, match="topology" if text else r"desk\.yaml: not a topology; it needs kind:"
+    ) as error:
+        prepare([RECIPE, "topology=desk"])
     assert "\n" not in str(error.value)
 
 

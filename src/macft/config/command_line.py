@@ -33,6 +33,7 @@ from macft.device.user_folder import user_config_folder
 from macft.errors import ConfigError
 from macft.report.latest import followed
 from macft.report.settings import TRACKERS
+from macft.topology import topology_file
 
 _FREE_FORM = ("dataset.columns", "optimizer.arguments")
 """Users add keys of their own below these, without Hydra's ``+``."""
@@ -361,4 +362,8 @@ def _check(
             plan = plan_sweep(name, overrides)
             return plan.first, typed(plan.first), plan
         config = compose(name, overrides=overrides, return_hydra_config=True)
-        return config, typed(config), None
+        job = typed(config)
+    chosen = config.hydra.runtime.choices.get("topology")
+    if job.topology.kind == "single" != chosen and chosen in topology_file.names():
+        raise ConfigError(f"{topology_file.path_of(chosen)}: {topology_file.NO_TOPOLOGY}")
+    return config, job, None
