@@ -191,7 +191,7 @@ class Macft(Side):
     def step(self, seed: int = 0) -> None:
         import mlx.core as mx
 
-        local = self._compute(0, [make_batch(self.options, seed)], joined=True)
+        local = self._compute(0, [make_batch(self.options, seed)], form="joined")
         total = sum(local.losses, mx.array(0.0))
         mx.eval(self._update.queue(local.gradient, 1e-4, total, local.target_tokens, 1.0))
         mx.synchronize()

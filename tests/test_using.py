@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -27,14 +28,17 @@ import macft.fuse
 import macft.generate
 import macft.run.tuned_model
 from harness.runs import Finished, environment, events, train, uneven_dataset
+from harness.tiny_model import TINY_CONFIG, make_tiny_model
 from helpers.models import random_adapter
 from macft import adapter as adapter_command
 from macft.errors import ConfigError, DataError, MacftError, ModelError
-from macft.evaluation.chat import Chat, ModelAnswers, Sampling
+from macft.evaluation.chat import Chat, ModelAnswers, Sampling, add_stop_tokens
 from macft.model.adapters.attach import attach, read_adapter_config
 from macft.model.adapters.files import read_tensors
 from macft.model.adapters.peft import export_peft, import_peft
 from macft.model.adapters.settings import AdapterConfig
+from macft.model.load import load_tokenizer
+from macft.model.settings import ModelConfig
 
 pytestmark = pytest.mark.slow
 
@@ -240,6 +244,33 @@ def test_a_fused_model_answers_like_the_tuned_one(fused: Path, run: Path, tuned:
     np.testing.assert_allclose(np.array(model(tokens)), np.array(tuned[0](tokens)), rtol=1e-4, atol=1e-4)
     with pytest.raises(ConfigError, match="exists already; choose another, or remove it"):
         macft.fuse.main([str(run), "--save-path", str(fused)])
+
+
+def test_a_model_larger_than_the_memory_is_fused(
+    bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are read, fused and written one file after the other, for GGUF one tensor after the other."""
+    base = make_tiny_model(tmp_path / "base", bundled_model, TINY_CONFIG | {"num_hidden_layers": 40})
+    random_adapter(tmp_path / "adapter", base, AdapterConfig(num_layers=2, rank=4))
+    monkeypatch.setattr("mlx_lm.utils.make_shards", lambda weights: [{name: weights[name]} for name in list(weights)])
+    words = ["--model", str(base), "--adapter-path", str(tmp_path / "adapter"), "--save-path", str(tmp_path / "fused")]
+    gc.collect()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    macft.fuse.main([*words, "--gguf-type", "f32"])
+    peak = mx.get_peak_memory() - before
+    assert peak < (base / "model.safetensors").stat().st_size / 2
+    fused = {}
+    for file in (tmp_path / "fused").glob("model*.safetensors"):
+        fused |= read_tensors(file)
+    name = "model.layers.39.mlp.down_proj"
+    assert fused.keys() == read_tensors(base / "model.safetensors").keys()
+    adapter = read_tensors(tmp_path / "adapter" / "adapters.safetensors")
+    change = AdapterConfig(rank=4).effective_scale() * (adapter[f"{name}.lora_a"] @ adapter[f"{name}.lora_b"]).T
+    expected = read_tensors(base / "model.safetensors")[f"{name}.weight"] + change
+    assert mx.allclose(fused[f"{name}.weight"], expected, atol=1e-6)
+    written = mx.load(str(tmp_path / "fused" / "ggml-model-f32.gguf"))
+    assert mx.array_equal(written["blk.39.ffn_down.weight"], fused[f"{name}.weight"])
 
 
 def test_the_gguf_file_holds_the_fused_weights(fused: Path) -> None:
@@ -484,6 +515,14 @@ def test_an_adapter_of_another_kind_is_named(tmp_path: Path) -> None:
     (tmp_path / "adapters.safetensors").touch()
     with pytest.raises(ModelError, match=r"fine_tune_type must be one of lora, dora, full, not 'loha'$"):
         read_adapter_config(tmp_path)
+
+
+def test_a_stop_token_that_the_model_lacks_is_told(tiny_model_folder: Path) -> None:
+    tokenizer = load_tokenizer(ModelConfig(), tiny_model_folder)
+    add_stop_tokens(tokenizer, ["<|im_start|>", "7"])
+    assert {7, tokenizer.convert_tokens_to_ids("<|im_start|>")} <= tokenizer.eos_token_ids
+    with pytest.raises(ConfigError, match=r"--extra-eos-token: 'nope!' is no token of this model; give one such as"):
+        add_stop_tokens(tokenizer, ["nope!"])
 
 
 def test_an_unfinished_run_says_how_to_end_it(run: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def _on_cluster(
 ) -> Iterator[Chat]:
     """A conversation with the model on the machines of ``topology``."""
     from macft.device.mlx_device import prepare_device
-    from macft.evaluation.chat import Chat
+    from macft.evaluation.chat import Chat, add_stop_tokens
     from macft.run.generation.leader import ClusterConversation, GenerationLeader
 
     def tell(line: str) -> None:
@@ -93,8 +93,7 @@ def _on_cluster(
     with leading_rank(topology, tuned) as rank:
         wanted = distributed_model(tuned, is_tuned=not arguments.base)
         answers = GenerationLeader(rank, wanted, together=1, remembered=1, tell=tell)
-        for token in arguments.extra_eos_token:
-            answers.tokenizer.add_eos_token(token)
+        add_stop_tokens(answers.tokenizer, arguments.extra_eos_token)
         source = ClusterConversation(answers, sampling, arguments.seed)
         yield Chat(
             source,

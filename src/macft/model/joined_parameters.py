@@ -6,7 +6,7 @@ A thousand small arrays are a thousand kernels for each thing that is done with 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import accumulate
 from weakref import WeakValueDictionary
@@ -16,7 +16,8 @@ import mlx.nn as nn
 
 from macft.model.parameter_refs import ParameterRefs
 
-_LARGE = 1 << 18
+LARGE = 1 << 18
+"""Parameters of so many values are by themselves."""
 
 Joined = Mapping[str, mx.array]
 """Long arrays (n,) by the name of a kind of parameters, and large parameters by their own names."""
@@ -63,11 +64,11 @@ class JoinedParameters:
         self._refs.put(self._views)
 
     def join(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Arrays by name, of the parameters' shapes, as long ones: a kernel for each that is not by itself."""
-        return {
-            key: arrays[key] if names == [key] else mx.concatenate([arrays[name].reshape(-1) for name in names])
-            for key, names in self.groups.items()
-        }
+        """Arrays by name, of the parameters' shapes, as long ones: a kernel for each that is not by itself.
+
+        An array may also be a joined part of a long one, under the name of its first parameter.
+        """
+        return join(self.groups, arrays)
 
     def split(self, joined: Joined) -> dict[str, mx.array]:
         """The inverse: views by name."""
@@ -86,6 +87,18 @@ class JoinedParameters:
         return self._refs.holding([arrays[name] for name in self._refs.names])
 
 
+def join(groups: Mapping[str, Sequence[str]], arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """``arrays`` by the key of their group, one after the other, (n,); that of a group of its own name as it is."""
+    joined: dict[str, mx.array] = {}
+    for key, names in groups.items():
+        if list(names) == [key]:
+            joined[key] = arrays[key]
+            continue
+        parts = [arrays[name].reshape(-1) for name in names if name in arrays]
+        joined[key] = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+    return joined
+
+
 # Those in use, by the id of their model, which they hold.
 _known: WeakValueDictionary[int, JoinedParameters] = WeakValueDictionary()
 
@@ -94,5 +107,5 @@ def _groups(parameters: Mapping[str, mx.array]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name, parameter in parameters.items():
         kind = str(parameter.dtype).removeprefix("mlx.core.")
-        groups.setdefault(name if parameter.size >= _LARGE else f"small-{kind}", []).append(name)
+        groups.setdefault(name if parameter.size >= LARGE else f"small-{kind}", []).append(name)
     return groups

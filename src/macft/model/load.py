@@ -53,12 +53,18 @@ class LoadedModel:
 
 
 def load(
-    config: ModelConfig, path: Path, execution: Execution | None = None, tokenizer: TokenizerWrapper | None = None
+    config: ModelConfig,
+    path: Path,
+    execution: Execution | None = None,
+    tokenizer: TokenizerWrapper | None = None,
+    *,
+    is_lazy: bool = False,
 ) -> LoadedModel:
     """Loads the model and tokenizer in the folder ``path``, as :func:`~macft.model.fetch.resolve.resolve` returns it.
 
     ``execution`` says in which type and quantisation; None: as this device computes it outside of training.
-    ``tokenizer`` is one that :func:`load_tokenizer` loaded before, if any.
+    ``tokenizer`` is one that :func:`load_tokenizer` loaded before, if any. With ``is_lazy`` each weight is read when it
+    is first used, for those who use them one after the other.
 
     Raises:
         ModelError: the folder can't be read as a model that mlx-lm knows, or has no tokenizer.
@@ -71,7 +77,7 @@ def load(
     with _readable(path, "weights"):
         if execution.supplies_blocks:
             streamed = _block_weights(model, config, path, execution)
-        else:
+        elif not is_lazy:
             mx.eval(model.parameters())
     with _readable(path, "a model"):
         model.freeze()

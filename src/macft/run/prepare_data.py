@@ -84,6 +84,11 @@ def prepare_data(config: TrainConfig, phases: PhaseLines) -> PreparedData:
     )
     contents = contents_of(config, data, order, model_folder, tokenizer)
     notes = [*clock_notes, *split_notes, *data.notes, *row_notes, *held_out_notes]
+    if config.training.batch_size > len(data.train.rows):
+        notes.append(
+            f"training.batch_size: {config.training.batch_size} is more than the {len(data.train.rows)} training rows, "
+            "so that a step has rows several times"
+        )
     return PreparedData(model_folder, tokenizer, data, held_out, order, contents, notes)
 
 

@@ -98,12 +98,12 @@ class TunedModel:
         return self.run.name if self.run is not None else Path(self.model.path).name
 
     def load(
-        self, *, tuned: bool = True, tokenizer: TokenizerWrapper | None = None, in_memory: bool = False
+        self, *, tuned: bool = True, tokenizer: TokenizerWrapper | None = None, is_lazy: bool = False
     ) -> LoadedModel:
         """Loads the model, as training would on this device; ``tuned=False`` leaves the tuning out.
 
         ``tokenizer`` is the base model's, if it was loaded before. Blocks that don't fit this machine are read when
-        they are needed, unless the model is wanted ``in_memory``.
+        they are needed. With ``is_lazy`` each weight is, once, as :func:`~macft.model.load.load` does it.
 
         Raises:
             MacftError: the model can't be found or read, or the adapter doesn't fit it.
@@ -120,9 +120,9 @@ class TunedModel:
         micro_batch_size = self.run.training.micro_batch_size if self.run else None
         execution = inference_execution(model, folder, micro_batch_size=micro_batch_size)
         tokenizer = tokenizer or load_tokenizer(model, folder)  # before what is left for the model is looked up
-        if not in_memory:
+        if not is_lazy:
             execution = self._placed(execution, folder)
-        loaded = load(model, folder, execution, tokenizer)
+        loaded = load(model, folder, execution, tokenizer, is_lazy=is_lazy)
         if tuned and self.adapter is not None:
             attach(loaded.model, self.adapter)
         loaded.model.eval()

@@ -71,7 +71,10 @@ class OptimizerStep:
         self._is_sound = mx.array(True)
 
     def __call__(self, gradient: Mapping[str, mx.array], rate: float, scale: float = 1.0) -> None:
-        """One update by ``scale`` times ``gradient``, which maps the parameters' names to float32 arrays."""
+        """One update by ``scale`` times ``gradient``, float32 arrays by the parameters' names.
+
+        Some may be joined, under the name of the first, as for :meth:`JoinedParameters.join`.
+        """
         parameters, state = self._before(rate)
         updated, self._optimizer.state = self._step(parameters, dict(gradient), state, mx.array(scale))
         views = self._parameters.put(updated)

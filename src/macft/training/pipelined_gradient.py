@@ -31,7 +31,8 @@ from macft.parallel.stage_layout import spread
 from macft.parallel.stage_places import StagePlace, StagePlaces
 from macft.training.batch_layout import DeviceBatch
 from macft.training.exact_sums import ExactParameters, ExactStepGradient, ExactSums
-from macft.training.gradient import Gradient, LocalGradient, StepGradient, add
+from macft.training.gradient import Form, LocalGradient, StepGradient, add
+from macft.training.gradient_buckets import Gradient
 from macft.training.pipeline_schedule import holding, one_forward_one_backward
 from macft.training.staged_gradient import StagedGradient, StagedLoss
 from macft.training.staged_model import StagedModel, Work
@@ -209,7 +210,7 @@ class PipelinedGradient:
         batches: Sequence[Batch],
         before_micro_batch: Callable[[], None] = lambda: None,
         *,
-        joined: bool = False,
+        form: Form = "parameters",
     ) -> LocalGradient:
         """Computes ``batches``, the micro-batches of this rank's pipeline in ``step``; there may be none.
 
@@ -218,7 +219,7 @@ class PipelinedGradient:
         """
         run = self._settle()
         if run is None or len(run.place.stages) == 1:
-            return self._alone(step, batches, before_micro_batch, joined=joined)
+            return self._alone(step, batches, before_micro_batch, form=form)
         return self._compute(run, step, batches, before_micro_batch)
 
     def _compute(

@@ -74,9 +74,9 @@ def attach(model: nn.Module, folder: Path) -> None:
         # The first line of mlx-lm's message only introduces the tensors that don't fit.
         reason = lines[min(1, len(lines) - 1)] if lines else type(error).__name__
         raise ModelError(f"adapter {folder} doesn't fit this model: {reason}") from error
+    mx.eval(model.trainable_parameters())  # the adapter's, or all; a model that is read lazily stays so
     model.freeze()
     model.eval()
-    mx.eval(model.parameters())
 
 
 def _add_layers(model: nn.Module, config: dict[str, Any], tensors: dict[str, mx.array]) -> list[str]:

@@ -33,10 +33,10 @@ def save_adapter(folder: Path, model: nn.Module, settings: Mapping[str, Any], *,
     write_atomically(folder / "adapters.safetensors", weights.getbuffer())
 
 
-def save_model(folder: Path, loaded: LoadedModel) -> None:
-    """Writes the whole model in mlx-lm's format."""
+def save_model(folder: Path, loaded: LoadedModel, *, donate: bool = False) -> None:
+    """Writes the whole model in mlx-lm's format; with ``donate`` the weights are given up as they are written."""
     with plain_path(loaded.path) as plain:
-        save(folder, plain, loaded.model, loaded.tokenizer, dict(loaded.config), donate_model=False)
+        save(folder, plain, loaded.model, loaded.tokenizer, dict(loaded.config), donate_model=donate)
 
 
 def load_adapter_weights(path: Path, model: nn.Module) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from macft.errors import ModelError
@@ -29,6 +28,8 @@ def as_checkpoint(config: ModelConfig) -> ModelConfig:
 def fuse(loaded: LoadedModel, *, dequantize: bool) -> int:
     """Merges the adapter's layers into the weights they adapt, in place; returns the number of layers.
 
+    Nothing is computed yet, so that a model which is read lazily needs no memory.
+
     The merged weights of a quantised base are quantised again. With ``dequantize`` the whole model is dequantised.
     """
     from mlx_lm.utils import dequantize_model
@@ -44,18 +45,17 @@ def fuse(loaded: LoadedModel, *, dequantize: bool) -> int:
         loaded.model = dequantize_model(loaded.model)
         loaded.config = {k: v for k, v in loaded.config.items() if k not in ("quantization", "quantization_config")}
         loaded.is_quantized = False
-    mx.eval(loaded.model.parameters())
     return len(fused)
 
 
 def save_fused(folder: Path, loaded: LoadedModel) -> None:
-    """Writes the model in mlx-lm's and Hugging Face's format.
+    """Writes the model in mlx-lm's and Hugging Face's format, file by file; its weights are gone afterwards.
 
     Raises:
         ModelError: It can't be written.
     """
     try:
-        save_model(folder, loaded)
+        save_model(folder, loaded, donate=True)
     except OSError as error:
         raise ModelError(f"{folder} can't be written: {error.strerror or error}") from error
     except (ValueError, AssertionError, NotImplementedError, RuntimeError) as error:
