@@ -129,9 +129,7 @@ def prepare(
         state_notes += notes_of_changes(with_absolute_paths(before), given, state.progress.step)
     state_notes += diloco_notes(training)
 
-    throttle: ThermalThrottle | None = None
-    if config.thermal.enabled:
-        throttle = ThermalThrottle(config.thermal, rank=collective.rank, stop=lambda: stop.requested)
+    throttle = _throttle(config, collective, stop)
     saver = CheckpointSaver(store, writers=training.replicas if role.has_own_disk else 1)
     computation = prepare_computation(config, model, places)
     if role.has_own_folder or role.is_newcomer:  # those who prepare after the loss of rank 0; one of them will lead
@@ -146,7 +144,6 @@ def prepare(
         is_newcomer=role.is_newcomer,
         callbacks=callbacks,
     )
-    world_size = planned_world_size(collective)  # a newcomer may have learned of others meanwhile
     valid_rows = [data.valid.rows[i] for i in sample_rows(len(data.valid.rows), training.eval_rows, config.seed)]
     trainer = build_trainer(
         training,
@@ -156,14 +153,7 @@ def prepare(
         TrainingRows(data.train.rows, order, valid_rows),
         saver,
         reporter,
-        NodeSetup(
-            balancer=ShareBalancer(_shares(config, world_size), world_size, every=config.topology.rebalance_every),
-            throttle=throttle,
-            stop=stop,
-            places=places,
-            stages=_stages(config, decision, world_size),
-            refit=decision.refit,
-        ),
+        _node_setup(config, decision, collective, places, throttle, stop),
     )
     return Run(
         config=config,
@@ -214,11 +204,30 @@ def _begin(folder: RunFolder, config: TrainConfig) -> None:
         raise CheckpointError(f"{folder.config} can't be written: {error.strerror or error}") from error
 
 
-def _stages(config: TrainConfig, decision: Preflight, world_size: int) -> StageBalancer | None:
-    """What watches the stages, where the user has not said how many blocks each has."""
-    if decision.changes is None:
+def _throttle(config: TrainConfig, collective: Collective, stop: StopRequest) -> ThermalThrottle | None:
+    if not config.thermal.enabled:
         return None
-    return StageBalancer(world_size, every=config.topology.rebalance_every)
+    return ThermalThrottle(config.thermal, rank=collective.rank, stop=lambda: stop.requested)
+
+
+def _node_setup(
+    config: TrainConfig,
+    decision: Preflight,
+    collective: Collective,
+    places: StagePlaces,
+    throttle: ThermalThrottle | None,
+    stop: StopRequest,
+) -> NodeSetup:
+    """What this node does among the others; stages are watched where the user has not set their blocks."""
+    world_size, every = planned_world_size(collective), config.topology.rebalance_every
+    return NodeSetup(
+        balancer=ShareBalancer(_shares(config, world_size), world_size, every=every),
+        throttle=throttle,
+        stop=stop,
+        places=places,
+        stages=None if decision.changes is None else StageBalancer(world_size, every=every),
+        refit=decision.refit,
+    )
 
 
 def _shares(config: TrainConfig, world_size: int) -> str | list[float]:
