@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from macft.collective_bench.lane import Lane, LaneFailed
+from macft.collective_bench.measured_group import GroupFailed, MeasuredGroup
 from macft.collective_bench.ports import free_addresses
 from macft.collective_bench.sizes import read_size, read_speed, size_text
 from macft.collective_bench.turns import Measured, measure
@@ -57,25 +57,25 @@ def compare(options: argparse.Namespace, ranks: int, link: str) -> dict[str, Any
     print(f"\n{ranks} ranks, {f'links of {link}' if link else 'loopback'}", flush=True)
     with ExitStack() as stack:
         shaped = stack.enter_context(ShapedLinks(ranks, link)) if link else None
-        lanes = []
+        groups = []
         for name in names:
             try:
-                lanes.append(stack.enter_context(start(name, options, ranks, shaped)))
-            except LaneFailed as error:
+                groups.append(stack.enter_context(start(name, options, ranks, shaped)))
+            except GroupFailed as error:
                 print(error)
         speed = read_speed(link) if link else math.nan
-        print(heading([lane.name for lane in lanes], shaped=bool(link)))
+        print(heading([group.name for group in groups], shaped=bool(link)))
         sizes = [read_size(size) for size in options.sizes.split(",")]
-        found = measure(lanes, sizes, options.turns, lambda row: print(line(row, speed), flush=True))
+        found = measure(groups, sizes, options.turns, lambda row: print(line(row, speed), flush=True))
     means = summary(found)
     print("\n".join(means))
     rows = [{**vars(result), "median": result.median, "p95": result.p95} for row in found for result in row]
     return {"ranks": ranks, "link": link, "results": rows, "summary": means}
 
 
-def start(name: str, options: argparse.Namespace, ranks: int, shaped: ShapedLinks | None) -> Lane:
-    """The lane of implementation ``name``."""
-    return Lane(
+def start(name: str, options: argparse.Namespace, ranks: int, shaped: ShapedLinks | None) -> MeasuredGroup:
+    """The group of implementation ``name``."""
+    return MeasuredGroup(
         name,
         shaped.addresses(name) if shaped else free_addresses(ranks),
         settings=json.loads(options.settings),

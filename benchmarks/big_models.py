@@ -25,11 +25,11 @@ import numpy as np
 from macft.data.batch import Batch, micro_batches
 from macft.data.formats import Row
 from macft.device.kind import Device
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
-from macft.model.bundled import ensure_bundled
 from macft.model.execution import resolve
+from macft.model.fetch.bundled import ensure_bundled
 from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig
 from macft.model.shape import read_weight_format
@@ -88,7 +88,7 @@ def main() -> None:
 
 def float32_copy(folder: Path) -> Path:
     """The bundled model as float32 files, so that reading is what is measured, and not dequantising."""
-    from macft.model.adapter_files import save_model
+    from macft.model.adapters.files import save_model
 
     save_model(folder / "model", load(FLOAT32, ensure_bundled()))
     return folder / "model"

@@ -37,7 +37,7 @@ from harness.faults import (
 from harness.hot_nodes import hot_nodes
 from harness.runs import train_to_end, uneven_dataset
 from harness.tiny_model import make_tiny_model
-from macft.model.bundled import ensure_bundled
+from macft.model.fetch.bundled import ensure_bundled
 
 PIPELINE = [
     "topology.placement=pipeline",

@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from macft.model.fetch.resolve import resolve
 from macft.model.load import load
-from macft.model.resolve import resolve
 
 # isort: split
 import mlx.core as mx
@@ -25,8 +25,8 @@ from mlx.utils import tree_map
 from macft.checkpoint.saver import CheckpointSaver
 from macft.checkpoint.snapshot import Progress, capture
 from macft.checkpoint.store import CheckpointStore
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.settings import ModelConfig
 
 _WORK_SIZE = 1024

@@ -19,7 +19,7 @@ import numpy as np
 
 from deadlock import LAYERS, RANK
 from macft.collective.codecs.choose import make
-from macft.collective.ring import Ring
+from macft.collective.ring.ring import Ring
 from macft.collective.settings import CODECS, CollectiveConfig
 from macft.collective_bench.ports import free_addresses
 from ranks import hear, start, tell

@@ -10,7 +10,7 @@ and both as parts of mlx_lm's. As on Metal, where attention is not fused while a
 from __future__ import annotations
 
 from macft.device.kind import METAL
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import WeightFormat, resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import shape_of

@@ -14,7 +14,7 @@ import argparse
 import sys
 import time
 
-from macft.collective_bench.lane import Lane, LaneFailed
+from macft.collective_bench.measured_group import GroupFailed, MeasuredGroup
 from macft.collective_bench.ports import free_addresses
 
 RANK, BLOCKS, WIDTH, KEYS, HIDDEN = 8, 30, 576, 192, 1536
@@ -62,14 +62,14 @@ def run(name: str, mode: str, options: argparse.Namespace) -> tuple[int, int, in
     started = time.monotonic()
     while made < options.calls and time.monotonic() - started < 60 * options.minutes:
         try:
-            with Lane(name, free_addresses(options.ranks), limit=options.limit) as lane:
+            with MeasuredGroup(name, free_addresses(options.ranks), limit=options.limit) as group:
                 while made < options.calls and time.monotonic() - started < 60 * options.minutes:
                     calls = min(CALLS_AN_ORDER[mode], options.calls - made)
-                    answers = lane.order(elements=ELEMENTS, calls=calls, fused=mode == "adapter")
+                    answers = group.order(elements=ELEMENTS, calls=calls, fused=mode == "adapter")
                     if any(not answer["right"] for answer in answers):
-                        raise LaneFailed(f"{name}: wrong sums")
+                        raise GroupFailed(f"{name}: wrong sums")
                     made += calls
-        except LaneFailed as error:
+        except GroupFailed as error:
             print(error, file=sys.stderr)
             hangs, failures = (hangs + 1, failures) if "hung" in str(error) else (hangs, failures + 1)
             made += 1  # the call that did not come back, so that a peer that always hangs comes to an end

@@ -28,7 +28,7 @@ from harness.edges import Kill, Outcome
 from harness.runs import uneven_dataset
 from harness.tiny_model import make_tiny_model
 from macft.device.fault_points import POINTS
-from macft.model.bundled import ensure_bundled
+from macft.model.fetch.bundled import ensure_bundled
 
 RANDOM = "a random moment"
 PLACES = tuple(point for point in POINTS if point not in ("micro_batch", "reduce", "hand_over", "regroup"))

@@ -14,8 +14,8 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from macft.collective.listener import Listener
-from macft.collective.ring import Ring
+from macft.collective.ring.listener import Listener
+from macft.collective.ring.ring import Ring
 from macft.collective.settings import CollectiveConfig
 from macft.collective_bench.ports import free_addresses
 from ranks import hear, start, tell

@@ -19,9 +19,9 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["macft.collective"]):
-    from macft.collective.buffers import fuse
-    from macft.collective.stream import StreamIn, new_buffer
-    from macft.collective.transfer import BlobTransfer, GatherReduce, Reduction, Transfer
+    from macft.collective.ring.buffers import fuse
+    from macft.collective.ring.stream import StreamIn, new_buffer
+    from macft.collective.ring.transfer import BlobTransfer, GatherReduce, Reduction, Transfer
     from macft.collective.wire import Frame, Header, Kind, pack, unpack
 
 import numpy as np

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from macft.model.settings import ModelConfig
-    from macft.run.cluster_answers import ClusterAnswers
+    from macft.run.generation.leader import GenerationLeader
 
 GOAL = 0.9
 
@@ -41,19 +41,21 @@ def main() -> None:
     import numpy as np
 
     from macft.collective.settings import CollectiveConfig
-    from macft.launch.answering import answering_cluster
-    from macft.model.bundled import ensure_bundled
+    from macft.launch.generation.cluster import generation_cluster
+    from macft.model.fetch.bundled import ensure_bundled
     from macft.model.settings import ModelConfig
-    from macft.run.answering import AnsweringRank, SpreadModel
-    from macft.run.cluster_answers import ClusterAnswers, dismiss
+    from macft.run.generation.leader import GenerationLeader, dismiss
+    from macft.run.generation.rank import DistributedModel, GenerationRank
     from macft.topology.settings import TopologyConfig
 
     model = ModelConfig(path=str(arguments.model or ensure_bundled()))
     generator = np.random.default_rng(0)
     topology = TopologyConfig(kind="local", nodes=arguments.nodes)
-    with answering_cluster(topology, CollectiveConfig()) as collective:
-        rank = AnsweringRank(collective, name="here", machine_share=1 / arguments.nodes)
-        cluster = ClusterAnswers(rank, SpreadModel.of(model, None, "0.95"), together=max(arguments.answers), tell=print)
+    with generation_cluster(topology, CollectiveConfig()) as collective:
+        rank = GenerationRank(collective, name="here", machine_share=1 / arguments.nodes)
+        cluster = GenerationLeader(
+            rank, DistributedModel.of(model, None, "0.95"), together=max(arguments.answers), tell=print
+        )
         alone = alone_in_this_process(model, arguments.tokens)
         spread = over_the_cluster(cluster, arguments.tokens)
         print(f"{arguments.nodes} nodes, prompts of {arguments.prompt_tokens} tokens, {arguments.tokens} of an answer")
@@ -82,8 +84,8 @@ def alone_in_this_process(model: ModelConfig, tokens: int) -> Answerer:
 
     from macft.config.execution import inference_execution
     from macft.model.backends.choose import make_backend
+    from macft.model.fetch.resolve import resolve
     from macft.model.load import load
-    from macft.model.resolve import resolve
 
     folder = resolve(model)
     execution = inference_execution(model, folder)
@@ -100,7 +102,7 @@ def alone_in_this_process(model: ModelConfig, tokens: int) -> Answerer:
     return answer
 
 
-def over_the_cluster(cluster: ClusterAnswers, tokens: int) -> Answerer:
+def over_the_cluster(cluster: GenerationLeader, tokens: int) -> Answerer:
     """The answers of all stages, at the same time; none ends before it has all its tokens."""
     from macft.generation.tasks import Options
 

@@ -51,8 +51,9 @@ STEPS = {"sql": (60, 20), "mixed": (60, 20), "long": (12, 3)}
 PARTS = {"8B": "8B, bfloat16", "8B@4": "8B, 4 bits"}
 PART_SIDES = ("mlx_lm", "cheap", "blocks", "none")
 SIDES = {"mlx_lm": "mlx_lm", "macft": "macft", "cheap": "macft, cheap", "blocks": "macft, blocks"}
-LONGEST, LONGEST_WARM_UP = 100.0, 170.0
-SMALL = {"hidden_size": 64, "intermediate_size": 224, "num_attention_heads": 4, "num_key_value_heads": 2}
+# Most of the time that one measurement may take, and building the kernels; a Mac needs more --minutes.
+LONGEST, LONGEST_WARM_UP = 0.18, 0.3
+SMALL = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 Found = dict[str, dict[str, Any]]
 
 
@@ -113,6 +114,7 @@ class Measurements:
     def __init__(self, options: argparse.Namespace):
         self._options = options
         self._end: float = time.monotonic() + 60 * options.minutes
+        self._longest = LONGEST * 60 * options.minutes
         kept = options.results.exists() and not options.again
         self.found: Found = json.loads(options.results.read_text()) if kept else {}
 
@@ -121,12 +123,12 @@ class Measurements:
         """Seconds."""
         return self._end - time.monotonic()
 
-    def take(self, key: str, command: list[str], limit: float = LONGEST) -> None:
+    def take(self, key: str, command: list[str]) -> None:
         """Runs ``command``, whose last line is JSON, unless its figures are there already or no time is left."""
         if self.left < 15 or self.found.get(key, {}).keys() - {"failed"}:
             return
         started = time.monotonic()
-        self.found[key] = run(command, min(limit, self.left))
+        self.found[key] = run(command, min(self._longest, self.left))
         seconds = time.monotonic() - started
         says = self.found[key].get("failed") or self.found[key].get("left out") or "measured"
         print(f"{seconds:5.0f} s  {key}: {says}", flush=True)
@@ -291,7 +293,7 @@ def main() -> int:
     options.markdown = options.markdown or (None if options.small else HERE / "training.md")
     measurements = Measurements(options)
     if not options.no_warm_up and not options.small:
-        warm_up(min(LONGEST_WARM_UP, measurements.left / 3))
+        warm_up(LONGEST_WARM_UP * measurements.left)
 
     def take(key: str, command: list[str]) -> None:
         if not options.only or any(word in key for word in options.only):

@@ -38,7 +38,7 @@ from typing import Any
 from harness.step_sides import SIDES, StepSide, step_side
 from macft.data.batch import Batch, collate
 from macft.data.formats import Row
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.settings import AdapterConfig
 from macft.training_bench.random_weights import held_as
 
 # isort: split

@@ -41,12 +41,12 @@ def lead(task: dict[str, Any]) -> dict[str, Any]:
     """Rank 0 of a cluster; the others are started by who started this process, with the same requests."""
     from macft.device.mlx_device import prepare_device
     from macft.generation.tasks import Options
-    from macft.launch.answering_worker import WorkerRequest, elastic_ring
+    from macft.launch.generation.worker import WorkerRequest, elastic_ring
     from macft.model.settings import ModelConfig
     from macft.rendezvous.keystore import run_keyring
     from macft.rendezvous.server import RendezvousServer
-    from macft.run.answering import AnsweringRank, SpreadModel
-    from macft.run.cluster_answers import ClusterAnswers, dismiss
+    from macft.run.generation.leader import GenerationLeader, dismiss
+    from macft.run.generation.rank import DistributedModel, GenerationRank
 
     request = WorkerRequest(**task["request"])
     with ExitStack() as stack:
@@ -60,11 +60,11 @@ def lead(task: dict[str, Any]) -> dict[str, Any]:
         )
         stack.callback(server.close)
         server.start()
-        rank = AnsweringRank(elastic_ring(request, stack), name=request.name)
+        rank = GenerationRank(elastic_ring(request, stack), name=request.name)
         prepare_device()
-        spread = SpreadModel.of(ModelConfig(path=task["model"]), None, "0.95")
+        wanted = DistributedModel.of(ModelConfig(path=task["model"]), None, "0.95")
         lines: list[str] = []
-        answers = ClusterAnswers(rank, spread, together=1, tell=lines.append)
+        answers = GenerationLeader(rank, wanted, together=1, tell=lines.append)
         number = answers.pipeline.begin(task["prompt"], Options(), most_tokens=task["tokens"], stop_tokens=())
 
         def tokens() -> Iterable[int]:
@@ -88,13 +88,13 @@ def mlx_lm_pipeline(task: dict[str, Any]) -> dict[str, Any]:
     # isort: split
     import mlx.core as mx
 
-    group = mx.distributed.init(backend="ring", strict=True)
+    group = mx.wanted.init(backend="ring", strict=True)
     model, _ = sharded_load(task["model"], pipeline_group=group)
     to_float32(model)
     steps = generate_step(mx.array(task["prompt"]), model, max_tokens=task["tokens"])
     found = measured(int(token) for token, _ in steps)
     # A rank that ends first would take the connection from the others.
-    mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))
+    mx.eval(mx.wanted.all_sum(mx.array(1.0), stream=mx.cpu))
     return found
 
 

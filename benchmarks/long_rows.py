@@ -18,7 +18,7 @@ import sys
 
 from gpu_path import HEAD_DIM, SIZES, make_batch, make_model, side_of
 from harness.step_sides import SIDES
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import Execution, WeightFormat
 from macft.model.shape import shape_of
 from macft.planner.memory import ComputeShape, predict

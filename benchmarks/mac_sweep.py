@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 
 from macft.config.command_line import prepare
-from macft.planner.partition import LayoutDecision
-from macft.planner.run_plan import RunPlan, plan_run
+from macft.planner.placement.compare import LayoutDecision
+from macft.planner.plan.run_plan import RunPlan, plan_run
 
 MODELS = {
     "8B": "mlx-community/Meta-Llama-3.1-8B-Instruct-4bit",

@@ -27,8 +27,8 @@ from harness.tiny_model import TINY_CONFIG, make_tiny_model
 from macft.config.command_line import prepare
 from macft.config.paths import config_folder
 from macft.config.validate import to_typed
-from macft.model.bundled import ensure_bundled
-from macft.planner.run_plan import plan_run
+from macft.model.fetch.bundled import ensure_bundled
+from macft.planner.plan.run_plan import plan_run
 
 # isort: split
 import mlx.core as mx

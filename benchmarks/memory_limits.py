@@ -32,11 +32,11 @@ from typing import Any
 from harness.random_weights import save_random_model
 from harness.runs import events
 from limited_nodes import Ended, Limited, drop_from_cache
-from macft.collective.security import KeyPair
+from macft.collective.ring.security import KeyPair
 from macft.collective.settings import CollectiveConfig
 from macft.config.yaml import package_versions
-from macft.launch.answering_worker import WorkerRequest
-from macft.model.bundled import ensure_bundled
+from macft.launch.generation.worker import WorkerRequest
+from macft.model.fetch.bundled import ensure_bundled
 from macft.topology.settings import parse_budget
 
 HERE = Path(__file__).parent
@@ -328,7 +328,7 @@ class Proof:
                 task = self._task("lead", request=asdict(requests[0]), must_match=package_versions())
                 started[0].tell(json.dumps(task))
                 for rank in range(1, nodes):
-                    started.append(place.start(rank, ["-m", "macft.launch.answering_worker"]))
+                    started.append(place.start(rank, ["-m", "macft.launch.generation.worker"]))
                     started[rank].tell(json.dumps(asdict(requests[rank])))
             ended = [started[0].ended(PATIENCE), *(each.ended(10.0) for each in started[1:])]
             if ended[0].status != 0:

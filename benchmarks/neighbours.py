@@ -107,11 +107,11 @@ class Steps:
         from macft.data.tokenize import tokenize
         from macft.device.kind import Device
         from macft.device.mlx_device import prepare_device
-        from macft.model.adapt import adapt
-        from macft.model.adapter_settings import AdapterConfig
+        from macft.model.adapters.adapt import adapt
+        from macft.model.adapters.settings import AdapterConfig
         from macft.model.execution import resolve as resolve_execution
+        from macft.model.fetch.resolve import resolve
         from macft.model.load import load, weight_format_of
-        from macft.model.resolve import resolve
         from macft.model.settings import ModelConfig
 
         print(prepare_device(), flush=True)

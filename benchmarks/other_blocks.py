@@ -20,8 +20,8 @@ from harness.execution import execution_with
 from harness.families import configuration, new_model
 from macft.data.batch import collate
 from macft.data.formats import Row
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.shape import shape_of
 from macft.planner.memory import ComputeShape, predict

@@ -29,15 +29,15 @@ import numpy as np
 
 from big_models import FLOAT32, float32_copy
 from macft.collective.base import Collective
-from macft.collective.listener import Listener
-from macft.collective.ring import Ring
+from macft.collective.ring.listener import Listener
+from macft.collective.ring.ring import Ring
 from macft.collective.settings import CollectiveConfig
 from macft.collective.solo import Solo
 from macft.data.batch import micro_batches
 from macft.data.formats import Row
 from macft.device.kind import Device
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.execution import resolve
 from macft.model.load import load

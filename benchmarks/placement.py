@@ -28,23 +28,23 @@ import stage_times
 from big_models import float32_copy
 from macft.device.chips import find_macs
 from macft.device.kind import METAL, Device
-from macft.model.adapter_settings import AdapterConfig
-from macft.model.bundled import ensure_bundled
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import resolve
+from macft.model.fetch.bundled import ensure_bundled
 from macft.model.settings import ModelConfig
 from macft.model.shape import read_shape, shape_of
 from macft.network.link_kinds import find_links
 from macft.parallel.shares import DataShard
 from macft.parallel.stage_layout import Stage, StageLayout
-from macft.planner.cluster_model import ModelCost, Node, NodeLink, RingLinks, StageCost, StepWork
 from macft.planner.fit import MemoryPlanner
-from macft.planner.layout_inputs import alone, model_cost, step_work
-from macft.planner.partition import LayoutDecision, compare
-from macft.planner.pipeline_simulator import simulate
-from macft.planner.placement import Placer
-from macft.planner.run_plan import known_models
+from macft.planner.known_models import known_models
+from macft.planner.placement.cluster_model import ModelCost, Node, NodeLink, RingLinks, StageCost, StepWork
+from macft.planner.placement.compare import LayoutDecision, compare
+from macft.planner.placement.inputs import alone, model_cost, step_work
+from macft.planner.placement.pipeline_simulator import simulate
+from macft.planner.placement.stage_costs import StageTables
 from macft.planner.speed import MAC_EFFICIENCY
-from macft.planner.stage_costs import StageTables
+from macft.planner.whole_model import WholeModelPlanner
 from macft.planner.workload import unlike_rows
 from ranks import hear, start
 
@@ -92,10 +92,10 @@ def inputs(
     nodes = []
     for rank, (mac, speed) in enumerate(zip(found, speeds, strict=True)):
         own = replace(planner, steps=[step.of_shard(DataShard(rank, len(found), tuple(speeds)))])
-        placer = Placer(own, BUDGET * mac.usable_bytes, "auto", "auto", auto=False)
-        node, (chosen, refusal) = Node(mac.name, speed, placer.budget, mac.chip.disk * 1e9), placer.choice()
+        whole_model = WholeModelPlanner(own, BUDGET * mac.usable_bytes, "auto", "auto", auto=False)
+        node, (chosen, refusal) = Node(mac.name, speed, whole_model.budget, mac.chip.disk * 1e9), whole_model.choice()
         if refusal is None:
-            way = alone(placer, chosen, speed=speed, disk=node.disk)
+            way = alone(whole_model, chosen, speed=speed, disk=node.disk)
             way = replace(way, per_token=way.per_token * operations(cost) / operations(assumed))
             node = replace(node, alone=(way,))
         nodes.append(node)

@@ -36,7 +36,7 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
     from macft.checkpoint.saver import CheckpointSaver
     from macft.checkpoint.snapshot import Progress
     from macft.checkpoint.store import CheckpointStore
-    from macft.collective.ring import Ring
+    from macft.collective.ring.ring import Ring
     from macft.collective.solo import Solo
     from macft.data.formats import Row
     from macft.data.order import RowOrder
@@ -44,15 +44,15 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
     from macft.data.sources import read_source
     from macft.data.tokenize import tokenize
     from macft.device.kind import Device
-    from macft.model.adapt import adapt
-    from macft.model.adapter_settings import AdapterConfig
+    from macft.model.adapters.adapt import adapt
+    from macft.model.adapters.settings import AdapterConfig
     from macft.model.backends.choose import make_backend
     from macft.model.execution import resolve as resolve_execution
+    from macft.model.fetch.resolve import resolve
     from macft.model.load import load, weight_format_of
-    from macft.model.resolve import resolve
     from macft.model.settings import ModelConfig
     from macft.report.events import Event, NullReporter, StepDone
-    from macft.training.build_trainer import build_trainer
+    from macft.training.build_trainer import TrainingRows, build_trainer
     from macft.training.gradient import GradientComputer
     from macft.training.gradient_reducer import GradientReducer
     from macft.training.optimizer import make_optimizer
@@ -83,8 +83,7 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
             optimizer,
             TrainState(loaded.model, make_optimizer(optimizer), Progress(), GradientReducer(collective)),
             GradientComputer(loaded.model, backend, execution, adaptation.dropout_keys, seed=0),
-            rows,
-            RowOrder([len(rows)], [1.0], batch_size=batch_size, seed=0),
+            TrainingRows(rows, RowOrder([len(rows)], [1.0], batch_size=batch_size, seed=0)),
             CheckpointSaver(CheckpointStore(Path(folder), keep_last=1)),
             Clock(),
         ).train()

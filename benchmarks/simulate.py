@@ -27,13 +27,13 @@ import numpy as np
 
 from macft.device.chips import find_mac
 from macft.device.kind import METAL
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import ModelShape, shape_of
 from macft.planner.fit import MemoryPlanner
+from macft.planner.known_models import known_models
 from macft.planner.memory import trained_part
-from macft.planner.run_plan import known_models
 from macft.planner.speed import MAC_EFFICIENCY, step_cost
 from macft.planner.workload import unlike_rows
 
@@ -254,7 +254,7 @@ def measure() -> list[dict[str, Any]]:
 
 def ring_rank(rank: int, addresses: list[str]) -> None:
     """One rank of the measurement."""
-    from macft.collective.ring import Ring
+    from macft.collective.ring.ring import Ring
 
     found = []
     with Ring(rank, len(addresses), addresses) as ring:

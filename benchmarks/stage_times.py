@@ -20,14 +20,14 @@ from big_models import FLOAT32
 from macft.data.batch import micro_batches
 from macft.data.formats import Row
 from macft.device.kind import Device
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
-from macft.model.ends import BOTH_ENDS
+from macft.model.blocks.ends import BOTH_ENDS
 from macft.model.execution import resolve
 from macft.model.load import load
 from macft.model.shape import read_weight_format
-from macft.planner.cluster_model import StageCost
+from macft.planner.placement.cluster_model import StageCost
 from macft.training.staged_gradient import StagedGradient
 
 _MICRO_BATCHES = 3

@@ -1,16 +1,23 @@
 """Kernels that a step hands to a GPU, and shapes that are compiled: macft beside mlx_lm. Counted, on any machine.
 
     python benchmarks/step_launches.py [--cases CASE ...] [--device metal|cuda] [--recompute none|cheap|blocks]
-        [--packing auto|true|false] [--steps 100] [--kinds]
+        [--packing auto|true|false] [--steps 100] [--nodes 1|2] [--kinds]
+    python benchmarks/step_launches.py --by-block [--without low-rank|norms|swiglu|attention|mask|sums]
 
 The rows, in the order and the batches of each trainer, are those of `benchmarks/training.py`, and so is the number of
 blocks; macft's rows are packed or padded as `training.packing=auto` chooses for the true model on such a device. Only
 the width is small, on which the number of kernels does not depend; chunks of the loss are as large as with the true
 vocabulary. Graphs are traced and compiled by ``mx.compile`` as on a GPU, and not computed: see `harness/launches.py`
-for what counts. A step holds all that its trainer has computed: loss, gradient, norm, clipping, update.
+for what counts. A step holds all that its trainer has computed: loss, gradient, norm, clipping, update. With
+``--nodes 2`` it is that of a node among several: the gradient that it sends, and the update after the all-reduce; norm
+and clipping are the host's then.
 
 ``kernels`` are those of the average of the first ``--steps`` steps; ``traces``: how often a gradient was traced and
 compiled in them; ``tokens``: those computed in an average step, with padding. ``--kinds`` lists the kernels by kind.
+``--by-block`` prints kernels of a step, of a block with a backward pass and of one without, for each way to lay out
+rows and to recompute: the table of `planner/kernels.py`. ``--without``: with the plain way in place of one of macft's:
+mlx-lm's low-rank layers, MLX's gradients of norms, SwiGLU and attention, packs laid out as rows, MLX's sums of a
+token's gradients, which are additions to the same memory.
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -26,16 +33,19 @@ from typing import Any
 from macft.config.execution import execution_for
 from macft.config.reference import default_config
 from macft.data.batch import Batch, micro_batches
+from macft.data.formats import Row
 from macft.data.tokenize import tokenize
 from macft.device.kind import Device
 from macft.device.mlx_device import prepare_device
-from macft.model.adapt import adapt
+from macft.model.adapters.adapt import adapt
 from macft.model.backends.choose import make_backend
+from macft.model.backends.mlx import attention, backend
 from macft.model.execution import Execution
+from macft.model.fetch.resolve import resolve
 from macft.model.load import load_tokenizer
-from macft.model.resolve import resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import shape_of
+from macft.planner.kernels import COUNTED, StepKernels
 from macft.planner.node_part import planner_for
 from macft.planner.packing import choose_packing
 from macft.planner.workload import steps_of
@@ -50,6 +60,7 @@ from macft.training_bench.sides import ADAPTER, OPTIMIZER, Training, add_mlx_lm_
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.tuner.datasets import CacheDataset, create_dataset
@@ -114,13 +125,14 @@ class Arrays:
 
 
 @contextmanager
-def not_computed() -> Iterator[None]:
-    """Inside, nothing that is handed to the device to be computed in the background is."""
-    before, mx.async_eval = mx.async_eval, lambda *_arrays: None
+def not_computed(function: str = "async_eval") -> Iterator[None]:
+    """Inside, nothing that is handed to the device to be computed in the background, or by ``function``, is."""
+    before = getattr(mx, function)
+    setattr(mx, function, lambda *_arrays: None)
     try:
         yield
     finally:
-        mx.async_eval = before
+        setattr(mx, function, before)
 
 
 def count_mlx_lm(model: nn.Module, batches: Iterable[tuple[mx.array, mx.array]]) -> Found:
@@ -164,20 +176,36 @@ def values(after: Arrays, before: Arrays) -> list[mx.array]:
     return [value for _, _, value in after._places if id(value) not in old]
 
 
-def count_macft(model: nn.Module, batches: list[list[Batch]], execution: Execution) -> Found:
-    """macft's gradient and queued update."""
-    adapter = replace(ADAPTER, num_layers=min(ADAPTER.num_layers, len(model.layers)))
+def count_macft(
+    model: nn.Module,
+    batches: list[list[Batch]],
+    execution: Execution,
+    nodes: int = 1,
+    trained: int = ADAPTER.num_layers,
+) -> Found:
+    """macft's gradient and update: queued on one node, before and after the all-reduce on several.
+
+    ``trained``: blocks with an adapter, the last ones.
+    """
+    adapter = replace(ADAPTER, num_layers=min(trained, len(model.layers)))
     adaptation = adapt(model, adapter, seed=0)
     mx.eval(model.parameters())
     optimizer = make_optimizer(OPTIMIZER)
-    backend = make_backend(execution)
-    with backend.installed(model):
-        compute = GradientComputer(model, backend, execution, adaptation.dropout_keys, seed=0)
-        return count_steps(compute, OptimizerStep(model, optimizer, compiled=True), model, optimizer, batches)
+    kernels = make_backend(execution)
+    with kernels.installed(model):
+        compute = GradientComputer(model, kernels, execution, adaptation.dropout_keys, seed=0)
+        update = OptimizerStep(model, optimizer, compiled=True)
+        return count_steps(compute, update, model, optimizer, batches, nodes=nodes)
 
 
 def count_steps(
-    compute: GradientComputer, update: OptimizerStep, model: nn.Module, optimizer: Any, batches: list[list[Batch]]
+    compute: GradientComputer,
+    update: OptimizerStep,
+    model: nn.Module,
+    optimizer: Any,
+    batches: list[list[Batch]],
+    *,
+    nodes: int = 1,
 ) -> Found:
     """Their steps."""
     with like_a_gpu(compute.execution.device), not_computed():
@@ -193,17 +221,82 @@ def count_steps(
             key = tuple((part.inputs.shape, part.positions.shape, *(x.shape for x in part.layout)) for part in parts)
             tokens += sum(part.inputs.size for part in parts)
             arrays, state = Arrays(model, optimizer.state), optimizer.state
-            local = compute(step, work, joined=True)
+            local = compute(step, work, form="joined" if nodes == 1 else "buckets")
             if key not in known:
-                total = sum(local.losses, mx.array(0.0))
-                loss, norm = update.queue(local.gradient, 1e-4, total, local.target_tokens, 0.0)
+                if nodes == 1:
+                    total = sum(local.losses, mx.array(0.0))
+                    results = [*update.queue(local.gradient, 1e-4, total, local.target_tokens, 0.0), update._is_sound]
+                    known[key] = Counter()
+                else:
+                    known[key] = launches(*local.losses, *local.gradient.values())
+                    summed = {name: mx.zeros(value.shape) for name, value in local.gradient.items()}
+                    results = []
+                    mx.eval(summed)
+                    with not_computed("eval"):
+                        update(summed, 1e-4)
                 after = Arrays(model, optimizer.state)
-                known[key] = launches(loss, norm, update._is_sound, *values(after, arrays))
+                known[key] += launches(*results, *values(after, arrays))
                 optimizer.state = state
                 update._parameters.put(parameters)
                 update._is_sound = mx.array(True)
             kernels.append(known[key])
         return Found(kernels, compute._traces, tokens)
+
+
+LAYOUTS = {"padded": (58, 60, 65, 49), "mask": (58, 60, 65, 49), "rows": (1000, 600, 1000, 700)}
+"""Lengths of the rows of a batch, which begin alike; so laid out by macft where they are packed."""
+
+
+def count_by_block(device: str, layout: str, recompute: str) -> StepKernels:
+    """From models of two and three blocks, and of two more that are not trained."""
+    generator = np.random.default_rng(0)
+    begun = generator.integers(1, 500, 20)
+    tokens = [np.append(begun, generator.integers(1, 500, n - 20)).astype(np.int32) for n in LAYOUTS[layout]]
+    rows = [Row(each, len(each) // 2) for each in tokens]
+    packs = layout != "padded"
+    execution = Execution(
+        device=device,
+        kernels="mlx",
+        dtype="bfloat16",
+        packing=packs,
+        shared_prefixes=packs,
+        compiled=True,
+        recompute=recompute,
+    )
+
+    def count(blocks: int, trained: int) -> int:
+        config = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 1e4, "head_dim": 64}
+        model = small_model({**config, "num_hidden_layers": blocks}, None)
+        work = micro_batches(rows, np.arange(len(rows)), None)
+        return count_macft(model, [work], execution, trained=trained).kernels[0].total()
+
+    two, three, of_four = count(2, 2), count(3, 3), count(4, 2)
+    return StepKernels(two - 2 * (three - two), three - two, (of_four - two) // 2)
+
+
+@contextmanager
+def without(technique: str | None) -> Iterator[None]:
+    """Inside, the plain way is in place of ``technique``."""
+
+    def as_it_is(original: Any, *_arguments: Any) -> Any:
+        return original
+
+    plain: dict[str | None, list[tuple[Any, str, Any]]] = {
+        "low-rank": [(backend, "in_base_type", lambda _most, _kind: None)],
+        "norms": [(backend, "frozen_norms", lambda _model: nullcontext())],
+        "swiglu": [(backend, "short_swiglu", as_it_is)],
+        "attention": [(backend, "plain_attention", as_it_is)],
+        "mask": [(attention, "attends_under_mask", lambda *_sizes: False)],
+        "sums": [(attention, "operation", lambda forward, _backward: forward)],
+    }
+    changed = [(module, name, getattr(module, name), new) for module, name, new in plain.get(technique, [])]
+    for module, name, _, new in changed:
+        setattr(module, name, new)
+    try:
+        yield
+    finally:
+        for module, name, old, _ in changed:
+            setattr(module, name, old)
 
 
 def execution_of(case: Case, device: Device, records: list[Any], tokenizer: Any, options: argparse.Namespace) -> Any:
@@ -238,7 +331,7 @@ def count(name: str, device: Device, options: argparse.Namespace) -> tuple[Found
     with like_a_gpu(device.kind):
         theirs = count_mlx_lm(small_model(shape, case.bits), islice(batches_of_mlx_lm, training.steps))
     execution, batches = execution_of(case, device, records, tokenizer, options)
-    ours = count_macft(small_model(shape, case.bits), batches, execution)
+    ours = count_macft(small_model(shape, case.bits), batches, execution, options.nodes)
     return theirs, ours, "packed" if execution.packing else "padded"
 
 
@@ -249,9 +342,17 @@ def main() -> None:
     parser.add_argument("--recompute", choices=("none", "cheap", "blocks"), default="none")
     parser.add_argument("--packing", choices=("auto", "true", "false"), default="auto")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--nodes", type=int, choices=(1, 2), default=1)
     parser.add_argument("--kinds", action="store_true", help="list the first step's kernels")
+    parser.add_argument("--by-block", action="store_true", help="print the table of planner/kernels.py")
+    parser.add_argument("--without", choices=("low-rank", "norms", "swiglu", "attention", "mask", "sums"))
     options = parser.parse_args()
     prepare_device()
+    if options.by_block:
+        with without(options.without):
+            for device, layout, recompute in COUNTED:
+                print(device, layout, recompute, tuple(count_by_block(device, layout, recompute)), flush=True)
+        return
     print("| case | side | kernels | traces | tokens |\n| --- | --- | ---: | ---: | ---: |", flush=True)
     for name in options.cases:
         theirs, ours, layout = count(name, Device(options.device), options)

@@ -41,8 +41,8 @@ WARM_UP_STEPS = {"sql": 4, "mixed": 4, "long": 1}
 def load_everything(options: argparse.Namespace) -> tuple[Any, list[dict[str, Any]], Any]:
     """Model, records and what is trained, the same for all."""
     from macft.device.mlx_device import prepare_device
+    from macft.model.fetch.resolve import resolve
     from macft.model.load import load, load_tokenizer
-    from macft.model.resolve import resolve
     from macft.model.settings import ModelConfig
     from macft.model.shape import read_shape, shape_of
     from macft.training_bench.cases import Case
@@ -70,8 +70,8 @@ def execution_of(model: Any, **training: Any) -> Any:
     from macft.device.kind import Device
     from macft.model.execution import resolve
     from macft.model.load import weight_format_of
-    from macft.model.packable import may_pack
     from macft.model.settings import ModelConfig
+    from macft.model.trials.packable import may_pack
 
     config = ModelConfig(precision="checkpoint", quantization="keep")
     return resolve(config, weight_format_of(model), Device.default(), can_pack=may_pack(model), **training)

@@ -16,7 +16,7 @@ from harness.runs import uneven_dataset
 from harness.tiny_model import make_tiny_model
 from macft.device import blas
 from macft.device.mlx_device import on_cpu
-from macft.model.bundled import ensure_bundled
+from macft.model.fetch.bundled import ensure_bundled
 from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig
 

@@ -14,11 +14,11 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from harness.families import FAMILIES, TARGETS, configuration, new_model
 from macft.errors import ConfigError, ModelError
-from macft.model.adapt import adapt
-from macft.model.adaptable import adaptable_blocks
-from macft.model.adapter_files import load_adapter_weights, save_adapter
-from macft.model.adapter_layers import select_layers
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.adaptable import adaptable_blocks
+from macft.model.adapters.files import load_adapter_weights, save_adapter
+from macft.model.adapters.layers import select_layers
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.load import load
 from macft.model.settings import ModelConfig
 

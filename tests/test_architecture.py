@@ -130,6 +130,17 @@ def test_forecasting_is_a_leaf() -> None:
     assert users <= {"run", "training_bench"}
 
 
+def test_the_planner_s_packages_form_a_line() -> None:
+    """Predictions for one node, placements on several, then what a run or ``macft plan`` does with them."""
+    after = {"": ("placement", "preflight", "plan"), "placement": ("preflight", "plan"), "preflight": ("plan",)}
+    for name, path in FILES.items():
+        if name.startswith("macft.planner."):
+            parts = name.split(".")
+            above = after.get(parts[2] if len(parts) > 3 else "", ())
+            prefixes = tuple(f"macft.planner.{package}." for package in above)
+            assert not [module for module in imports_of(path) if module.startswith(prefixes)], name
+
+
 def test_the_order_is_complete() -> None:
     packages = {path.name for path in ROOT.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
     assert packages == set(ORDER)

@@ -25,8 +25,8 @@ from helpers.computing import gradient_computer, randomize_adapter
 from helpers.models import assert_same_gradient, make_model
 from macft.data.batch import collate
 from macft.data.formats import Row
-from macft.model.adapt import Adaptation, adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import Adaptation, adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.module_classes import replaced_functions
 

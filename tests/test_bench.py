@@ -19,8 +19,8 @@ from helpers.names import NASTY
 from macft.bench import main
 from macft.cli.run_command import run_command
 from macft.collective_bench import ports
-from macft.collective_bench.lane import Lane, LaneFailed
 from macft.collective_bench.limits import link_speed, memory_copy
+from macft.collective_bench.measured_group import GroupFailed, MeasuredGroup
 from macft.collective_bench.ports import free_addresses
 from macft.collective_bench.sizes import read_size, read_speed, size_text, time_text
 from macft.collective_bench.turns import Measured, measure
@@ -168,7 +168,7 @@ def test_the_ranks_of_hosts_measure_together(tmp_path: Path, backend: str) -> No
         (["--training", "topology=local"], "topology=local: --training takes no overrides"),
         (["--training", "--steps", "0"], "--steps: must be greater than 0"),
         (["--quick"], "--quick: needs --training"),
-        (["--json", "/no/such/folder/x.json"], "--json: the folder of /no/such/folder/x.json does not exist"),
+        (["--json", "/no/such/folder/x.json"], "--json: the folder /no/such/folder does not exist"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,7 +181,10 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str, capsys: pytes
 @pytest.mark.slow
 def test_a_peer_that_hangs_is_left_out_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
-    with Lane("tcp", free_addresses(2), limit=60.0) as well, Lane("tcp", free_addresses(2), limit=15.0) as hanging:
+    with (
+        MeasuredGroup("tcp", free_addresses(2), limit=60.0) as well,
+        MeasuredGroup("tcp", free_addresses(2), limit=15.0) as hanging,
+    ):
         hanging.name = "hanging"
         os.kill(hanging.process_ids[1], signal.SIGSTOP)
         rows = measure([well, hanging], [4096, 65_536], 2, lambda _: None)
@@ -190,8 +193,8 @@ def test_a_peer_that_hangs_is_left_out_and_the_others_go_on(monkeypatch: pytest.
 
 
 def test_a_lane_that_can_not_start_says_why() -> None:
-    with pytest.raises(LaneFailed, match=r"^tcp: (rank \d: \w*(Error|error): |a rank ended)"):
-        Lane("tcp", ["256.0.0.1:9", "256.0.0.1:10"], limit=60.0)
+    with pytest.raises(GroupFailed, match=r"^tcp: (rank \d: \w*(Error|error): |a rank ended)"):
+        MeasuredGroup("tcp", ["256.0.0.1:9", "256.0.0.1:10"], limit=60.0)
 
 
 def test_the_limits_are_measured_or_unknown() -> None:

@@ -11,12 +11,12 @@ import pytest
 
 from helpers.rings import local_listeners, run_ranks
 from helpers.waiting import wait_until
-from macft.collective.channel_setup import read_offers
-from macft.collective.channels import _MAX_UNREAD, _Incoming
-from macft.collective.ring import Ring
+from macft.collective.ring.channel_setup import read_offers
+from macft.collective.ring.channels import _MAX_UNREAD, _Incoming
+from macft.collective.ring.ring import Ring
+from macft.collective.ring.stream import StreamIn
 from macft.collective.settings import CollectiveConfig
 from macft.collective.solo import Solo
-from macft.collective.stream import StreamIn
 from macft.collective.wire import MAX_MESSAGE_BYTES, Header, Kind, pack
 from macft.errors import PeerLost, PeerTimeout, ProtocolError
 

@@ -28,7 +28,7 @@ from helpers.hosts import cluster
 from helpers.models import random_adapter
 from helpers.rings import local_listeners, run_ranks
 from helpers.serving import CHAT, JSON, Served, answers_of_one_process, events, served
-from macft.collective.ring import Ring
+from macft.collective.ring.ring import Ring
 from macft.collective.solo import Solo
 from macft.config.execution import inference_execution
 from macft.errors import ConfigError, MacftError, ModelError, ProtocolError
@@ -47,13 +47,13 @@ from macft.generation.tasks import (
     unpack_outcome,
     unpack_task,
 )
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig
 from macft.parallel.stage_layout import Stage, even_layout
 from macft.parallel.stage_places import StagePlace, StagePlaces
-from macft.run.answering import AnsweringRank, SpreadModel
+from macft.run.generation.rank import DistributedModel, GenerationRank
 from macft.run.stage_answers import StageAnswers
 
 QUESTIONS = ("Repeat: red", "seven lamps", "what is north? " * 9, "quiet", "river stone paper")
@@ -269,12 +269,12 @@ def opened(model: Path, megabytes: list[float]) -> list[Any]:
 
     What is around the blocks has 1.05 MB, and each block 0.15 MB.
     """
-    spread = SpreadModel.of(ModelConfig(path=str(model)), None, "1.0")
+    wanted = DistributedModel.of(ModelConfig(path=str(model)), None, "1.0")
 
     def lines(ring: Ring) -> list[str]:
-        rank = AnsweringRank(ring, name=f"host-{ring.rank}", usable=1e6 * megabytes[ring.rank])
+        rank = GenerationRank(ring, name=f"host-{ring.rank}", usable=1e6 * megabytes[ring.rank])
         try:
-            with rank.open_stage(spread, 0) as stage:
+            with rank.open_stage(wanted, 0) as stage:
                 return [str(stage.layout), *stage.from_disk]
         except ConfigError as error:
             return [str(error)]
@@ -288,10 +288,10 @@ def test_a_host_looks_where_the_run_has_found_its_model(
     five_blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(five_blocks.parent)  # as if it were topology.folder
-    sent = SpreadModel.of(ModelConfig(path=str(tmp_path / "model")), None, "1.0", path_on_hosts=five_blocks.name)
-    assert SpreadModel.unpack(sent.pack()).found_here().model.path == five_blocks.name
+    sent = DistributedModel.of(ModelConfig(path=str(tmp_path / "model")), None, "1.0", path_on_hosts=five_blocks.name)
+    assert DistributedModel.unpack(sent.pack()).found_here().model.path == five_blocks.name
     (tmp_path / "model").symlink_to(five_blocks)
-    assert SpreadModel.unpack(sent.pack()).found_here() == sent
+    assert DistributedModel.unpack(sent.pack()).found_here() == sent
 
 
 def test_a_host_with_little_memory_gets_few_blocks(five_blocks: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,12 +17,17 @@ from helpers.rings import local_listeners, run_ranks
 from macft.collective.codecs.choose import choose, make
 from macft.collective.codecs.quantization import BLOCK, Bfloat16, Int8, WireCodec
 from macft.collective.codecs.registry import CODECS
-from macft.collective.ring import Ring
+from macft.collective.ring.ring import Ring
 from macft.collective.settings import CODECS as CODEC_NAMES
 from macft.collective.settings import CollectiveConfig, problems
 from macft.collective.solo import Solo
 from macft.errors import CheckpointError, CollectiveError, ProtocolError
+from macft.model.joined_parameters import JoinedParameters
+from macft.parallel.node_status import NodeStatus
+from macft.training.gradient import LocalGradient
+from macft.training.gradient_buckets import buckets_of
 from macft.training.gradient_reducer import GradientReducer
+from macft.training.reduce import reduce_gradient
 
 WIRE_CODECS: list[WireCodec] = [Bfloat16(), Int8()]
 LOSSY = ["bfloat16", "int8", "powersgd"]
@@ -100,6 +106,41 @@ def test_all_ranks_end_with_the_same_bits_and_nothing_is_lost_for_good(name: str
     assert first > 0
     last = max(float(np.abs(mean[key] - exact[key]).max()) for key in SHAPES)
     assert last < first / 4
+
+
+@pytest.mark.parametrize(("name", "error"), [("none", 1e-6), ("bfloat16", 0.01), ("int8", 0.02), ("powersgd", 0.95)])
+def test_ranks_with_and_without_joined_gradients_sum_alike(name: str, error: float) -> None:
+    """One rank's kernels give the gradient in the pieces of its buckets, the other's parameter by parameter."""
+    model = nn.Module()
+    for key, shape in SHAPES.items():
+        model[key.replace(".", "-")] = mx.zeros(shape)
+    buckets = buckets_of(model, 20_000)
+    assert [len(piece.names) for bucket in buckets for piece in bucket] == [3, 1]
+
+    def work(ring: Ring) -> dict[str, np.ndarray]:
+        own = {key.replace(".", "-"): mx.array(value) for key, value in gradients(ring.rank).items()}
+        if ring.rank:
+            own = {piece.name: piece.of(own) for bucket in buckets for piece in bucket}
+        mx.eval(own)
+        local = LocalGradient(own, buckets, [mx.array(1.0)], 3, 5, 0.0)
+        status = NodeStatus(5, 1.0)
+        reduced = reduce_gradient(
+            GradientReducer(ring, name),
+            local,
+            max_norm=0.0,
+            stop=False,
+            change=False,
+            computed=lambda: None,
+            status=lambda _seconds: status,
+        )
+        joined = JoinedParameters.of(model).join(reduced.gradient)["small-float32"]
+        return {"joined": np.array(joined), "norm": np.array(reduced.metrics.norm)}
+
+    first, second = in_ring(2, work)
+    for key, value in first.items():
+        assert value.tobytes() == second[key].tobytes()
+    exact = np.concatenate([sum(gradients(rank)[key] for rank in range(2)).reshape(-1) for key in SHAPES])
+    assert np.linalg.norm(first["joined"] - exact) <= error * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize(("name", "share"), [("bfloat16", 0.51), ("int8", 0.27), ("powersgd", 0.4)])

@@ -17,6 +17,7 @@ from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig, register_schema
 from macft.config.validate import to_typed
 from macft.errors import ConfigError
+from macft.topology.topology_file import load_topology
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = "+recipe=llama-lora"
@@ -43,14 +44,24 @@ MISTAKES = [
     ("iters=100", "iters: no such key; did you mean training.steps?"),
     ("lr=1e-4", "lr: no such key; did you mean optimizer.learning_rate?"),
     ("+learning_rate=1", "learning_rate: no such key; did you mean optimizer.learning_rate?"),
-    ("training.steps=abc", "training.steps: Value 'abc' of type 'str' could not be converted to Integer"),
-    ("training.steps=1.5", "training.steps: Value '1.5' of type 'float' could not be converted to Integer"),
-    ("dataset.mask_prompt=perhaps", "dataset.mask_prompt: Value 'perhaps' is not a valid bool"),
-    ("adapter.targets=q_proj", "adapter.targets"),
+    ("training.steps=abc", "training.steps: 'abc' is not a whole number, such as 8"),
+    ("training.steps=1.5", "training.steps: '1.5' is not a whole number, such as 8"),
+    ("dataset.mask_prompt=perhaps", "dataset.mask_prompt: 'perhaps' is neither true nor false"),
+    ("optimizer.learning_rate=fast", "optimizer.learning_rate: 'fast' is not a number, such as 1e-4"),
+    ("adapter.targets=q_proj", "adapter.targets: it must be a list, such as [a,b]"),
+    ("seed=null", "seed: null is not allowed here; it needs a value"),
+    ("training=null", "training: null is none of its options"),
+    ("training.steps=${oc.env:NO_SUCH_NAME}", "training.steps: Environment variable 'NO_SUCH_NAME' not found"),
+    ("name=${nome}", "name: Interpolation key 'nome' not found"),
     ("model=smolm2-135m", "model: no option 'smolm2-135m'; did you mean model=smollm2-135m?"),
+    ("model=gpt2", "smollm3-3b; or a Hugging Face id (org/name), or a path (./name)"),
+    ("dataset=rows", "dataset: no option 'rows'; there are custom, "),
     ("adapter=lorra", "adapter: no option 'lorra'; did you mean adapter=lora?"),
     ("optimizer.name=adamv", "optimizer.name: 'adamv' is not one of adamw"),
     ("optimizer.learning_rate=-1", "optimizer.learning_rate: -1.0 must be greater than 0"),
+    ("optimizer.learning_rate=inf", "optimizer.learning_rate: inf is not a finite number"),
+    ("optimizer.learning_rate=1e400", "optimizer.learning_rate: inf is not a finite number"),
+    ("optimizer.weight_decay=nan", "optimizer.weight_decay: nan is not a finite number"),
     ("optimizer.warmup_steps=64", "optimizer.warmup_steps: 64 must be 0 or more and less than training.steps"),
     ("optimizer.schedule=cosin", "did you mean 'cosine'?"),
     ("training.batch_size=0", "training.batch_size: 0 must be 1 or more"),
@@ -86,6 +97,11 @@ MISTAKES = [
     ("report.every=0", "report.every: 0 must be 1 or more"),
     ("training.steps", "training.steps: not understood; overrides are written key=value"),
     ("name=a b(", "name"),
+    ("name=..", "name: '..' is no name for a run's folder"),
+    ("name=", "name: '' is no name for a run's folder"),
+    ("name=/tmp/x", "name: '/tmp/x' is no name for a run's folder"),
+    ("hydra.run.dir=", "hydra.run.dir: nothing is given; name a folder"),
+    ("+resume=", "resume: nothing is given; give a run's folder"),
     ("+resume=/no/such/folder", "resume: /no/such/folder does not exist"),
     ("+recipe=lama-lora", "recipe: no option 'lama-lora'; did you mean recipe=llama-lora?"),
 ]
@@ -197,6 +213,51 @@ def test_a_users_own_recipe_and_model(tmp_path: Path) -> None:
     assert "name: mine" in done.output
     assert "path: /models/tiny" in done.output
     assert "steps: 64" in done.output
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("# @package _global_\nname: a\nname: b\n", r"mine\.yaml, line 3: found duplicate key name$"),
+        (
+            "# @package _global_\ntraining:\n\tsteps: 3\n",
+            r"mine\.yaml, line 3: found character '\\t' that cannot start",
+        ),
+        ("training: {steps: 3}\n", r"^recipe/mine: the first line must be: # @package _global_$"),
+        ("# @package _global_\n- a\n", "^recipe/mine: a list, but keys with values belong there$"),
+        (
+            "# @package _global_\ntraining: {stepz: 3}\n",
+            r"^recipe/mine: training\.stepz: no such key; did you mean training\.steps\?$",
+        ),
+        (
+            "# @package _global_\ntraining: {steps: many}\n",
+            "^recipe/mine: training.steps: 'many' is not a whole number",
+        ),
+        ("# @package _global_\nname: caf\udce9\n", "is not UTF-8 text"),
+    ],
+    ids=["twice", "tab", "no package", "list", "typo", "type", "latin-1"],
+)
+def test_a_mistake_in_a_recipe_is_one_line(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ConfigError, match=words) as error:
+        prepare(["--config-dir", str(tmp_path), "+recipe=mine"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "hosts: [10.0.0.1, 10.0.0.2]\n"], ids=["empty", "list", "no kind"])
+def test_a_cluster_file_without_a_cluster_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """An empty one would train on this machine alone."""
+    monkeypatch.setenv("MACFT_CONFIG", str(tmp_path))
+    (tmp_path / "topology").mkdir()
+    (tmp_path / "topology" / "desk.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"desk\.yaml: not a topology; it needs kind: and hosts:$"):
+        load_topology("desk")
+    with pytest.raises(
+        ConfigError, match="topology" if text else r"desk\.yaml: not a topology; it needs kind:"
+    ) as error:
+        prepare([RECIPE, "topology=desk"])
+    assert "\n" not in str(error.value)
 
 
 def test_cfg_job_prints_the_whole_configuration(tmp_path: Path) -> None:

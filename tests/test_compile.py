@@ -29,8 +29,8 @@ from macft.data.batch import (
 )
 from macft.data.formats import Row
 from macft.errors import ConfigError
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.planner.workload import StepRows
 from macft.training.batch_layout import BatchLayout

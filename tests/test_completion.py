@@ -99,6 +99,14 @@ def test_what_can_follow(line: str, expected: list[str]) -> None:
         assert sorted(found) == sorted(expected)
 
 
+def test_the_newest_run_is_offered_once(folder: Path) -> None:
+    newest = folder / "runs/smoke/2026-02-01_08-00-00"
+    (newest / ".hydra").mkdir()
+    (newest / ".hydra" / "config.yaml").touch()
+    (folder / "runs/latest").symlink_to(newest)
+    assert words("macft generate runs/la") == ["runs/latest"]
+
+
 @pytest.mark.usefixtures("folder")
 def test_hidden_files_are_offered_only_to_who_asks() -> None:
     assert ".hidden" not in words("macft fuse --save-path ")

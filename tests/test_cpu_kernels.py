@@ -25,8 +25,8 @@ from helpers.computing import gradient_computer, settled_memory
 from macft.data.batch import Batch, collate
 from macft.data.formats import Row
 from macft.device import blas
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.cpu.activations import softmax_parts, swiglu
 from macft.model.backends.cpu.attention import causal_attention, fast_attention
 from macft.model.backends.cpu.cross_entropy import blockwise_cross_entropy

@@ -146,9 +146,9 @@ def test_notes_and_errors_are_those_of_a_run(
         (["builtin:sql", "--row", "9999"], "--row: 9999 is not one of the train rows, 1 to 2000"),
         (["builtin:sql", "--rows", "-1"], "--rows: -1 must be 0 or more"),
         (["builtin:sql", "--column", "prompt"], "'prompt' is not FIELD=COLUMN"),
-        (["builtin:sql", "--column", "question=x"], "dataset.columns.question: no such field"),
+        (["builtin:sql", "--column", "question=x"], "--column question: no such field"),
         (["builtin:sql", "--column", "prompt=x"], "train row 1 has no column 'x'; it has family, messages"),
-        (["builtin:sql", "--max-seq-length", "1"], "dataset.max_seq_length: 1 must be 2 or more"),
+        (["builtin:sql", "--max-seq-length", "1"], "--max-seq-length: 1 must be 2 or more"),
     ],
 )
 def test_a_mistake_is_one_line(shown: Shown, arguments: list[str], words: str) -> None:
@@ -161,6 +161,13 @@ def test_a_mistake_is_one_line(shown: Shown, arguments: list[str], words: str) -
 def test_a_split_without_rows_and_a_row_without_target_are_named(rows: Path, shown: Shown) -> None:
     with pytest.raises(MacftError, match=r"--split: .*rows has no test rows; it has train 3"):
         shown(rows, "--split", "test")
+
+
+def test_a_mask_of_texts_is_told_by_the_option(tmp_path: Path, shown: Shown) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "Once."}\n')
+    with pytest.raises(MacftError, match=r"text rows have no prompt to mask; use --no-mask-prompt$"):
+        shown(tmp_path, "--mask-prompt")
+    assert "row 1: " in shown(tmp_path, "--no-mask-prompt")
 
 
 def test_columns_have_other_names(tmp_path: Path, shown: Shown) -> None:

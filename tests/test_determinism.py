@@ -20,10 +20,11 @@ from harness.runs import adapter, events, losses, same_bits, train_to_end
 from helpers.computing import gradient_computer, randomize_adapter
 from helpers.models import assert_same_gradient, make_model, random_rows
 from helpers.rings import local_listeners, run_ranks
-from macft.collective.ring import Ring
+from macft.collective.ring.ring import Ring
+from macft.collective.ring.tuning import Tuning
 from macft.data.batch import micro_batches
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.training.exact_sums import ExactParameters, ExactStepGradient, from_grid, to_grid
 from macft.training.gradient_reducer import GradientReducer
 
@@ -32,7 +33,7 @@ def sums(world_size: int, kind: mx.Dtype, size: int, gather_reduce_bytes: int) -
     """The bits of each rank's sum, with the algorithm that ``gather_reduce_bytes`` chooses."""
 
     def work(ring: Ring) -> bytes:
-        ring._gather_reduce_bytes = gather_reduce_bytes
+        ring.tuning = ring.tuning._replace(gather_reduce_bytes=gather_reduce_bytes)
         values = np.random.default_rng(ring.rank).standard_normal(size) * 10.0 ** np.arange(size).astype(float).clip(
             0, 4
         )
@@ -63,7 +64,7 @@ def test_the_size_of_a_piece_does_not_show(world_size: int, codec: str) -> None:
     """It follows the measured speed; int8 has a scale for each block of 256 values."""
 
     def work(ring: Ring, piece_bytes: int) -> bytes:
-        ring._piece_bytes, ring._gather_reduce_bytes = piece_bytes, 0
+        ring.tuning = Tuning(gather_reduce_bytes=0, piece_bytes=piece_bytes)
         reducer = GradientReducer(ring, codec)
         random, bits = np.random.default_rng(ring.rank), b""
         for _ in range(3):  # the rounding errors of a step come into the next one

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from harness.runs import events, train, uneven_dataset
 from helpers.rings import local_listeners, run_ranks
 from macft.checkpoint.snapshot import digest
-from macft.collective.ring import Ring
+from macft.collective.ring.ring import Ring
 from macft.collective.settings import CollectiveConfig
 from macft.collective.solo import Solo
 from macft.config.schema import TrainConfig

@@ -28,8 +28,8 @@ from macft.config.reference import keys, reference
 from macft.config.schema import TrainConfig
 from macft.config.yaml import to_yaml
 from macft.report.events import Noted
-from macft.report.metrics_file import MetricsFile
 from macft.report.run_folder import RunFolder
+from macft.report.sinks.metrics_file import MetricsFile
 from macft.topology.settings import TopologyConfig
 from macft.topology.topology_file import save_topology, to_hostfile
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from macft.model.dropout import DropoutKeys, RowDropout
+from macft.model.adapters.dropout import DropoutKeys, RowDropout
 
 
 def mask(p: float, layer: int, keys: np.ndarray, length: int, features: int = 16) -> np.ndarray:

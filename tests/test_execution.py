@@ -18,8 +18,8 @@ from macft.data.batch import micro_batches
 from macft.data.formats import Row
 from macft.device.kind import METAL, Device
 from macft.errors import ConfigError
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.confirm import confirm
 from macft.model.execution import Execution, WeightFormat, resolve
 from macft.model.load import load

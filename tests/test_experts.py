@@ -11,11 +11,13 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import _gather_sort
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from mlx_lm.utils import quantize_model
 
 from harness.families import build, configuration, new_model
+from harness.launches import launches
 from harness.runs import adapter, train_to_end, write_jsonl
 from helpers.computing import gradient_computer, packs, randomize_adapter
 from helpers.models import assert_same_gradient
@@ -23,12 +25,13 @@ from helpers.runs_here import refused, train_here
 from macft.data.batch import collate
 from macft.data.formats import Row
 from macft.errors import ConfigError, ModelError
-from macft.model.adapt import adapt
-from macft.model.adapter_files import load_adapter_weights, save_adapter
-from macft.model.adapter_settings import AdapterConfig
-from macft.model.attach import attach
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.attach import attach
+from macft.model.adapters.files import load_adapter_weights, save_adapter
+from macft.model.adapters.fuse import fuse
+from macft.model.adapters.settings import AdapterConfig
+from macft.model.backends.mlx.experts import sorted_by_expert
 from macft.model.load import load
-from macft.model.merge import fuse
 from macft.model.settings import ModelConfig
 from macft.training.gradient import LocalGradient
 
@@ -124,6 +127,20 @@ def test_a_row_meets_the_same_dropout_alone_beside_others_and_packed(family: str
 def test_how_it_is_computed_changes_nothing(kernels: str, fields: dict[str, Any]) -> None:
     expected = gradient_of("qwen3_moe", kernels, ALONE, dropout=0.3)
     assert_same(gradient_of("qwen3_moe", kernels, TOGETHER, dropout=0.3, **fields), expected)
+
+
+def test_a_token_s_gradient_is_summed_over_its_experts_in_one_order() -> None:
+    """Not by additions to the same memory, which a GPU makes in another order each time."""
+    mx.random.seed(2)
+    x, indices = mx.random.normal((3, 40, 1, 1, 8)), mx.random.randint(0, 5, (3, 40, 2))
+    cotangent = mx.random.normal((240, 1, 8))
+    found, expected = (
+        mx.vjp(lambda x, sort=sort: sort(x, indices)[0], [x], [cotangent])
+        for sort in (sorted_by_expert(_gather_sort), _gather_sort)
+    )
+    assert [launches(*gradient)["Scatter"] for _, gradient in (found, expected)] == [0, 1]
+    for one, other in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
+        np.testing.assert_allclose(np.array(one), np.array(other), rtol=1e-6, atol=1e-6)
 
 
 def test_masks_of_experts_differ_by_token_and_by_expert() -> None:

@@ -22,12 +22,12 @@ from macft.device import blas
 from macft.device.mlx_device import on_cpu
 from macft.errors import DataError, ModelError
 from macft.model.confirm import confirm
-from macft.model.fitness import obstacle_to_training
-from macft.model.learned_positions import check_lengths
+from macft.model.files.learned_positions import check_lengths
+from macft.model.files.vocabulary import vocabulary_of
 from macft.model.load import load
 from macft.model.settings import ModelConfig
-from macft.model.traceable import is_traceable
-from macft.model.vocabulary import vocabulary_of
+from macft.model.trials.fitness import obstacle_to_training
+from macft.model.trials.traceable import is_traceable
 
 KERNELS = ("mlx", "cpu") if on_cpu() and blas.library() is not None else ("mlx",)
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from harness.runs import adapter, losses, start, train, train_to_end, wait_for_step
+from harness.runs import adapter, environment, losses, start, train, train_to_end, wait_for_step
 from helpers.disks import small_disk_at
+from macft.cli.run_command import run_command
 from macft.config.command_line import prepare
 from macft.config.schema import TrainConfig
 from macft.config.yaml import read, to_yaml
@@ -304,6 +307,77 @@ def test_a_terminal_without_unicode_shows_the_run(
     assert "\\xb7 memory" in done.output
     assert "step 1/1" in done.output
     assert "stops reporting" not in done.errors
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the latter with LC_ALL=C
+def test_letters_that_the_terminal_lacks_are_numbers(monkeypatch: pytest.MonkeyPatch, errors: str) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii", errors=errors))
+    assert run_command(lambda _: print("· memory"), []) == 0
+    assert shown.getvalue() == b"\\xb7 memory\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/data"),
+            "error: /data can't be used: Permission denied; change",
+        ),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "x" * 999),
+            f"error: {'x' * 200}... can't be used: File name too",
+        ),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_one_line(capsys: pytest.CaptureFixture[str], error: OSError, line: str) -> None:
+    def main(_: Sequence[str]) -> None:
+        raise error
+
+    assert run_command(main, []) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(line)
+    assert told.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root may read all files")
+def test_a_dataset_that_may_not_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir(mode=0)
+    without = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    command = [*without, sys.executable, "-m", "macft.data", "rows"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: rows/train.jsonl can't be used: Permission denied")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_that_was_removed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run_command(lambda _: 0, []) == 2
+    assert capsys.readouterr().err == "error: the current folder no longer exists; go to another one with cd\n"
+
+
+def test_a_command_may_have_no_standard_streams(tmp_path: Path) -> None:
+    """A file that is opened would get the number of standard output, and the command's lines."""
+    script = (
+        "from pathlib import Path; from macft.cli.run_command import run_command\n"
+        "def main(_):\n    with Path('rows').open('w') as rows:\n        print('a line', flush=True)\n"
+        "        rows.write('rows')\n"
+        "raise SystemExit(run_command(main, []))"
+    )
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&- >&-', "sh", sys.executable, "-c", script],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "rows").read_text() == "rows"
 
 
 def test_mlx_lm_is_imported_where_few_files_may_be_open() -> None:

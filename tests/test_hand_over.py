@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from helpers.rings import local_listeners, run_ranks
-from macft.collective.ring import Ring
+from helpers.unequal_nodes import BLOCKS, counts, nodes_of, planner_of
+from macft.collective.ring.ring import Ring
 from macft.collective.solo import Solo
 from macft.errors import ConfigError
 from macft.parallel.node_status import NodeStatus
@@ -16,14 +17,13 @@ from macft.parallel.shares import DataShard
 from macft.parallel.stage_balance import StageBalancer, StageSpeeds
 from macft.parallel.stage_layout import Stage, StageLayout, even_layout
 from macft.parallel.stage_places import Improvement, StagePlaces
-from macft.planner.cluster_model import Node
 from macft.planner.fit import MemoryPlanner
-from macft.planner.hand_over import LEAST_GAIN, HandOver
-from macft.planner.node_cuts import NodeCuts
-from macft.planner.node_report import to_payload
-from macft.planner.refit import StageRefit, WholeModelRefit
+from macft.planner.placement.cluster_model import Node
+from macft.planner.preflight.hand_over import LEAST_GAIN, HandOver
+from macft.planner.preflight.member_layouts import MemberLayouts
+from macft.planner.preflight.node_report import to_payload
+from macft.planner.preflight.refit import StageRefit, WholeModelRefit
 from macft.planner.streamed_memory import streamed_parts
-from test_node_cuts import BLOCKS, counts, nodes_of, planner_of
 
 
 def layout_of(*sizes: int) -> StageLayout:
@@ -68,7 +68,7 @@ def hand_over(nodes: Sequence[Node], pipelines: int = 1) -> HandOver:
     world = Solo()
     world.__class__ = type("World", (Solo,), {"world_size": len(nodes)})
     told = {str(rank): node for rank, node in enumerate(nodes)}
-    return HandOver(world, NodeCuts(told, pipelines, planner_of), nodes[0], lambda _: None)
+    return HandOver(world, MemberLayouts(told, pipelines, planner_of), nodes[0], lambda _: None)
 
 
 def measured(layout: StageLayout, paces: Sequence[float], duties: Sequence[float] = ()) -> StageSpeeds:
@@ -109,13 +109,13 @@ def test_a_node_that_would_slow_down_the_others_gets_no_blocks_and_some_when_it_
 def test_what_was_measured_counts_for_the_members_that_are_left() -> None:
     """And a node that joins has told what it is."""
     rules, layout = hand_over(nodes_of([1, 1])), layout_of(6, 6)
-    assert rules.cut(2) is None  # as at the start
+    assert rules.layout_of(2) is None  # as at the start
     rules.remember([1.0, 0.5])
-    assert counts(rules.cut(2)) == [[8, 4]]
+    assert counts(rules.layout_of(2)) == [[8, 4]]
     rules.learn([to_payload(node) for node in nodes_of([1, 2])])
-    assert counts(rules.cut(2)) == [[6, 6]]
+    assert counts(rules.layout_of(2)) == [[6, 6]]
     rules.learn([b"", b""])
-    assert counts(rules.cut(2)) == [[6, 6]]
+    assert counts(rules.layout_of(2)) == [[6, 6]]
     assert rules.improve(layout, measured(layout, [1, 1])) is None
 
 
@@ -123,7 +123,7 @@ def test_all_ranks_take_the_layout_of_rank_0() -> None:
     def improve(ring: Ring) -> tuple[str, int]:
         rules = HandOver(
             ring,
-            NodeCuts(dict(zip("01", nodes_of([1, 1]), strict=True)), 1, planner_of),
+            MemberLayouts(dict(zip("01", nodes_of([1, 1]), strict=True)), 1, planner_of),
             Node("n", 1, 1, 1),
             lambda _: None,
         )

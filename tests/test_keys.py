@@ -14,7 +14,7 @@ import pytest
 
 from macft import keys as command
 from macft.cli.run_command import run_command
-from macft.collective.security import KeyPair
+from macft.collective.ring.security import KeyPair
 from macft.collective.settings import CollectiveConfig
 from macft.errors import ConfigError
 from macft.rendezvous import keystore

@@ -25,8 +25,8 @@ from macft.data.formats import Row
 from macft.device import blas
 from macft.device.kind import METAL, Device
 from macft.device.mlx_device import on_cpu
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import WeightFormat, resolve
 from macft.model.settings import ModelConfig
 from macft.parallel.shares import DataShard

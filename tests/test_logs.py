@@ -53,14 +53,14 @@ console_logger("macft.model")
 if sys.argv[2] == "hydra":
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(name)s %(message)s")
 folder = Path(sys.argv[1])
-for name in ("macft.thermal", "macft.model.bundled", "other"):
+for name in ("macft.thermal", "macft.model.fetch.bundled", "other"):
     logging.getLogger(name).warning("before")
 with start_log(folder, 0, "error"):
-    for name in ("macft.thermal", "macft.model.bundled", "other"):
+    for name in ("macft.thermal", "macft.model.fetch.bundled", "other"):
         logging.getLogger(name).info("info")
         logging.getLogger(name).warning("warning")
     logging.getLogger("macft.thermal").error("error")
-for name in ("macft.thermal", "macft.model.bundled", "other"):
+for name in ("macft.thermal", "macft.model.fetch.bundled", "other"):
     logging.getLogger(name).warning("after")
 """
 
@@ -75,7 +75,7 @@ def test_the_console_shows_what_it_would_without_a_log(tmp_path: Path, kind: str
             *around[0], "warning", "info", "warning", *around[1],
         ]  # fmt: skip
         assert "macft.thermal warning" not in done.stdout
-        assert "macft.model.bundled warning" in done.stdout
+        assert "macft.model.fetch.bundled warning" in done.stdout
     else:  # Python's last resort: warnings on stderr, of the console's logger and of other libraries
         assert done.stderr.split() == ["before", "before", "warning", "warning", "after", "after"]
     assert [line["message"] for line in lines(log_path(tmp_path, 0))] == ["error"]

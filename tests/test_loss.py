@@ -17,8 +17,8 @@ from helpers.computing import gradient_computer, randomize_adapter, settled_memo
 from helpers.models import FAMILIES, MAMBA, SMALL, assert_same_gradient, make_from, make_model, random_rows
 from macft.data.batch import collate
 from macft.data.formats import Row
-from macft.model.adapt import Adaptation, adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import Adaptation, adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy
 from macft.model.backends.mlx.recurrence import chunked_recurrences, find_recurrences
@@ -218,7 +218,7 @@ def test_loss_and_gradient_are_those_of_mlx_lm(kind: str, masked: bool, kernels:
     assert local.loss_sum == pytest.approx(mean.item() * count.item(), rel=1e-5)
     expected = dict(tree_flatten(gradient))
     assert_same_gradient(local.gradient, {name: expected[name] * count for name in local.gradient}, rtol=2e-4)
-    assert sorted(expected) == sorted(name for bucket in local.buckets for name in bucket)
+    assert sorted(expected) == sorted(name for bucket in local.buckets for piece in bucket for name in piece.names)
 
 
 def test_micro_batches_add_up_to_the_batch(kernels: str) -> None:

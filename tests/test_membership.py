@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from helpers.members import SETTINGS, Node
 from helpers.waiting import wait_until
-from macft.collective.security import KeyPair
+from macft.collective.ring.security import KeyPair
 from macft.errors import MembershipChanged, RendezvousError
 from macft.membership import heartbeat_codec
 from macft.membership.elastic_ring import ElasticRing

@@ -18,13 +18,13 @@ from harness.runs import environment, events, write_jsonl
 from harness.tiny_model import TINY_CONFIG
 from macft.device.kind import METAL, Device
 from macft.device.memory import cgroup_limit, usable_bytes
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import shape_of
 from macft.planner.fit import MemoryPlanner
-from macft.planner.placement import Placer
 from macft.planner.streamed_memory import streamed_parts
+from macft.planner.whole_model import WholeModelPlanner
 from macft.planner.workload import unlike_rows
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of processes are read on Linux")
@@ -97,24 +97,26 @@ def test_a_refusal_of_a_stream_names_rows_that_fit() -> None:
     shape = shape_of({**TINY_CONFIG, "hidden_size": 512, "num_hidden_layers": 16}, "config.json")
     execution = resolve(ModelConfig(), shape.checkpoint, METAL, packing="false", compile="false")
 
-    def placer(rows: int, length: int, budget: float) -> Placer:
+    def whole_model(rows: int, length: int, budget: float) -> WholeModelPlanner:
         planner = MemoryPlanner(shape, execution, AdapterConfig(), "adamw", [unlike_rows(rows, length, 64)], 0)
-        return Placer(planner, budget, "stream", "auto", auto=True)
+        return WholeModelPlanner(planner, budget, "stream", "auto", auto=True)
 
     def least(rows: int, length: int) -> float:
-        tried = placer(rows, length, 1e12)
+        tried = whole_model(rows, length, 1e12)
         return tried.parts(execution.with_batch(1, execution.recompute).streamed(())).peak
 
     budget = 1.01 * least(4, 512)
-    assert placer(16, 512, budget).choice()[1] is not None
-    refusal = str(placer(16, 512, budget).choice()[1])
+    assert whole_model(16, 512, budget).choice()[1] is not None
+    refusal = str(whole_model(16, 512, budget).choice()[1])
     assert "; 4 rows for each node in a step (training.batch_size) would fit" in refusal
-    assert placer(4, 512, budget).choice()[1] is None  # what it says is so
+    assert whole_model(4, 512, budget).choice()[1] is None  # what it says is so
     budget = 1.01 * least(1, 129)
-    shorter = re.search(r"would fit \(dataset.max_seq_length=(\d+)\)", str(placer(16, 512, budget).choice()[1]))
+    shorter = re.search(r"would fit \(dataset.max_seq_length=(\d+)\)", str(whole_model(16, 512, budget).choice()[1]))
     assert shorter is not None
-    assert placer(1, int(shorter[1]), budget).choice()[1] is None
-    assert str(placer(16, 512, 1e6).choice()[1]).endswith("; a machine with more memory or a smaller model is needed")
+    assert whole_model(1, int(shorter[1]), budget).choice()[1] is None
+    assert str(whole_model(16, 512, 1e6).choice()[1]).endswith(
+        "; a machine with more memory or a smaller model is needed"
+    )
 
 
 def test_blocks_that_are_read_one_by_one_need_no_room_for_the_whole_file() -> None:

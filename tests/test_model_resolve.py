@@ -19,15 +19,31 @@ from harness.loopback_http import serving
 from harness.slow_hub import slow_hub
 from helpers.network import closed_port
 from macft.api.configuration import compose
-from macft.errors import ModelError
-from macft.model.hub_download import download
-from macft.model.resolve import fetch_config, resolve
+from macft.errors import ConfigError, ModelError
+from macft.model.fetch.hub_download import download
+from macft.model.fetch.resolve import fetch_config, resolve
+from macft.model.files.weight_files import check_weight_files
 from macft.model.settings import ModelConfig
-from macft.planner.run_plan import find_shape
+from macft.planner.known_models import find_shape
 
 
 def test_a_local_folder_is_itself(tiny_model_folder: Path) -> None:
     assert resolve(ModelConfig(path=str(tiny_model_folder))) == tiny_model_folder
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe{}"], ids=["empty", "array", "cut", "UTF-16"])
+def test_a_configuration_that_is_none_is_told(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ModelError, match=r"has a config\.json that is no JSON object; fetch or copy it again$"):
+        resolve(ModelConfig(path=str(tmp_path)))
+
+
+def test_a_clone_without_its_large_files_is_told(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(
+        ConfigError, match=r"is only Git LFS's pointer to the weights; run `git lfs pull` in that folder$"
+    ):
+        check_weight_files(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +154,7 @@ def test_a_plan_asks_once_for_a_model_that_is_not_here(monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("hub")
 def test_a_silent_hub_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("macft.model.resolve._PROBE_SECONDS", 0.5)
+    monkeypatch.setattr("macft.model.fetch.resolve._PROBE_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         point_to(f"http://127.0.0.1:{silent.getsockname()[1]}", monkeypatch)
         with pytest.raises(ModelError, match=r"can't be fetched .*(no answer|timed out)"):

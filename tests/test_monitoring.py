@@ -48,7 +48,7 @@ from macft.report.events import (
     SamplesShown,
 )
 from macft.report.growing_file import GrowingFile
-from macft.report.metrics_file import MetricsFile
+from macft.report.sinks.metrics_file import MetricsFile
 
 NODES = [
     NodeDescription("studio", "Apple M2 Max, Metal, 32 GiB", 25e9, [0, 11], 2.5e9),

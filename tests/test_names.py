@@ -32,7 +32,7 @@ from macft.config.overrides import override, resume_command, unescaped
 from macft.config.schema import TrainConfig
 from macft.config.yaml import read, to_yaml
 from macft.inspection.command import main as show_data
-from macft.model.local import find_local
+from macft.model.fetch.local import find_local
 from macft.model.settings import ModelConfig
 
 NAMES = st.text(

@@ -7,7 +7,7 @@ import pytest
 
 from helpers.cables import two_cables
 from helpers.rings import run_ranks
-from macft.collective.ring import Ring
+from macft.collective.ring.ring import Ring
 from macft.collective.solo import Solo
 from macft.parallel.node_status import NodeStatus
 from macft.training.node_messages import NodeMessages

@@ -24,14 +24,14 @@ from macft.collective.solo import Solo
 from macft.data.batch import collate, pack, pad_pack_to_bucket
 from macft.data.formats import Row
 from macft.errors import ConfigError
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.backends.cpu.attention import blocks_of
 from macft.model.backends.mlx.attention import rows_from_tokens, tokens_from_rows
 from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy
-from macft.model.packable import ignores_positions, may_pack
 from macft.model.packing import PackLayout, attends_under_mask, packed, row_mask
+from macft.model.trials.packable import ignores_positions, may_pack
 from macft.parallel.shares import DataShard
 from macft.training.gradient import LocalGradient
 from macft.training.settings import OptimizerConfig, TrainingConfig, problems

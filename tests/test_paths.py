@@ -20,10 +20,10 @@ from harness.namespaces import missing_requirement, run, unique_tag
 from helpers.cables import two_cables
 from helpers.rings import local_listeners, next_message, run_ranks
 from macft.collective.base import RingSpeed
-from macft.collective.handshake import RingIdentity
-from macft.collective.link import Links
-from macft.collective.listener import Listener
-from macft.collective.ring import Ring
+from macft.collective.ring.handshake import RingIdentity
+from macft.collective.ring.link import Links
+from macft.collective.ring.listener import Listener
+from macft.collective.ring.ring import Ring
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import Frame, Kind
 
@@ -167,8 +167,8 @@ def receive_paths(links: Links, count: int) -> list[int]:
 RANK = """
 import json, sys
 import numpy as np
-from macft.collective.listener import Listener
-from macft.collective.ring import Ring
+from macft.collective.ring.listener import Listener
+from macft.collective.ring.ring import Ring
 from macft.collective.settings import CollectiveConfig
 
 def say(*words):

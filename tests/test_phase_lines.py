@@ -18,10 +18,10 @@ from macft.data.load import rows_to_tokenize, tokenize_all
 from macft.data.settings import DatasetConfig, SourceConfig
 from macft.model.load import load_tokenizer
 from macft.model.settings import ModelConfig
-from macft.report.console import ConsoleReporter
 from macft.report.events import Evaluated, PhaseProgress
 from macft.report.phase_lines import PhaseLines
 from macft.report.shown_phases import ShownPhases
+from macft.report.sinks.console import ConsoleReporter
 
 WAIT = 60
 

@@ -26,11 +26,11 @@ from macft.collective.settings import CollectiveConfig
 from macft.collective.solo import Solo
 from macft.data.batch import micro_batches
 from macft.data.formats import Row
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
+from macft.model.blocks.ends import AFTER, BEFORE
 from macft.model.confirm import confirm
-from macft.model.ends import AFTER, BEFORE
 from macft.model.load import load
 from macft.model.settings import ModelConfig
 from macft.parallel.shares import batches_of_shard, rows_of_shard

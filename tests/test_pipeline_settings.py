@@ -15,13 +15,14 @@ from macft.config.schema import TrainConfig
 from macft.config.validate import problems
 from macft.device.kind import METAL, Device
 from macft.errors import ConfigError
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import WeightFormat, resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import shape_of
 from macft.parallel.stage_layout import balanced_layout, even_layout
 from macft.planner.fit import MemoryPlanner
-from macft.planner.stages import StagePlanner, check_layout, decide_layout
+from macft.planner.placement.configured_layout import check_layout, decide_layout
+from macft.planner.stage import StagePlanner
 from macft.planner.workload import unlike_rows
 from macft.topology.settings import TopologyConfig
 

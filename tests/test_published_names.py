@@ -13,12 +13,12 @@ from harness.families import build, configuration, new_model
 from helpers.computing import randomize_adapter
 from macft import adapter as adapter_command
 from macft.errors import ConfigError, ModelError
-from macft.model.adapt import adapt
-from macft.model.adapter_files import save_adapter
-from macft.model.adapter_settings import AdapterConfig
-from macft.model.attach import read_adapter_config
-from macft.model.peft import export_peft
-from macft.model.published_names import published_names
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.attach import read_adapter_config
+from macft.model.adapters.files import save_adapter
+from macft.model.adapters.peft import export_peft
+from macft.model.adapters.published_names import published_names
+from macft.model.adapters.settings import AdapterConfig
 
 
 def published(family: str, folder: Path, renames: dict[str, str], *, transposed: tuple[str, ...] = ()) -> Path:

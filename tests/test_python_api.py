@@ -26,8 +26,8 @@ from macft.errors import ConfigError, DataError, TrainingError
 from macft.parallel.node_status import NodeStatus
 from macft.report.energy import Energy
 from macft.report.events import Event, RunEnded, StepDone
-from macft.report.metrics_file import MetricsFile
 from macft.report.recorded import EventReader, events_in
+from macft.report.sinks.metrics_file import MetricsFile
 
 
 @pytest.fixture(scope="module")

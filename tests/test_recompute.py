@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import mlx.core as mx
@@ -14,14 +15,15 @@ from mlx_lm.models.base import create_causal_mask, scaled_dot_product_attention
 from mlx_lm.tuner.trainer import default_loss
 
 from harness.families import configuration, new_model
+from harness.launches import launches
 from harness.step_peaks import StepCase, step_peaks
 from helpers.computing import gradient_computer, randomize_adapter, settled_memory
 from helpers.models import SMALL, assert_same_gradient, make_from, make_model
 from macft.data.batch import collate
 from macft.data.formats import Row
 from macft.device.chips import known_chips
-from macft.model.adapt import Adaptation, adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import Adaptation, adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.mlx.kept import recorded
 from macft.model.backends.mlx.query_blocks import attention_in_blocks
 from macft.model.backends.mlx.recompute import kept_attention
@@ -30,6 +32,7 @@ from macft.training.gradient import LocalGradient
 
 # Blocks of 32 queries for the rows below.
 SCORES = 32 * 4 * 3 * 100
+PLAIN = {**SMALL, "model_type": "llama", "hidden_size": 64, "intermediate_size": 64}
 WAYS = [("cheap", False), ("cheap", True), ("blocks", False), ("blocks", True)]
 
 
@@ -67,9 +70,7 @@ def assert_as_mlx_lm(model: nn.Module, found: LocalGradient) -> None:
 @pytest.mark.parametrize(("recompute", "packing"), WAYS)
 @pytest.mark.parametrize(("kind", "bits"), [("lora", None), ("lora", 4), ("dora", None), ("full", None)])
 def test_the_gradient_is_mlx_lm_s(kind: str, bits: int | None, recompute: str, packing: bool) -> None:
-    model, adaptation = adapted(
-        make_from({**SMALL, "model_type": "llama", "hidden_size": 64, "intermediate_size": 64}), kind, bits=bits
-    )
+    model, adaptation = adapted(make_from(PLAIN), kind, bits=bits)
     assert_as_mlx_lm(model, computed(model, adaptation, recompute=recompute, packing=packing))
 
 
@@ -105,9 +106,10 @@ def test_a_compiled_step_computes_again_too(recompute: str) -> None:
     )
 
 
-@pytest.mark.parametrize("mask", ["causal", "none", "window", "by row"])
+@pytest.mark.parametrize("mask", ["causal", "none", "window", "by row", "numbers"])
 @pytest.mark.parametrize("key_heads", [1, 4])
 def test_attention_in_blocks_is_attention(mask: str, key_heads: int) -> None:
+    """Whether blocks are computed again, held, or without a gradient."""
     length = 75
     mx.random.seed(0)
     queries, cotangent = (mx.random.normal((2, 4, length, 8)) for _ in range(2))
@@ -117,42 +119,71 @@ def test_attention_in_blocks_is_attention(mask: str, key_heads: int) -> None:
         "none": None,
         "window": create_causal_mask(length, window_size=9),
         "by row": create_causal_mask(length)[None, None] & (mx.random.uniform(shape=(2, 1, 1, length)) < 0.9),
+        "numbers": mx.random.normal((2, 4, length, length)),
     }
     given = masks[mask]
     if mask == "by row":  # every query sees itself
         given = given | mx.eye(length, dtype=mx.bool_)
+    numbers = [given] if mask == "numbers" else []  # which have a gradient, too
     scores = 32 * 2 * 4 * length
-    blockwise, evaluated = (
-        attention_in_blocks(
-            scaled_dot_product_attention,
-            lambda on=on: on,
-            training_scores=scores,
-            evaluation_scores=scores,
-            device="metal",
-        )
-        for on in (True, False)
-    )
-    whole = scaled_dot_product_attention(queries, keys, values, cache=None, scale=0.3, mask=given)
-    in_parts = evaluated(queries, keys, values, cache=None, scale=0.3, mask=given)
-    np.testing.assert_allclose(np.array(in_parts), np.array(whole), rtol=1e-5, atol=2e-6)
-    results = [
-        mx.vjp(
-            lambda q, k, v, function=function: function(q, k, v, cache=None, scale=0.3, mask=given),
-            [queries, keys, values],
+
+    def gradient(function: Any) -> list[mx.array]:
+        outputs, gradients = mx.vjp(
+            lambda q, k, v, *mask: function(q, k, v, cache=None, scale=0.3, mask=mask[0] if mask else given),
+            [queries, keys, values, *numbers],
             [cotangent],
         )
-        for function in (scaled_dot_product_attention, blockwise)
-    ]
-    for expected, found in zip(*([*outputs, *gradients] for outputs, gradients in results), strict=True):
-        np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-5, atol=2e-6)
+        assert launches(*outputs)["Concatenate"] == (0 if function is scaled_dot_product_attention else 3)
+        return [*outputs, *gradients]
+
+    expected = gradient(scaled_dot_product_attention)
+    for is_training, training_scores in ((True, scores), (True, None), (False, None)):
+        blocks = attention_in_blocks(
+            scaled_dot_product_attention,
+            lambda is_training=is_training: is_training,
+            training_scores=training_scores,
+            evaluation_scores=scores,
+            most_operations=2 * 8 * scores,
+            device="metal",
+        )
+        evaluated = [blocks(queries, keys, values, cache=None, scale=0.3, mask=given)]
+        found = gradient(blocks) if is_training else evaluated
+        for one, other in zip(found, expected, strict=is_training):
+            np.testing.assert_allclose(np.array(one), np.array(other), rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_long_products_are_computed_in_parts(kind: str) -> None:
-    """As on a Mac, which ends a kernel that runs for seconds; here parts of 20 tokens or so."""
+def graph_of(model: nn.Module, adaptation: Adaptation, **fields: Any) -> Counter[str]:
+    """Operations of a gradient that is not computed."""
+    with gradient_computer(model, adaptation, "mlx", **fields) as compute:
+        (part,) = compute._layout.parts(collate(rows(), np.arange(3)))
+        inputs, layout, keys = compute._arrays(0, part)
+        loss, gradient = compute._gradient(0, layout, keys, *inputs)
+        return launches(loss, *gradient.values())
+
+
+LONG = [
+    ("llama", "lora", None, "Matmul"),
+    ("llama", "lora", 4, "QuantizedMatmul"),
+    ("llama", "full", None, "Matmul"),
+    ("llama", "dora", 4, "Matmul"),
+    ("afm7", "lora", None, "Matmul"),
+    ("qwen3_moe", "lora", None, "GatherMM"),
+    ("qwen3_moe", "lora", 4, "GatherQMM"),
+    ("qwen3_moe", "full", None, "GatherMM"),
+    ("deepseek_v3", "lora", None, "GatherMM"),
+]
+
+
+@pytest.mark.parametrize(("family", "kind", "bits", "product"), LONG)
+def test_long_products_are_computed_in_parts(family: str, kind: str, bits: int | None, product: str) -> None:
+    """As on a Mac, which ends a kernel that runs for seconds; here parts of 60 tokens or so."""
+    limit = {"max_operations": 2 * 60 * 32 * 64}
     for recompute in ("none", "cheap"):
-        model, adaptation = adapted(make_model("llama"), kind)
-        found = computed(model, adaptation, recompute=recompute, max_operations=2 * 20 * 32 * 64)
+        new = make_from(PLAIN) if family == "llama" else new_model(configuration(family))
+        model, adaptation = adapted(new, kind, bits=bits, scale=0.03)
+        found = computed(model, adaptation, recompute=recompute, **limit)
+        whole, parts = (graph_of(model, adaptation, recompute=recompute, **each)[product] for each in ({}, limit))
+        assert parts > 2 * whole > 0
         assert_as_mlx_lm(model, found)
 
 
@@ -163,11 +194,16 @@ def test_no_command_of_metal_runs_for_seconds() -> None:
     before = 2 * side**3
     attention = 4 * 128 * max(execution.max_scores, execution.max_evaluation_scores)
     head = 2 * 8192 * execution.max_logits
+    longest_unlimited = 0.0
     for chip in known_chips().values():
         speed = chip.tflops * 1e12 / 4
+        # Attention whose scores are held is limited as products are.
         assert (before + max(execution.max_operations, attention, head)) / speed < 2.5, chip.chip
         # Other kernels read and write arrays that fit the memory, once each.
         assert max(chip.memory) / chip.bandwidth < 1.0
+        # Two arrays of scores in 16 bits, heads of 128: else attention alone could take so long.
+        longest_unlimited = max(longest_unlimited, 2 * 128 * max(chip.memory) * 2**30 / 4 / speed)
+    assert longest_unlimited == pytest.approx(5.0, abs=0.1)
 
 
 WIDE = {**SMALL, "model_type": "llama", "hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 6}

@@ -23,11 +23,11 @@ from macft.membership.paxos import View
 from macft.parallel.balance import ShareBalancer
 from macft.parallel.node_status import NodeStatus
 from macft.parallel.stage_layout import StageLayout
-from macft.report import fan_out
 from macft.report.event_bytes import pack_events, unpack_events
 from macft.report.events import Evaluated, Reporter
 from macft.report.run_folder import RunFolder
 from macft.report.settings import ReportConfig
+from macft.report.sinks import fan_out
 from macft.training.checkpoint_policy import CheckpointPolicy
 from macft.training.coordination import NodeCoordinator
 from macft.training.gradient_reducer import GradientReducer

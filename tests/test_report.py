@@ -29,8 +29,6 @@ from rich.console import Console
 from helpers.report_events import FINAL, HPARAMS, PARTS, SAMPLE, TOTAL, build, ended, started, step, tell
 from macft.config.paths import config_folder
 from macft.parallel.node_status import NodeStatus
-from macft.report import fan_out
-from macft.report.console import ConsoleReporter
 from macft.report.event_bytes import pack_events, unpack_events
 from macft.report.events import (
     NOT_RECORDED,
@@ -44,12 +42,14 @@ from macft.report.events import (
     RunEnded,
     SamplesShown,
 )
-from macft.report.metrics_file import MetricsFile, plain
 from macft.report.run_folder import RunFolder, write_atomically
 from macft.report.scalars import Scalars
 from macft.report.settings import ReportConfig, problems
-from macft.report.summary import SummaryWriter
-from macft.report.tensorboard import TensorBoard
+from macft.report.sinks import fan_out
+from macft.report.sinks.console import ConsoleReporter
+from macft.report.sinks.metrics_file import MetricsFile, plain
+from macft.report.sinks.summary import SummaryWriter
+from macft.report.sinks.tensorboard import TensorBoard
 
 
 def lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -224,6 +224,23 @@ def test_a_terminal_of_60_columns_shows_whole_words(tmp_path: Path, monkeypatch:
     assert "step  1/20  loss  3.900  lr 1.00e-04  grad   1.50" in lines
     assert "  800 tokens/s   0.50 s/step  left 0:10" in lines
     assert [word for word in words if word.endswith("2026-01-31_12-00-00")]
+
+
+@pytest.mark.parametrize(
+    ("width", "end"), [(100, "0.50 s/step  left 0:10"), (80, "800 tokens/s   0.50 s/step"), (70, "800 tokens/s")]
+)
+def test_a_step_has_one_line_where_the_bar_has_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, end: str
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    file = io.StringIO()
+    console = ConsoleReporter(every=1, console=Console(file=file, width=width, highlight=False, force_terminal=True))
+    console.handle(started(tmp_path))
+    console.handle(step(1))
+    console.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\r", "\n")
+    (line,) = [line for line in text.splitlines() if "grad" in line]
+    assert line.endswith(end)
 
 
 # TensorBoard
@@ -732,7 +749,7 @@ def test_a_reporter_that_cannot_be_set_up_is_left_out(tmp_path: Path, capsys: py
     tell(build(folder, console=False, tensorboard=False), tmp_path)
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
-    assert errors[0].startswith("MetricsFile stops reporting, training goes on: ")
+    assert errors[0].startswith("metrics.jsonl stops reporting, training goes on: ")
     assert json.loads(folder.summary.read_text())["reason"] == "finished"
 
 
@@ -743,7 +760,7 @@ def test_a_full_disk_drops_the_reporter_and_not_the_run(tmp_path: Path, capsys: 
     console = ConsoleReporter(every=1, console=Console(file=full, width=100))
     tell(fan_out.FanOut([console, MetricsFile(folder.metrics, first_step=0)]), tmp_path)
     errors = capsys.readouterr().err.splitlines()
-    assert errors == ["ConsoleReporter stops reporting, training goes on: [Errno 28] No space left on device"]
+    assert errors == ["the terminal stops reporting, training goes on: [Errno 28] No space left on device"]
     assert len(lines(folder.metrics, "step_done")) == TOTAL
     with pytest.raises(OSError, match="No space left"):
         full.close()
@@ -763,12 +780,12 @@ def test_a_run_goes_on_when_its_output_is_no_longer_read(tmp_path: Path) -> None
         check=False,
     )
     os.close(writing)
-    assert done.stderr.count("ConsoleReporter stops reporting, training goes on") == 1
+    assert done.stderr.count("the terminal stops reporting, training goes on") == 1
     assert len(lines(folder.metrics, "step_done")) == TOTAL
     assert json.loads(folder.summary.read_text())["reason"] == "finished"
 
 
 def test_importing_the_package_loads_neither_tensorboard_nor_torch() -> None:
-    script = "import sys, macft.report.fan_out; print({'tensorboard', 'tensorflow', 'torch'} & set(sys.modules))"
+    script = "import sys, macft.report.sinks.fan_out; print({'tensorboard', 'tensorflow', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "set()"

@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from helpers.rings import local_listeners, next_message, run_ranks
 from macft.collective.base import Collective
 from macft.collective.dtypes import from_bfloat16, to_bfloat16
-from macft.collective.listener import Listener
-from macft.collective.ring import Ring
+from macft.collective.ring.listener import Listener
+from macft.collective.ring.ring import Ring
 from macft.collective.settings import CollectiveConfig, problems
 from macft.collective.solo import Solo
 from macft.collective.wire import Header, Kind, pack
@@ -258,8 +258,8 @@ import json, signal, sys
 import mlx.core as mx
 import numpy as np
 from macft.collective.dtypes import from_bfloat16, to_bfloat16
-from macft.collective.listener import Listener
-from macft.collective.ring import Ring
+from macft.collective.ring.listener import Listener
+from macft.collective.ring.ring import Ring
 from macft.collective.settings import CollectiveConfig
 
 def say(*words):

@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers.rings import LiveRing, live_ring
-from macft.collective.listener import Listener
-from macft.collective.ring import Ring
-from macft.collective.security import KeyPair, encrypt_to
+from macft.collective.ring.listener import Listener
+from macft.collective.ring.ring import Ring
+from macft.collective.ring.security import KeyPair, encrypt_to
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import PROTOCOL_VERSION, Cause, Header, Kind, pack
 from macft.errors import CollectiveError

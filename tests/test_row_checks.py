@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import macft
 from harness.runs import train, write_jsonl
 from harness.tiny_model import TINY_CONFIG
 from macft import evaluate
@@ -17,9 +18,11 @@ from macft.data.checks import check_rows, ignored_columns
 from macft.data.load import read, tokenize_all
 from macft.data.settings import DatasetConfig, SourceConfig
 from macft.errors import DataError
+from macft.model.files.vocabulary import vocabulary_of
 from macft.model.load import load_tokenizer
 from macft.model.settings import ModelConfig
-from macft.model.vocabulary import vocabulary_of
+from macft.report.phase_lines import PhaseLines
+from macft.run.prepare_data import prepare_data
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -127,6 +130,13 @@ def test_empty_answers_are_told_where_the_whole_row_is_the_target(tmp_path: Path
     assert notes_of(tokenizer, source) == [
         "train: 2 of 4 rows have only the end of an answer as their target (first: row 2)"
     ]
+
+
+def test_texts_of_damaged_files_are_told(tmp_path: Path, tiny_model_folder: Path) -> None:
+    rows = [PAIR, PAIR | {"completion": "4\x002"}, {"text": "caf\ufffd"}, PAIR | {"prompt": "\x00?"}]
+    notes = notes_of(tokenizer_with(tiny_model_folder, CHATML), written(tmp_path, rows), mask_prompt=False)
+    assert notes[0] == "train: 2 of 4 rows have NUL characters; is the file damaged? (first: row 2)"
+    assert "1 of 4 rows have the character U+FFFD" in notes[1]
 
 
 def test_an_answer_that_the_template_leaves_out_is_an_error_if_all_are(tmp_path: Path, tiny_model_folder: Path) -> None:
@@ -251,10 +261,23 @@ def small_model(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Pat
     return folder
 
 
+def test_a_batch_of_more_rows_than_there_are_is_told(tmp_path: Path, tiny_model_folder: Path) -> None:
+    source = written(tmp_path / "rows", [PAIR, PAIR, PAIR])
+    overrides = [f"model={tiny_model_folder}", f"dataset={source}", "report.samples=0"]
+    told = {}
+    for batch_size in (3, 4):
+        config = macft.compose(overrides=[*overrides, f"training.batch_size={batch_size}"])
+        told[batch_size] = prepare_data(config, PhaseLines(lambda _: None)).notes
+    more = "training.batch_size: 4 is more than the 3 training rows, so that a step has rows several times"
+    assert [line for line in told[4] if line not in told[3]] == [more]
+
+
 def test_an_evaluation_stops_before_the_weights_load(tmp_path: Path, small_model: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora", "num_layers": 1}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 8, "scale": 1}})
+    )
     (adapter / "adapters.safetensors").write_bytes(b"not an adapter")
     source = written(tmp_path / "rows", [PAIR])
     with pytest.raises(DataError, match=r"rows, train row 1: token \d+ .* is beyond the model's vocabulary of 260"):

@@ -14,7 +14,7 @@ from harness.families import build, configuration
 from helpers.members import Node as Member
 from helpers.rings import local_listeners, run_ranks
 from macft.api.configuration import compose
-from macft.collective.ring import Ring
+from macft.collective.ring.ring import Ring
 from macft.config.schema import TrainConfig
 from macft.data.formats import Row
 from macft.data.order import RowOrder
@@ -24,12 +24,12 @@ from macft.model.confirm import obstacle_to_cutting
 from macft.model.execution import Execution
 from macft.model.settings import ModelConfig
 from macft.parallel.shares import DataShard
-from macft.planner.cluster_model import Node
-from macft.planner.layout_inputs import alone
 from macft.planner.node_part import NodePart
-from macft.planner.preflight import Preflight, preflight
-from macft.planner.run_placement import Choice, RunPlacement, agree_on_placement, choose
-from macft.planner.run_plan import plan_run
+from macft.planner.placement.cluster_model import Node
+from macft.planner.placement.inputs import alone
+from macft.planner.plan.run_plan import plan_run
+from macft.planner.preflight.agreement import Choice, RunPlacement, agree_on_placement, choose
+from macft.planner.preflight.decision import Preflight, preflight
 from macft.planner.workload import unlike_rows
 from macft.topology.settings import TopologyConfig
 
@@ -63,11 +63,11 @@ def nodes_of(
     """What nodes tell that may take ``memories`` MB."""
     told = []
     for rank, memory in enumerate(memories):
-        placer = replace(part_of(folder, len(memories), rank, rows=rows).placer, budget=1e6 * memory)
+        whole_model = replace(part_of(folder, len(memories), rank, rows=rows).whole_model, budget=1e6 * memory)
         speed = 1e10 * (speeds[rank] if speeds else 1.0)
-        execution, refusal = placer.choice()
-        ways = () if refusal is not None else (alone(placer, execution, speed=speed, disk=disk),)
-        told.append(Node(f"mac{rank}", speed, placer.budget, disk, ways))
+        execution, refusal = whole_model.choice()
+        ways = () if refusal is not None else (alone(whole_model, execution, speed=speed, disk=disk),)
+        told.append(Node(f"mac{rank}", speed, whole_model.budget, disk, ways))
     return told
 
 
@@ -175,8 +175,8 @@ def test_all_ranks_agree(
     assert first.lines == second.lines
     assert len(first.lines) == bool(says)
     assert all(text in first.lines[0] for text in says)
-    assert first.cut(2) == second.cut(2)
-    assert (first.cut(2) is not None) == (placement == "pipeline")
+    assert first.layout_of(2) == second.layout_of(2)
+    assert (first.layout_of(2) is not None) == (placement == "pipeline")
 
 
 @pytest.mark.parametrize("placement", ["pipeline", "auto"])
@@ -187,7 +187,7 @@ def test_ranks_stay_in_step_where_nothing_can_be_predicted(folder: Path, placeme
         part = part_of(folder, 2, ring.rank, placement=placement)
         part.config.adapter.layers = [99]
         agreed = agree_on_placement(part, ring)
-        return agreed.cut(2) is None, ring.all_gather(b"next")
+        return agreed.layout_of(2) is None, ring.all_gather(b"next")
 
     assert run_ranks(local_listeners(2), agree) == [(True, [b"next"] * 2)] * 2
 
@@ -267,7 +267,7 @@ def test_a_newcomer_takes_over_the_runs_placement(
         placement = agree_on_placement(part, newcomer.ring)
         assert (placement.config.topology.placement, placement.config.topology.pipelines) == found
         assert placement.settings == told
-        assert placement.cut(3) is None
+        assert placement.layout_of(3) is None
     finally:
         for member in (*members, newcomer):
             member.close()

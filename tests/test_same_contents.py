@@ -23,8 +23,8 @@ from macft.data.load import Split
 from macft.data.order import RowOrder
 from macft.data.settings import SourceConfig
 from macft.errors import CheckpointError
-from macft.model.contents import model_contents
-from macft.model.file_digests import file_digests
+from macft.model.files.contents import model_contents
+from macft.model.files.digests import file_digests
 from macft.report.run_folder import RunFolder
 from macft.run.contents import agree_on_contents, store_contents
 

@@ -19,7 +19,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from harness.runs import environment, free_ports, losses, on_hosts, start, train, uneven_dataset
 from helpers.rings import LiveRing, live_ring
-from macft.collective.security import KeyPair, encrypt_to
+from macft.collective.ring.security import KeyPair, encrypt_to
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import split_address
 from macft.config.command_line import prepare

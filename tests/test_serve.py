@@ -21,7 +21,7 @@ from helpers.names import NASTY
 from helpers.serving import CHAT, JSON, Served, answers_of_one_process, events, served
 from macft.errors import ConfigError, LaunchError, MacftError
 from macft.evaluation.chat import Sampling
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.settings import AdapterConfig
 
 pytestmark = pytest.mark.slow
 

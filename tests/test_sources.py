@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +47,16 @@ def test_a_missing_source_is_named(path: str, words: str) -> None:
         read_source(SourceConfig(path=path))
 
 
+@pytest.mark.parametrize(("name", "words"), [("train.jsonl", "is a link to nothing"), ("train.csv", "is no file")])
+def test_a_name_of_rows_without_a_file_is_told(tmp_path: Path, name: str, words: str) -> None:
+    if name == "train.csv":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(DataError, match=rf"{re.escape(name)} {words}; put the file with the training rows there$"):
+        read_source(SourceConfig(path=str(tmp_path)))
+
+
 def test_a_folder_without_training_rows_is_named(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "valid.jsonl", [PAIR])
     with pytest.raises(DataError, match=r"no train\.jsonl .* with rows in it; it has valid\.jsonl$"):
@@ -78,10 +90,20 @@ def test_validation_rows_may_have_the_hubs_name(tmp_path: Path) -> None:
         (
             "rows.jsonl",
             '{"text": "one"}\n'.encode("utf-16"),
-            r"line 1: can't be read: the file is not UTF-8 text; save it",
+            r"rows\.jsonl is UTF-16 text; save it again as UTF-8$",
         ),
+        ("rows.jsonl", gzip.compress(b'{"text": "a"}\n'), r"rows\.jsonl is compressed; unpack it first, with gunzip$"),
+        ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}\n'), r"jsonl\.gz is compressed; unpack it first, with gunzip"),
+        ("rows.csv", b"PK\x03\x04...", r"rows\.csv is a ZIP archive or a spreadsheet; unpack it, or export it as CSV$"),
+        (
+            "rows.json",
+            b'{"data": [{"text": "a"}]}',
+            r"the rows seem to be in its field `data`; .* `jq \.data FILE` prints$",
+        ),
+        ("rows.jsonl", b'{"text": "a", "text": "b"}\n', r"line 1: .* has the key 'text' twice; leave one of them out$"),
+        ("rows.json", b'[{"messages": [{"role": "user", "role": "assistant"}]}]', r"has the key 'role' twice"),
     ],
-    ids=["semicolons", "tsv", "txt", "latin-1", "utf-16"],
+    ids=["semicolons", "tsv", "txt", "latin-1", "utf-16", "gzip", "gz", "zip", "field", "twice", "twice inside"],
 )
 def test_a_file_of_another_kind_is_told_what_it_should_be(
     tmp_path: Path, name: str, content: bytes, words: str
@@ -98,8 +120,9 @@ def test_a_file_of_another_kind_is_told_what_it_should_be(
         ("rows.csv", "prompt\tcompletion\nq\ta, b\n"),
         ("rows.tsv", "prompt\tcompletion\nq\ta, b\n"),
         ("rows.csv", 'prompt,completion\nq,"a, b"\n'),
+        ("rows.csv", ' prompt , completion\nq,"a, b"\n'),
     ],
-    ids=["semicolons", "tabs", "tsv", "commas"],
+    ids=["semicolons", "tabs", "tsv", "commas", "spaces"],
 )
 def test_cells_are_separated_by_what_the_header_has(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
@@ -142,11 +165,19 @@ def test_local_files_of_every_kind(tmp_path: Path, suffix: str) -> None:
     assert records(SourceConfig(path=str(path)))["train"] == rows
 
 
-def test_a_broken_parquet_file_is_one_line(tmp_path: Path) -> None:
+def test_a_broken_parquet_file_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rows.parquet").write_bytes(b"not parquet")
     with pytest.raises(DataError, match="can't be read") as error:
         read_source(SourceConfig(path=str(tmp_path / "rows.parquet")))
     assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")  # datasets logs what it raises
+
+
+def test_an_empty_field_is_not_a_column_of_another_name() -> None:
+    with pytest.raises(
+        DataError, match=r"has prompt \(completion: empty\); write something there, or leave the row out$"
+    ):
+        parse({"prompt": "x", "completion": None})
 
 
 @pytest.mark.slow
@@ -261,13 +292,17 @@ def test_a_split_that_local_rows_lack_is_named(tmp_path: Path, options: dict[str
 
 
 @pytest.mark.parametrize(
-    "line",
-    [b'{"text": "caf\xe9"}', b'{"n": ' + b"1" * 5000 + b"}", b'{"n": ' + b"[" * 200_000],
+    ("line", "words"),
+    [
+        (b'{"text": "caf\xe9"}', "the file is not UTF-8 text"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "a number has more than 4,300 digits"),
+        (b'{"n": ' + b"[" * 200_000, "brackets inside brackets"),
+    ],
     ids=["latin-1", "digits", "brackets"],
 )
-def test_a_line_json_chokes_on_is_named(tmp_path: Path, line: bytes) -> None:
+def test_a_line_json_chokes_on_is_named(tmp_path: Path, line: bytes, words: str) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: can't be read"):
+    with pytest.raises(DataError, match=rf"rows\.jsonl, line 2: can't be read: {words}"):
         read_source(SourceConfig(path=str(tmp_path / "rows.jsonl")))
 
 

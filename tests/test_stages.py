@@ -8,11 +8,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from harness.families import configuration, new_model
-from macft.model.ends import AFTER, BEFORE, BOTH_ENDS, find_ends
+from macft.model.blocks.cut_model import CutModel
+from macft.model.blocks.ends import AFTER, BEFORE, BOTH_ENDS, find_ends
 from macft.model.execution import WeightFormat
 from macft.model.head import split_head
 from macft.model.shape import shape_of
-from macft.model.stages import CutModel
 
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 # Scaled embeddings, windows, experts, state spaces, blocks of several kinds, a wrapper, hidden states given by name.

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from harness.execution import execution_with
 from helpers.models import assert_same_gradient, make_model
@@ -22,14 +22,14 @@ from macft.collective.solo import Solo
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.errors import NonFiniteLoss
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.joined_parameters import JoinedParameters
 from macft.parallel.shares import DataShard
 from macft.report.events import Evaluated, Event, NullReporter, StepDone
 from macft.training.batch_loader import BatchLoader
-from macft.training.build_trainer import build_trainer
+from macft.training.build_trainer import NodeSetup, TrainingRows, build_trainer
 from macft.training.gradient import GradientComputer
 from macft.training.gradient_reducer import GradientReducer
 from macft.training.loop import Trainer
@@ -111,9 +111,8 @@ def trainer(
     order = RowOrder([ROWS], [1.0], batch_size=training.batch_size, seed=0)
     state = TrainState(model, make_optimizer(optimizer), Progress(), GradientReducer(Solo()))
     saver = CheckpointSaver(CheckpointStore(folder, keep_last=2))
-    return build_trainer(
-        training, optimizer, state, compute, data, order, saver, recorder, valid_rows=data[:5], throttle=recorder
-    )
+    kept = TrainingRows(data, order, data[:5])
+    return build_trainer(training, optimizer, state, compute, kept, saver, recorder, NodeSetup(throttle=recorder))
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
@@ -171,6 +170,10 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, installed: Ex
         run.train()
     assert [event.step for event in recorder.steps] == [1]
     assert run.state.progress.step == 1
+    damaged = trainer(installed, tmp_path, Recorder(), compiling="true", eval_every=0)
+    damaged.state.model.update(tree_map(lambda weight: weight * mx.nan, damaged.state.model.trainable_parameters()))
+    with pytest.raises(NonFiniteLoss, match=r"^step 1: the loss is nan .* No step was before it: the model's weights"):
+        damaged.train()
     once = trainer(
         installed, tmp_path, Recorder(), compiling="true", optimizer=explode, eval_every=0, max_grad_norm=0.0, steps=1
     )

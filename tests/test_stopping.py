@@ -31,7 +31,7 @@ from helpers.members import Node
 from helpers.waiting import wait_until
 from macft.collective.solo import Solo
 from macft.data.formats import Row
-from macft.launch.local import _code, _Wish
+from macft.launch.local import StopWish, rank_status
 from macft.membership.paxos import View
 from macft.model.execution import Execution
 from macft.parallel.shares import DataShard
@@ -163,16 +163,16 @@ def test_a_rank_that_the_wish_has_ended_has_not_failed() -> None:
     """It comes again while a rank's Python is closing down, which can't handle signals any more."""
     server = RendezvousServer("127.0.0.1:0", world_size=2, run_id="x", must_match={}, timeout=1.0)
     with subprocess.Popen(["sleep", "60"]) as process:
-        wish = _Wish([process], server, None)
-        assert _code(process, wish) is None
+        wish = StopWish([process], server, None)
+        assert rank_status(process, wish) is None
         wish.count = 1
         wish.pass_on()
         process.wait()
-        assert _code(process, wish) == 130
+        assert rank_status(process, wish) == 130
     with subprocess.Popen(["sleep", "60"]) as process:
         process.terminate()
         process.wait()
-        assert _code(process, _Wish([process], server, None)) == -signal.SIGTERM
+        assert rank_status(process, StopWish([process], server, None)) == -signal.SIGTERM
     server.close()
 
 

@@ -22,10 +22,10 @@ from helpers.computing import randomize_adapter, settled_memory
 from macft.data.batch import micro_batches
 from macft.data.formats import Row
 from macft.errors import ModelError
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
-from macft.model.block_weights import BlockWeights
+from macft.model.blocks.block_weights import BlockWeights
 from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig
 from macft.model.shape import read_shape

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from helpers.network import closed_port
 from helpers.rings import local_listeners, run_ranks
-from macft.collective.ring import Ring
+from macft.collective.ring.ring import Ring
+from macft.collective.ring.stream import SECRET_BYTES, StreamIn, StreamOut, StreamPort, new_buffer
 from macft.collective.settings import CollectiveConfig
-from macft.collective.stream import SECRET_BYTES, StreamIn, StreamOut, StreamPort, new_buffer
 from macft.collective.wire import DATA_HEADER_BYTES, Header, Kind, pack, unpack
 from macft.errors import CollectiveError, PeerLost, ProtocolError
 

@@ -20,9 +20,9 @@ from macft.config.command_line import prepare
 from macft.errors import ConfigError
 from macft.launch.run import run
 from macft.report.events import Sample
-from macft.report.fan_out import FanOut
 from macft.report.run_folder import RunFolder
 from macft.report.settings import TRACKERS, ReportConfig, problems
+from macft.report.sinks.fan_out import FanOut
 from macft.report.trackers import registry
 from macft.report.trackers.sink import TrackerSink
 from macft.report.trackers.tracker import TrackedRun
@@ -31,7 +31,7 @@ RUN = """
 import sys
 from pathlib import Path
 from helpers.report_events import HPARAMS, TOTAL, tell
-from macft.report import fan_out
+from macft.report.sinks import fan_out
 from macft.report.run_folder import RunFolder
 from macft.report.settings import ReportConfig
 folder, tracker, first, until = RunFolder(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
@@ -328,7 +328,7 @@ def test_an_id_is_the_same_on_each_node_and_after_a_resume(tmp_path: Path) -> No
     config = {**HPARAMS, "dataset": {"template_time": "2026-01-31T12:00:00"}}
     for node in "ab":
         RunFolder(tmp_path / node).trackers.mkdir(parents=True)
-    first = registry._run_id(RunFolder(tmp_path / "a"), config)
-    assert registry._run_id(RunFolder(tmp_path / "b"), config) == first
+    first = registry.run_id(RunFolder(tmp_path / "a"), config)
+    assert registry.run_id(RunFolder(tmp_path / "b"), config) == first
     resumed = {**config, "training": {"steps": 99}}
-    assert registry._run_id(RunFolder(tmp_path / "a"), resumed) == first
+    assert registry.run_id(RunFolder(tmp_path / "a"), resumed) == first

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,19 +22,23 @@ from mlx_lm import generate as mlx_lm_generate
 from mlx_lm import load as mlx_lm_load
 
 import macft
+import macft.doctor
 import macft.evaluate
 import macft.fuse
 import macft.generate
 import macft.run.tuned_model
 from harness.runs import Finished, environment, events, train, uneven_dataset
+from harness.tiny_model import TINY_CONFIG, make_tiny_model
 from helpers.models import random_adapter
 from macft import adapter as adapter_command
 from macft.errors import ConfigError, DataError, MacftError, ModelError
-from macft.evaluation.chat import Chat, ModelAnswers, Sampling
-from macft.model.adapter_files import read_tensors
-from macft.model.adapter_settings import AdapterConfig
-from macft.model.attach import attach
-from macft.model.peft import export_peft, import_peft
+from macft.evaluation.chat import Chat, ModelAnswers, Sampling, add_stop_tokens
+from macft.model.adapters.attach import attach, read_adapter_config
+from macft.model.adapters.files import read_tensors
+from macft.model.adapters.peft import export_peft, import_peft
+from macft.model.adapters.settings import AdapterConfig
+from macft.model.load import load_tokenizer
+from macft.model.settings import ModelConfig
 
 pytestmark = pytest.mark.slow
 
@@ -240,6 +246,33 @@ def test_a_fused_model_answers_like_the_tuned_one(fused: Path, run: Path, tuned:
         macft.fuse.main([str(run), "--save-path", str(fused)])
 
 
+def test_a_model_larger_than_the_memory_is_fused(
+    bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are read, fused and written one file after the other, for GGUF one tensor after the other."""
+    base = make_tiny_model(tmp_path / "base", bundled_model, TINY_CONFIG | {"num_hidden_layers": 40})
+    random_adapter(tmp_path / "adapter", base, AdapterConfig(num_layers=2, rank=4))
+    monkeypatch.setattr("mlx_lm.utils.make_shards", lambda weights: [{name: weights[name]} for name in list(weights)])
+    words = ["--model", str(base), "--adapter-path", str(tmp_path / "adapter"), "--save-path", str(tmp_path / "fused")]
+    gc.collect()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    macft.fuse.main([*words, "--gguf-type", "f32"])
+    peak = mx.get_peak_memory() - before
+    assert peak < (base / "model.safetensors").stat().st_size / 2
+    fused = {}
+    for file in (tmp_path / "fused").glob("model*.safetensors"):
+        fused |= read_tensors(file)
+    name = "model.layers.39.mlp.down_proj"
+    assert fused.keys() == read_tensors(base / "model.safetensors").keys()
+    adapter = read_tensors(tmp_path / "adapter" / "adapters.safetensors")
+    change = AdapterConfig(rank=4).effective_scale() * (adapter[f"{name}.lora_a"] @ adapter[f"{name}.lora_b"]).T
+    expected = read_tensors(base / "model.safetensors")[f"{name}.weight"] + change
+    assert mx.allclose(fused[f"{name}.weight"], expected, atol=1e-6)
+    written = mx.load(str(tmp_path / "fused" / "ggml-model-f32.gguf"))
+    assert mx.array_equal(written["blk.39.ffn_down.weight"], fused[f"{name}.weight"])
+
+
 def test_the_gguf_file_holds_the_fused_weights(fused: Path) -> None:
     weights, metadata = mx.load(str(fused / "ggml-model-f16.gguf"), return_metadata=True)
     assert metadata["general.architecture"] == "llama"
@@ -433,6 +466,8 @@ def test_full_fine_tuning_has_no_peft_form(tmp_path: Path, tiny_model_folder: Pa
         (macft.generate.main, ["--adapter-path", "{run}"], ModelError, "it has no adapter_config.json"),
         (macft.evaluate.main, ["{run}", "--rows", "0"], ConfigError, "--rows: 0 must be 1 or more"),
         (macft.evaluate.main, ["{run}", "--json", "/no/e.json"], ConfigError, "--json: the folder /no does not exist"),
+        (macft.evaluate.main, ["{run}", "--json", "/"], ConfigError, "--json: / is a folder; name a file"),
+        (macft.doctor.main, ["--report", "/"], ConfigError, "--report: / is a folder; name a file"),
         (macft.evaluate.main, ["{run}", "--dataset", "/no.jsonl"], DataError, "/no.jsonl does not exist"),
         (macft.evaluate.main, ["--model", "x"], ConfigError, "nothing to compare"),
         (macft.fuse.main, ["{run}", "--gguf-path", "../x"], ConfigError, "--gguf-path: ../x must be a file name"),
@@ -447,6 +482,47 @@ def test_a_mistake_is_one_line_before_a_model_loads(
         main([word.format(run=run) for word in words])
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"num_layers": None}, "num_layers"),
+        ({"lora_parameters": {"rank": 8, "scale": "20"}}, "lora_parameters.scale"),
+        ({"lora_parameters": None}, "lora_parameters.rank"),
+    ],
+)
+def test_settings_of_an_adapter_that_are_no_numbers_are_named(
+    tmp_path: Path, change: dict[str, Any], name: str
+) -> None:
+    settings = {"num_layers": 2, "lora_parameters": {"rank": 8, "scale": 20.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | change))
+    (tmp_path / "adapters.safetensors").touch()
+    with pytest.raises(ModelError, match=rf"adapter_config\.json: {re.escape(name)} must be a number"):
+        read_adapter_config(tmp_path)
+
+
+def test_an_adapter_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    settings = {"num_layers": 2, "lora_parameters": {"rank": 8, "scale": 20.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), {"a": mx.ones(2), "b": mx.array([1.0, mx.nan])})
+    with pytest.raises(ModelError, match=r"b has values that are not finite; its training diverged, or it is damaged$"):
+        attach(nn.Linear(2, 2), tmp_path)
+
+
+def test_an_adapter_of_another_kind_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "loha"}')
+    (tmp_path / "adapters.safetensors").touch()
+    with pytest.raises(ModelError, match=r"fine_tune_type must be one of lora, dora, full, not 'loha'$"):
+        read_adapter_config(tmp_path)
+
+
+def test_a_stop_token_that_the_model_lacks_is_told(tiny_model_folder: Path) -> None:
+    tokenizer = load_tokenizer(ModelConfig(), tiny_model_folder)
+    add_stop_tokens(tokenizer, ["<|im_start|>", "7"])
+    assert {7, tokenizer.convert_tokens_to_ids("<|im_start|>")} <= tokenizer.eos_token_ids
+    with pytest.raises(ConfigError, match=r"--extra-eos-token: 'nope!' is no token of this model; give one such as"):
+        add_stop_tokens(tokenizer, ["nope!"])
 
 
 def test_an_unfinished_run_says_how_to_end_it(run: Path, tmp_path: Path) -> None:

@@ -11,15 +11,16 @@ from mlx.utils import tree_flatten
 
 from harness.families import configuration
 from macft.device.kind import Device
-from macft.model.adapter_settings import AdapterConfig
-from macft.model.ends import BEFORE
+from macft.model.adapters.settings import AdapterConfig
+from macft.model.blocks.ends import BEFORE
 from macft.model.execution import WeightFormat, resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import ModelShape, shape_of
 from macft.parallel.stage_layout import even_layout
 from macft.planner.fit import MemoryPlanner
-from macft.planner.placement import blocks_with_room
-from macft.planner.stages import StagePlanner, block_costs
+from macft.planner.inference import blocks_with_room
+from macft.planner.placement.configured_layout import block_costs
+from macft.planner.stage import StagePlanner
 from macft.planner.workload import assumed_steps
 
 FORMATS: dict[str, dict[str, Any]] = {

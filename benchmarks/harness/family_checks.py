@@ -33,16 +33,16 @@ from macft.evaluation.batched import greedy_answers
 from macft.evaluation.chat import Chat, ModelAnswers, Sampling
 from macft.evaluation.exact_match import ExactMatch
 from macft.evaluation.question import question
-from macft.model.adapt import Adaptation, adapt
-from macft.model.adapter_files import load_adapter_weights, save_adapter
-from macft.model.adapter_settings import AdapterConfig
-from macft.model.attach import attach
+from macft.model.adapters.adapt import Adaptation, adapt
+from macft.model.adapters.attach import attach
+from macft.model.adapters.files import load_adapter_weights, save_adapter
+from macft.model.adapters.fuse import fuse
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import can_pack, make_backend
+from macft.model.blocks.cut_model import CutModel
 from macft.model.execution import Execution, recomputations
 from macft.model.load import LoadedModel, load
-from macft.model.merge import fuse
 from macft.model.settings import ModelConfig
-from macft.model.stages import CutModel
 from macft.parallel.shares import DataShard
 from macft.training.gradient import GradientComputer
 from macft.training.loss import TokenLoss

@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from macft.model.adapters.dropout import DropoutKeys
+
 from macft.data.batch import Batch
 from macft.device.kind import Device
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
-from macft.model.dropout import DropoutKeys
 from macft.model.execution import Execution, resolve
 from macft.model.load import weight_format_of
 from macft.model.settings import ModelConfig
@@ -116,7 +117,7 @@ class MacftStep(StepSide):
         return compute._gradient(0, layout, keys, *inputs, lengths=part.lengths)
 
     def step(self, batch: Batch) -> None:
-        local = self._compute(0, [batch], joined=self._is_queued)
+        local = self._compute(0, [batch], form="joined" if self._is_queued else "parameters")
         if self._is_queued:
             total = sum(local.losses, mx.array(0.0))
             mx.eval(self._update.queue(local.gradient, 1e-4, total, local.target_tokens, 1.0))

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from macft.api.loaded_model import load
     from macft.api.training_run import open_run
     from macft.errors import MacftError
-    from macft.planner.run_plan import plan_run
-    from macft.report.callbacks import StopTraining
+    from macft.planner.plan.run_plan import plan_run
+    from macft.report.sinks.callbacks import StopTraining
 
 __version__ = "0.1.0"
 __all__ = ["MacftError", "StopTraining", "compose", "fit", "load", "open_run", "plan_run", "resume"]
@@ -38,9 +38,9 @@ _WHERE = {
     "resume": "macft.api.fitting",
     "load": "macft.api.loaded_model",
     "open_run": "macft.api.training_run",
-    "plan_run": "macft.planner.run_plan",
+    "plan_run": "macft.planner.plan.run_plan",
     "MacftError": "macft.errors",
-    "StopTraining": "macft.report.callbacks",
+    "StopTraining": "macft.report.sinks.callbacks",
 }
 """What is imported when it is first used, so that ``import macft`` costs little. No module has one of these names."""
 

@@ -44,9 +44,9 @@ def _export(arguments: argparse.Namespace, target: Path) -> None:
     else:
         raise ConfigError("RUN_FOLDER: name a run's folder, or an adapter by --adapter-path")
 
-    from macft.model.attach import read_adapter_config
-    from macft.model.local import find_local
-    from macft.model.peft import export_peft
+    from macft.model.adapters.attach import read_adapter_config
+    from macft.model.adapters.peft import export_peft
+    from macft.model.fetch.local import find_local
 
     trained = trained or str(read_adapter_config(source).get("model", ""))
     model = arguments.model or trained
@@ -62,7 +62,7 @@ def _export(arguments: argparse.Namespace, target: Path) -> None:
 
 
 def _import(source: Path, target: Path) -> None:
-    from macft.model.peft import import_peft
+    from macft.model.adapters.peft import import_peft
 
     with new_folder(target) as written:
         description = import_peft(source, written)

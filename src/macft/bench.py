@@ -27,11 +27,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from macft.cli.parser import Parser, program_name
+from macft.cli.parser import Parser, check_output, program_name
 from macft.cli.run_command import run_command
 from macft.collective_bench.here import measure_here
-from macft.collective_bench.lane import Lane, LaneFailed
 from macft.collective_bench.limits import link_speed, memory_copy
+from macft.collective_bench.measured_group import GroupFailed, MeasuredGroup
 from macft.collective_bench.ports import free_addresses
 from macft.collective_bench.sides import Joined, Side
 from macft.collective_bench.sizes import read_size, read_speed, size_text, speed_text, time_text
@@ -123,9 +123,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     if options.turns < 1 or not options.limit > 0:
         raise ConfigError("--turns and --limit: must be greater than 0")
     for key in ("json", "plot", "out"):
-        path = getattr(options, key)
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"--{key}: the folder of {path} does not exist")
+        check_output(f"--{key}", getattr(options, key))
     return options
 
 
@@ -164,22 +162,24 @@ def _measure_local(options: argparse.Namespace, config: TrainConfig) -> tuple[li
     nodes, console = config.topology.nodes, Console()
     console.print(f"{nodes} ranks on this machine, collective={config.collective.backend}")
     with ExitStack() as stack:
-        lanes = []
+        groups = []
         for name in ("macft", *options.peers):
             python = options.peer_python if name in ("gloo", "mpi") else sys.executable
             settings = asdict(config.collective)
             try:
-                lane = Lane(name, free_addresses(nodes), settings=settings, python=python, limit=options.limit)
-            except LaneFailed as error:
+                group = MeasuredGroup(
+                    name, free_addresses(nodes), settings=settings, python=python, limit=options.limit
+                )
+            except GroupFailed as error:
                 if name == "macft":
                     raise
                 console.print(str(error), style="yellow", markup=False)
                 continue
-            lanes.append(stack.enter_context(lane))
+            groups.append(stack.enter_context(group))
         with console.status("measuring") as status:
-            results = measure(lanes, options.sizes, options.turns, lambda row: status.update(_progress(row)))
+            results = measure(groups, options.sizes, options.turns, lambda row: status.update(_progress(row)))
     if results[-1][0].failure:
-        raise LaneFailed(results[-1][0].failure)
+        raise GroupFailed(results[-1][0].failure)
     return results, 0
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypedDict
 
-from macft.cli.parser import Parser, command_parser
+from macft.cli.parser import Parser, check_output, command_parser
 from macft.cli.run_command import run_command
 from macft.config.paths import models_by_name
 from macft.device.durable import write_atomically
@@ -22,9 +22,9 @@ from macft.diagnostics import LEVELS, Finding, machine, network, software
 from macft.diagnostics.hosts import HostsReport, examine_hosts
 from macft.diagnostics.shareable import shareable
 from macft.errors import ConfigError, MacftError
-from macft.model.bundled import BUNDLED
-from macft.model.local import find_local
-from macft.model.resolve import is_hub_id
+from macft.model.fetch.bundled import BUNDLED
+from macft.model.fetch.local import find_local
+from macft.model.fetch.resolve import is_hub_id
 from macft.network import links
 from macft.rendezvous import keystore
 from macft.report.run_folder import RunFolder
@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.report is not None:
         if arguments.topology is not None:
             raise ConfigError("--report: it describes this machine; run it on each host, without --topology")
+        check_output("--report", Path(arguments.report))
         write_report(Path(arguments.report), arguments.port)
         return 0
     if arguments.topology is None:

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from macft.api.evaluation import Evaluation, Progress, Results, evaluate_found
-from macft.cli.parser import Parser, add_column_argument, columns_are_options, command_parser
+from macft.api.evaluation import Evaluation, EvaluationOptions, Progress, Results, evaluate_found
+from macft.cli.parser import Parser, add_column_argument, check_output, command_parser, keys_are_options
 from macft.cli.run_command import run_command
 from macft.data.sources import SPLITS
 from macft.device.durable import write_atomically
 from macft.errors import ConfigError
 from macft.evaluation.metrics import METRICS, PERPLEXITY
-from macft.launch.cluster_command import (
+from macft.launch.generation.arguments import (
     add_cluster_arguments,
+    distributed_model,
     follow_first_host,
     leading_rank,
-    spread_model,
     topology_of,
 )
 from macft.report.result_text import change_text, result_name, result_text
@@ -51,38 +51,39 @@ def main(argv: Sequence[str]) -> None:
     topology = topology_of(arguments)
     if follow_first_host(topology):
         return
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        raise ConfigError(f"--json: the folder {arguments.json.parent} does not exist")
+    check_output("--json", arguments.json)
     tuned = TunedModel.from_arguments(arguments)
     console = Console(highlight=False)
-    with columns_are_options(), ShownPhases() as phases:
+    with keys_are_options(), ShownPhases() as phases:
         evaluation = evaluate_found(
             tuned,
-            dataset=arguments.dataset,
-            columns=dict(arguments.column),
-            split=arguments.split,
-            rows=arguments.rows,
-            metric=_metric(arguments.metric),
-            max_tokens=arguments.max_tokens,
-            mask_prompt=arguments.mask_prompt,
+            EvaluationOptions(
+                dataset=arguments.dataset,
+                columns=dict(arguments.column),
+                split=arguments.split,
+                rows=arguments.rows,
+                metric=_metric(arguments.metric),
+                max_tokens=arguments.max_tokens,
+                mask_prompt=arguments.mask_prompt,
+            ),
             progress=phases,
-            compare=None if topology is None else partial(_compare_spread, topology),
+            compare=None if topology is None else partial(_compare_distributed, topology),
         )
     _show(evaluation, console)
     if arguments.json is not None:
         _write(arguments.json, evaluation.as_dict())
 
 
-def _compare_spread(
+def _compare_distributed(
     topology: TopologyConfig, tuned: TunedModel, tokenizer: TokenizerWrapper, asked: Asked, progress: Progress
 ) -> Results:
     """The results of both models on the machines of ``topology``."""
-    from macft.run.cluster_answers import ClusterAnswers, evaluate_spread
+    from macft.run.generation.leader import GenerationLeader, evaluate_distributed
 
     def measure(which: str, *, is_tuned: bool) -> Result:
-        spread = spread_model(tuned, is_tuned=is_tuned)
-        answers = ClusterAnswers(rank, spread, together=_TOGETHER, tell=lambda line: print(line, file=sys.stderr))
-        result = evaluate_spread(answers, asked, lambda what, *counts: progress(f"{which}, {what}", *counts))
+        wanted = distributed_model(tuned, is_tuned=is_tuned)
+        answers = GenerationLeader(rank, wanted, together=_TOGETHER, tell=lambda line: print(line, file=sys.stderr))
+        result = evaluate_distributed(answers, asked, lambda what, *counts: progress(f"{which}, {what}", *counts))
         answers.close()
         return result
 

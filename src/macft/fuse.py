@@ -81,8 +81,10 @@ def _write(
     with ShownPhases() as phases:
         phases.begin(f"loading the model {tuned.whole or tuned.model.path}")
         from macft.device.mlx_device import prepare_device
-        from macft.model.merge import as_checkpoint, fuse, save_fused
-        from macft.model.resolve import resolve
+        from macft.model.adapters.fuse import as_checkpoint, fuse, save_fused
+        from macft.model.fetch.resolve import resolve
+        from macft.model.load import load
+        from macft.model.settings import ModelConfig
         from macft.publishing.gguf_model import check_gguf, write_gguf
         from macft.publishing.modelfile import modelfile
 
@@ -90,7 +92,7 @@ def _write(
         if gguf is not None:
             check_gguf(source)
         prepare_device()
-        loaded = replace(tuned, model=as_checkpoint(tuned.model)).load(in_memory=True)
+        loaded = replace(tuned, model=as_checkpoint(tuned.model)).load(is_lazy=True)
         phases.begin("fusing")
         count = fuse(loaded, dequantize=dequantize)
         with new_folder(target) as folder:
@@ -99,7 +101,14 @@ def _write(
             if gguf is not None:
                 file, kind = gguf
                 phases.begin(f"writing {target / file}")
-                write_gguf(folder / file, loaded, folder, kind=kind, name=target.resolve().name)
+                settings = ModelConfig(
+                    path=str(folder),
+                    precision="checkpoint",
+                    quantization="keep",
+                    trust_remote_code=tuned.model.trust_remote_code,
+                )
+                written = load(settings, folder, is_lazy=True)
+                write_gguf(folder / file, written, folder, kind=kind, name=target.resolve().name)
                 (folder / "Modelfile").write_text(modelfile(file, loaded.tokenizer), encoding="utf-8")
     return loaded, count
 

@@ -13,11 +13,11 @@ from macft.api.loaded_model import load_found
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.errors import ConfigError
-from macft.launch.cluster_command import (
+from macft.launch.generation.arguments import (
     add_cluster_arguments,
+    distributed_model,
     follow_first_host,
     leading_rank,
-    spread_model,
     topology_of,
 )
 from macft.report.shown_phases import ShownPhases
@@ -51,7 +51,8 @@ def main(argv: Sequence[str]) -> None:
     if problems := Sampling(**sampling).problems() + seed_problems(arguments.seed):
         raise ConfigError("\n".join(problems))
     chosen = Sampling(**sampling)
-    with _here(tuned, arguments, chosen) if topology is None else _spread(tuned, arguments, chosen, topology) as chat:
+    opened = _here(tuned, arguments, chosen) if topology is None else _on_cluster(tuned, arguments, chosen, topology)
+    with opened as chat:
         if prompt is not None:
             _answer(chat, prompt, verbose=arguments.verbose)
         else:
@@ -76,13 +77,13 @@ def _here(tuned: TunedModel, arguments: argparse.Namespace, sampling: Sampling) 
 
 
 @contextmanager
-def _spread(
+def _on_cluster(
     tuned: TunedModel, arguments: argparse.Namespace, sampling: Sampling, topology: TopologyConfig
 ) -> Iterator[Chat]:
     """A conversation with the model on the machines of ``topology``."""
     from macft.device.mlx_device import prepare_device
-    from macft.evaluation.chat import Chat
-    from macft.run.cluster_answers import ClusterAnswers, ClusterConversation
+    from macft.evaluation.chat import Chat, add_stop_tokens
+    from macft.run.generation.leader import ClusterConversation, GenerationLeader
 
     def tell(line: str) -> None:
         if arguments.verbose:
@@ -90,10 +91,9 @@ def _spread(
 
     prepare_device()
     with leading_rank(topology, tuned) as rank:
-        spread = spread_model(tuned, is_tuned=not arguments.base)
-        answers = ClusterAnswers(rank, spread, together=1, remembered=1, tell=tell)
-        for token in arguments.extra_eos_token:
-            answers.tokenizer.add_eos_token(token)
+        wanted = distributed_model(tuned, is_tuned=not arguments.base)
+        answers = GenerationLeader(rank, wanted, together=1, remembered=1, tell=tell)
+        add_stop_tokens(answers.tokenizer, arguments.extra_eos_token)
         source = ClusterConversation(answers, sampling, arguments.seed)
         yield Chat(
             source,

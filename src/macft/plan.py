@@ -11,9 +11,9 @@ from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.config.command_line import prepare
 from macft.network.link_kinds import LINK_KINDS
-from macft.planner.longest_row import LongestRowPlan, find_longest_rows
-from macft.planner.run_plan import plan_run
-from macft.planner.table import show, show_longest_rows
+from macft.planner.plan.longest_row import LongestRowPlan, find_longest_rows
+from macft.planner.plan.run_plan import plan_run
+from macft.planner.plan.table import show, show_longest_rows
 from macft.report.shown_phases import ShownPhases
 
 _EPILOG = (

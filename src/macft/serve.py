@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NoReturn
 from macft.cli.parser import Parser, command_parser
 from macft.cli.run_command import run_command
 from macft.errors import ConfigError, MacftError
-from macft.launch.cluster_command import (
+from macft.launch.generation.arguments import (
     add_cluster_arguments,
+    distributed_model,
     follow_first_host,
     leading_rank,
-    spread_model,
     topology_of,
 )
 from macft.run.tuned_model import TunedModel, add_model_arguments
@@ -24,7 +24,7 @@ from macft.topology.settings import TopologyConfig
 
 if TYPE_CHECKING:
     from macft.model.load import LoadedModel
-    from macft.run.cluster_answers import ClusterAnswers
+    from macft.run.generation.leader import GenerationLeader
     from macft.serving.engine import Engine
     from macft.serving.http_server import Server
     from macft.serving.options import ServerConfig
@@ -86,7 +86,7 @@ def _engine(tuned: TunedModel, config: ServerConfig, topology: TopologyConfig | 
 
     if topology is None:
         return OwnEngine(_opened(tuned, is_tuned=is_tuned), config)
-    return ClusterEngine(_spread(tuned, config, topology, is_tuned=is_tuned), config)
+    return ClusterEngine(_distributed(tuned, config, topology, is_tuned=is_tuned), config)
 
 
 @contextmanager
@@ -99,14 +99,14 @@ def _opened(tuned: TunedModel, *, is_tuned: bool) -> Iterator[LoadedModel]:
 
 
 @contextmanager
-def _spread(
+def _distributed(
     tuned: TunedModel, config: ServerConfig, topology: TopologyConfig, *, is_tuned: bool
-) -> Iterator[ClusterAnswers]:
-    from macft.run.cluster_answers import ClusterAnswers
+) -> Iterator[GenerationLeader]:
+    from macft.run.generation.leader import GenerationLeader
 
-    spread = spread_model(tuned, is_tuned=is_tuned)
+    wanted = distributed_model(tuned, is_tuned=is_tuned)
     with leading_rank(topology, tuned) as rank:
-        answers = ClusterAnswers(rank, spread, together=config.together, remembered=_REMEMBERED, tell=_tell)
+        answers = GenerationLeader(rank, wanted, together=config.together, remembered=_REMEMBERED, tell=_tell)
         yield answers
         answers.close()
 

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from macft.collective.listener import Listener
+from macft.collective.ring.listener import Listener
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import split_paths
 

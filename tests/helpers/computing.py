@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from harness.execution import execution_with
-from macft.model.adapt import Adaptation
+from macft.model.adapters.adapt import Adaptation
 from macft.model.backends.base import Backend
 from macft.model.backends.choose import can_pack, make_backend
 from macft.model.execution import Execution
@@ -32,13 +32,20 @@ def settled_memory() -> int:
 
 @contextmanager
 def gradient_computer(
-    model: nn.Module, adaptation: Adaptation, kernels: str, *, packing: bool = False, seed: int = 0, **fields: Any
+    model: nn.Module,
+    adaptation: Adaptation,
+    kernels: str,
+    *,
+    packing: bool = False,
+    seed: int = 0,
+    bucket_bytes: int = 4 * 1024 * 1024,
+    **fields: Any,
 ) -> Iterator[GradientComputer]:
     """What computes the gradients of ``model``, installed in its backend; ``fields`` are those of Execution."""
     execution = execution_with(kernels, packing=packing, dropout=adaptation.dropout_keys.in_use, **fields)
     backend = make_backend(execution)
     with backend.installed(model):
-        yield GradientComputer(model, backend, execution, adaptation.dropout_keys, seed=seed)
+        yield GradientComputer(model, backend, execution, adaptation.dropout_keys, seed=seed, bucket_bytes=bucket_bytes)
 
 
 @contextmanager

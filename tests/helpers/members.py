@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from macft.collective.elastic import MembershipView
-from macft.collective.listener import Listener
+from macft.collective.ring.listener import Listener
 from macft.collective.settings import CollectiveConfig
 from macft.collective.solo import Solo
 from macft.membership.elastic_ring import ElasticRing

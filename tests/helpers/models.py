@@ -12,9 +12,9 @@ import numpy as np
 from mlx_lm import load
 
 from macft.data.formats import Row
-from macft.model.adapt import adapt
-from macft.model.adapter_files import save_adapter
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.files import save_adapter
+from macft.model.adapters.settings import AdapterConfig
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,

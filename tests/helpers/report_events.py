@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from macft.report import fan_out
 from macft.report.events import (
     CheckpointSaved,
     Evaluated,
@@ -26,6 +25,7 @@ from macft.report.events import (
 )
 from macft.report.run_folder import RunFolder
 from macft.report.settings import ReportConfig
+from macft.report.sinks import fan_out
 
 TOTAL = 20
 PARTS = {"data": 0.01, "compute": 0.3, "all_reduce": 0.15, "update": 0.04}

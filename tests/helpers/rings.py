@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from harness.runs import read_line
-from macft.collective.listener import Listener
-from macft.collective.ring import Ring
+from macft.collective.ring.listener import Listener
+from macft.collective.ring.ring import Ring
 from macft.collective.settings import CollectiveConfig
 
 SIZES = (3, 1_000, 100_000)

@@ -20,7 +20,7 @@ import pytest
 
 from harness.runs import environment, read_line
 from macft.evaluation.chat import Chat, ModelAnswers, Sampling
-from macft.model.attach import attach
+from macft.model.adapters.attach import attach
 from macft.model.backends.choose import make_backend
 from macft.model.load import load
 from macft.model.settings import ModelConfig
@@ -70,7 +70,7 @@ class Served:
         found = []
         for child in psutil.Process(self.process.pid).children():
             with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):  # it was killed
-                if "macft.launch.answering_worker" in child.cmdline():
+                if "macft.launch.generation.worker" in child.cmdline():
                     found.append(child)
         return found
 

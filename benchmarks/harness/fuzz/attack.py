@@ -20,8 +20,8 @@ import zmq
 
 from harness.fuzz.mutations import CURVE_GREETING, CURVE_HELLO, NULL_GREETING, READY, Mutator, zmtp
 from harness.runs import read_line
-from macft.collective.security import KeyPair, encrypt_to
-from macft.collective.stream import StreamOut
+from macft.collective.ring.security import KeyPair, encrypt_to
+from macft.collective.ring.stream import StreamOut
 from macft.collective.wire import split_address
 
 SECONDS = 150.0

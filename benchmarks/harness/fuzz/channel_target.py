@@ -10,8 +10,8 @@ from functools import partial
 import numpy as np
 
 from harness.fuzz.answer import SECONDS, Answer, wait_for
-from macft.collective.channels import _Incoming, _Outgoing
-from macft.collective.stream import StreamIn, StreamOut, StreamPort
+from macft.collective.ring.channels import _Incoming, _Outgoing
+from macft.collective.ring.stream import StreamIn, StreamOut, StreamPort
 from macft.collective.wire import Header, Kind, pack
 
 PIECE_BYTES = 4096

@@ -15,7 +15,7 @@ from harness.tiny_model import make_tiny_model
 from macft.device.mlx_device import prepare_device
 from macft.evaluation.chat import Sampling
 from macft.model.backends.choose import make_backend
-from macft.model.bundled import ensure_bundled
+from macft.model.fetch.bundled import ensure_bundled
 from macft.model.load import LoadedModel
 from macft.run.tuned_model import TunedModel
 from macft.serving.engine import OwnEngine

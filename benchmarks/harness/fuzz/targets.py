@@ -23,13 +23,13 @@ from harness.fuzz.channel_target import ChannelTarget, accepted
 from harness.fuzz.monitor_target import MonitorTarget
 from harness.fuzz.pairing_targets import AnnouncementTarget, GuestTarget, PairingTarget
 from macft.collective.base import Collective
-from macft.collective.health import Health, HealthServer, ask
-from macft.collective.listener import Listener
-from macft.collective.ring import Ring
-from macft.collective.security import KeyPair
+from macft.collective.mlx.health import Health, HealthServer, ask
+from macft.collective.ring.listener import Listener
+from macft.collective.ring.ring import Ring
+from macft.collective.ring.security import KeyPair
+from macft.collective.ring.stream import StreamOut, StreamPort, new_buffer
 from macft.collective.settings import CollectiveConfig
 from macft.collective.solo import Solo
-from macft.collective.stream import StreamOut, StreamPort, new_buffer
 from macft.collective.wire import Cause, Header, Kind, pack, unpack
 from macft.errors import LaunchError, RendezvousError
 from macft.membership import heartbeat_codec

@@ -80,23 +80,11 @@ class Evaluation:
         }
 
 
-def evaluate_found(
-    found: TunedModel,
-    *,
-    dataset: str | None = None,
-    columns: Mapping[str, str] | None = None,
-    split: str | None = None,
-    rows: int = -1,
-    metric: str | Sequence[str] | None = None,
-    max_tokens: int | None = None,
-    mask_prompt: bool | None = None,
-    progress: Progress | None = None,
-    compare: Compare | None = None,
-) -> Evaluation:
-    """Compares the model that was ``found`` with its base model.
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """On which rows two models are compared, and by what.
 
-    Args:
-        found: A model with an adapter, or one that was tuned as a whole.
+    Attributes:
         dataset: A folder, a file or a Hugging Face id; None: the run's.
         columns: Of that ``dataset``: its column for a field of macft's, as ``dataset.columns``.
         split: None: the first of test, valid and train that has rows.
@@ -104,66 +92,108 @@ def evaluate_found(
         metric: What is measured beside the loss, as ``dataset.metric``; "none": nothing; None: the dataset's.
         max_tokens: Of an answer; None: the run's.
         mask_prompt: Whether the loss is that of the answers only; None: as in the run.
+    """
+
+    dataset: str | None = None
+    columns: Mapping[str, str] | None = None
+    split: str | None = None
+    rows: int = -1
+    metric: str | Sequence[str] | None = None
+    max_tokens: int | None = None
+    mask_prompt: bool | None = None
+
+
+def evaluate_found(
+    found: TunedModel,
+    options: EvaluationOptions,
+    *,
+    progress: Progress | None = None,
+    compare: Compare | None = None,
+) -> Evaluation:
+    """Compares the model that was ``found`` with its base model.
+
+    Args:
+        found: A model with an adapter, or one that was tuned as a whole.
+        options: On which rows, and by what.
         progress: Called with what is done, and how many of how many rows; 0 of 0 where there is no count.
         compare: Computes both results; None: in this process.
 
     Raises:
-        MacftError: an argument can't be right, or the model, the adapter or the dataset can't be read.
+        MacftError: an option can't be right, or the model, the adapter or the dataset can't be read.
     """
-    if rows == 0 or rows < -1:
-        raise ConfigError(f"--rows: {rows} must be 1 or more, or -1 for all")
-    if found.adapter is None and found.whole is None:
+    if options.rows == 0 or options.rows < -1:
+        raise ConfigError(f"--rows: {options.rows} must be 1 or more, or -1 for all")
+    adapter = found.adapter or found.whole
+    if adapter is None:
         raise ConfigError("--adapter-path: nothing to compare; name an adapter beside --model")
-    wanted = _dataset(found, dataset, dict(columns or {}), metric, max_tokens, mask_prompt)
-    training = found.run.training if found.run else TrainingConfig()
-    seed = found.run.seed if found.run else 0
-    tell = progress or (lambda *_: None)
+    dataset, tell = _dataset(found, options), progress or (lambda *_: None)
     # Errors in the dataset are found before the weights are loaded, which takes longer.
-    tell(f"reading the dataset {_named(wanted)}", 0, 0)
-    sources = read_dataset(wanted, seed=seed)
-    split = _split(sources, split, wanted)
-
+    tell(f"reading the dataset {_named(dataset)}", 0, 0)
+    sources = read_dataset(dataset, seed=_seed(found))
+    split = _split(sources, options.split, dataset)
     tell(f"finding the model {found.model.path}", 0, 0)
 
     from macft.device.mlx_device import prepare_device
+
+    tokenizer, asked, notes = _asked(found, options, dataset, sources, split, tell)
+    prepare_device()
+    base, tuned = (compare or compare_here)(found, tokenizer, asked, tell)
+    for scored in (base.scored, tuned.scored):
+        notes += [f"{name} is not measured: {reason}" for name, reason in (scored.failures if scored else {}).items()]
+    return Evaluation(
+        model=found.model.path,
+        adapter=adapter,
+        dataset=_named(dataset),
+        split=split,
+        metrics=dataset.metrics(),
+        rows=len(asked.rows),
+        questions=list(asked.questions),
+        base=base,
+        tuned=tuned,
+        notes=notes,
+    )
+
+
+def _asked(
+    found: TunedModel, options: EvaluationOptions, dataset: DatasetConfig, sources: Sources, split: str, tell: Progress
+) -> tuple[TokenizerWrapper, Asked, list[str]]:
+    """The tokenizer, what both models are asked, and lines for the user."""
     from macft.evaluation.compare import Asked
     from macft.evaluation.trial import asked_of
+    from macft.model.fetch.resolve import resolve
+    from macft.model.files.vocabulary import vocabulary_of
     from macft.model.load import load_tokenizer
-    from macft.model.resolve import resolve
-    from macft.model.vocabulary import vocabulary_of
 
-    judges = answer_metrics(wanted)
+    metrics = answer_metrics(dataset)
     folder = resolve(found.model)
     tokenizer = load_tokenizer(found.model, folder)
-    notes = fix_clock(tokenizer, wanted.template_time)
+    notes = fix_clock(tokenizer, dataset.template_time)
     total, done = sum(len(raw[split]) for _, raw in sources), count(1)
     data, row_notes = tokenize_split(
-        sources, wanted, tokenizer, split, row_done=lambda: tell("tokenizing", next(done), total)
+        sources, dataset, tokenizer, split, row_done=lambda: tell("tokenizing", next(done), total)
     )
     if not data.rows:
         raise DataError(f"--split: no {split} row has a target token left")
     notes += row_notes
     notes += check_rows(
-        {split: data}, tokenizer, vocabulary=vocabulary_of(folder), max_seq_length=wanted.max_seq_length
+        {split: data}, tokenizer, vocabulary=vocabulary_of(folder), max_seq_length=dataset.max_seq_length
     )
-    prepare_device()
-    chosen = sample_rows(len(data.rows), rows, seed)
-    questions = asked_of([data.records[i] for i in chosen], judges, tokenizer)
-    asked = Asked([data.rows[i] for i in chosen], questions, judges, max_tokens or training.metric_max_tokens)
-    base, tuned = (compare or compare_here)(found, tokenizer, asked, tell)
-    adapter = found.adapter or found.whole
-    assert adapter is not None
-    for scored in (base.scored, tuned.scored):
-        notes += [f"{name} is not measured: {reason}" for name, reason in (scored.failures if scored else {}).items()]
-    return Evaluation(
-        found.model.path, adapter, _named(wanted), split, wanted.metrics(), len(chosen), questions, base, tuned, notes
-    )
+    chosen = sample_rows(len(data.rows), options.rows, _seed(found))
+    questions = asked_of([data.records[i] for i in chosen], metrics, tokenizer)
+    training = found.run.training if found.run else TrainingConfig()
+    max_tokens = options.max_tokens or training.metric_max_tokens
+    return tokenizer, Asked([data.rows[i] for i in chosen], questions, metrics, max_tokens), notes
+
+
+def _seed(found: TunedModel) -> int:
+    """The run's, by which rows are split and chosen; 0 without a run."""
+    return found.run.seed if found.run else 0
 
 
 def compare_here(found: TunedModel, tokenizer: TokenizerWrapper, asked: Asked, progress: Progress) -> Results:
     """The results of the base model and of the tuned one, in this process."""
     from macft.evaluation.compare import evaluate
-    from macft.model.attach import attach
+    from macft.model.adapters.attach import attach
 
     progress(f"loading the model {found.model.path}", 0, 0)
     loaded = found.load(tuned=False, tokenizer=tokenizer)
@@ -176,14 +206,9 @@ def compare_here(found: TunedModel, tokenizer: TokenizerWrapper, asked: Asked, p
     return base, evaluate(loaded, asked, lambda what, *counts: progress(f"tuned, {what}", *counts))
 
 
-def _dataset(
-    found: TunedModel,
-    path: str | None,
-    columns: dict[str, str],
-    metric: str | Sequence[str] | None,
-    max_tokens: int | None,
-    mask_prompt: bool | None,
-) -> DatasetConfig:
+def _dataset(found: TunedModel, options: EvaluationOptions) -> DatasetConfig:
+    """What ``options`` ask for, checked; raises ConfigError."""
+    path, columns, metric, max_tokens = options.dataset, dict(options.columns or {}), options.metric, options.max_tokens
     dataset = found.run.dataset if found.run else DatasetConfig()
     if path is not None:
         # The run's sequence length and masking apply to the other dataset; its splits and columns do not.
@@ -194,8 +219,8 @@ def _dataset(
         raise ConfigError("--column: is for another dataset; name it by --dataset")
     elif found.run is None:
         raise ConfigError("--dataset: name what to evaluate on: a folder, a file, a Hugging Face id or builtin:sql")
-    if mask_prompt is not None:
-        dataset = replace(dataset, mask_prompt=mask_prompt)
+    if options.mask_prompt is not None:
+        dataset = replace(dataset, mask_prompt=options.mask_prompt)
     if metric is not None:
         dataset = replace(dataset, metric=None if metric == "none" else metric)
     check_metrics(dataset)

@@ -11,8 +11,8 @@ from macft.api.training_run import TrainingRun
 from macft.config.schema import TrainConfig
 from macft.errors import ConfigError, MacftError, TrainingError
 from macft.launch.run import RanksFailed, run
-from macft.report.callbacks import Callback, Callbacks
 from macft.report.latest import followed
+from macft.report.sinks.callbacks import Callback, Callbacks
 from macft.run.claim import Claim, claim
 
 

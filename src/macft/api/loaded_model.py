@@ -73,7 +73,7 @@ class Model:
         """
         import mlx.core as mx
 
-        from macft.evaluation.chat import Chat, ModelAnswers, Sampling, seed_problems
+        from macft.evaluation.chat import Chat, ModelAnswers, Sampling, add_stop_tokens, seed_problems
 
         try:
             chosen = Sampling(**sampling)
@@ -86,8 +86,7 @@ class Model:
             raise ConfigError("\n".join(problems))
         if seed is not None:
             mx.random.seed(seed)
-        for token in stop_tokens:
-            self.tokenizer.add_eos_token(token)
+        add_stop_tokens(self.tokenizer, stop_tokens)
         source = ModelAnswers(self.model, self.tokenizer, chosen)
         return Chat(source, self.tokenizer, system_prompt=system_prompt, template=template)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from macft.api.evaluation import Evaluation, Progress, evaluate_found
+from macft.api.evaluation import Evaluation, EvaluationOptions, Progress, evaluate_found
 from macft.api.loaded_model import Model, load
 from macft.config.schema import TrainConfig
 from macft.config.yaml import read
@@ -99,16 +99,14 @@ class TrainingRun:
         mask_prompt: bool | None = None,
         progress: Progress | None = None,
     ) -> Evaluation:
-        """Compares the tuned model with its base model: see :func:`macft.api.evaluation.evaluate_found`."""
+        """Compares the tuned model with its base model.
+
+        For the arguments see :class:`~macft.api.evaluation.EvaluationOptions`, for ``progress`` and errors
+        :func:`~macft.api.evaluation.evaluate_found`.
+        """
         return evaluate_found(
             TunedModel.find(self.folder),
-            dataset=dataset,
-            columns=columns,
-            split=split,
-            rows=rows,
-            metric=metric,
-            max_tokens=max_tokens,
-            mask_prompt=mask_prompt,
+            EvaluationOptions(dataset, columns, split, rows, metric, max_tokens, mask_prompt),
             progress=progress,
         )
 

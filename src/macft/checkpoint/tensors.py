@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from macft.model.weight_files import parse_header
+from macft.model.files.weight_files import parse_header
 
 # NumPy has no bfloat16: its bits are taken over as they are.
 _DTYPES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -16,6 +17,14 @@ from macft.cli.commands import COMMANDS
 from macft.errors import ConfigError, DataError
 
 _COLUMNS = re.compile(r"""'dataset\.columns=\{[^']*'(?:"'"'[^']*')*""")
+_OPTIONS = {
+    "dataset.columns.": "--column ",
+    "dataset.columns": "--column",
+    "set dataset.mask_prompt=false": "use --no-mask-prompt",
+    "dataset.mask_prompt": "--mask-prompt",
+    "dataset.max_seq_length": "--max-seq-length",
+}
+"""Keys that errors about rows name, and the options of commands without keys."""
 """The override in a message, quoted for a shell."""
 
 
@@ -55,13 +64,28 @@ def add_column_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_output(option: str, path: Path | None) -> None:
+    """Raises ConfigError unless the file ``path`` of ``option`` can be written: told before the work that fills it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigError(f"{option}: {path} is a folder; name a file")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option}: the folder {path.parent} does not exist")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise ConfigError(f"{option}: the folder {path.parent} can't be written to; name another")
+
+
 @contextmanager
-def columns_are_options() -> Iterator[None]:
-    """Inside, an error that asks for ``dataset.columns`` asks for ``--column``: this command has no keys."""
+def keys_are_options() -> Iterator[None]:
+    """Inside, an error that asks for a key of ``dataset`` asks for the option instead: this command has no keys."""
     try:
         yield
-    except DataError as error:
-        raise DataError(_COLUMNS.sub(_as_options, str(error)).replace("dataset.columns", "--column")) from error
+    except (ConfigError, DataError) as error:
+        text = _COLUMNS.sub(_as_options, str(error))
+        for key, option in _OPTIONS.items():
+            text = text.replace(key, option)
+        raise type(error)(text) from error
 
 
 def _as_options(found: re.Match[str]) -> str:

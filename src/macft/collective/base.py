@@ -152,7 +152,7 @@ class Collective(Protocol):
         ...
 
     def open_channels(self, pairs: Collection[tuple[int, int]], purpose: str) -> Channels:
-        """Channels for messages between the ranks of each of ``pairs``, in both directions. A call of all ranks.
+        """Channels for messages between the ranks of each of ``pairs``, in both directions. A collective call.
 
         They end with the collective.
 

@@ -41,7 +41,7 @@ def difference(theirs: Texts, ours: Texts) -> str:
 
 
 def gather(collective: Collective, host: str, own: Texts) -> dict[str, Texts]:
-    """All ranks' texts, by a rank's number and ``host``, its name in messages. A call of all ranks."""
+    """All ranks' texts, by a rank's number and ``host``, its name in messages. A collective call."""
     blobs = collective.all_gather(msgpack.packb([host, dict(own)]))
     received = map(_received, blobs)
     return {f"rank {rank} ({_shown(name)})": texts for rank, (name, texts) in enumerate(received)}
@@ -59,7 +59,7 @@ def disagreements(gathered: Mapping[str, Texts]) -> dict[str, str]:
 
 
 def refuse_together(collective: Collective, error: MacftError) -> NoReturn:
-    """Raises ``error``, which all ranks raise alike, once all of them are about to. A call of all ranks.
+    """Raises ``error``, which all ranks raise alike, once all of them are about to. A collective call.
 
     A rank that left before the others know why would look lost to them, and an elastic run goes on without it.
     """
@@ -69,7 +69,7 @@ def refuse_together(collective: Collective, error: MacftError) -> NoReturn:
 
 
 def require_those_of(collective: Collective, source: int, own: Texts) -> None:
-    """Compares this rank's texts with those of rank ``source``. A call of all ranks.
+    """Compares this rank's texts with those of rank ``source``. A collective call.
 
     Raises:
         RendezvousError: They differ.

@@ -24,13 +24,13 @@ class Newest:
         return self.positions[self.source]
 
     def share(self, payload: Callable[[], bytes]) -> bytes:
-        """The bytes that ``payload`` returns on ``source``, on every rank. A call of all ranks."""
+        """The bytes that ``payload`` returns on ``source``, on every rank. A collective call."""
         own = payload() if self.collective.rank == self.source else b""
         return self.collective.broadcast(own, self.source)
 
 
 def find_newest(collective: Collective, position: Sequence[int]) -> Newest:
-    """Compares the ranks' positions; the greatest wins, and among equal ones the lowest rank. A call of all ranks.
+    """Compares the ranks' positions; the greatest wins, and among equal ones the lowest rank. A collective call.
 
     ``position`` orders states: tuples of whole numbers of one length, compared from left to right. Raises as the
     collective does.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from macft.collective_bench.lane import Lane, LaneFailed
+from macft.collective_bench.measured_group import GroupFailed, MeasuredGroup
 
 _TURN_SECONDS = 0.03
 _MAX_CALLS = 40
@@ -66,42 +66,42 @@ class Measured:
 
 
 def measure(
-    lanes: Sequence[Lane], sizes: Sequence[int], turns: int, on_result: Callable[[list[Measured]], None]
+    groups: Sequence[MeasuredGroup], sizes: Sequence[int], turns: int, on_result: Callable[[list[Measured]], None]
 ) -> list[list[Measured]]:
-    """Times all lanes at all ``sizes`` (bytes, multiples of 4); ``on_result`` is called with the results of each size.
+    """Times all groups at all ``sizes`` (bytes, multiples of 4); ``on_result`` is called with the results of each size.
 
-    A lane that fails or hangs is not measured any more; its ``failure`` says why.
+    A group that fails or hangs is not measured any more; its ``failure`` says why.
     """
     failures: dict[str, str] = {}
     results = []
     for size in sizes:
-        row = [Measured(lane.name, size, lane.ranks, failure=failures.get(lane.name, "")) for lane in lanes]
-        calls = [0] * len(lanes)
+        row = [Measured(group.name, size, group.ranks, failure=failures.get(group.name, "")) for group in groups]
+        calls = [0] * len(groups)
         for turn in range(turns + 1):
-            for index, (lane, result) in enumerate(zip(lanes, row, strict=True)):
+            for index, (group, result) in enumerate(zip(groups, row, strict=True)):
                 if result.failure:
                     continue
                 try:
                     if turn == 0:
-                        calls[index] = _warm_up(lane, size)
+                        calls[index] = _warm_up(group, size)
                     else:
-                        result.add_turn(_times(lane, calls[index]))
-                except LaneFailed as error:
-                    result.failure = failures[lane.name] = str(error)
+                        result.add_turn(_times(group, calls[index]))
+                except GroupFailed as error:
+                    result.failure = failures[group.name] = str(error)
         on_result(row)
         results.append(row)
     return results
 
 
-def _warm_up(lane: Lane, size: int) -> int:
+def _warm_up(group: MeasuredGroup, size: int) -> int:
     """Checks one sum; returns the number of calls of a turn."""
-    lane.order(size=size)
-    expected = lane.ranks * (lane.ranks + 1) / 2
-    sums = [answer["sum"] for answer in lane.order(check=True)]
+    group.order(size=size)
+    expected = group.ranks * (group.ranks + 1) / 2
+    sums = [answer["sum"] for answer in group.order(check=True)]
     if any(total != expected for total in sums):
-        lane.close()
-        raise LaneFailed(f"{lane.name}: wrong sum at {size} bytes: {sums}, not {expected}")
-    seconds = float(np.median(_times(lane, _WARM_CALLS)))
+        group.close()
+        raise GroupFailed(f"{group.name}: wrong sum at {size} bytes: {sums}, not {expected}")
+    seconds = float(np.median(_times(group, _WARM_CALLS)))
     return calls_in_a_turn(seconds)
 
 
@@ -110,6 +110,6 @@ def calls_in_a_turn(seconds: float) -> int:
     return max(1, min(_MAX_CALLS, round(_TURN_SECONDS / max(seconds, 1e-6))))
 
 
-def _times(lane: Lane, calls: int) -> list[float]:
-    answers = lane.order(calls=calls)
+def _times(group: MeasuredGroup, calls: int) -> list[float]:
+    answers = group.order(calls=calls)
     return [float(value) for value in np.max([answer["seconds"] for answer in answers], axis=0)]

@@ -1,7 +1,7 @@
 """One rank of a measured implementation: ``python -m macft.collective_bench.worker SOCKET NAME RANK SPECIFICATION``.
 
-It reads orders, each a line of JSON, from the Unix socket of :class:`~macft.collective_bench.lane.Lane`, and answers
-each one.
+It reads orders, each a line of JSON, from the Unix socket of
+:class:`~macft.collective_bench.measured_group.MeasuredGroup`, and answers each one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import time
 from typing import NotRequired, TypedDict
 
-from macft.collective_bench.lane import Answer
+from macft.collective_bench.measured_group import Answer
 from macft.collective_bench.sides import Joined, Mlx, Side, join
 
 

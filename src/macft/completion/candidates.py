@@ -143,7 +143,7 @@ def _first_comment(path: Path) -> str:
 
 def _runs(start: str, current: str) -> Iterator[Candidate]:
     """Folders of runs below ``runs/`` in this folder, the newest first; other folders where ``current`` is none."""
-    found: Iterable[Path] = (path.parent for path in Path("runs").glob("*/*/config.yaml"))
+    found: Iterable[Path] = (path.parent for path in Path("runs").glob("*/[!.]*/config.yaml"))
     newest = sorted(found, key=lambda path: path.name, reverse=True)[:_MOST_RUNS]
     names = [(f"{path}", "a run") for path in newest]
     if (Path("runs") / "latest").exists():

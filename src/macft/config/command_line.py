@@ -33,6 +33,7 @@ from macft.device.user_folder import user_config_folder
 from macft.errors import ConfigError
 from macft.report.latest import followed
 from macft.report.settings import TRACKERS
+from macft.topology import topology_file
 
 _FREE_FORM = ("dataset.columns", "optimizer.arguments")
 """Users add keys of their own below these, without Hydra's ``+``."""
@@ -182,6 +183,8 @@ def _output(job: DictConfig, *, is_sweep: bool) -> OutputFolder:
         )
     part, key = (job.hydra.sweep, "hydra.sweep.dir") if is_sweep else (job.hydra.run, "hydra.run.dir")
     pattern = str(OmegaConf.to_container(part, resolve=False)["dir"])  # type: ignore[index, call-overload]
+    if not pattern:
+        raise ConfigError(f"{key}: nothing is given; name a folder, or leave the override out")
     try:
         path = Path(str(part.dir)).expanduser()
     except OmegaConfBaseException as error:
@@ -258,7 +261,10 @@ def _take_resume(parsed: list[Override]) -> tuple[Path | None, list[Override]]:
     rest = [item for item in parsed if item.key_or_group != "resume"]
     if not chosen:
         return None, rest
-    folder = followed(Path(_texts(chosen[-1])[-1]).expanduser().absolute())
+    typed_folder = _texts(chosen[-1])[-1]
+    if not typed_folder:
+        raise ConfigError("resume: nothing is given; give a run's folder, such as runs/NAME/TIME or runs/latest")
+    folder = followed(Path(typed_folder).expanduser().absolute())
     if not (folder / "config.yaml").is_file():
         what = "is not a run's folder (it has no config.yaml)" if folder.is_dir() else "does not exist"
         raise ConfigError(f"resume: {folder} {what}; give a run's folder, such as runs/NAME/TIME or runs/latest")
@@ -338,7 +344,10 @@ def _check_keys(parsed: list[Override], folders: list[Path]) -> None:
     for item in parsed:
         key = item.key_or_group
         is_hydra = key == "hydra" or key.startswith(("hydra.", "hydra/"))
-        if is_hydra or _is_group(key.split("@", 1)[0], folders):
+        is_group = _is_group(key.split("@", 1)[0], folders)
+        if is_group and not item.is_delete() and item.value() is None:
+            raise ConfigError(f"{key}: null is none of its options; name one, or leave the override out")
+        if is_hydra or is_group:
             continue
         if key not in known and not _is_free_form(key) and not key.startswith("dataset.sources"):
             raise ConfigError(unknown_key(key, TrainConfig))
@@ -353,4 +362,8 @@ def _check(
             plan = plan_sweep(name, overrides)
             return plan.first, typed(plan.first), plan
         config = compose(name, overrides=overrides, return_hydra_config=True)
-        return config, typed(config), None
+        job = typed(config)
+    chosen = config.hydra.runtime.choices.get("topology")
+    if job.topology.kind == "single" != chosen and chosen in topology_file.names():
+        raise ConfigError(f"{topology_file.path_of(chosen)}: {topology_file.NO_TOPOLOGY}")
+    return config, job, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from macft.config.schema import TrainConfig
 from macft.config.validate import explain, to_typed
@@ -34,6 +36,10 @@ def hydra_at(folder: Path) -> Iterator[None]:
             yield
     except (HydraException, OmegaConfBaseException) as error:
         raise explained(error) from error
+    except YAMLError as error:
+        raise ConfigError(yaml_problem(error)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("a configuration file is not UTF-8 text; save it again as UTF-8") from error
     finally:
         GlobalHydra.instance().hydra = program
 
@@ -53,10 +59,25 @@ def explained(error: Exception) -> ConfigError:
         return error
     if isinstance(error, MissingConfigException):
         return ConfigError(_no_such_option(error))
-    cause = error.__cause__
-    if isinstance(cause, OmegaConfBaseException):
+    cause = error.__cause__ or error.__context__
+    if not isinstance(cause, OmegaConfBaseException):
+        return ConfigError(" ".join(str(error).split()))
+    if (place := re.match("In '(.+?)':", str(error))) is None:
         return ConfigError(explain(cause))
-    return ConfigError(" ".join(str(error).split()))
+    # A file of a group, such as recipe/mine.
+    if cause.full_key and cause.full_key == place[1].partition("/")[0]:
+        return ConfigError(f"{place[1]}: the first line must be: # @package _global_")
+    if "with ListConfig" in str(cause):
+        return ConfigError(f"{place[1]}: a list, but keys with values belong there")
+    return ConfigError(f"{place[1]}: {explain(cause)}")
+
+
+def yaml_problem(error: YAMLError) -> str:
+    """What is wrong with a file's YAML, with its place, on one line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    return f"{mark.name}, line {mark.line + 1}: {getattr(error, 'problem', None) or 'not YAML'}"
 
 
 def _no_such_option(error: MissingConfigException) -> str:
@@ -68,4 +89,5 @@ def _no_such_option(error: MissingConfigException) -> str:
         return _OPTUNA
     near = difflib.get_close_matches(option, options, 1)
     hint = f"did you mean {group}={near[0]}? There are" if near else "there are"
-    return f"{group}: no option '{option}'; {hint} {', '.join(options)}"
+    others = "; or a Hugging Face id (org/name), or a path (./name)" if group in ("model", "dataset") else ""
+    return f"{group}: no option '{option}'; {hint} {', '.join(options)}{others}"

@@ -28,7 +28,7 @@ from macft.config.validate import problems, to_plain, to_typed
 _WRONG: dict[type, tuple[Any, ...]] = {
     str: ("?",),
     int: (-(10**15), 10**15),
-    float: (float("nan"), -1e15, 1e15),
+    float: (-1e15, 1e15),
 }
 _LIMITS = (
     re.compile(r"is not one of (?P<limit>.+)"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from macft.collective.settings import CollectiveConfig
 from macft.config.plan_settings import PlanConfig
 from macft.data.settings import DatasetConfig
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.settings import ModelConfig
 from macft.report.settings import ReportConfig
 from macft.thermal.settings import ThermalConfig

@@ -28,7 +28,7 @@ from macft.evaluation.metrics import is_higher_better
 _GRID = "BasicSweeper"
 _ONE_AFTER_ANOTHER = "BasicLauncher"
 _MOST_JOBS_CHECKED = 50
-"""Composing a job takes a tenth of a second or more. Of a larger sweep values are checked one by one, up to so many."""
+"""Composing a job takes 0.1 s or more. Of a larger sweep single values are checked, at most this many."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _jobs(choices: list[_Choice], *, is_grid: bool) -> Iterator[tuple[int | None
 def _of_job(error: Exception, number: int | None, job: list[str], swept: list[_Choice]) -> ConfigError:
     """The error, with the job that it is of."""
     values = " ".join(text for text in job if any(text in choice.overrides for choice in swept))
-    if number is None and "could not be converted to Integer" in str(explained(error)):
+    if number is None and "is not a whole number" in str(explained(error)):
         values += "; for whole numbers write int(interval(...)) or a range"
     if not values:
         return explained(error)

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from macft.collective import settings as collective_settings
-from macft.config import plan_settings as plan_settings
+from macft.config import plan_settings
 from macft.config.nearest import unknown_key
 from macft.config.schema import TrainConfig
 from macft.data import settings as dataset_settings
 from macft.errors import ConfigError
 from macft.evaluation.metrics import check_metrics
-from macft.model import adapter_settings
 from macft.model import settings as model_settings
+from macft.model.adapters import settings as adapter_settings
 from macft.report import settings as report_settings
 from macft.thermal import settings as thermal_settings
 from macft.topology import settings as topology_settings
 from macft.training import settings as training_settings
+
+_VALUE = r"Value (?P<value>'.*') (?:of type '\w+' could not be converted to|is not a valid) "
+_PLAINER = {
+    _VALUE + "Integer": "{value} is not a whole number, such as 8",
+    _VALUE + "Float": "{value} is not a number, such as 1e-4",
+    _VALUE + "bool": "{value} is neither true nor false",
+    ".* is not a ListConfig, list or tuple": "it must be a list, such as [a,b]",
+    ".* is not Optional": "null is not allowed here; it needs a value",
+    r'\w+ raised while resolving interpolation: "?(?P<value>.*?)"?$': "{value}",
+}
+"""What OmegaConf says of a value, and how it is said to a user."""
 
 
 def to_typed(config: DictConfig) -> TrainConfig:
@@ -46,6 +60,8 @@ def to_typed(config: DictConfig) -> TrainConfig:
 
 def problems(config: TrainConfig) -> list[str]:
     """One line for each invalid value of any package, then for each invalid combination; no I/O."""
+    if infinite := [f"{key}: {value} is not a finite number" for key, value in _not_finite(to_plain(config))]:
+        return infinite
     return [
         *model_settings.problems(config.model),
         *dataset_settings.problems(config.dataset),
@@ -71,8 +87,21 @@ def is_elastic(config: TrainConfig) -> bool:
     return config.topology.elastic and can and (world_size(config) > 1 or config.topology.join is not None)
 
 
+def _not_finite(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The keys below ``prefix`` whose value is infinite or no number at all."""
+    for name, value in plain.items():
+        if isinstance(value, Mapping):
+            yield from _not_finite(value, f"{prefix}{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"{prefix}{name}", value
+
+
 def _combinations(config: TrainConfig) -> list[str]:
     errors = []
+    if any(part.strip() in ("", ".", "..") for part in config.name.split("/")):
+        errors.append(
+            f"name: {config.name!r} is no name for a run's folder, runs/NAME/TIME; use one such as support-bot"
+        )
     if config.seed < 0:
         errors.append(f"seed: {config.seed} must be 0 or more")
     elif config.seed >= 2**63:
@@ -146,7 +175,14 @@ def explain(error: OmegaConfBaseException) -> str:
     key = getattr(error, "full_key", None) or getattr(error, "key", None)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
-    if key and ("not in" in first or "not found" in first.lower()):
+    for wrong, words in _PLAINER.items():
+        if key and (found := re.match(wrong, first)):
+            return f"{key}: {words.format(**found.groupdict())}"
+    if (
+        key
+        and not isinstance(error, InterpolationResolutionError)
+        and ("not in" in first or "not found" in first.lower())
+    ):
         return unknown_key(str(key), TrainConfig)
     return f"{key}: {first}" if key else first
 

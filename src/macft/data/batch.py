@@ -23,9 +23,9 @@ PAD_TO = 16
 _MIN_LENGTH = 32
 """Lengths for compiled steps are multiples of this."""
 _PACK_MULTIPLE = 64
-"""Tokens of packs for compiled steps are multiples of this: so many rows has a tile of a GPU's matrix product."""
+"""Tokens of packs for compiled steps are multiples of this: a tile of a GPU's matrix product has that many rows."""
 _SHORT_PACK = 512
-"""Up to so many tokens, rows in a pack have no size of their own: tokens attend under a mask there."""
+"""Up to this many tokens, rows in a pack have no size of their own: tokens attend under a mask there."""
 _LEAST_TARGETS = 96
 _HALVES = range(192, 640)
 """Where half of the positions would be so many targets, all are computed: that half is not worth a shape of its own."""

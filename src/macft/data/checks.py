@@ -31,6 +31,8 @@ _ROWS_RENDERED = 4
 _COLUMNS_NAMED = 5
 _USUAL = ("role", "content", "name", "tool_call_id")
 """Keys of messages that say who speaks, which most templates write for some roles only."""
+_DAMAGED = {"\x00": "NUL characters", "\ufffd": "the character U+FFFD, which stands for bytes that were no text"}
+"""What a text has whose file was damaged, or decoded wrongly."""
 _WORDS = {"tools": "tools", "tool_calls": "tool calls"}
 
 
@@ -153,13 +155,14 @@ def _blank_tokens(tokens: Sequence[int], tokenizer: Any) -> set[int]:
 
 
 def _check_template(part: _Part, tokenizer: Any, remarks: Remarks) -> None:
-    """Remarks on what the chat template leaves out, which a few rows show, and on answers without a text.
+    """Remarks on what the chat template leaves out, which a few rows show, and on texts that are empty or damaged.
 
     The former are tools, tool calls and other keys of messages.
     """
     having: dict[str, list[int]] = {}
     for index, record in enumerate(part.records):
         found = parse(record)
+        _check_characters(found, part.places[index], remarks)
         if isinstance(found, str):
             continue
         if not part.rows[index].prompt_length and _is_silent(found.messages[-1]):  # else its target shows it
@@ -172,6 +175,14 @@ def _check_template(part: _Part, tokenizer: Any, remarks: Remarks) -> None:
             what = _WORDS.get(name, f"messages with `{name}`")
             for index in indices:
                 remarks.add(f"have {what}, which the model's chat template leaves out", part.places[index])
+
+
+def _check_characters(found: Conversation | str, place: Place, remarks: Remarks) -> None:
+    """Remarks on a text that is probably not what was meant."""
+    texts = [found] if isinstance(found, str) else [str(message.get("content", "")) for message in found.messages]
+    for character, what in _DAMAGED.items():
+        if any(character in text for text in texts):
+            remarks.add(f"have {what}; is the file damaged?", place)
 
 
 def _is_silent(message: Mapping[str, Any]) -> bool:

@@ -118,7 +118,9 @@ def parse(record: Record) -> Conversation | str:
     have = ", ".join(sorted(present)) or "none"
     empty = ", ".join(sorted(name for name in record if name in FIELDS and name not in present))
     have += f" ({empty}: empty)" if empty else ""
-    raise DataError(f"it needs {', '.join(others)}, or {last}, but has {have}; {_renaming(present)}")
+    is_there = any(record.keys() >= set(row_format.fields) for row_format in FORMATS)
+    advice = "write something there, or leave the row out" if is_there else _renaming(present)
+    raise DataError(f"it needs {', '.join(others)}, or {last}, but has {have}; {advice}")
 
 
 def _renaming(present: Record) -> str:

@@ -63,8 +63,9 @@ def read(config: DatasetConfig, *, seed: int) -> Sources:
         if not raw["train"]:
             raise DataError(f"dataset.path: {source.path} has no training rows")
         read_record, place = raw["train"][0]
+        record = _renamed(read_record, place, source.columns)
         with _named_place(place):
-            parse(_renamed(read_record, place, source.columns))
+            parse(record)
         sources.append((source, raw))
     return sources
 

@@ -79,6 +79,11 @@ def _read_folder(folder: Path, source: str) -> dict[str, list[RawRow]]:
             raise DataError(f"dataset.path: {folder} has both {present[0].name} and {present[1].name}; keep one")
         splits[split] = _read_rows(present[0], source, split) if present else []
     if not splits["train"]:
+        names = {f"{name}{suffix}" for name in _NAMES["train"] for suffix in READERS}
+        for item in sorted(folder.iterdir()):
+            if item.name in names and not item.is_file():
+                what = "a link to nothing" if item.is_symlink() and not item.is_dir() else "no file"
+                raise DataError(f"dataset.path: {item} is {what}; put the file with the training rows there")
         found = sorted(item.name for item in folder.iterdir() if item.is_file())
         more = ", ..." if len(found) > _FILES_NAMED else ""
         raise DataError(
@@ -151,5 +156,5 @@ def _hub_problem(name: str) -> str | None:
             f"dataset.path: the Hugging Face Hub has no dataset {name}; check the id, or give a local folder or file"
         ) from error
     except Exception as error:  # the Hub client's HTTP library has changed over time, and so have its errors
-        return type(error).__name__
+        return one_line(error)
     return None

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgpack
 
@@ -99,50 +99,78 @@ def score_answers(
     """
     started = time.perf_counter()
     mine = range(collective.rank, len(questions), collective.world_size) if mine is None else mine
-    prompts = [questions[index].prompt for index in mine]
     form = AnswerForm.of(tokenizer, questions[0].record) if questions else AnswerForm()
-    expected = [form.answer(item.expected) for item in questions]
+    prompts, expected = [questions[index].prompt for index in mine], [form.answer(item.expected) for item in questions]
     progress(0, len(mine))
     found = answers_to(prompts, max_tokens=max_tokens, progress=lambda done: progress(done, len(mine)), stopped=stopped)
-    answered: list[tuple[int, str | None, bool]] = []
+    answered: list[_Answered] = []
     for index, prompt, tokens in zip(mine, prompts, found, strict=True):
         is_cut = len(tokens) >= max_tokens
         # A model that ends its turn in a block that its prompt began has learned to answer without thinking.
         is_thinking = is_cut and form.opens_thinking(tokenizer.decode(prompt))
-        answered.append((index, form.answer(tokenizer.decode(tokens), is_thinking=is_thinking), is_cut))
+        answered.append(_Answered(index, form.answer(tokenizer.decode(tokens), is_thinking=is_thinking), is_cut))
+    scores, failures = _own_scores(metrics, answered, expected, questions)
+    own = msgpack.packb([stopped(), answered, scores, failures])
+    shares = [_Share(*msgpack.unpackb(payload)) for payload in collective.all_gather(own)]
+    if any(share.is_stopped for share in shares):
+        raise Stopped
+    failures = {name: text for share in reversed(shares) for name, text in share.failures.items()}
+    if unusable := [text for name, text in failures.items() if not isinstance(metrics[name], OwnMetric)]:
+        raise DataError(unusable[0])
+    everything = [_Answered(*item) for share in shares for item in share.answered]
+    order = [item.question for item in everything]
+    gathered = {
+        name: _in_order(order, [score for share in shares for score in share.scores[name]])
+        for name in metrics
+        if name not in failures
+    }
+    everything.sort(key=lambda item: item.question)
+    return Scored(
+        values={name: fmean(values) for name, values in gathered.items() if values},
+        scores=gathered,
+        expected=[wanted or "" for wanted in expected],
+        answers=[item.text or "" for item in everything],
+        cut=[item.is_cut for item in everything],
+        unanswered=sum(item.text is None for item in everything),
+        failures=failures,
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Answered(NamedTuple):
+    """The answer to a question, by its number; no ``text`` where the model was still thinking at its last token."""
+
+    question: int
+    text: str | None
+    is_cut: bool
+
+
+class _Share(NamedTuple):
+    """What a rank tells the others: its answers, each metric's scores of them, and why a metric has none."""
+
+    is_stopped: bool
+    answered: list[tuple[int, str | None, bool]]
+    scores: dict[str, list[float | bool]]
+    failures: dict[str, str]
+
+
+def _own_scores(
+    metrics: Mapping[str, Metric],
+    answered: Sequence[_Answered],
+    expected: Sequence[str | None],
+    questions: Sequence[RowQuestion],
+) -> tuple[dict[str, list[float | bool]], dict[str, str]]:
+    """Each metric's scores of this rank's answers, and why a metric has none, by name."""
     scores: dict[str, list[float | bool]] = {}
     failures: dict[str, str] = {}
     for name, metric in metrics.items():
         try:
             scores[name] = [
-                _score(metric, answer, expected[index], questions[index].record) for index, answer, _ in answered
+                _score(metric, item.text, expected[item.question], questions[item.question].record) for item in answered
             ]
         except DataError as error:
             failures[name] = str(error)
-    own = msgpack.packb([stopped(), answered, scores, failures])
-    payloads = [msgpack.unpackb(payload) for payload in collective.all_gather(own)]
-    if any(is_stopped for is_stopped, *_ in payloads):
-        raise Stopped
-    by_number = sorted((item for _, items, *_ in payloads for item in items), key=lambda item: int(item[0]))
-    failures = {name: text for *_, failed in reversed(payloads) for name, text in failed.items()}
-    if unusable := [text for name, text in failures.items() if not isinstance(metrics[name], OwnMetric)]:
-        raise DataError(unusable[0])
-    order = [item[0] for _, items, *_ in payloads for item in items]
-    gathered = {
-        name: _in_order(order, [score for *_, each, _ in payloads for score in each[name]])
-        for name in metrics
-        if name not in failures
-    }
-    return Scored(
-        values={name: fmean(values) for name, values in gathered.items() if values},
-        scores=gathered,
-        expected=[wanted or "" for wanted in expected],
-        answers=[answer or "" for _, answer, _ in by_number],
-        cut=[bool(is_cut) for *_, is_cut in by_number],
-        unanswered=sum(answer is None for _, answer, _ in by_number),
-        failures=failures,
-        seconds=time.perf_counter() - started,
-    )
+    return scores, failures
 
 
 def _score(metric: Metric, answer: str | None, expected: str | None, record: Record) -> float | bool:

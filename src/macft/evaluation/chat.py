@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from mlx_lm.sample_utils import make_sampler
 from macft.data.conversation import Conversation
 from macft.data.template import template_tokens
 from macft.data.tokenize import text_tokens
+from macft.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,19 @@ class Sampling:
             xtc_threshold=self.xtc_threshold,
             xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
         )
+
+
+def add_stop_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Lets ``tokens``, by their text or number, end an answer; raises ConfigError if the model has no such token."""
+    for token in tokens:
+        number = None if token.isdecimal() else tokenizer.convert_tokens_to_ids(token)
+        # Of a text that is no token some tokenizers make none, others their token for what is unknown.
+        if not token.isdecimal() and (number is None or tokenizer.convert_ids_to_tokens(number) != token):
+            raise ConfigError(
+                f"--extra-eos-token: {token!r} is no token of this model; give one such as {tokenizer.eos_token!r}, or "
+                "its number"
+            )
+        tokenizer.add_eos_token(token)
 
 
 def seed_problems(seed: int | None) -> list[str]:

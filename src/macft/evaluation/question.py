@@ -13,7 +13,7 @@ from macft.evaluation.record import expected_text, question_text
 _LONGEST_BEGINNING = 64
 """Of a text that a model is to continue, in tokens."""
 _SHORT_PROMPT = 512
-"""Prompts up to so many tokens are preferred for samples, which should cost little time."""
+"""Prompts up to this many tokens are preferred for samples, which should cost little time."""
 
 
 @dataclass(frozen=True)

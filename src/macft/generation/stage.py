@@ -16,10 +16,10 @@ from macft.errors import ModelError
 from macft.generation.choice import TokenChoice
 from macft.generation.tasks import LossRows, Outcome, Task, TaskKind
 from macft.model.backends.base import Backend, CrossEntropy
-from macft.model.ends import ends_of
+from macft.model.blocks.cut_model import Arguments, CutModel
+from macft.model.blocks.ends import ends_of
 from macft.model.head import split_head
 from macft.model.load import LoadedModel
-from macft.model.stages import Arguments, CutModel
 
 _PROBE = (1, 2, 3, 4)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from macft.cli.parser import Parser, add_column_argument, columns_are_options, command_parser
+from macft.cli.parser import Parser, add_column_argument, command_parser, keys_are_options
 from macft.data.formats import parse
 from macft.data.load import Sources, Split, read, tokenize_split
 from macft.data.settings import DatasetConfig
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
         MacftError: The arguments are wrong, the dataset or the tokenizer can't be read, or a run would refuse a row.
     """
     arguments = _parser().parse_args(argv)
-    with columns_are_options():
+    with keys_are_options():
         _inspect(arguments, _dataset(arguments))
 
 
@@ -53,9 +53,9 @@ def _inspect(arguments: argparse.Namespace, dataset: DatasetConfig) -> None:
         phases.begin(f"loading the tokenizer of {arguments.model}")
         from macft.data.checks import check_rows
         from macft.data.template_clock import fix_clock
+        from macft.model.fetch.resolve import resolve
+        from macft.model.files.vocabulary import vocabulary_of
         from macft.model.load import load_tokenizer
-        from macft.model.resolve import resolve
-        from macft.model.vocabulary import vocabulary_of
 
         model = ModelConfig(path=arguments.model, trust_remote_code=arguments.trust_remote_code)
         folder = resolve(model)
@@ -142,7 +142,9 @@ def _parser() -> Parser:
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="show the first N rows (default 3)")
     parser.add_argument("--row", type=int, metavar="N", help="show row N, all of it, instead")
     parser.add_argument("--split", choices=SPLITS, default="train", help="of which rows (default train)")
-    parser.add_argument("--mask-prompt", action="store_true", help="train on the answers only")
+    parser.add_argument(
+        "--mask-prompt", action=argparse.BooleanOptionalAction, default=False, help="train on the answers only"
+    )
     parser.add_argument(
         "--max-seq-length",
         type=int,

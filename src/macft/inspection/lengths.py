@@ -50,7 +50,7 @@ class Lengths:
 
 
 def percentile(values: NDArray[np.int64], percent: int) -> int:
-    """The smallest of ``values`` (R,) that is not exceeded by so many of them."""
+    """The smallest of ``values`` (R,) that is not exceeded by this many of them."""
     return int(np.percentile(values, percent, method="inverted_cdf"))
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -44,38 +45,44 @@ class RankFailed(MacftError):
         self.exit_code = exit_code
 
 
-def launch_local(
-    world_size: int,
-    folder: Path,
-    *,
-    run_id: str,
-    must_match: Texts,
-    start_timeout: float,
-    phases: PhaseLines,
-    resume: bool,
-    keyring: Keyring | None = None,
-    elastic: bool = False,
-    restart: bool = False,
-    watch: Callable[[Callable[[], None]], None] | None = None,
-) -> int:
-    """Runs ``world_size`` ranks of the run in ``folder`` and waits for them; returns the run's exit status.
+@dataclass(frozen=True)
+class LocalRun:
+    """A run whose ranks are processes on this machine.
 
-    Rank 0 uses this terminal; the others write to ``folder/logs/rank-N.log``. SIGINT, SIGTERM and SIGHUP ask all ranks
-    to stop cleanly; a second SIGINT or SIGTERM ends them. The ranks watch their standard input: if this process ends,
-    they stop.
-
-    Args:
+    Attributes:
         world_size: The number of ranks.
         folder: The run's folder, with the configuration that is proposed.
         run_id: Of the run; see :class:`~macft.rendezvous.connect.RankConfig`.
         must_match: Settings and versions that must be the same on all ranks, by name.
         start_timeout: Seconds within which all ranks must meet.
-        phases: Say what the launch waits for.
         resume: Whether the ranks continue from the last checkpoint.
         keyring: This machine's keys. None: no encryption.
         elastic: Whether the other ranks continue without a rank that ends. If rank 0 ends, the output of the next rank
             is shown here, and that rank gets the signals.
         restart: Whether a rank that was killed is started again and joins.
+    """
+
+    world_size: int
+    folder: Path
+    run_id: str
+    must_match: Texts
+    start_timeout: float
+    resume: bool
+    keyring: Keyring | None = None
+    elastic: bool = False
+    restart: bool = False
+
+
+def launch_local(run: LocalRun, phases: PhaseLines, watch: Callable[[Callable[[], None]], None] | None = None) -> int:
+    """Runs the ranks of ``run`` and waits for them; returns the run's exit status.
+
+    Rank 0 uses this terminal; the others write to ``logs/rank-N.log`` in the run's folder. SIGINT, SIGTERM and SIGHUP
+    ask all ranks to stop cleanly; a second SIGINT or SIGTERM ends them. The ranks watch their standard input: if this
+    process ends, they stop.
+
+    Args:
+        run: Which ranks there are, and how they meet.
+        phases: Say what the launch waits for.
         watch: Called again and again while the ranks run, and once after their end, with what stops the run in order.
 
     Raises:
@@ -83,32 +90,33 @@ def launch_local(
             ranks had met.
         KeyboardInterrupt: the user wants to stop before the ranks have met, or twice.
     """
-    logs = folder / "logs"
+    logs = run.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    threads = max(1, available_cores() // world_size)
+    threads = max(1, available_cores() // run.world_size)
     server = RendezvousServer(
         "127.0.0.1:0",
-        world_size=world_size,
-        run_id=run_id,
-        must_match=must_match,
-        timeout=start_timeout,
-        keyring=keyring,
+        world_size=run.world_size,
+        run_id=run.run_id,
+        must_match=run.must_match,
+        timeout=run.start_timeout,
+        keyring=run.keyring,
     )
     processes: list[subprocess.Popen[bytes]] = []
-    wish = _Wish(processes, server, watch)
+    wish = StopWish(processes, server, watch)
     # In another thread than the main one, as in a program of its own, there are no signals to handle.
     signals = _SIGNALS if threading.current_thread() is threading.main_thread() else ()
     previous = {number: signal.signal(number, wish) for number in signals if not _is_ignored(number)}
     try:
         server.start()
-        for rank in range(world_size):
-            command = [sys.executable, "-m", "macft.launch.worker", str(folder), str(rank), server.address, run_id]
-            processes.append(_start([*command, *(["--resume"] if resume else [])], rank, logs, threads))
+        for rank in range(run.world_size):
+            command = [sys.executable, "-m", "macft.launch.worker", str(run.folder), str(rank)]
+            command += [server.address, run.run_id, *(["--resume"] if run.resume else [])]
+            processes.append(_start(command, rank, logs, threads))
         if (status := _wait_until_met(server, processes, logs, wish, phases)) is not None:
             return status
         phases.close()
-        restarter = _Restarter(folder, logs, threads) if restart else None
-        return _wait_elastic(processes, logs, restarter, wish) if elastic else _wait(processes, logs, wish)
+        restarter = _Restarter(run.folder, logs, threads) if run.restart else None
+        return _wait_elastic(processes, logs, restarter, wish) if run.elastic else _wait(processes, logs, wish)
     finally:
         for process in processes:
             _end(process)
@@ -139,7 +147,7 @@ def _is_ignored(number: int) -> bool:
     return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
-class _Wish:
+class StopWish:
     """What the user wants of the ranks in ``processes``: a signal handler, and what follows from it."""
 
     def __init__(
@@ -191,7 +199,7 @@ class _Wish:
 
 
 def _wait_until_met(
-    server: RendezvousServer, processes: list[subprocess.Popen[bytes]], logs: Path, wish: _Wish, phases: PhaseLines
+    server: RendezvousServer, processes: list[subprocess.Popen[bytes]], logs: Path, wish: StopWish, phases: PhaseLines
 ) -> int | None:
     """Waits until all ranks have met. If one ends before, the others would wait for it: returns the exit status."""
     deadline = float("inf")
@@ -221,19 +229,19 @@ def _wait_until_met(
     return None
 
 
-def _code(process: subprocess.Popen[bytes], wish: _Wish) -> int | None:
+def rank_status(process: subprocess.Popen[bytes], wish: StopWish) -> int | None:
     """How the rank's process ended; None: it runs. The signal that tells it to stop may end one that is ending."""
     code = process.poll()
     return INTERRUPTED if code == -signal.SIGTERM and wish.is_passed_on else code
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], logs: Path, wish: _Wish) -> int:
+def _wait(processes: list[subprocess.Popen[bytes]], logs: Path, wish: StopWish) -> int:
     """Waits for all ranks. After one has failed, the others have ``_GRACE_SECONDS`` to report it and end."""
     failed: int | None = None
     deadline = float("inf")
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         for rank, process in enumerate(processes):
-            if failed is None and _code(process, wish) not in (None, 0, INTERRUPTED):
+            if failed is None and rank_status(process, wish) not in (None, 0, INTERRUPTED):
                 failed, deadline = rank, time.monotonic() + _GRACE_SECONDS
                 _log.warning("rank %d ended with status %d; the others have %g s", rank, process.poll(), _GRACE_SECONDS)
                 if process.returncode < 0:  # else it has said why
@@ -243,7 +251,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path, wish: _Wish) -> 
     for rank, process in enumerate(processes):
         _end(process)
         _log.info("rank %d ended with status %d", rank, process.returncode)
-    first = _code(processes[0], wish) or 0
+    first = rank_status(processes[0], wish) or 0
     if failed is None or failed == 0:
         return first if first >= 0 else 128 - first
     how = how_it_ended(processes[failed].returncode)
@@ -262,14 +270,14 @@ class _Restarter:
 
 
 def _wait_elastic(
-    processes: list[subprocess.Popen[bytes]], logs: Path, restarter: _Restarter | None, wish: _Wish
+    processes: list[subprocess.Popen[bytes]], logs: Path, restarter: _Restarter | None, wish: StopWish
 ) -> int:
     """Waits for all ranks, and shows the log of the next rank if rank 0 ends; returns the run's exit status."""
     shown: dict[int, int] = {}
     ended: dict[int, int] = {}
     while any(process.poll() is None for process in processes):
         for rank, process in enumerate(processes):
-            if rank in ended or (code := _code(process, wish)) is None:
+            if rank in ended or (code := rank_status(process, wish)) is None:
                 continue
             is_running = 0 not in ended.values() and any(other.poll() is None for other in processes)
             if code < 0 and wish.count < 2:  # else it has said why
@@ -284,7 +292,7 @@ def _wait_elastic(
         _show(logs, leader, shown)
         wish.pass_on()
         time.sleep(0.05)
-    codes = [_code(process, wish) or 0 for process in processes]
+    codes = [rank_status(process, wish) or 0 for process in processes]
     for rank, code in enumerate(codes):
         if rank not in ended:
             _log.info("rank %d ended with status %d", rank, code)

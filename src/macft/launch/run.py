@@ -18,9 +18,9 @@ from macft.device.durable import identity, write_atomically
 from macft.errors import LaunchError
 from macft.launch.run_clock import started, started_together
 from macft.logs.run_log import last_error, start_log
-from macft.report.callbacks import Callbacks
 from macft.report.phase_lines import PhaseLines, printed_phases
 from macft.report.run_folder import RunFolder
+from macft.report.sinks.callbacks import Callbacks
 from macft.report.trackers.registry import require_installed
 from macft.run.resume import check_resume
 from macft.topology.hosts import own_rank
@@ -96,7 +96,7 @@ def _run(
         from macft.run.node import run_node
 
         if config.collective.backend == "mlx":
-            from macft.collective.mlx_group import is_launched, join_launched
+            from macft.collective.mlx.group import is_launched, join_launched
 
             if is_launched():
                 with (
@@ -132,8 +132,8 @@ def _run_local(
     farewell: Callable[[], str],
     callbacks: Callbacks | None,
 ) -> str:
-    from macft.launch.local import RankFailed, launch_local
-    from macft.model.resolve import resolve
+    from macft.launch.local import LocalRun, RankFailed, launch_local
+    from macft.model.fetch.resolve import resolve
     from macft.rendezvous.keystore import keyring_for
 
     require_installed(config.report.trackers)
@@ -152,16 +152,18 @@ def _run_local(
 
     try:
         status = launch_local(
-            config.topology.nodes,
-            folder,
-            run_id=folder.name,
-            must_match=must_match(config),
-            start_timeout=config.topology.start_timeout,
-            phases=phases,
-            resume=resume,
-            keyring=keyring,
-            elastic=is_elastic(config),
-            restart=config.topology.restart,
+            LocalRun(
+                world_size=config.topology.nodes,
+                folder=folder,
+                run_id=folder.name,
+                must_match=must_match(config),
+                start_timeout=config.topology.start_timeout,
+                resume=resume,
+                keyring=keyring,
+                elastic=is_elastic(config),
+                restart=config.topology.restart,
+            ),
+            phases,
             watch=None if callbacks is None else _follow(folder, callbacks),
         )
     except RankFailed:

@@ -19,7 +19,7 @@ def started(config: TrainConfig, time: str | None = None) -> TrainConfig:
 
 
 def started_together(config: TrainConfig, collective: Collective) -> TrainConfig:
-    """``config`` with rank 0's time. A call of all ranks."""
+    """``config`` with rank 0's time. A collective call."""
     own = started(config)
     time = collective.broadcast(str(own.dataset.template_time).encode()).decode()
     return started(config, time)

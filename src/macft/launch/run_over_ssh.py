@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import macft
-from macft.collective.security import KeyPair
+from macft.collective.ring.security import KeyPair
 from macft.config.paths import config_folder
 from macft.config.schema import TrainConfig
 from macft.config.validate import is_elastic
@@ -16,8 +16,8 @@ from macft.errors import ConfigError, ModelError
 from macft.launch.remote_config import name_base_model
 from macft.launch.ssh_hosts import LaunchPlan
 from macft.launch.ssh_launcher import launch_over_ssh, show
-from macft.model.local import find_local
-from macft.model.resolve import resolve
+from macft.model.fetch.local import find_local
+from macft.model.fetch.resolve import resolve
 from macft.remote.shipment import Shipment
 from macft.rendezvous.keystore import needs_keys
 from macft.report.phase_lines import PhaseLines

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from macft.collective.base import Channels, Collective, ReducibleArray, RingSpeed
 from macft.collective.codecs.quantization import WireCodec
 from macft.collective.elastic import ElasticCollective, MembershipView
-from macft.collective.listener import Listener
 from macft.collective.matching import Texts
-from macft.collective.ring import Ring
+from macft.collective.ring.listener import Listener
+from macft.collective.ring.ring import Ring
 from macft.collective.solo import Solo
 from macft.errors import CollectiveError, MembershipChanged, PeerLost, PeerTimeout
 from macft.logs.run_log import log_context
@@ -206,36 +206,36 @@ class ElasticRing(ElasticCollective):
 
     @property
     def lost_paths(self) -> list[str]:
-        """See :class:`~macft.collective.ring.Ring`."""
+        """See :class:`~macft.collective.ring.ring.Ring`."""
         return self._ring.lost_paths
 
     @property
     def speed(self) -> RingSpeed | None:
-        """See :class:`~macft.collective.ring.Ring`."""
+        """See :class:`~macft.collective.ring.ring.Ring`."""
         return self._ring.speed
 
     def all_reduce(self, arrays: Sequence[ReducibleArray]) -> None:
-        """See :class:`~macft.collective.ring.Ring`; raises MembershipChanged if a rank is lost."""
+        """See :class:`~macft.collective.ring.ring.Ring`; raises MembershipChanged if a rank is lost."""
         with _as_membership_change():
             self._ring.all_reduce(arrays)
 
     def all_reduce_coded(self, array: NDArray[np.float32], codec: WireCodec, residual: NDArray[np.float32]) -> None:
-        """See :class:`~macft.collective.ring.Ring`; raises MembershipChanged if a rank is lost."""
+        """See :class:`~macft.collective.ring.ring.Ring`; raises MembershipChanged if a rank is lost."""
         with _as_membership_change():
             self._ring.all_reduce_coded(array, codec, residual)
 
     def broadcast(self, payload: bytes, root: int = 0) -> bytes:
-        """See :class:`~macft.collective.ring.Ring`; raises MembershipChanged if a rank is lost."""
+        """See :class:`~macft.collective.ring.ring.Ring`; raises MembershipChanged if a rank is lost."""
         with _as_membership_change():
             return self._ring.broadcast(payload, root)
 
     def all_gather(self, payload: bytes) -> list[bytes]:
-        """See :class:`~macft.collective.ring.Ring`; raises MembershipChanged if a rank is lost."""
+        """See :class:`~macft.collective.ring.ring.Ring`; raises MembershipChanged if a rank is lost."""
         with _as_membership_change():
             return self._ring.all_gather(payload)
 
     def barrier(self) -> None:
-        """See :class:`~macft.collective.ring.Ring`; raises MembershipChanged if a rank is lost."""
+        """See :class:`~macft.collective.ring.ring.Ring`; raises MembershipChanged if a rank is lost."""
         with _as_membership_change():
             self._ring.barrier()
 

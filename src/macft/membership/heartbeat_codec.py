@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import msgpack
 
-from macft.collective.security import KEY_BYTES
+from macft.collective.ring.security import KEY_BYTES
 from macft.collective.wire import split_paths
 from macft.membership.paxos import Ballot, Heartbeat, MemberRecord, View, Vote
 

@@ -14,8 +14,8 @@ import msgpack
 import zmq
 
 from macft.collective.base import Collective
-from macft.collective.listener import Listener
 from macft.collective.matching import Texts, read_texts
+from macft.collective.ring.listener import Listener
 from macft.collective.settings import CollectiveConfig
 from macft.collective.solo import Solo
 from macft.errors import CollectiveError, RendezvousError

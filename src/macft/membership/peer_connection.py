@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from macft.collective.security import encrypt_to
+from macft.collective.ring.security import encrypt_to
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import set_endpoint, split_paths
 from macft.errors import CollectiveError

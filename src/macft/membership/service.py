@@ -21,7 +21,7 @@ import zmq
 
 import macft
 from macft.collective.matching import Texts, difference, read_texts
-from macft.collective.security import Gate
+from macft.collective.ring.security import Gate
 from macft.collective.settings import CollectiveConfig
 from macft.collective.wire import PROTOCOL_VERSION, bind, probe
 from macft.errors import PeerLost

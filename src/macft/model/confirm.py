@@ -13,13 +13,13 @@ from mlx.utils import tree_flatten
 
 from macft.errors import ConfigError, ModelError
 from macft.model.backends.choose import can_pack
-from macft.model.block_weights import BlockWeights
+from macft.model.blocks.block_weights import BlockWeights
+from macft.model.blocks.cut_model import CutModel, arguments_need_values
 from macft.model.execution import Execution, cannot_pack
-from macft.model.fitness import obstacle_to_training
 from macft.model.load import LoadedModel, load_without_blocks
 from macft.model.settings import ModelConfig
-from macft.model.stages import CutModel, arguments_need_values
-from macft.model.traceable import is_traceable
+from macft.model.trials.fitness import obstacle_to_training
+from macft.model.trials.traceable import is_traceable
 
 _TRIAL_TOKENS = 8
 

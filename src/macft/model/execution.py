@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from macft.device.kind import Device
 from macft.errors import ConfigError
-from macft.model.ends import BOTH_ENDS
+from macft.model.blocks.ends import BOTH_ENDS
 from macft.model.settings import ModelConfig
 
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -162,7 +162,7 @@ class Execution:
         return replace(self, packing=False, shared_prefixes=False, requires_packing=False, pack_tokens=None)
 
 
-def resolve(
+def resolve(  # noqa: PLR0913  (one for each key of the configuration)
     model: ModelConfig,
     checkpoint: WeightFormat,
     device: Device,

@@ -6,7 +6,7 @@ A thousand small arrays are a thousand kernels for each thing that is done with 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate
 from typing import NamedTuple
@@ -17,7 +17,8 @@ import mlx.nn as nn
 
 from macft.model.parameter_refs import ParameterRefs
 
-_LARGE = 1 << 18
+LARGE = 1 << 18
+"""Parameters of so many values are by themselves."""
 _LEAST_PART, _PARTS = 1 << 14, 32
 
 Joined = Mapping[str, mx.array]
@@ -84,6 +85,19 @@ class JoinedParameters:
                     found.append(Part(key, start, end, [name]))
         return found
 
+    def pieces(self, arrays: Mapping[str, mx.array], part: Part) -> list[mx.array]:
+        """What ``arrays``, as for :meth:`join`, have for ``part``, one after the other."""
+        names = self.groups[part.key]
+        if names == [part.key]:
+            return [arrays[part.key]]
+        found, end = [], 0
+        for name in names:
+            if name in arrays:
+                start, end = end, end + arrays[name].size
+                if start < part.end and part.start < end:
+                    found.append(arrays[name].reshape(-1)[max(0, part.start - start) : part.end - start])
+        return found
+
     def put(self, joined: Joined) -> list[mx.array]:
         """Sets all of them; returns them one by one."""
         views = self.split(joined)
@@ -101,11 +115,11 @@ class JoinedParameters:
             self._refs.put(arrays)
 
     def join(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Arrays by name, of the parameters' shapes, as long ones: a kernel for each that is not by itself."""
-        return {
-            key: arrays[key] if names == [key] else mx.concatenate([arrays[name].reshape(-1) for name in names])
-            for key, names in self.groups.items()
-        }
+        """Arrays by name, of the parameters' shapes, as long ones: a kernel for each that is not by itself.
+
+        An array may also be a joined part of a long one, under the name of its first parameter.
+        """
+        return join(self.groups, arrays)
 
     def split(self, joined: Joined) -> dict[str, mx.array]:
         """The inverse: views by name."""
@@ -124,6 +138,18 @@ class JoinedParameters:
         return self._refs.holding([arrays[name] for name in self._refs.names])
 
 
+def join(groups: Mapping[str, Sequence[str]], arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """``arrays`` by the key of their group, one after the other, (n,); that of a group of its own name as it is."""
+    joined: dict[str, mx.array] = {}
+    for key, names in groups.items():
+        if list(names) == [key]:
+            joined[key] = arrays[key]
+            continue
+        parts = [arrays[name].reshape(-1) for name in names if name in arrays]
+        joined[key] = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+    return joined
+
+
 # Those in use, by the id of their model, which they hold.
 _known: WeakValueDictionary[int, JoinedParameters] = WeakValueDictionary()
 
@@ -132,5 +158,5 @@ def _groups(parameters: Mapping[str, mx.array]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name, parameter in parameters.items():
         kind = str(parameter.dtype).removeprefix("mlx.core.")
-        groups.setdefault(name if parameter.size >= _LARGE else f"small-{kind}", []).append(name)
+        groups.setdefault(name if parameter.size >= LARGE else f"small-{kind}", []).append(name)
     return groups

@@ -16,10 +16,10 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from macft.device.kind import Device
 from macft.errors import ModelError
-from macft.model.block_weights import BlockWeights
+from macft.model.blocks.block_weights import BlockWeights
 from macft.model.execution import Execution, WeightFormat
 from macft.model.execution import resolve as resolve_execution
-from macft.model.plain_path import plain_path
+from macft.model.files.plain_path import plain_path
 from macft.model.settings import ModelConfig
 from macft.model.shape import read_weight_format
 
@@ -53,12 +53,18 @@ class LoadedModel:
 
 
 def load(
-    config: ModelConfig, path: Path, execution: Execution | None = None, tokenizer: TokenizerWrapper | None = None
+    config: ModelConfig,
+    path: Path,
+    execution: Execution | None = None,
+    tokenizer: TokenizerWrapper | None = None,
+    *,
+    is_lazy: bool = False,
 ) -> LoadedModel:
-    """Loads the model and tokenizer in the folder ``path``, as :func:`~macft.model.resolve.resolve` returns it.
+    """Loads the model and tokenizer in the folder ``path``, as :func:`~macft.model.fetch.resolve.resolve` returns it.
 
     ``execution`` says in which type and quantisation; None: as this device computes it outside of training.
-    ``tokenizer`` is one that :func:`load_tokenizer` loaded before, if any.
+    ``tokenizer`` is one that :func:`load_tokenizer` loaded before, if any. With ``is_lazy`` each weight is read when it
+    is first used, for those who use them one after the other.
 
     Raises:
         ModelError: the folder can't be read as a model that mlx-lm knows, or has no tokenizer.
@@ -71,9 +77,9 @@ def load(
     with _readable(path, "weights"):
         if execution.supplies_blocks:
             streamed = _block_weights(model, config, path, execution)
-        else:
+        elif not is_lazy:
             mx.eval(model.parameters())
-    with _readable(path, "as a model"):
+    with _readable(path, "a model"):
         model.freeze()
     return LoadedModel(
         model=model,
@@ -116,7 +122,7 @@ def _unread(
         kind, arguments = _get_classes(config)
         return (kind if skeleton is None else lambda _: skeleton), arguments
 
-    with _readable(path, "as a model"), plain_path(path) as plain:
+    with _readable(path, "a model"), plain_path(path) as plain:
         model, settings = load_model(
             plain, lazy=True, trust_remote_code=config.trust_remote_code, get_model_classes=classes
         )
@@ -172,7 +178,7 @@ def load_tokenizer(config: ModelConfig, path: Path) -> TokenizerWrapper:
 
     if not any(any(path.glob(pattern)) for pattern in _TOKENIZER_FILES):
         raise ModelError(f"{path} has no tokenizer: neither tokenizer.json nor tokenizer.model")
-    with _readable(path, "tokenizer"):
+    with _readable(path, "a tokenizer"):
         return load_wrapped(
             path,
             {"trust_remote_code": config.trust_remote_code},
@@ -197,7 +203,7 @@ def _readable(path: Path, what: str) -> Iterator[None]:
             reason = "its code in mlx-lm ends the program; it may need a package that isn't installed"
         if "trust_remote_code" in str(error):
             reason = "it runs Python code of its own; read it, then set model.trust_remote_code=true"
-        raise ModelError(f"{path} can't be read {what}: {reason}") from error
+        raise ModelError(f"{path} can't be read as {what}: {reason}") from error
 
 
 def weight_format_of(model: nn.Module) -> WeightFormat:

@@ -100,14 +100,14 @@ def attends_under_mask(tokens: int, rows: int, longest: int, head_dim: int) -> b
 
 
 def is_cheap_attention(width: int, keys: int) -> bool:
-    """Whether attention to so many ``keys`` takes fewer operations than a product of its result, of ``width`` values,
+    """Whether attention to this many ``keys`` takes fewer operations than a product of its result, of ``width`` values,
     with a square matrix, as that with the output projection: then its result is not worth being kept.
     """
     return 2 * keys < width
 
 
 QUERY_TILE = 128
-"""MLX's fused gradient on CUDA takes multiples of so many queries (mlx 0.32)."""
+"""MLX's fused gradient on CUDA takes multiples of this many queries (mlx 0.32)."""
 FEWEST_QUERIES = 32
 
 
@@ -135,7 +135,7 @@ def attention_size(tokens: int, rows: int, longest: int, head_dim: int) -> Atten
 
 
 def queries_at_once(rows: int, heads: int, keys: int, most_scores: int) -> int:
-    """Queries in a block of attention that computes at most so many scores, but for those of 32 queries at least."""
+    """Queries in a block of attention that computes at most this many scores, but for those of 32 queries at least."""
     most = most_scores // (rows * heads * keys)
     return most // QUERY_TILE * QUERY_TILE or max(FEWEST_QUERIES, most // FEWEST_QUERIES * FEWEST_QUERIES)
 
@@ -224,7 +224,7 @@ def prepared_for_packs(model: nn.Module, attention: Callable[[ModuleCall], Modul
     """Inside, ``model`` computes packs: rotary embeddings know the positions of tokens, masks are those of rows.
 
     ``attention`` makes what attends row by row in a pack out of mlx-lm's ``scaled_dot_product_attention``. Whether
-    the results are right is another question: see :mod:`macft.model.packable`.
+    the results are right is another question: see :mod:`macft.model.trials.packable`.
 
     Raises:
         ConfigError: this model's attention is not mlx-lm's function.

@@ -16,12 +16,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from macft.errors import ModelError
-from macft.model.adaptable import AdaptableBlock, adaptable_blocks
-from macft.model.ends import BOTH_ENDS
+from macft.model.adapters.adaptable import AdaptableBlock, adaptable_blocks
+from macft.model.blocks.ends import BOTH_ENDS
 from macft.model.execution import FLOAT_BYTES, WeightFormat
-from macft.model.packable import may_pack
-from macft.model.weight_files import read_header
-from macft.model.weight_sizes import ModelSizes, StoredQuantization, WeightSize, sizes_of
+from macft.model.files.weight_files import read_header
+from macft.model.files.weight_sizes import ModelSizes, StoredQuantization, WeightSize, sizes_of
+from macft.model.trials.packable import may_pack
 
 _LARGEST_CONFIG = 4 << 20
 # Where exports of NVIDIA's ModelOpt say how they are quantised.

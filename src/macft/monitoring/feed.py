@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from macft.monitoring.run_watch import RunWatch
 from macft.monitoring.runs import FoundRun, runs_below
-from macft.report.metrics_file import plain
+from macft.report.sinks.metrics_file import plain
 
 _LOOK_SECONDS = 3.0
 _MOST_WATCHED = 8

@@ -40,7 +40,7 @@ class Admission:
         own: This machine.
         code: As :func:`~macft.pairing.pake.new_code`.
         token: What a guest gets that is let in.
-        room: For so many guests.
+        room: For this many guests.
         most_wrong: Wrong codes, after which nobody is let in any more.
         show: Prints a line.
 

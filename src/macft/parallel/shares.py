@@ -50,7 +50,7 @@ def assign(
 
 
 def rows_of_shard(shard: DataShard, rows: Sequence[NDArray[np.int32]], *, shared: bool) -> NDArray[np.int64]:
-    """Indices of those of ``rows``, each the tokens of one row, that ``shard`` computes.
+    """Indices (n,) of those of ``rows``, each the tokens (length,) of one row, that ``shard`` computes.
 
     ``shared``: common beginnings of rows are computed once. What all rows begin with then costs a node the same however
     many of them it has, so it isn't counted.

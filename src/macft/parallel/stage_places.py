@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Protocol
 
 from macft.collective.base import Channels, Collective
-from macft.model.ends import ends_of
+from macft.model.blocks.ends import ends_of
 from macft.parallel.shares import DataShard
 from macft.parallel.stage_balance import StageSpeeds
 from macft.parallel.stage_layout import Stage, StageLayout, even_layout
@@ -113,7 +113,7 @@ class StagePlaces:
         self._channels: Channels | None = None
 
     def agree(self) -> None:
-        """Takes rank 0's layout. A call of all ranks."""
+        """Takes rank 0's layout. A collective call."""
         own = json.dumps(self.layout.to_data()).encode()
         self.change(StageLayout.from_data(json.loads(self._collective.broadcast(own))))
 
@@ -129,13 +129,13 @@ class StagePlaces:
         self.layout = layout
 
     def tell(self) -> None:
-        """All ranks tell what is needed to decide on layouts. A call of all ranks."""
+        """All ranks tell what is needed to decide on layouts. A collective call."""
         reports = self._collective.all_gather(b"" if self._changes is None else self._changes.report)
         if self._changes is not None:
             self._changes.learn(reports)
 
     def improvement(self, speeds: StageSpeeds) -> Improvement | None:
-        """Rank 0's answer to whether another layout is clearly faster. A call of all ranks."""
+        """Rank 0's answer to whether another layout is clearly faster. A collective call."""
         own = None
         if self._changes is not None and self._collective.rank == 0:
             own = self._changes.improve(self.layout, speeds)

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from macft.model.adapter_layers import select_layers
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.layers import select_layers
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import Execution, WeightFormat, recomputations
 from macft.model.shape import ModelShape
 from macft.planner.memory import ComputeShape, MemoryParts, predict

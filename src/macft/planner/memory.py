@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from macft.model.adapter_layers import chosen_layers, select_layers
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.layers import chosen_layers, select_layers
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import Execution
 from macft.model.packing import attention_size
 from macft.model.shape import ModelShape
@@ -104,7 +104,7 @@ class Trained:
 
 
 def trained_part(shape: ModelShape, adapter: AdapterConfig) -> Trained:
-    """Counts what :func:`macft.model.adapt.adapt` would make trainable.
+    """Counts what :func:`macft.model.adapters.adapt.adapt` would make trainable.
 
     Raises:
         ConfigError: a block number or projection the model doesn't have.

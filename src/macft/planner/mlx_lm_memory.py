@@ -7,7 +7,7 @@ holds each block's input instead.
 
 from __future__ import annotations
 
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape
 from macft.planner.block_memory import adapter_inputs, block_memory

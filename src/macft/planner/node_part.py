@@ -17,7 +17,7 @@ from macft.model.shape import ModelShape, read_shape
 from macft.parallel.shares import DataShard
 from macft.planner.fit import MemoryPlanner
 from macft.planner.packing import choose_packing
-from macft.planner.placement import Placer
+from macft.planner.whole_model import WholeModelPlanner
 from macft.planner.workload import StepRows
 from macft.topology.settings import TopologyConfig, parse_budget
 from macft.training.settings import TrainingConfig
@@ -47,8 +47,7 @@ class NodePart:
 
     @cached_property
     def _packed_or_padded(self) -> tuple[Execution, list[str]]:
-        asked = execution_for(self.config, self.shape, self.shape.checkpoint, Device.default())
-        return choose_packing(planner_for(self.config, self.shape, asked, self.steps))
+        return packed_or_padded(self.config, self.shape, self.steps, Device.default())
 
     @property
     def execution(self) -> Execution:
@@ -66,33 +65,49 @@ class NodePart:
         return budget_of(self.config.topology)
 
     @cached_property
-    def placer(self) -> Placer:
+    def whole_model(self) -> WholeModelPlanner:
         """What decides where its weights are, if it has the whole model."""
-        return placer_for(self.config, self.planner(self.shard, self.execution, self.steps), self.budget)
+        return whole_model_planner(self.config, self.planner(self.shard, self.execution, self.steps), self.budget)
 
     def planner(self, shard: DataShard, execution: Execution, steps: Sequence[StepRows]) -> MemoryPlanner:
         """The prediction for the rows of ``steps`` that ``shard`` gets."""
         return planner_for(self.config, self.shape, execution, steps_of_shard(self.config, steps, shard, execution))
 
     def of_pipelines(self, count: int) -> MemoryPlanner:
-        """The prediction for all rows, in the micro-batches of a run with so many pipelines."""
-        topology = replace(self.config.topology, placement="pipeline", pipelines=count)
-        part = replace(self, config=replace(self.config, topology=topology), steps=self.steps[:_STEPS])
-        execution = replace(part.execution, lanes=1)
-        steps = steps_of_shard(part.config, part.steps, DataShard(0, 1), execution)
-        return planner_for(part.config, self.shape, execution, steps)
+        """The prediction for all rows, in the micro-batches of a run with this many pipelines."""
+        return pipelines_planner(self.config, self.shape, self.steps[:_STEPS], Device.default(), count)
 
 
 def budget_of(topology: TopologyConfig) -> float:
     """Bytes that a node of this machine may take."""
-    nodes_here = topology.nodes if topology.kind == "local" else 1
-    return parse_budget(topology.memory_budget, usable_bytes(1 / nodes_here))
+    return parse_budget(topology.memory_budget, usable_bytes(1 / topology.nodes_here))
 
 
-def placer_for(config: TrainConfig, planner: MemoryPlanner, budget: float) -> Placer:
+def packed_or_padded(
+    config: TrainConfig, shape: ModelShape, steps: Sequence[StepRows], device: Device
+) -> tuple[Execution, list[str]]:
+    """How ``device`` computes ``config``, with packs or padded rows, before memory is looked at; lines for the user.
+
+    The same on all nodes of a kind: ``steps`` have all rows.
+    """
+    asked = execution_for(config, shape, shape.checkpoint, device)
+    return choose_packing(planner_for(config, shape, asked, steps))
+
+
+def pipelines_planner(
+    config: TrainConfig, shape: ModelShape, steps: Sequence[StepRows], device: Device, pipelines: int
+) -> MemoryPlanner:
+    """The prediction for all rows of ``steps``, in the micro-batches of a run with this many ``pipelines``."""
+    topology = replace(config.topology, placement="pipeline", pipelines=pipelines)
+    config = replace(config, topology=topology)
+    execution = replace(packed_or_padded(config, shape, steps, device)[0], lanes=1)
+    return planner_for(config, shape, execution, steps_of_shard(config, steps, DataShard(0, 1), execution))
+
+
+def whole_model_planner(config: TrainConfig, planner: MemoryPlanner, budget: float) -> WholeModelPlanner:
     """What decides the placement of a node of ``config`` that may take ``budget`` bytes."""
     topology = config.topology
-    return Placer(planner, budget, topology.placement, topology.resident_blocks, topology.batch == "auto")
+    return WholeModelPlanner(planner, budget, topology.placement, topology.resident_blocks, topology.batch == "auto")
 
 
 def steps_of_shard(

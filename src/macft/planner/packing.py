@@ -1,26 +1,47 @@
-"""Whether packing pays for MLX's operations: by a count of what is computed, not by default.
+"""Whether packing pays for MLX's operations: by a cost model of operations and kernels, not by default.
 
-Packs have no padding, and compute common prefixes once. But they may need larger attention, more operations for each
-layer and a few more compiled shapes. The CPU's kernels gain from packs in all cases that were measured.
+Packs have no padding, and compute common prefixes once. But they may need larger attention, more kernels for each layer
+and a few more compiled shapes. The CPU's kernels gain from packs in all cases that were measured.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from macft.model.execution import Execution
 from macft.planner.fit import MemoryPlanner
+from macft.planner.kernels import step_kernels
 from macft.planner.speed import step_cost
 
-PAYS = 0.95
-"""Packs are chosen where their floating-point operations are at most this share of those of padded rows.
 
-What packs add to a layer (rows laid out and put back) is 0.3% of its time for an 8B model on an M2 Max and 2% for a
-135M one, by bytes and bandwidth. Not measured on a Mac.
-"""
-PAYS_ON_CUDA = 0.5
-"""The same where handing over kernels takes longer than computing them: an H100 with an 8B model took 98 ms for a step
-of padded rows, and 111 ms for one of packs with 0.57 of the tokens (benchmarks/training.md)."""
+@dataclass(frozen=True)
+class PackingCosts:
+    """What a step takes on one kind of device; the same for all of them, so that like nodes choose alike.
+
+    ``pays``: packs are chosen where their predicted time is at most this share of that of padded rows.
+    """
+
+    operations_per_second: float
+    kernel_seconds: float
+    pays: float
+
+    def seconds(self, operations: float, kernels: float) -> float:
+        """Of a step with so many floating-point operations in so many kernels."""
+        return operations / self.operations_per_second + kernels * self.kernel_seconds
+
+
+COSTS = {
+    # 0.45 of the peak of an M2 Max, as in planner/speed.py; other Macs are between a fifth of that and twice as fast.
+    # 3,200 small kernels that wait for one another took 8.8 ms on an M3 Ultra (mlx 0.32.2,
+    # github.com/ml-explore/mlx/issues/4521). Not measured by macft: packs have to save a twentieth.
+    "metal": PackingCosts(6.1e12, 2.75e-6, 0.95),
+    # From two steps of padded rows that an H100 took: 36 ms for 2,130 kernels with 1.34e12 operations (1B, sql), and
+    # 152 ms for 2,600 with 49.5e12 (8B, long). Steps of packs took up to 1.4 times what this predicts
+    # (benchmarks/training.md), and have to be predicted as much faster.
+    "cuda": PackingCosts(443e12, 15.5e-6, 0.7),
+    # MLX's operations on a CPU: nothing is handed over, and the speed cancels out.
+    "cpu": PackingCosts(1e12, 0.0, 0.95),
+}
 
 
 def choose_packing(planner: MemoryPlanner) -> tuple[Execution, list[str]]:
@@ -31,8 +52,14 @@ def choose_packing(planner: MemoryPlanner) -> tuple[Execution, list[str]]:
     execution = planner.execution
     if not execution.packing or execution.requires_packing or execution.kernels == "cpu":
         return execution, []
-    padded = execution.padded()
-    packs, rows = (step_cost(replace(planner, execution=each), each).operations for each in (execution, padded))
-    if packs <= (PAYS_ON_CUDA if execution.device == "cuda" else PAYS) * rows:
+    costs, padded = COSTS[execution.device], execution.padded()
+    packs, rows = (_seconds(costs, replace(planner, execution=each), each) for each in (execution, padded))
+    if packs <= costs.pays * rows:
         return execution, []
-    return padded, [f"training.packing=auto: rows are padded; packs would take {packs / rows:.2f} of the operations"]
+    return padded, [
+        f"training.packing=auto: rows are padded; by count, packs would take {packs / rows:.2f} of the time"
+    ]
+
+
+def _seconds(costs: PackingCosts, planner: MemoryPlanner, execution: Execution) -> float:
+    return costs.seconds(step_cost(planner, execution).operations, step_kernels(planner, execution))

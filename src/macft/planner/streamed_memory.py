@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from macft.errors import ConfigError
-from macft.model.adapter_settings import AdapterConfig
-from macft.model.ends import BOTH_ENDS
+from macft.model.adapters.settings import AdapterConfig
+from macft.model.blocks.ends import BOTH_ENDS
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape
 from macft.planner.fit import MemoryPlanner

@@ -16,14 +16,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from macft.errors import MacftError
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.mlx.recurrence import loops_over_time
 from macft.model.execution import Execution
+from macft.model.files.weight_sizes import Quantization, StoredQuantization
 from macft.model.head import Backbone, split_head
 from macft.model.mlx_lm_tuner import LoRASwitchLinear
 from macft.model.module_classes import Members, replaced_functions, replaced_members
-from macft.model.weight_sizes import Quantization, StoredQuantization
 from macft.planner.graph import graph_of
 
 # Of the graph, what gradients of random models took: benchmarks/other_blocks.py, docs/plan.md.

@@ -80,7 +80,7 @@ def _scaling(scaling: Mapping[str, Any] | None) -> str:
 
 
 def write_gguf(path: Path, loaded: LoadedModel, folder: Path, *, kind: str, name: str) -> None:
-    """Writes ``loaded`` to ``path``; one tensor at a time is held beside the model.
+    """Writes ``loaded`` to ``path``, tensor by tensor; its weights are gone afterwards.
 
     Args:
         path: The file to write.
@@ -157,9 +157,14 @@ def _head_dim(args: Any) -> int:
 
 
 def _tensors(loaded: LoadedModel, *, evaluate: bool) -> Iterator[tuple[str, tuple[int, ...], mx.array]]:
-    """Name, shape and float32 values of each tensor, quantised ones in full; without values if not ``evaluate``."""
+    """Name, shape and float32 values of each tensor, quantised ones in full.
+
+    If not ``evaluate``, values aren't computed; else each is given up afterwards.
+    """
     modules = dict(loaded.model.named_modules())
-    for name, value in tree_flatten(loaded.model.parameters()):
+    pending = list(reversed(tree_flatten(loaded.model.parameters())))
+    while pending:
+        name, value = pending.pop()
         module = modules[name.rpartition(".")[0]]
         if hasattr(module, "scales"):
             if not name.endswith(".weight"):
@@ -173,6 +178,11 @@ def _tensors(loaded: LoadedModel, *, evaluate: bool) -> Iterator[tuple[str, tupl
         if evaluate:
             mx.eval(value)
         yield name, value.shape, value
+        if evaluate:  # what is written is given up, for the memory
+            used = ("weight", "scales", "biases") if hasattr(module, "scales") else (name.rpartition(".")[2],)
+            for part in used:
+                if part in module:
+                    module[part] = mx.array([])
 
 
 def _stored(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:

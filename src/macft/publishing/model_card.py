@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from macft import __version__
 from macft.config.schema import TrainConfig
-from macft.model.bundled import BUNDLED
+from macft.model.fetch.bundled import BUNDLED
 from macft.report.result_text import result_name, result_text
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -11,10 +11,10 @@ import msgpack
 import zmq
 
 from macft.collective.base import Collective
-from macft.collective.listener import Listener
 from macft.collective.matching import Texts
-from macft.collective.mlx_group import MlxListener
-from macft.collective.ring import Ring
+from macft.collective.mlx.group import MlxListener
+from macft.collective.ring.listener import Listener
+from macft.collective.ring.ring import Ring
 from macft.collective.settings import CollectiveConfig
 from macft.errors import RendezvousError
 from macft.rendezvous.keystore import Keyring

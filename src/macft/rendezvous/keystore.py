@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from macft.collective.security import KEY_BYTES, KeyPair
+from macft.collective.ring.security import KEY_BYTES, KeyPair
 from macft.collective.settings import CollectiveConfig
 from macft.device.user_folder import user_config_folder
 from macft.errors import ConfigError

@@ -15,7 +15,7 @@ from typing import TypeAlias, TypeGuard
 import msgpack
 
 import macft
-from macft.collective.security import KEY_BYTES
+from macft.collective.ring.security import KEY_BYTES
 from macft.collective.wire import PROTOCOL_VERSION, split_paths
 
 MAX_NAME = 255

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import zmq
 from zmq.utils.monitor import _MonitorMessage, recv_monitor_message
 
-from macft.collective.security import Gate, Refused, encrypt_to
+from macft.collective.ring.security import Gate, Refused, encrypt_to
 from macft.collective.wire import LINGER_SECONDS, bind, set_endpoint, split_address
 from macft.errors import CollectiveError, RendezvousError
 from macft.rendezvous.keystore import Keyring, own_name

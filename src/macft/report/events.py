@@ -306,7 +306,7 @@ class RunEnding(Event):
 class Sink(Protocol):
     """Shows or stores a run's events, which come in order and from one thread. It ignores those it does not know.
 
-    A call that fails raises; see :class:`~macft.report.fan_out.FanOut`.
+    A call that fails raises; see :class:`~macft.report.sinks.fan_out.FanOut`.
     """
 
     def handle(self, event: Event) -> None:

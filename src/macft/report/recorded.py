@@ -1,4 +1,4 @@
-"""Reads events back from ``metrics.jsonl``: the inverse of :mod:`macft.report.metrics_file`."""
+"""Reads events back from ``metrics.jsonl``: the inverse of :mod:`macft.report.sinks.metrics_file`."""
 
 from __future__ import annotations
 

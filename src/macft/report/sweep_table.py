@@ -13,8 +13,8 @@ from pathlib import Path
 
 from macft.device.durable import write_atomically
 from macft.report.durations import duration
-from macft.report.metrics_file import plain
 from macft.report.result_text import result_name, result_text
+from macft.report.sinks.metrics_file import plain
 
 _GAP = "  "
 _STATUS = {"early_stopped": "early stop"}

@@ -23,8 +23,9 @@ from macft.device import fault_points
 from macft.device.durable import identity
 from macft.errors import CollectiveError, ModelError
 from macft.report.events import Noted, PhaseProgress, RunEnded, RunEnding
-from macft.run.prepare import Run, host_name
+from macft.run.prepare import Run
 from macft.run.results import choose_final_adapter, has_final_adapter, results_of, save_adapter_folder
+from macft.run.role import host_name
 from macft.thermal.energy import summarize
 from macft.training.stop_request import Stopped
 
@@ -48,7 +49,7 @@ class AgreedEnd:
         self._kept: RunEnded | None = None
 
     def finish(self, reason: str, before: Mapping[str, Any]) -> str:
-        """Training has come to its end for ``reason``; returns why the run ended. A call of all ranks.
+        """Training has come to its end for ``reason``; returns why the run ended. A collective call.
 
         ``before`` is the score before training.
 
@@ -70,7 +71,7 @@ class AgreedEnd:
     def interrupt(self) -> str:
         """All ranks have agreed to stop, and the state is saved: exports the adapter as it is, to be tried.
 
-        A call of all ranks; returns why the run ended. A disk that can't be written is a warning.
+        A collective call; returns why the run ended. A disk that can't be written is a warning.
         """
         run = self._run
         run.stop.plan = "the adapter is saved"
@@ -114,7 +115,7 @@ class AgreedEnd:
         self._report(self._event("failed", detail=str(error)))
 
     def _keep_adapter(self, first: int) -> _Kept:
-        """Writes the adapter on the first rank, from ``first`` on, that can; all ranks learn which. A call of all."""
+        """Writes the adapter on the first rank, from ``first`` on, that can; all learn which. A collective call."""
         fault_points.reach("export")
         run = self._run
         collective, troubles = run.collective, list[str]()
@@ -177,7 +178,7 @@ class AgreedEnd:
         """Whether another rank has left these results in this rank's folder, which local ranks share."""
         run = self._run
         summary = run.folder.read_summary()
-        expected = (run.state.ended, digest(run.loaded.model).hex())
+        expected = (run.state.ended, digest(run.model.loaded.model).hex())
         is_there = (run.folder.adapters / "adapters.safetensors").is_file()
         return is_there and (summary.get("reason"), summary.get("adapter_sha256")) == expected
 
@@ -191,7 +192,7 @@ class AgreedEnd:
             seconds=time.perf_counter() - self._started,
             final=(self._results or {}) if reason not in ("failed", "interrupted") else {},
             adapter_folder=adapter,
-            adapter_sha256=digest(run.loaded.model).hex(),
+            adapter_sha256=digest(run.model.loaded.model).hex(),
             detail=detail,
             energy=summarize(
                 run.trainer.statuses,

@@ -26,7 +26,7 @@ from macft.data.order import RowOrder
 from macft.data.template_clock import shows_time
 from macft.device.durable import write_atomically
 from macft.errors import CheckpointError, CollectiveError, MacftError, RendezvousError
-from macft.model.contents import model_contents, template_contents
+from macft.model.files.contents import model_contents, template_contents
 from macft.report.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def agree_on_contents(
 ) -> list[str]:
     """Makes sure that all nodes have the same contents, and with ``resume`` those that the run began with.
 
-    A call of all ranks. A newcomer is alone: it compares with what the run has told it. Returns lines for the user.
+    A collective call. A newcomer is alone: it compares with what the run has told it. Returns lines for the user.
 
     Args:
         host: This node's name in messages.
@@ -137,7 +137,7 @@ def _explained(collective: Collective, differing: Mapping[str, str], train: Spli
 
 
 def _first_row(collective: Collective, train: Split) -> str:
-    """Which training row is the first that is not the same on all ranks. A call of all ranks."""
+    """Which training row is the first that is not the same on all ranks. A collective call."""
 
     def first(digests: list[bytes]) -> int:
         return first_different([msgpack.unpackb(blob) for blob in collective.all_gather(msgpack.packb(digests))])
@@ -148,7 +148,7 @@ def _first_row(collective: Collective, train: Split) -> str:
 
 
 def _compare_with_stored(collective: Collective, host: str, contents: Texts, folder: RunFolder) -> list[str]:
-    """Compares ``contents`` with those that each rank's folder holds. A call of all ranks."""
+    """Compares ``contents`` with those that each rank's folder holds. A collective call."""
     stored = _stored(folder)
     changed = {part: text for part in _NEVER_CHANGE if (text := _changed(part, stored, contents))}
     record = f"{folder.contents} on {host} has what the run began with"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from macft.config.schema import TrainConfig
 from macft.data.settings import DatasetConfig
-from macft.model.bundled import BUNDLED
+from macft.model.fetch.bundled import BUNDLED
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:

@@ -14,13 +14,14 @@ from macft.config.yaml import to_yaml
 from macft.device import fault_points
 from macft.device.durable import write_atomically
 from macft.errors import CollectiveError, MacftError, MembershipChanged, PeerStopped
-from macft.report.callbacks import Callbacks
 from macft.report.events import RunStarted
 from macft.report.phase_lines import PhaseLines
 from macft.report.run_folder import RunFolder
+from macft.report.sinks.callbacks import Callbacks
 from macft.run.agreed_end import AgreedEnd
 from macft.run.node_descriptions import describe_nodes
-from macft.run.prepare import Run, planned_world_size, prepare
+from macft.run.prepare import Run, prepare
+from macft.run.role import planned_world_size
 from macft.run.scoring import score_before
 from macft.training.state import TrainState
 from macft.training.stop_request import Stopped, StopRequest
@@ -150,9 +151,9 @@ def _report_start(run: Run) -> None:
             run_folder=run.folder.path,
             device=run.device,
             model=config.model.path,
-            adapter=run.adaptation.description,
-            trainable_parameters=run.adaptation.trainable_parameters,
-            total_parameters=run.adaptation.total_parameters,
+            adapter=run.model.adaptation.description,
+            trainable_parameters=run.model.adaptation.trainable_parameters,
+            total_parameters=run.model.adaptation.total_parameters,
             train_rows=len(data.train.rows),
             valid_rows=run.valid_rows,
             test_rows=len(data.test.rows),

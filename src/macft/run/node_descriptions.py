@@ -6,13 +6,14 @@ import msgpack
 
 from macft.device.memory import usable_bytes
 from macft.report.events import NodeDescription, RingFormed
-from macft.run.prepare import Run, host_name
+from macft.run.prepare import Run
+from macft.run.role import host_name
 
 _LONGEST_TEXT = 200
 
 
 def describe_nodes(run: Run) -> RingFormed:
-    """The nodes of this ring. A call of all ranks.
+    """The nodes of this ring. A collective call.
 
     Raises:
         CollectiveError: as the collective's calls.

@@ -14,11 +14,11 @@ from macft.data.load import LoadedData, fraction_notes, read, rows_to_tokenize, 
 from macft.data.order import RowOrder
 from macft.data.settings import DatasetConfig
 from macft.data.template_clock import fix_clock
-from macft.model.learned_positions import check_lengths
+from macft.model.fetch.resolve import resolve
+from macft.model.files.learned_positions import check_lengths
+from macft.model.files.vocabulary import vocabulary_of
+from macft.model.files.weight_files import check_weight_files
 from macft.model.load import load_tokenizer
-from macft.model.resolve import resolve
-from macft.model.vocabulary import vocabulary_of
-from macft.model.weight_files import check_weight_files
 from macft.report.phase_lines import PhaseLines
 from macft.run.contents import contents_of
 from macft.run.held_out import HeldOut, choose_held_out, test_rows_needed
@@ -84,6 +84,11 @@ def prepare_data(config: TrainConfig, phases: PhaseLines) -> PreparedData:
     )
     contents = contents_of(config, data, order, model_folder, tokenizer)
     notes = [*clock_notes, *split_notes, *data.notes, *row_notes, *held_out_notes]
+    if config.training.batch_size > len(data.train.rows):
+        notes.append(
+            f"training.batch_size: {config.training.batch_size} is more than the {len(data.train.rows)} training rows, "
+            "so that a step has rows several times"
+        )
     return PreparedData(model_folder, tokenizer, data, held_out, order, contents, notes)
 
 

@@ -11,7 +11,7 @@ from macft.collective.newest import find_newest
 from macft.config.overrides import resume_command
 from macft.device.durable import sync_all
 from macft.errors import CheckpointError, ModelError
-from macft.model.adapter_files import save_adapter, save_model
+from macft.model.adapters.files import save_adapter, save_model
 from macft.report.events import Noted
 from macft.run.prepare import Run
 from macft.run.scoring import score_after
@@ -33,7 +33,7 @@ def results_of(run: Run, before: Mapping[str, Any], loss: float | None) -> dict[
 def choose_final_adapter(run: Run) -> float | None:
     """Loads the best checkpoint's adapter if ``training.export`` says so; returns the validation loss of the adapter.
 
-    A call of all ranks.
+    A collective call.
     """
     progress, store = run.state.progress, run.saver.store
     if run.state.has_final_adapter:
@@ -55,7 +55,7 @@ def choose_final_adapter(run: Run) -> float | None:
             Noted(f"the best adapter, of step {progress.best_step}, was not saved; the last one is kept")
         )
         return progress.valid_loss
-    restore_adapter(Snapshot.unpack(newest.share(lambda: stored)), run.loaded.model)
+    restore_adapter(Snapshot.unpack(newest.share(lambda: stored)), run.model.loaded.model)
     run.state.has_final_adapter = True
     return progress.best_valid_loss
 
@@ -80,9 +80,9 @@ def save_adapter_folder(run: Run) -> Path:
     Raises:
         ModelError: it can't be written.
     """
-    loaded, folder = run.loaded, run.folder.adapters
+    loaded, folder = run.model.loaded, run.folder.adapters
     try:
-        save_adapter(folder, loaded.model, run.adaptation.mlx_lm_config, model_name=str(loaded.path.absolute()))
+        save_adapter(folder, loaded.model, run.model.adaptation.mlx_lm_config, model_name=str(loaded.path.absolute()))
         sync_all(folder)
         if run.config.adapter.type == "full" and loaded.was_quantized:
             # The tuned weights don't fit the quantised checkpoint they came from, so the whole model goes along.

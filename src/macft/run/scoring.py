@@ -84,14 +84,14 @@ def score_after(run: Run, before: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _measure(run: Run, when: str) -> tuple[dict[str, float], Scored | None]:
-    """The value of each metric, and the answers; a call of all ranks."""
+    """The value of each metric, and the answers; a collective call."""
     asked, values, seconds = run.held_out, dict[str, float](), 0.0
     scored: Scored | None = None
     if asked.questions:
         answers_to, mine = _answers(run)
         scored = score_answers(
             answers_to,
-            run.loaded.tokenizer,
+            run.model.loaded.tokenizer,
             asked.questions,
             asked.metrics,
             run.collective,
@@ -120,10 +120,10 @@ def _measure(run: Run, when: str) -> tuple[dict[str, float], Scored | None]:
 
 def _answers(run: Run) -> tuple[Answers, range | None]:
     """What answers, and which questions this rank asks; None for those of its turn."""
-    asked, loaded = run.held_out, run.loaded
-    if run.compute.execution.placement == "pipeline" and run.trainer.nodes.collective is run.collective:
+    asked, loaded = run.held_out, run.model.loaded
+    if run.computation.gradient.execution.placement == "pipeline" and run.trainer.nodes.collective is run.collective:
         seconds = math.inf if asked.metrics else _SAMPLE_SECONDS
-        stages = StageAnswers(loaded, run.backend, run.trainer.nodes.places, run.collective, seconds)
+        stages = StageAnswers(loaded, run.computation.backend, run.trainer.nodes.places, run.collective, seconds)
         return stages, stages.questions(len(asked.questions))
     if asked.metrics:
         return partial(greedy_answers, loaded.model, loaded.tokenizer), None
@@ -132,7 +132,7 @@ def _answers(run: Run) -> tuple[Answers, range | None]:
 
 def _perplexity(run: Run, when: str) -> tuple[float | None, float]:
     """exp of the loss of the rows, in nats per target token over all of them; and the seconds that it took."""
-    nodes, compute = run.trainer.nodes, run.compute
+    nodes, compute = run.trainer.nodes, run.computation.gradient
     # At the end a rank may be alone, with the shares of the others.
     is_alone = nodes.collective is not run.collective
     if is_alone and compute.execution.placement == "pipeline":
@@ -141,7 +141,7 @@ def _perplexity(run: Run, when: str) -> tuple[float | None, float]:
     shard = DataShard(0, 1) if is_alone else nodes.shard
     with nodes.working():
         result = validation_loss(
-            run.loaded.model,
+            run.model.loaded.model,
             compute.loss,
             compute.execution,
             run.held_out.rows,

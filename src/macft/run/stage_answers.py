@@ -13,7 +13,7 @@ from macft.generation.stage import AnsweringStage
 from macft.model.backends.base import Backend
 from macft.model.load import LoadedModel
 from macft.parallel.stage_places import StagePlace, StagePlaces
-from macft.run.cluster_answers import greedy_cluster_answers
+from macft.run.generation.leader import greedy_cluster_answers
 
 
 class _Stages:

@@ -80,7 +80,7 @@ class TunedModel:
         elif base_model is None and adapter is None:
             raise ConfigError("RUN_FOLDER: name a run's folder, or a model by --model and an adapter by --adapter-path")
         if adapter is not None:
-            from macft.model.attach import read_adapter_config
+            from macft.model.adapters.attach import read_adapter_config
 
             base = read_adapter_config(adapter).get("model")
             if run is None and base_model is None:
@@ -98,20 +98,20 @@ class TunedModel:
         return self.run.name if self.run is not None else Path(self.model.path).name
 
     def load(
-        self, *, tuned: bool = True, tokenizer: TokenizerWrapper | None = None, in_memory: bool = False
+        self, *, tuned: bool = True, tokenizer: TokenizerWrapper | None = None, is_lazy: bool = False
     ) -> LoadedModel:
         """Loads the model, as training would on this device; ``tuned=False`` leaves the tuning out.
 
         ``tokenizer`` is the base model's, if it was loaded before. Blocks that don't fit this machine are read when
-        they are needed, unless the model is wanted ``in_memory``.
+        they are needed. With ``is_lazy`` each weight is, once, as :func:`~macft.model.load.load` does it.
 
         Raises:
             MacftError: the model can't be found or read, or the adapter doesn't fit it.
         """
         from macft.config.execution import inference_execution
-        from macft.model.attach import attach
+        from macft.model.adapters.attach import attach
+        from macft.model.fetch.resolve import resolve
         from macft.model.load import load, load_tokenizer
-        from macft.model.resolve import resolve
 
         if tuned and self.whole is not None:
             model, folder = replace(self.model, path=str(self.whole)), self.whole
@@ -120,9 +120,9 @@ class TunedModel:
         micro_batch_size = self.run.training.micro_batch_size if self.run else None
         execution = inference_execution(model, folder, micro_batch_size=micro_batch_size)
         tokenizer = tokenizer or load_tokenizer(model, folder)  # before what is left for the model is looked up
-        if not in_memory:
+        if not is_lazy:
             execution = self._placed(execution, folder)
-        loaded = load(model, folder, execution, tokenizer)
+        loaded = load(model, folder, execution, tokenizer, is_lazy=is_lazy)
         if tuned and self.adapter is not None:
             attach(loaded.model, self.adapter)
         loaded.model.eval()
@@ -133,7 +133,7 @@ class TunedModel:
         from macft.device import heap
         from macft.device.memory import usable_bytes
         from macft.model.shape import read_shape
-        from macft.planner.placement import inference_placement
+        from macft.planner.inference import inference_placement
 
         topology = self.run.topology if self.run else TopologyConfig()
         try:

@@ -26,7 +26,7 @@ _LOOK_SECONDS = 2.0
 
 
 class SpreadAnswers(Protocol):
-    """The cluster's answers; see :class:`~macft.run.cluster_answers.ClusterAnswers`."""
+    """The cluster's answers; see :class:`~macft.run.generation.leader.GenerationLeader`."""
 
     @property
     def loaded(self) -> LoadedModel:

@@ -17,8 +17,8 @@ from macft.data.template import template_tokens
 from macft.data.tokenize import text_tokens
 from macft.errors import DataError, MacftError, ModelError
 from macft.evaluation.batched import takes_batches
+from macft.model.files.vocabulary import vocabulary_of
 from macft.model.load import LoadedModel
-from macft.model.vocabulary import vocabulary_of
 from macft.serving.options import ServerConfig
 
 _STOP_SECONDS = 1.0

@@ -23,7 +23,7 @@ _SEEDS = 2**64
 
 
 def settle(handler: Any, vocabulary: int) -> str:
-    """What is wrong with the parameters of ``handler``, a request to a model of so many tokens; empty if nothing is.
+    """What is wrong with the parameters of ``handler``, a request to a model of this many tokens; empty if nothing is.
 
     A seed is taken modulo 2**64, and a ``top_k`` of all tokens or more is none.
     """

@@ -89,7 +89,7 @@ class ThermalThrottle:
             self._begin_micro_batch()
 
     def begin_step(self, micro_batches: int) -> None:
-        """Announces a step of so many micro-batches; the step before may still be computing."""
+        """Announces a step of this many micro-batches; the step before may still be computing."""
         self._micro_batches, self._is_new_step = micro_batches, True
 
     def before_micro_batch(self) -> None:

@@ -88,6 +88,11 @@ class TopologyConfig:
     # that were typed relative, so that it can be resumed from any folder.
     paths: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def nodes_here(self) -> int:
+        """Nodes of the run that share a machine."""
+        return self.nodes if self.kind == "local" else 1
+
     def ssh_of(self, rank: int) -> str:
         """The SSH destination of the host of ``rank``."""
         return self.ssh[rank] if self.ssh else split_host(self.hosts[rank], self.port)[0].strip("[]")

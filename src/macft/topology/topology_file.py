@@ -18,6 +18,8 @@ from macft.topology.settings import TopologyConfig, host_paths, problems
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESERVED = ("single", "local", "hosts", "ssh")
 _MAX_BYTES = 1_000_000
+NO_TOPOLOGY = "not a topology; it needs kind: and hosts:"
+"""What is said of a cluster's file that is empty, or has something else in it."""
 _HEAD = """\
 # The cluster "{name}". Yours to edit: topology={name} reads it each time.
 # hosts: address of each machine in ring order, neighbours by the fastest links. ssh: where SSH finds them.
@@ -53,7 +55,9 @@ def load_topology(name: str) -> TopologyConfig:
     try:
         loaded = OmegaConf.load(path)
         if not isinstance(loaded, DictConfig):
-            raise ConfigError(f"{path}: not a topology; it needs kind: and hosts:")
+            raise ConfigError(f"{path}: {NO_TOPOLOGY}")
+        if not loaded.get("kind"):
+            raise ConfigError(f"{path}: {NO_TOPOLOGY}")
         merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TopologyConfig), loaded))
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())[:200]}") from None

@@ -34,7 +34,7 @@ class DeviceBatch:
     lengths: tuple[int, ...] = ()
 
     def loss_inputs(self) -> list[mx.array]:
-        """Inputs, positions, targets and weights, as the loss takes them."""
+        """Inputs (rows, length), positions, targets and weights (n,), as the loss takes them."""
         return [mx.array(values) for values in (self.inputs, self.positions, self.targets, self.weights)]
 
     def pack_layout(self) -> PackLayout | None:
@@ -93,7 +93,7 @@ class BatchLayout:
 
 
 def pack_layout(layout: Sequence[mx.array], lengths: Sequence[int] = ()) -> PackLayout | None:
-    """The layout of a part with these paths, owners and depths; None if there are none, for rows that are padded."""
+    """The layout of a pack from paths (rows, length), owners and depths (tokens,); None for rows that are padded."""
     if not layout:
         return None
     paths, owners, depths = layout

@@ -14,7 +14,7 @@ class BatchLoader:
     """Makes the micro-batches of a rank's rows of a step.
 
     Args:
-        micro_batch_size: At most so many rows in a micro-batch; None: all of the rank's rows.
+        micro_batch_size: At most this many rows in a micro-batch; None: all of the rank's rows.
         shared: Rows that begin alike share these tokens, which counts when rows are assigned to ranks.
         fixed: The micro-batches are those of the whole step, whoever computes them: ranks get whole ones.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from macft.checkpoint.saver import CheckpointSaver
@@ -29,7 +30,32 @@ from macft.training.stop_request import StopRequest
 from macft.training.synchronization import EveryStep, Synchronization
 from macft.training.throttle import NoThrottle, Throttle
 from macft.training.validation import ValidationResult, validation_loss
-from macft.training.validation_policy import ValidationPolicy
+from macft.training.validation_policy import Validate, ValidationPolicy
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """The rows of a run: ``train`` in ``order``, and ``valid``, whose loss is measured from time to time."""
+
+    train: Sequence[Row]
+    order: RowOrder
+    valid: Sequence[Row] = ()
+
+
+@dataclass(frozen=True)
+class NodeSetup:
+    """What this node does among the others.
+
+    Left out, ``balancer`` gives all ranks equal shares, ``throttle`` never rests, ``stop`` is never requested, every
+    rank computes all blocks of its rows, no ``stages`` hand over blocks, and everything fits every node's memory.
+    """
+
+    balancer: ShareBalancer | None = None
+    throttle: Throttle | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+    places: StagePlaces | None = None
+    stages: StageBalancer | None = None
+    refit: Refit | None = None
 
 
 def build_trainer(
@@ -37,75 +63,45 @@ def build_trainer(
     optimizer_config: OptimizerConfig,
     state: TrainState,
     compute: StepGradient,
-    train_rows: Sequence[Row],
-    order: RowOrder,
+    rows: TrainingRows,
     saver: CheckpointSaver,
     reporter: Reporter,
-    *,
-    valid_rows: Sequence[Row] = (),
-    balancer: ShareBalancer | None = None,
-    throttle: Throttle | None = None,
-    stop: StopRequest | None = None,
-    places: StagePlaces | None = None,
-    stages: StageBalancer | None = None,
-    refit: Refit | None = None,
+    node: NodeSetup | None = None,
 ) -> Trainer:
-    """Builds the trainer of ``state``; its ranks are those of ``state.reducer.collective``.
-
-    Left out, ``balancer`` gives all ranks equal shares, ``throttle`` never rests, ``stop`` is never requested, every
-    rank computes all blocks of its rows, no ``stages`` hand over blocks, and everything fits every node's memory.
-    """
-    model, collective, stop = state.model, state.reducer.collective, stop or StopRequest()
-    total_steps = steps_for(config, order.steps_per_epoch)
+    """Builds the trainer of ``state``; its ranks are those of ``state.reducer.collective``."""
+    node = node or NodeSetup()
+    collective, stop = state.reducer.collective, node.stop
+    total_steps = steps_for(config, rows.order.steps_per_epoch)
     loader = BatchLoader(
-        train_rows,
-        order,
+        rows.train,
+        rows.order,
         config.micro_batch_size,
         shared=compute.execution.shared_prefixes,
         fixed=config.deterministic,
     )
     nodes = NodeCoordinator(
         collective,
-        balancer or ShareBalancer("equal", collective.world_size, every=1),
-        throttle or NoThrottle(),
+        node.balancer or ShareBalancer("equal", collective.world_size, every=1),
+        node.throttle or NoThrottle(),
         follow_speed=state.outer is None,
-        places=places,
-        stages=stages,
-        fit=NodeFit(refit, compute, loader),
+        places=node.places,
+        stages=node.stages,
+        fit=NodeFit(node.refit, compute, loader),
     )
     context = StepContext(
         loader=loader,
         compute=compute,
-        update=OptimizerStep(model, state.optimizer, compiled=compute.execution.compiled),
+        update=OptimizerStep(state.model, state.optimizer, compiled=compute.execution.compiled),
         nodes=nodes,
         stop=stop,
         learning_rate=lambda step: learning_rate(optimizer_config, step, total_steps),
         max_grad_norm=config.max_grad_norm,
         waits_for_numbers=config.deterministic,
     )
-    synchronization: Synchronization = EveryStep(state.reducer)
-    if state.outer is not None:
-        synchronization = DiLoCo(
-            model, state.outer, state.reducer, stop, inner_steps=config.inner_steps, total_steps=total_steps
-        )
-
-    def validate(shard: DataShard, progress: Callable[[int, int], None]) -> ValidationResult:
-        return validation_loss(
-            model,
-            compute.loss,
-            compute.execution,
-            valid_rows,
-            collective,
-            shard=shard,
-            progress=progress,
-            stopped=lambda: stop.requested,
-            fixed=config.deterministic,
-        )
-
     validation = ValidationPolicy(
         state,
         nodes,
-        validate if valid_rows else None,
+        _validate(config, state, compute, rows.valid, stop) if rows.valid else None,
         reporter,
         every=config.eval_every,
         total_steps=total_steps,
@@ -114,12 +110,42 @@ def build_trainer(
     checkpoints = CheckpointPolicy(state, collective, saver, reporter, every=config.save_every)
     return Trainer(
         state,
-        partial(make_stepper, context, synchronization),
+        partial(make_stepper, context, _synchronization(config, state, stop, total_steps)),
         nodes,
         validation,
         checkpoints,
         Recovery(nodes.elastic, state, nodes, checkpoints, reporter, stop) if nodes.elastic is not None else None,
         reporter,
         total_steps=total_steps,
-        epoch_of=order.epoch_of,
+        epoch_of=rows.order.epoch_of,
     )
+
+
+def _synchronization(config: TrainingConfig, state: TrainState, stop: StopRequest, total_steps: int) -> Synchronization:
+    """When the nodes have the same adapter: after each step, or with DiLoCo after some."""
+    if state.outer is None:
+        return EveryStep(state.reducer)
+    return DiLoCo(
+        state.model, state.outer, state.reducer, stop, inner_steps=config.inner_steps, total_steps=total_steps
+    )
+
+
+def _validate(
+    config: TrainingConfig, state: TrainState, compute: StepGradient, rows: Sequence[Row], stop: StopRequest
+) -> Validate:
+    """The loss of this rank's part of ``rows``."""
+
+    def validate(shard: DataShard, progress: Callable[[int, int], None]) -> ValidationResult:
+        return validation_loss(
+            state.model,
+            compute.loss,
+            compute.execution,
+            rows,
+            state.reducer.collective,
+            shard=shard,
+            progress=progress,
+            stopped=lambda: stop.requested,
+            fixed=config.deterministic,
+        )
+
+    return validate

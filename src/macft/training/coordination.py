@@ -71,7 +71,7 @@ class NodeCoordinator:
         return self.elastic is not None and self.elastic.wants_change
 
     def begin_step(self, micro_batches: int) -> None:
-        """Announces a step of so many micro-batches of this rank."""
+        """Announces a step of this many micro-batches of this rank."""
         self._throttle.begin_step(micro_batches)
 
     def before_micro_batch(self) -> None:
@@ -154,7 +154,7 @@ class NodeCoordinator:
         self._take()
 
     def _obstacles(self, layout: StageLayout) -> list[str]:
-        """What the ranks lack for their parts of ``layout``. A call of all ranks."""
+        """What the ranks lack for their parts of ``layout``. A collective call."""
         collective, own = self.collective, ""
         if self._fit is not None:
             own = self._fit.obstacle(layout, collective.rank, collective.world_size)

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from macft.data.batch import Batch
 from macft.model.execution import Execution
 from macft.training.exact_loss import exact_loss
-from macft.training.gradient import Gradient, LocalGradient, StepGradient, buckets_of
+from macft.training.gradient import Form, LocalGradient, StepGradient
+from macft.training.gradient_buckets import Gradient, names_in_buckets
 from macft.training.settings import MOST_PARTS
 from macft.training.validation import Losses
 
@@ -55,10 +56,14 @@ def from_grid(halves: Halves) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class ExactGradient(LocalGradient):
-    """A :class:`LocalGradient` whose sums are ``halves``, (2, size) by parameter name; ``gradient`` is empty."""
+    """A :class:`LocalGradient` whose sums are ``halves``, (2, size) by parameter name; ``gradient`` is empty.
+
+    They travel in ``names_in_buckets``.
+    """
 
     halves: Mapping[str, Halves] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    names_in_buckets: Sequence[Sequence[str]] = ()
 
     @property
     def loss_sum(self) -> float:
@@ -76,8 +81,9 @@ class ExactParameters:
     @classmethod
     def of(cls, model: nn.Module, bucket_bytes: int) -> ExactParameters:
         """Those of ``model``, in groups of which the sums take about ``bucket_bytes``."""
-        shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
-        return cls(shapes, buckets_of(shapes, bucket_bytes // 4))
+        parameters = dict(tree_flatten(model.trainable_parameters()))
+        shapes = {name: value.shape for name, value in parameters.items()}
+        return cls(shapes, names_in_buckets(parameters, bucket_bytes // 4))
 
 
 class ExactSums:
@@ -96,8 +102,9 @@ class ExactSums:
     def result(self, local: LocalGradient) -> ExactGradient:
         """``local`` with these sums as its gradient."""
         own = {each.name: getattr(local, each.name) for each in fields(LocalGradient)}
-        own |= {"gradient": {}, "buckets": self._parameters.buckets}
-        return ExactGradient(**own, halves=self._halves, shapes=self._parameters.shapes)
+        own |= {"gradient": {}, "buckets": ()}
+        parameters = self._parameters
+        return ExactGradient(**own, halves=self._halves, shapes=parameters.shapes, names_in_buckets=parameters.buckets)
 
 
 class ExactStepGradient:
@@ -126,7 +133,7 @@ class ExactStepGradient:
         batches: Sequence[Batch],
         before_micro_batch: Callable[[], None] = lambda: None,
         *,
-        joined: bool = False,  # noqa: ARG002
+        form: Form = "parameters",  # noqa: ARG002
     ) -> LocalGradient:
         """See :class:`~macft.training.gradient.StepGradient`."""
         sums, parts = ExactSums(self._parameters), list[LocalGradient]()

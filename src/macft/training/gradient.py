@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,32 +15,35 @@ from mlx.utils import tree_flatten
 
 from macft.data.batch import Batch
 from macft.device.mlx_device import start
+from macft.model.adapters.dropout import DropoutKeys
 from macft.model.backends.base import Backend
-from macft.model.dropout import DropoutKeys
 from macft.model.execution import Execution
 from macft.model.joined_parameters import Joined, JoinedParameters
 from macft.model.packing import packed, takes_packs
 from macft.training.batch_layout import BatchLayout, DeviceBatch, pack_layout
+from macft.training.gradient_buckets import Buckets, Gradient, buckets_of
 from macft.training.joined_gradient import joined_value_and_grad
 from macft.training.loss import TokenLoss
 from macft.training.validation import Losses
 
-Gradient = dict[str, mx.array]
-"""By parameter name, float32, of the parameters' shapes."""
+Form = Literal["parameters", "buckets", "joined"]
+"""How a gradient is: by parameter, in the pieces of its buckets, or as
+:class:`~macft.model.joined_parameters.JoinedParameters` are. What is joined takes a GPU fewer kernels; a backend that
+computes layer by layer, or in lanes, may give the parameters' instead of a bucket's pieces."""
 
 
 @dataclass(frozen=True)
 class LocalGradient:
-    """Sums over this node's rows: the gradient by parameter name, each micro-batch's loss, and counts of tokens.
+    """Sums over this node's rows: the gradient, each micro-batch's loss, and counts of tokens.
 
-    ``gradient`` holds float32 arrays of the parameters' shapes, row-contiguous and nobody else's, so that they can be
-    summed over the ranks where they lie. They may still be on their way: ``buckets`` lists their names in the order in
-    which the backward pass produces them, and each bucket is evaluated by itself. ``losses`` are float32 scalars, in
-    nats; ``started`` is the time of ``perf_counter`` at which the computation began.
+    ``gradient`` holds float32 arrays by parameter name, or joined; they are row-contiguous and nobody else's, so that
+    they can be summed over the ranks where they lie. They may still be on their way: ``buckets`` lists what travels
+    together in the order in which the backward pass produces it, and each bucket is evaluated by itself. ``losses`` are
+    float32 scalars, in nats; ``started`` is the time of ``perf_counter`` at which the computation began.
     """
 
     gradient: Gradient
-    buckets: Sequence[Sequence[str]]
+    buckets: Buckets
     losses: Sequence[mx.array]
     target_tokens: int
     tokens: int
@@ -88,13 +90,13 @@ class StepGradient(Protocol):
         batches: Sequence[Batch],
         before_micro_batch: Callable[[], None] = lambda: None,
         *,
-        joined: bool = False,
+        form: Form = "parameters",
     ) -> LocalGradient:
         """Computes ``batches``, this node's micro-batches of ``step``; there may be none.
 
         ``before_micro_batch`` is called as often as there are micro-batches, when all that came before is computed.
-        What the result holds may still be under way, bucket by bucket. ``joined``: nobody needs it parameter by
-        parameter, and it may be as in :class:`~macft.model.joined_parameters.JoinedParameters`.
+        What the result holds may still be under way, bucket by bucket. ``form``: what the gradient may be like;
+        always that by parameter.
         """
         ...
 
@@ -102,9 +104,8 @@ class StepGradient(Protocol):
 class GradientComputer:
     """Runs micro-batches forward and backward and adds up their gradients, as ``execution`` says.
 
-    ``model`` must be installed in ``backend`` (:meth:`Backend.installed`) as long as this is used. ``buckets`` lists
-    the trainable parameters' names in the order of the backward pass, last layer first, in groups of about
-    ``bucket_bytes`` bytes.
+    ``model`` must be installed in ``backend`` (:meth:`Backend.installed`) as long as this is used. ``buckets`` are of
+    about ``bucket_bytes`` bytes.
 
     Raises:
         RuntimeError: rows are to be packed, and ``model`` is not installed.
@@ -130,7 +131,7 @@ class GradientComputer:
         self._seed = seed
         self._layout = BatchLayout.from_execution(execution)
         self._shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
-        self.buckets = buckets_of(self._shapes, bucket_bytes)
+        self.buckets = buckets_of(model, bucket_bytes)
         # The loss is looked up with each call, so that callers may wrap it.
         self._value_and_grad = [
             backend.value_and_grad(each, partial(self._loss_in_lane, lane))
@@ -138,11 +139,16 @@ class GradientComputer:
         ]
         self._traces = 0
         self._parameters = JoinedParameters.of(model)
-        self._joined_value_and_grad = joined_value_and_grad(
-            self._parameters, self.loss, backend.types_in_products(model)
-        )
-        if execution.compiled:
-            self._compiled = mx.compile(self._trace, inputs=model.state)
+        pieces = {piece.name: piece.names for bucket in self.buckets for piece in bucket}
+        types = backend.types_in_products(model)
+        self._of_form = {
+            form: joined_value_and_grad(self._parameters, self.loss, types, groups)
+            for form, groups in (("joined", self._parameters.groups), ("buckets", pieces))
+        }
+        self._compiled = {
+            form: mx.compile(partial(self._trace, form), inputs=model.state)
+            for form in (get_args(Form) if execution.compiled else ())
+        }
 
     def adopt(self, execution: Execution) -> None:
         """Takes over other sizes of micro-batches. What is compiled, packed or recomputed stays as it was."""
@@ -154,26 +160,25 @@ class GradientComputer:
         batches: Sequence[Batch],
         before_micro_batch: Callable[[], None] = lambda: None,
         *,
-        joined: bool = False,
+        form: Form = "parameters",
     ) -> LocalGradient:
         """Computes ``batches``, this node's micro-batches of ``step``; there may be none.
 
         ``before_micro_batch`` is called before each micro-batch, when all that came before is computed. All but the
         last pack of rows are computed when this returns. The last one is under way bucket by bucket, so that its first
-        gradients can be sent while MLX computes the others; or ``joined``, where the backend is lazy: the gradient is
-        one long array for each kind of parameters. Lanes compute their parts of a micro-batch at the same time; the
-        sums are made in the order of the parts.
+        gradients can be sent while MLX computes the others; or as a whole, where it is joined. Lanes compute their
+        parts of a micro-batch at the same time; the sums are made in the order of the parts.
         """
         if not self._model.training:
             self._model.train()
+        form = "parameters" if self._backend.is_eager else form
         with self._parameters.unchanged():
-            return self._summed(step, batches, before_micro_batch, joined=joined and not self._backend.is_eager)
+            return self._summed(step, batches, before_micro_batch, form)
 
     def _summed(
-        self, step: int, batches: Sequence[Batch], before_micro_batch: Callable[[], None], *, joined: bool
+        self, step: int, batches: Sequence[Batch], before_micro_batch: Callable[[], None], form: Form
     ) -> LocalGradient:
         started = time.perf_counter()
-        parameters = self._parameters.get() if joined else {}
         total: Gradient = {}
         losses: list[mx.array] = []
         target_tokens = 0
@@ -187,24 +192,24 @@ class GradientComputer:
                 if losses:
                     start([losses[-1], *total.values()])
                 if not self._backend.is_eager:  # while the device is at what comes before
-                    loss, total = self._add_gradient(total, step, part, parameters)
+                    loss, total = self._add_gradient(total, step, part, form)
                 mx.synchronize()  # one at a time: activations are freed before the next begin
                 if number == 0:
                     before_micro_batch()
                 if self._backend.is_eager:
-                    loss, total = self._add_gradient(total, step, part, parameters)
+                    loss, total = self._add_gradient(total, step, part, form)
                 losses.append(loss)
                 target_tokens += int(part.weights.sum())
-        shapes = {key: value.shape for key, value in parameters.items()} if joined else self._shapes
-        total = total or {name: mx.zeros(shape) for name, shape in shapes.items()}
-        if joined:
+        total = total or {name: mx.zeros(shape) for name, shape in self._shapes_of(form).items()}
+        if form == "joined":
             start([*losses, *total.values()])
         else:
             start(losses)
-            for names in self.buckets:
+            for bucket in self.buckets:
+                names = [name for piece in bucket for name in ([piece.name] if form == "buckets" else piece.names)]
                 total |= {name: mx.contiguous(total[name]) for name in names}
                 # MLX computes what it is asked for first last, and holds until then all that this needs.
-                start([total[name] for name in reversed(names)])
+                start([total[name] for name in names])
         return LocalGradient(
             gradient=total,
             buckets=self.buckets,
@@ -214,6 +219,13 @@ class GradientComputer:
             started=started,
             traces=self._traces,
         )
+
+    def _shapes_of(self, form: Form) -> Mapping[str, tuple[int, ...]]:
+        if form == "joined":
+            return {key: value.shape for key, value in self._parameters.get().items()}
+        if form == "buckets":
+            return {piece.name: piece.shape for bucket in self.buckets for piece in bucket}
+        return self._shapes
 
     def _loss_in_lane(self, lane: int, *inputs: mx.array) -> mx.array:
         return self.loss(*inputs, lane=lane)
@@ -250,12 +262,16 @@ class GradientComputer:
         keys: mx.array,
         *inputs: mx.array,
         lengths: Sequence[int] = (),
+        form: Form = "parameters",
         parameters: Joined | None = None,
     ) -> tuple[mx.array, Gradient]:
-        """The summed loss of a part and its gradient, computed by the model of ``lane``; joined as ``parameters``."""
+        """The summed loss of a part and its gradient, computed by the model of ``lane``.
+
+        ``parameters``: the joined ones, where ``form`` is not that by parameter.
+        """
         with packed(pack_layout(layout, lengths)), self._keys.using(keys):
-            if parameters:
-                return self._joined_value_and_grad(parameters, *inputs)
+            if form != "parameters":
+                return self._of_form[form](parameters, *inputs)
             loss, gradient = self._value_and_grad[lane](*inputs)
         return loss, {name: value.astype(mx.float32) for name, value in gradient.items()}
 
@@ -264,22 +280,19 @@ class GradientComputer:
         row_keys = self._keys.needed_for(self._seed, step, part.row_ids)
         return part.loss_inputs(), [mx.array(values) for values in part.layout], mx.array(row_keys)
 
-    def _add_gradient(
-        self, total: Gradient, step: int, part: DeviceBatch, parameters: dict[str, mx.array]
-    ) -> tuple[mx.array, Gradient]:
-        """The summed loss of ``part``, and the gradients in ``total``, if any, with those of ``part`` added.
-
-        ``parameters``: the joined ones, if gradients are joined.
-        """
+    def _add_gradient(self, total: Gradient, step: int, part: DeviceBatch, form: Form) -> tuple[mx.array, Gradient]:
+        """The summed loss of ``part``, and the gradients in ``total``, if any, with those of ``part`` added."""
         inputs, layout, keys = self._arrays(step, part)
+        parameters = {} if form == "parameters" else self._parameters.get()
         if self.execution.compiled:
             # Nobody else holds the sums so far, so that MLX adds in their memory.
-            added: tuple[mx.array, Gradient] = self._compiled(total, parameters, layout, keys, *inputs)
+            added: tuple[mx.array, Gradient] = self._compiled[form](total, parameters, layout, keys, *inputs)
             return added
-        return self._sum(total, parameters, layout, keys, *inputs, lengths=part.lengths)
+        return self._sum(form, total, parameters, layout, keys, *inputs, lengths=part.lengths)
 
     def _sum(
         self,
+        form: Form,
         total: Gradient,
         parameters: dict[str, mx.array],
         layout: list[mx.array],
@@ -287,11 +300,12 @@ class GradientComputer:
         *inputs: mx.array,
         lengths: Sequence[int] = (),
     ) -> tuple[mx.array, Gradient]:
-        loss, gradient = self._gradient(0, layout, keys, *inputs, lengths=lengths, parameters=parameters)
+        loss, gradient = self._gradient(0, layout, keys, *inputs, lengths=lengths, form=form, parameters=parameters)
         return loss, add(total, gradient)
 
     def _trace(
         self,
+        form: Form,
         total: Gradient,
         parameters: dict[str, mx.array],
         layout: list[mx.array],
@@ -302,7 +316,7 @@ class GradientComputer:
         self._traces += 1
         trained = self._model.trainable_parameters()
         try:
-            return self._sum(total, parameters, layout, keys, *inputs)
+            return self._sum(form, total, parameters, layout, keys, *inputs)
         finally:
             self._model.update(trained)
 
@@ -310,16 +324,3 @@ class GradientComputer:
 def add(total: Gradient, gradient: Gradient) -> Gradient:
     """Their sum; an empty ``total`` is zero."""
     return {name: total[name] + value for name, value in gradient.items()} if total else gradient
-
-
-def buckets_of(shapes: dict[str, tuple[int, ...]], bucket_bytes: int) -> list[list[str]]:
-    """Names in the reverse order of the model, in groups of about ``bucket_bytes``."""
-    buckets: list[list[str]] = [[]]
-    size = 0
-    for name in reversed(shapes):
-        if size >= bucket_bytes:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(name)
-        size += 4 * math.prod(shapes[name])
-    return buckets

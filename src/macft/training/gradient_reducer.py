@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from macft.collective.base import Collective
 from macft.collective.codecs.choose import choose, make
 from macft.errors import CheckpointError
+from macft.training.gradient_buckets import Piece
 
 _WARM_STEPS, _MEASURED_STEPS = 2, 3
 
@@ -43,8 +44,17 @@ class GradientReducer:
         return math.sqrt(sum(float(np.vdot(error, error)) for error in errors))
 
     def all_reduce(self, names: Sequence[str], arrays: Sequence[mx.array | NDArray[np.float32]]) -> None:
-        """Sums a bucket in place; raises as the collective does."""
+        """Sums ``arrays`` of any shape, a bucket with these ``names``, in place; raises as the collective does."""
         self._codec.all_reduce(self.collective, names, arrays)
+
+    def all_reduce_pieces(self, bucket: Sequence[Piece], arrays: Sequence[mx.array]) -> None:
+        """Sums the ``arrays`` of a bucket's pieces in place, where they lie; raises as the collective does."""
+        named = {piece.name: array for piece, array in zip(bucket, arrays, strict=True)}
+        if not self._codec.needs_matrices:
+            self.all_reduce(list(named), list(named.values()))
+            return
+        views = {name: view for piece in bucket for name, view in piece.views(named[piece.name]).items()}
+        self.all_reduce(list(views), list(views.values()))
 
     def observe(self, step_seconds: float, exposed_seconds: float) -> str:
         """Takes a step's seconds, ``exposed_seconds`` of them for communication; returns a line once a codec is chosen.

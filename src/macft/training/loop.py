@@ -19,6 +19,12 @@ from macft.training.stepper import Stepper, StepResult
 from macft.training.stop_request import Stopped
 from macft.training.validation_policy import ValidationPolicy
 
+_IF_DIVERGED = ". A lower optimizer.learning_rate or a smaller adapter.scale usually helps"
+_IF_NEVER_FINITE = (
+    ". No step was before it: the model's weights, or those of adapter.init_from, may be damaged, or need "
+    "model.precision=float32"
+)
+
 
 class Trainer:
     """One rank's training run. All ranks take the same decisions, because all decide on reduced values.
@@ -173,8 +179,5 @@ class Trainer:
             yield
         except NonFiniteLoss as error:
             self.state.progress.step = error.updates
-            raise NonFiniteLoss(
-                f"{error} and {self.checkpoints.last()}. A lower optimizer.learning_rate or a "
-                "smaller adapter.scale usually helps",
-                error.updates,
-            ) from error
+            advice = _IF_DIVERGED if error.updates else _IF_NEVER_FINITE
+            raise NonFiniteLoss(f"{error} and {self.checkpoints.last()}{advice}", error.updates) from error

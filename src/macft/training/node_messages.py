@@ -36,7 +36,7 @@ class NodeMessages:
         return len(self._waiting)
 
     def exchange(self, nodes: Sequence[NodeStatus]) -> list[str]:
-        """All nodes' lines, with the ranks they come from. A call of all ranks, with equal ``nodes``."""
+        """All nodes' lines, with the ranks they come from. A collective call, with equal ``nodes``."""
         if not any(node.messages for node in nodes):
             return []
         own = "\n".join(" ".join(line.split())[:_LONGEST] for line in self._waiting)

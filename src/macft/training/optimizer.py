@@ -79,7 +79,9 @@ class OptimizerStep:
         self._is_sound = mx.array(True)
 
     def __call__(self, gradient: Mapping[str, mx.array], rate: float, scale: float = 1.0) -> None:
-        """One update by ``scale`` times ``gradient``, which maps the parameters' names to float32 arrays.
+        """One update by ``scale`` times ``gradient``, float32 arrays by the parameters' names.
+
+        Some may be joined, under the name of the first, as for :meth:`JoinedParameters.join`.
 
         Part by part, each computed before the next one: MLX runs ahead, and what an update of all of them needs in
         between would exist at once, up to six times the parameters.
@@ -138,7 +140,7 @@ class OptimizerStep:
         try:
             for part in self._parameters.parts():
                 of_kinds = {kind: _cut(state[f"{part.key}.{kind}"], part) for kind in kinds}
-                pieces = [gradient[name] for name in part.names]
+                pieces = self._parameters.pieces(gradient, part)
                 new, of_kinds, after = self._update_part(
                     _cut(parameters[part.key], part), pieces, of_kinds, counters, scale
                 )

@@ -23,15 +23,16 @@ from macft.collective.array_bytes import array_bytes, array_of
 from macft.collective.base import Channels
 from macft.data.batch import Batch
 from macft.device import fault_points
+from macft.model.adapters.dropout import DropoutKeys
 from macft.model.backends.base import Backend
-from macft.model.block_weights import BlockWeights
-from macft.model.dropout import DropoutKeys
+from macft.model.blocks.block_weights import BlockWeights
 from macft.model.execution import Execution
 from macft.parallel.stage_layout import spread
 from macft.parallel.stage_places import StagePlace, StagePlaces
 from macft.training.batch_layout import DeviceBatch
 from macft.training.exact_sums import ExactParameters, ExactStepGradient, ExactSums
-from macft.training.gradient import Gradient, LocalGradient, StepGradient, add
+from macft.training.gradient import Form, LocalGradient, StepGradient, add
+from macft.training.gradient_buckets import Gradient
 from macft.training.pipeline_schedule import holding, one_forward_one_backward
 from macft.training.staged_gradient import StagedGradient, StagedLoss
 from macft.training.staged_model import StagedModel, Work
@@ -209,7 +210,7 @@ class PipelinedGradient:
         batches: Sequence[Batch],
         before_micro_batch: Callable[[], None] = lambda: None,
         *,
-        joined: bool = False,
+        form: Form = "parameters",
     ) -> LocalGradient:
         """Computes ``batches``, the micro-batches of this rank's pipeline in ``step``; there may be none.
 
@@ -218,7 +219,7 @@ class PipelinedGradient:
         """
         run = self._settle()
         if run is None or len(run.place.stages) == 1:
-            return self._alone(step, batches, before_micro_batch, joined=joined)
+            return self._alone(step, batches, before_micro_batch, form=form)
         return self._compute(run, step, batches, before_micro_batch)
 
     def _compute(
@@ -270,7 +271,7 @@ class PipelinedGradient:
         return local if sums is None else sums.result(local)
 
     def _settle(self) -> _StageRun | None:
-        """This rank's stage, with its parts of the model, and not others, kept in memory. A call of all ranks."""
+        """This rank's stage, with its parts of the model, and not others, kept in memory. A collective call."""
         channels, place = self._places.channels(), self._places.own
         ends = frozenset[str]() if place is None else place.ends
         if not (ends == self._whole.staged.ends == self._weights.ends):  # others, which answer, use the weights too
@@ -285,7 +286,7 @@ class PipelinedGradient:
         resident = frozenset(spread(blocks, min(len(blocks), capacity)))
         if resident != self._weights.resident:
             self._weights.resident = resident
-        # What else there is room for was found for a stage of so many blocks.
+        # What else there is room for was found for a stage of this many blocks.
         has_room = len(blocks) <= len(self.execution.resident_blocks) and not fewer
         execution = self.execution if has_room else replace(self.execution, activation_capacity=0, border_capacity=0)
         return _StageRun(

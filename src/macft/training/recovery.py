@@ -156,7 +156,7 @@ class Recovery:
     def wait_for_memory(self) -> None:
         """Returns at once if the members' memories hold the run. Otherwise the run pauses, with its state saved.
 
-        A call of all ranks.
+        A collective call.
 
         Raises:
             MembershipChanged: a node wants to join, or one is lost; what the members lack may have changed.

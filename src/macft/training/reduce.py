@@ -56,8 +56,8 @@ class StepMetrics:
 class ReducedGradient:
     """The same on every rank: the summed gradient of the global batch.
 
-    ``gradient`` maps parameter names to float32 arrays. Times ``scale`` it is the gradient of the mean loss over all
-    target tokens, clipped.
+    ``gradient`` maps names to float32 arrays, of parameters or joined under the name of the first. Times ``scale`` it
+    is the gradient of the mean loss over all target tokens, clipped.
     """
 
     gradient: dict[str, mx.array]
@@ -90,7 +90,7 @@ def reduce_gradient(
     if isinstance(local, ExactGradient):
         local, seconds = _sum_exactly(reducer, local, computed)
     else:
-        seconds = _sum_buckets(reducer, local, computed)
+        local, seconds = _sum_buckets(reducer, local, computed)
     ready = time.perf_counter()
     fault_points.reach("reduce")
     slots = np.zeros((collective.world_size, NodeStatus.SIZE))
@@ -111,20 +111,29 @@ def reduce_gradient(
         nodes=[NodeStatus.of_numbers(slot.tolist()) for slot in sums[len(counts) :].reshape(slots.shape)],
         seconds=seconds,
     )
-    return ReducedGradient(
-        local.gradient, float(scalars.scale), metrics, wants_stop=stops > 0, wants_change=changes > 0
-    )
+    gradient = dict(local.gradient)
+    for piece in (piece for bucket in local.buckets for piece in bucket):
+        gradient |= piece.for_update(gradient.pop(piece.name))
+    return ReducedGradient(gradient, float(scalars.scale), metrics, wants_stop=stops > 0, wants_change=changes > 0)
 
 
-def _sum_buckets(reducer: GradientReducer, local: LocalGradient, computed: Callable[[], None]) -> dict[str, float]:
-    """Sums bucket after bucket; returns the seconds of computing, and of all-reduce exposed and hidden behind it."""
+def _sum_buckets(
+    reducer: GradientReducer, local: LocalGradient, computed: Callable[[], None]
+) -> tuple[LocalGradient, dict[str, float]]:
+    """``local`` with the sums as its gradient, which is taken from the one that is given, bucket after bucket.
+
+    And seconds: of computing, and of all-reduce exposed and hidden behind it.
+    """
     begun = time.perf_counter()
     compute = begun - local.started
     exposed = hidden = reducing = 0.0
+    gradient: dict[str, mx.array] = {}
     for number, bucket in enumerate(local.buckets, 1):
-        arrays = [local.gradient[name] for name in bucket]
+        arrays = [piece.of(local.gradient) for piece in bucket]
         waited = time.perf_counter()
         mx.eval(arrays)
+        for name in (name for piece in bucket for name in piece.names):
+            local.gradient.pop(name, None)  # of what was joined now, the parts are of no use
         ready = time.perf_counter()
         if number == len(local.buckets):
             computed()
@@ -134,19 +143,21 @@ def _sum_buckets(reducer: GradientReducer, local: LocalGradient, computed: Calla
             hidden, compute = hidden + reducing, compute + reducing
         else:
             exposed += reducing
-        reducer.all_reduce(bucket, arrays)
+        reducer.all_reduce_pieces(bucket, arrays)
+        gradient |= {piece.name: array for piece, array in zip(bucket, arrays, strict=True)}
         reducing = time.perf_counter() - ready
-    return {"compute": compute, "all_reduce": exposed + reducing, "all_reduce_hidden": hidden}
+    seconds = {"compute": compute, "all_reduce": exposed + reducing, "all_reduce_hidden": hidden}
+    return replace(local, gradient=gradient), seconds
 
 
 def _sum_exactly(
     reducer: GradientReducer, local: ExactGradient, computed: Callable[[], None]
 ) -> tuple[LocalGradient, dict[str, float]]:
-    """``local`` with the sums over all ranks as its gradient, and the seconds as of :func:`_sum_buckets`."""
+    """As :func:`_sum_buckets`."""
     ready = time.perf_counter()
     computed()
     gradient: dict[str, mx.array] = {}
-    for bucket in local.buckets:
+    for bucket in local.names_in_buckets:
         reducer.collective.all_reduce([local.halves[name] for name in bucket])
         gradient |= {name: mx.array(from_grid(local.halves[name]).reshape(local.shapes[name])) for name in bucket}
     seconds = {"compute": ready - local.started, "all_reduce": time.perf_counter() - ready, "all_reduce_hidden": 0.0}

@@ -45,7 +45,7 @@ class TrainingConfig:
 
     # Rows in a global batch: one optimizer update. (mlx-lm: batch_size x grad_accumulation_steps.)
     batch_size: int = 8
-    # At most so many rows in one forward pass of a node; the rest is accumulated. Null: all of the node's rows.
+    # Most rows in one forward pass of a node; gradients of more are accumulated. Null: all of the node's rows.
     micro_batch_size: int | None = None
     # The same adapter, bit for bit, on any number of nodes of one kind, whatever their shares, limits and placement,
     # and if nodes are lost: each micro-batch is a fixed set of rows (without micro_batch_size, an eighth of the batch),
@@ -81,7 +81,7 @@ class TrainingConfig:
     kernels: str = "auto"
     # Target positions whose logits are computed at once; null: as many as are fast and small.
     loss_chunk: int | None = None
-    # Validate every so many steps, and before the first and after the last one; 0 means never.
+    # Steps between two validations; there is also one before the first step and one after the last. 0 means never.
     eval_every: int = 50
     # Validation rows to use, the same ones each time; -1 means all.
     eval_rows: int = -1
@@ -90,7 +90,7 @@ class TrainingConfig:
     metric_rows: int = 32
     # Longest answer generated for a metric or a sample, in tokens, with the model's thinking.
     metric_max_tokens: int = 64
-    # Save a checkpoint every so many steps, and at the end; 0 means at the end only.
+    # Steps between two checkpoints; one is also saved at the end. 0 means at the end only.
     save_every: int = 50
     # Checkpoints to keep, the newest ones; the best one is kept besides.
     keep_last: int = 2
@@ -99,7 +99,7 @@ class TrainingConfig:
     replicas: int = 2
     # The adapter folder gets the adapter of the lowest validation loss (best) or of the last step (last).
     export: str = "best"
-    # Stop after so many validations in a row without a lower loss; 0 means never.
+    # Stop after this many validations in a row without a lower loss; 0 means never.
     patience: int = 0
 
 

@@ -17,13 +17,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from macft.data.batch import Batch
+from macft.model.adapters.dropout import DropoutKeys
 from macft.model.backends.base import Backend
-from macft.model.block_weights import BlockWeights
-from macft.model.dropout import DropoutKeys
+from macft.model.blocks.block_weights import BlockWeights
 from macft.model.execution import Execution
 from macft.model.packing import takes_packs
 from macft.training.batch_layout import BatchLayout, DeviceBatch
-from macft.training.gradient import Gradient, LocalGradient, add, buckets_of
+from macft.training.gradient import Form, LocalGradient, add
+from macft.training.gradient_buckets import Gradient, buckets_of
 from macft.training.staged_model import StagedModel, Work
 
 VALIDATION_TOKENS = 16_384
@@ -89,7 +90,7 @@ class StagedGradient:
         self._model, self._keys, self._seed = model, dropout_keys, seed
         self._layout = BatchLayout.from_execution(execution)
         self._shapes = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
-        self.buckets = buckets_of(self._shapes, bucket_bytes)
+        self.buckets = buckets_of(model, bucket_bytes)
         trained = [number for number in range(self.staged.count) if self.staged.parameters_of(number)]
         self._first = min(trained, default=self.staged.count)
 
@@ -104,7 +105,7 @@ class StagedGradient:
         batches: Sequence[Batch],
         before_micro_batch: Callable[[], None] = lambda: None,
         *,
-        joined: bool = False,  # noqa: ARG002
+        form: Form = "parameters",  # noqa: ARG002
     ) -> LocalGradient:
         """Computes ``batches``, this node's micro-batches of ``step``; there may be none.
 

@@ -11,14 +11,14 @@ import numpy as np
 
 from macft.collective.array_bytes import overwrite
 from macft.model.backends.base import Backend, CrossEntropy
-from macft.model.block_weights import BlockWeights
-from macft.model.ends import AFTER
+from macft.model.blocks.block_weights import BlockWeights
+from macft.model.blocks.cut_model import CutModel, Entry
+from macft.model.blocks.ends import AFTER
 from macft.model.head import split_head
 from macft.model.packing import PackLayout, packed
 from macft.model.parameter_refs import ParameterRefs
-from macft.model.stages import CutModel, Entry
 from macft.training.batch_layout import DeviceBatch
-from macft.training.gradient import Gradient
+from macft.training.gradient_buckets import Gradient
 
 
 @dataclass
@@ -127,7 +127,7 @@ class StagedModel:
             return float(np.asarray(cross_entropy(hidden, targets, weights, with_gradient=False)))
 
     def loss_and_gradient(self, lane: int, work: Work) -> tuple[mx.array, mx.array]:
-        """The summed loss, and its gradient by what the last block has computed."""
+        """The summed loss (), in nats, and its gradient by the last block's result (rows, length, d)."""
         inputs, positions, targets, weights = work.arrays
         cut, cross_entropy = self._exits[lane]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import mlx.nn as nn
 
 from macft.device import blas
+from macft.model.adapters.dropout import DropoutKeys
 from macft.model.backends.base import Backend
-from macft.model.block_weights import BlockWeights
-from macft.model.dropout import DropoutKeys
+from macft.model.blocks.block_weights import BlockWeights
 from macft.model.execution import Execution
 from macft.parallel.stage_places import StagePlaces
 from macft.training.exact_sums import ExactParameters, ExactStepGradient

@@ -98,7 +98,7 @@ class SynchronousStepper:
         batches = context.loader.batches(step, shard)
         loaded = time.perf_counter()
         nodes.begin_step(len(batches))
-        local = context.compute(step, batches, nodes.before_micro_batch)
+        local = context.compute(step, batches, nodes.before_micro_batch, form="buckets")
         context.loader.prepare(step + 1, shard)  # while MLX computes
         reduced = reduce_gradient(
             sync.reducer,
@@ -185,7 +185,7 @@ class QueuedStepper:
         batches = context.loader.batches(step, shard)
         nodes.begin_step(len(batches))
         self._awaits_first_micro_batch = True
-        local = context.compute(step, batches, self._before_micro_batch, joined=True)
+        local = context.compute(step, batches, self._before_micro_batch, form="joined")
         previous = self.flush()
         rate = context.learning_rate(step)
         loss_sum = sum(local.losses, mx.array(0.0))

@@ -13,7 +13,7 @@ class Throttle(Protocol):
     """Called by the trainer around everything that heats the node."""
 
     def begin_step(self, micro_batches: int) -> None:
-        """Announces a step of so many micro-batches; the step before may still be computing."""
+        """Announces a step of this many micro-batches; the step before may still be computing."""
         ...
 
     def before_micro_batch(self) -> None:

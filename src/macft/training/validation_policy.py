@@ -18,7 +18,7 @@ Validate = Callable[[DataShard, Callable[[int, int], None]], ValidationResult]
 class ValidationPolicy:
     """Validation every ``every`` steps (0: never), before the first and after the last one.
 
-    ``patience``: training stops after so many validations in a row without a lower loss; 0: it does not.
+    ``patience``: training stops after this many validations in a row without a lower loss; 0: it does not.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from macft.model.execution import Execution
 from macft.model.settings import ModelConfig
 from macft.model.shape import ModelShape, shape_of
 from macft.planner.mlx_lm_memory import predict_mlx_lm
-from macft.planner.node_part import placer_for, planner_for
+from macft.planner.node_part import planner_for, whole_model_planner
 from macft.planner.packing import choose_packing
 from macft.planner.speed import own_speed, step_cost
 from macft.planner.workload import steps_of
@@ -109,8 +109,8 @@ def plan_training(
     given = planner_for(config, shape, execution_for(config, shape, shape.checkpoint, Device.default()), steps)
     planner = replace(given, execution=choose_packing(given)[0])
     budget = parse_budget(config.topology.memory_budget, usable_bytes())
-    placer = placer_for(config, planner, budget)
-    execution, refusal = placer.choice()
+    whole_model = whole_model_planner(config, planner, budget)
+    execution, refusal = whole_model.choice()
     longest = max(int(step.lengths.max()) for step in steps)
     timed = step_cost(replace(planner, steps=steps[training.warm_up :]), execution)
     tokens = timed.tokens
@@ -119,7 +119,7 @@ def plan_training(
         shape=shape,
         execution=execution,
         budget=budget,
-        peak=placer.parts(execution).peak,
+        peak=whole_model.parts(execution).peak,
         mlx_lm_peak=predict_mlx_lm(shape, execution, ADAPTER, longest, rows=training.batch_size),
         refusal=refusal,
         operations=timed.operations,

@@ -15,7 +15,7 @@ from macft.device import training_speed
 from macft.device.durable import write_atomically
 from macft.device.mlx_device import prepare_device
 from macft.errors import MacftError
-from macft.model.bundled import ensure_bundled
+from macft.model.fetch.bundled import ensure_bundled
 from macft.model.load import load_tokenizer
 from macft.model.settings import ModelConfig
 from macft.report.durations import duration

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from macft.model.bundled import ensure_bundled
-from macft.planner.run_plan import known_models
+from macft.model.fetch.bundled import ensure_bundled
+from macft.planner.known_models import known_models
 
 
 def config_of(name: str) -> dict[str, Any]:

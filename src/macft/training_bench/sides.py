@@ -25,12 +25,12 @@ from macft.collective.solo import Solo
 from macft.data.formats import Row
 from macft.data.order import RowOrder
 from macft.data.tokenize import tokenize
-from macft.model.adapt import adapt
-from macft.model.adapter_settings import AdapterConfig
+from macft.model.adapters.adapt import adapt
+from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.execution import Execution
 from macft.report.events import Event, NullReporter, StepDone
-from macft.training.build_trainer import build_trainer
+from macft.training.build_trainer import TrainingRows, build_trainer
 from macft.training.gradient import GradientComputer, LocalGradient
 from macft.training.gradient_reducer import GradientReducer
 from macft.training.optimizer import make_optimizer
@@ -110,8 +110,7 @@ def train_macft(model: Any, rows: Sequence[Row], training: Training, execution: 
             OPTIMIZER,
             TrainState(model, make_optimizer(OPTIMIZER), Progress(), GradientReducer(Solo())),
             compute,
-            rows,
-            row_order(len(rows), training),
+            TrainingRows(rows, row_order(len(rows), training)),
             CheckpointSaver(CheckpointStore(Path(folder), keep_last=1)),
             Steps(),
         ).train()

@@ -10,8 +10,8 @@ import sys
 from typing import Any, TypedDict
 
 from macft.device.mlx_device import keep_within, prepare_device
-from macft.model.bundled import ensure_bundled
 from macft.model.execution import Execution
+from macft.model.fetch.bundled import ensure_bundled
 from macft.model.load import load_tokenizer
 from macft.model.settings import ModelConfig
 from macft.training_bench.random_weights import random_model

@@ -15,6 +15,8 @@ class GradientCodec(Protocol):
     """Sums buckets of gradients over all ranks. What it loses in one step it adds in a later one (error feedback)."""
 
     name: str
+    needs_matrices: bool
+    """Whether it wants each parameter's gradient in its own shape; else several may be joined as one long array."""
 
     def all_reduce(self, collective: Collective, names: Sequence[str], arrays: Sequence[ReducibleArray]) -> None:
         """Sums float32 arrays in place, to the same bits on all ranks.
@@ -41,6 +43,7 @@ class Exact:
     """No codec: the exact sum."""
 
     name = "none"
+    needs_matrices = False
 
     def all_reduce(
         self,

@@ -19,6 +19,8 @@ class ErrorFeedback:
     So one residual of the gradient's size holds this rank's rounding error, which is added in the next step.
     """
 
+    needs_matrices = False
+
     def __init__(self, codec: WireCodec):
         self.name = codec.name
         self._codec = codec
@@ -29,10 +31,14 @@ class ErrorFeedback:
         if collective.world_size == 1:
             return
         flats: list[NDArray[np.float32]] = [np.asarray(array).reshape(-1) for array in arrays]
-        fused = np.concatenate(flats)
+        fused = flats[0] if len(flats) == 1 else np.concatenate(flats)
         key = f"residual/{names[0]}"
-        residual = self._residuals.setdefault(key, np.zeros(fused.size, np.float32))
+        residual = self._residuals.get(key)
+        if residual is None or residual.size != fused.size:  # a checkpoint may have had other buckets
+            residual = self._residuals[key] = np.zeros(fused.size, np.float32)
         collective.all_reduce_coded(fused, self._codec, residual)
+        if len(flats) == 1:  # summed where it lies
+            return
         start = 0
         for flat in flats:
             flat[:] = fused[start : start + flat.size]

@@ -30,6 +30,7 @@ class PowerSGD:
     """
 
     name = "powersgd"
+    needs_matrices = True
 
     def __init__(self, rank: int):
         self._rank = rank

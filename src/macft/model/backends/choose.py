@@ -12,8 +12,8 @@ import numpy as np
 from macft.model.backends.base import Backend
 from macft.model.backends.mlx.backend import MlxBackend
 from macft.model.execution import Execution
-from macft.model.packable import ignores_positions, may_pack
 from macft.model.packing import PackLayout, packed
+from macft.model.trials.packable import ignores_positions, may_pack
 
 # What rounding makes of logits; a row that sees its neighbour, or a wrong position, differs by more.
 _TOLERANCE = {mx.float32: 1e-2, mx.bfloat16: 1e-1, mx.float16: 1e-1}
@@ -40,9 +40,9 @@ def can_pack(
 ) -> bool:
     """Whether packed rows can be given to the loaded ``model``.
 
-    They can where its architecture allows it at any length and any position (:mod:`macft.model.packable`), and where a
-    trial pack of two rows, with the tokens they have in common once, gives the logits of the rows one by one. Other
-    models (state spaces, learned positions, attention in chunks) are padded instead. ``execution`` must have
+    They can where its architecture allows it at any length and any position (:mod:`macft.model.trials.packable`), and
+    where a trial pack of two rows, with the tokens they have in common once, gives the logits of the rows one by one.
+    Other models (state spaces, learned positions, attention in chunks) are padded instead. ``execution`` must have
     ``packing``. ``traced`` makes a context in which the model is followed without values.
     """
     was_training = model.training

@@ -44,14 +44,14 @@ def tracker_sink(name: str, project: str, folder: RunFolder, config: Mapping[str
     run = TrackedRun(
         project=project,
         name=f"{config['name']}-{folder.path.name}",
-        id=_run_id(folder, config),
+        id=run_id(folder, config),
         folder=folder.trackers,
         config=config,
     )
     return TrackerSink(name, _KINDS[name], run)
 
 
-def _run_id(folder: RunFolder, config: Mapping[str, Any]) -> str:
+def run_id(folder: RunFolder, config: Mapping[str, Any]) -> str:
     """The run's id: the one it has in its folder, or else one that each of its nodes comes to by itself."""
     path = folder.trackers / "run.json"
     try:

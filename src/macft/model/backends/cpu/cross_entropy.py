@@ -37,7 +37,7 @@ def blockwise_cross_entropy(
     """``sum(weights * cross_entropy(hidden @ matrix^T, targets))`` in nats, a float32 scalar.
 
     ``matrix`` (V, D) and ``hidden`` (N, D) are float32, ``targets`` (N,) int32, ``weights`` (N,) float32. ``chunk``: at
-    most so many positions at once; None for all. The gradient reaches ``hidden`` only, and only ``with_gradient``. It
+    most this many positions at once; None for all. The gradient reaches ``hidden`` only, and only ``with_gradient``. It
     runs as MLX builds the graph.
     """
     gradients: list[mx.array] = []

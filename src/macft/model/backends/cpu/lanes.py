@@ -69,7 +69,7 @@ class ThreadLanes:
             self._release_parameters()
 
     def _share_parameters(self) -> None:
-        """Gives the replicas the model's parameters of now."""
+        """Gives the replicas the model's current parameters."""
         values = self._refs[0].get()
         mx.eval(values)
         for model, refs in zip(self.models[1:], self._refs[1:], strict=True):

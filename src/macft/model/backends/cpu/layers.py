@@ -32,17 +32,20 @@ class Kernel:
         self._forward, self._backward, self._constants = forward, backward, constants
 
     def forward(self, x: mx.array, *values: mx.array) -> mx.array:
-        """The layer's result for its input and trained parameters; arrays with values."""
+        """The layer's result (..., out) for ``x`` (..., in) and the values of its trained parameters; float32."""
         return mx.array(self._forward(*self._constants, *map(np.asarray, (x, *values))))
 
     def backward(self, grad_output: mx.array, x: mx.array, *values: mx.array) -> tuple[mx.array, ...]:
-        """The gradients by input and trained parameters, from that by the result."""
+        """The gradients by ``x`` (..., in) and by each of ``values``, from ``grad_output`` (..., out); float32."""
         gradients = self._backward(*self._constants, *map(np.asarray, (grad_output, x, *values)))
         return tuple(map(mx.array, gradients))
 
 
 def kernel_for(layer: nn.Module, trained: list[str], x: mx.array) -> Kernel | None:
-    """What computes ``layer`` for the float32 ``x``, if anything does; ``trained``: names of its trained parameters."""
+    """What computes ``layer`` for inputs like ``x``, float32 (..., in); None if no kernel does.
+
+    ``trained``: names of its trained parameters.
+    """
     kind = original_class(layer)
     if isinstance(layer, PackedRope):
         return _rope(layer, x)

@@ -19,6 +19,7 @@ from macft.model.backends.mlx.cross_entropy import (
     loss_in_chunks,
     whole_cross_entropy,
 )
+from macft.model.backends.mlx.experts import SORTING_FUNCTION, sorted_by_expert
 from macft.model.backends.mlx.layers import frozen_norms, short_swiglu
 from macft.model.backends.mlx.long_products import products_in_parts
 from macft.model.backends.mlx.low_rank import in_base_type, types_in_products
@@ -46,17 +47,20 @@ class MlxBackend:
         """See :class:`~macft.model.backends.base.Backend`."""
         with ExitStack() as changes:
             changes.enter_context(chunked_recurrences(find_recurrences(model)))
-            changes.enter_context(replaced_members(model.modules(), products_in_parts(self._execution.max_operations)))
-            changes.enter_context(replaced_members(model.modules(), in_base_type))
+            most = self._execution.max_operations
+            changes.enter_context(replaced_members(model.modules(), products_in_parts(most)))
+            changes.enter_context(replaced_members(model.modules(), partial(in_base_type, most)))
             changes.enter_context(frozen_norms(model))
-            changes.enter_context(replaced_functions(model, {"swiglu": short_swiglu}))
+            changes.enter_context(
+                replaced_functions(model, {"swiglu": short_swiglu, SORTING_FUNCTION: sorted_by_expert})
+            )
             attention = partial(self._attention, model)
             if self._execution.packing:
                 changes.enter_context(prepared_for_packs(model, attention))
             else:
                 changes.enter_context(replaced_functions(model, {ATTENTION_FUNCTION: attention}))
             if self._execution.recompute == "cheap":
-                changes.enter_context(kept_products(model))
+                changes.enter_context(kept_products(model, most))
             if self._execution.recompute != "none":
                 changes.enter_context(recomputed_blocks(model))
             yield
@@ -81,6 +85,7 @@ class MlxBackend:
             is_training,
             training_scores=execution.max_scores if recomputes else None,
             evaluation_scores=execution.max_evaluation_scores,
+            most_operations=execution.max_operations,
             device=execution.device,
         )
         if execution.packing:

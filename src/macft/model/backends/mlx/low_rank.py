@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from macft.model.backends.mlx.long_products import by_token, matrix_size
 from macft.model.backends.operation import after, operation
 from macft.model.mlx_lm_tuner import DoRALinear, LoRALinear, LoRASwitchLinear
 from macft.model.module_classes import Members
@@ -24,10 +25,13 @@ Product = Callable[..., mx.array]
 """Arrays to an array."""
 
 
-def in_base_type(kind: type[nn.Module]) -> Members | None:
-    """Members of adapter layers that compute this way; None for other modules."""
+def in_base_type(most_operations: int, kind: type[nn.Module]) -> Members | None:
+    """Members of adapter layers that compute this way; None for other modules.
+
+    ``most_operations``: see :mod:`~macft.model.backends.mlx.long_products`.
+    """
     if issubclass(kind, DoRALinear):
-        return {"__call__": dora}
+        return {"__call__": lambda layer, x: dora(layer, x, most_operations)}
     if not issubclass(kind, KINDS):
         return None
     call = kind.__call__
@@ -121,12 +125,18 @@ def matrices_first(function: Product) -> Product:
     return operation(function, backward)
 
 
-def dora(layer: Any, x: mx.array, product: Callable[[Product], Product] = matrices_first) -> mx.array:
-    """``DoRALinear.__call__``; ``product`` is given the function of input and matrices that is costly."""
+def dora(
+    layer: Any, x: mx.array, most_operations: int, product: Callable[[Product], Product] = matrices_first
+) -> mx.array:
+    """``DoRALinear.__call__``; ``product`` is given the function of input and matrices that is costly.
+
+    That with the frozen matrix takes at most ``most_operations`` at once.
+    """
 
     def adapted(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
         low: mx.array = (layer.dropout(x) @ a.astype(x.dtype)) @ b.astype(x.dtype)
-        result: mx.array = x @ _weight_after(layer, x).T + (layer.scale * low).astype(x.dtype)
+        base = by_token(lambda x: x @ _weight_after(layer, x).T, x, matrix_size(layer.linear), most_operations)
+        result: mx.array = base + (layer.scale * low).astype(x.dtype)
         return result
 
     output: mx.array = product(adapted)(x, layer.lora_a, layer.lora_b)

@@ -3,7 +3,8 @@
 The blocks are those of Rabe and Staats 2021 (arXiv:2112.05682) and Dao et al. 2022 (FlashAttention), but for one thing:
 a block has all keys that its queries see, so that its softmax is computed at once, by MLX's own attention. The backward
 pass computes a block's scores again. For Metal, whose attention is not fused in training, and for CUDA where MLX's
-fused gradient can't take the rows. Without a gradient attention is cut too, so that no kernel runs long.
+fused gradient can't take the rows. Without a gradient attention is cut too, so that no kernel runs long; and on Metal
+where nothing is computed again, for scores that would take a kernel seconds.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ def attention_in_blocks(
     *,
     training_scores: int | None,
     evaluation_scores: int,
+    most_operations: int,
     device: str,
 ) -> ModuleCall:
     """Takes the place of mlx-lm's ``scaled_dot_product_attention``, ``original``, where there is no cache.
 
     ``training_scores`` of queries and keys, of all rows and heads, are computed at once where the model trains, but for
-    those of 32 queries at least; None: all of them, with MLX's own gradient. ``evaluation_scores``: where it does not.
+    those of 32 queries at least, and again in the backward pass; None: they are held, with MLX's own gradient.
+    ``evaluation_scores``: where it does not train. ``most_operations`` of a kernel where scores are held.
     ``device``: see :func:`is_fused`.
     """
 
@@ -44,12 +47,17 @@ def attention_in_blocks(
         **others: Any,
     ) -> mx.array:
         is_causal = isinstance(mask, str) and mask == "causal" and keys.shape[2] == queries.shape[2]
-        can_cut = mask is None or is_causal or (isinstance(mask, mx.array) and mask.dtype == mx.bool_)
-        borders = (
-            _borders(queries, keys, training_scores, device)
-            if is_training()
-            else _cut(queries, keys, evaluation_scores)
-        )
+        is_constant = mask is None or is_causal or (isinstance(mask, mx.array) and mask.dtype == mx.bool_)
+        can_cut = is_constant or isinstance(mask, mx.array)
+        in_blocks = _blockwise
+        if not is_training():
+            borders = _cut(queries, keys, evaluation_scores)
+        elif training_scores is not None and is_constant:
+            borders = _borders(queries, keys, training_scores, device)
+        elif takes_fused(queries, device):
+            borders = [0, queries.shape[2]]
+        else:
+            borders, in_blocks = _cut(queries, keys, most_operations // (2 * queries.shape[3])), _held
         if cache is not None or not can_cut or len(borders) == 2:
             result: mx.array = original(queries, keys, values, cache=cache, scale=scale, mask=mask, **others)
             return result
@@ -60,16 +68,14 @@ def attention_in_blocks(
             result: mx.array = original(q, k, v, cache=None, scale=scale, mask=part, **others)
             return result
 
-        return _blockwise(block, list(pairwise(borders)), is_causal=is_causal)(queries, keys, values)
+        return in_blocks(block, list(pairwise(borders)), is_causal=is_causal)(queries, keys, values)
 
     return attention
 
 
-def _borders(queries: mx.array, keys: mx.array, most_scores: int | None, device: str) -> list[int]:
-    """Where blocks of queries begin and end while the model trains."""
+def _borders(queries: mx.array, keys: mx.array, most_scores: int, device: str) -> list[int]:
+    """Where blocks of queries that are computed again begin and end."""
     length = queries.shape[2]
-    if most_scores is None:
-        return [0, length]
     if takes_fused(queries, device) and length >= QUERY_TILE:
         whole = length // QUERY_TILE * QUERY_TILE
         return [0, whole] if whole == length else [0, whole, length]
@@ -95,13 +101,28 @@ def takes_fused(queries: mx.array, device: str) -> bool:
     return device == "cuda" and is_half and width <= QUERY_TILE and width % 8 == 0
 
 
+def _held(
+    block: Callable[..., mx.array], parts: Sequence[tuple[int, int]], *, is_causal: bool
+) -> Callable[..., mx.array]:
+    """As :func:`_blockwise`, with MLX's own gradient, also by what ``block`` uses beside its arguments."""
+
+    def attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        outputs = [
+            block(start, end, queries[:, :, start:end], *_seen(end if is_causal else None, keys, values))
+            for start, end in parts
+        ]
+        return mx.concatenate(outputs, axis=2)
+
+    return attention
+
+
 def _blockwise(
     block: Callable[..., mx.array], parts: Sequence[tuple[int, int]], *, is_causal: bool
 ) -> Callable[..., mx.array]:
     """Queries, keys and values to what ``block`` makes of each of ``parts``, one after the other."""
 
     def seen(end: int, *values: mx.array) -> Iterator[mx.array]:
-        return (value[:, :, :end] if is_causal else value for value in values)
+        return _seen(end if is_causal else None, *values)
 
     def forward(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         outputs: list[mx.array] = []
@@ -133,6 +154,11 @@ def _blockwise(
         return [mx.concatenate(grad_queries[::-1], axis=2), *(totals or [total.astype(keys.dtype) for total in sums])]
 
     return operation(forward, backward)
+
+
+def _seen(end: int | None, *values: mx.array) -> Iterator[mx.array]:
+    """``values`` (rows, heads, keys, d) of the first keys."""
+    return (value if end is None else value[:, :, :end] for value in values)
 
 
 def _after(value: mx.array, others: Sequence[mx.array]) -> mx.array:

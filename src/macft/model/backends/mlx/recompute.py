@@ -103,8 +103,11 @@ def _recomputed(
 
 
 @contextmanager
-def kept_products(model: nn.Module) -> Iterator[None]:
-    """Inside, recomputed blocks of ``model`` keep the results of their matrix products."""
+def kept_products(model: nn.Module, most_operations: int) -> Iterator[None]:
+    """Inside, recomputed blocks of ``model`` keep the results of their matrix products.
+
+    ``most_operations``: see :mod:`~macft.model.backends.mlx.long_products`.
+    """
     adapters = [module for module in model.modules() if isinstance(module, KINDS)]
     inner = {id(module) for adapter in adapters for module in adapter.modules() if module is not adapter}
     layers = [
@@ -118,7 +121,7 @@ def kept_products(model: nn.Module) -> Iterator[None]:
     def members(kind: type[nn.Module]) -> Members:
         call = kind.__call__
         if issubclass(kind, DoRALinear):  # what its magnitudes are multiplied by is needed for their gradient
-            return {"__call__": lambda layer, x: dora(layer, x, lambda product: _kept(matrices_first(product)))}
+            return {"__call__": lambda layer, x: dora(layer, x, most_operations, _kept_matrices_first)}
 
         def layer_call(layer: nn.Module, *arguments: Any, **named: Any) -> Any:
             if isinstance(layer, LoRALinear) and layer.dropout(*arguments) is arguments[0]:
@@ -133,6 +136,10 @@ def kept_products(model: nn.Module) -> Iterator[None]:
 
 def _kept(function: Product) -> Product:
     return lambda *arrays: kept(function, *arrays)
+
+
+def _kept_matrices_first(function: Product) -> Product:
+    return _kept(matrices_first(function))
 
 
 def _kept_call(

@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache
 
-from macft.model.dropout import positions_from
+from macft.model.adapters.dropout import positions_from
 from macft.model.module_classes import Members, ModuleCall, replaced_members
 from macft.model.parameter_refs import ParameterRefs
 

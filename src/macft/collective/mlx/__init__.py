@@ -1,0 +1,1 @@
+"""MLX's own communication: a group of ranks, the collective over it, and the health of its ranks."""

@@ -1,0 +1,1 @@
+"""Where a model's folder is: bundled with macft, on this machine, or downloaded."""

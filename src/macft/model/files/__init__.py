@@ -1,0 +1,1 @@
+"""What a model's files say without loading it: sizes, digests, tokens and positions."""

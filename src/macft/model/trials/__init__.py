@@ -1,0 +1,1 @@
+"""What a loaded model's code can do, found by running it on a few tokens."""
