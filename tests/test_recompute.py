@@ -267,14 +267,10 @@ def test_low_rank_layers_compute_in_the_type_of_their_base() -> None:
     [
         StepCase(),
         StepCase("wide", adapter="DoRA", rows=1, tokens=16, compiled=True),
-        StepCase("one block", form="4 bits", adapter="DoRA", rows=1, tokens=16, targets="few"),
     ],
-    ids=["2 x 200", "compiled DoRA", "quantised DoRA"],
+    ids=["2 x 200", "compiled DoRA"],
 )
 def test_a_step_takes_no_more_memory_than_mlx_lm_s(case: StepCase) -> None:
-    """Cases of benchmarks/never_above.py that were above, the update included, beside the weights.
-
-    mlx_lm's own step varied between 2.4 and 2.7 MB in the last of them.
-    """
+    """Cases of benchmarks/never_above.py that were above, the update included, beside the weights."""
     peaks = step_peaks(case, steps=1)
-    assert max(peaks.values()) < 1.06 * peaks["mlx_lm"], peaks
+    assert max(peaks.values()) == peaks["mlx_lm"], peaks
