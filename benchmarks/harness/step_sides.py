@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from macft.model.adapters.dropout import DropoutKeys
-
 from macft.data.batch import Batch
 from macft.device.kind import Device
 from macft.model.adapters.adapt import adapt
+from macft.model.adapters.dropout import DropoutKeys
 from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.execution import Execution, resolve
