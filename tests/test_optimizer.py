@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from helpers.computing import settled_memory
 from macft.errors import ConfigError
 from macft.model.joined_parameters import JoinedParameters
+from macft.training.adam import parameter_after
 from macft.training.clipping import clip_by_global_norm
 from macft.training.optimizer import OptimizerStep, learning_rate, make_optimizer
 from macft.training.optimizer_table import OPTIMIZERS
@@ -161,7 +162,7 @@ def test_parameters_are_found_wherever_a_model_keeps_them() -> None:
 def test_an_update_holds_little_beside_parameters_state_and_gradient(queued: bool) -> None:
     """Of many small parameters, in MLX's memory; a queued one squares the gradient for its norm."""
     model = nn.Sequential(*[nn.Linear(64, 256, bias=False) for _ in range(64)])
-    update = OptimizerStep(model, make_optimizer(OptimizerConfig()), compiled=queued)
+    update = OptimizerStep(model, make_optimizer(OptimizerConfig()), compiled=True)
     size = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
     for _ in range(2):
         gradient = {name: mx.ones(value.shape) for name, value in tree_flatten(model.parameters())}
@@ -176,3 +177,15 @@ def test_an_update_holds_little_beside_parameters_state_and_gradient(queued: boo
         mx.synchronize()
         beside = mx.get_peak_memory() - before
     assert beside < 1.1 * size
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize("kind", [optim.Adam, optim.AdamW])
+def test_adam_s_parameters_follow_from_its_new_state(kind: type[optim.Adam], bias_correction: bool) -> None:
+    optimizer = kind(learning_rate=1e-2, bias_correction=bias_correction)
+    parameter, gradient = {"p": mx.random.normal((50,))}, {"p": mx.random.normal((50,))}
+    for _ in range(3):
+        updated = optimizer.apply_gradients(gradient, parameter)
+        m, v = optimizer.state["p"]["m"], optimizer.state["p"]["v"]
+        assert mx.array_equal(parameter_after(optimizer, parameter["p"], m, v), updated["p"])
+        parameter = updated

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate
-from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import mlx.core as mx
@@ -19,19 +18,9 @@ from macft.model.parameter_refs import ParameterRefs
 
 LARGE = 1 << 18
 """Parameters of so many values are by themselves."""
-_LEAST_PART, _PARTS = 1 << 14, 32
 
 Joined = Mapping[str, mx.array]
 """Long arrays (n,) by the name of a kind of parameters, and large parameters by their own names."""
-
-
-class Part(NamedTuple):
-    """The values ``start`` to ``end`` of a joined array: those of parameters that follow one another."""
-
-    key: str
-    start: int
-    end: int
-    names: list[str]
 
 
 class JoinedParameters:
@@ -62,41 +51,6 @@ class JoinedParameters:
         if len(self._views) != len(arrays) or any(a is not b for a, b in zip(arrays, self._views, strict=True)):
             self._views, self._joined = arrays, self.join(dict(zip(self._refs.names, arrays, strict=True)))
         return dict(self._joined)
-
-    def take(self) -> dict[str, mx.array]:
-        """The parameters, which nobody else holds: until :meth:`put` the model has none, and is of no use."""
-        joined = self.get()
-        self._views, self._joined = [], {}
-        self._refs.put([mx.zeros(())] * len(self._refs.names))
-        return joined
-
-    def parts(self) -> list[Part]:
-        """All of them in about 32 parts, each of 2^14 values or more; a parameter that is by itself is one."""
-        least = max(_LEAST_PART, sum(map(math.prod, self._shapes.values())) // _PARTS)
-        found: list[Part] = []
-        for key, names in self.groups.items():
-            end = 0
-            for name in names:
-                size, start = math.prod(self._shapes[name]), end
-                end += size
-                if start and found[-1].end - found[-1].start < least:
-                    found[-1] = Part(key, found[-1].start, end, [*found[-1].names, name])
-                else:
-                    found.append(Part(key, start, end, [name]))
-        return found
-
-    def pieces(self, arrays: Mapping[str, mx.array], part: Part) -> list[mx.array]:
-        """What ``arrays``, as for :meth:`join`, have for ``part``, one after the other."""
-        names = self.groups[part.key]
-        if names == [part.key]:
-            return [arrays[part.key]]
-        found, end = [], 0
-        for name in names:
-            if name in arrays:
-                start, end = end, end + arrays[name].size
-                if start < part.end and part.start < end:
-                    found.append(arrays[name].reshape(-1)[max(0, part.start - start) : part.end - start])
-        return found
 
     def put(self, joined: Joined) -> list[mx.array]:
         """Sets all of them; returns them one by one."""

@@ -38,10 +38,6 @@ _EAGER_VALIDATION_LOGIT = 3.2
 # Where the loss goes through the vocabulary in blocks: floats per target and hidden size, and no logits.
 _EAGER_TARGET = 4.0
 _RECOMPUTED_SAVED, _RECOMPUTED_TRANSIENT, _RECOMPUTED = 0.46, (15.65, 13.29, 7.86), 1.2
-# What an update takes beside parameters and states, as multiples of the trained parameters. Part by part: the gradient,
-# and new values of a 32nd of them beside the old, or the squares of the gradient; measured 1.3, and 2 where steps are
-# queued. All at once, where an optimizer does not treat each element by itself: long arrays beside the old.
-_UPDATE_BY_PARTS, _UPDATE_AT_ONCE = 2.0, 6.0
 # Before the first step the model is tried with few tokens (head apart, packs), and the logits are compared.
 _TRIAL_TOKENS = 72
 
@@ -170,15 +166,10 @@ def predict(
             _loading(shape, execution, weights, by_block=by_block),
             weights + adapter_bytes + 4 * _TRIAL_TOKENS * shape.vocabulary,
             resident + _validation(shape, execution, work),
-            resident + update_bytes(optimizer, trained.parameters, parameter_bytes),
+            # New parameters and states beside the old ones, and the gradient.
+            resident + parameter_bytes * trained.parameters * 1.4,
         ),
     )
-
-
-def update_bytes(optimizer: str, trained: int, parameter_bytes: int = 4) -> float:
-    """Bytes that an update of ``trained`` parameters takes beside them and the optimizer's states."""
-    factor = _UPDATE_BY_PARTS if OPTIMIZERS[optimizer].by_element else _UPDATE_AT_ONCE
-    return factor * parameter_bytes * trained
 
 
 def recomputed_inputs(shape: ModelShape, execution: Execution, depth: int, tokens: int) -> float:
@@ -234,7 +225,7 @@ def _predict_from_graph(
         other_peak=max(
             _loading(shape, execution, weights, by_block=by_block),
             resident + work.validation * known.validation,
-            resident + update_bytes(optimizer, trained.parameters, parameter_bytes),
+            resident + parameter_bytes * trained.parameters * 1.4,
         ),
         unknown=None if found is known else f"activations of {shape.odd_block} are not predicted: {found}",
     )

@@ -9,8 +9,8 @@ from macft.model.blocks.ends import ends_of
 from macft.model.execution import Execution
 from macft.parallel.stage_layout import StageLayout, spread
 from macft.planner.fit import MemoryPlanner
-from macft.planner.memory import ComputeShape, MemoryParts, predict, trained_part, update_bytes
-from macft.planner.streamed_memory import GRADIENTS, held_weights, inside_of_block
+from macft.planner.memory import ComputeShape, MemoryParts, predict, trained_part
+from macft.planner.streamed_memory import GRADIENTS, held_weights, inside_of_block, update_bytes
 from macft.training.pipeline_schedule import holding, in_flight
 
 
@@ -164,6 +164,6 @@ class StagePlanner:
             other_peak=max(
                 parts.other_peak - parts.weights + held,
                 self._tried(parts),
-                held + parts.adapter + parts.optimizer + update_bytes(planner.optimizer, trained.parameters),
+                held + parts.adapter + parts.optimizer + update_bytes(trained.parameters),
             ),
         )

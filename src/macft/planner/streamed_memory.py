@@ -12,20 +12,16 @@ from macft.model.blocks.ends import BOTH_ENDS
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape
 from macft.planner.fit import MemoryPlanner
-from macft.planner.memory import (
-    ComputeShape,
-    MemoryParts,
-    predict,
-    recomputed_inputs,
-    trained_part,
-    update_bytes,
-)
+from macft.planner.memory import ComputeShape, MemoryParts, predict, recomputed_inputs, trained_part
 from macft.training.staged_gradient import VALIDATION_TOKENS
 
 # The block that is computed, and the next one, which is read meanwhile.
 _IN_FLIGHT = 2
 # The sums of all blocks, and the gradient of one.
 GRADIENTS = 1.2
+# What an update takes beside the adapter and the optimizer's states, as multiples of the adapter: the gradient, and new
+# values and long arrays of small ones beside the old. Measured in runs with little else in memory.
+_UPDATE = 6.0
 # What is inside a block that is read or a stage's, against one of those that are all held: measured on a mixture
 # (tests/test_streaming.py), for kinds of blocks whose memory is taken from a graph.
 _READ_BLOCK = 1.2
@@ -93,9 +89,14 @@ def _parts(planner: MemoryPlanner, execution: Execution, work: ComputeShape, ste
         unknown=inside.unknown,
         other_peak=max(
             parts.other_peak - parts.weights + held + validated,
-            held + parts.adapter + parts.optimizer + update_bytes(planner.optimizer, trained.parameters),
+            held + parts.adapter + parts.optimizer + update_bytes(trained.parameters),
         ),
     )
+
+
+def update_bytes(trained: int) -> float:
+    """Bytes that an update of ``trained`` parameters of an adapter takes beside them and the optimizer's states."""
+    return 4.0 * _UPDATE * trained
 
 
 def held_weights(

@@ -11,10 +11,10 @@ from macft.errors import ConfigError
 from macft.model.blocks.ends import AFTER, BEFORE, BOTH_ENDS
 from macft.model.execution import Execution
 from macft.planner.fit import MemoryPlanner
-from macft.planner.memory import ComputeShape, MemoryParts, predict, trained_part, update_bytes
+from macft.planner.memory import ComputeShape, MemoryParts, predict, trained_part
 from macft.planner.placement.cluster_model import Alone, ModelCost, StepWork
 from macft.planner.speed import attention_operations, step_cost
-from macft.planner.streamed_memory import UNKNOWN_INSIDE, held_weights, inside_of_block
+from macft.planner.streamed_memory import UNKNOWN_INSIDE, held_weights, inside_of_block, update_bytes
 from macft.planner.whole_model import WeightPlacement, WholeModelPlanner
 
 # The sums of all blocks, and the gradient of one.
@@ -61,7 +61,7 @@ def model_cost(planner: MemoryPlanner) -> ModelCost:
         # Chunks of logits have a size that more tokens don't change.
         loss_most=max(logits, 60.0 * execution.max_logits) if execution.kernels == "mlx" else float("inf"),
         state=resident.adapter + resident.optimizer + 4.0 * _GRADIENTS * trained.parameters,
-        update=resident.adapter + resident.optimizer + update_bytes(planner.optimizer, trained.parameters),
+        update=resident.adapter + resident.optimizer + update_bytes(trained.parameters),
         exchanged=4.0 * trained.parameters,
         first_trained=first,
         trial=held_weights(shape, replace(execution, resident_blocks=())) + resident.adapter,
