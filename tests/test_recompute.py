@@ -237,7 +237,7 @@ def test_what_is_cheap_or_in_blocks_is_not_held() -> None:
     beside = 1_200_000  # the gradient of the loss, and copies that MLX makes of the adapter
     assert kept < cheap < kept + beside
     assert hidden < whole < hidden + beside
-    assert cheap < 0.55 * none
+    assert cheap < 0.7 * none
 
 
 @pytest.mark.parametrize(("keys", "is_kept"), [(15, False), (16, True)])

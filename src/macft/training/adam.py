@@ -24,9 +24,11 @@ def parameter_after(optimizer: Any, parameter: mx.array, m: mx.array, v: mx.arra
     rate = optimizer.learning_rate.astype(parameter.dtype)
     if isinstance(optimizer, optim.AdamW):
         parameter = parameter * (1 - rate * optimizer.weight_decay)
-    if not optimizer.bias_correction:
-        return parameter - rate * m / (mx.sqrt(v) + optimizer.eps)
-    first, second = optimizer.betas
-    of_mean = (rate / (1 - first**optimizer.step)).astype(parameter.dtype)
-    of_square = mx.rsqrt(1 - second**optimizer.step).astype(parameter.dtype)
-    return parameter - of_mean * m / (mx.sqrt(v) * of_square + optimizer.eps)
+    if optimizer.bias_correction:
+        first, second = optimizer.betas
+        m = (rate / (1 - first**optimizer.step)).astype(parameter.dtype) * m
+        root = mx.sqrt(v) * mx.rsqrt(1 - second**optimizer.step).astype(parameter.dtype)
+    else:
+        m, root = rate * m, mx.sqrt(v)
+    after: mx.array = parameter - m / (root + optimizer.eps)
+    return after
