@@ -159,7 +159,7 @@ def test_parameters_are_found_wherever_a_model_keeps_them() -> None:
 
 
 @pytest.mark.parametrize("queued", [False, True])
-def test_an_update_holds_little_beside_parameters_state_and_gradient(queued: bool) -> None:
+def test_a_compiled_update_holds_little_beside_parameters_state_and_gradient(queued: bool) -> None:
     """Of many small parameters, in MLX's memory; a queued one squares the gradient for its norm."""
     model = nn.Sequential(*[nn.Linear(64, 256, bias=False) for _ in range(64)])
     update = OptimizerStep(model, make_optimizer(OptimizerConfig()), compiled=True)

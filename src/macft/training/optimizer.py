@@ -69,9 +69,9 @@ class OptimizerStep:
     def __init__(self, model: nn.Module, optimizer: optim.Optimizer, *, compiled: bool = False):
         self._parameters, self._optimizer = JoinedParameters.of(model), optimizer
         self._by_element = type(optimizer).__name__ in _BY_ELEMENT
-        self._is_compiled = compiled
-        self._find_scalars = mx.compile(_scalars) if compiled else _scalars
-        self._find_parameters = mx.compile(self._new_parameters)
+        self._compile: Callable[[Any], Any] = mx.compile if compiled else lambda function: function
+        self._find_scalars = self._compile(_scalars)
+        self._find_parameters = self._compile(self._new_parameters)
         self._find_state: dict[str, Callable[..., dict[str, mx.array]]] = {}
         self._is_sound = mx.array(True)
 
@@ -102,29 +102,23 @@ class OptimizerStep:
     def _update(self, gradient: Joined, rate: float, scale: mx.array, is_sound: mx.array) -> list[mx.array]:
         """Sets the parameters and the optimizer's state; all arrays of both, not computed yet.
 
-        MLX computes a kernel of one result in the memory of what it reads, where nobody else needs that, and one of
-        several results never. So where kernels are compiled each kind of result has its own, and Adam's parameters are
-        made from its new state.
+        Each kind of result by itself, and Adam's parameters from its new state: then MLX can compute it in the memory
+        of the old one, which it never does where a compiled kernel has several results.
         """
         optimizer, parameters = self._optimizer, self._parameters.get()
         optimizer.learning_rate = rate
         before = parameters if self._by_element else self._parameters.split(parameters)
         optimizer.init(tree_unflatten(list(before.items())))
-        state = optimizer.state
-        if self._is_compiled:
-            after: dict[str, mx.array] = {}
-            for kind in sorted({_kind(name) for name, _ in tree_flatten(state)}):
-                find = self._find_state.setdefault(kind, mx.compile(partial(self._state_of_kind, kind)))
-                after |= find(parameters, dict(gradient), state, scale)
-            new_state = tree_unflatten(list(after.items()))
-            given = new_state if is_adam(optimizer) else state
-            updated = self._find_parameters(parameters, dict(gradient), given, scale, is_sound)
-            optimizer.state = new_state
-        else:
-            updated, optimizer.state = self._updated(parameters, gradient, state, scale)
-            updated = _kept_if(is_sound, updated, parameters)
+        state, after = optimizer.state, dict[str, mx.array]()
+        for kind in sorted({_kind(name) for name, _ in tree_flatten(state)}):
+            find = self._find_state.setdefault(kind, self._compile(partial(self._state_of_kind, kind)))
+            after |= find(parameters, dict(gradient), state, scale)
+        new_state = tree_unflatten(list(after.items()))
+        given = new_state if is_adam(optimizer) else state
+        updated = self._find_parameters(parameters, dict(gradient), given, scale, is_sound)
+        optimizer.state = new_state
         views = self._parameters.put(updated)
-        return [*updated.values(), *views, *(value for _, value in tree_flatten(optimizer.state))]
+        return [*updated.values(), *views, *after.values()]
 
     def _new_parameters(
         self, parameters: Joined, gradient: Joined, state: OptimizerState, scale: mx.array, is_sound: mx.array
