@@ -33,8 +33,8 @@ from macft.model.fetch.bundled import ensure_bundled
 from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig
 from macft.model.shape import read_weight_format
-from macft.training.gradient import StepGradient
-from macft.training.step_gradient import make_step_gradient
+from macft.training.gradients.gradient import StepGradient
+from macft.training.gradients.step_gradient import make_step_gradient
 
 # isort: split
 import mlx.core as mx

@@ -127,7 +127,7 @@ class Steps:
         """Steps for at least ``seconds``, and two at least; one before them is not counted."""
         from macft.data.batch import micro_batches
         from macft.model.backends.choose import make_backend
-        from macft.training.gradient import GradientComputer
+        from macft.training.gradients.gradient import GradientComputer
         from macft.training.optimizer import OptimizerStep, make_optimizer
         from macft.training.settings import OptimizerConfig
 

@@ -25,7 +25,7 @@ from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.model.shape import shape_of
 from macft.planner.memory import ComputeShape, predict
-from macft.training.gradient import GradientComputer
+from macft.training.gradients.gradient import GradientComputer
 
 # isort: split
 import mlx.core as mx

@@ -44,8 +44,8 @@ from macft.model.load import load
 from macft.model.shape import read_weight_format
 from macft.parallel.stage_layout import Stage, StageLayout
 from macft.parallel.stage_places import StagePlaces
-from macft.training.gradient import LocalGradient, StepGradient
-from macft.training.step_gradient import make_step_gradient
+from macft.training.gradients.gradient import LocalGradient, StepGradient
+from macft.training.gradients.step_gradient import make_step_gradient
 from ranks import hear, start, tell
 from shaped_links import ShapedLinks
 

@@ -36,8 +36,8 @@ from macft.model.shape import read_shape, shape_of
 from macft.network.link_kinds import find_links
 from macft.parallel.shares import DataShard
 from macft.parallel.stage_layout import Stage, StageLayout
-from macft.planner.fit import MemoryPlanner
 from macft.planner.known_models import known_models
+from macft.planner.memory_planner import MemoryPlanner
 from macft.planner.placement.cluster_model import ModelCost, Node, NodeLink, RingLinks, StageCost, StepWork
 from macft.planner.placement.compare import LayoutDecision, compare
 from macft.planner.placement.inputs import alone, model_cost, step_work

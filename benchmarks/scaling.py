@@ -53,8 +53,8 @@ def train(rank: int, addresses: list[str], batch_size: int, steps: int, *, equal
     from macft.model.settings import ModelConfig
     from macft.report.events import Event, NullReporter, StepDone
     from macft.training.build_trainer import TrainingRows, build_trainer
-    from macft.training.gradient import GradientComputer
-    from macft.training.gradient_reducer import GradientReducer
+    from macft.training.gradients.gradient import GradientComputer
+    from macft.training.gradients.reducer import GradientReducer
     from macft.training.optimizer import make_optimizer
     from macft.training.settings import OptimizerConfig, TrainingConfig
     from macft.training.state import TrainState

@@ -31,9 +31,9 @@ from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import ModelShape, shape_of
-from macft.planner.fit import MemoryPlanner
 from macft.planner.known_models import known_models
 from macft.planner.memory import trained_part
+from macft.planner.memory_planner import MemoryPlanner
 from macft.planner.speed import MAC_EFFICIENCY, step_cost
 from macft.planner.workload import unlike_rows
 

@@ -28,7 +28,7 @@ from macft.model.execution import resolve
 from macft.model.load import load
 from macft.model.shape import read_weight_format
 from macft.planner.placement.cluster_model import StageCost
-from macft.training.staged_gradient import StagedGradient
+from macft.training.gradients.staged import StagedGradient
 
 _MICRO_BATCHES = 3
 

@@ -49,7 +49,7 @@ from macft.planner.kernels import COUNTED, StepKernels
 from macft.planner.node_part import planner_for
 from macft.planner.packing import choose_packing
 from macft.planner.workload import steps_of
-from macft.training.gradient import GradientComputer
+from macft.training.gradients.gradient import GradientComputer
 from macft.training.optimizer import OptimizerStep, make_optimizer
 from macft.training_bench.cases import Case
 from macft.training_bench.random_weights import held_as

@@ -24,10 +24,10 @@ from macft.collective.solo import Solo
 from macft.errors import CheckpointError, CollectiveError, ProtocolError
 from macft.model.joined_parameters import JoinedParameters
 from macft.parallel.node_status import NodeStatus
-from macft.training.gradient import LocalGradient
-from macft.training.gradient_buckets import buckets_of
-from macft.training.gradient_reducer import GradientReducer
-from macft.training.reduce import reduce_gradient
+from macft.training.gradients.buckets import buckets_of
+from macft.training.gradients.gradient import LocalGradient
+from macft.training.gradients.reduce import reduce_gradient
+from macft.training.gradients.reducer import GradientReducer
 
 WIRE_CODECS: list[WireCodec] = [Bfloat16(), Int8()]
 LOSSY = ["bfloat16", "int8", "powersgd"]

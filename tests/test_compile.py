@@ -34,7 +34,7 @@ from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.choose import make_backend
 from macft.planner.workload import StepRows
 from macft.training.batch_layout import BatchLayout
-from macft.training.gradient import GradientComputer, LocalGradient
+from macft.training.gradients.gradient import GradientComputer, LocalGradient
 from macft.training.optimizer import OptimizerStep, make_optimizer
 from macft.training.settings import OptimizerConfig, TrainingConfig, problems
 from macft.training.targets import target_positions

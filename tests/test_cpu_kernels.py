@@ -32,7 +32,7 @@ from macft.model.backends.cpu.attention import causal_attention, fast_attention
 from macft.model.backends.cpu.cross_entropy import blockwise_cross_entropy
 from macft.model.backends.cpu.layers import kernel_for
 from macft.model.packing import PackedRope, PackLayout, packed
-from macft.training.gradient import GradientComputer
+from macft.training.gradients.gradient import GradientComputer
 
 pytestmark = pytest.mark.skipif(blas.library() is None, reason="these are for a Linux CPU with OpenBLAS")
 

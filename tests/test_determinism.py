@@ -25,8 +25,8 @@ from macft.collective.ring.tuning import Tuning
 from macft.data.batch import micro_batches
 from macft.model.adapters.adapt import adapt
 from macft.model.adapters.settings import AdapterConfig
-from macft.training.exact_sums import ExactParameters, ExactStepGradient, from_grid, to_grid
-from macft.training.gradient_reducer import GradientReducer
+from macft.training.gradients.exact_sums import ExactParameters, ExactStepGradient, from_grid, to_grid
+from macft.training.gradients.reducer import GradientReducer
 
 
 def sums(world_size: int, kind: mx.Dtype, size: int, gather_reduce_bytes: int) -> list[bytes]:

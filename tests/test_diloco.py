@@ -26,7 +26,7 @@ from macft.collective.solo import Solo
 from macft.config.schema import TrainConfig
 from macft.config.validate import problems
 from macft.training.diloco import OuterOptimizer
-from macft.training.gradient_reducer import GradientReducer
+from macft.training.gradients.reducer import GradientReducer
 from macft.training.settings import TrainingConfig
 
 SHAPE = (24, 40)

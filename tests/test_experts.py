@@ -33,7 +33,7 @@ from macft.model.adapters.settings import AdapterConfig
 from macft.model.backends.mlx.experts import sorted_by_expert
 from macft.model.load import load
 from macft.model.settings import ModelConfig
-from macft.training.gradient import LocalGradient
+from macft.training.gradients.gradient import LocalGradient
 
 TOKENS = mx.arange(3, 40)[None]
 LENGTHS = (40, 9, 33, 17, 5)

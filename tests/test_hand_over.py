@@ -17,7 +17,7 @@ from macft.parallel.shares import DataShard
 from macft.parallel.stage_balance import StageBalancer, StageSpeeds
 from macft.parallel.stage_layout import Stage, StageLayout, even_layout
 from macft.parallel.stage_places import Improvement, StagePlaces
-from macft.planner.fit import MemoryPlanner
+from macft.planner.memory_planner import MemoryPlanner
 from macft.planner.placement.cluster_model import Node
 from macft.planner.preflight.hand_over import LEAST_GAIN, HandOver
 from macft.planner.preflight.member_layouts import MemberLayouts

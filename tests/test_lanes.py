@@ -32,7 +32,7 @@ from macft.model.settings import ModelConfig
 from macft.parallel.shares import DataShard
 from macft.planner.workload import DeviceBatchShape, StepRows
 from macft.training.batch_layout import BatchLayout
-from macft.training.gradient import GradientComputer, LocalGradient
+from macft.training.gradients.gradient import GradientComputer, LocalGradient
 from macft.training.validation import validation_loss
 
 pytestmark = pytest.mark.skipif(

@@ -19,7 +19,7 @@ from macft.model.backends.mlx.layers import rms_norm, short_swiglu
 from macft.model.execution import Execution
 from macft.model.joined_parameters import JoinedParameters
 from macft.planner.kernels import COUNTED
-from macft.training.gradient_buckets import buckets_of
+from macft.training.gradients.buckets import buckets_of
 from step_launches import count_by_block, count_macft, count_mlx_lm, small_model
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 3, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "head_dim": 64}

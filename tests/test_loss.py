@@ -23,7 +23,7 @@ from macft.model.backends.choose import make_backend
 from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy
 from macft.model.backends.mlx.recurrence import chunked_recurrences, find_recurrences
 from macft.model.head import split_head
-from macft.training.gradient import GradientComputer
+from macft.training.gradients.gradient import GradientComputer
 from macft.training.targets import target_positions
 
 TEXT = {

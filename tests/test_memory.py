@@ -22,7 +22,7 @@ from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import shape_of
-from macft.planner.fit import MemoryPlanner
+from macft.planner.memory_planner import MemoryPlanner
 from macft.planner.streamed_memory import streamed_parts
 from macft.planner.whole_model import WholeModelPlanner
 from macft.planner.workload import unlike_rows

@@ -33,7 +33,7 @@ from macft.model.backends.mlx.cross_entropy import chunked_cross_entropy
 from macft.model.packing import PackLayout, attends_under_mask, packed, row_mask
 from macft.model.trials.packable import ignores_positions, may_pack
 from macft.parallel.shares import DataShard
-from macft.training.gradient import LocalGradient
+from macft.training.gradients.gradient import LocalGradient
 from macft.training.settings import OptimizerConfig, TrainingConfig, problems
 from macft.training.validation import validation_loss
 

@@ -37,9 +37,9 @@ from macft.parallel.shares import batches_of_shard, rows_of_shard
 from macft.parallel.stage_layout import Stage, StageLayout, even_layout
 from macft.parallel.stage_places import StagePlace, StagePlaces
 from macft.training.batch_layout import BatchLayout
-from macft.training.exact_sums import ExactGradient
-from macft.training.pipeline_schedule import Pass, holding, one_forward_one_backward
-from macft.training.step_gradient import make_step_gradient
+from macft.training.gradients.exact_sums import ExactGradient
+from macft.training.gradients.pipeline_schedule import Pass, holding, one_forward_one_backward
+from macft.training.gradients.step_gradient import make_step_gradient
 
 BLOCKS = 5
 EXACT = ModelConfig(precision="float32", quantization="none")

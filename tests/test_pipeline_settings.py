@@ -20,7 +20,7 @@ from macft.model.execution import WeightFormat, resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import shape_of
 from macft.parallel.stage_layout import balanced_layout, even_layout
-from macft.planner.fit import MemoryPlanner
+from macft.planner.memory_planner import MemoryPlanner
 from macft.planner.placement.configured_layout import check_layout, decide_layout
 from macft.planner.stage import StagePlanner
 from macft.planner.workload import unlike_rows

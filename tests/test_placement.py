@@ -19,7 +19,7 @@ from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import Execution
 from macft.model.shape import read_shape
 from macft.parallel.stage_layout import StageLayout, even_layout
-from macft.planner.fit import MemoryPlanner
+from macft.planner.memory_planner import MemoryPlanner
 from macft.planner.placement.candidates import run_placements
 from macft.planner.placement.cluster_model import (
     Alone,

@@ -47,9 +47,9 @@ from macft.model.settings import ModelConfig
 from macft.model.shape import ModelShape, read_shape, shape_of
 from macft.network.link_kinds import LINK_KINDS, find_links
 from macft.parallel.shares import DataShard, rows_of_shard
-from macft.planner.fit import MemoryPlanner, batch_overrides
 from macft.planner.known_models import known_models
 from macft.planner.memory import ComputeShape, predict, trained_part
+from macft.planner.memory_planner import MemoryPlanner, batch_overrides
 from macft.planner.packing import COSTS, choose_packing
 from macft.planner.plan.longest_row import find_longest_rows
 from macft.planner.plan.run_plan import RunPlan, plan_run

@@ -28,7 +28,7 @@ from macft.model.backends.mlx.kept import recorded
 from macft.model.backends.mlx.query_blocks import attention_in_blocks
 from macft.model.backends.mlx.recompute import kept_attention
 from macft.model.execution import Execution
-from macft.training.gradient import LocalGradient
+from macft.training.gradients.gradient import LocalGradient
 
 # Blocks of 32 queries for the rows below.
 SCORES = 32 * 4 * 3 * 100

@@ -30,7 +30,7 @@ from macft.report.settings import ReportConfig
 from macft.report.sinks import fan_out
 from macft.training.checkpoint_policy import CheckpointPolicy
 from macft.training.coordination import NodeCoordinator
-from macft.training.gradient_reducer import GradientReducer
+from macft.training.gradients.reducer import GradientReducer
 from macft.training.node_fit import NodeFit
 from macft.training.recovery import Recovery
 from macft.training.state import TrainState

@@ -30,8 +30,8 @@ from macft.parallel.shares import DataShard
 from macft.report.events import Evaluated, Event, NullReporter, StepDone
 from macft.training.batch_loader import BatchLoader
 from macft.training.build_trainer import NodeSetup, TrainingRows, build_trainer
-from macft.training.gradient import GradientComputer
-from macft.training.gradient_reducer import GradientReducer
+from macft.training.gradients.gradient import GradientComputer
+from macft.training.gradients.reducer import GradientReducer
 from macft.training.loop import Trainer
 from macft.training.optimizer import OptimizerStep, make_optimizer
 from macft.training.settings import OptimizerConfig, TrainingConfig

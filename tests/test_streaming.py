@@ -29,12 +29,12 @@ from macft.model.blocks.block_weights import BlockWeights
 from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig
 from macft.model.shape import read_shape
-from macft.planner.fit import MemoryPlanner
+from macft.planner.memory_planner import MemoryPlanner
 from macft.planner.streamed_memory import streamed_parts
 from macft.planner.workload import unlike_rows
 from macft.training.batch_layout import BatchLayout
-from macft.training.gradient import StepGradient
-from macft.training.step_gradient import make_step_gradient
+from macft.training.gradients.gradient import StepGradient
+from macft.training.gradients.step_gradient import make_step_gradient
 
 BLOCKS = 5
 EXACT = ModelConfig(precision="float32", quantization="none")

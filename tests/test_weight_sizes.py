@@ -17,8 +17,8 @@ from macft.model.execution import WeightFormat, resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import ModelShape, shape_of
 from macft.parallel.stage_layout import even_layout
-from macft.planner.fit import MemoryPlanner
 from macft.planner.inference import blocks_with_room
+from macft.planner.memory_planner import MemoryPlanner
 from macft.planner.placement.configured_layout import block_costs
 from macft.planner.stage import StagePlanner
 from macft.planner.workload import assumed_steps

@@ -44,9 +44,9 @@ from macft.model.execution import Execution, recomputations
 from macft.model.load import LoadedModel, load
 from macft.model.settings import ModelConfig
 from macft.parallel.shares import DataShard
-from macft.training.gradient import GradientComputer
+from macft.training.gradients.gradient import GradientComputer
+from macft.training.gradients.step_gradient import make_step_gradient
 from macft.training.loss import TokenLoss
-from macft.training.step_gradient import make_step_gradient
 from macft.training.validation import validation_loss
 
 from .execution import execution_with

@@ -20,7 +20,7 @@ from macft.model.backends.choose import make_backend
 from macft.model.execution import Execution, resolve
 from macft.model.load import weight_format_of
 from macft.model.settings import ModelConfig
-from macft.training.gradient import GradientComputer
+from macft.training.gradients.gradient import GradientComputer
 from macft.training.optimizer import OptimizerStep
 
 # isort: split

@@ -15,7 +15,7 @@ from macft.model.adapters.adapt import Adaptation
 from macft.model.backends.base import Backend
 from macft.model.backends.choose import can_pack, make_backend
 from macft.model.execution import Execution
-from macft.training.gradient import GradientComputer
+from macft.training.gradients.gradient import GradientComputer
 from macft.training.loss import TokenLoss
 
 

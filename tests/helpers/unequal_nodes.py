@@ -11,7 +11,7 @@ from macft.model.execution import resolve
 from macft.model.settings import ModelConfig
 from macft.model.shape import shape_of
 from macft.parallel.stage_layout import StageLayout
-from macft.planner.fit import MemoryPlanner
+from macft.planner.memory_planner import MemoryPlanner
 from macft.planner.placement.cluster_model import Node, NodeLink
 from macft.planner.workload import unlike_rows
 

@@ -19,7 +19,7 @@ from macft.model.confirm import confirm
 from macft.model.execution import Execution
 from macft.model.load import LoadedModel
 from macft.parallel.shares import DataShard
-from macft.training.step_gradient import make_losses
+from macft.training.gradients.step_gradient import make_losses
 from macft.training.validation import Losses, validation_loss
 
 Progress = Callable[[str, int, int], None]

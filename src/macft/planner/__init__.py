@@ -1,7 +1,7 @@
 """Predicts memory and time of a run before anything is loaded.
 
 The modules here predict one node: :mod:`~macft.planner.memory` and what it is made of,
-:mod:`~macft.planner.fit` (which batch settings fit), :mod:`~macft.planner.speed`. A node has the whole model
+:mod:`~macft.planner.memory_planner` (which batch settings fit), :mod:`~macft.planner.speed`. A node has the whole model
 (:mod:`~macft.planner.whole_model`) or a stage of a pipeline (:mod:`~macft.planner.stage`).
 
 The packages below form a line:

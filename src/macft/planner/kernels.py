@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from macft.model.execution import Execution
 from macft.model.packing import attends_under_mask
-from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import trained_part
+from macft.planner.memory_planner import MemoryPlanner
 
 
 class StepKernels(NamedTuple):

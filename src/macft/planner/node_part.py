@@ -15,7 +15,7 @@ from macft.device.memory import usable_bytes
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape, read_shape
 from macft.parallel.shares import DataShard
-from macft.planner.fit import MemoryPlanner
+from macft.planner.memory_planner import MemoryPlanner
 from macft.planner.packing import choose_packing
 from macft.planner.whole_model import WholeModelPlanner
 from macft.planner.workload import StepRows

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from macft.model.execution import Execution
-from macft.planner.fit import MemoryPlanner
 from macft.planner.kernels import step_kernels
+from macft.planner.memory_planner import MemoryPlanner
 from macft.planner.speed import step_cost
 
 

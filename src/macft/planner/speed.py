@@ -15,8 +15,8 @@ from macft.device.kind import Device
 from macft.device.training_speed import TrainingSpeed, nearest
 from macft.model.execution import Execution
 from macft.model.packing import attention_size
-from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import trained_part
+from macft.planner.memory_planner import MemoryPlanner
 from macft.planner.workload import DeviceBatchShape
 
 # Share of the peak that LoRA training reaches on Macs: from speeds people report, 0.39 (Mistral-7B, M1 Max), 0.49

@@ -8,10 +8,10 @@ from macft.errors import ConfigError
 from macft.model.blocks.ends import ends_of
 from macft.model.execution import Execution
 from macft.parallel.stage_layout import StageLayout, spread
-from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import ComputeShape, MemoryParts, predict, trained_part
+from macft.planner.memory_planner import MemoryPlanner
 from macft.planner.streamed_memory import GRADIENTS, held_weights, inside_of_block, update_bytes
-from macft.training.pipeline_schedule import holding, in_flight
+from macft.training.gradients.pipeline_schedule import holding, in_flight
 
 
 @dataclass(frozen=True)

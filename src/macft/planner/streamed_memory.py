@@ -11,9 +11,9 @@ from macft.model.adapters.settings import AdapterConfig
 from macft.model.blocks.ends import BOTH_ENDS
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape
-from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import ComputeShape, MemoryParts, predict, recomputed_inputs, trained_part
-from macft.training.staged_gradient import VALIDATION_TOKENS
+from macft.planner.memory_planner import MemoryPlanner
+from macft.training.gradients.staged import VALIDATION_TOKENS
 
 # The block that is computed, and the next one, which is read meanwhile.
 _IN_FLIGHT = 2

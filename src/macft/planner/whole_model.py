@@ -10,8 +10,8 @@ from macft.model.adapters.settings import AdapterConfig
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape
 from macft.parallel.stage_layout import spread
-from macft.planner.fit import MemoryPlanner, batch_overrides
 from macft.planner.memory import MemoryParts
+from macft.planner.memory_planner import MemoryPlanner, batch_overrides
 from macft.planner.streamed_memory import streamed_parts
 from macft.planner.workload import StepRows, assumed_steps
 

@@ -18,8 +18,8 @@ from macft.model.load import LoadedModel, load
 from macft.parallel.stage_places import StagePlaces
 from macft.report.phase_lines import PhaseLines
 from macft.run.prepare_data import PreparedData, begin_phase
-from macft.training.gradient import StepGradient
-from macft.training.step_gradient import make_step_gradient
+from macft.training.gradients.gradient import StepGradient
+from macft.training.gradients.step_gradient import make_step_gradient
 
 _log = logging.getLogger("macft.run")
 

@@ -13,7 +13,7 @@ from macft.config.schema import TrainConfig
 from macft.report.run_folder import RunFolder
 from macft.run.resume import check_steps, no_checkpoint
 from macft.training.diloco import OuterOptimizer
-from macft.training.gradient_reducer import GradientReducer
+from macft.training.gradients.reducer import GradientReducer
 from macft.training.settings import TrainingConfig
 from macft.training.state import TrainState
 

@@ -18,7 +18,7 @@ from macft.training.batch_loader import BatchLoader
 from macft.training.checkpoint_policy import CheckpointPolicy
 from macft.training.coordination import NodeCoordinator
 from macft.training.diloco import DiLoCo
-from macft.training.gradient import StepGradient
+from macft.training.gradients.gradient import StepGradient
 from macft.training.loop import Trainer
 from macft.training.node_fit import NodeFit, Refit
 from macft.training.optimizer import OptimizerStep, learning_rate

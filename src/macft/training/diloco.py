@@ -20,8 +20,8 @@ from macft.checkpoint.tensors import pack_tensors, unpack_tensors
 from macft.collective.solo import Solo
 from macft.errors import CheckpointError, NonFiniteLoss
 from macft.parallel.node_status import NodeStatus
-from macft.training.gradient_reducer import GradientReducer
-from macft.training.reduce import ReducedGradient, StepMetrics
+from macft.training.gradients.reduce import ReducedGradient, StepMetrics
+from macft.training.gradients.reducer import GradientReducer
 from macft.training.stop_request import StopRequest
 from macft.training.synchronization import Agreement
 

@@ -14,7 +14,7 @@ from macft.errors import ConfigError
 from macft.model.execution import Execution
 from macft.parallel.stage_layout import StageLayout
 from macft.training.batch_loader import BatchLoader
-from macft.training.gradient import StepGradient
+from macft.training.gradients.gradient import StepGradient
 
 log = logging.getLogger("macft.training")
 

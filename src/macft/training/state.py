@@ -9,7 +9,7 @@ import mlx.optimizers as optim
 
 from macft.checkpoint.snapshot import Progress, Snapshot, capture, restore, restore_adapter
 from macft.training.diloco import OuterOptimizer
-from macft.training.gradient_reducer import GradientReducer
+from macft.training.gradients.reducer import GradientReducer
 
 
 @dataclass

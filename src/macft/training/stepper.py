@@ -21,9 +21,9 @@ from macft.parallel.node_status import NodeStatus
 from macft.parallel.shares import DataShard
 from macft.training.batch_loader import BatchLoader
 from macft.training.coordination import NodeCoordinator
-from macft.training.gradient import LocalGradient, StepGradient
+from macft.training.gradients.gradient import LocalGradient, StepGradient
+from macft.training.gradients.reduce import StepMetrics, reduce_gradient
 from macft.training.optimizer import OptimizerStep
-from macft.training.reduce import StepMetrics, reduce_gradient
 from macft.training.stop_request import StopRequest
 from macft.training.synchronization import Agreement, Synchronization
 

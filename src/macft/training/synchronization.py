@@ -8,8 +8,8 @@ from typing import Protocol
 
 from macft.errors import NonFiniteLoss
 from macft.parallel.node_status import NodeStatus
-from macft.training.gradient_reducer import GradientReducer
-from macft.training.reduce import ReducedGradient, StepMetrics
+from macft.training.gradients.reduce import ReducedGradient, StepMetrics
+from macft.training.gradients.reducer import GradientReducer
 
 
 @dataclass(frozen=True)

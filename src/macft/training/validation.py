@@ -16,7 +16,7 @@ from macft.data.formats import Row
 from macft.model.execution import Execution
 from macft.parallel.shares import DataShard, batches_of_shard, rows_of_shard
 from macft.training.batch_layout import BatchLayout, DeviceBatch
-from macft.training.exact_loss import exact_loss
+from macft.training.gradients.exact_loss import exact_loss
 from macft.training.stop_request import Stopped
 
 

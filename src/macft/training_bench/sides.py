@@ -31,8 +31,8 @@ from macft.model.backends.choose import make_backend
 from macft.model.execution import Execution
 from macft.report.events import Event, NullReporter, StepDone
 from macft.training.build_trainer import TrainingRows, build_trainer
-from macft.training.gradient import GradientComputer, LocalGradient
-from macft.training.gradient_reducer import GradientReducer
+from macft.training.gradients.gradient import GradientComputer, LocalGradient
+from macft.training.gradients.reducer import GradientReducer
 from macft.training.optimizer import make_optimizer
 from macft.training.settings import OptimizerConfig, TrainingConfig
 from macft.training.state import TrainState

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from macft.config.schema import TrainConfig
 from macft.model.execution import Execution
-from macft.planner.fit import MemoryPlanner
+from macft.planner.memory_planner import MemoryPlanner
 from macft.planner.placement.cluster_model import Node, RingLinks
 from macft.planner.placement.compare import LayoutDecision, best_pipelines, compare
 from macft.planner.placement.configured_layout import pipeline_sizes

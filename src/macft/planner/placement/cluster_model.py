@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from macft.training.pipeline_schedule import in_flight
+from macft.training.gradients.pipeline_schedule import in_flight
 
 CHOICES = ("replicate", "stream", "pipeline")
 """Placements that :func:`~macft.planner.placement.compare.compare` can return."""

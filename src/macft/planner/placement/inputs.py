@@ -10,8 +10,8 @@ from macft.config.schema import TrainConfig
 from macft.errors import ConfigError
 from macft.model.blocks.ends import AFTER, BEFORE, BOTH_ENDS
 from macft.model.execution import Execution
-from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import ComputeShape, MemoryParts, predict, trained_part
+from macft.planner.memory_planner import MemoryPlanner
 from macft.planner.placement.cluster_model import Alone, ModelCost, StepWork
 from macft.planner.speed import attention_operations, step_cost
 from macft.planner.streamed_memory import UNKNOWN_INSIDE, held_weights, inside_of_block, update_bytes

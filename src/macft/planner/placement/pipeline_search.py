@@ -31,7 +31,7 @@ from macft.planner.placement.configured_layout import pipeline_sizes
 from macft.planner.placement.pipeline_cuts import Cuts, Group, KindStage
 from macft.planner.placement.pipeline_simulator import simulate
 from macft.planner.placement.stage_costs import StageChoice, StageTables
-from macft.training.pipeline_schedule import in_flight
+from macft.training.gradients.pipeline_schedule import in_flight
 
 MOST_NODES = 8
 """Of more, only equal groups of neighbours are compared."""

@@ -1,7 +1,7 @@
 """A pipeline step, pass by pass: what the formula of :func:`~macft.planner.placement.cluster_model.clock_of` predicts.
 
-Each stage does one thing at a time, in the order of a run (:mod:`macft.training.pipeline_schedule`), with the most
-micro-batches in flight. A stage that has no backward pass runs ahead. A link carries one message at a time in each
+Each stage does one thing at a time, in the order of a run (:mod:`macft.training.gradients.pipeline_schedule`), with the
+most micro-batches in flight. A stage that has no backward pass runs ahead. A link carries one message at a time in each
 direction, beside the computation.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from macft.planner.placement.cluster_model import StageCost
-from macft.training.pipeline_schedule import in_flight, one_forward_one_backward
+from macft.training.gradients.pipeline_schedule import in_flight, one_forward_one_backward
 
 
 @dataclass(frozen=True)

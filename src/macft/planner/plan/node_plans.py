@@ -9,8 +9,8 @@ from macft.config.schema import TrainConfig
 from macft.model.execution import Execution
 from macft.model.shape import ModelShape
 from macft.parallel.shares import DataShard
-from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import MemoryParts
+from macft.planner.memory_planner import MemoryPlanner
 from macft.planner.node_part import (
     packed_or_padded,
     pipelines_planner,

@@ -8,8 +8,8 @@ from macft.config.schema import TrainConfig
 from macft.errors import ConfigError
 from macft.parallel.shares import DataShard
 from macft.parallel.stage_layout import StageLayout
-from macft.planner.fit import MemoryPlanner
 from macft.planner.memory import MemoryParts
+from macft.planner.memory_planner import MemoryPlanner
 from macft.planner.node_part import planner_for, steps_of_shard
 from macft.planner.placement.cluster_model import Node
 from macft.planner.stage import StagePlanner

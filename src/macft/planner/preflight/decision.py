@@ -21,8 +21,8 @@ from macft.model.shape import read_weight_format
 from macft.parallel.shares import DataShard
 from macft.parallel.stage_layout import StageLayout
 from macft.parallel.stage_places import Decide, LayoutChanges, whole_models
-from macft.planner.fit import batch_overrides
 from macft.planner.memory import MemoryParts
+from macft.planner.memory_planner import batch_overrides
 from macft.planner.node_part import NodePart
 from macft.planner.placement.configured_layout import block_costs, check_layout, decide_layout
 from macft.planner.preflight.agreement import agree_on_placement, hand_over

@@ -12,7 +12,7 @@ from macft.collective.base import Collective
 from macft.collective.elastic import ElasticCollective
 from macft.errors import ConfigError, ModelError
 from macft.parallel.stage_layout import StageLayout
-from macft.planner.fit import MemoryPlanner
+from macft.planner.memory_planner import MemoryPlanner
 from macft.planner.placement.candidates import FoundPipelines, find_pipelines, order_line, rank_names
 from macft.planner.placement.cluster_model import Node
 from macft.planner.preflight.node_report import ring_of

@@ -14,7 +14,7 @@ from macft.device.disk_speed import UNKNOWN_DISK, disk_speed
 from macft.errors import ConfigError
 from macft.network.link_kinds import LINK_KINDS
 from macft.network.own_link import own_link
-from macft.planner.fit import MemoryPlanner
+from macft.planner.memory_planner import MemoryPlanner
 from macft.planner.placement.cluster_model import Alone, Node, NodeLink, RingLinks
 from macft.planner.placement.inputs import alone
 from macft.planner.speed import expected_speed, measured_speed, work_of

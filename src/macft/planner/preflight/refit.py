@@ -13,7 +13,7 @@ from macft.errors import ConfigError
 from macft.model.execution import Execution
 from macft.parallel.shares import DataShard
 from macft.parallel.stage_layout import StageLayout
-from macft.planner.fit import MemoryPlanner
+from macft.planner.memory_planner import MemoryPlanner
 from macft.planner.stage import StagePlanner
 from macft.planner.whole_model import WholeModelPlanner
 from macft.planner.workload import StepRows

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from macft.collective.base import Collective
 from macft.collective.codecs.choose import choose, make
 from macft.errors import CheckpointError
-from macft.training.gradient_buckets import Piece
+from macft.training.gradients.buckets import Piece
 
 _WARM_STEPS, _MEASURED_STEPS = 2, 3
 

@@ -18,7 +18,7 @@ from macft.model.head import split_head
 from macft.model.packing import PackLayout, packed
 from macft.model.parameter_refs import ParameterRefs
 from macft.training.batch_layout import DeviceBatch
-from macft.training.gradient_buckets import Gradient
+from macft.training.gradients.buckets import Gradient
 
 
 @dataclass

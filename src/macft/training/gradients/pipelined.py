@@ -3,10 +3,10 @@
 Hidden states come from the stage before and go to the one behind, their gradients the other way, in the model's type,
 while the next micro-batch is computed. Every rank knows the rows of a step, so masks and other arguments of blocks are
 made where they are needed. What is computed, and the order of the sums, are those of
-:class:`~macft.training.staged_gradient.StagedGradient`, whose micro-batches are the parts of rows: the loss and each
+:class:`~macft.training.gradients.staged.StagedGradient`, whose micro-batches are the parts of rows: the loss and each
 block's gradient have the same bits however many stages there are. A block's gradient is zero where the block is not
 computed, and losses are counted at the last stage only; so the sum over all ranks is that of one that holds the model.
-With exact sums (:mod:`macft.training.exact_sums`) it has the same bits over any number of pipelines, too.
+With exact sums (:mod:`macft.training.gradients.exact_sums`) it has the same bits over any number of pipelines, too.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from macft.model.execution import Execution
 from macft.parallel.stage_layout import spread
 from macft.parallel.stage_places import StagePlace, StagePlaces
 from macft.training.batch_layout import DeviceBatch
-from macft.training.exact_sums import ExactParameters, ExactStepGradient, ExactSums
-from macft.training.gradient import Form, LocalGradient, StepGradient, add
-from macft.training.gradient_buckets import Gradient
-from macft.training.pipeline_schedule import holding, one_forward_one_backward
-from macft.training.staged_gradient import StagedGradient, StagedLoss
-from macft.training.staged_model import StagedModel, Work
+from macft.training.gradients.buckets import Gradient
+from macft.training.gradients.exact_sums import ExactParameters, ExactStepGradient, ExactSums
+from macft.training.gradients.gradient import Form, LocalGradient, StepGradient, add
+from macft.training.gradients.pipeline_schedule import holding, one_forward_one_backward
+from macft.training.gradients.staged import StagedGradient, StagedLoss
+from macft.training.gradients.staged_model import StagedModel, Work
 
 _FORWARD, _BACKWARD, _VALIDATION, _BEGIN = range(4)
 _ANY = 2**31

@@ -21,8 +21,8 @@ from macft.model.execution import Execution
 from macft.model.joined_parameters import Joined, JoinedParameters
 from macft.model.packing import packed, takes_packs
 from macft.training.batch_layout import BatchLayout, DeviceBatch, pack_layout
-from macft.training.gradient_buckets import Buckets, Gradient, buckets_of
-from macft.training.joined_gradient import joined_value_and_grad
+from macft.training.gradients.buckets import Buckets, Gradient, buckets_of
+from macft.training.gradients.joined import joined_value_and_grad
 from macft.training.loss import TokenLoss
 from macft.training.validation import Losses
 

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 
 from macft.data.batch import Batch
 from macft.model.execution import Execution
-from macft.training.exact_loss import exact_loss
-from macft.training.gradient import Form, LocalGradient, StepGradient
-from macft.training.gradient_buckets import Gradient, names_in_buckets
+from macft.training.gradients.buckets import Gradient, names_in_buckets
+from macft.training.gradients.exact_loss import exact_loss
+from macft.training.gradients.gradient import Form, LocalGradient, StepGradient
 from macft.training.settings import MOST_PARTS
 from macft.training.validation import Losses
 

@@ -23,9 +23,9 @@ from macft.model.blocks.block_weights import BlockWeights
 from macft.model.execution import Execution
 from macft.model.packing import takes_packs
 from macft.training.batch_layout import BatchLayout, DeviceBatch
-from macft.training.gradient import Form, LocalGradient, add
-from macft.training.gradient_buckets import Gradient, buckets_of
-from macft.training.staged_model import StagedModel, Work
+from macft.training.gradients.buckets import Gradient, buckets_of
+from macft.training.gradients.gradient import Form, LocalGradient, add
+from macft.training.gradients.staged_model import StagedModel, Work
 
 VALIDATION_TOKENS = 16_384
 """Most tokens whose hidden states validation holds at once."""

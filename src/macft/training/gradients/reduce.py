@@ -19,9 +19,9 @@ import numpy as np
 from macft.device import fault_points
 from macft.parallel.node_status import NodeStatus
 from macft.training.clipping import clip_by_global_norm
-from macft.training.exact_sums import ExactGradient, from_grid
-from macft.training.gradient import LocalGradient
-from macft.training.gradient_reducer import GradientReducer
+from macft.training.gradients.exact_sums import ExactGradient, from_grid
+from macft.training.gradients.gradient import LocalGradient
+from macft.training.gradients.reducer import GradientReducer
 
 _STILL_COMPUTING_SECONDS = 2e-4
 

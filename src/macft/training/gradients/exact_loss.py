@@ -1,4 +1,4 @@
-"""Losses whose sums have the same bits in any order; see :mod:`macft.training.exact_sums`."""
+"""Losses whose sums have the same bits in any order; see :mod:`macft.training.gradients.exact_sums`."""
 
 from __future__ import annotations
 

@@ -10,12 +10,12 @@ from macft.model.backends.base import Backend
 from macft.model.blocks.block_weights import BlockWeights
 from macft.model.execution import Execution
 from macft.parallel.stage_places import StagePlaces
-from macft.training.exact_sums import ExactParameters, ExactStepGradient
-from macft.training.gradient import GradientComputer, StepGradient
+from macft.training.gradients.exact_sums import ExactParameters, ExactStepGradient
+from macft.training.gradients.gradient import GradientComputer, StepGradient
+from macft.training.gradients.pipelined import PipelinedGradient
+from macft.training.gradients.staged import StagedGradient, StagedLoss
+from macft.training.gradients.staged_model import StagedModel
 from macft.training.loss import TokenLoss
-from macft.training.pipelined_gradient import PipelinedGradient
-from macft.training.staged_gradient import StagedGradient, StagedLoss
-from macft.training.staged_model import StagedModel
 from macft.training.validation import Losses
 
 
