@@ -189,11 +189,11 @@ def test_the_cpu_works_whatever_the_compiler(tmp_path: Path, situation: str) -> 
     broken.write_text('#!/bin/sh\n[ "$1" = --version ]\n')
     broken.chmod(0o755)
     if situation == "no compiler":
-        environment["PATH"] = "/nonexistent"
+        environment["PATH"] = str(tmp_path / "missing")
     elif situation == "broken compiler":
         environment["PATH"] = f"{tmp_path}:/bin"
     elif situation == "no temporary folder":
-        environment["TMPDIR"] = "/nonexistent"
+        environment["TMPDIR"] = str(tmp_path / "missing")
     process = subprocess.run(
         [sys.executable, "-c", COMPILED_SUM], env=environment, capture_output=True, text=True, timeout=180
     )

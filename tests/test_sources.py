@@ -181,15 +181,20 @@ def test_an_empty_field_is_not_a_column_of_another_name() -> None:
 
 
 @pytest.mark.slow
-def test_an_unreachable_hub_fails_fast_with_one_line() -> None:
+def test_an_unreachable_hub_fails_fast_with_one_line(tmp_path: Path) -> None:
     code = (
         "from macft.data.sources import read_source\nfrom macft.data.settings import SourceConfig\n"
         "from macft.errors import DataError\n"
         "try:\n    read_source(SourceConfig(path='org/nothing-here'))\nexcept DataError as error:\n    print(error)\n"
     )
-    variables = {**environment(), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "/nonexistent"}
+    variables = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=180, check=True
+        [sys.executable, "-c", code],
+        env=environment() | variables,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=True,
     )
     assert done.stdout.count("\n") == 1
     assert "org/nothing-here" in done.stdout
