@@ -22,8 +22,8 @@ GRADIENTS = 1.2
 # What an update takes beside the adapter and the optimizer's states, as multiples of the adapter: the gradient, and new
 # values and long arrays of small ones beside the old. Measured in runs with little else in memory.
 _UPDATE = 6.0
-# What is inside a block that is read or a stage's, against one of those that are all held: measured on a mixture
-# (tests/test_streaming.py), for kinds of blocks whose memory is taken from a graph.
+# What is inside a block that is read or a stage's, against one of those that are all held, for kinds of blocks whose
+# memory is taken from a graph: fitted to one mixture (tests/test_streaming.py).
 _READ_BLOCK = 1.2
 # What a block of an unknown kind has inside, as a multiple of its input.
 UNKNOWN_INSIDE = 16.0
