@@ -82,9 +82,7 @@ class JoinedParameters:
             if names == [key]:
                 parts[key] = joined[key]
                 continue
-            ends = list(accumulate(math.prod(self._shapes[name]) for name in names))[:-1]
-            for name, part in zip(names, mx.split(joined[key], ends), strict=True):
-                parts[name] = part.reshape(self._shapes[name])
+            parts |= split(joined[key], {name: self._shapes[name] for name in names})
         return parts
 
     def holding(self, arrays: Mapping[str, mx.array]) -> AbstractContextManager[None]:
@@ -102,6 +100,12 @@ def join(groups: Mapping[str, Sequence[str]], arrays: Mapping[str, mx.array]) ->
         parts = [arrays[name].reshape(-1) for name in names if name in arrays]
         joined[key] = parts[0] if len(parts) == 1 else mx.concatenate(parts)
     return joined
+
+
+def split(array: mx.array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, mx.array]:
+    """The inverse for one group: views of the long ``array`` by name, of these ``shapes`` one after the other."""
+    parts = mx.split(array, list(accumulate(map(math.prod, shapes.values())))[:-1])
+    return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 # Those in use, by the id of their model, which they hold.

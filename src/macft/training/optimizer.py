@@ -107,10 +107,11 @@ class OptimizerStep:
         """
         optimizer, parameters = self._optimizer, self._parameters.get()
         optimizer.learning_rate = rate
-        before = parameters if self._by_element else self._parameters.split(parameters)
-        optimizer.init(tree_unflatten(list(before.items())))
+        if _kinds(optimizer.state) <= {""}:  # no update was before
+            trained = parameters if self._by_element else self._parameters.split(parameters)
+            optimizer.init(tree_unflatten(list(trained.items())))
         state, after = optimizer.state, dict[str, mx.array]()
-        for kind in sorted({_kind(name) for name, _ in tree_flatten(state)}):
+        for kind in sorted(_kinds(state)):
             find = self._find_state.setdefault(kind, self._compile(partial(self._state_of_kind, kind)))
             after |= find(parameters, dict(gradient), state, scale)
         new_state = tree_unflatten(list(after.items()))
@@ -159,6 +160,10 @@ class OptimizerStep:
 def _kind(name: str) -> str:
     """What an array of an optimizer's state is to its parameter; nothing for what the optimizer counts."""
     return name.rpartition(".")[2] if "." in name else ""
+
+
+def _kinds(state: OptimizerState) -> set[str]:
+    return {_kind(name) for name, _ in tree_flatten(state)}
 
 
 def _kept_if(is_sound: mx.array, updated: Joined, before: Joined) -> dict[str, mx.array]:

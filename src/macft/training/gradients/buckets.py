@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from macft.model.joined_parameters import LARGE, join
+from macft.model.joined_parameters import LARGE, join, split
 
 Gradient = dict[str, mx.array]
 """By parameter name, float32, of the parameters' shapes."""
@@ -54,17 +54,13 @@ class Piece:
         """The gradient that this piece, ``array``, is, as the update takes it."""
         if self.is_uniform:
             return {self.name: array}
-        parts = mx.split(array, self._ends)
-        return {name: part.reshape(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+        return split(array, dict(zip(self.names, self.shapes, strict=True)))
 
     def views(self, array: mx.array) -> dict[str, NDArray[np.float32]]:
         """By parameter, the memory of ``array``, which has been computed."""
-        parts = np.split(np.asarray(array).reshape(-1), self._ends)
+        ends = list(accumulate(map(math.prod, self.shapes)))[:-1]
+        parts = np.split(np.asarray(array).reshape(-1), ends)
         return {name: part.reshape(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
-
-    @property
-    def _ends(self) -> list[int]:
-        return list(accumulate(map(math.prod, self.shapes)))[:-1]
 
 
 Buckets = Sequence[Sequence[Piece]]
